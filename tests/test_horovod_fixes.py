@@ -1,0 +1,109 @@
+"""The fixes that our build of Horovod carries, under real horovodrun; each test fails without its fix."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+
+PREAMBLE = """\
+import os, signal, sys, time
+from pathlib import Path
+import torch
+import horovod.torch as hvd
+from horovod.common.exceptions import HorovodInternalError
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+"""
+
+
+def horovodrun(folder: Path, hosts: str, body: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs `body` on every slot of `hosts`, with `folder` as the place to leave files in.
+
+    Returns:
+        The finished process, stdout and stderr as one text.
+    """
+    script = folder / "worker.py"
+    script.write_text(PREAMBLE + body)
+    ranks = sum(int(host.rsplit(":", 1)[1]) for host in hosts.split(","))
+    command = [str(Path(sys.executable).parent / "horovodrun"), "--gloo", "--disable-cache"]
+    command += ["-np", str(ranks), "-H", hosts, sys.executable, str(script), str(folder)]
+    return subprocess.run(
+        command, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
+    )
+
+
+def test_build_names_its_fixes() -> None:
+    from horovod._hvd_hetero_fixes import FIXES
+
+    assert FIXES == ("mixed-hosts", "stall-check", "survivors")
+
+
+def test_mixed_hosts(tmp_path: Path) -> None:
+    """A set with one rank of the first host and both of the second: without the fix `init` dies at the timeout."""
+    done = horovodrun(
+        tmp_path,
+        "localhost:2,127.0.0.1:2",
+        """
+sets = [hvd.ProcessSet([0]), hvd.ProcessSet([1, 2, 3])]
+hvd.init(process_sets=sets)
+mine = sets[0] if hvd.rank() == 0 else sets[1]
+total = hvd.allreduce(torch.tensor([hvd.rank() + 1.0]), op=hvd.Sum, name="in.set", process_set=mine)
+world = hvd.allreduce(torch.tensor([hvd.rank() + 1.0]), op=hvd.Sum, name="in.world")
+(folder / f"rank{hvd.rank()}").write_text(f"{total.item():g} {world.item():g}")
+hvd.barrier()
+""",
+        HOROVOD_GLOO_TIMEOUT_SECONDS="8",
+    )
+    assert done.returncode == 0, done.stdout
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(4)] == ["1 10", "9 10", "9 10", "9 10"]
+
+
+def test_stall_check_warns_under_gloo(tmp_path: Path) -> None:
+    """The warning names the tensor that waits and the rank that is missing."""
+    done = horovodrun(
+        tmp_path,
+        "localhost:2",
+        """
+hvd.init()
+if hvd.rank() == 1:
+    time.sleep(4.0)
+hvd.allreduce(torch.ones(1), op=hvd.Sum, name="late.tensor")
+hvd.barrier()
+""",
+        HOROVOD_STALL_CHECK_TIME_SECONDS="1",
+    )
+    assert done.returncode == 0, done.stdout
+    warning = done.stdout[done.stdout.find("Missing ranks:") :]
+    assert warning.startswith("Missing ranks:"), done.stdout
+    assert "1: [" in warning and "late.tensor" in warning, done.stdout
+
+
+def test_survivors_can_still_save(tmp_path: Path) -> None:
+    """With process sets, the death of a rank is an exception in the others and no SIGABRT."""
+    done = horovodrun(
+        tmp_path,
+        "localhost:3",
+        """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # horovodrun sends it to the survivors
+sets = [hvd.ProcessSet([0]), hvd.ProcessSet([1, 2])]
+hvd.init(process_sets=sets)
+mine = sets[0] if hvd.rank() == 0 else sets[1]
+try:
+    for step in range(1000):
+        hvd.allreduce(torch.ones(1), op=hvd.Sum, name="in.set", process_set=mine)
+        hvd.allreduce(torch.ones(1), op=hvd.Sum, name="in.world")
+        if step == 20 and hvd.rank() == 2:
+            os._exit(7)
+except HorovodInternalError:
+    (folder / ("saved-by-" + os.environ["HOROVOD_RANK"])).write_text(str(step))
+""",
+        HOROVOD_GLOO_TIMEOUT_SECONDS="8",
+    )
+    assert done.returncode != 0, "horovodrun tells that a rank died"
+    assert sorted(file.name for file in tmp_path.glob("saved-by-*")) == ["saved-by-0", "saved-by-1"], done.stdout
