@@ -33,9 +33,8 @@ def horovodrun(folder: Path, hosts: str, body: str, **env: str) -> subprocess.Co
     ranks = sum(int(host.rsplit(":", 1)[1]) for host in hosts.split(","))
     command = [str(Path(sys.executable).parent / "horovodrun"), "--gloo", "--disable-cache"]
     command += ["-np", str(ranks), "-H", hosts, sys.executable, str(script), str(folder)]
-    return subprocess.run(
-        command, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
-    )
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.run(command, env={**os.environ, **env}, timeout=120, **output)
 
 
 def test_build_names_its_fixes() -> None:
@@ -45,7 +44,7 @@ def test_build_names_its_fixes() -> None:
 
 
 def test_mixed_hosts(tmp_path: Path) -> None:
-    """A set with one rank of the first host and both of the second: without the fix `init` dies at the timeout."""
+    """A set with one rank of the first host and both of the second; `init` used to die at the timeout."""
     done = horovodrun(
         tmp_path,
         "localhost:2,127.0.0.1:2",
@@ -106,4 +105,5 @@ except HorovodInternalError:
         HOROVOD_GLOO_TIMEOUT_SECONDS="8",
     )
     assert done.returncode != 0, "horovodrun tells that a rank died"
-    assert sorted(file.name for file in tmp_path.glob("saved-by-*")) == ["saved-by-0", "saved-by-1"], done.stdout
+    saved = sorted(file.name for file in tmp_path.glob("saved-by-*"))
+    assert saved == ["saved-by-0", "saved-by-1"], done.stdout
