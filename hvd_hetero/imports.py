@@ -36,7 +36,8 @@ def import_target(key: str, spec: str) -> Callable[..., Any]:
     for part in attribute.split("."):
         if not hasattr(target, part):
             public = [name for name in vars(target) if not name.startswith("_")]
-            raise ConfigError(key, spec, f"module '{module_name}' has no '{attribute}'", nearest(part, public))
+            problem = f"module '{module_name}' has no '{attribute}'"
+            raise ConfigError(key, spec, problem, nearest(part, public))
         target = getattr(target, part)
     if not callable(target):
         kind = type(target).__name__
@@ -68,7 +69,7 @@ def choose(key: str, name: str | None, options: Mapping[str, T]) -> T:
     Raises:
         ConfigError: there is none; the nearest one is named.
     """
-    if name in options:
+    if name is not None and name in options:
         return options[name]
     raise ConfigError(key, name, "unknown name", nearest(str(name), options))
 
@@ -110,7 +111,8 @@ def check_arguments(key: str, function: Callable[..., Any], args: Mapping[str, A
         parameters = inspect.signature(function).parameters
     except ValueError:  # some builtins have no signature: nothing to check against
         return
-    by_name = {name: p for name, p in parameters.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    by_keyword = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    by_name = {name: p for name, p in parameters.items() if p.kind in by_keyword}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     hints = _hints(function)
     for name, value in args.items():

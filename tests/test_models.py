@@ -40,7 +40,7 @@ def test_mlp_size_is_the_sum_of_its_layers() -> None:
 
 
 def test_resnet20_has_the_size_of_the_paper() -> None:
-    # 19 convolutions (432 + 6*2304 + 4608 + 5*9216 + 18432 + 5*36864), their batch normalizations, one linear layer.
+    # Convolutions 432 + 6*2304 + 4608 + 5*9216 + 18432 + 5*36864, batch normalizations 1376, linear 650.
     assert count(build("resnet20", None, {})) == 269_722
 
 
@@ -55,7 +55,7 @@ def test_resnet20_shortcut_takes_every_second_pixel_and_adds_zero_channels() -> 
     assert not out[:, 0].any() and not out[:, 3].any()
 
 
-def test_own_model_by_import_path_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_model_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_model_file.py").write_text(
         "from torch import nn\ndef make(size=2):\n    return nn.Linear(size, 3)\nnumber = 4\n")
     monkeypatch.chdir(tmp_path)

@@ -38,5 +38,6 @@ def build(name: str | None, target: str | None, args: Mapping[str, Any]) -> nn.M
         return call("model.args", choose("model.name", name, MODELS), args)
     model = call("model.args", import_target("model.target", target), args)
     if not isinstance(model, nn.Module):
-        raise ConfigError("model.target", target, f"returned {type(model).__name__}", "return a torch.nn.Module")
+        problem = f"returned {type(model).__name__}, not a module"
+        raise ConfigError("model.target", target, problem, "return a torch.nn.Module")
     return model

@@ -1,4 +1,4 @@
-"""The residual networks for CIFAR of He et al., *Deep Residual Learning for Image Recognition* (2016), section 4.2."""
+"""ResNets for CIFAR: He et al., *Deep Residual Learning for Image Recognition* (2016), section 4.2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ def resnet20(in_channels: int = 3, num_classes: int = 10) -> nn.Module:
     """ResNet-20: three stages of three basic blocks with 16, 32 and 64 channels, 0.27 M parameters."""
     positive(in_channels=in_channels, num_classes=num_classes)
     blocks_per_stage, channels = 3, 16
-    layers: list[nn.Module] = [_conv3x3(in_channels, channels), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+    stem = _conv3x3(in_channels, channels)
+    layers: list[nn.Module] = [stem, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
     for stage_channels in (16, 32, 64):
         for _ in range(blocks_per_stage):
             layers.append(BasicBlock(channels, stage_channels))

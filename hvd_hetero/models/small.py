@@ -28,7 +28,7 @@ def mlp(in_features: int = 64, hidden: Sequence[int] = (256, 256), num_classes: 
 
 
 def cnn(in_channels: int = 1, width: int = 16, num_classes: int = 10) -> nn.Module:
-    """Three convolutions with batch normalization and a global average: for images of 28 or 32 pixels and other sizes.
+    """Three convolutions with batch normalization and a global average, for small images of any size.
 
     Args:
         in_channels: 1 for grey, 3 for colour.

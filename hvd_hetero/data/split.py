@@ -1,0 +1,110 @@
+"""A split of a named dataset as it was read, and what can be done to it before it becomes a source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hvd_hetero.data.source import Transform
+from hvd_hetero.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Inputs and targets of one split.
+
+    Attributes:
+        inputs: a tensor ``[N, ...]``, a dict of them, or an array of file names ``[N]`` to be streamed.
+        targets: class numbers ``[N]``, int64.
+    """
+
+    inputs: Tensor | dict[str, Tensor] | np.ndarray
+    targets: Tensor
+
+    def take(self, indices: np.ndarray) -> Split:
+        """Return the samples at ``indices``."""
+        rows = torch.from_numpy(indices)
+        if isinstance(self.inputs, dict):
+            return Split({name: part[rows] for name, part in self.inputs.items()}, self.targets[rows])
+        inputs = self.inputs[indices] if isinstance(self.inputs, np.ndarray) else self.inputs[rows]
+        return Split(inputs, self.targets[rows])
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Both splits of a named dataset with the transforms of their batches."""
+
+    train: Split
+    test: Split
+    train_transform: Transform | None = None
+    test_transform: Transform | None = None
+
+
+def stratified(targets: np.ndarray, fraction: float,
+               rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Part the samples in two so that every class is parted alike.
+
+    Args:
+        targets: class numbers ``[N]``.
+        fraction: share of each class (rounded) that is held out.
+        rng: decides which samples.
+
+    Returns:
+        Indices of the kept and of the held-out samples, both ascending.
+    """
+    held = np.zeros(len(targets), dtype=bool)
+    for label in np.unique(targets):
+        members = rng.permutation(np.flatnonzero(targets == label))
+        held[members[: round(fraction * len(members))]] = True
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def adapt(splits: Splits, seed: int, *, validation: float = 0.0, label_noise: float = 0.0,
+          train_limit: int | None = None, test_limit: int | None = None) -> Splits:
+    """Apply the arguments that every named dataset takes, in the order in which they are listed.
+
+    Args:
+        splits: as read.
+        seed: of the validation split and of the label noise.
+        validation: share of each training class that is held out and takes the place of the test split.
+        label_noise: share of the training targets that are replaced by another class of the dataset.
+        train_limit: keep the first so many training samples.
+        test_limit: keep the first so many test samples.
+
+    Raises:
+        ConfigError: a value out of range, or a split left empty.
+    """
+    for name, share in (("validation", validation), ("label_noise", label_noise)):
+        if not 0 <= share < 1:
+            raise ConfigError(f"data.args.{name}", share, "not a share", "give a number in [0, 1)")
+    train, test = splits.train, splits.test
+    if validation:
+        kept, held = stratified(train.targets.numpy(), validation, np.random.default_rng([seed, 1]))
+        train, test = train.take(kept), train.take(held)
+    if label_noise:
+        train = Split(train.inputs, noisy(train.targets, label_noise, np.random.default_rng([seed, 2])))
+    train, test = _limit("train_limit", train, train_limit), _limit("test_limit", test, test_limit)
+    if not len(train.targets) or not len(test.targets):
+        raise ConfigError("data.args.validation", validation, "leaves a split empty", "change the share")
+    return Splits(train, test, splits.train_transform, splits.test_transform)
+
+
+def noisy(targets: Tensor, share: float, rng: np.random.Generator) -> Tensor:
+    """Return targets of which a share (rounded) are replaced by a different class that occurs in them."""
+    labels, positions = np.unique(targets.numpy(), return_inverse=True)
+    chosen = rng.permutation(len(positions))[: round(share * len(positions))]
+    if len(labels) > 1:
+        shift = rng.integers(1, len(labels), size=len(chosen))
+        positions[chosen] = (positions[chosen] + shift) % len(labels)
+    return torch.from_numpy(labels[positions])
+
+
+def _limit(name: str, split: Split, count: int | None) -> Split:
+    if count is None:
+        return split
+    if count < 1:
+        raise ConfigError(f"data.args.{name}", count, "must be at least 1", "give a number of samples")
+    return split.take(np.arange(min(count, len(split.targets))))
