@@ -1,0 +1,109 @@
+"""Training from a Python program that horovodrun starts on every rank, or from the command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hvd_hetero import algorithms, components, job
+from hvd_hetero.comm.horovod import PeerLost
+from hvd_hetero.comm.rendezvous import job_env
+from hvd_hetero.components import Components, Given
+from hvd_hetero.config import Config, load
+from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_FAULT, UserError
+from hvd_hetero.metrics import check_run_dir
+from hvd_hetero.trainer import Trainer
+
+
+def train(
+    config: str | Path | Sequence[str | Path] | None = None,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    **given: Any,
+) -> dict[str, Any] | None:
+    """Trains one model on all ranks of the job; every rank calls it.
+
+    Args:
+        config: a YAML file or several, merged in order; None is the built-in default.
+        overrides: dotted keys and their values, ``{"train.passes": 10}``, or ``key=value`` texts.
+        **given: objects in place of names in the configuration: see :class:`hvd_hetero.components.Given`.
+
+    Returns:
+        The content of ``summary.json`` on rank 0, None on the others.
+
+    Raises:
+        UserError: something given cannot be used; with more than one rank, rank 0 says so and the job ends with
+            status 2 instead.
+    """
+    files = [config] if isinstance(config, (str, Path)) else list(config or ())
+
+    def prepare() -> tuple[Config, Components]:
+        loaded = load(files, overrides, algorithms.method)
+        return loaded, components.build(loaded, Given(**given))
+
+    return guarded(lambda: _run(prepare))
+
+
+def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | None:
+    env = job_env()
+
+    def prepare_folder_too() -> tuple[Config, Components]:
+        config, parts = prepare()
+        if env.rank == 0 and config.run.dir is not None:
+            check_run_dir(config.run.dir, config.run.overwrite)
+        return config, parts
+
+    started = job.start(prepare_folder_too)
+    columns = os.environ.get(COLUMNS)
+    trainer = Trainer(started, run_dir(started.config), int(columns) if columns else None)
+    try:
+        summary = trainer.run()
+    except UserError:
+        trainer.close()  # every rank is here: they judge by the same measurements
+        raise
+    trainer.close()
+    return summary
+
+
+COLUMNS = "HVD_HETERO_COLUMNS"
+"""Set by the launcher to the width of its terminal: ranks themselves never see one."""
+
+
+def run_dir(config: Config) -> Path:
+    """Where the run is kept: as configured, else a new folder under ``runs/`` named after what is trained, and when."""
+    if config.run.dir is not None:
+        return Path(config.run.dir)
+    name = config.run.name or "-".join(filter(None, (config.algorithm.name, config.data.name, config.model.name)))
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def guarded(call: Callable[[], Any]) -> Any:
+    """Ends a rank as a job should: bad input with one message and status 2, a fault with its rank and cause.
+
+    A process that is the whole job gets the exception instead.
+    """
+    env = job_env()
+    if env.size == 1:
+        return call()
+    try:
+        return call()
+    except UserError as error:
+        if env.rank == 0:
+            print(f"hvd-hetero: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_BAD_INPUT)
+    except PeerLost as error:
+        _end(f"rank {env.rank} on {env.host} stops: {error}")
+    except Exception as error:
+        traceback.print_exc()
+        _end(f"rank {env.rank} on {env.host} failed: {type(error).__name__}: {error}")
+
+
+def _end(message: str) -> NoReturn:
+    """Leaves at once: Horovod's own shutdown would wait for ranks that are not coming."""
+    print(f"hvd-hetero: error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(EXIT_FAULT)

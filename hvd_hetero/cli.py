@@ -1,0 +1,66 @@
+"""The command ``hvd-hetero``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import hvd_hetero
+from hvd_hetero.errors import EXIT_BAD_INPUT, UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit status: 0 done, 2 bad input, 1 a fault while running."""
+    parser = _parser()
+    args = parser.parse_intermixed_args(argv) if argv is not None else parser.parse_args()
+    files = [word for word in getattr(args, "config", []) if "=" not in word]
+    overrides = [word for word in getattr(args, "config", []) if "=" in word]
+    try:
+        return int(args.run(args, files, overrides) or 0)
+    except UserError as error:
+        print(f"hvd-hetero: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hvd-hetero", description=hvd_hetero.__doc__)
+    parser.add_argument("--version", action="version", version=hvd_hetero.__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: object, text: str, config: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        if config:
+            help_text = "YAML files, merged in order, then key=value settings"
+            sub.add_argument("config", nargs="*", metavar="CONFIG|key=value", help=help_text)
+        return sub
+
+    command("train", _train, "one rank of a run: started by horovodrun on every slot")
+    launcher = command("launch", _launch, "check a configuration, then run it through horovodrun")
+    launcher.add_argument("--print", dest="show", action="store_true", help="only print the horovodrun line")
+    command("doctor", _doctor, "what this machine (or, under horovodrun, every rank) has, and whether a configuration can run")
+    return parser
+
+
+def _train(args: argparse.Namespace, files: list[str], overrides: list[str]) -> None:
+    from hvd_hetero.api import train
+    from hvd_hetero.report import closing_table
+
+    summary = train(files, overrides)
+    if summary is not None:
+        print(closing_table(summary), flush=True)
+
+
+def _launch(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:
+    from hvd_hetero.launch import launch
+
+    return launch(files, overrides, args.show)
+
+
+def _doctor(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:
+    from hvd_hetero.doctor import doctor
+
+    return doctor(files, overrides)

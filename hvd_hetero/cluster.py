@@ -1,0 +1,235 @@
+"""Which rank belongs to which device class, and which device, threads and cores it gets.
+
+The only place that looks for devices. Nothing here branches on what a class is called.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from hvd_hetero.config import AUTO, ClassConfig
+from hvd_hetero.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RankFacts:
+    """What one rank knows of itself before the job starts; all ranks exchange theirs.
+
+    Attributes:
+        gpus: names of the GPUs that the rank's host shows, by index.
+        cores: the CPU cores that the rank's process may run on.
+    """
+
+    rank: int
+    host: str
+    local_rank: int
+    gpus: tuple[str, ...]
+    cpu: str
+    cores: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> RankFacts:
+        return cls(**{**content, "gpus": tuple(content["gpus"]), "cores": tuple(content["cores"])})
+
+
+@dataclass(frozen=True)
+class DeviceClass:
+    """Ranks that run at one speed: they take the same local steps and carry the same weight."""
+
+    name: str
+    device: str
+    ranks: tuple[int, ...]
+    slowdown: float = 1.0
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one rank computes: ``cpu`` or ``cuda:INDEX``, its thread count, its cores (None: wherever it may)."""
+
+    device: str
+    threads: int
+    cores: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """N device classes over all ranks, as data.
+
+    Attributes:
+        classes: in the order of the configuration; each has at least one rank, and every rank is in exactly one.
+        facts: one entry a rank, by rank.
+        empty: names of classes that were configured but matched no rank.
+    """
+
+    classes: tuple[DeviceClass, ...]
+    facts: tuple[RankFacts, ...]
+    empty: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        return len(self.facts)
+
+    @property
+    def emulated(self) -> bool:
+        return any(c.slowdown > 1 for c in self.classes)
+
+    def class_of(self, rank: int) -> DeviceClass:
+        return next(c for c in self.classes if rank in c.ranks)
+
+    def on_host(self, host: str) -> list[int]:
+        return [f.rank for f in self.facts if f.host == host]
+
+
+def local_facts(rank: int, host: str, local_rank: int) -> RankFacts:
+    """Looks at this machine: its GPUs (without claiming one), its CPU model, the cores this process may use."""
+    import torch
+
+    gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return RankFacts(rank, host, local_rank, gpus, _cpu_model(), tuple(sorted(os.sched_getaffinity(0))))
+
+
+def assign(classes: Any, facts: Sequence[RankFacts]) -> Cluster:
+    """Gives every rank its device class.
+
+    Args:
+        classes: :data:`AUTO` or a mapping of class name to :class:`ClassConfig`.
+        facts: one entry a rank, in rank order.
+
+    Raises:
+        ConfigError: a rank is in two classes or in none, does not exist, or wants a GPU that its host lacks.
+    """
+    chosen = _automatic(facts) if classes == AUTO else [_select(name, c, facts) for name, c in classes.items()]
+    owner: dict[int, str] = {}
+    for item in chosen:
+        for rank in item.ranks:
+            if rank in owner:
+                problem = f"rank {rank} is in class {owner[rank]} too"
+                raise ConfigError(f"cluster.classes.{item.name}", list(item.ranks), problem, "take it out of one of them")
+            owner[rank] = item.name
+    left = [f.rank for f in facts if f.rank not in owner]
+    if left:
+        given = {item.name: list(item.ranks) for item in chosen}
+        remedy = f"add rank {left[0]} to a class, or start {len(owner)} ranks"
+        raise ConfigError("cluster.classes", given, f"rank {left[0]} of {len(facts)} belongs to no class", remedy)
+    used = tuple(item for item in chosen if item.ranks)
+    cluster = Cluster(used, tuple(facts), tuple(item.name for item in chosen if not item.ranks))
+    for item in used:
+        for rank in item.ranks if item.device == "cuda" else ():
+            fact = facts[rank]
+            if _gpu_index(cluster, rank) >= len(fact.gpus):
+                wanted = len([r for r in cluster.on_host(fact.host) if cluster.class_of(r).device == "cuda"])
+                problem = f"host {fact.host} shows {len(fact.gpus)} GPU(s), its ranks want {wanted}"
+                remedy = "set device: cpu, or install a CUDA build of PyTorch and Horovod on a machine with GPUs"
+                raise ConfigError(f"cluster.classes.{item.name}.device", "cuda", problem, remedy)
+    return cluster
+
+
+def place(cluster: Cluster, rank: int, gpu_cores: int, affinity: bool) -> Placement:
+    """Divides a host's cores among its ranks: GPU ranks keep ``gpu_cores`` each, CPU ranks share the rest evenly.
+
+    No two ranks share a core where there are enough; with more ranks than cores each gets one thread and no fixed core.
+    """
+    mine = cluster.class_of(rank)
+    fact = cluster.facts[rank]
+    local = cluster.on_host(fact.host)
+    gpu_ranks = [r for r in local if cluster.class_of(r).device == "cuda"]
+    device = f"cuda:{_gpu_index(cluster, rank)}" if mine.device == "cuda" else "cpu"
+    cores = list(fact.cores)
+    if len(local) > len(cores):
+        return Placement(device, mine.threads or 1, None)
+    cpu_ranks = [r for r in local if r not in gpu_ranks]
+    for_gpu = min(gpu_cores, (len(cores) - len(cpu_ranks)) // len(gpu_ranks)) if gpu_ranks else 0
+    for_cpu, spare = divmod(len(cores) - for_gpu * len(gpu_ranks), len(cpu_ranks)) if cpu_ranks else (0, 0)
+    shares = {r: for_gpu for r in gpu_ranks} | {r: for_cpu + (i < spare) for i, r in enumerate(cpu_ranks)}
+    start = sum(shares[r] for r in [*gpu_ranks, *cpu_ranks][: [*gpu_ranks, *cpu_ranks].index(rank)])
+    own = tuple(cores[start : start + shares[rank]])
+    return Placement(device, mine.threads or len(own), own if affinity else None)
+
+
+def parse_hosts(text: str) -> list[tuple[str, int]]:
+    """Reads ``host:slots,host:slots`` as horovodrun's -H does; a host without a number has one slot.
+
+    Raises:
+        ConfigError: malformed, a host named twice, no slot at all.
+    """
+    hosts = []
+    for item in text.split(","):
+        match = re.fullmatch(r"\s*([A-Za-z0-9._-]+)(?::([0-9]+))?\s*", item)
+        if match is None or match[2] == "0":
+            raise ConfigError("cluster.hosts", text, f"{item!r} is not host:slots", "write for example node1:2,node2:4")
+        hosts.append((match[1], int(match[2] or 1)))
+    names = [name for name, _ in hosts]
+    if len(set(names)) < len(names):
+        raise ConfigError("cluster.hosts", text, "a host is named twice", "give each host once, with all its slots")
+    return hosts
+
+
+def _select(name: str, spec: ClassConfig, facts: Sequence[RankFacts]) -> DeviceClass:
+    key = f"cluster.classes.{name}"
+    if (spec.ranks is None) == (spec.hosts is None and spec.slots is None):
+        raise ConfigError(key, {"ranks": spec.ranks, "hosts": spec.hosts, "slots": spec.slots},
+                          "needs either ranks, or hosts and slots", "write ranks: [0] or hosts: 'node*', slots: [0]")
+    if spec.ranks is not None:
+        ranks = integers(f"{key}.ranks", spec.ranks)
+        for rank in ranks:
+            if rank >= len(facts):
+                problem = f"there is no rank {rank} among {len(facts)}"
+                raise ConfigError(f"{key}.ranks", ranks, problem, f"start {rank + 1} ranks (-np, slots), or leave it out")
+    else:
+        slots = None if spec.slots is None else integers(f"{key}.slots", spec.slots)
+        ranks = [f.rank for f in facts if fnmatch(f.host, spec.hosts or "*") and (slots is None or f.local_rank in slots)]
+    return DeviceClass(name, spec.device, tuple(sorted(ranks)), spec.slowdown, spec.threads)
+
+
+def integers(key: str, value: Any) -> list[int]:
+    """Reads 3, [0, 2] or "0-3,6" as a list of distinct integers."""
+    numbers: list[int] = []
+    for item in value if isinstance(value, (list, tuple)) else str(value).split(","):
+        match = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", str(item))
+        if match is None:
+            raise ConfigError(key, value, f"{item!r} is not a number or a range", "write for example [0, 1] or '0-3'")
+        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if len(set(numbers)) < len(numbers):
+        raise ConfigError(key, value, "names one twice", "name each once")
+    return numbers
+
+
+def _automatic(facts: Sequence[RankFacts]) -> list[DeviceClass]:
+    """Each visible GPU gets a rank, the other slots are CPU ranks; one class a device model."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for fact in facts:
+        gpu = fact.gpus[fact.local_rank] if fact.local_rank < len(fact.gpus) else None
+        groups.setdefault(("cpu", fact.cpu) if gpu is None else ("cuda", gpu), []).append(fact.rank)
+    names = {"cpu": "cpu", "cuda": "gpu"}
+    several = {device: len({m for d, m in groups if d == device}) > 1 for device in names}
+    return [
+        DeviceClass(names[device] + (f"-{_slug(model)}" if several[device] else ""), device, tuple(ranks))
+        for (device, model), ranks in groups.items()
+    ]
+
+
+def _gpu_index(cluster: Cluster, rank: int) -> int:
+    """The index among the host's GPU ranks: Horovod's local_rank counts the CPU ranks too."""
+    on_host = cluster.on_host(cluster.facts[rank].host)
+    return [r for r in on_host if cluster.class_of(r).device == "cuda"].index(rank)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unknown"
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.machine())

@@ -1,0 +1,60 @@
+"""All of a model that is averaged, as views into one flat vector per dtype: aggregation is one in-place call, no copies."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class FlatState:
+    """Moves a module's trainable parameters and floating buffers into flat vectors, of which they become views.
+
+    Build it after the module is on its device and before the optimizer. Frozen parameters are the same on every rank
+    for ever, so they stay out. Integer buffers (BatchNorm's ``num_batches_tracked``) are few and tiny: they are copied
+    to and fro as one int64 vector.
+
+    Attributes:
+        vectors: one ``[P]`` vector per floating dtype; trainable parameters first.
+        params: for each vector, how many of its elements are parameters (the rest are buffers).
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        floating = [b for b in module.buffers() if b.is_floating_point()]
+        self._integer = [b for b in module.buffers() if not b.is_floating_point() and not b.is_complex()]
+        self._frozen = [p for p in module.parameters() if not p.requires_grad]
+        dtypes = dict.fromkeys(t.dtype for t in [*trainable, *floating])
+        self.vectors: list[Tensor] = []
+        self.params: list[int] = []
+        for dtype in dtypes:
+            params = [p for p in trainable if p.dtype == dtype]
+            self.vectors.append(_adopt([*params, *(b for b in floating if b.dtype == dtype)]))
+            self.params.append(sum(p.numel() for p in params))
+
+    def integers(self) -> Tensor | None:
+        """The integer buffers as one ``[K]`` int64 vector on the CPU, or None if there are none."""
+        if not self._integer:
+            return None
+        return torch.cat([b.detach().reshape(-1).to("cpu", torch.int64) for b in self._integer])
+
+    def set_integers(self, values: Tensor) -> None:
+        """Writes back what :meth:`integers` gave, after it was aggregated."""
+        parts = values.split([b.numel() for b in self._integer])
+        with torch.no_grad():
+            for buffer, part in zip(self._integer, parts, strict=True):
+                buffer.copy_(part.view(buffer.shape))
+
+    def everything(self) -> list[Tensor]:
+        """All tensors that decide the model's outputs, for the first broadcast; vectors, integers and frozen ones."""
+        return [*self.vectors, *self._integer, *(p.detach() for p in self._frozen)]
+
+
+def _adopt(tensors: list[Tensor]) -> Tensor:
+    """Copies tensors of one dtype into a new flat vector and makes each of them a view of its part."""
+    with torch.no_grad():
+        flat = torch.empty(sum(t.numel() for t in tensors), dtype=tensors[0].dtype, device=tensors[0].device)
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            view = part.view(tensor.shape)
+            view.copy_(tensor)
+            tensor.data = view
+    return flat

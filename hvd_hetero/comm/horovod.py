@@ -1,0 +1,243 @@
+"""Collectives among the ranks of a cluster. The only place that imports Horovod.
+
+Every collective is named: Horovod's automatic names are counters of each process, which deadlock as soon as ranks call
+a different number of times. Waiting polls and sleeps, because Horovod's own wait spins, which costs the other ranks of
+a busy CPU host their cores.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+from horovod.common.exceptions import HorovodInternalError
+from torch import Tensor
+
+from hvd_hetero.cluster import Cluster, RankFacts
+from hvd_hetero.comm.flat import FlatState
+from hvd_hetero.errors import ConfigError
+
+POLL_SEC = 5e-5
+
+
+class PeerLost(RuntimeError):
+    """A collective could not finish because another rank is gone."""
+
+
+class Comm:
+    """The job's ranks: one process set a device class, one for the classes' leaders.
+
+    The leader of a class is its lowest rank. A set of all ranks is Horovod's global set; a class of one rank has
+    nobody to talk to within it.
+
+    Args:
+        path: how weighted sums travel: ``flat`` (scale locally, one global sum; host tensors only),
+            ``hierarchical`` (within classes, among leaders, back), or ``auto`` (flat where all classes are on the CPU).
+
+    Raises:
+        ConfigError: this Horovod cannot make these sets on these hosts.
+    """
+
+    def __init__(self, cluster: Cluster, rank: int, path: str = "auto") -> None:
+        self.rank, self.size = rank, cluster.size
+        mine = cluster.class_of(rank)
+        self._peers = mine.ranks
+        self._leaders = tuple(c.ranks[0] for c in cluster.classes)
+        on_cpu = all(c.device == "cpu" for c in cluster.classes)
+        if path == "flat" and not on_cpu:
+            raise ConfigError("aggregation.path", path, "ranks with a GPU cannot sum host and device tensors in one call",
+                              "set aggregation.path=hierarchical or auto")
+        self.path = "flat" if path == "flat" or (path == "auto" and on_cpu) else "hierarchical"
+        members = dict.fromkeys([*(c.ranks for c in cluster.classes), self._leaders])
+        sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in members if 1 < len(ranks) < self.size}
+        check_mixed_hosts(list(sets), cluster.facts)
+        hvd.init(process_sets=list(sets.values()))
+        sets[tuple(range(self.size))] = hvd.global_process_set
+        self._sets = sets
+        self._staging: dict[tuple[torch.dtype, int], Tensor] = {}
+
+    # ---- the aggregation --------------------------------------------------------------------------------------------
+
+    def average(self, state: FlatState, weight: float, name: str = "average") -> None:
+        """Replaces every rank's model by sum_i w_i x_i (paper, eq. 4); integer buffers take the maximum.
+
+        Args:
+            weight: w of this rank; the weights of all ranks sum to 1 and are equal within a class.
+        """
+        for i, vector in enumerate(state.vectors):
+            self.weighted_sum_(vector, weight, f"{name}.{i}")
+        integers = state.integers()
+        if integers is not None and self.size > 1:
+            self._wait(hvd.allreduce_async_(integers, op=hvd.Max, name=f"{name}.integers"))
+            state.set_integers(integers)
+
+    def weighted_sum_(self, vector: Tensor, weight: float, name: str) -> None:
+        """In place, on every rank: the sum over all ranks of weight times vector, bit-identical everywhere.
+
+        Args:
+            vector: ``[P]``, on the rank's own device.
+        """
+        if self.path == "flat" or self.size == 1:
+            vector.mul_(weight)
+            self._sum_(vector, tuple(range(self.size)), f"{name}.flat")
+            return
+        group = self._sets.get(self._peers)
+        if group is None:
+            vector.mul_(weight)
+        else:
+            handle = hvd.allreduce_async_(
+                vector, op=hvd.Sum, prescale_factor=weight, process_set=group, name=f"{name}.class.{self._peers[0]}"
+            )
+            self._wait(handle)
+        if len(self._leaders) == 1:
+            return
+        if self.rank in self._leaders:
+            host = self._on_host(vector)
+            self._sum_(host, self._leaders, f"{name}.leaders")
+            if host is not vector:
+                vector.copy_(host)
+        if group is not None:
+            handle = hvd.broadcast_async_(
+                vector, self._peers[0], process_set=group, name=f"{name}.back.{self._peers[0]}"
+            )
+            self._wait(handle)
+
+    def _sum_(self, vector: Tensor, ranks: tuple[int, ...], name: str) -> None:
+        if len(ranks) > 1:
+            self._wait(hvd.allreduce_async_(vector, op=hvd.Sum, process_set=self._sets[ranks], name=name))
+
+    def _on_host(self, vector: Tensor) -> Tensor:
+        """The vector itself, or a copy in pinned memory that is reused from call to call."""
+        if vector.device.type == "cpu":
+            return vector
+        key = (vector.dtype, vector.numel())
+        if key not in self._staging:
+            self._staging[key] = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+        return self._staging[key].copy_(vector)
+
+    # ---- everything else --------------------------------------------------------------------------------------------
+
+    def broadcast(self, tensor: Tensor, name: str, root: int = 0) -> Tensor:
+        """Gives every rank the root's tensor; shape and dtype are the same on all, the contents only matter on root.
+
+        Tensors travel through the host: CPU and CUDA ranks cannot meet in one call otherwise.
+        """
+        if self.size == 1:
+            return tensor
+        host = tensor.detach().cpu().contiguous()
+        self._wait(hvd.broadcast_async_(host, root, name=name))
+        return host
+
+    def broadcast_state(self, state: FlatState) -> None:
+        """Makes every rank start from rank 0's model."""
+        for i, tensor in enumerate(state.everything()):
+            with torch.no_grad():
+                tensor.copy_(self.broadcast(tensor, f"start.{i}").view(tensor.shape))
+
+    def gather(self, tensor: Tensor, name: str, sizes: Sequence[int] | None = None) -> list[Tensor]:
+        """Gives every rank the tensors of all ranks, by rank.
+
+        Args:
+            tensor: ``[K]`` on the host.
+            sizes: K of every rank, if they are not the same.
+        """
+        if self.size == 1:
+            return [tensor]
+        whole = self._wait(hvd.allgather_async(tensor, name=name))
+        return list(whole.split(list(sizes) if sizes is not None else len(tensor)))
+
+    def sum(self, values: Sequence[float], name: str) -> list[float]:
+        """The sums over all ranks of a few numbers."""
+        total = torch.tensor(values, dtype=torch.float64)
+        self._sum_(total, tuple(range(self.size)), name)
+        return [float(x) for x in total]
+
+    def agree(self, digest: str, name: str, what: str) -> None:
+        """Makes sure that all ranks hold the same thing.
+
+        Args:
+            digest: 16 hexadecimal digits.
+
+        Raises:
+            RuntimeError: naming the first rank that differs from rank 0.
+        """
+        number = torch.tensor([int(digest, 16) >> 1])
+        said = [int(x) for x in self.gather(number, name)]
+        odd = [r for r, value in enumerate(said) if value != said[0]]
+        if odd:
+            raise RuntimeError(f"rank {odd[0]} has another {what} than rank 0")
+
+    def barrier(self, name: str) -> None:
+        self.sum([0.0], name)
+
+    def close(self) -> None:
+        """Waits for all ranks, then leaves: a rank that leaves early takes the others down with it."""
+        self.barrier("close")
+        hvd.shutdown()
+
+    def _wait(self, handle: int) -> Any:
+        return _guarded(lambda: _poll(handle))
+
+
+def _poll(handle: int) -> Any:
+    while not hvd.poll(handle):
+        time.sleep(POLL_SEC)
+    return hvd.synchronize(handle)
+
+
+def _guarded(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except HorovodInternalError as error:
+        raise PeerLost(f"another rank is gone ({str(error).splitlines()[0]})") from error
+    except ValueError as error:
+        # what Horovod says of a set that it gave up after a member died
+        if "Process set provided does not exist" in str(error):
+            raise PeerLost("another rank is gone (its process set was given up)") from error
+        raise
+
+
+def check_mixed_hosts(sets: Sequence[Sequence[int]], facts: Sequence[RankFacts]) -> None:
+    """Refuses process sets that an unpatched Horovod 0.28.1 with Gloo would hang on, instead of hanging.
+
+    Its sets meet across hosts under a key made of the rank's place within the set on its host, but with the members
+    that have the same place among all the host's ranks; where the two disagree, ``hvd.init`` waits in vain.
+
+    Raises:
+        ConfigError: naming the set and the remedy.
+    """
+    for ranks in sets:
+        places: dict[int, int] = {}
+        hosts = {facts[r].host for r in ranks}
+        for rank in ranks if len(hosts) > 1 else ():
+            here = [r for r in ranks if facts[r].host == facts[rank].host]
+            among_all = facts[rank].local_rank
+            if places.setdefault(here.index(rank), among_all) != among_all and not carries_fixes():
+                raise ConfigError("cluster.classes", list(ranks), "this Horovod cannot make a process set of these ranks"
+                                  f" on the hosts {', '.join(sorted(hosts))}: CPU and GPU ranks are mixed on a host",
+                                  "build Horovod with scripts/setup, which fixes it, or give GPU ranks the last slots")
+
+
+def carries_fixes() -> bool:
+    """Whether this Horovod was built with this project's patch."""
+    try:
+        from horovod import _hvd_hetero_fixes  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def build_info() -> dict[str, Any]:
+    """What Horovod was built with."""
+    import horovod
+
+    return {
+        "version": horovod.__version__,
+        "gloo": bool(hvd.gloo_built()),
+        "mpi": bool(hvd.mpi_built()),
+        "nccl": bool(hvd.nccl_built()),
+        "fixes": carries_fixes(),
+    }

@@ -1,0 +1,100 @@
+"""What the ranks tell each other before Horovod is initialized.
+
+Horovod's process sets must be known at ``hvd.init``, and they depend on what every rank sees (hosts, GPUs). So ranks
+exchange that first, over the key-value store that horovodrun opens for the job anyway. It also carries each rank's
+complaint, so that bad input ends all ranks with one message and nobody waits in ``init`` for a peer that gave up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+
+from hvd_hetero.errors import ConfigError
+
+SCOPE = "hvd_hetero"
+
+
+@dataclass(frozen=True)
+class JobEnv:
+    """This process's place in the job, as horovodrun tells it through the environment; alone it is rank 0 of 1."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    host: str = "localhost"
+    store: str | None = None
+
+
+def job_env() -> JobEnv:
+    """Reads the job's environment.
+
+    Raises:
+        ConfigError: started by something other than horovodrun with Gloo.
+    """
+    env = os.environ
+    if "HOROVOD_RANK" not in env:
+        if "OMPI_COMM_WORLD_RANK" in env or "PMI_RANK" in env:
+            raise ConfigError("launcher", "mpirun", "ranks are placed through horovodrun's Gloo rendezvous",
+                              "start with horovodrun --gloo, or with hvd-hetero launch")
+        return JobEnv(host=socket.gethostname())
+    address, port = env.get("HOROVOD_GLOO_RENDEZVOUS_ADDR"), env.get("HOROVOD_GLOO_RENDEZVOUS_PORT")
+    return JobEnv(
+        rank=int(env["HOROVOD_RANK"]),
+        size=int(env["HOROVOD_SIZE"]),
+        local_rank=int(env["HOROVOD_LOCAL_RANK"]),
+        host=env.get("HOROVOD_HOSTNAME") or socket.gethostname(),
+        store=f"http://{address}:{port}/{SCOPE}" if address else None,
+    )
+
+
+def exchange(env: JobEnv, name: str, content: dict[str, Any], timeout_sec: float) -> list[dict[str, Any]]:
+    """Gives every rank what every rank said, by rank. Rank 0 collects and publishes.
+
+    Args:
+        name: of this exchange, unique in the job.
+        content: fit for JSON.
+
+    Raises:
+        TimeoutError: a rank said nothing in time; it is named.
+    """
+    if env.size == 1 or env.store is None:
+        return [content]
+    deadline = time.monotonic() + timeout_sec
+    if env.rank > 0:
+        _put(f"{env.store}/{name}.{env.rank}", content)
+        return _get(f"{env.store}/{name}.all", deadline, "rank 0")
+    said = [content, *(_get(f"{env.store}/{name}.{r}", deadline, f"rank {r}") for r in range(1, env.size))]
+    _put(f"{env.store}/{name}.all", said)
+    return said
+
+
+def _put(url: str, content: Any) -> None:
+    request = urllib.request.Request(url, data=json.dumps(content).encode(), method="PUT")
+    with _open(request):
+        pass
+
+
+def _get(url: str, deadline: float, who: str) -> Any:
+    while True:
+        try:
+            with _open(urllib.request.Request(url)) as answer:
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code != 404:
+                raise
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{who} did not report within the start timeout (cluster.start_timeout_sec)")
+        time.sleep(0.02)
+
+
+def _open(request: urllib.request.Request) -> Any:
+    # The job's own store is never behind a proxy, whatever the environment says.
+    return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30)

@@ -1,0 +1,407 @@
+"""The configuration: a typed schema, how files and command lines are merged into it, and its checks.
+
+Layers are merged in order: the defaults below, then each file, then each ``key=value``. Sections merge key by key;
+mappings whose keys are free (``cluster.classes``, ``train.tau``, any ``*args``) are replaced as a whole by a layer that
+names them, while ``key=value`` may also reach inside one (``cluster.classes.slow.slowdown=4``).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from hvd_hetero.errors import ConfigError
+
+AUTO = "auto"
+
+
+def _key(default: Any, **limits: Any) -> Any:
+    """A schema field with its limits: ``at_least``, ``above``, ``at_most``, ``choices``."""
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=limits)
+    return field(default=default, metadata=limits)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    dir: Optional[str] = None  # noqa: UP045 (OmegaConf reads the annotations at run time)
+    seed: int = _key(0, at_least=0)
+    overwrite: bool = False
+    name: Optional[str] = None  # noqa: UP045
+
+
+@dataclass(frozen=True)
+class ClassConfig:
+    """One device class as the user writes it: a device, and which ranks belong to it."""
+
+    device: str = _key("cpu", choices=("cpu", "cuda"))
+    ranks: Any = None
+    hosts: Optional[str] = None  # noqa: UP045
+    slots: Any = None
+    slowdown: float = _key(1.0, at_least=1.0)
+    threads: Optional[int] = _key(None, at_least=1)  # noqa: UP045
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    hosts: Optional[str] = None  # noqa: UP045
+    classes: Any = _key(
+        {"fast": {"device": "cpu", "ranks": [0]}, "slow": {"device": "cpu", "ranks": [1], "slowdown": 8.0}}
+    )
+    affinity: bool = True
+    gpu_cores: int = _key(2, at_least=1)
+    network_interface: Optional[str] = None  # noqa: UP045
+    start_timeout_sec: int = _key(60, at_least=1)
+    gloo_timeout_sec: int = _key(120, at_least=1)
+    cycle_time_ms: float = _key(1.0, above=0)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    name: Optional[str] = "digits"  # noqa: UP045
+    root: Optional[str] = None  # noqa: UP045
+    target: Optional[str] = None  # noqa: UP045
+    args: dict[str, Any] = _key({})
+    workers: int = _key(0, at_least=0)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: Optional[str] = "mlp"  # noqa: UP045
+    target: Optional[str] = None  # noqa: UP045
+    args: dict[str, Any] = _key({})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    batch_size: Any = 16
+    passes: int = _key(40, at_least=1)
+    epoch: str = _key("pass", choices=("pass", "fast_steps"))
+    tau: Any = 32
+    loss: str = "cross_entropy"
+    loss_args: dict[str, Any] = _key({})
+    optimizer: str = "SGD"
+    lr: float = _key(0.1, above=0)
+    optimizer_args: dict[str, Any] = _key({"momentum": 0.9})
+    scheduler: Optional[str] = None  # noqa: UP045
+    scheduler_args: dict[str, Any] = _key({})
+    warmup_rounds: int = _key(0, at_least=0)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    scheme: Optional[str] = _key(None, choices=("separate", "uniform", "unified"))  # noqa: UP045
+    high_loss_ratio: float = _key(0.5, at_least=0, at_most=1)
+    bias_to: str = "fast"
+
+
+@dataclass(frozen=True)
+class AggregationConfig:
+    weights: Optional[str] = _key(None, choices=("steps", "uniform"))  # noqa: UP045
+    mode: str = _key("blocking", choices=("blocking",))
+    path: str = _key(AUTO, choices=(AUTO, "flat", "hierarchical"))
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """What every method has; a method's own options are a frozen subclass in its file."""
+
+    name: str = "biased_local_sgd"
+    mode: Optional[str] = None  # noqa: UP045
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    seconds: float = _key(2.0, above=0)
+    warmup_steps: int = _key(5, at_least=0)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every_passes: int = _key(1, at_least=1)
+    batch_size: int = _key(256, at_least=1)
+    metric: str = "accuracy"
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML, fit to be given to another run."""
+        return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self)))
+
+    def digest(self) -> str:
+        """A hash of everything that decides the run; where its folder lies does not."""
+        content = dataclasses.asdict(self)
+        content["run"]["dir"] = content["run"]["overwrite"] = None
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+Method = tuple[type[AlgorithmConfig], Mapping[str, str]]
+
+
+def load(
+    files: Sequence[str | Path] = (),
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    method: Callable[[str], Method] = lambda name: (AlgorithmConfig, {}),
+) -> Config:
+    """Merges files, then overrides, into a checked configuration.
+
+    Args:
+        files: YAML files, later ones winning. A file may name another that it builds on with a top-level ``base:``.
+        overrides: ``key=value`` texts as on a command line, or a mapping of dotted keys to values.
+        method: tells of a method, by name, the options class whose fields are the keys of ``algorithm``, and what
+            it means by ``sampling.scheme`` and ``aggregation.weights`` where they are null.
+
+    Raises:
+        ConfigError: a file cannot be read, a key is unknown, a value is of the wrong type or out of its limits.
+    """
+    layers = [layer for path in files for layer in _read(Path(path))]
+    pairs = [_parse(text) for text in overrides] if not isinstance(overrides, Mapping) else list(overrides.items())
+    name = AlgorithmConfig().name
+    for layer in layers:
+        section = layer.get("algorithm")
+        name = section.get("name", name) if isinstance(section, dict) else name
+    options, defaults = method(str(dict(pairs).get("algorithm.name", name)))
+
+    schema = Config(algorithm=options())
+    merged = dataclasses.asdict(schema)
+    for layer in layers:
+        _merge(schema, merged, layer, "")
+    for key, value in pairs:
+        _assign(schema, merged, key, value)
+    classes = merged["cluster"]["classes"]
+    merged["cluster"]["classes"] = classes if classes == AUTO else _by_name("cluster.classes", classes)
+
+    for key, value in defaults.items():
+        section, last = key.split(".")
+        if isinstance(merged[section], dict) and merged[section][last] is None:
+            merged[section][last] = value
+    config: Config = typed("", schema, merged)
+    _check_mappings(config)
+    if config.cluster.classes != AUTO:
+        device_classes(config.cluster.classes)
+    return config
+
+
+def typed(prefix: str, schema: Any, values: Mapping[str, Any]) -> Any:
+    """Fills a schema (a dataclass instance) with values: types checked and converted, limits enforced.
+
+    Raises:
+        ConfigError: naming the full key, its value and what is wanted.
+    """
+    filled: dict[str, Any] = {}
+    node = OmegaConf.structured(schema)
+    OmegaConf.set_readonly(node, False)
+    for item in dataclasses.fields(schema):
+        key, value = f"{prefix}{item.name}", values[item.name]
+        default = getattr(schema, item.name)
+        if dataclasses.is_dataclass(default):
+            if not isinstance(value, Mapping):
+                raise ConfigError(key, value, "is a section, not a value", f"set one of its keys, {key}.KEY=VALUE")
+            filled[item.name] = typed(f"{key}.", default, value)
+            continue
+        try:
+            OmegaConf.update(node, item.name, value, merge=False)
+            value = node[item.name]
+        except (OmegaConfBaseException, ValueError) as error:
+            raise ConfigError(key, value, "has the wrong type", f"give a value of type {_type(item)}") from error
+        value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        _check_limits(key, value, item.metadata)
+        filled[item.name] = value
+    return dataclasses.replace(schema, **filled)
+
+
+def device_classes(classes: Mapping[str, Any]) -> dict[str, ClassConfig]:
+    """Reads ``cluster.classes`` (not ``auto``) into its schema.
+
+    Raises:
+        ConfigError: as :func:`load`.
+    """
+    result = {}
+    for name, content in classes.items():
+        key = f"cluster.classes.{name}"
+        if not isinstance(content, Mapping):
+            raise ConfigError(key, content, "is not a mapping", "write {device: cpu, ranks: [...]}")
+        schema = ClassConfig()
+        values = dataclasses.asdict(schema)
+        _merge(schema, values, content, f"{key}.")
+        result[str(name)] = typed(f"{key}.", schema, values)
+    return result
+
+
+def per_class(key: str, value: Any, names: Sequence[str], at_least: int = 1) -> dict[str, int]:
+    """Reads a setting that is one integer for all classes, or a mapping of class name to integer.
+
+    Raises:
+        ConfigError: not an integer, below the limit, a class unknown or missing.
+    """
+    table = dict(value) if isinstance(value, Mapping) else dict.fromkeys(names, value)
+    for name in table:
+        if name not in names:
+            raise ConfigError(f"{key}.{name}", table[name], "names no device class", f"{nearest(name, names)}")
+    missing = [name for name in names if name not in table]
+    if missing:
+        raise ConfigError(key, value, f"gives nothing for class {missing[0]}", "name every class, or give one number")
+    for name, number in table.items():
+        where = f"{key}.{name}" if isinstance(value, Mapping) else key
+        _check_integer(where, number, at_least)
+    return table
+
+
+def nearest(word: str, words: Sequence[str]) -> str:
+    """The remedy for a name that is not known: the nearest one that is, or all of them."""
+    close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(words)}"
+
+
+# ---- layers ---------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+    if path in seen:
+        raise ConfigError("base", str(path), "the files name each other as base", "break the circle")
+    try:
+        content = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        raise ConfigError("config file", str(path), "does not exist", "check the path") from error
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError("config file", str(path), f"cannot be read: {problem}", "correct the file") from error
+    if not OmegaConf.is_dict(content):
+        raise ConfigError("config file", str(path), "is not a mapping", "write sections with keys, as in default.yaml")
+    layer: dict[str, Any] = OmegaConf.to_container(content)  # type: ignore[assignment]
+    base = layer.pop("base", None)
+    below = [] if base is None else _read(path.parent / str(base), (*seen, path))
+    return [*below, layer]
+
+
+def _parse(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError("argument", text, "is not key=value", "write for example train.passes=10")
+    try:
+        parsed = OmegaConf.create(f"value: {value}")["value"] if value else None
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(key, value, "is not a YAML value", "quote it, or correct its brackets") from error
+    return key, OmegaConf.to_container(parsed) if OmegaConf.is_config(parsed) else parsed
+
+
+def _merge(schema: Any, target: dict[str, Any], layer: Mapping[str, Any], prefix: str) -> None:
+    names = [item.name for item in dataclasses.fields(schema)]
+    for name, value in layer.items():
+        key = f"{prefix}{name}"
+        if name not in names:
+            raise ConfigError(key, value, "is not a known key", _nearest_key(prefix, name, names))
+        section = getattr(schema, str(name))
+        if dataclasses.is_dataclass(section):
+            if not isinstance(value, Mapping):
+                raise ConfigError(key, value, "is a section, not a value", f"give it keys, for example {key}: {{...}}")
+            _merge(section, target[name], value, f"{key}.")
+        else:
+            target[name] = value
+
+
+def _assign(schema: Any, target: Any, key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    node, level, prefix = target, schema, ""
+    for part in path:
+        if level is not None:
+            names = [item.name for item in dataclasses.fields(level)]
+            if part not in names:
+                raise ConfigError(key, value, "is not a known key", _nearest_key(prefix, part, names))
+            level = getattr(level, part)
+            level = level if dataclasses.is_dataclass(level) else None
+        if prefix == "cluster." and part == "classes" and node[part] != AUTO:
+            node[part] = _by_name("cluster.classes", node[part])
+        node, prefix = node.get(part), f"{prefix}{part}."
+        if not isinstance(node, dict):
+            raise ConfigError(key, value, f"{prefix[:-1]} has no such key", f"set {prefix[:-1]} as a whole")
+    if level is not None:
+        _merge(level, node, {last: value}, prefix)
+    else:
+        node[last] = value
+
+
+def _nearest_key(prefix: str, name: Any, names: Sequence[str]) -> str:
+    """Looks among the neighbours first, then in all sections: people forget the section as often as they mistype."""
+    if difflib.get_close_matches(str(name), names, n=1, cutoff=0.6):
+        return nearest(f"{prefix}{name}", [f"{prefix}{other}" for other in names])
+    keys = [f"{s.name}.{k}" for s in dataclasses.fields(Config) for k in dataclasses.asdict(getattr(Config(), s.name))]
+    same = [key for key in keys if key.split(".")[-1] == str(name)]
+    return f"did you mean {same[0]!r}?" if same else nearest(f"{prefix}{name}", keys)
+
+
+def _by_name(key: str, classes: Any) -> dict[str, Any]:
+    if isinstance(classes, Mapping):
+        return dict(classes)
+    if isinstance(classes, list) and all(isinstance(item, Mapping) and "name" in item for item in classes):
+        names = [item["name"] for item in classes]
+        if len(set(names)) < len(names):
+            raise ConfigError(key, names, "two classes have the same name", "give each class a name of its own")
+        return {str(item["name"]): {k: v for k, v in item.items() if k != "name"} for item in classes}
+    raise ConfigError(key, classes, "is not a set of device classes", "write 'auto' or {name: {device: ..., ranks: ...}}")
+
+
+# ---- checks ---------------------------------------------------------------------------------------------------------
+
+
+def _check_limits(key: str, value: Any, limits: Mapping[str, Any]) -> None:
+    if value is None:
+        return
+    if "choices" in limits and value not in limits["choices"]:
+        raise ConfigError(key, value, "is not one of the choices", nearest(value, limits["choices"]))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(key, value, "is not a finite number", "give a finite number")
+    if "at_least" in limits and value < limits["at_least"]:
+        raise ConfigError(key, value, f"is below {limits['at_least']}", f"give {limits['at_least']} or more")
+    if "above" in limits and value <= limits["above"]:
+        raise ConfigError(key, value, f"is not above {limits['above']}", f"give a number above {limits['above']}")
+    if "at_most" in limits and value > limits["at_most"]:
+        raise ConfigError(key, value, f"is above {limits['at_most']}", f"give {limits['at_most']} or less")
+
+
+def _check_integer(key: str, value: Any, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(key, value, "is not an integer", f"give an integer of {at_least} or more")
+    _check_limits(key, value, {"at_least": at_least})
+
+
+def _check_mappings(config: Config) -> None:
+    """The settings that may be one number or one a class; that the classes exist is checked once they are known."""
+    for key, value in (("train.tau", config.train.tau), ("train.batch_size", config.train.batch_size)):
+        table = value if isinstance(value, Mapping) else {None: value}
+        if not table:
+            raise ConfigError(key, value, "is empty", "give a number, or one for each class")
+        for name, number in table.items():
+            _check_integer(f"{key}.{name}" if name is not None else key, number, 1)
+    if config.data.name is None and config.data.target is None:
+        raise ConfigError("data.name", None, "no dataset is given", "set data.name or data.target")
+    if config.model.name is None and config.model.target is None:
+        raise ConfigError("model.name", None, "no model is given", "set model.name or model.target")
+
+
+def _type(item: dataclasses.Field[Any]) -> str:
+    return str(item.type).replace("Optional[", "").rstrip("]") if "Optional" in str(item.type) else str(item.type)

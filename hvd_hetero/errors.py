@@ -1,0 +1,32 @@
+"""Errors that end a run in a known way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+EXIT_BAD_INPUT = 2
+EXIT_FAULT = 1
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used; the job ends with status 2."""
+
+
+class ConfigError(UserError):
+    """Something the user gave cannot be used: names the key (or file), its value and a remedy.
+
+    Attributes:
+        key: configuration key, file or argument, e.g. ``train.tau``.
+        value: what was given.
+        problem: why it cannot be used.
+        remedy: what to do instead.
+    """
+
+    def __init__(self, key: str, value: Any, problem: str, remedy: str) -> None:
+        super().__init__(f"{key}={_short(value)}: {problem}; {remedy}")
+        self.key, self.value, self.problem, self.remedy = key, value, problem, remedy
+
+
+def _short(value: Any, limit: int = 200) -> str:
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

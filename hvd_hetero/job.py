@@ -1,0 +1,102 @@
+"""Starting a job: what the ranks tell each other, which class each belongs to, and their connection."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import hvd_hetero
+from hvd_hetero import algorithms
+from hvd_hetero.cluster import Cluster, Placement, RankFacts, assign, local_facts, place
+from hvd_hetero.comm.rendezvous import JobEnv, exchange, job_env
+from hvd_hetero.components import Components
+from hvd_hetero.config import AUTO, Config, device_classes
+from hvd_hetero.errors import ConfigError, UserError
+from hvd_hetero.plan import check_bias_to
+
+PREPARE_TIMEOUT_SEC = 1800.0
+"""Reading a large dataset takes its time; a rank that dies meanwhile is ended by horovodrun much sooner."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One rank's view of a job that is about to start; Horovod is not initialized yet."""
+
+    env: JobEnv
+    config: Config
+    components: Components
+    cluster: Cluster
+    placement: Placement
+
+
+def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
+    """Prepares this rank, learns what the others found, and gives every rank its place.
+
+    Args:
+        prepare: reads the configuration and builds what is trained. What it finds wrong ends all ranks together.
+
+    Raises:
+        UserError: a rank could not prepare, ranks disagree, or the device classes do not fit the ranks. The same
+            error on every rank.
+    """
+    torch.set_num_threads(1)  # until this rank knows which cores are its own
+    env = job_env()
+    try:
+        config, components = prepare()
+    except ConfigError as error:
+        _exchange(env, {"error": str(error)})
+        raise
+    said = _exchange(env, {
+        "facts": local_facts(env.rank, env.host, env.local_rank).to_dict(),
+        "config": config.digest(),
+        "version": hvd_hetero.__version__,
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "torch": torch.__version__.split("+")[0],
+    })
+    for what in ("version", "config", "torch"):
+        for rank, other in enumerate(said):
+            if other[what] != said[0][what]:
+                host = other["facts"]["host"]
+                problem = f"rank {rank} on {host} has {what} {other[what]}, rank 0 has {said[0][what]}"
+                raise ConfigError(what, other[what], problem, f"make {host} the same as the first host")
+    facts = [RankFacts.from_dict(other["facts"]) for other in said]
+    classes = config.cluster.classes
+    cluster = assign(classes if classes == AUTO else device_classes(classes), facts)
+    check(config, components, cluster)
+    placement = place(cluster, env.rank, config.cluster.gpu_cores, config.cluster.affinity)
+    if placement.cores is not None:
+        os.sched_setaffinity(0, placement.cores)
+    torch.set_num_threads(placement.threads)
+    if placement.device != "cpu":
+        torch.cuda.set_device(torch.device(placement.device))
+    return Job(env, config, components, cluster, placement)
+
+
+def check(config: Config, components: Components, cluster: Cluster) -> None:
+    """Finds what is wrong between the method's settings, the data and the device classes.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    method = algorithms.get(config.algorithm.name)
+    method.check(cluster, len(components.dataset.train), config.train, str(config.aggregation.weights))
+    check_bias_to(config.sampling.bias_to, [c.name for c in cluster.classes])
+
+
+def _exchange(env: JobEnv, content: dict[str, Any]) -> list[dict[str, Any]]:
+    """Exchanges facts; a complaint of any rank becomes one error on all of them."""
+    said = exchange(env, "start", content, PREPARE_TIMEOUT_SEC)
+    errors: dict[str, list[int]] = {}
+    for rank, other in enumerate(said):
+        if "error" in other:
+            errors.setdefault(str(other["error"]), []).append(rank)
+    if errors:
+        everywhere = len(next(iter(errors.values()))) == env.size
+        lines = [text if everywhere else f"rank {', '.join(map(str, ranks))}: {text}" for text, ranks in errors.items()]
+        raise UserError("\n".join(lines))
+    return said

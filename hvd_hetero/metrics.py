@@ -1,0 +1,231 @@
+"""What a run leaves behind: its folder, a row a pass, TensorBoard events, and the accounts of every device class."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+from hvd_hetero.cluster import Cluster
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.plan import Plan
+from hvd_hetero.timing import KINDS, split_waiting
+
+SUMMARY = "summary.json"
+METRICS = "metrics.jsonl"
+
+
+class RunFolder:
+    """The folder of one run; rank 0 writes it.
+
+    Raises:
+        ConfigError: it already holds a run and ``overwrite`` is not set, or it cannot be written.
+    """
+
+    def __init__(self, path: str | Path, overwrite: bool) -> None:
+        self.path = Path(path)
+        check_run_dir(self.path, overwrite)
+        try:
+            self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            for name in (SUMMARY, METRICS):
+                (self.path / name).unlink(missing_ok=True)
+            for events in (self.path / "tensorboard").glob("events.*"):
+                events.unlink()
+            self._rows = (self.path / METRICS).open("a")
+        except OSError as error:
+            raise ConfigError("run.dir", str(path), f"cannot be written: {error.strerror}", "choose another") from error
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._events = SummaryWriter(str(self.path / "tensorboard"))
+
+    def write(self, name: str, content: Mapping[str, Any] | str) -> None:
+        """Writes a text or a JSON file whole: a reader sees the old one or the new one."""
+        text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+        part = self.path / f".{name}.part"
+        part.write_text(text)
+        part.replace(self.path / name)
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Appends a row to ``metrics.jsonl``, flushed, and its numbers to TensorBoard, by samples seen."""
+        self._rows.write(json.dumps(row) + "\n")
+        self._rows.flush()
+        for name, value in row.items():
+            for part, number in value.items() if isinstance(value, dict) else [("", value)]:
+                if isinstance(number, (int, float)):
+                    self._events.add_scalar(f"{name}/{part}" if part else name, number, row["samples_seen"])
+        self._events.flush()
+
+    def close(self) -> None:
+        self._rows.close()
+        self._events.close()
+
+
+def check_run_dir(path: str | Path, overwrite: bool) -> None:
+    """Refuses a folder that already holds a run.
+
+    Raises:
+        ConfigError: it does, and ``overwrite`` is not set.
+    """
+    if not overwrite and any((Path(path) / name).exists() for name in (SUMMARY, METRICS, "config.yaml")):
+        raise ConfigError("run.dir", str(path), "already holds a run", "choose another, or set run.overwrite=true")
+
+
+class Accounts:
+    """Adds up, over passes, where every rank's time went and what every class did."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self.seconds = [dict.fromkeys(KINDS, 0.0) for _ in range(cluster.size)]
+        self.steps = [0] * cluster.size
+        self.samples = [0] * cluster.size
+        self.rounds = 0
+        self.passes = 0
+
+    def enter(self, plan: Plan, kinds: Sequence[Mapping[str, float]], collectives: Sequence[Sequence[float]]) -> float:
+        """Enters one pass; returns its seconds.
+
+        Args:
+            kinds: compute and data seconds, by rank.
+            collectives: durations ``[ranks][collectives]`` in the order in which all ranks met in them.
+        """
+        blocked, comm = split_waiting(collectives)
+        for rank, mine in enumerate(plan.by_rank()):
+            spent = self.seconds[rank]
+            for kind, value in {**kinds[rank], "blocked": blocked[rank], "comm": comm}.items():
+                spent[kind] += value
+            self.steps[rank] += plan.rounds * mine.tau
+            self.samples[rank] += plan.rounds * mine.tau * mine.batch_size
+        self.rounds += plan.rounds
+        self.passes += 1
+        return sum(kinds[0].values()) + blocked[0] + comm
+
+    @property
+    def samples_seen(self) -> int:
+        return sum(self.samples)
+
+    @property
+    def train_sec(self) -> float:
+        return sum(self.seconds[0].values())
+
+    def blocked_fractions(self) -> dict[str, float]:
+        """By class, the share of its time that its ranks waited for others."""
+        return {c.name: _share(self._times(c.ranks), "blocked") for c in self._cluster.classes}
+
+    def classes(self, plan: Plan) -> list[dict[str, Any]]:
+        """The ``classes`` of summary.json; seconds are means over a class's ranks, steps and samples sums."""
+        result = []
+        for item, planned in zip(self._cluster.classes, plan.classes, strict=True):
+            times = self._times(item.ranks)
+            steps = sum(self.steps[r] for r in item.ranks)
+            busy = (times["compute"] + times["data"]) * len(item.ranks)
+            result.append(
+                {
+                    "name": item.name,
+                    "device": item.device,
+                    "ranks": list(item.ranks),
+                    "tau": planned.tau,
+                    "batch_size": planned.batch_size,
+                    "weight": planned.weight,
+                    "slowdown": item.slowdown,
+                    "step_sec": busy / steps if steps else None,
+                    "steps": steps,
+                    "samples": sum(self.samples[r] for r in item.ranks),
+                    "time_sec": times,
+                    "blocked_fraction": _share(times, "blocked"),
+                }
+            )
+        return result
+
+    def _times(self, ranks: Sequence[int]) -> dict[str, float]:
+        return {kind: sum(self.seconds[r][kind] for r in ranks) / len(ranks) for kind in KINDS}
+
+
+def _share(times: Mapping[str, float], kind: str) -> float:
+    total = sum(times.values())
+    return times[kind] / total if total else 0.0
+
+
+class Progress:
+    """Shows rank 0's progress: a bar where the launcher says that there is a terminal, else a line now and then.
+
+    Args:
+        columns: width of the terminal, or None.
+    """
+
+    LINE_SEC = 5.0
+
+    def __init__(self, passes: int, columns: int | None, stream: TextIO = sys.stderr) -> None:
+        self._passes, self._stream = passes, stream
+        self._last_line = 0.0
+        self._bar = None
+        if columns:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=passes, unit="pass", ncols=columns, file=stream, leave=True, mininterval=0)
+
+    def update(self, row: Mapping[str, Any], fastest: str) -> None:
+        """Shows a metrics row; the last one is always shown."""
+        done = row["pass"]
+        figures = {
+            "round": str(row["round"]),
+            "loss": _short(row["train_loss"]),
+            "acc": _percent(row.get("eval_accuracy")),
+            "samples/s": _short(row["samples_per_sec"]),
+            "blocked": _percent(row["blocked_fraction"][fastest]),
+        }
+        if self._bar is not None:
+            self._bar.set_postfix(figures, refresh=False)
+            self._bar.update(1)
+        elif done == self._passes or time.monotonic() - self._last_line >= self.LINE_SEC:
+            self._last_line = time.monotonic()
+            print(f"pass {done}/{self._passes} ", *(f"{k} {v}" for k, v in figures.items()), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}%"
+
+
+def environment(cluster: Cluster, horovod: Mapping[str, Any]) -> dict[str, Any]:
+    """What a reader needs to know of where a run was made."""
+    packages = ("torch", "torchvision", "numpy", "omegaconf", "hvd-hetero")
+    return {
+        "versions": {"python": platform.python_version(), "horovod": dict(horovod)}
+        | {name: _version(name) for name in packages},
+        "platform": platform.platform(),
+        "ranks": [fact.to_dict() for fact in cluster.facts],
+        "command": sys.argv,
+        "git_revision": _git_revision(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """Of the working directory, where the user's own code and configs are."""
+    command = ["git", "-C", os.getcwd(), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,190 @@
+"""The plan of a run: what every device class does in a round. Pure arithmetic (no torch, no Horovod).
+
+Notation of the paper: class g has m_g workers of batch size B_g that take tau_g local steps in a round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hvd_hetero.cluster import Cluster
+from hvd_hetero.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ClassPlan:
+    """What one device class does in a round.
+
+    Attributes:
+        tau: local steps of one rank in a round.
+        batch_size: samples of one step of one rank.
+        weight: share of one rank in the aggregation; over all ranks of all classes they sum to 1.
+        step_sec: measured seconds of one local step, if they were measured.
+    """
+
+    name: str
+    ranks: tuple[int, ...]
+    tau: int
+    batch_size: int
+    weight: float
+    step_sec: float | None = None
+
+    @property
+    def round_samples(self) -> int:
+        return len(self.ranks) * self.tau * self.batch_size
+
+    @property
+    def speed(self) -> float:
+        """Samples one rank takes per unit of time, up to a common factor: tau B a round, or B a measured step."""
+        return self.tau * self.batch_size if self.step_sec is None else self.batch_size / self.step_sec
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All classes, and how many rounds a pass over the data has."""
+
+    classes: tuple[ClassPlan, ...]
+    rounds: int
+
+    @property
+    def fastest(self) -> ClassPlan:
+        return max(self.classes, key=_step_rate)
+
+    @property
+    def slowest(self) -> ClassPlan:
+        return min(self.classes, key=_step_rate)
+
+    def biased(self, bias_to: str) -> str:
+        """The class that gets the hard samples: by its name, or as the ``fast``est or ``slow``est one."""
+        if bias_to in (c.name for c in self.classes):
+            return bias_to
+        return (self.fastest if bias_to == "fast" else self.slowest).name
+
+    def of_rank(self, rank: int) -> ClassPlan:
+        return next(c for c in self.classes if rank in c.ranks)
+
+    def pass_samples(self) -> dict[str, int]:
+        """N_g: samples that each class consumes in one pass."""
+        return {c.name: self.rounds * c.round_samples for c in self.classes}
+
+    def by_rank(self) -> list[ClassPlan]:
+        return [self.of_rank(rank) for rank in range(sum(len(c.ranks) for c in self.classes))]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def digest(self) -> str:
+        """A hash by which ranks make sure that they follow the same plan."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
+
+def derive_tau(tau_fastest: int, step_sec: Mapping[str, float]) -> dict[str, int]:
+    """tau_g = max(1, round(tau_fastest * r_g)) with r_g = t_fastest / t_g (method: local steps).
+
+    Args:
+        tau_fastest: local steps of the fastest class.
+        step_sec: seconds of one local step, by class.
+
+    Raises:
+        ConfigError: a class is so slow that it cannot finish one step in a round.
+    """
+    fastest = min(step_sec.values())
+    taus = {}
+    for name, seconds in step_sec.items():
+        ratio = fastest / seconds
+        if tau_fastest * ratio < 1:
+            problem = f"class {name} needs {seconds / fastest:.1f} times as long for a step, and cannot finish one in a round"
+            enough = math.ceil(seconds / fastest)
+            remedy = f"set train.tau={enough} or more, or a smaller train.batch_size for {name}"
+            raise ConfigError("train.tau", tau_fastest, problem, remedy)
+        taus[name] = max(1, math.floor(tau_fastest * ratio + 0.5))
+    return taus
+
+
+def make_plan(
+    cluster: Cluster,
+    samples: int,
+    tau: Mapping[str, int],
+    batch_size: Mapping[str, int],
+    *,
+    weights: str = "steps",
+    epoch: str = "pass",
+    step_sec: Mapping[str, float] | None = None,
+) -> Plan:
+    """The plan of a local-SGD run.
+
+    Args:
+        samples: n, training samples.
+        tau: local steps in a round, by class.
+        batch_size: of one rank, by class.
+        weights: ``steps``, w_i = tau_i / sum_j tau_j (paper, eq. 4), or ``uniform``, w_i = 1/m.
+        epoch: ``pass``, floor(n / sum_g m_g B_g tau_g) rounds, or ``fast_steps``, the paper's
+            floor(n / (B m tau_fast)) rounds, with B and tau of the fastest class and all m workers.
+        step_sec: measured seconds of a local step, by class.
+
+    Raises:
+        ConfigError: fewer samples than one round consumes.
+    """
+    total_tau = sum(tau[c.name] * len(c.ranks) for c in cluster.classes)
+    classes = tuple(
+        ClassPlan(
+            c.name,
+            c.ranks,
+            tau[c.name],
+            batch_size[c.name],
+            tau[c.name] / total_tau if weights == "steps" else 1 / cluster.size,
+            None if step_sec is None else step_sec[c.name],
+        )
+        for c in cluster.classes
+    )
+    plan = Plan(classes, 0)
+    fastest = plan.fastest
+    in_round = sum(c.round_samples for c in classes)
+    counted = in_round if epoch == "pass" else fastest.batch_size * fastest.tau * cluster.size
+    rounds = samples // max(counted, in_round)
+    if rounds < 1:
+        problem = f"one round takes {max(counted, in_round)} samples, the training set has {samples}"
+        raise ConfigError("train.tau", dict(tau), problem, "set a smaller train.tau or train.batch_size, or use more data")
+    return Plan(classes, rounds)
+
+
+def check_least_round(cluster: Cluster, samples: int, tau_fastest: int, batch_size: Mapping[str, int]) -> None:
+    """Checks, before any speed is known, that some plan with this tau can have a round at all.
+
+    Raises:
+        ConfigError: even the smallest round (one step on every class but the fastest) takes more samples than there are.
+    """
+    step = {c.name: batch_size[c.name] * len(c.ranks) for c in cluster.classes}
+    least = min(sum(step.values()) + (tau_fastest - 1) * own for own in step.values())
+    if least > samples:
+        problem = f"one round takes at least {least} samples, the training set has {samples}"
+        raise ConfigError("train.tau", tau_fastest, problem, "set a smaller train.tau or train.batch_size, or use more data")
+
+
+def check_bias_to(bias_to: str, names: Sequence[str]) -> None:
+    """Checks ``sampling.bias_to``: ``fast``, ``slow``, or the name of a class.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if bias_to not in ("fast", "slow", *names):
+        raise ConfigError("sampling.bias_to", bias_to, "names no class", f"give fast, slow or one of {', '.join(names)}")
+
+
+def apportion(total: int, shares: Sequence[float]) -> list[int]:
+    """Divides ``total`` into integers in proportion to ``shares``, exactly (largest remainder, ties to the first)."""
+    whole = sum(shares)
+    exact = [total * share / whole for share in shares]
+    counts = [math.floor(x) for x in exact]
+    order = sorted(range(len(shares)), key=lambda i: (counts[i] - exact[i], i))
+    for i in order[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def _step_rate(c: ClassPlan) -> float:
+    return c.tau if c.step_sec is None else 1 / c.step_sec

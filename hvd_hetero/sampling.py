@@ -1,0 +1,143 @@
+"""Which samples each device class trains on in a pass: the loss table and the schemes. Pure numpy.
+
+Source: the biased local SGD paper, section 4.2 (separate sampling) and appendix A.2 (uniform, unified). Everything is
+O(n) in time, without a Python loop over samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.integer[Any]]
+Losses = NDArray[np.float32]
+
+
+class Sampler:
+    """Draws the index plan of a pass and keeps the last known loss of every sample; lives on rank 0.
+
+    Args:
+        samples: n, size of the training set.
+        scheme: one of :data:`SCHEMES`.
+        high_loss_ratio: p, the share of the biased class's samples that are those of the highest losses.
+        biased: name of the class that gets them.
+        seed: of the draws; the same seed and the same losses give the same draws.
+
+    Attributes:
+        losses: ``[n]`` training loss of each sample when it was last trained on, +inf if it never was.
+    """
+
+    def __init__(self, samples: int, scheme: str, high_loss_ratio: float, biased: str, seed: int) -> None:
+        self.losses: Losses = np.full(samples, np.inf, dtype=np.float32)
+        self._draw = SCHEMES[scheme]
+        self._ratio = high_loss_ratio
+        self._biased = biased
+        self._rng = np.random.default_rng(seed)
+        self._dtype = np.int32 if samples <= np.iinfo(np.int32).max else np.int64
+
+    def draw(self, counts: Mapping[str, int]) -> dict[str, Indices]:
+        """Draws N_g sample indices for every class, in random order, none twice within a class.
+
+        Args:
+            counts: N_g by class name; each at most n.
+
+        Returns:
+            ``[N_g]`` indices by class name. Any even cut of them deals the class's samples evenly to its ranks.
+        """
+        drawn = self._draw(self._rng, self.losses, counts, self._biased, self._ratio)
+        return {name: drawn[name].astype(self._dtype, copy=False) for name in counts}
+
+    def record(self, indices: Indices, losses: Losses) -> None:
+        """Enters losses in the order in which they were computed: of several for one sample the last one stays.
+
+        Args:
+            indices: ``[K]`` sample indices, ordered by (round, step, rank).
+            losses: ``[K]`` their losses. NaN counts as +inf: a sample whose loss blew up is a hard one.
+        """
+        # numpy assigns repeated indices one after the other, so the newest loss is the one left behind
+        self.losses[indices] = np.nan_to_num(losses, nan=np.inf, posinf=np.inf, neginf=-np.inf)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": self.losses, "rng": self._rng.bit_generator.state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.losses = np.asarray(state["losses"], dtype=np.float32)
+        self._rng.bit_generator.state = state["rng"]
+
+
+def in_order(values: Mapping[int, NDArray[Any]], rounds: int, tau: Mapping[int, int]) -> NDArray[Any]:
+    """Puts what each rank did in a pass into one sequence, by (round, step, rank).
+
+    Args:
+        values: ``[rounds * tau_rank * B_rank]`` by rank, in the order in which the rank worked on them.
+        tau: local steps of each rank in a round.
+
+    Returns:
+        ``[K]``, everything.
+    """
+    steps = {rank: values[rank].reshape(rounds, tau[rank], -1) for rank in sorted(values)}
+    longest = max(tau.values())
+    parts = [steps[rank][:, step] for step in range(longest) for rank in steps if step < tau[rank]]
+    return np.concatenate(parts, axis=1).reshape(-1)
+
+
+def _highest(rng: np.random.Generator, losses: Losses, count: int) -> tuple[Indices, Indices]:
+    """Splits all samples into the ``count`` of highest loss and the rest; ties are broken at random."""
+    shuffled = rng.permutation(len(losses))
+    if count in (0, len(losses)):
+        return shuffled[:count], shuffled[count:]
+    split = np.argpartition(losses[shuffled], len(losses) - count)
+    return shuffled[split[len(losses) - count :]], shuffled[split[: len(losses) - count]]
+
+
+def _biased_draw(rng: np.random.Generator, losses: Losses, total: int, ratio: float) -> Indices:
+    """floor(p N) samples of the highest losses, the rest of N uniformly from the others; shuffled."""
+    count = math.floor(ratio * total + 1e-9)  # 0.29 * 100 is a little less than 29 in floating point
+    hard, others = _highest(rng, losses, count)
+    rest = rng.choice(others, total - len(hard), replace=False, shuffle=False)
+    drawn: Indices = rng.permutation(np.concatenate([hard, rest]))
+    return drawn
+
+
+def _uniform(
+    rng: np.random.Generator, losses: Losses, counts: Mapping[str, int], biased: str, ratio: float
+) -> dict[str, Indices]:
+    """One joint permutation, dealt to the classes without replacement; losses do not matter."""
+    return _deal(rng.permutation(len(losses)), counts)
+
+
+def _separate(
+    rng: np.random.Generator, losses: Losses, counts: Mapping[str, int], biased: str, ratio: float
+) -> dict[str, Indices]:
+    """The biased class gets hard samples; every other class draws from all samples, independently of it."""
+    return {
+        name: _biased_draw(rng, losses, count, ratio) if name == biased else rng.permutation(len(losses))[:count]
+        for name, count in counts.items()
+    }
+
+
+def _unified(
+    rng: np.random.Generator, losses: Losses, counts: Mapping[str, int], biased: str, ratio: float
+) -> dict[str, Indices]:
+    """The biased class draws first; the others draw without replacement from what is left."""
+    first = _biased_draw(rng, losses, counts[biased], ratio)
+    left = np.ones(len(losses), dtype=bool)
+    left[first] = False
+    others = {name: count for name, count in counts.items() if name != biased}
+    return {biased: first} | _deal(rng.permutation(np.flatnonzero(left)), others)
+
+
+def _deal(order: Indices, counts: Mapping[str, int]) -> dict[str, Indices]:
+    ends = np.cumsum(list(counts.values()))
+    return {name: order[end - count : end] for (name, count), end in zip(counts.items(), ends, strict=True)}
+
+
+Scheme = Callable[
+    [np.random.Generator, Losses, Mapping[str, int], str, float],
+    dict[str, Indices],
+]
+SCHEMES: dict[str, Scheme] = {"separate": _separate, "uniform": _uniform, "unified": _unified}

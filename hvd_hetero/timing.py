@@ -1,0 +1,98 @@
+"""A stopwatch that leaves no second unaccounted for: every lap books the time since the last one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TypeVar
+
+T = TypeVar("T")
+KINDS = ("compute", "data", "blocked", "comm")
+
+
+class Stopwatch:
+    """Books a rank's time as compute, data, or one of a sequence of collectives.
+
+    What part of a collective was waiting can only be said once the durations of all ranks are known:
+    see :func:`split_waiting`. So collectives are kept one by one, in the order in which all ranks meet in them.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._mark = clock()
+        self.seconds = {"compute": 0.0, "data": 0.0}
+        self.collectives: list[float] = []
+
+    def skip(self) -> None:
+        """Starts the next lap now; the time since the last one is nobody's."""
+        self._mark = self._clock()
+
+    def lap(self, kind: str) -> float:
+        """Books the time since the last lap as ``compute`` or ``data``; returns it in seconds."""
+        now = self._clock()
+        spent, self._mark = now - self._mark, now
+        self.seconds[kind] += spent
+        return spent
+
+    def collective(self) -> float:
+        """Books the time since the last lap as one collective that all ranks take part in."""
+        now = self._clock()
+        spent, self._mark = now - self._mark, now
+        self.collectives.append(spent)
+        return spent
+
+    def take(self) -> tuple[dict[str, float], list[float]]:
+        """Returns the seconds by kind and the list of collectives since the last call, and starts anew."""
+        taken = dict(self.seconds), self.collectives
+        self.seconds, self.collectives = dict.fromkeys(self.seconds, 0.0), []
+        return taken
+
+
+class Pace:
+    """Hands out batches, books what happens between them, and emulates a slower device if asked to.
+
+    Args:
+        slowdown: each step is stretched to this many times its own measured time, by sleeping.
+        synchronize: waits until the device has done what it was given.
+    """
+
+    def __init__(self, watch: Stopwatch, slowdown: float = 1.0, synchronize: Callable[[], None] = lambda: None) -> None:
+        self._watch, self._slowdown, self._synchronize = watch, slowdown, synchronize
+        self._owed_sec = 0.0
+
+    def steps(self, batches: Iterable[T], count: int) -> Iterator[T]:
+        """Yields the next ``count`` batches; the time until the following one is asked for is the step's compute."""
+        for batch in islice(batches, count):
+            spent = self._watch.lap("data")
+            yield batch
+            if self._slowdown > 1:
+                self._synchronize()
+                self._stretch(spent + self._watch.lap("compute"))
+            self._watch.lap("compute")
+        self._synchronize()
+        self._watch.lap("compute")
+
+    def _stretch(self, measured_sec: float) -> None:
+        # What a sleep overshoots is taken off the next one.
+        self._owed_sec += (self._slowdown - 1) * measured_sec
+        if self._owed_sec > 0:
+            start = time.perf_counter()
+            time.sleep(self._owed_sec)
+            self._owed_sec -= time.perf_counter() - start
+
+
+def split_waiting(durations: Sequence[Sequence[float]]) -> tuple[list[float], float]:
+    """Splits the time in collectives into waiting and transfer.
+
+    The last rank to arrive in a collective waits for nobody, so the shortest duration is the transfer and what a rank
+    spent beyond it is waiting.
+
+    Args:
+        durations: seconds, ``[ranks][collectives]``.
+
+    Returns:
+        Blocked seconds of each rank, and the transfer seconds, which are the same for all.
+    """
+    transfer = sum(min(column) for column in zip(*durations, strict=True))
+    return [sum(row) - transfer for row in durations], transfer

@@ -1,0 +1,206 @@
+"""The training loop: deal, run the rounds, record, evaluate, save. Knows no method by name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hvd_hetero import algorithms
+from hvd_hetero.checkpoint import save_model
+from hvd_hetero.comm.horovod import Comm, build_info
+from hvd_hetero.config import Config
+from hvd_hetero.feed import Feed
+from hvd_hetero.job import Job
+from hvd_hetero.metrics import SUMMARY, Accounts, Progress, RunFolder, environment
+from hvd_hetero.plan import Plan, apportion
+from hvd_hetero.profiling import measure_classes
+from hvd_hetero.sampling import Sampler
+from hvd_hetero.timing import Stopwatch
+from hvd_hetero.worker import Worker
+
+
+class Trainer:
+    """Trains one job; every rank runs it.
+
+    Args:
+        run_dir: the run's folder, written by rank 0.
+        columns: width of the terminal that shows the progress, if there is one.
+    """
+
+    def __init__(self, job: Job, run_dir: str | Path, columns: int | None = None) -> None:
+        config, parts = job.config, job.components
+        self.job, self.config = job, config
+        self.watch = Stopwatch()
+        self.method = algorithms.get(config.algorithm.name)
+        self.source = parts.dataset.train.to(job.placement.device)
+        self.test = parts.dataset.test.to(job.placement.device)
+        self.worker = Worker(
+            parts.model,
+            parts.loss,
+            parts.optimizer,
+            parts.scheduler,
+            device=job.placement.device,
+            slowdown=job.cluster.class_of(job.env.rank).slowdown,
+            watch=self.watch,
+            metric=parts.metric,
+            seed=config.run.seed * 1000003 + job.env.rank,
+        )
+        torch.manual_seed(config.run.seed * 1000003 + job.env.rank)  # dropout differs from rank to rank
+        self.folder = RunFolder(run_dir, config.run.overwrite) if job.env.rank == 0 else None
+        self.columns = columns
+        self.comm = Comm(job.cluster, job.env.rank, config.aggregation.path)
+
+    def run(self) -> dict[str, Any] | None:
+        """Trains to the end; returns the summary on rank 0.
+
+        Raises:
+            ConfigError: the measured speeds allow no plan; the same on all ranks.
+        """
+        begin = time.perf_counter()
+        config, comm, worker = self.config, self.comm, self.worker
+        comm.broadcast_state(worker.state)
+        plan = self._plan()
+        comm.agree(plan.digest(), "plan", "plan")
+        if self.folder is not None:
+            self._write_start(self.folder, plan)
+        sampler = self._sampler(plan) if comm.rank == 0 else None
+        feed = Feed(comm, len(self.source), sampler)
+        algorithm = self.method(config.algorithm, plan, comm.rank)
+        accounts = Accounts(self.job.cluster)
+        progress = Progress(config.train.passes, self.columns) if comm.rank == 0 else None
+        best: dict[str, float | None] = {"final_accuracy": None, "best_accuracy": None, "final_loss": None}
+
+        for number in range(1, config.train.passes + 1):
+            self.watch.skip()
+            rows = feed.deal(plan)
+            self.watch.collective()
+            batches = iter(self.source.batches(rows, worker.generator))
+            for done in range(plan.rounds):
+                self._warm_up(accounts.rounds + done)
+                algorithm.run_round(worker, batches, comm)
+            losses = worker.take_losses()
+            feed.collect(plan, losses)
+            self.watch.collective()
+            seconds, train_loss = self._account(accounts, plan, losses)
+            rate = worker.optimizer.param_groups[0]["lr"]
+            worker.end_epoch()
+            row: dict[str, Any] = {
+                "pass": number,
+                "round": accounts.rounds,
+                "samples_seen": accounts.samples_seen,
+                "wall_sec": time.perf_counter() - begin,
+                "train_sec": accounts.train_sec,
+                "train_loss": train_loss,
+                "lr": rate,
+                "samples_per_sec": sum(plan.pass_samples().values()) / seconds,
+                "blocked_fraction": accounts.blocked_fractions(),
+            }
+            if number % config.eval.every_passes == 0 or number == config.train.passes:
+                row |= self._evaluate(plan)
+                _note(best, row)
+            if self.folder is not None and progress is not None:
+                self.folder.row(row)
+                progress.update(row, plan.fastest.name)
+        return self._finish(accounts, plan, best, progress, begin)
+
+    # ---- parts of a run ---------------------------------------------------------------------------------------------
+
+    def _plan(self) -> Plan:
+        config, cluster = self.config, self.job.cluster
+        speeds = None
+        if self.method.needs_speeds(config.train) and len(cluster.classes) > 1:
+            batch = _own_batch(config, cluster.class_of(self.comm.rank).name)
+            profile = config.profile
+            speeds = measure_classes(
+                self.worker, self.source, batch, cluster, self.comm, profile.seconds, profile.warmup_steps
+            )
+        elif self.method.needs_speeds(config.train):
+            speeds = {cluster.classes[0].name: 1.0}
+        return self.method.make_plan(cluster, len(self.source), config.train, str(config.aggregation.weights), speeds)
+
+    def _sampler(self, plan: Plan) -> Sampler:
+        spec = self.config.sampling
+        biased = plan.biased(spec.bias_to)
+        return Sampler(len(self.source), str(spec.scheme), spec.high_loss_ratio, biased, self.config.run.seed)
+
+    def _warm_up(self, done: int) -> None:
+        rounds = self.config.train.warmup_rounds
+        if done <= rounds and rounds:
+            self.worker.warm_up(min(1.0, (done + 1) / rounds))
+
+    def _account(self, accounts: Accounts, plan: Plan, losses: torch.Tensor) -> tuple[float, float]:
+        """Gathers where all ranks' time of this pass went; returns its seconds and the mean loss of its samples."""
+        kinds, collectives = self.watch.take()
+        loss = float(losses.double().sum())
+        mine = torch.tensor([kinds["compute"], kinds["data"], loss, *collectives], dtype=torch.float64)
+        rows = [row.tolist() for row in self.comm.gather(mine, "pass.times")]
+        seconds = accounts.enter(plan, [{"compute": r[0], "data": r[1]} for r in rows], [r[3:] for r in rows])
+        return seconds, sum(r[2] for r in rows) / sum(plan.pass_samples().values())
+
+    def _evaluate(self, plan: Plan) -> dict[str, float | None]:
+        """Every rank evaluates a part of the test set in proportion to its speed, so that all end together."""
+        ranks = plan.by_rank()
+        counts = apportion(len(self.test), [c.speed for c in ranks])
+        start = sum(counts[: self.comm.rank])
+        indices = np.arange(start, start + counts[self.comm.rank])
+        sums = self.worker.evaluate(self.test, indices, self.config.eval.batch_size)
+        loss, metric = self.comm.sum(sums, "evaluation")
+        name = "eval_accuracy" if self.config.eval.metric == "accuracy" else "eval_metric"
+        figures = {"eval_loss": loss / len(self.test)}
+        return figures | ({name: metric / len(self.test)} if self.job.components.metric is not None else {})
+
+    def _write_start(self, folder: RunFolder, plan: Plan) -> None:
+        folder.write("config.yaml", self.config.to_yaml())
+        folder.write("environment.json", environment(self.job.cluster, build_info()))
+        folder.write("plan.json", plan.to_dict())
+        for c in plan.classes:
+            step = "" if c.step_sec is None else f", {1e3 * c.step_sec:.3g} ms a step"
+            print(f"class {c.name}: ranks {list(c.ranks)}, tau {c.tau}, batch {c.batch_size}, weight {c.weight:.4f}{step}",
+                  flush=True)
+
+    def _finish(
+        self, accounts: Accounts, plan: Plan, evaluated: Mapping[str, Any], progress: Progress | None, begin: float
+    ) -> dict[str, Any] | None:
+        if self.folder is None or progress is None:
+            return None
+        progress.close()
+        save_model(self.folder.path, self.worker.model)
+        summary = {
+            "algorithm": self.config.algorithm.name,
+            "world_size": self.comm.size,
+            "seed": self.config.run.seed,
+            "emulated": self.job.cluster.emulated,
+            "rounds": accounts.rounds,
+            "passes": accounts.passes,
+            "samples_seen": accounts.samples_seen,
+            "wall_sec": time.perf_counter() - begin,
+            "train_sec": accounts.train_sec,
+            "eval": dict(evaluated),
+            "classes": accounts.classes(plan),
+        }
+        self.folder.write(SUMMARY, summary)
+        self.folder.close()
+        return summary
+
+    def close(self) -> None:
+        """Leaves the job together with all other ranks."""
+        self.comm.close()
+
+
+def _own_batch(config: Config, name: str) -> int:
+    size = config.train.batch_size
+    return int(size[name] if isinstance(size, Mapping) else size)
+
+
+def _note(best: dict[str, float | None], row: Mapping[str, Any]) -> None:
+    best["final_loss"] = row["eval_loss"]
+    best["final_accuracy"] = accuracy = row.get("eval_accuracy")
+    if accuracy is not None:
+        best["best_accuracy"] = max(accuracy, best["best_accuracy"] or 0.0)
+
+

@@ -1,0 +1,229 @@
+"""One rank's model, optimizer and device: local steps and evaluation. It never communicates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hvd_hetero.comm.flat import FlatState
+from hvd_hetero.data import Batch, Source
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.imports import import_target
+from hvd_hetero.timing import Pace, Stopwatch
+
+PerSample = Callable[[Any, Tensor], Tensor]
+
+
+class Worker:
+    """Trains one replica.
+
+    Args:
+        model: moved to the device, and its parameters into flat vectors.
+        loss: ``loss(outputs, targets) -> [B]``, see :func:`per_sample_loss`.
+        make_optimizer: makes the optimizer from the parameters.
+        make_scheduler: makes a learning-rate scheduler from the optimizer, or None.
+        slowdown: emulate a device this many times slower: each local step is stretched by sleeping.
+        watch: books the rank's time.
+        metric: ``metric(outputs, targets) -> [B]``, the figure that evaluation averages beside the loss.
+
+    Attributes:
+        state: what an aggregation averages.
+        generator: on the device; the only source of the augmentation's randomness.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: PerSample,
+        make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        make_scheduler: Callable[[torch.optim.Optimizer], Any] | None,
+        *,
+        device: str = "cpu",
+        slowdown: float = 1.0,
+        watch: Stopwatch | None = None,
+        metric: PerSample | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.device = torch.device(device)
+        self.model = model.to(self.device)
+        self.state = FlatState(self.model)
+        self.optimizer = make_optimizer([p for p in self.model.parameters() if p.requires_grad])
+        self.scheduler = None if make_scheduler is None else make_scheduler(self.optimizer)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.watch = watch or Stopwatch()
+        self.pace = Pace(self.watch, slowdown, self._synchronize)
+        self._loss, self._metric = loss, metric
+        self._scheduled = [group["lr"] for group in self.optimizer.param_groups]
+        self._losses: list[Tensor] = []
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def local_step(self, inputs: Any, targets: Tensor) -> Tensor:
+        """One optimizer update on one mini-batch; returns the per-sample losses ``[B]``, on the device."""
+        losses = self.gradient(inputs, targets)
+        self.optimizer.step()
+        return losses
+
+    def gradient(self, inputs: Any, targets: Tensor) -> Tensor:
+        """Leaves the gradient of the batch's mean loss in the parameters; returns the per-sample losses ``[B]``."""
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self._loss(forward(self.model, inputs), targets)
+        losses.mean().backward()
+        return losses.detach()
+
+    def local_steps(self, batches: Iterator[Batch], count: int) -> None:
+        """``count`` local steps on the next batches; their losses are kept for :meth:`take_losses`."""
+        for inputs, targets in self.pace.steps(batches, count):
+            self._losses.append(self.local_step(inputs, targets))
+
+    def take_losses(self) -> Tensor:
+        """The losses ``[K]`` of all samples since the last call, in the order of training, on the host."""
+        taken = torch.cat(self._losses).cpu() if self._losses else torch.empty(0)
+        self._losses = []
+        return taken.float()
+
+    def warm_up(self, factor: float) -> None:
+        """Scales the scheduled learning rate, in (0, 1], until the next call."""
+        for group, rate in zip(self.optimizer.param_groups, self._scheduled, strict=True):
+            group["lr"] = rate * factor
+
+    def end_epoch(self) -> None:
+        """Steps the scheduler, from the scheduled rate and not from a warm-up's."""
+        self.warm_up(1.0)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self._scheduled = [group["lr"] for group in self.optimizer.param_groups]
+
+    # ---- evaluation -------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def evaluate(self, source: Source, indices: np.ndarray[Any, Any], batch_size: int) -> tuple[float, float]:
+        """Sums of loss and metric over the given samples of a source; the model is left in training mode."""
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64)
+        whole = len(indices) // batch_size * batch_size
+        for rows in (indices[:whole].reshape(-1, batch_size), indices[whole:].reshape(1, -1)):
+            for inputs, targets in source.batches(rows, self.generator) if rows.size else ():
+                outputs = forward(self.model, inputs)
+                total[0] += self._loss(outputs, targets).sum().cpu()
+                if self._metric is not None:
+                    total[1] += self._metric(outputs, targets).sum().cpu()
+        self.model.train()
+        return float(total[0]), float(total[1])
+
+    # ---- saving and putting back ------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Callable[[], None]:
+        """Remembers everything that training changes; calling the result puts it back."""
+        vectors = [v.clone() for v in self.state.vectors]
+        integers = self.state.integers()
+        generators = torch.get_rng_state(), self.generator.get_state()
+        optimizer = self.optimizer.state_dict() if self.optimizer.state else None
+        assert optimizer is None, "a snapshot is taken before training"
+
+        def restore() -> None:
+            for vector, saved in zip(self.state.vectors, vectors, strict=True):
+                vector.copy_(saved)
+            if integers is not None:
+                self.state.set_integers(integers)
+            torch.set_rng_state(generators[0])
+            self.generator.set_state(generators[1])
+            self.optimizer.state.clear()
+            self.optimizer.zero_grad(set_to_none=True)
+            self._losses = []
+
+        return restore
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def forward(model: nn.Module, inputs: Any) -> Any:
+    """Calls the model: a tuple of inputs as positional arguments, a dict as keyword arguments."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def per_sample_loss(name: str, args: Mapping[str, Any]) -> PerSample:
+    """The loss by name (a function of ``torch.nn.functional``) or import path, reduced to one number a sample.
+
+    Raises:
+        ConfigError: there is no such loss.
+    """
+    if ":" in name:
+        target = import_target("train.loss", name)
+    else:
+        target = getattr(nn.functional, name, None)  # type: ignore[assignment]
+        if not callable(target):
+            raise ConfigError("train.loss", name, "is no function of torch.nn.functional",
+                              "give one, for example cross_entropy, or package.module:function")
+        args = {"reduction": "none", **args}
+
+    def loss(outputs: Any, targets: Tensor) -> Tensor:
+        losses: Tensor = target(outputs, targets, **args)
+        return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
+
+    return loss
+
+
+def metric_by_name(name: str | None) -> PerSample | None:
+    """``accuracy``, None, or the user's ``package.module:function`` giving one number a sample."""
+    if name is None or name == "none":
+        return None
+    if ":" in name:
+        return import_target("eval.metric", name)
+    if name != "accuracy":
+        raise ConfigError("eval.metric", name, "is not known", "give accuracy, none or package.module:function")
+    return accuracy
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """1 where the highest logit is the target's; ``[B, C]`` and ``[B]`` to ``[B]``."""
+    return (outputs.argmax(1) == targets).float()
+
+
+def optimizer_maker(
+    name: str, lr: float, args: Mapping[str, Any]
+) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    """Makes an optimizer by its ``torch.optim`` name or import path.
+
+    Raises:
+        ConfigError: unknown name or argument.
+    """
+    kind = _torch_class("train.optimizer", name, torch.optim, torch.optim.Optimizer)
+    return lambda params: _made("train.optimizer_args", lambda: kind(params, lr=lr, **args), args)
+
+
+def scheduler_maker(name: str | None, args: Mapping[str, Any]) -> Callable[[torch.optim.Optimizer], Any] | None:
+    """Makes a learning-rate scheduler by its ``torch.optim.lr_scheduler`` name or import path; it steps once an epoch.
+
+    Raises:
+        ConfigError: unknown name or argument.
+    """
+    if name is None:
+        return None
+    kind = _torch_class("train.scheduler", name, torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
+    return lambda optimizer: _made("train.scheduler_args", lambda: kind(optimizer, **args), args)
+
+
+def _torch_class(key: str, name: str, module: Any, kind: type) -> Callable[..., Any]:
+    if ":" in name:
+        return import_target(key, name)
+    found = getattr(module, name, None)
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        known = ", ".join(n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, kind))
+        raise ConfigError(key, name, f"is not in {module.__name__}", f"known are {known}; or give package.module:class")
+    return found
+
+
+def _made(key: str, make: Callable[[], Any], args: Mapping[str, Any]) -> Any:
+    try:
+        return make()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(key, dict(args), str(error).split(": ")[-1], "see the class's documentation in PyTorch") from error
