@@ -64,7 +64,7 @@ def parse(arguments: Sequence[str]) -> Settings:
     """Reads the command line and the environment."""
     parser = argparse.ArgumentParser(
         prog="scripts/setup",
-        description="Makes the environment: torch, Horovod built from source, hvd-hetero; skips what is there.",
+        description="Makes the environment: torch, Horovod (built here), hvd-hetero; skips what is there.",
         epilog=HELP_END,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -12,14 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 TAIL_LINES = 15
-HEARTBEAT_SEC = 10.0
 
 # What a log says, and what to do about it; the first that matches wins over the step's own remedy.
 KNOWN_CAUSES = [
     (
         r"No space left on device|Disk quota exceeded",
-        "The disk is full. Free some space (about 3 GB are needed; HVD_HETERO_VENV, XDG_CACHE_HOME and TMPDIR "
-        "say where) and run again.",
+        "The disk is full. Free some space (3 GB are needed; HVD_HETERO_VENV, XDG_CACHE_HOME and TMPDIR say "
+        "where) and run again.",
     ),
     (
         r"Killed signal terminated|c\+\+: fatal error: Killed|compiler error: Killed|cannot allocate memory",
@@ -28,9 +27,9 @@ KNOWN_CAUSES = [
     (
         r"NameResolutionError|Temporary failure in name|Name or service not known|NewConnectionError"
         r"|Failed to establish a new connection|Network is unreachable|Connection refused|ConnectTimeout"
-        r"|Read timed out|ProxyError|Tunnel connection failed|Max retries exceeded",
+        r"|Read timed out|ProxyError|Tunnel connection failed|Max retries exceeded|from versions: none",
         "The package index cannot be reached. Check the network and the proxy (https_proxy), or point pip at "
-        "a mirror (PIP_INDEX_URL) or a folder of wheels (PIP_FIND_LINKS). Then run again: nothing done is lost.",
+        "a mirror (PIP_INDEX_URL) or folder of wheels (PIP_FIND_LINKS). Then run again: nothing is lost.",
     ),
     (
         r"CERTIFICATE_VERIFY_FAILED",
@@ -79,6 +78,13 @@ def last_lines(log: Path, count: int = TAIL_LINES) -> list[str]:
     return [line[:300] for line in lines[-count:]]
 
 
+def newest_progress(log: Path) -> str:
+    """What a running step is at: the compiler's last percentage, else the log's last line."""
+    lines = last_lines(log, 200)
+    percentages = [line for line in lines if re.match(r" *\[ *\d+%\]", line)]
+    return (percentages or lines or [""])[-1].strip()
+
+
 def remedy_for(log_text: str, fallback: str) -> str:
     """The remedy for the first known cause that the log names, else `fallback`."""
     for pattern, remedy in KNOWN_CAUSES:
@@ -93,12 +99,14 @@ class Steps:
     Args:
         log_dir: one log file a step goes here.
         dry_run: print the commands instead of running them.
+        heartbeat_sec: how often a running step shows a sign of life.
     """
 
-    def __init__(self, log_dir: Path, dry_run: bool = False) -> None:
+    def __init__(self, log_dir: Path, dry_run: bool = False, heartbeat_sec: float | None = None) -> None:
         self.log_dir, self.dry_run = log_dir, dry_run
         self._start_sec = time.monotonic()
         self._live = sys.stdout.isatty()
+        self._heartbeat_sec = heartbeat_sec or (1.0 if self._live else 10.0)
 
     def say(self, text: str) -> None:
         """Prints one line, after the seconds since the start."""
@@ -156,12 +164,11 @@ class Steps:
         """Waits for the child, telling every few seconds how long it has run and what it last wrote."""
         while True:
             try:
-                status = child.wait(timeout=1.0 if self._live else HEARTBEAT_SEC)
+                status = child.wait(timeout=self._heartbeat_sec)
                 if self._live:
                     print("\r\x1b[K", end="")
                 return status
             except subprocess.TimeoutExpired:
-                tail = "".join(last_lines(log, 1)).strip()
-                text = f"  {name}, {time.monotonic() - begin_sec:.0f} s so far: {tail}"[:100]
+                text = f"  {name}, {time.monotonic() - begin_sec:.0f} s so far: {newest_progress(log)}"[:100]
                 # A terminal shows one line that changes; a file gets a new line each time.
                 print("\r\x1b[K" + text if self._live else text, end="" if self._live else "\n", flush=True)

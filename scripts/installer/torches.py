@@ -79,7 +79,7 @@ def probe(python: Path) -> Torch:
         raise StepFailed(
             "check torch",
             "torch was installed but cannot be imported: " + done.stderr.strip().splitlines()[-1],
-            "Remove the environment's folder and run again. If that does not help, it does not fit this machine.",
+            "Remove the environment's folder and run again. If it stays, torch does not fit this machine.",
         )
     version, cuda, nccl = json.loads(done.stdout.strip().splitlines()[-1])
     return Torch(version, cuda, Path(nccl) if nccl else None)

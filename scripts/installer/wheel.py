@@ -161,8 +161,8 @@ def horovod_wheel(steps: Steps, python: Path, cache: Path, torch: Torch, cuda: C
             "build Horovod",
             [python, "-m", "pip", "wheel", "--verbose", "--no-build-isolation", "--no-deps", "--no-cache-dir",
              "--wheel-dir", work / "out", source],
-            remedy="Read the first error in the log. If this compiler is too new or too old, name another in CXX; "
-            "gcc 12 with CMake 3.25 is known to work.",
+            remedy="Read the first error in the log. If the compiler does not suit, name another in CXX; "
+            "gcc 12 with CMake 3.25 works.",
             env=build_env(cuda, source, work),
         )  # fmt: skip
         if steps.dry_run:
