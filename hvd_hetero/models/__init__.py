@@ -15,11 +15,16 @@ from hvd_hetero.errors import ConfigError
 from hvd_hetero.imports import call, choose, import_target
 from hvd_hetero.models.resnet import resnet20
 from hvd_hetero.models.small import cnn, mlp
+from hvd_hetero.models.transformer import distilbert, vit
+from hvd_hetero.models.wide_resnet import wide_resnet
 
 MODELS: Mapping[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
     "cnn": cnn,
     "resnet20": resnet20,
+    "wide_resnet": wide_resnet,
+    "vit": vit,
+    "distilbert": distilbert,
 }
 
 
