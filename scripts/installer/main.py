@@ -112,7 +112,8 @@ def keys(settings: Settings, system_torch: torches.Torch | None, extras: frozens
     """What decides each stage: one whose key is remembered is done. A later key holds the earlier ones."""
     scripts = sorted([*wheel.SOURCES.iterdir(), *Path(__file__).parent.glob("*.py")])
     toolkit = torches.find_toolkit() if settings.cuda_mode != "off" else None
-    interpreter = digest(str(settings.venv), sys.version, base_python(), str(system_torch))
+    python = os.path.realpath(sys.executable)  # it has several names
+    interpreter = digest(str(settings.venv), sys.version, python, str(system_torch))
     texts = [file.read_text() for file in scripts]
     base = digest(interpreter, texts, settings.torch_index, settings.cuda_mode, str(toolkit))
     always, optional = requirements()
@@ -120,11 +121,6 @@ def keys(settings: Settings, system_torch: torches.Torch | None, extras: frozens
     packaging = [(ROOT / name).read_text() for name in ("setup.cfg", "pyproject.toml")]
     package = digest(needs, str(ROOT), packaging)
     return {"interpreter": interpreter, "base": base, "requirements": needs, "package": package}
-
-
-def base_python() -> str:
-    """The Python outside of any environment, in case the set-up was started from inside one."""
-    return str(getattr(sys, "_base_executable", None) or sys.executable)
 
 
 def remembered(settings: Settings) -> dict[str, str]:
@@ -230,7 +226,7 @@ def make_venv(settings: Settings, steps: Steps, see_system: bool) -> None:
             f"{venv} exists and is not an environment, so it is left alone",
             "Name another folder in HVD_HETERO_VENV, or remove this one.",
         )
-    command: list[str | Path] = [base_python(), "-m", "venv", "--clear", venv]
+    command: list[str | Path] = [sys.executable, "-m", "venv", "--clear", venv]
     if see_system:
         command.append("--system-site-packages")
     steps.run("make environment", command, remedy=f"Is {venv.parent} writable? Has this Python venv?")

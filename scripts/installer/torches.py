@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,7 +56,7 @@ def torchvision_for(torch_version: str) -> str:
 
 def system_cuda_torch() -> Torch | None:
     """The CUDA torch of the Python that runs this, if it has one in our range; found without importing it."""
-    spec = find_spec("torch") if sys.prefix == sys.base_prefix else None
+    spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return None
     text = Path(spec.origin).with_name("version.py").read_text()
