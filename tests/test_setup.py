@@ -130,12 +130,13 @@ def test_a_long_step_shows_that_it_is_alive(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_failed_step_ends_with_its_log(tmp_path: Path) -> None:
-    script = "import sys; print('\\n'.join(f'line {n}' for n in range(100))); sys.exit(3)"
+    script = "print('x.h:7:2: error: no such type', *range(100), sep='\\nline '); raise SystemExit(3)"
     with pytest.raises(StepFailed) as caught:
         Steps(tmp_path).run("compile", [sys.executable, "-c", script], remedy="Pray.")
     report = caught.value.report()
     assert "step 'compile' failed" in report and "status 3" in report and report.endswith("What to do: Pray.")
     assert "line 99" in report and "line 50\n" not in report
+    assert "The first error in it:\n  | x.h:7:2: error: no such type" in report
 
 
 # --- the wheel ---

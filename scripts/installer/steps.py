@@ -67,7 +67,11 @@ class StepFailed(Exception):
         lines = [f"setup: step '{self.step}' failed: {self.problem}"]
         if self.log is not None:
             lines.append(f"Last lines of {self.log}:")
-            lines += [f"  | {line}" for line in last_lines(self.log)]
+            shown = last_lines(self.log)
+            lines += [f"  | {line}" for line in shown]
+            cause = first_error(self.log)
+            if cause and cause not in shown:
+                lines += ["The first error in it:", f"  | {cause}"]
         lines.append(f"What to do: {self.remedy}")
         return "\n".join(lines)
 
@@ -76,6 +80,13 @@ def last_lines(log: Path, count: int = TAIL_LINES) -> list[str]:
     """The last non-empty lines of a log, each cut to a readable width."""
     lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return [line[:300] for line in lines[-count:]]
+
+
+def first_error(log: Path) -> str:
+    """The first line with an error of the compiler or of CMake, which the last lines seldom hold; empty if none."""
+    pattern = re.compile(r"(:\d+: |: fatal )error: |^ *CMake Error|: undefined reference to ")
+    lines = log.read_text(errors="replace").splitlines()
+    return next((line.strip()[:300] for line in lines if pattern.search(line)), "")
 
 
 def newest_progress(log: Path) -> str:
