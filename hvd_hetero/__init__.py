@@ -1,3 +1,25 @@
 """hvd-hetero trains PyTorch models on workers of unequal speed, on Horovod."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hvd_hetero.api import train
+    from hvd_hetero.loop import Loop
+
+__all__ = ["Loop", "__version__", "train"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # On demand, because planning imports this package on machines without torch and Horovod.
+    if name == "train":
+        from hvd_hetero.api import train
+
+        return train
+    if name == "Loop":
+        from hvd_hetero.loop import Loop
+
+        return Loop
+    raise AttributeError(f"module 'hvd_hetero' has no attribute {name!r}")

@@ -58,8 +58,7 @@ def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | N
         return config, parts
 
     started = job.start(prepare_folder_too)
-    columns = os.environ.get(COLUMNS)
-    trainer = Trainer(started, run_dir(started.config), int(columns) if columns else None)
+    trainer = Trainer(started, run_dir(started.config))
     try:
         summary = trainer.run()
     except UserError:
@@ -67,10 +66,6 @@ def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | N
         raise
     trainer.close()
     return summary
-
-
-COLUMNS = "HVD_HETERO_COLUMNS"
-"""Set by the launcher to the width of its terminal: ranks themselves never see one."""
 
 
 def run_dir(config: Config) -> Path:

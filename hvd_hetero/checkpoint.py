@@ -13,7 +13,7 @@ MODEL = "model.pt"
 
 
 def save_model(run_dir: Path, model: nn.Module) -> Path:
-    """Writes the model's weights under ``checkpoint/``; a crash leaves the old file or the new one, never a torn one."""
+    """Writes the model's weights under ``checkpoint/``; after a crash the old file is there or the new one, whole."""
     folder = run_dir / FOLDER
     folder.mkdir(exist_ok=True)
     part, path = folder / f".{MODEL}.part", folder / MODEL

@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     command("train", _train, "one rank of a run: started by horovodrun on every slot")
     launcher = command("launch", _launch, "check a configuration, then run it through horovodrun")
     launcher.add_argument("--print", dest="show", action="store_true", help="only print the horovodrun line")
-    command("doctor", _doctor, "what this machine (or, under horovodrun, every rank) has, and whether a configuration can run")
+    command("doctor", _doctor, "what this machine, or each rank of a job, has; can a configuration run here?")
     return parser
 
 

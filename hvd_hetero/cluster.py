@@ -115,7 +115,7 @@ def assign(classes: Any, facts: Sequence[RankFacts]) -> Cluster:
         for rank in item.ranks:
             if rank in owner:
                 problem = f"rank {rank} is in class {owner[rank]} too"
-                raise ConfigError(f"cluster.classes.{item.name}", list(item.ranks), problem, "take it out of one of them")
+                raise ConfigError(f"cluster.classes.{item.name}", list(item.ranks), problem, "take it out of one")
             owner[rank] = item.name
     left = [f.rank for f in facts if f.rank not in owner]
     if left:
@@ -185,10 +185,11 @@ def _select(name: str, spec: ClassConfig, facts: Sequence[RankFacts]) -> DeviceC
         for rank in ranks:
             if rank >= len(facts):
                 problem = f"there is no rank {rank} among {len(facts)}"
-                raise ConfigError(f"{key}.ranks", ranks, problem, f"start {rank + 1} ranks (-np, slots), or leave it out")
+                raise ConfigError(f"{key}.ranks", ranks, problem, f"start {rank + 1} ranks, or leave it out")
     else:
         slots = None if spec.slots is None else integers(f"{key}.slots", spec.slots)
-        ranks = [f.rank for f in facts if fnmatch(f.host, spec.hosts or "*") and (slots is None or f.local_rank in slots)]
+        on_hosts = [f for f in facts if fnmatch(f.host, spec.hosts or "*")]
+        ranks = [f.rank for f in on_hosts if slots is None or f.local_rank in slots]
     return DeviceClass(name, spec.device, tuple(sorted(ranks)), spec.slowdown, spec.threads)
 
 

@@ -53,8 +53,11 @@ class Components:
     scheduler: MakeScheduler | None
 
 
-def build(config: Config, given: Given | None = None) -> Components:
+def build(config: Config, given: Given | None = None, try_out: bool = True) -> Components:
     """Loads the data, makes the model and tries both out on two samples, so that mistakes show before a job starts.
+
+    Args:
+        try_out: False for a program that has a loss and a step of its own.
 
     Raises:
         ConfigError: anything of it cannot be made, or the loss is not one number a sample.
@@ -70,7 +73,8 @@ def build(config: Config, given: Given | None = None) -> Components:
         optimizer=given.optimizer or optimizer_maker(train.optimizer, train.lr, train.optimizer_args),
         scheduler=given.scheduler or scheduler_maker(train.scheduler, train.scheduler_args),
     )
-    _try_out(components, config, given)
+    if try_out:
+        _try_out(components, config, given)
     return components
 
 
@@ -89,7 +93,7 @@ def _model(config: Config, given: Given) -> nn.Module:
         return models.build(config.model.name, config.model.target, config.model.args)
     model = given.model if isinstance(given.model, nn.Module) else given.model()
     if not isinstance(model, nn.Module):
-        raise ConfigError("model", type(model).__name__, "is not a torch.nn.Module", "give a module or a function making one")
+        raise ConfigError("model", type(model).__name__, "is no torch.nn.Module", "give one, or a function making it")
     return model
 
 
@@ -98,7 +102,7 @@ def _try_out(components: Components, config: Config, given: Given) -> None:
     model, source = components.model, components.dataset.train
     count = min(2, len(source))
     if len(components.dataset.test) == 0 or count == 0:
-        raise ConfigError("data.name", config.data.name, "has an empty split", "give at least one sample to train and to test")
+        raise ConfigError("data.name", config.data.name, "has an empty split", "give it at least one sample")
     state = torch.get_rng_state()
     inputs, targets = next(iter(source.batches(np.arange(count)[None], torch.Generator())))
     model.eval()
@@ -111,8 +115,8 @@ def _try_out(components: Components, config: Config, given: Given) -> None:
             raise
         shapes = f"inputs {_shape(inputs)}, targets {_shape(targets)}"
         problem = f"the model or the loss fails on a batch of {count} ({shapes}): {' '.join(str(error).split())}"
-        raise ConfigError("model.name" if config.model.target is None else "model.target",
-                          config.model.target or config.model.name, problem, "make model, data and loss fit together") from error
+        key, value = ("model.target", config.model.target) if config.model.target else ("model.name", config.model.name)
+        raise ConfigError(key, value, problem, "make model, data and loss fit together") from error
     finally:
         model.train()
     per_sample("train.loss" if given.loss is None else "loss", config.train.loss, losses, count)
@@ -121,7 +125,7 @@ def _try_out(components: Components, config: Config, given: Given) -> None:
             per_sample("eval.metric", config.eval.metric, components.metric(outputs, targets), count)
         except (RuntimeError, TypeError, IndexError, AttributeError) as error:
             problem = f"fails on this model's outputs: {' '.join(str(error).split())}"
-            raise ConfigError("eval.metric", config.eval.metric, problem, "set eval.metric=none or one of your own") from error
+            raise ConfigError("eval.metric", config.eval.metric, problem, "set eval.metric=none or another") from error
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
         raise ConfigError("model.name", config.model.name, "has no trainable parameters", "leave some to train")

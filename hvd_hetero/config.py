@@ -303,7 +303,7 @@ def _parse(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise ConfigError("argument", text, "is not key=value", "write for example train.passes=10")
     try:
-        parsed = OmegaConf.create(f"value: {value}")["value"] if value else None
+        parsed: Any = OmegaConf.create(f"value: {value}").value if value else None
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(key, value, "is not a YAML value", "quote it, or correct its brackets") from error
     return key, OmegaConf.to_container(parsed) if OmegaConf.is_config(parsed) else parsed
@@ -362,7 +362,7 @@ def _by_name(key: str, classes: Any) -> dict[str, Any]:
         if len(set(names)) < len(names):
             raise ConfigError(key, names, "two classes have the same name", "give each class a name of its own")
         return {str(item["name"]): {k: v for k, v in item.items() if k != "name"} for item in classes}
-    raise ConfigError(key, classes, "is not a set of device classes", "write 'auto' or {name: {device: ..., ranks: ...}}")
+    raise ConfigError(key, classes, "is no set of device classes", "write auto, or {name: {device: ..., ranks: ...}}")
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------

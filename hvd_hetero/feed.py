@@ -35,8 +35,9 @@ class Feed:
         everything = torch.empty(sum(sizes), dtype=self._dtype)
         if self.sampler is not None:
             drawn = self.sampler.draw(plan.pass_samples())
-            parts = [rows for c in plan.classes for rows in zip(c.ranks, np.split(drawn[c.name], len(c.ranks)), strict=True)]
-            self._dealt = dict(parts)
+            self._dealt = {}
+            for c in plan.classes:
+                self._dealt |= dict(zip(c.ranks, np.split(drawn[c.name], len(c.ranks)), strict=True))
             everything = torch.from_numpy(np.concatenate([self._dealt[rank] for rank in range(len(sizes))]))
         everything = self._comm.broadcast(everything, "pass.indices")
         mine = everything.split(sizes)[self._comm.rank].numpy()

@@ -1,4 +1,7 @@
-"""Finding things by name: import paths, registries and keyword arguments, with errors a user understands."""
+"""Finding things by name: import paths, optional libraries, registries and keyword arguments.
+
+All with errors that a user understands.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from hvd_hetero.errors import ConfigError
@@ -149,3 +153,39 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (int, bool, str, type(None)):
         return isinstance(value, hint)
     return True
+
+
+def import_torchvision() -> types.ModuleType:
+    """Import torchvision, and help it where it was built for another torch.
+
+    A build for CUDA beside a CPU torch cannot load its operators, yet at import it describes two of them to
+    torch and fails because they do not exist. Nothing here uses them: declared by name alone, they let the
+    import pass.
+    """
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+    import torch  # at floor 0 only those who need it pay for it
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]  # half imported
+    for operator in ("nms", "qnms"):
+        schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        torch.library.define(f"torchvision::{operator}", schema)
+    return importlib.import_module("torchvision")
+
+
+def import_transformers(key: str, value: str) -> Any:
+    """Import the transformers library.
+
+    Raises:
+        ConfigError: it is not installed; ``key`` and ``value`` say what needs it.
+    """
+    if find_spec("transformers") is None:
+        problem = "needs the package transformers, which is not installed"
+        raise ConfigError(key, value, problem, "pip install 'hvd-hetero[nlp]'")
+    if find_spec("torchvision") is not None:  # transformers imports it if it is there, even for text
+        import_torchvision()
+    return importlib.import_module("transformers")

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from hvd_hetero import algorithms, components, job
-from hvd_hetero.api import COLUMNS, run_dir
+from hvd_hetero.api import run_dir
 from hvd_hetero.cluster import RankFacts, assign, integers, local_facts, parse_hosts
+from hvd_hetero.comm.rendezvous import COLUMNS
 from hvd_hetero.config import AUTO, Config, device_classes, load
 from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_FAULT, ConfigError
 from hvd_hetero.metrics import check_run_dir
@@ -121,6 +122,12 @@ def horovodrun_line(config: Config, hosts: Sequence[tuple[str, int]], arguments:
     return [*line, sys.executable, "-m", "hvd_hetero", "train", *arguments]
 
 
+def thread_variables() -> dict[str, str]:
+    """The environment's say in how many threads there are and where they run."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "HOROVOD_THREAD_AFFINITY")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 class _Horovodrun:
     """Runs horovodrun, passes on what its ranks say, and finds out which one failed first.
 
@@ -135,7 +142,8 @@ class _Horovodrun:
         try:
             self._process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         except OSError as error:
-            raise ConfigError("horovodrun", command[0], "cannot be started", "install Horovod with scripts/setup") from error
+            problem = f"cannot be started: {error.strerror}"
+            raise ConfigError("horovodrun", command[0], problem, "install Horovod with scripts/setup") from error
         assert self._process.stdout is not None and self._process.stderr is not None
         self._readers = [
             threading.Thread(target=self._forward, args=pipe, daemon=True)

@@ -185,7 +185,8 @@ class Progress:
             self._bar.update(1)
         elif done == self._passes or time.monotonic() - self._last_line >= self.LINE_SEC:
             self._last_line = time.monotonic()
-            print(f"pass {done}/{self._passes} ", *(f"{k} {v}" for k, v in figures.items()), file=self._stream, flush=True)
+            text = "  ".join(f"{name} {value}" for name, value in figures.items())
+            print(f"pass {done}/{self._passes}  {text}", file=self._stream, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

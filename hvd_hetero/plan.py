@@ -14,6 +14,8 @@ from typing import Any
 from hvd_hetero.cluster import Cluster
 from hvd_hetero.errors import ConfigError
 
+LESS = "set a smaller train.tau or train.batch_size, or use more data"
+
 
 @dataclass(frozen=True)
 class ClassPlan:
@@ -97,7 +99,7 @@ def derive_tau(tau_fastest: int, step_sec: Mapping[str, float]) -> dict[str, int
     for name, seconds in step_sec.items():
         ratio = fastest / seconds
         if tau_fastest * ratio < 1:
-            problem = f"class {name} needs {seconds / fastest:.1f} times as long for a step, and cannot finish one in a round"
+            problem = f"class {name} is {seconds / fastest:.1f} times slower and cannot finish one step in a round"
             enough = math.ceil(seconds / fastest)
             remedy = f"set train.tau={enough} or more, or a smaller train.batch_size for {name}"
             raise ConfigError("train.tau", tau_fastest, problem, remedy)
@@ -148,7 +150,7 @@ def make_plan(
     rounds = samples // max(counted, in_round)
     if rounds < 1:
         problem = f"one round takes {max(counted, in_round)} samples, the training set has {samples}"
-        raise ConfigError("train.tau", dict(tau), problem, "set a smaller train.tau or train.batch_size, or use more data")
+        raise ConfigError("train.tau", dict(tau), problem, LESS)
     return Plan(classes, rounds)
 
 
@@ -156,13 +158,13 @@ def check_least_round(cluster: Cluster, samples: int, tau_fastest: int, batch_si
     """Checks, before any speed is known, that some plan with this tau can have a round at all.
 
     Raises:
-        ConfigError: even the smallest round (one step on every class but the fastest) takes more samples than there are.
+        ConfigError: even the smallest round, one step on every class but the fastest, takes more samples.
     """
     step = {c.name: batch_size[c.name] * len(c.ranks) for c in cluster.classes}
     least = min(sum(step.values()) + (tau_fastest - 1) * own for own in step.values())
     if least > samples:
         problem = f"one round takes at least {least} samples, the training set has {samples}"
-        raise ConfigError("train.tau", tau_fastest, problem, "set a smaller train.tau or train.batch_size, or use more data")
+        raise ConfigError("train.tau", tau_fastest, problem, LESS)
 
 
 def check_bias_to(bias_to: str, names: Sequence[str]) -> None:
@@ -172,7 +174,8 @@ def check_bias_to(bias_to: str, names: Sequence[str]) -> None:
         ConfigError: it is none of these.
     """
     if bias_to not in ("fast", "slow", *names):
-        raise ConfigError("sampling.bias_to", bias_to, "names no class", f"give fast, slow or one of {', '.join(names)}")
+        remedy = f"give fast, slow or one of {', '.join(names)}"
+        raise ConfigError("sampling.bias_to", bias_to, "names no device class", remedy)
 
 
 def apportion(total: int, shares: Sequence[float]) -> list[int]:

@@ -10,8 +10,8 @@ from hvd_hetero.timing import KINDS
 
 def closing_table(summary: Mapping[str, Any]) -> str:
     """The table that ends a run: a row a device class, then the run's own figures."""
-    head = ["class", "device", "ranks", "tau", "batch", "weight", "step ms", "steps", "samples", *(f"{k} s" for k in KINDS)]
-    rows = [head]
+    head = ["class", "device", "ranks", "tau", "batch", "weight", "step ms", "steps", "samples"]
+    rows = [[*head, *(f"{kind} s" for kind in KINDS)]]
     for c in summary["classes"]:
         total = sum(c["time_sec"].values()) or 1.0
         times = [f"{c['time_sec'][k]:.2f} ({100 * c['time_sec'][k] / total:.1f}%)" for k in KINDS]
@@ -21,7 +21,8 @@ def closing_table(summary: Mapping[str, Any]) -> str:
                      f"{c['weight']:.4f}", step, str(c["steps"]), str(c["samples"]), *times])
     result = summary["eval"]
     figures = [
-        f"{summary['algorithm']}: {summary['passes']} passes, {summary['rounds']} rounds, {summary['samples_seen']} samples",
+        f"{summary['algorithm']}: {summary['passes']} passes, {summary['rounds']} rounds",
+        f"{summary['samples_seen']} samples",
         f"training {summary['train_sec']:.1f} s of {summary['wall_sec']:.1f} s",
     ]
     if result["final_accuracy"] is not None:

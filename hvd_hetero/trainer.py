@@ -29,10 +29,9 @@ class Trainer:
 
     Args:
         run_dir: the run's folder, written by rank 0.
-        columns: width of the terminal that shows the progress, if there is one.
     """
 
-    def __init__(self, job: Job, run_dir: str | Path, columns: int | None = None) -> None:
+    def __init__(self, job: Job, run_dir: str | Path) -> None:
         config, parts = job.config, job.components
         self.job, self.config = job, config
         self.watch = Stopwatch()
@@ -52,7 +51,6 @@ class Trainer:
         )
         torch.manual_seed(config.run.seed * 1000003 + job.env.rank)  # dropout differs from rank to rank
         self.folder = RunFolder(run_dir, config.run.overwrite) if job.env.rank == 0 else None
-        self.columns = columns
         self.comm = Comm(job.cluster, job.env.rank, config.aggregation.path)
 
     def run(self) -> dict[str, Any] | None:
@@ -72,7 +70,7 @@ class Trainer:
         feed = Feed(comm, len(self.source), sampler)
         algorithm = self.method(config.algorithm, plan, comm.rank)
         accounts = Accounts(self.job.cluster)
-        progress = Progress(config.train.passes, self.columns) if comm.rank == 0 else None
+        progress = Progress(config.train.passes, self.job.env.columns) if comm.rank == 0 else None
         best: dict[str, float | None] = {"final_accuracy": None, "best_accuracy": None, "final_loss": None}
 
         for number in range(1, config.train.passes + 1):
@@ -151,7 +149,7 @@ class Trainer:
         sums = self.worker.evaluate(self.test, indices, self.config.eval.batch_size)
         loss, metric = self.comm.sum(sums, "evaluation")
         name = "eval_accuracy" if self.config.eval.metric == "accuracy" else "eval_metric"
-        figures = {"eval_loss": loss / len(self.test)}
+        figures: dict[str, float | None] = {"eval_loss": loss / len(self.test)}
         return figures | ({name: metric / len(self.test)} if self.job.components.metric is not None else {})
 
     def _write_start(self, folder: RunFolder, plan: Plan) -> None:
@@ -160,8 +158,8 @@ class Trainer:
         folder.write("plan.json", plan.to_dict())
         for c in plan.classes:
             step = "" if c.step_sec is None else f", {1e3 * c.step_sec:.3g} ms a step"
-            print(f"class {c.name}: ranks {list(c.ranks)}, tau {c.tau}, batch {c.batch_size}, weight {c.weight:.4f}{step}",
-                  flush=True)
+            text = f"ranks {list(c.ranks)}, tau {c.tau}, batch {c.batch_size}, weight {c.weight:.4f}{step}"
+            print(f"class {c.name}: {text}", flush=True)
 
     def _finish(
         self, accounts: Accounts, plan: Plan, evaluated: Mapping[str, Any], progress: Progress | None, begin: float

@@ -1,4 +1,4 @@
-"""All of a model that is averaged, as views into one flat vector per dtype: aggregation is one in-place call, no copies."""
+"""What is averaged of a model, as views into one flat vector per dtype: aggregation is one in-place call, no copies."""
 
 from __future__ import annotations
 

@@ -48,8 +48,8 @@ class Comm:
         self._leaders = tuple(c.ranks[0] for c in cluster.classes)
         on_cpu = all(c.device == "cpu" for c in cluster.classes)
         if path == "flat" and not on_cpu:
-            raise ConfigError("aggregation.path", path, "ranks with a GPU cannot sum host and device tensors in one call",
-                              "set aggregation.path=hierarchical or auto")
+            problem = "host and device tensors cannot be summed in one call"
+            raise ConfigError("aggregation.path", path, problem, "set aggregation.path=hierarchical or auto")
         self.path = "flat" if path == "flat" or (path == "auto" and on_cpu) else "hierarchical"
         members = dict.fromkeys([*(c.ranks for c in cluster.classes), self._leaders])
         sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in members if 1 < len(ranks) < self.size}
@@ -216,9 +216,9 @@ def check_mixed_hosts(sets: Sequence[Sequence[int]], facts: Sequence[RankFacts])
             here = [r for r in ranks if facts[r].host == facts[rank].host]
             among_all = facts[rank].local_rank
             if places.setdefault(here.index(rank), among_all) != among_all and not carries_fixes():
-                raise ConfigError("cluster.classes", list(ranks), "this Horovod cannot make a process set of these ranks"
-                                  f" on the hosts {', '.join(sorted(hosts))}: CPU and GPU ranks are mixed on a host",
-                                  "build Horovod with scripts/setup, which fixes it, or give GPU ranks the last slots")
+                problem = f"this Horovod hangs on a process set of these ranks on hosts {', '.join(sorted(hosts))}"
+                remedy = "build Horovod with scripts/setup, which fixes it, or give GPU ranks the last slots of a host"
+                raise ConfigError("cluster.classes", list(ranks), problem, remedy)
 
 
 def carries_fixes() -> bool:

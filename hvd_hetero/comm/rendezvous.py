@@ -19,17 +19,25 @@ from typing import Any
 from hvd_hetero.errors import ConfigError
 
 SCOPE = "hvd_hetero"
+COLUMNS = "HVD_HETERO_COLUMNS"
+"""Set by the launcher to the width of its terminal: ranks themselves never see one."""
 
 
 @dataclass(frozen=True)
 class JobEnv:
-    """This process's place in the job, as horovodrun tells it through the environment; alone it is rank 0 of 1."""
+    """This process's place in the job, as horovodrun tells it through the environment; alone it is rank 0 of 1.
+
+    Attributes:
+        store: address of the job's key-value store, if it has one.
+        columns: width of the terminal that shows rank 0's output, if it is one.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     host: str = "localhost"
     store: str | None = None
+    columns: int | None = None
 
 
 def job_env() -> JobEnv:
@@ -51,6 +59,7 @@ def job_env() -> JobEnv:
         local_rank=int(env["HOROVOD_LOCAL_RANK"]),
         host=env.get("HOROVOD_HOSTNAME") or socket.gethostname(),
         store=f"http://{address}:{port}/{SCOPE}" if address else None,
+        columns=int(env[COLUMNS]) if COLUMNS in env else None,
     )
 
 

@@ -1,0 +1,134 @@
+"""``hvd-hetero doctor``: what this machine has, what Horovod was built with, whether a configuration can run here."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hvd_hetero
+from hvd_hetero import algorithms
+from hvd_hetero.cluster import RankFacts, local_facts
+from hvd_hetero.comm.horovod import build_info
+from hvd_hetero.comm.rendezvous import exchange, job_env
+from hvd_hetero.config import load
+from hvd_hetero.errors import EXIT_BAD_INPUT, UserError
+from hvd_hetero.launch import job_hosts, preflight, thread_variables
+
+TIMEOUT_SEC = 60.0
+MIN_SHARED_MEMORY_BYTES = 64 * 2**20
+
+
+def doctor(files: Sequence[str], overrides: Sequence[str]) -> int:
+    """Prints the findings; returns 0 if all is well (and the configuration, if one is given, can run), else 2."""
+    env = job_env()
+    if env.size > 1:
+        said = exchange(env, "doctor", _rank_line(local_facts(env.rank, env.host, env.local_rank)), TIMEOUT_SEC)
+        if env.rank == 0:
+            print("\n".join(f"rank {rank}: {other['line']}" for rank, other in enumerate(said)), flush=True)
+        return 0
+    problems = []
+    for name, (text, problem) in _machine().items():
+        print(f"{name:16} {text}")
+        if problem:
+            problems.append(f"{name}: {problem}")
+    if files or overrides:
+        problem = _configuration(files, overrides)
+        print(f"{'configuration':16} {'can run here' if problem is None else 'cannot run here'}")
+        problems += [problem] if problem else []
+    for problem in problems:
+        print(f"problem: {problem}")
+    return EXIT_BAD_INPUT if problems else 0
+
+
+def _machine() -> dict[str, tuple[str, str | None]]:
+    """Each finding as a text and, if it stands in the way, what to do about it."""
+    facts = local_facts(0, "localhost", 0)
+    horovod = build_info()
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    gpus = ", ".join(f"{i}: {name}" for i, name in enumerate(facts.gpus)) or "none"
+    built = ", ".join(name for name in ("gloo", "mpi", "nccl") if horovod[name]) or "nothing"
+    fixes = "with this project's fixes" if horovod["fixes"] else "without this project's fixes"
+    found: dict[str, tuple[str, str | None]] = {
+        "hvd-hetero": (hvd_hetero.__version__, None),
+        "python": (f"{platform.python_version()} at {sys.executable}", None),
+        "torch": (f"{torch.__version__} ({cuda})", None),
+        "horovod": (
+            f"{horovod['version']} built with {built}, {fixes}",
+            None if horovod["gloo"] else "no Gloo: build it with scripts/setup",
+        ),
+        "gpus": (gpus, _gpu_problem(facts, horovod)),
+        "cpu": (facts.cpu, None),
+        "cores": (f"{len(facts.cores)} of {os.cpu_count()}: {_ranges(facts.cores)}", None),
+        "threads": (_thread_settings(), None),
+        "shared memory": _shared_memory(),
+        "horovodrun": _program("horovodrun", "install Horovod with scripts/setup", beside=True),
+        "ssh": _program("ssh", None),
+    }
+    return found
+
+
+def _rank_line(facts: RankFacts) -> dict[str, Any]:
+    gpus = ", ".join(facts.gpus) or "none"
+    horovod = build_info()
+    parts = [
+        f"host {facts.host}, local rank {facts.local_rank}",
+        f"{len(facts.cores)} cores ({_ranges(facts.cores)})",
+        f"gpus {gpus}",
+        f"python {platform.python_version()}, torch {torch.__version__}",
+        f"horovod {horovod['version']}{'' if horovod['fixes'] else ' without fixes'}",
+        f"threads {_thread_settings()}",
+        f"shared memory {_shared_memory()[0]}",
+    ]
+    return {"line": ", ".join(parts)}
+
+
+def _configuration(files: Sequence[str], overrides: Sequence[str]) -> str | None:
+    try:
+        config = load(files, overrides, algorithms.method)
+        preflight(config, job_hosts(config))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _gpu_problem(facts: RankFacts, horovod: dict[str, Any]) -> str | None:
+    if facts.gpus and not horovod["nccl"]:
+        return "Horovod was built without NCCL, GPU ranks would sum on the host: run scripts/setup where nvcc is"
+    return None
+
+
+def _thread_settings() -> str:
+    given = [f"{name}={value}" for name, value in thread_variables().items()]
+    return ", ".join([f"torch {torch.get_num_threads()}", *given])
+
+
+def _shared_memory() -> tuple[str, str | None]:
+    if not Path("/dev/shm").is_dir():
+        return "no /dev/shm", None
+    free = shutil.disk_usage("/dev/shm").free
+    problem = f"less than {MIN_SHARED_MEMORY_BYTES >> 20} MiB: data workers need it (docker: --shm-size=1g)"
+    return f"{free >> 20} MiB free", problem if free < MIN_SHARED_MEMORY_BYTES else None
+
+
+def _program(name: str, remedy: str | None, beside: bool = False) -> tuple[str, str | None]:
+    """A missing ssh is no problem on one host, so it has no remedy."""
+    path = Path(sys.executable).with_name(name)
+    found = str(path) if beside and path.exists() else shutil.which(name)
+    return (found, None) if found else ("not found", remedy)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)

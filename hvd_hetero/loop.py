@@ -1,0 +1,121 @@
+"""Biased local SGD around a hand-written loop: the user steps, this deals the samples and averages the models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hvd_hetero import algorithms, job
+from hvd_hetero.api import guarded
+from hvd_hetero.comm.flat import FlatState
+from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.components import Components, Given, build
+from hvd_hetero.config import Config, load
+from hvd_hetero.data import Batch
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.feed import Feed
+from hvd_hetero.sampling import Sampler
+from hvd_hetero.timing import Pace, Stopwatch
+
+
+class Round:
+    """One round of this rank: iterate over it for its local batches, and give back the losses of each."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self.taken: list[Tensor] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._batches
+
+    def losses(self, losses: Tensor) -> None:
+        """Takes the per-sample losses ``[B]`` of the batch just trained on; the next passes' sampling goes by them."""
+        self.taken.append(losses.detach())
+
+
+class Loop:
+    """The rounds of a run, for a loop written by hand::
+
+        loop = Loop(model, (inputs, targets), {"train.tau": {"fast": 32, "slow": 4}})
+        optimizer = torch.optim.SGD(loop.model.parameters(), lr=0.1)
+        for round in loop:
+            for x, y in round:
+                optimizer.zero_grad()
+                losses = cross_entropy(loop.model(x), y, reduction="none")
+                losses.mean().backward()
+                optimizer.step()
+                round.losses(losses)
+
+    When an inner loop has ended, the models of all ranks are averaged with their weights. Make the optimizer after the
+    loop, from ``loop.model``: its parameters have moved into a flat vector on the rank's device.
+
+    Args:
+        model: the same on every rank up to its values; rank 0's are where all start.
+        train_data: a map-style dataset, or (inputs, targets).
+        overrides: as for :func:`hvd_hetero.train`. ``train.tau`` is given for every class: the time of a step that
+            somebody else writes cannot be measured beforehand.
+        config: YAML files, as for :func:`hvd_hetero.train`.
+
+    Attributes:
+        model: on this rank's device.
+        rank: of this process.
+        plan: what every class does in a round.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_data: Any,
+        overrides: Mapping[str, Any] | Sequence[str] = (),
+        config: Sequence[str | Path] = (),
+    ) -> None:
+        def prepare() -> tuple[Config, Components]:
+            loaded = load(config, overrides, algorithms.method)
+            if not isinstance(loaded.train.tau, Mapping) and loaded.cluster.classes != "auto":
+                remedy = "set it for each class, train.tau={fast: 32, slow: 4}"
+                raise ConfigError("train.tau", loaded.train.tau, "a hand-written step is not measured", remedy)
+            return loaded, build(loaded, Given(model, train_data, train_data), try_out=False)
+
+        self._start(guarded(lambda: job.start(prepare)))
+
+    def _start(self, started: job.Job) -> None:
+        config, cluster, self.rank = started.config, started.cluster, started.env.rank
+        device = started.placement.device
+        self.model = started.components.model.to(device)
+        self._state = FlatState(self.model)
+        self._source = started.components.dataset.train.to(device)
+        self._generator = torch.Generator(device).manual_seed(config.run.seed * 1000003 + self.rank)
+        self._comm = Comm(cluster, self.rank, config.aggregation.path)
+        self._comm.broadcast_state(self._state)
+        method = algorithms.get(config.algorithm.name)
+        samples = len(self._source)
+        self.plan = method.make_plan(cluster, samples, config.train, str(config.aggregation.weights), None)
+        spec = config.sampling
+        biased = self.plan.biased(spec.bias_to)
+        sampler = Sampler(samples, str(spec.scheme), spec.high_loss_ratio, biased, config.run.seed)
+        self._feed = Feed(self._comm, samples, sampler if self.rank == 0 else None)
+        self._passes = config.train.passes
+        self._pace = Pace(Stopwatch(), cluster.class_of(self.rank).slowdown)
+
+    def __iter__(self) -> Iterator[Round]:
+        mine = self.plan.of_rank(self.rank)
+        for _ in range(self._passes):
+            batches = iter(self._source.batches(self._feed.deal(self.plan), self._generator))
+            taken: list[Tensor] = []
+            for _ in range(self.plan.rounds):
+                current = Round(self._pace.steps(batches, mine.tau))
+                yield current
+                if sum(map(len, current.taken)) != mine.tau * mine.batch_size:
+                    problem = f"a round has {mine.tau} batches of {mine.batch_size}, losses came of {len(current.taken)}"
+                    raise RuntimeError(f"{problem}: go through the whole round and call round.losses for each batch")
+                taken += current.taken
+                self._comm.average(self._state, mine.weight)
+            self._feed.collect(self.plan, torch.cat(taken).float().cpu())
+
+    def close(self) -> None:
+        """Leaves the job together with all other ranks; call it when the model has been saved."""
+        self._comm.close()
