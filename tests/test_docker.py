@@ -72,6 +72,7 @@ def test_slow_layers_do_not_depend_on_the_sources(name: str, tmp_path: Path) -> 
                 if (ROOT / source).is_dir():
                     shutil.copytree(ROOT / source, tmp_path / target)
                 else:
+                    (tmp_path / target).parent.mkdir(exist_ok=True)
                     shutil.copy(ROOT / source, tmp_path / target)
     command = [sys.executable, str(tmp_path / "scripts" / "setup"), "--no-package", "--print-plan"]
     env = {**os.environ, "HVD_HETERO_VENV": str(tmp_path / "venv"), "XDG_CACHE_HOME": str(tmp_path / "cache")}

@@ -251,6 +251,21 @@ def test_the_plan_can_be_printed(tmp_path: Path, toolkit: Path) -> None:
     assert not (tmp_path / "venv").exists()
 
 
+def test_a_cuda_torch_of_the_system_is_used(tmp_path: Path, toolkit: Path) -> None:
+    package = tmp_path / "site" / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('only looked at')")
+    version = "__version__ = '2.11.0+cu130'\ncuda: Optional[str] = '13.0'\n"
+    (package / "version.py").write_text(version)
+    site = str(package.parent)
+    plan = setup_in(tmp_path, "--print-plan", PYTHONPATH=site).stdout
+    assert "--system-site-packages" in plan and "HOROVOD_GPU_OPERATIONS=NCCL" in plan
+    assert "torch==" not in plan and "torchvision==0.26.0" in plan
+    assert "torch==2.13.0" in setup_in(tmp_path, "--print-plan", PYTHONPATH=site, HVD_HETERO_CUDA="off").stdout
+    (package / "version.py").write_text(version.replace("2.11.0", "1.13.1"))
+    assert "torch==2.13.0" in setup_in(tmp_path, "--print-plan", PYTHONPATH=site).stdout, "too old"
+
+
 # --- what is remembered ---
 
 
