@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,8 @@ def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
     """
     torch.set_num_threads(1)  # until this rank knows which cores are its own
     env = job_env()
+    if env.rank > 0:
+        warnings.simplefilter("ignore")  # rank 0 has the same ones to say
     try:
         config, components = prepare()
     except ConfigError as error:
@@ -68,6 +71,8 @@ def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
     classes = config.cluster.classes
     cluster = assign(classes if classes == AUTO else device_classes(classes), facts)
     check(config, components, cluster)
+    for name in cluster.empty:
+        warnings.warn(f"class {name} matches no rank and is left out", stacklevel=2)
     placement = place(cluster, env.rank, config.cluster.gpu_cores, config.cluster.affinity)
     if placement.cores is not None:
         os.sched_setaffinity(0, placement.cores)

@@ -110,7 +110,7 @@ class Loop:
                 current = Round(self._pace.steps(batches, mine.tau))
                 yield current
                 if sum(map(len, current.taken)) != mine.tau * mine.batch_size:
-                    problem = f"a round has {mine.tau} batches of {mine.batch_size}, losses came of {len(current.taken)}"
+                    problem = f"a round has {mine.tau} batches of {mine.batch_size}, got losses of {len(current.taken)}"
                     raise RuntimeError(f"{problem}: go through the whole round and call round.losses for each batch")
                 taken += current.taken
                 self._comm.average(self._state, mine.weight)

@@ -122,6 +122,7 @@ class Worker:
         vectors = [v.clone() for v in self.state.vectors]
         integers = self.state.integers()
         generators = torch.get_rng_state(), self.generator.get_state()
+        on_device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         optimizer = self.optimizer.state_dict() if self.optimizer.state else None
         assert optimizer is None, "a snapshot is taken before training"
 
@@ -132,6 +133,8 @@ class Worker:
                 self.state.set_integers(integers)
             torch.set_rng_state(generators[0])
             self.generator.set_state(generators[1])
+            if on_device is not None:
+                torch.cuda.set_rng_state(on_device, self.device)
             self.optimizer.state.clear()
             self.optimizer.zero_grad(set_to_none=True)
             self._losses = []
