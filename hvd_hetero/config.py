@@ -179,7 +179,10 @@ def load(
         ConfigError: a file cannot be read, a key is unknown, a value is of the wrong type or out of its limits.
     """
     layers = [layer for path in files for layer in _read(Path(path))]
-    pairs = [_parse(text) for text in overrides] if not isinstance(overrides, Mapping) else list(overrides.items())
+    if isinstance(overrides, Mapping):
+        pairs = list(copy.deepcopy(dict(overrides)).items())  # later keys may reach into a caller's own mapping
+    else:
+        pairs = [_parse(text) for text in overrides]
     name = AlgorithmConfig().name
     for layer in layers:
         section = layer.get("algorithm")
@@ -336,9 +339,11 @@ def _assign(schema: Any, target: Any, key: str, value: Any) -> None:
             level = level if dataclasses.is_dataclass(level) else None
         if prefix == "cluster." and part == "classes" and node[part] != AUTO:
             node[part] = _by_name("cluster.classes", node[part])
+        if node and part not in node:
+            raise ConfigError(key, value, f"there is no {prefix}{part}", nearest(part, list(node)))
         node, prefix = node.get(part), f"{prefix}{part}."
         if not isinstance(node, dict):
-            raise ConfigError(key, value, f"{prefix[:-1]} has no such key", f"set {prefix[:-1]} as a whole")
+            raise ConfigError(key, value, f"{prefix[:-1]} is no mapping", f"set {prefix[:-1]} as a whole")
     if level is not None:
         _merge(level, node, {last: value}, prefix)
     else:
