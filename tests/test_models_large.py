@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.models import build, transformer
+from hvd_hetero.models import build
 
 TOY_VIT = {"image_size": 8, "patch_size": 4, "layers": 2, "heads": 2, "hidden_dim": 8, "mlp_dim": 16}
 TOY_BERT = {"dim": 8, "layers": 2, "heads": 2, "hidden_dim": 16, "vocab_size": 50, "max_length": 6}
@@ -69,7 +69,7 @@ def test_distilbert_reads_tokens_under_their_mask() -> None:
 
 
 def test_missing_extra_gives_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformer, "find_spec", lambda name: None)
+    monkeypatch.setattr("hvd_hetero.imports.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'hvd-hetero\[nlp\]'"):
         build("distilbert", None, TOY_BERT)
 

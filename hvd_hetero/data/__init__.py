@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from hvd_hetero.data import images
+from hvd_hetero.data import cifar, images, photos, text
 from hvd_hetero.data.source import Batch, MapSource, Source, TensorSource, Transform
-from hvd_hetero.data.split import Split, Splits, adapt
+from hvd_hetero.data.split import Decode, Files, Split, Splits, adapt
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.imports import call, check_arguments, choose, import_target
 
@@ -27,7 +27,11 @@ __all__ = ["DATASETS", "Batch", "Dataset", "MapSource", "Source", "TensorSource"
 DATASETS: Mapping[str, Callable[..., Splits]] = {
     "digits": images.digits,
     "fashion_mnist": images.fashion_mnist,
-    "cifar10": images.cifar10,
+    "cifar10": cifar.cifar10,
+    "cifar100": cifar.cifar100,
+    "flowers102": photos.flowers102,
+    "tiny_imagenet": photos.tiny_imagenet,
+    "ag_news": text.ag_news,
 }
 WITHOUT_FILES = ("digits",)
 COMMON_ARGUMENTS = ("validation", "label_noise", "train_limit", "test_limit")
@@ -72,8 +76,8 @@ def load(name: str | None, root: str | None, target: str | None, args: Mapping[s
     check_arguments("data.args", reader, own | rest, also=COMMON_ARGUMENTS)
     check_arguments("data.args", adapt, {"splits": None, "seed": seed} | common)
     splits = adapt(reader(**own, **rest), seed, **common)
-    return Dataset(_named_source(splits.train, splits.train_transform),
-                   _named_source(splits.test, splits.test_transform))
+    return Dataset(_named_source(splits.train, splits.train_transform, splits.decode, workers),
+                   _named_source(splits.test, splits.test_transform, splits.decode, workers))
 
 
 def as_source(key: str, data: Any, workers: int = 0) -> Source:
@@ -114,6 +118,8 @@ def _load_target(target: str, args: Mapping[str, Any], workers: int) -> Dataset:
     return Dataset(train, test)
 
 
-def _named_source(split: Split, transform: Transform | None) -> Source:
-    assert not isinstance(split.inputs, np.ndarray)
+def _named_source(split: Split, transform: Transform | None, decode: Decode | None, workers: int) -> Source:
+    if isinstance(split.inputs, np.ndarray):
+        assert decode is not None, "a reader that gives file names gives their decoder too"
+        return MapSource(Files(split.inputs, split.targets, decode), workers, transform=transform)
     return TensorSource(split.inputs, split.targets, transform)

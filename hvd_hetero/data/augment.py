@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
+class ImageTransform(Protocol):
+    """What is done to a batch of images; it may hold the next transform."""
+
+    def to(self, device: torch.device | str) -> ImageTransform:
+        """Return the same transform on ``device``."""
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return images ``[B, C, H, W]``; the generator, on their device, decides what is random."""
+
+
 class Normalize:
-    """Turn uint8 images ``[B, C, H, W]`` into floats with mean 0 and deviation 1 per channel.
+    """Turn images ``[B, C, H, W]`` of pixels 0..255 into floats with mean 0 and deviation 1 per channel.
 
     Args:
         mean: per channel, of pixels between 0 and 1.
@@ -30,7 +41,28 @@ class Normalize:
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Return float images ``[B, C, H, W]``; the generator is not used."""
-        return images.float().mul_(self.scale).add_(self.shift)
+        return images.mul(self.scale).add_(self.shift)
+
+
+class Resize:
+    """Scale images to a square, then go on with the next transform.
+
+    Args:
+        size: height and width of the result.
+        then: applied to the scaled images.
+    """
+
+    def __init__(self, size: int, then: ImageTransform) -> None:
+        self.size, self.then = size, then
+
+    def to(self, device: torch.device | str) -> Resize:
+        """Return the same transform on ``device``."""
+        return Resize(self.size, self.then.to(device))
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return images ``[B, C, size, size]``."""
+        scaled = F.interpolate(images.float(), size=self.size, mode="bilinear", align_corners=False)
+        return self.then(scaled, generator)
 
 
 class CenterCrop:
@@ -41,7 +73,7 @@ class CenterCrop:
         then: applied to the crop.
     """
 
-    def __init__(self, size: int, then: Normalize) -> None:
+    def __init__(self, size: int, then: ImageTransform) -> None:
         self.size, self.then = size, then
 
     def to(self, device: torch.device | str) -> CenterCrop:
@@ -63,7 +95,7 @@ class RandomCropFlip:
         then: applied to the crop.
     """
 
-    def __init__(self, size: int, padding: int, then: Normalize) -> None:
+    def __init__(self, size: int, padding: int, then: ImageTransform) -> None:
         self.size, self.padding, self.then = size, padding, then
 
     def to(self, device: torch.device | str) -> RandomCropFlip:

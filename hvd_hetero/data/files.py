@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import lzma
 import pickle
@@ -51,7 +52,7 @@ def reading(path: Path, expected: str) -> Iterator[None]:
     except ConfigError:
         raise
     except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, zlib.error,
-            zipfile.BadZipFile, lzma.LZMAError, pickle.UnpicklingError) as error:
+            zipfile.BadZipFile, lzma.LZMAError, csv.Error, pickle.UnpicklingError) as error:
         raise corrupt(path, f"{type(error).__name__}: {error}", expected) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -131,11 +132,23 @@ class MapSource:
         seeds = torch.randint(2**31, (len(rows),), generator=generator, device=generator.device).tolist()
         self._plan.rows = list(zip(seeds, rows, strict=True))
         for item in self._loader:
+            if isinstance(item, _Failure):
+                raise ConfigError(item.key, item.value, item.problem, item.remedy)
             inputs, targets = split_target(item)
             inputs = to_device(inputs, self.device)
             if self.transform is not None:
                 inputs = self.transform(inputs, generator)
             yield inputs, targets.to(self.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A ConfigError on its way out of a worker: the loader would wrap the exception itself in another one."""
+
+    key: str
+    value: str
+    problem: str
+    remedy: str
 
 
 class _BatchPlan(Sampler[Any]):
@@ -168,6 +181,8 @@ class _BatchDataset(Dataset[Any]):
             read_many = getattr(self.dataset, "__getitems__", None)
             items = read_many(row) if read_many else [self.dataset[i] for i in row]
             return self.collate(items)
+        except ConfigError as error:
+            return _Failure(error.key, str(error.value), error.problem, error.remedy)
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from hvd_hetero.data.source import Transform
 from hvd_hetero.errors import ConfigError
+
+Decode = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,32 @@ class Split:
 
 @dataclass(frozen=True)
 class Splits:
-    """Both splits of a named dataset with the transforms of their batches."""
+    """Both splits of a named dataset.
+
+    Attributes:
+        train_transform: of a batch, see :class:`~hvd_hetero.data.source.TensorSource`.
+        test_transform: likewise.
+        decode: makes an image ``[C, H, W]`` of a file name, where the inputs are file names.
+    """
 
     train: Split
     test: Split
     train_transform: Transform | None = None
     test_transform: Transform | None = None
+    decode: Decode | None = None
+
+
+class Files(Dataset[tuple[Tensor, Tensor]]):
+    """The samples of a split whose inputs are files."""
+
+    def __init__(self, names: np.ndarray, targets: Tensor, decode: Decode) -> None:
+        self.names, self.targets, self.decode = names, targets, decode
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.decode(str(self.names[index])), self.targets[index]
 
 
 def stratified(targets: np.ndarray, fraction: float,
@@ -71,8 +95,8 @@ def adapt(splits: Splits, seed: int, *, validation: float = 0.0, label_noise: fl
         seed: of the validation split and of the label noise.
         validation: share of each training class that is held out and takes the place of the test split.
         label_noise: share of the training targets that are replaced by another class of the dataset.
-        train_limit: keep the first so many training samples.
-        test_limit: keep the first so many test samples.
+        train_limit: keep so many training samples, evenly spread over the split.
+        test_limit: keep so many test samples, likewise.
 
     Raises:
         ConfigError: a value out of range, or a split left empty.
@@ -89,7 +113,7 @@ def adapt(splits: Splits, seed: int, *, validation: float = 0.0, label_noise: fl
     train, test = _limit("train_limit", train, train_limit), _limit("test_limit", test, test_limit)
     if not len(train.targets) or not len(test.targets):
         raise ConfigError("data.args.validation", validation, "leaves a split empty", "change the share")
-    return Splits(train, test, splits.train_transform, splits.test_transform)
+    return replace(splits, train=train, test=test)
 
 
 def noisy(targets: Tensor, share: float, rng: np.random.Generator) -> Tensor:
@@ -107,4 +131,6 @@ def _limit(name: str, split: Split, count: int | None) -> Split:
         return split
     if count < 1:
         raise ConfigError(f"data.args.{name}", count, "must be at least 1", "give a number of samples")
-    return split.take(np.arange(min(count, len(split.targets))))
+    total = len(split.targets)
+    count = min(count, total)
+    return split.take(np.arange(count) * total // count)  # some datasets come sorted by class

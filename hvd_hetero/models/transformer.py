@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from hvd_hetero.errors import ConfigError
+from hvd_hetero.imports import import_torchvision, import_transformers
 from hvd_hetero.models.checks import positive
-from hvd_hetero.models.torchvision import import_torchvision
 from hvd_hetero.models.weights import load_weights
 
 
@@ -111,20 +110,6 @@ class TextClassifier(nn.Module):
         """
         logits: Tensor = self.network(input_ids=input_ids, attention_mask=attention_mask).logits
         return logits
-
-
-def import_transformers(key: str, value: str) -> Any:
-    """Import the transformers library.
-
-    Raises:
-        ConfigError: it is not installed; ``key`` and ``value`` say what needs it.
-    """
-    if find_spec("transformers") is None:
-        problem = "needs the package transformers, which is not installed"
-        raise ConfigError(key, value, problem, "pip install 'hvd-hetero[nlp]'")
-    if find_spec("torchvision") is not None:  # transformers imports it if it is there, even for text
-        import_torchvision()
-    return importlib.import_module("transformers")
 
 
 def _published_sizes(folder: Path, sizes: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,202 @@
+"""Flowers and Tiny ImageNet: official trees that the tests make, packed files, and bad ones."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import REAL, RNG, everything, first_batch, get, real_data
+from PIL import Image
+from scipy.io import savemat
+
+from hvd_hetero.data import MapSource, TensorSource
+from hvd_hetero.data.photos import MEAN, STD, read_image
+from hvd_hetero.errors import ConfigError
+
+
+def picture(value: int, width: int = 64, height: int = 64) -> Image.Image:
+    """Make one of a single grey, so that its class can be read off its pixels after JPEG."""
+    return Image.new("RGB", (width, height), (value, value, value))
+
+
+def level(images: torch.Tensor) -> list[int]:
+    """Read the greys off normalized images."""
+    middle = images[:, :, images.shape[2] // 2, images.shape[3] // 2]
+    return (middle * torch.tensor(STD) + torch.tensor(MEAN)).mean(1).mul(255).round().int().tolist()
+
+
+def jpeg(value: int) -> bytes:
+    buffer = io.BytesIO()
+    picture(value).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+# Flowers ---------------------------------------------------------------------------------------------------
+
+
+def make_flowers(folder: Path, sizes: tuple[int, int] = (80, 60)) -> None:
+    """Twelve photographs; number i is of class (i - 1) % 3 and of grey 10 i."""
+    (folder / "jpg").mkdir(parents=True)
+    for i in range(1, 13):
+        picture(10 * i, *sizes).save(folder / "jpg" / f"image_{i:05d}.jpg", quality=95)
+    savemat(folder / "imagelabels.mat", {"labels": np.arange(12)[None] % 3 + 1})
+    savemat(folder / "setid.mat", {"trnid": np.array([[1, 5, 9, 2]], np.uint16), "valid": np.array([[3, 4]]),
+                                   "tstid": np.array([[12, 6, 7, 8, 10, 11]])})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_official_flowers_stream_through_workers(tmp_path: Path, workers: int) -> None:
+    make_flowers(tmp_path / "flowers-102")
+    data = get("flowers102", tmp_path, workers=workers, size=28)
+    assert isinstance(data.train, MapSource) and (len(data.train), len(data.test)) == (4, 6)
+    images, targets = first_batch(data.train, [3, 1, 1])
+    assert images.shape == (3, 3, 28, 28) and images.dtype == torch.float32
+    assert targets.tolist() == [1, 1, 1] and level(images) == pytest.approx([20, 50, 50], abs=1)
+    images, targets = first_batch(data.test, [0])
+    assert targets.tolist() == [2] and level(images) == pytest.approx([120], abs=1)
+
+
+def test_official_flowers_with_the_validation_split_and_the_arguments_of_all(tmp_path: Path) -> None:
+    make_flowers(tmp_path)
+    assert len(get("flowers102", tmp_path, with_val=True).train) == 6
+    held = get("flowers102", tmp_path, with_val=True, validation=0.5, size=8)
+    assert len(held.train) + len(held.test) == 6 and isinstance(held.test, MapSource)
+    assert first_batch(get("flowers102", tmp_path).train, [0])[0].shape == (1, 3, 224, 224)
+
+
+def test_photographs_are_scaled_by_the_shorter_side_and_cut_in_the_middle(tmp_path: Path) -> None:
+    wide = Image.new("RGB", (400, 100))
+    wide.paste((255, 0, 0), (150, 0, 250, 100))  # the middle square is red
+    wide.save(tmp_path / "wide.png")
+    image = read_image(str(tmp_path / "wide.png"), size=20)
+    assert image.shape == (3, 20, 20) and image.dtype == torch.uint8
+    assert (image[0, :, 1:-1] == 255).all() and not image[1:].any()
+
+
+def test_bad_official_flowers(tmp_path: Path) -> None:
+    make_flowers(tmp_path)
+    data = get("flowers102", tmp_path, workers=1, size=28)
+    broken = tmp_path / "jpg" / "image_00005.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+    with pytest.raises(ConfigError, match="truncated or corrupt") as caught:
+        first_batch(data.train, [1])
+    assert caught.value.key == str(broken)
+    broken.unlink()
+    with pytest.raises(ConfigError, match="image_00005.jpg.*is not there"):
+        get("flowers102", tmp_path)
+    for name, content, message in [
+        ("setid.mat", {"trnid": [0], "valid": [1], "tstid": [2]}, r"image numbers in 1 \.\. 12"),
+        ("imagelabels.mat", {"labels": [103] * 12}, r"labels in 0 \.\. 101"),
+        ("imagelabels.mat", {"label": [1] * 12}, "MATLAB file with labels"),
+    ]:
+        savemat(tmp_path / name, content)
+        with pytest.raises(ConfigError, match=message) as caught:
+            get("flowers102", tmp_path)
+        assert caught.value.key == str(tmp_path / name)
+    (tmp_path / "imagelabels.mat").write_bytes(b"no such thing")
+    with pytest.raises(ConfigError, match="MATLAB file"):
+        get("flowers102", tmp_path)
+
+
+def blob(values: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    files = [jpeg(value) for value in values]
+    return np.frombuffer(b"".join(files), np.uint8), np.cumsum([0, *map(len, files)])
+
+
+def test_packed_flowers_sit_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "flowers102-64.npz"
+    data, offsets = blob([10, 20, 30, 40])
+    np.savez(path, jpeg=data, offsets=offsets, y=[0, 101, 2, 3], split=[0, 0, 1, 2])
+    packed = get("flowers102", tmp_path, augment=False)
+    assert isinstance(packed.train, TensorSource)
+    assert everything(packed.train)[0].dtype == torch.uint8 and everything(packed.train)[1].tolist() == [0, 101]
+    assert len(get("flowers102", tmp_path, with_val=True).train) == 3
+    images, _ = first_batch(get("flowers102", tmp_path, size=96).test, [0])
+    assert images.shape == (1, 3, 96, 96) and level(images) == [40]
+    np.savez(path, jpeg=data[:-5], offsets=offsets, y=[0, 101, 2, 3], split=[0, 0, 1, 2])
+    with pytest.raises(ConfigError, match="rising ones"):
+        get("flowers102", tmp_path)
+    np.savez(path, jpeg=RNG.integers(0, 256, 40, np.uint8), offsets=[0, 40], y=[0], split=[0])
+    with pytest.raises(ConfigError, match="JPEG images"):
+        get("flowers102", tmp_path)
+
+
+# Tiny ImageNet ---------------------------------------------------------------------------------------------
+
+
+def make_tiny(folder: Path) -> None:
+    """Three classes (the second by name has two training images), two validation images."""
+    for wnid, count in (("n03", 1), ("n01", 1), ("n02", 2)):
+        images = folder / "train" / wnid / "images"
+        images.mkdir(parents=True)
+        for i in range(count):
+            picture(int(wnid[1:]) * 50 + i).save(images / f"{wnid}_{i}.JPEG", quality=95)
+    (folder / "val" / "images").mkdir(parents=True)
+    Image.new("L", (64, 64), 200).save(folder / "val" / "images" / "val_0.JPEG")  # some are grey
+    picture(150).save(folder / "val" / "images" / "val_1.JPEG")
+    lines = ("val_1.JPEG\tn03\t0\t0\t9\t9\n", "val_0.JPEG\tn02\t0\t0\t9\t9\n")
+    (folder / "val" / "val_annotations.txt").write_text("".join(lines))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_official_tiny_imagenet(tmp_path: Path, stream: bool) -> None:
+    make_tiny(tmp_path / "tiny-imagenet-200")
+    data = get("tiny_imagenet", tmp_path, augment=False, stream=stream)
+    assert isinstance(data.train, MapSource if stream else TensorSource)
+    images, targets = first_batch(data.train, [0, 1, 2, 3])
+    assert targets.tolist() == [0, 1, 1, 2] and level(images) == [50, 100, 101, 150]
+    images, targets = first_batch(data.test, [0, 1])
+    assert targets.tolist() == [2, 1] and level(images) == [150, 200]
+    larger = get("tiny_imagenet", tmp_path, size=80, stream=stream)
+    assert first_batch(larger.train, [0])[0].shape == (1, 3, 80, 80)
+
+
+def test_bad_official_tiny_imagenet(tmp_path: Path) -> None:
+    make_tiny(tmp_path)
+    annotations = tmp_path / "val" / "val_annotations.txt"
+    for content in ("val_1.JPEG\tn99\t0\n", "val_1.JPEG\n"):
+        annotations.write_text(content)
+        with pytest.raises(ConfigError, match="a tab and a class") as caught:
+            get("tiny_imagenet", tmp_path)
+        assert caught.value.key == str(annotations)
+    annotations.write_text("nowhere.JPEG\tn01\n")
+    with pytest.raises(ConfigError, match="nowhere.JPEG"):
+        get("tiny_imagenet", tmp_path)
+
+
+def test_packed_tiny_imagenet(tmp_path: Path) -> None:
+    (train, train_offsets), (val, val_offsets) = blob([10, 20]), blob([30])
+    arrays = {"jpeg_train": train, "offsets_train": train_offsets, "y_train": [1, 0], "jpeg_val": val,
+              "offsets_val": val_offsets, "y_val": [1], "wnids": np.array(["n02", "n01"])}
+    np.savez(tmp_path / "tiny-imagenet-2.npz", **arrays)
+    data = get("tiny_imagenet", tmp_path, augment=False)
+    images, targets = first_batch(data.train, [0, 1])
+    assert targets.tolist() == [1, 0] and level(images) == [10, 20]
+    np.savez(tmp_path / "tiny-imagenet-2.npz", **{**arrays, "y_val": [2]})
+    with pytest.raises(ConfigError, match=r"labels in 0 \.\. 1"):
+        get("tiny_imagenet", tmp_path)
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("flowers102", "setid.mat"),
+                                              ("tiny_imagenet", "val_annotations.txt")])
+def test_missing_files_are_named(tmp_path: Path, name: str, wanted: str) -> None:
+    with pytest.raises(ConfigError, match="no such dataset") as caught:
+        get(name, tmp_path)
+    assert wanted in caught.value.remedy
+    with pytest.raises(ConfigError, match="at least 1"):
+        get(name, tmp_path, size=0)
+
+
+@real_data
+@pytest.mark.parametrize(("name", "train", "test", "classes"), [("flowers102", 1020, 6149, 102),
+                                                               ("tiny_imagenet", 8000, 1000, 20)])
+def test_real_packed_photographs(name: str, train: int, test: int, classes: int) -> None:
+    data = get(name, REAL)
+    assert (len(data.train), len(data.test)) == (train, test)
+    assert torch.bincount(everything(data.train)[1]).tolist() == [train // classes] * classes
+    images, _ = first_batch(data.test, list(range(200)))
+    assert images.shape == (200, 3, 64, 64)
+    assert images.mean().abs() < 0.7 and 0.8 < images.std() < 1.5, "photographs, normalized"
