@@ -40,6 +40,7 @@ class RunConfig:
     seed: int = _key(0, at_least=0)
     overwrite: bool = False
     name: Optional[str] = None  # noqa: UP045
+    trace_rounds: int = _key(8, at_least=0)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,10 @@ class ModelConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     batch_size: Any = 16
-    passes: int = _key(40, at_least=1)
+    passes: Optional[int] = _key(40, at_least=1)  # noqa: UP045
+    max_fast_steps: Optional[int] = _key(None, at_least=1)  # noqa: UP045
+    max_samples: Optional[int] = _key(None, at_least=1)  # noqa: UP045
+    max_train_sec: Optional[float] = _key(None, above=0)  # noqa: UP045
     epoch: str = _key("pass", choices=("pass", "fast_steps"))
     tau: Any = 32
     loss: str = "cross_entropy"
@@ -402,6 +406,9 @@ def _check_mappings(config: Config) -> None:
             raise ConfigError(key, value, "is empty", "give a number, or one for each class")
         for name, number in table.items():
             _check_integer(f"{key}.{name}" if name is not None else key, number, 1)
+    train = config.train
+    if (train.passes, train.max_fast_steps, train.max_samples, train.max_train_sec) == (None,) * 4:
+        raise ConfigError("train.passes", None, "nothing says when the run ends", "set it, or one of train.max_*")
     if config.data.name is None and config.data.target is None:
         raise ConfigError("data.name", None, "no dataset is given", "set data.name or data.target")
     if config.model.name is None and config.model.target is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hvd_hetero.config import Config, load
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.feed import Feed
+from hvd_hetero.limits import Done, check_limits, next_rounds
 from hvd_hetero.sampling import Sampler
 from hvd_hetero.timing import Pace, Stopwatch
 
@@ -78,6 +80,9 @@ class Loop:
             if not isinstance(loaded.train.tau, Mapping) and loaded.cluster.classes != "auto":
                 remedy = "set it for each class, train.tau={fast: 32, slow: 4}"
                 raise ConfigError("train.tau", loaded.train.tau, "a hand-written step is not measured", remedy)
+            if loaded.train.max_train_sec is not None:
+                limit = loaded.train.max_train_sec
+                raise ConfigError("train.max_train_sec", limit, "a hand-written step is not timed", "set train.passes")
             return loaded, build(loaded, Given(model, train_data, train_data), try_out=False)
 
         self._start(guarded(lambda: job.start(prepare)))
@@ -98,15 +103,18 @@ class Loop:
         biased = self.plan.biased(spec.bias_to)
         sampler = Sampler(samples, str(spec.scheme), spec.high_loss_ratio, biased, config.run.seed)
         self._feed = Feed(self._comm, samples, sampler if self.rank == 0 else None)
-        self._passes = config.train.passes
+        check_limits(config.train, self.plan)
+        self._train = config.train
         self._pace = Pace(Stopwatch(), cluster.class_of(self.rank).slowdown)
 
     def __iter__(self) -> Iterator[Round]:
         mine = self.plan.of_rank(self.rank)
-        for _ in range(self._passes):
-            batches = iter(self._source.batches(self._feed.deal(self.plan), self._generator))
+        done = Done()
+        while rounds := next_rounds(self._train, self.plan, done):
+            part = replace(self.plan, rounds=rounds)
+            batches = iter(self._source.batches(self._feed.deal(part), self._generator))
             taken: list[Tensor] = []
-            for _ in range(self.plan.rounds):
+            for _ in range(rounds):
                 current = Round(self._pace.steps(batches, mine.tau))
                 yield current
                 if sum(map(len, current.taken)) != mine.tau * mine.batch_size:
@@ -114,7 +122,8 @@ class Loop:
                     raise RuntimeError(f"{problem}: go through the whole round and call round.losses for each batch")
                 taken += current.taken
                 self._comm.average(self._state, mine.weight)
-            self._feed.collect(self.plan, torch.cat(taken).float().cpu())
+            self._feed.collect(part, torch.cat(taken).float().cpu())
+            done = done.after(part)
 
     def close(self) -> None:
         """Leaves the job together with all other ranks; call it when the model has been saved."""

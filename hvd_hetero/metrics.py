@@ -15,8 +15,10 @@ from typing import Any, TextIO
 
 from hvd_hetero.cluster import Cluster
 from hvd_hetero.errors import ConfigError
+from hvd_hetero.limits import Done
 from hvd_hetero.plan import Plan
 from hvd_hetero.timing import KINDS, split_waiting
+from hvd_hetero.trace import TRACE
 
 SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
@@ -34,7 +36,7 @@ class RunFolder:
         check_run_dir(self.path, overwrite)
         try:
             self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
-            for name in (SUMMARY, METRICS):
+            for name in (SUMMARY, METRICS, TRACE):
                 (self.path / name).unlink(missing_ok=True)
             for events in (self.path / "tensorboard").glob("events.*"):
                 events.unlink()
@@ -93,18 +95,22 @@ class Accounts:
 
         Args:
             kinds: compute and data seconds, by rank.
-            collectives: durations ``[ranks][collectives]`` in the order in which all ranks met in them.
+            collectives: durations ``[ranks][collectives]`` in the order in which ranks met in them, NaN: not in it.
         """
         blocked, comm = split_waiting(collectives)
         for rank, mine in enumerate(plan.by_rank()):
             spent = self.seconds[rank]
-            for kind, value in {**kinds[rank], "blocked": blocked[rank], "comm": comm}.items():
+            for kind, value in {**kinds[rank], "blocked": blocked[rank], "comm": comm[rank]}.items():
                 spent[kind] += value
             self.steps[rank] += plan.rounds * mine.tau
             self.samples[rank] += plan.rounds * mine.tau * mine.batch_size
         self.rounds += plan.rounds
         self.passes += 1
-        return sum(kinds[0].values()) + blocked[0] + comm
+        return sum(kinds[0].values()) + blocked[0] + comm[0]
+
+    @property
+    def done(self) -> Done:
+        return Done(self.passes, self.rounds, max(self.steps), self.samples_seen, self.train_sec)
 
     @property
     def samples_seen(self) -> int:
@@ -161,8 +167,8 @@ class Progress:
 
     LINE_SEC = 5.0
 
-    def __init__(self, passes: int, columns: int | None, stream: TextIO = sys.stderr) -> None:
-        self._passes, self._stream = passes, stream
+    def __init__(self, passes: int | None, columns: int | None, stream: TextIO = sys.stderr) -> None:
+        self._passes, self._stream = passes, stream  # passes: None where only the clock ends the run
         self._last_line = 0.0
         self._bar = None
         if columns:
@@ -186,7 +192,8 @@ class Progress:
         elif done == self._passes or time.monotonic() - self._last_line >= self.LINE_SEC:
             self._last_line = time.monotonic()
             text = "  ".join(f"{name} {value}" for name, value in figures.items())
-            print(f"pass {done}/{self._passes}  {text}", file=self._stream, flush=True)
+            total = "" if self._passes is None else f"/{self._passes}"
+            print(f"pass {done}{total}  {text}", file=self._stream, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -9,6 +10,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 KINDS = ("compute", "data", "blocked", "comm")
+COLLECTIVE = "collective"
 
 
 class Stopwatch:
@@ -16,6 +18,9 @@ class Stopwatch:
 
     What part of a collective was waiting can only be said once the durations of all ranks are known:
     see :func:`split_waiting`. So collectives are kept one by one, in the order in which all ranks meet in them.
+
+    Attributes:
+        laps: where a list is put here, every lap is added to it as (kind, start, end), by this rank's clock.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -23,6 +28,7 @@ class Stopwatch:
         self._mark = clock()
         self.seconds = {"compute": 0.0, "data": 0.0}
         self.collectives: list[float] = []
+        self.laps: list[tuple[str, float, float]] | None = None
 
     def skip(self) -> None:
         """Starts the next lap now; the time since the last one is nobody's."""
@@ -30,17 +36,29 @@ class Stopwatch:
 
     def lap(self, kind: str) -> float:
         """Books the time since the last lap as ``compute`` or ``data``; returns it in seconds."""
-        now = self._clock()
-        spent, self._mark = now - self._mark, now
+        spent = self._lap(kind)
         self.seconds[kind] += spent
         return spent
 
     def collective(self) -> float:
-        """Books the time since the last lap as one collective that all ranks take part in."""
-        now = self._clock()
-        spent, self._mark = now - self._mark, now
+        """Books the time since the last lap as one collective; ranks that are not in it call :meth:`absent`."""
+        spent = self._lap(COLLECTIVE)
         self.collectives.append(spent)
         return spent
+
+    def absent(self) -> None:
+        """Enters a collective that this rank takes no part in, so that all ranks' lists stay in step.
+
+        No time is booked: what passes until the rank's next collective is that one's, and so it is waiting.
+        """
+        self.collectives.append(math.nan)
+
+    def _lap(self, kind: str) -> float:
+        now = self._clock()
+        start, self._mark = self._mark, now
+        if self.laps is not None:
+            self.laps.append((kind, start, now))
+        return now - start
 
     def take(self) -> tuple[dict[str, float], list[float]]:
         """Returns the seconds by kind and the list of collectives since the last call, and starts anew."""
@@ -60,18 +78,26 @@ class Pace:
     def __init__(self, watch: Stopwatch, slowdown: float = 1.0, synchronize: Callable[[], None] = lambda: None) -> None:
         self._watch, self._slowdown, self._synchronize = watch, slowdown, synchronize
         self._owed_sec = 0.0
+        self._fresh_sec = 0.0
 
     def steps(self, batches: Iterable[T], count: int) -> Iterator[T]:
         """Yields the next ``count`` batches; the time until the following one is asked for is the step's compute."""
         for batch in islice(batches, count):
-            spent = self._watch.lap("data")
+            self._fresh_sec += self._watch.lap("data")
             yield batch
-            if self._slowdown > 1:
-                self._synchronize()
-                self._stretch(spent + self._watch.lap("compute"))
+            if self._slowdown > 1:  # else steps may queue up on the device
+                self.pause()
             self._watch.lap("compute")
+        self.pause()
+
+    def pause(self) -> None:
+        """Finishes and books what was begun, stretched: for a step that is about to wait for other ranks."""
         self._synchronize()
-        self._watch.lap("compute")
+        spent = self._fresh_sec + self._watch.lap("compute")
+        self._fresh_sec = 0.0
+        if self._slowdown > 1:
+            self._stretch(spent)
+            self._watch.lap("compute")
 
     def _stretch(self, measured_sec: float) -> None:
         # What a sleep overshoots is taken off the next one.
@@ -82,17 +108,18 @@ class Pace:
             self._owed_sec -= time.perf_counter() - start
 
 
-def split_waiting(durations: Sequence[Sequence[float]]) -> tuple[list[float], float]:
+def split_waiting(durations: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
     """Splits the time in collectives into waiting and transfer.
 
     The last rank to arrive in a collective waits for nobody, so the shortest duration is the transfer and what a rank
     spent beyond it is waiting.
 
     Args:
-        durations: seconds, ``[ranks][collectives]``.
+        durations: seconds, ``[ranks][collectives]``; NaN where a rank takes no part.
 
     Returns:
-        Blocked seconds of each rank, and the transfer seconds, which are the same for all.
+        Blocked seconds and transfer seconds, each by rank.
     """
-    transfer = sum(min(column) for column in zip(*durations, strict=True))
-    return [sum(row) - transfer for row in durations], transfer
+    transfers = [min(d for d in column if d == d) for column in zip(*durations, strict=True)]
+    comm = [sum(t for d, t in zip(row, transfers, strict=True) if d == d) for row in durations]
+    return [sum(d for d in row if d == d) - spent for row, spent in zip(durations, comm, strict=True)], comm

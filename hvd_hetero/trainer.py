@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,17 @@ from hvd_hetero.comm.horovod import Comm, build_info
 from hvd_hetero.config import Config
 from hvd_hetero.feed import Feed
 from hvd_hetero.job import Job
+from hvd_hetero.limits import check_limits, expected_passes, next_rounds
 from hvd_hetero.metrics import SUMMARY, Accounts, Progress, RunFolder, environment
 from hvd_hetero.plan import Plan, apportion
 from hvd_hetero.profiling import measure_classes
 from hvd_hetero.sampling import Sampler
 from hvd_hetero.timing import Stopwatch
+from hvd_hetero.trace import TRACE, Recorder, from_numbers, timeline, to_chrome
 from hvd_hetero.worker import Worker
+
+TRACED_PASSES = 2
+"""A pass's first rounds are recorded in place of the last pass's; the first pass warms up caches and connections."""
 
 
 class Trainer:
@@ -70,21 +77,31 @@ class Trainer:
         feed = Feed(comm, len(self.source), sampler)
         algorithm = self.method(config.algorithm, plan, comm.rank)
         accounts = Accounts(self.job.cluster)
-        progress = Progress(config.train.passes, self.job.env.columns) if comm.rank == 0 else None
+        check_limits(config.train, plan)
+        expected = expected_passes(config.train, plan)
+        progress = Progress(expected, self.job.env.columns) if comm.rank == 0 else None
+        recorder = Recorder(self.watch, config.run.trace_rounds)
         best: dict[str, float | None] = {"final_accuracy": None, "best_accuracy": None, "final_loss": None}
 
-        for number in range(1, config.train.passes + 1):
+        rounds = next_rounds(config.train, plan, accounts.done)
+        while rounds:
+            part = replace(plan, rounds=rounds)
             self.watch.skip()
-            rows = feed.deal(plan)
+            if accounts.passes < TRACED_PASSES:
+                recorder.start()
+            rows = feed.deal(part)
             self.watch.collective()
             batches = iter(self.source.batches(rows, worker.generator))
-            for done in range(plan.rounds):
+            for done in range(part.rounds):
                 self._warm_up(accounts.rounds + done)
                 algorithm.run_round(worker, batches, comm)
+                recorder.end_round()
+            recorder.stop()
             losses = worker.take_losses()
-            feed.collect(plan, losses)
+            feed.collect(part, losses)
             self.watch.collective()
-            seconds, train_loss = self._account(accounts, plan, losses)
+            seconds, train_loss = self._account(accounts, part, losses)
+            number, rounds = accounts.passes, next_rounds(config.train, plan, accounts.done)
             rate = worker.optimizer.param_groups[0]["lr"]
             worker.end_epoch()
             row: dict[str, Any] = {
@@ -95,15 +112,16 @@ class Trainer:
                 "train_sec": accounts.train_sec,
                 "train_loss": train_loss,
                 "lr": rate,
-                "samples_per_sec": sum(plan.pass_samples().values()) / seconds,
+                "samples_per_sec": sum(part.pass_samples().values()) / seconds,
                 "blocked_fraction": accounts.blocked_fractions(),
             }
-            if number % config.eval.every_passes == 0 or number == config.train.passes:
+            if number % config.eval.every_passes == 0 or rounds == 0:
                 row |= self._evaluate(plan)
                 _note(best, row)
             if self.folder is not None and progress is not None:
                 self.folder.row(row)
                 progress.update(row, plan.fastest.name)
+        self._write_trace(recorder)
         return self._finish(accounts, plan, best, progress, begin)
 
     # ---- parts of a run ---------------------------------------------------------------------------------------------
@@ -160,6 +178,16 @@ class Trainer:
             step = "" if c.step_sec is None else f", {1e3 * c.step_sec:.3g} ms a step"
             text = f"ranks {list(c.ranks)}, tau {c.tau}, batch {c.batch_size}, weight {c.weight:.4f}{step}"
             print(f"class {c.name}: {text}", flush=True)
+
+    def _write_trace(self, recorder: Recorder) -> None:
+        numbers = torch.tensor(recorder.to_numbers(), dtype=torch.float64)
+        sizes = [int(size) for size in self.comm.gather(torch.tensor([len(numbers)]), "trace.sizes")]
+        gathered = self.comm.gather(numbers, "trace", sizes)
+        if self.folder is not None and any(sizes):
+            laps = timeline([from_numbers(part.tolist()) for part in gathered])
+            classes = [self.job.cluster.class_of(rank) for rank in range(self.comm.size)]
+            lanes = [f"rank {rank}, {c.name} ({c.device})" for rank, c in enumerate(classes)]
+            self.folder.write(TRACE, json.dumps(to_chrome(laps, lanes)))
 
     def _finish(
         self, accounts: Accounts, plan: Plan, evaluated: Mapping[str, Any], progress: Progress | None, begin: float
