@@ -97,13 +97,13 @@ def derive_tau(tau_fastest: int, step_sec: Mapping[str, float]) -> dict[str, int
     fastest = min(step_sec.values())
     taus = {}
     for name, seconds in step_sec.items():
-        ratio = fastest / seconds
-        if tau_fastest * ratio < 1:
-            problem = f"class {name} is {seconds / fastest:.1f} times slower and cannot finish one step in a round"
-            enough = math.ceil(seconds / fastest)
-            remedy = f"set train.tau={enough} or more, or a smaller train.batch_size for {name}"
+        times = seconds / fastest
+        least = times * (1 - 1e-9)  # a ratio of 49 must not fail at tau 49 for a rounding error
+        if tau_fastest < least:
+            problem = f"class {name} is {times:.1f} times slower and cannot finish one step in a round"
+            remedy = f"set train.tau={math.ceil(least)} or more, or a smaller train.batch_size for {name}"
             raise ConfigError("train.tau", tau_fastest, problem, remedy)
-        taus[name] = max(1, math.floor(tau_fastest * ratio + 0.5))
+        taus[name] = max(1, math.floor(tau_fastest / times + 0.5))
     return taus
 
 
