@@ -200,7 +200,10 @@ def integers(key: str, value: Any) -> list[int]:
         match = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", str(item))
         if match is None:
             raise ConfigError(key, value, f"{item!r} is not a number or a range", "write for example [0, 1] or '0-3'")
-        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ConfigError(key, value, f"{item!r} is an empty range", f"write '{last}-{first}'")
+        numbers += range(first, last + 1)
     if len(set(numbers)) < len(numbers):
         raise ConfigError(key, value, "names one twice", "name each once")
     return numbers
