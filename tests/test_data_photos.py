@@ -112,7 +112,8 @@ def test_packed_flowers_sit_in_memory(tmp_path: Path) -> None:
     np.savez(path, jpeg=data, offsets=offsets, y=[0, 101, 2, 3], split=[0, 0, 1, 2])
     packed = get("flowers102", tmp_path, augment=False)
     assert isinstance(packed.train, TensorSource)
-    assert everything(packed.train)[0].dtype == torch.uint8 and everything(packed.train)[1].tolist() == [0, 101]
+    inputs, targets = everything(packed.train)
+    assert inputs.dtype == torch.uint8 and targets.tolist() == [0, 101]
     assert len(get("flowers102", tmp_path, with_val=True).train) == 3
     images, _ = first_batch(get("flowers102", tmp_path, size=96).test, [0])
     assert images.shape == (1, 3, 96, 96) and level(images) == [40]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.models import build
+from hvd_hetero.models import build, layers
 
 
 def count(model: nn.Module) -> int:
@@ -96,3 +96,14 @@ def test_bad_names_and_arguments(name: str | None, args: dict, key: str, message
     with pytest.raises(ConfigError, match=message) as caught:
         build(name, None, args)
     assert caught.value.key == key
+
+
+def test_channels_last_changes_the_layout_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = build("cnn", None, {"width": 4})
+    images = torch.rand(2, 1, 28, 28)
+    first_layers = model[:2](images)
+    assert first_layers.is_contiguous(memory_format=torch.channels_last) and not first_layers.is_contiguous()
+    logits = model(images)
+    monkeypatch.setattr(layers.ChannelsLast, "forward", lambda self, x: x)
+    assert torch.allclose(model(images), logits, atol=1e-5)

@@ -6,15 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvd_hetero.models.checks import positive
-from hvd_hetero.models.small import GlobalAverage
+from hvd_hetero.models.layers import ChannelsLast, GlobalAverage, conv
 
 
 def resnet20(in_channels: int = 3, num_classes: int = 10) -> nn.Module:
     """ResNet-20: three stages of three basic blocks with 16, 32 and 64 channels, 0.27 M parameters."""
     positive(in_channels=in_channels, num_classes=num_classes)
     blocks_per_stage, channels = 3, 16
-    stem = _conv3x3(in_channels, channels)
-    layers: list[nn.Module] = [stem, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+    stem = conv(in_channels, channels, 3)
+    layers: list[nn.Module] = [stem, ChannelsLast(), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
     for stage_channels in (16, 32, 64):
         for _ in range(blocks_per_stage):
             layers.append(BasicBlock(channels, stage_channels))
@@ -33,9 +33,9 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.stride = 1 if fan_in == fan_out else 2
         self.new_channels = fan_out - fan_in
-        self.conv1 = _conv3x3(fan_in, fan_out, self.stride)
+        self.conv1 = conv(fan_in, fan_out, 3, self.stride)
         self.bn1 = nn.BatchNorm2d(fan_out)
-        self.conv2 = _conv3x3(fan_out, fan_out)
+        self.conv2 = conv(fan_out, fan_out, 3)
         self.bn2 = nn.BatchNorm2d(fan_out)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,9 +45,3 @@ class BasicBlock(nn.Module):
             before = self.new_channels // 2
             x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, before, self.new_channels - before))
         return F.relu(out.add_(x), inplace=True)
-
-
-def _conv3x3(fan_in: int, fan_out: int, stride: int = 1) -> nn.Conv2d:
-    convolution = nn.Conv2d(fan_in, fan_out, kernel_size=3, stride=stride, padding=1, bias=False)
-    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-    return convolution

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from torch import Tensor, nn
+from torch import nn
 
 from hvd_hetero.models.checks import positive
+from hvd_hetero.models.layers import ChannelsLast, GlobalAverage, conv
 
 
 def mlp(in_features: int = 64, hidden: Sequence[int] = (256, 256), num_classes: int = 10) -> nn.Module:
@@ -45,14 +46,4 @@ def cnn(in_channels: int = 1, width: int = 16, num_classes: int = 10) -> nn.Modu
 
 
 def _stage(fan_in: int, fan_out: int) -> tuple[nn.Module, ...]:
-    # Batch normalization has its own shift, so the convolution needs no bias.
-    convolution = nn.Conv2d(fan_in, fan_out, kernel_size=3, padding=1, bias=False)
-    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-    return convolution, nn.BatchNorm2d(fan_out), nn.ReLU(inplace=True)
-
-
-class GlobalAverage(nn.Module):
-    """Mean over the pixels: ``[B, C, H, W]`` to ``[B, C]``."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean(dim=(2, 3))
+    return conv(fan_in, fan_out, 3), ChannelsLast(), nn.BatchNorm2d(fan_out), nn.ReLU(inplace=True)

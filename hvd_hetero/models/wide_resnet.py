@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.models.checks import positive
-from hvd_hetero.models.small import GlobalAverage
+from hvd_hetero.models.layers import ChannelsLast, GlobalAverage, conv
 
 
 def wide_resnet(depth: int = 28, widen: int = 10, in_channels: int = 3, num_classes: int = 10,
@@ -36,9 +36,9 @@ def wide_resnet(depth: int = 28, widen: int = 10, in_channels: int = 3, num_clas
     if stem not in ("small", "large"):
         raise ConfigError("model.args.stem", stem, "unknown stem", "give 'small' or 'large'")
     if stem == "small":
-        layers: list[nn.Module] = [_conv(in_channels, 16, 3)]
+        layers: list[nn.Module] = [conv(in_channels, 16, 3), ChannelsLast()]
     else:
-        layers = [_conv(in_channels, 16, 7, stride=2), nn.MaxPool2d(3, stride=2, padding=1)]
+        layers = [conv(in_channels, 16, 7, stride=2), ChannelsLast(), nn.MaxPool2d(3, stride=2, padding=1)]
     channels = 16
     for stage, stage_channels in enumerate((16 * widen, 32 * widen, 64 * widen)):
         for block in range((depth - 4) // 6):
@@ -56,10 +56,10 @@ class WideBlock(nn.Module):
         super().__init__()
         self.dropout = dropout
         self.bn1 = nn.BatchNorm2d(fan_in)
-        self.conv1 = _conv(fan_in, fan_out, 3, stride)
+        self.conv1 = conv(fan_in, fan_out, 3, stride)
         self.bn2 = nn.BatchNorm2d(fan_out)
-        self.conv2 = _conv(fan_out, fan_out, 3)
-        self.shortcut = _conv(fan_in, fan_out, 1, stride) if stride > 1 or fan_in != fan_out else None
+        self.conv2 = conv(fan_out, fan_out, 3)
+        self.shortcut = conv(fan_in, fan_out, 1, stride) if stride > 1 or fan_in != fan_out else None
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(x), inplace=True)
@@ -69,9 +69,3 @@ class WideBlock(nn.Module):
         if self.dropout:
             out = F.dropout(out, self.dropout, self.training)
         return self.conv2(out) + shortcut
-
-
-def _conv(fan_in: int, fan_out: int, size: int, stride: int = 1) -> nn.Conv2d:
-    convolution = nn.Conv2d(fan_in, fan_out, size, stride, padding=size // 2, bias=False)
-    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-    return convolution
