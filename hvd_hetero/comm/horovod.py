@@ -45,7 +45,7 @@ class Comm:
         self.rank, self.size = rank, cluster.size
         mine = cluster.class_of(rank)
         self._peers = mine.ranks
-        self._leaders = tuple(c.ranks[0] for c in cluster.classes)
+        self._leaders = tuple(sorted(c.ranks[0] for c in cluster.classes))
         on_cpu = all(c.device == "cpu" for c in cluster.classes)
         if path == "flat" and not on_cpu:
             problem = "host and device tensors cannot be summed in one call"
