@@ -31,8 +31,8 @@ def mlp(in_features: int = 64, hidden: Sequence[int] = (256, 256), num_classes: 
 def cnn(in_channels: int = 1, width: int = 16, num_classes: int = 10) -> nn.Module:
     """Two convolutions with batch normalization and a linear layer over 7x7 places, for 28 or 32 pixels.
 
-    A short training learns more from places than from a global average: after one pass over Fashion-MNIST 88 %
-    of the test images were right against 85 %.
+    A short training learns more from places than from a global average: 800 steps on Fashion-MNIST gave 86 %
+    and 75 % (one seed, batch 32, rate 0.02).
 
     Args:
         in_channels: 1 for grey, 3 for colour.
