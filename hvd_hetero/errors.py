@@ -26,6 +26,10 @@ class ConfigError(UserError):
         super().__init__(f"{key}={_short(value)}: {problem}; {remedy}")
         self.key, self.value, self.problem, self.remedy = key, value, problem, remedy
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[Any, ...]]:
+        # data workers send what they raise to their parent
+        return type(self), (self.key, self.value, self.problem, self.remedy)
+
 
 def _short(value: Any, limit: int = 200) -> str:
     text = repr(value) if isinstance(value, str) else str(value)
