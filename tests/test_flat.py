@@ -1,0 +1,151 @@
+"""Flat vectors: the model's tensors are views of them, through training, loading and saving."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hvd_hetero.checkpoint import save_model
+from hvd_hetero.comm.flat import FlatState
+
+
+class Mixed(nn.Module):
+    """Two dtypes, a frozen and a shared parameter, BatchNorm, integer and boolean buffers, a channels-last weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.convolution = nn.Conv2d(2, 4, 3, bias=False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.norm = nn.BatchNorm2d(4)
+        self.first = nn.Linear(4, 4)
+        self.shared = nn.Linear(4, 4)
+        self.shared.weight = self.first.weight
+        self.wide = nn.Parameter(torch.randn(3, dtype=torch.float64))
+        self.frozen = nn.Parameter(torch.randn(5), requires_grad=False)
+        self.register_buffer("offset", torch.randn(2, dtype=torch.float64))
+        self.register_buffer("seen", torch.tensor([[3, 4]], dtype=torch.int32))
+        self.register_buffer("flag", torch.tensor([True, False]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.convolution(x)).mean(dim=(2, 3))
+        return self.shared(self.first(x)) * self.wide.sum().float() + self.frozen.sum()
+
+
+def flat(model: nn.Module) -> tuple[FlatState, torch.Tensor, torch.Tensor]:
+    """The state, and its vectors of single and of double precision."""
+    state = FlatState(model)
+    single, double = sorted(state.vectors, key=lambda vector: vector.element_size())
+    return state, single, double
+
+
+def singles(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad and p.dtype == torch.float32]
+
+
+def inside(tensor: torch.Tensor, vector: torch.Tensor) -> bool:
+    """Whether a tensor's memory is part of a vector's."""
+    start, end = vector.data_ptr(), vector.data_ptr() + vector.numel() * vector.element_size()
+    return start <= tensor.data_ptr() and tensor.data_ptr() + tensor.numel() * tensor.element_size() <= end
+
+
+def test_values_and_outputs_stay_as_they_were() -> None:
+    model, untouched = Mixed(), Mixed()
+    FlatState(model)
+    for (name, mine), theirs in zip(model.state_dict().items(), untouched.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs), name
+    x = torch.randn(6, 2, 5, 5)
+    assert torch.allclose(model(x), untouched(x), atol=1e-6)
+
+
+def test_one_vector_a_dtype_with_parameters_first() -> None:
+    model = Mixed()
+    state, single, double = flat(model)
+    assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
+    count = sum(p.numel() for p in singles(model))
+    assert dict(zip((v.dtype for v in state.vectors), state.params, strict=True)) == {
+        torch.float32: count, torch.float64: 3,
+    }
+    assert (single.numel(), double.numel()) == (count + 2 * 4, 3 + 2), "a shared weight is there once"
+    assert all(inside(p, single[:count]) for p in singles(model))
+    assert inside(model.norm.running_mean, single[count:]) and inside(model.norm.running_var, single[count:])
+    assert inside(model.wide, double[:3]) and inside(model.offset, double[3:])
+    assert not inside(model.frozen, single), "frozen parameters are not averaged"
+
+
+def test_writing_the_vector_writes_the_model_and_the_other_way_round() -> None:
+    model = Mixed()
+    _, single, _ = flat(model)
+    single.fill_(0.5)
+    assert all(bool((p == 0.5).all()) for p in singles(model))
+    assert bool((model.norm.running_var == 0.5).all())
+    with torch.no_grad():
+        model.first.weight[1, 2] = 7.0
+    assert int((single == 7.0).sum()) == 1
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_training_goes_on_in_the_vector(optimizer: str) -> None:
+    """Steps, BatchNorm statistics and a loaded state dict change the vector in place, like an untouched model."""
+    model, untouched = Mixed(), Mixed()
+    _, single, double = flat(model)
+    makers = [getattr(torch.optim, optimizer)([p for p in m.parameters() if p.requires_grad], lr=0.01)
+              for m in (model, untouched)]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        x = torch.randn(6, 2, 5, 5, generator=generator)
+        for m, steps in zip((model, untouched), makers, strict=True):
+            steps.zero_grad(set_to_none=True)
+            m(x).square().mean().backward()
+            steps.step()
+    trained = {name: t for name, t in model.state_dict().items()}
+    for name, theirs in untouched.state_dict().items():
+        assert torch.allclose(trained[name], theirs, rtol=1e-5, atol=1e-7), name
+    parts = [*singles(model), model.norm.running_mean, model.norm.running_var]
+    assert torch.equal(single, torch.cat([p.detach().reshape(-1) for p in parts]))
+    model.load_state_dict(Mixed().state_dict())
+    assert inside(model.first.weight, single)
+    assert torch.equal(double, torch.cat([Mixed().wide.detach(), Mixed().offset]))
+
+
+def test_integers_go_and_come_back() -> None:
+    model = Mixed()
+    state = FlatState(model)
+    values = state.integers()
+    assert values is not None and values.dtype == torch.int64
+    assert sorted(values.tolist()) == [0, 0, 1, 3, 4]
+    state.set_integers(values + 1)
+    assert model.seen.tolist() == [[4, 5]] and model.seen.dtype == torch.int32
+    assert int(model.norm.num_batches_tracked) == 1
+    assert model.flag.tolist() == [True, True]
+
+
+def test_a_model_without_integers_or_buffers() -> None:
+    state = FlatState(nn.Linear(2, 1))
+    assert state.integers() is None
+    assert [v.numel() for v in state.vectors] == [3]
+
+
+def test_everything_covers_the_whole_state() -> None:
+    model, other = Mixed(), Mixed()
+    with torch.no_grad():
+        for tensor in other.state_dict().values():
+            tensor.copy_(torch.zeros_like(tensor))
+    for mine, theirs in zip(FlatState(other).everything(), FlatState(model).everything(), strict=True):
+        mine.copy_(theirs)
+    for (name, mine), theirs in zip(other.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def test_a_saved_model_is_plain_tensors(tmp_path: object) -> None:
+    """Each with its own small storage, not the whole flat vector; loadable without trusting the file."""
+    model = Mixed()
+    FlatState(model)
+    path = save_model(tmp_path, model)  # type: ignore[arg-type]
+    loaded = torch.load(path, weights_only=True)
+    fresh = Mixed()
+    fresh.load_state_dict(loaded)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded[name], tensor), name
+        assert loaded[name].untyped_storage().nbytes() == tensor.numel() * tensor.element_size(), name
+    assert [file.name for file in path.parent.iterdir()] == ["model.pt"], "nothing half-written is left"

@@ -1,0 +1,160 @@
+"""The stopwatch, the emulation of slower devices, and the split of collectives into waiting and transfer."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvd_hetero import timing
+from hvd_hetero.timing import Pace, Stopwatch, split_waiting
+
+
+class Clock:
+    """Time that passes when told; also stands in for the module ``time``."""
+
+    def __init__(self, overshoot_sec: float = 0.0) -> None:
+        self.now = 100.0
+        self.slept: list[float] = []
+        self._overshoot_sec = overshoot_sec
+
+    def __call__(self) -> float:
+        return self.now
+
+    perf_counter = __call__
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds + self._overshoot_sec
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", clock)
+    return clock
+
+
+def test_every_second_is_booked_once(clock: Clock) -> None:
+    watch = Stopwatch(clock)
+    for kind, seconds in (("data", 1.0), ("compute", 2.0), ("collective", 4.0), ("compute", 8.0), ("collective", 16.0)):
+        clock.now += seconds
+        booked = watch.collective() if kind == "collective" else watch.lap(kind)
+        assert booked == seconds
+    clock.now += 32.0
+    watch.skip()
+    clock.now += 0.5
+    watch.lap("data")
+    assert watch.take() == ({"compute": 10.0, "data": 1.5}, [4.0, 16.0])
+    assert watch.take() == ({"compute": 0.0, "data": 0.0}, [])
+
+
+def test_a_rank_outside_a_collective_keeps_its_place_in_the_list(clock: Clock) -> None:
+    """The time it spends meanwhile is that of its next collective: there it waits for those inside."""
+    watch = Stopwatch(clock)
+    clock.now += 1.0
+    watch.collective()
+    clock.now += 2.0
+    watch.absent()
+    clock.now += 4.0
+    watch.collective()
+    first, absent, last = watch.take()[1]
+    assert (first, last) == (1.0, 6.0) and math.isnan(absent)
+
+
+def test_laps_are_kept_where_they_are_wanted(clock: Clock) -> None:
+    watch = Stopwatch(clock)
+    watch.laps = []
+    clock.now += 1.0
+    watch.lap("data")
+    clock.now += 2.0
+    watch.collective()
+    assert watch.laps == [("data", 100.0, 101.0), ("collective", 101.0, 103.0)]
+
+
+def run_steps(clock: Clock, pace: Pace, count: int, data_sec: float, step_sec: float) -> int:
+    def batches() -> object:
+        while True:
+            clock.now += data_sec
+            yield object()
+
+    done = 0
+    for _ in pace.steps(batches(), count):  # type: ignore[var-annotated, arg-type]
+        clock.now += step_sec
+        done += 1
+    return done
+
+
+def test_steps_are_booked_as_data_and_compute(clock: Clock) -> None:
+    watch = Stopwatch(clock)
+    assert run_steps(clock, Pace(watch), 3, data_sec=0.5, step_sec=2.0) == 3
+    assert watch.take() == ({"compute": 6.0, "data": 1.5}, [])
+    assert clock.slept == []
+
+
+def test_no_more_batches_are_taken_than_asked_for(clock: Clock) -> None:
+    batches = iter(range(10))
+    pace = Pace(Stopwatch(clock))
+    assert list(pace.steps(batches, 3)) == [0, 1, 2]
+    assert list(pace.steps(batches, 2)) == [3, 4], "one taken too many would be a batch never trained on"
+
+
+def test_slowdown_stretches_data_and_compute_to_its_multiple(clock: Clock) -> None:
+    watch = Stopwatch(clock)
+    run_steps(clock, Pace(watch, slowdown=8.0), 3, data_sec=0.5, step_sec=2.0)
+    seconds, _ = watch.take()
+    assert seconds["data"] + seconds["compute"] == pytest.approx(8 * 3 * 2.5)
+    assert seconds["data"] == pytest.approx(1.5), "emulated time is compute"
+    assert len(clock.slept) == 3
+
+
+def test_what_a_sleep_overshoots_is_taken_off_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(overshoot_sec=0.25)
+    monkeypatch.setattr(timing, "time", clock)
+    watch = Stopwatch(clock)
+    run_steps(clock, Pace(watch, slowdown=2.0), 100, data_sec=0.0, step_sec=1.0)
+    assert watch.take()[0]["compute"] == pytest.approx(2 * 100 + 0.25), "only the last one is still owed"
+
+
+def test_the_device_is_waited_for_before_the_step_is_measured(clock: Clock) -> None:
+    """Steps are queued up on a GPU and cost nothing until it is synchronized."""
+    queued = [0]
+
+    def synchronize() -> None:
+        clock.now += 3.0 * queued[0]
+        queued[0] = 0
+
+    for slowdown, expected in ((1.0, 4 * 3.0), (5.0, 5 * 4 * 3.0)):
+        watch = Stopwatch(clock)
+        for _ in Pace(watch, slowdown, synchronize).steps(iter(range(4)), 4):
+            queued[0] += 1
+        assert watch.take()[0]["compute"] == pytest.approx(expected)
+
+
+# ---- waiting and transfer -------------------------------------------------------------------------------------------
+
+
+def test_the_last_to_arrive_waits_for_nobody() -> None:
+    blocked, comm = split_waiting([[5.0, 1.0], [2.0, 1.0], [3.0, 4.0]])
+    assert comm == [3.0, 3.0, 3.0]
+    assert blocked == [3.0, 0.0, 4.0]
+
+
+def test_ranks_outside_a_collective_count_for_nothing_in_it() -> None:
+    blocked, comm = split_waiting([[5.0, 1.0], [math.nan, 1.0], [3.0, 4.0]])
+    assert comm == [4.0, 1.0, 4.0]
+    assert blocked == [2.0, 0.0, 3.0]
+
+
+@given(st.integers(1, 5).flatmap(lambda ranks: st.lists(
+    st.lists(st.floats(0, 100), min_size=ranks, max_size=ranks), max_size=8)))
+def test_the_split_loses_nothing(columns: list[list[float]]) -> None:
+    ranks = len(columns[0]) if columns else 2
+    durations = [[column[r] for column in columns] for r in range(ranks)]
+    blocked, comm = split_waiting(durations)
+    for rank in range(ranks):
+        assert blocked[rank] + comm[rank] == pytest.approx(sum(durations[rank]))
+        assert blocked[rank] >= -1e-9
+        assert comm[rank] == pytest.approx(sum(min(column) for column in columns))

@@ -1,0 +1,217 @@
+"""One rank's worker: local steps, learning rate, evaluation, and that measuring a step leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hvd_hetero.data import TensorSource
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.profiling import measure_step
+from hvd_hetero.worker import (
+    Worker,
+    accuracy,
+    forward,
+    metric_by_name,
+    optimizer_maker,
+    per_sample_loss,
+    scheduler_maker,
+)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.ReLU(), nn.Linear(8, 3))
+
+
+def source(count: int = 40) -> TensorSource:
+    generator = torch.Generator().manual_seed(0)
+    return TensorSource(torch.randn(count, 6, generator=generator), torch.arange(count) % 3)
+
+
+def worker(optimizer: str = "SGD", scheduler: str | None = None, lr: float = 0.1, **options: Any) -> Worker:
+    args = {"momentum": 0.9} if optimizer == "SGD" else {}
+    return Worker(
+        network(), per_sample_loss("cross_entropy", {}), optimizer_maker(optimizer, lr, args),
+        scheduler_maker(scheduler, {"step_size": 1, "gamma": 0.5} if scheduler else {}), metric=accuracy, **options,
+    )
+
+
+def batches(rows: Any) -> Iterator[Any]:
+    return source().batches(np.asarray(rows), torch.Generator())
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def test_local_steps_are_those_of_a_plain_loop() -> None:
+    rows = np.arange(40).reshape(5, 8)
+    mine = worker()
+    torch.manual_seed(11)
+    mine.local_steps(batches(rows), 5)
+
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    torch.manual_seed(11)
+    expected = []
+    for inputs, targets in batches(rows):
+        losses = nn.functional.cross_entropy(model(inputs), targets, reduction="none")
+        optimizer.zero_grad()
+        losses.mean().backward()
+        optimizer.step()
+        expected.append(losses.detach())
+    losses = mine.take_losses()
+    assert losses.shape == (40,) and losses.dtype == torch.float32
+    assert torch.allclose(losses, torch.cat(expected), rtol=1e-5)
+    for (name, a), b in zip(mine.model.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6), name
+    assert mine.take_losses().numel() == 0
+
+
+def test_local_steps_take_their_batches_and_no_more() -> None:
+    mine, stream = worker(), batches(np.arange(40).reshape(5, 8))
+    mine.local_steps(stream, 2)
+    mine.local_steps(stream, 2)
+    assert mine.take_losses().shape == (32,)
+    assert len(list(stream)) == 1
+
+
+def test_a_gradient_takes_no_step() -> None:
+    mine = worker()
+    before = mine.state.vectors[0][: mine.state.params[0]].clone()
+    losses = mine.gradient(*next(batches([[0, 1, 2]])))
+    assert losses.shape == (3,) and not losses.requires_grad
+    assert torch.equal(mine.state.vectors[0][: mine.state.params[0]], before)
+    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in mine.model.parameters() if p.dim() > 1)
+
+
+def rate(mine: Worker) -> float:
+    return float(mine.optimizer.param_groups[0]["lr"])
+
+
+def test_warm_up_scales_the_scheduled_rate_and_leaves_the_schedule_alone() -> None:
+    mine = worker(scheduler="StepLR", lr=0.8)
+    mine.warm_up(0.25)
+    assert rate(mine) == pytest.approx(0.2)
+    mine.warm_up(0.5)
+    assert rate(mine) == pytest.approx(0.4), "of the scheduled rate, not of the last one"
+    mine.optimizer.step()
+    mine.end_epoch()
+    assert rate(mine) == pytest.approx(0.4), "half of 0.8, though the warm-up stood at a half"
+    mine.warm_up(0.5)
+    mine.end_epoch()
+    assert rate(mine) == pytest.approx(0.2)
+
+
+def test_without_a_scheduler_the_rate_stays() -> None:
+    mine = worker(lr=0.8)
+    mine.warm_up(0.1)
+    mine.end_epoch()
+    assert rate(mine) == 0.8
+
+
+# ---- evaluation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "batch"), [(40, 8), (37, 8), (5, 8), (1, 1), (0, 4)])
+def test_evaluation_sums_over_every_sample(count: int, batch: int) -> None:
+    """The last batch is smaller; dropout is off and BatchNorm's statistics are used, not changed."""
+    mine, data = worker(), source(40)
+    mine.local_steps(batches(np.arange(40).reshape(5, 8)), 5)
+    before = [v.clone() for v in mine.state.vectors]
+    order = np.random.default_rng(0).permutation(40)[:count]
+    loss, correct = mine.evaluate(data, order, batch)
+    mine.model.eval()
+    with torch.no_grad():
+        outputs = mine.model(data.inputs[order])
+        expected = nn.functional.cross_entropy(outputs, data.targets[order], reduction="none").sum()
+    mine.model.train()
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    assert correct == int((outputs.argmax(1) == data.targets[order]).sum())
+    assert all(torch.equal(a, b) for a, b in zip(mine.state.vectors, before, strict=True))
+
+
+def test_evaluation_leaves_the_model_training() -> None:
+    mine = worker()
+    mine.evaluate(source(), np.arange(8), 4)
+    assert mine.model.training
+    mine.local_steps(batches([[0, 1, 2, 3]]), 1)  # tensors made in inference mode would fail here
+
+
+# ---- leaving no trace -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_measuring_leaves_everything_as_it_was(optimizer: str) -> None:
+    """The run that follows is bit for bit the one without it: model, BatchNorm, optimizer, random states."""
+    measured, plain = worker(optimizer), worker(optimizer)
+    results = []
+    for mine in (measured, plain):
+        torch.manual_seed(5)
+        if mine is measured:
+            assert measure_step(mine, source(), 8, seconds=0.01, warmup_steps=2) > 0
+        mine.local_steps(batches(np.arange(40).reshape(5, 8)), 5)
+        results.append([*mine.state.vectors, mine.state.integers(), mine.take_losses(), mine.generator.get_state()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# ---- what is made by name -------------------------------------------------------------------------------------------
+
+
+def test_forward_by_position_and_by_keyword() -> None:
+    def two(a: int, b: int) -> int:
+        return 10 * a + b
+
+    call: Callable[..., Any] = forward
+    assert call(two, (1, 2)) == 12
+    assert call(two, {"b": 1, "a": 2}) == 21
+    assert call(lambda x: x + 1, 3) == 4
+
+
+def test_losses_are_one_number_a_sample() -> None:
+    outputs, targets = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
+    losses = per_sample_loss("mse_loss", {})(outputs, targets)
+    assert torch.allclose(losses, (outputs - targets).square().mean(dim=(1, 2)))
+    smooth = per_sample_loss("cross_entropy", {"label_smoothing": 0.1})
+    logits, classes = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    assert torch.allclose(
+        smooth(logits, classes), nn.functional.cross_entropy(logits, classes, label_smoothing=0.1, reduction="none")
+    )
+
+
+def test_accuracy_and_no_metric() -> None:
+    assert accuracy(torch.tensor([[0.1, 0.9], [2.0, 1.0]]), torch.tensor([1, 1])).tolist() == [1.0, 0.0]
+    assert metric_by_name("accuracy") is accuracy
+    assert metric_by_name("none") is None and metric_by_name(None) is None
+
+
+@pytest.mark.parametrize(("make", "key", "text"), [
+    (lambda: per_sample_loss("crossentropy", {}), "train.loss", "torch.nn.functional"),
+    (lambda: per_sample_loss("nosuch:thing", {}), "train.loss", "no module named"),
+    (lambda: metric_by_name("acuracy"), "eval.metric", "accuracy, none"),
+    (lambda: optimizer_maker("Sgd", 0.1, {}), "train.optimizer", "SGD"),
+    (lambda: optimizer_maker("lr_scheduler", 0.1, {}), "train.optimizer", "SGD"),
+    (lambda: worker_with_optimizer({"momentun": 0.9}), "train.optimizer_args", "momentun"),
+    (lambda: worker_with_optimizer({"momentum": -1}), "train.optimizer_args", "-1"),
+    (lambda: scheduler_maker("MultiStep", {}), "train.scheduler", "MultiStepLR"),
+    (lambda: worker_with_scheduler({"milestone": [1]}), "train.scheduler_args", "milestone"),
+])
+def test_a_name_or_argument_that_is_not_there(make: Callable[[], Any], key: str, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert caught.value.key == key
+    assert text in str(caught.value)
+
+
+def worker_with_optimizer(args: dict[str, Any]) -> Worker:
+    return Worker(network(), per_sample_loss("cross_entropy", {}), optimizer_maker("SGD", 0.1, args), None)
+
+
+def worker_with_scheduler(args: dict[str, Any]) -> Worker:
+    loss: Callable[[Any, Tensor], Tensor] = per_sample_loss("cross_entropy", {})
+    return Worker(network(), loss, optimizer_maker("SGD", 0.1, {}), scheduler_maker("MultiStepLR", args))
