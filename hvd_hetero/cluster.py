@@ -233,7 +233,22 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unknown"
 
 
+def has_bf16(device: str) -> bool:
+    """Whether a device (``cpu`` or ``cuda:INDEX``) computes in bfloat16 itself and does not just emulate it."""
+    import torch
+
+    if device != "cpu":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = f"{_cpu_info('flags')} {_cpu_info('Features')}".split()
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
 def _cpu_model() -> str:
+    return _cpu_info("model name") or platform.machine()
+
+
+def _cpu_info(name: str) -> str:
+    """What the kernel says of the first core under this name, or nothing."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.machine())
+    return next((x.split(":", 1)[1].strip() for x in lines if x.partition(":")[0].strip() == name), "")

@@ -102,6 +102,8 @@ class TrainConfig:
     scheduler: Optional[str] = None  # noqa: UP045
     scheduler_args: dict[str, Any] = _key({})
     warmup_rounds: int = _key(0, at_least=0)
+    clip_norm: Optional[float] = _key(None, above=0)  # noqa: UP045
+    autocast: Any = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,10 @@ class AggregationConfig:
     weights: Optional[str] = _key(None, choices=("steps", "uniform"))  # noqa: UP045
     mode: str = _key("blocking", choices=("blocking",))
     path: str = _key(AUTO, choices=(AUTO, "flat", "hierarchical"))
+    optimizer_state: str = _key("local", choices=("local", "average", "reset"))
+    outer_lr: float = _key(1.0, above=0)
+    outer_momentum: float = _key(0.0, at_least=0, at_most=1)
+    outer_nesterov: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,7 +192,7 @@ def load(
     if isinstance(overrides, Mapping):
         pairs = list(copy.deepcopy(dict(overrides)).items())  # later keys may reach into a caller's own mapping
     else:
-        pairs = [_parse(text) for text in overrides]
+        pairs = [parse_override(text) for text in overrides]
     name = AlgorithmConfig().name
     for layer in layers:
         section = layer.get("algorithm")
@@ -290,6 +296,18 @@ def nearest(word: str, words: Sequence[str]) -> str:
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
     if path in seen:
         raise ConfigError("base", str(path), "the files name each other as base", "break the circle")
+    layer = read_mapping(path)
+    base = layer.pop("base", None)
+    below = [] if base is None else _read(path.parent / str(base), (*seen, path))
+    return [*below, layer]
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The content of one YAML file.
+
+    Raises:
+        ConfigError: there is no such file, it is no YAML, or no mapping.
+    """
     try:
         content = OmegaConf.load(path)
     except FileNotFoundError as error:
@@ -299,13 +317,15 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
         raise ConfigError("config file", str(path), f"cannot be read: {problem}", "correct the file") from error
     if not OmegaConf.is_dict(content):
         raise ConfigError("config file", str(path), "is not a mapping", "write sections with keys, as in default.yaml")
-    layer: dict[str, Any] = OmegaConf.to_container(content)  # type: ignore[assignment]
-    base = layer.pop("base", None)
-    below = [] if base is None else _read(path.parent / str(base), (*seen, path))
-    return [*below, layer]
+    return OmegaConf.to_container(content)  # type: ignore[return-value]
 
 
-def _parse(text: str) -> tuple[str, Any]:
+def parse_override(text: str) -> tuple[str, Any]:
+    """The key and the value of ``key=value``.
+
+    Raises:
+        ConfigError: it is not that, or the value is no YAML.
+    """
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError("argument", text, "is not key=value", "write for example train.passes=10")
@@ -409,6 +429,8 @@ def _check_mappings(config: Config) -> None:
     train = config.train
     if (train.passes, train.max_fast_steps, train.max_samples, train.max_train_sec) == (None,) * 4:
         raise ConfigError("train.passes", None, "nothing says when the run ends", "set it, or one of train.max_*")
+    if train.autocast not in (False, "bf16"):
+        raise ConfigError("train.autocast", train.autocast, "is not known", "give false or bf16")
     if config.data.name is None and config.data.target is None:
         raise ConfigError("data.name", None, "no dataset is given", "set data.name or data.target")
     if config.model.name is None and config.model.target is None:

@@ -37,11 +37,13 @@ class Feed:
             drawn = self.sampler.draw(plan.pass_samples())
             self._dealt = {}
             for c in plan.classes:
-                self._dealt |= dict(zip(c.ranks, np.split(drawn[c.name], len(c.ranks)), strict=True))
+                ends = np.cumsum([sizes[rank] for rank in c.ranks])
+                self._dealt |= dict(zip(c.ranks, np.split(drawn[c.name], ends[:-1]), strict=True))
             everything = torch.from_numpy(np.concatenate([self._dealt[rank] for rank in range(len(sizes))]))
         everything = self._comm.broadcast(everything, "pass.indices")
         mine = everything.split(sizes)[self._comm.rank].numpy()
-        return mine.reshape(-1, plan.of_rank(self._comm.rank).batch_size)
+        own = plan.of_rank(self._comm.rank)
+        return mine.reshape(plan.rounds * own.tau, own.batch_size)
 
     def collect(self, plan: Plan, losses: Tensor) -> None:
         """Takes this rank's losses ``[rounds * tau * B]`` of the pass, in training order, into rank 0's table."""

@@ -88,8 +88,7 @@ def check(config: Config, components: Components, cluster: Cluster) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    method = algorithms.get(config.algorithm.name)
-    method.check(cluster, len(components.dataset.train), config.train, str(config.aggregation.weights))
+    algorithms.build(config, cluster, len(components.dataset.train)).check()
     check_bias_to(config.sampling.bias_to, [c.name for c in cluster.classes])
 
 

@@ -96,9 +96,8 @@ class Loop:
         self._generator = torch.Generator(device).manual_seed(config.run.seed * 1000003 + self.rank)
         self._comm = Comm(cluster, self.rank, config.aggregation.path)
         self._comm.broadcast_state(self._state)
-        method = algorithms.get(config.algorithm.name)
         samples = len(self._source)
-        self.plan = method.make_plan(cluster, samples, config.train, str(config.aggregation.weights), None)
+        self.plan = algorithms.build(config, cluster, samples).make_plan(None)
         spec = config.sampling
         biased = self.plan.biased(spec.bias_to)
         sampler = Sampler(samples, str(spec.scheme), spec.high_loss_ratio, biased, config.run.seed)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hvd_hetero.cluster import Cluster
 from hvd_hetero.errors import ConfigError
 
+TRAIN, IDLE, SERVER = "train", "idle", "server"
 LESS = "set a smaller train.tau or train.batch_size, or use more data"
 
 
@@ -22,10 +23,12 @@ class ClassPlan:
     """What one device class does in a round.
 
     Attributes:
-        tau: local steps of one rank in a round.
-        batch_size: samples of one step of one rank.
-        weight: share of one rank in the aggregation; over all ranks of all classes they sum to 1.
+        tau: local steps of one rank in a round; 0 if it does not train.
+        batch_size: samples of one step of one rank; their mean where the ranks of the class differ.
+        weight: share of one rank in the aggregation (their mean); over all ranks of all classes they sum to 1.
         step_sec: measured seconds of one local step, if they were measured.
+        role: ``train``; ``idle``, or ``server``, which sums what others computed.
+        batch_sizes: by rank of the class, where they differ.
     """
 
     name: str
@@ -34,10 +37,20 @@ class ClassPlan:
     batch_size: int
     weight: float
     step_sec: float | None = None
+    role: str = TRAIN
+    batch_sizes: tuple[int, ...] = ()
 
     @property
     def round_samples(self) -> int:
-        return len(self.ranks) * self.tau * self.batch_size
+        return self.tau * (sum(self.batch_sizes) or len(self.ranks) * self.batch_size)
+
+    def one(self, rank: int) -> ClassPlan:
+        """The part of one rank of the class."""
+        if not self.batch_sizes:
+            return self
+        own = self.batch_sizes[self.ranks.index(rank)]
+        weight = self.weight * len(self.ranks) * own / sum(self.batch_sizes)
+        return replace(self, ranks=(rank,), batch_size=own, weight=weight, batch_sizes=())
 
     @property
     def speed(self) -> float:
@@ -53,12 +66,17 @@ class Plan:
     rounds: int
 
     @property
+    def training(self) -> tuple[ClassPlan, ...]:
+        """The classes that take steps."""
+        return tuple(c for c in self.classes if c.role == TRAIN)
+
+    @property
     def fastest(self) -> ClassPlan:
-        return max(self.classes, key=_step_rate)
+        return max(self.training, key=_step_rate)
 
     @property
     def slowest(self) -> ClassPlan:
-        return min(self.classes, key=_step_rate)
+        return min(self.training, key=_step_rate)
 
     def biased(self, bias_to: str) -> str:
         """The class that gets the hard samples: by its name, or as the ``fast``est or ``slow``est one."""
@@ -67,7 +85,7 @@ class Plan:
         return (self.fastest if bias_to == "fast" else self.slowest).name
 
     def of_rank(self, rank: int) -> ClassPlan:
-        return next(c for c in self.classes if rank in c.ranks)
+        return next(c for c in self.classes if rank in c.ranks).one(rank)
 
     def pass_samples(self) -> dict[str, int]:
         """N_g: samples that each class consumes in one pass."""
@@ -154,6 +172,45 @@ def make_plan(
     return Plan(classes, rounds)
 
 
+def lockstep_plan(
+    cluster: Cluster,
+    samples: int,
+    batches: Mapping[int, int],
+    *,
+    others: str = IDLE,
+    epoch: str = "pass",
+    tau: int = 1,
+) -> Plan:
+    """The plan of a method whose ranks take every step together: a round is one step, weights go by batch size.
+
+    Args:
+        samples: n, training samples.
+        batches: samples of one step, by rank; the classes that train are those whose ranks are in it.
+        others: role of all other classes.
+        epoch: ``pass``, all samples once, or ``fast_steps``, as many steps as a fast worker of a local-SGD run takes
+            in the paper's epoch of floor(n / (B m tau)) rounds, with all m workers.
+        tau: of that run; for ``fast_steps`` only.
+
+    Raises:
+        ConfigError: fewer samples than one step (or that epoch) consumes.
+    """
+    whole = sum(batches.values())
+    classes = []
+    for c in cluster.classes:
+        sizes = tuple(batches[r] for r in c.ranks if r in batches)
+        if not sizes:
+            classes.append(ClassPlan(c.name, c.ranks, 0, 0, 0.0, role=others))
+            continue
+        mean = sum(sizes) / len(sizes)
+        uneven = sizes if len(set(sizes)) > 1 else ()
+        classes.append(ClassPlan(c.name, c.ranks, 1, round(mean), mean / whole, batch_sizes=uneven))
+    counted, steps = (whole, 1) if epoch == "pass" else (whole * cluster.size * tau // len(batches), tau)
+    if samples < counted:
+        problem = f"an epoch takes at least {counted} samples, the training set has {samples}"
+        raise ConfigError("train.batch_size", whole, problem, LESS)
+    return Plan(tuple(classes), samples // counted * steps)
+
+
 def check_least_round(cluster: Cluster, samples: int, tau_fastest: int, batch_size: Mapping[str, int]) -> None:
     """Checks, before any speed is known, that some plan with this tau can have a round at all.
 
@@ -178,14 +235,22 @@ def check_bias_to(bias_to: str, names: Sequence[str]) -> None:
         raise ConfigError("sampling.bias_to", bias_to, "names no device class", remedy)
 
 
-def apportion(total: int, shares: Sequence[float]) -> list[int]:
-    """Divides ``total`` into integers in proportion to ``shares``, exactly (largest remainder, ties to the first)."""
+def apportion(total: int, shares: Sequence[float], at_least: int = 0) -> list[int]:
+    """Divides ``total`` into integers in proportion to ``shares``, exactly (largest remainder, ties to the first).
+
+    Args:
+        at_least: what everyone gets, at the cost of the largest.
+    """
+    assert total >= at_least * len(shares)
     whole = sum(shares)
     exact = [total * share / whole for share in shares]
     counts = [math.floor(x) for x in exact]
     order = sorted(range(len(shares)), key=lambda i: (counts[i] - exact[i], i))
     for i in order[: total - sum(counts)]:
         counts[i] += 1
+    while min(counts) < at_least:
+        counts[counts.index(max(counts))] -= 1
+        counts[counts.index(min(counts))] += 1
     return counts
 
 

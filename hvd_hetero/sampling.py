@@ -79,7 +79,7 @@ def in_order(values: Mapping[int, NDArray[Any]], rounds: int, tau: Mapping[int, 
     Returns:
         ``[K]``, everything.
     """
-    steps = {rank: values[rank].reshape(rounds, tau[rank], -1) for rank in sorted(values)}
+    steps = {rank: values[rank].reshape(rounds, tau[rank], -1) for rank in sorted(values) if tau[rank]}
     longest = max(tau.values())
     parts = [steps[rank][:, step] for step in range(longest) for rank in steps if step < tau[rank]]
     return np.concatenate(parts, axis=1).reshape(-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from hvd_hetero import algorithms
 from hvd_hetero.checkpoint import save_model
+from hvd_hetero.cluster import has_bf16
 from hvd_hetero.comm.horovod import Comm, build_info
 from hvd_hetero.config import Config
 from hvd_hetero.feed import Feed
@@ -42,7 +43,6 @@ class Trainer:
         config, parts = job.config, job.components
         self.job, self.config = job, config
         self.watch = Stopwatch()
-        self.method = algorithms.get(config.algorithm.name)
         self.source = parts.dataset.train.to(job.placement.device)
         self.test = parts.dataset.test.to(job.placement.device)
         self.worker = Worker(
@@ -55,7 +55,10 @@ class Trainer:
             watch=self.watch,
             metric=parts.metric,
             seed=config.run.seed * 1000003 + job.env.rank,
+            clip_norm=config.train.clip_norm,
+            autocast=config.train.autocast == "bf16" and has_bf16(job.placement.device),
         )
+        self.algorithm = algorithms.build(config, job.cluster, len(self.source))
         torch.manual_seed(config.run.seed * 1000003 + job.env.rank)  # dropout differs from rank to rank
         self.folder = RunFolder(run_dir, config.run.overwrite) if job.env.rank == 0 else None
         self.comm = Comm(job.cluster, job.env.rank, config.aggregation.path)
@@ -75,7 +78,8 @@ class Trainer:
             self._write_start(self.folder, plan)
         sampler = self._sampler(plan) if comm.rank == 0 else None
         feed = Feed(comm, len(self.source), sampler)
-        algorithm = self.method(config.algorithm, plan, comm.rank)
+        algorithm = self.algorithm
+        algorithm.start(plan, worker, comm)
         accounts = Accounts(self.job.cluster)
         check_limits(config.train, plan)
         expected = expected_passes(config.train, plan)
@@ -97,10 +101,12 @@ class Trainer:
                 algorithm.run_round(worker, batches, comm)
                 recorder.end_round()
             recorder.stop()
+            algorithm.end_pass(worker, comm)
             losses = worker.take_losses()
             feed.collect(part, losses)
             self.watch.collective()
-            seconds, train_loss = self._account(accounts, part, losses)
+            seconds, train_loss, work_sec = self._account(accounts, part, losses)
+            plan = self._replan(plan, work_sec)
             number, rounds = accounts.passes, next_rounds(config.train, plan, accounts.done)
             rate = worker.optimizer.param_groups[0]["lr"]
             worker.end_epoch()
@@ -112,6 +118,7 @@ class Trainer:
                 "train_sec": accounts.train_sec,
                 "train_loss": train_loss,
                 "lr": rate,
+                "batch_size": {c.name: c.batch_size for c in part.classes},
                 "samples_per_sec": sum(part.pass_samples().values()) / seconds,
                 "blocked_fraction": accounts.blocked_fractions(),
             }
@@ -129,15 +136,15 @@ class Trainer:
     def _plan(self) -> Plan:
         config, cluster = self.config, self.job.cluster
         speeds = None
-        if self.method.needs_speeds(config.train) and len(cluster.classes) > 1:
+        if self.algorithm.needs_speeds and len(cluster.classes) > 1:
             batch = _own_batch(config, cluster.class_of(self.comm.rank).name)
             profile = config.profile
             speeds = measure_classes(
                 self.worker, self.source, batch, cluster, self.comm, profile.seconds, profile.warmup_steps
             )
-        elif self.method.needs_speeds(config.train):
+        elif self.algorithm.needs_speeds:
             speeds = {cluster.classes[0].name: 1.0}
-        return self.method.make_plan(cluster, len(self.source), config.train, str(config.aggregation.weights), speeds)
+        return self.algorithm.make_plan(speeds)
 
     def _sampler(self, plan: Plan) -> Sampler:
         spec = self.config.sampling
@@ -149,14 +156,27 @@ class Trainer:
         if done <= rounds and rounds:
             self.worker.warm_up(min(1.0, (done + 1) / rounds))
 
-    def _account(self, accounts: Accounts, plan: Plan, losses: torch.Tensor) -> tuple[float, float]:
-        """Gathers where all ranks' time of this pass went; returns its seconds and the mean loss of its samples."""
+    def _replan(self, plan: Plan, work_sec: Sequence[float]) -> Plan:
+        new = self.algorithm.replan(work_sec)
+        if new is not plan:
+            self.comm.agree(new.digest(), "plan", "plan")
+            if self.folder is not None:
+                self.folder.write("plan.json", new.to_dict())
+        return new
+
+    def _account(self, accounts: Accounts, plan: Plan, losses: torch.Tensor) -> tuple[float, float, list[float]]:
+        """Gathers where all ranks' time of this pass went.
+
+        Returns:
+            The pass's seconds, the mean loss of its samples, and what each rank spent on its own work.
+        """
         kinds, collectives = self.watch.take()
         loss = float(losses.double().sum())
         mine = torch.tensor([kinds["compute"], kinds["data"], loss, *collectives], dtype=torch.float64)
         rows = [row.tolist() for row in self.comm.gather(mine, "pass.times")]
         seconds = accounts.enter(plan, [{"compute": r[0], "data": r[1]} for r in rows], [r[3:] for r in rows])
-        return seconds, sum(r[2] for r in rows) / sum(plan.pass_samples().values())
+        mean_loss = sum(r[2] for r in rows) / sum(plan.pass_samples().values())
+        return seconds, mean_loss, [r[0] + r[1] for r in rows]
 
     def _evaluate(self, plan: Plan) -> dict[str, float | None]:
         """Every rank evaluates a part of the test set in proportion to its speed, so that all end together."""
@@ -176,8 +196,8 @@ class Trainer:
         folder.write("plan.json", plan.to_dict())
         for c in plan.classes:
             step = "" if c.step_sec is None else f", {1e3 * c.step_sec:.3g} ms a step"
-            text = f"ranks {list(c.ranks)}, tau {c.tau}, batch {c.batch_size}, weight {c.weight:.4f}{step}"
-            print(f"class {c.name}: {text}", flush=True)
+            work = f"tau {c.tau}, batch {c.batch_size}, weight {c.weight:.4f}{step}" if c.tau else c.role
+            print(f"class {c.name}: ranks {list(c.ranks)}, {work}", flush=True)
 
     def _write_trace(self, recorder: Recorder) -> None:
         numbers = torch.tensor(recorder.to_numbers(), dtype=torch.float64)

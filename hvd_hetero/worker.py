@@ -29,6 +29,8 @@ class Worker:
         slowdown: emulate a device this many times slower: each local step is stretched by sleeping.
         watch: books the rank's time.
         metric: ``metric(outputs, targets) -> [B]``, the figure that evaluation averages beside the loss.
+        clip_norm: gradients whose joint norm is above this are scaled down to it, before the optimizer's step.
+        autocast: compute in bfloat16 where PyTorch deems it safe; parameters and gradients stay as they are.
 
     Attributes:
         state: what an aggregation averages.
@@ -47,38 +49,68 @@ class Worker:
         watch: Stopwatch | None = None,
         metric: PerSample | None = None,
         seed: int = 0,
+        clip_norm: float | None = None,
+        autocast: bool = False,
     ) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device)
         self.state = FlatState(self.model)
-        self.optimizer = make_optimizer([p for p in self.model.parameters() if p.requires_grad])
-        self.scheduler = None if make_scheduler is None else make_scheduler(self.optimizer)
+        self._params = [p for p in self.model.parameters() if p.requires_grad]
+        self._gradients: list[Tensor] = []
+        self._make_optimizer, self._make_scheduler = make_optimizer, make_scheduler
+        self.make_optimizer()
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.watch = watch or Stopwatch()
         self.pace = Pace(self.watch, slowdown, self._synchronize)
         self._loss, self._metric = loss, metric
-        self._scheduled = [group["lr"] for group in self.optimizer.param_groups]
+        self._clip_norm, self._autocast = clip_norm, autocast
         self._losses: list[Tensor] = []
+
+    def make_optimizer(self, wrap: Callable[[torch.optim.Optimizer], torch.optim.Optimizer] | None = None) -> None:
+        """Makes optimizer and scheduler anew, for methods that put something around the optimizer before training."""
+        made = self._make_optimizer(self._params)
+        self.optimizer = made if wrap is None else wrap(made)
+        self.scheduler = None if self._make_scheduler is None else self._make_scheduler(self.optimizer)
+        self._scheduled = [group["lr"] for group in self.optimizer.param_groups]
+
+    def flat_gradients(self) -> list[Tensor]:
+        """From now on gradients are views into these vectors: ``[P]``, one for each of ``state.parameters()``."""
+        self._gradients = self.state.flat_gradients()
+        return self._gradients
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
-    def local_step(self, inputs: Any, targets: Tensor) -> Tensor:
-        """One optimizer update on one mini-batch; returns the per-sample losses ``[B]``, on the device."""
-        losses = self.gradient(inputs, targets)
-        self.optimizer.step()
-        return losses
+    def local_steps(self, batches: Iterator[Batch], count: int) -> None:
+        """``count`` local steps on the next batches."""
+        for inputs, targets in self.pace.steps(batches, count):
+            self.gradient(inputs, targets)
+            self.apply()
 
-    def gradient(self, inputs: Any, targets: Tensor) -> Tensor:
-        """Leaves the gradient of the batch's mean loss in the parameters; returns the per-sample losses ``[B]``."""
-        self.optimizer.zero_grad(set_to_none=True)
-        losses = self._loss(forward(self.model, inputs), targets)
-        losses.mean().backward()
+    def gradient(self, inputs: Any, targets: Tensor, weight: float = 1.0) -> Tensor:
+        """Leaves the gradient of the batch's mean loss, times weight, in the parameters.
+
+        Returns:
+            The per-sample losses ``[B]``, on the device; they are also kept for :meth:`take_losses`.
+        """
+        for gradient in self._gradients:
+            gradient.zero_()
+        if not self._gradients:
+            self.optimizer.zero_grad()
+        losses = self._losses_of(inputs, targets)[0]
+        (losses.mean() * weight if weight != 1 else losses.mean()).backward()
+        self._losses.append(losses.detach())
         return losses.detach()
 
-    def local_steps(self, batches: Iterator[Batch], count: int) -> None:
-        """``count`` local steps on the next batches; their losses are kept for :meth:`take_losses`."""
-        for inputs, targets in self.pace.steps(batches, count):
-            self._losses.append(self.local_step(inputs, targets))
+    def apply(self) -> None:
+        """One optimizer step along the gradient at hand."""
+        if self._clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._params, self._clip_norm)
+        self.optimizer.step()
+
+    def _losses_of(self, inputs: Any, targets: Tensor) -> tuple[Tensor, Any]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+            outputs = forward(self.model, inputs)
+            return self._loss(outputs, targets), outputs
 
     def take_losses(self) -> Tensor:
         """The losses ``[K]`` of all samples since the last call, in the order of training, on the host."""
@@ -108,8 +140,8 @@ class Worker:
         whole = len(indices) // batch_size * batch_size
         for rows in (indices[:whole].reshape(-1, batch_size), indices[whole:].reshape(1, -1)):
             for inputs, targets in source.batches(rows, self.generator) if rows.size else ():
-                outputs = forward(self.model, inputs)
-                total[0] += self._loss(outputs, targets).sum().cpu()
+                losses, outputs = self._losses_of(inputs, targets)
+                total[0] += losses.sum().cpu()
                 if self._metric is not None:
                     total[1] += self._metric(outputs, targets).sum().cpu()
         self.model.train()

@@ -5,11 +5,17 @@ from __future__ import annotations
 import importlib
 
 from hvd_hetero.algorithms.base import Algorithm
-from hvd_hetero.config import Method, nearest
+from hvd_hetero.cluster import Cluster
+from hvd_hetero.config import Config, Method, nearest
 from hvd_hetero.errors import ConfigError
 
 REGISTRY = {
     "biased_local_sgd": "BiasedLocalSGD",
+    "unbalanced_local_sgd": "UnbalancedLocalSGD",
+    "balanced_local_sgd": "BalancedLocalSGD",
+    "sync_sgd": "SyncSGD",
+    "byteps": "BytePS",
+    "dlb": "DLB",
 }
 
 
@@ -29,3 +35,12 @@ def method(name: str) -> Method:
     """What the configuration needs to know of a method: its options, and its meaning of settings left null."""
     found = get(name)
     return found.Options, found.defaults
+
+
+def build(config: Config, cluster: Cluster, samples: int) -> Algorithm:
+    """The configured method, for these device classes and n training samples.
+
+    Raises:
+        ConfigError: a setting does not fit the classes.
+    """
+    return get(config.algorithm.name)(config.algorithm, config.train, config.aggregation, cluster, samples)

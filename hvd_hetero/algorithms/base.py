@@ -2,61 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from hvd_hetero.cluster import Cluster
 from hvd_hetero.comm.horovod import Comm
-from hvd_hetero.config import AlgorithmConfig, TrainConfig, per_class
+from hvd_hetero.config import AggregationConfig, AlgorithmConfig, TrainConfig, nearest, per_class
 from hvd_hetero.data import Batch
-from hvd_hetero.plan import Plan, check_least_round, derive_tau, make_plan
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.plan import Plan
 from hvd_hetero.worker import Worker
 
 
 class Algorithm:
     """One rank's part in a method. A method is a file with a subclass, a registry line and a YAML file.
 
+    It is made from settings alone, so that planning needs no job: :meth:`check`, then :meth:`make_plan`. On the ranks
+    follow :meth:`start`, then, pass by pass, :meth:`run_round` for every round, :meth:`end_pass` and :meth:`replan`.
+
+    Args:
+        options: section ``algorithm`` of the configuration.
+        train: section ``train``.
+        aggregation: section ``aggregation``.
+        samples: n, size of the training set.
+
     Attributes:
         Options: the keys under ``algorithm`` in the configuration.
         defaults: what the method means by ``sampling.scheme`` and ``aggregation.weights`` where they are not set.
+        modes: what ``algorithm.mode`` may be, where the method has variants.
+        plan: the one followed now, and ``mine``, this rank's part of it; both from :meth:`start` on.
     """
 
     Options: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
     defaults: ClassVar[Mapping[str, str]] = {"sampling.scheme": "uniform", "aggregation.weights": "uniform"}
+    modes: ClassVar[Sequence[str]] = ()
 
-    def __init__(self, options: AlgorithmConfig, plan: Plan, rank: int) -> None:
-        self.options, self.plan, self.rank = options, plan, rank
-        self.mine = plan.of_rank(rank)
+    def __init__(
+        self,
+        options: AlgorithmConfig,
+        train: TrainConfig,
+        aggregation: AggregationConfig,
+        cluster: Cluster,
+        samples: int,
+    ) -> None:
+        self.options, self.train, self.aggregation = options, train, aggregation
+        self.cluster, self.samples = cluster, samples
+        self.batch_size = per_class("train.batch_size", train.batch_size, [c.name for c in cluster.classes])
 
-    @classmethod
-    def needs_speeds(cls, train: TrainConfig) -> bool:
+    @property
+    def needs_speeds(self) -> bool:
         """Whether the plan depends on measured step times."""
         return False
 
-    @classmethod
-    def check(cls, cluster: Cluster, samples: int, train: TrainConfig, weights: str) -> None:
+    def check(self) -> None:
         """Finds what can be found wrong with the settings before any speed is measured.
 
         Raises:
-            ConfigError: there can be no plan.
+            ConfigError: there can be no plan, or a setting means nothing to this method.
         """
-        names = [c.name for c in cluster.classes]
-        batch_size = per_class("train.batch_size", train.batch_size, names)
-        if cls.needs_speeds(train):
-            check_least_round(cluster, samples, train.tau, batch_size)
-        else:
-            cls.make_plan(cluster, samples, train, weights, None)
+        mode, name = self.options.mode, self.options.name
+        if mode is not None and mode not in self.modes:
+            remedy = nearest(mode, self.modes) if self.modes else "leave it null"
+            raise ConfigError("algorithm.mode", mode, f"is no variant of {name}", remedy)
+        if not self.needs_speeds:
+            self.make_plan(None)
 
-    @classmethod
-    def make_plan(
-        cls, cluster: Cluster, samples: int, train: TrainConfig, weights: str, step_sec: Mapping[str, float] | None
-    ) -> Plan:
-        """What every class does in a round; the same on every rank, from the same measured times."""
-        raise NotImplementedError(cls.__name__)
+    def make_plan(self, step_sec: Mapping[str, float] | None) -> Plan:
+        """What every class does in a round; the same on every rank, from the same measured times.
+
+        Args:
+            step_sec: seconds of one local step, by class, where :attr:`needs_speeds`.
+        """
+        raise NotImplementedError(type(self).__name__)
+
+    def start(self, plan: Plan, worker: Worker, comm: Comm) -> None:
+        """Makes this rank ready for its first round."""
+        self._rank = comm.rank
+        self.follow(plan)
+
+    def follow(self, plan: Plan) -> None:
+        """Goes by this plan from now on."""
+        self.plan, self.mine = plan, plan.of_rank(self._rank)
 
     def run_round(self, worker: Worker, batches: Iterator[Batch], comm: Comm) -> None:
         """One round of this rank, all its collectives included."""
         raise NotImplementedError(type(self).__name__)
+
+    def end_pass(self, worker: Worker, comm: Comm) -> None:
+        """After the last round of a pass; when it returns, rank 0 holds the model."""
+
+    def replan(self, work_sec: Sequence[float]) -> Plan:
+        """The plan of the next pass; all ranks call it with the same times, and so agree.
+
+        Args:
+            work_sec: what each rank spent on its own work in the last pass, waiting excluded, by rank.
+        """
+        return self.plan
 
     def state_dict(self) -> dict[str, Any]:
         """What the method itself carries from round to round."""
@@ -64,40 +105,3 @@ class Algorithm:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         assert not state
-
-
-class LocalSGD(Algorithm):
-    """tau_g local steps of every rank, then the weighted average of all models: what the local-SGD methods share."""
-
-    @classmethod
-    def needs_speeds(cls, train: TrainConfig) -> bool:
-        return not isinstance(train.tau, Mapping)
-
-    @classmethod
-    def taus(cls, cluster: Cluster, train: TrainConfig, step_sec: Mapping[str, float] | None) -> dict[str, int]:
-        """Local steps by class: as set, or derived from the fastest class's tau and the measured step times."""
-        names = [c.name for c in cluster.classes]
-        if isinstance(train.tau, Mapping):
-            return per_class("train.tau", train.tau, names)
-        assert step_sec is not None
-        return derive_tau(train.tau, step_sec)
-
-    @classmethod
-    def make_plan(
-        cls, cluster: Cluster, samples: int, train: TrainConfig, weights: str, step_sec: Mapping[str, float] | None
-    ) -> Plan:
-        names = [c.name for c in cluster.classes]
-        return make_plan(
-            cluster,
-            samples,
-            cls.taus(cluster, train, step_sec),
-            per_class("train.batch_size", train.batch_size, names),
-            weights=weights,
-            epoch=train.epoch,
-            step_sec=step_sec,
-        )
-
-    def run_round(self, worker: Worker, batches: Iterator[Batch], comm: Comm) -> None:
-        worker.local_steps(batches, self.mine.tau)
-        comm.average(worker.state, self.mine.weight)
-        worker.watch.collective()

@@ -26,10 +26,34 @@ class FlatState:
         dtypes = dict.fromkeys(t.dtype for t in [*trainable, *floating])
         self.vectors: list[Tensor] = []
         self.params: list[int] = []
+        self._by_vector: list[list[nn.Parameter]] = []
         for dtype in dtypes:
             params = [p for p in trainable if p.dtype == dtype]
             self.vectors.append(_adopt([*params, *(b for b in floating if b.dtype == dtype)]))
             self.params.append(sum(p.numel() for p in params))
+            self._by_vector.append(params)
+
+    def parameters(self) -> list[Tensor]:
+        """For each vector the ``[P]`` part that holds trainable parameters, as a view."""
+        return [vector[:count] for vector, count in zip(self.vectors, self.params, strict=True)]
+
+    def buffers(self) -> list[Tensor]:
+        """For each vector that has any, the part that holds buffers, as a view."""
+        parts = [vector[count:] for vector, count in zip(self.vectors, self.params, strict=True)]
+        return [part for part in parts if part.numel()]
+
+    def flat_gradients(self) -> list[Tensor]:
+        """Gives each trainable parameter a zero gradient that is a view into one flat vector per dtype.
+
+        Returns:
+            The vectors, ``[P]`` as :meth:`parameters`; backward passes add to them in place, as long as nobody sets a
+            gradient to None.
+        """
+        gradients = [torch.zeros_like(part) for part in self.parameters()]
+        for params, gradient in zip(self._by_vector, gradients, strict=True):
+            for param, part in zip(params, gradient.split([p.numel() for p in params]), strict=True):
+                param.grad = part.view(param.shape)
+        return gradients
 
     def integers(self) -> Tensor | None:
         """The integer buffers as one ``[K]`` int64 vector on the CPU, or None if there are none."""

@@ -74,15 +74,33 @@ class Comm:
             self._wait(hvd.allreduce_async_(integers, op=hvd.Max, name=f"{name}.integers"))
             state.set_integers(integers)
 
-    def weighted_sum_(self, vector: Tensor, weight: float, name: str) -> None:
+    def average_buffers(self, state: FlatState, weight: float, ranks: tuple[int, ...], name: str = "buffers") -> None:
+        """Replaces the buffers alone, on the given ranks; integer buffers take the maximum.
+
+        Args:
+            weight: of this rank; may differ within a class.
+            ranks: all ranks, or those of one class.
+        """
+        for i, buffers in enumerate(state.buffers()):
+            self.weighted_sum_(buffers.mul_(weight), 1.0, f"{name}.{i}", ranks)
+        integers = state.integers()
+        if integers is not None and len(ranks) > 1:
+            group = self.group(ranks)
+            self._wait(hvd.allreduce_async_(integers, op=hvd.Max, process_set=group, name=f"{name}.integers"))
+            state.set_integers(integers)
+
+    def weighted_sum_(self, vector: Tensor, weight: float, name: str, ranks: tuple[int, ...] | None = None) -> None:
         """In place, on every rank: the sum over all ranks of weight times vector, bit-identical everywhere.
 
         Args:
             vector: ``[P]``, on the rank's own device.
+            weight: equal within a class.
+            ranks: those that take part: all, or one class.
         """
-        if self.path == "flat" or self.size == 1:
+        ranks = ranks or tuple(range(self.size))
+        if self.path == "flat" or len(ranks) < self.size or self.size == 1:
             vector.mul_(weight)
-            self._sum_(vector, tuple(range(self.size)), f"{name}.flat")
+            self._sum_(vector, ranks, f"{name}.flat")
             return
         group = self._sets.get(self._peers)
         if group is None:
@@ -95,7 +113,7 @@ class Comm:
         if len(self._leaders) == 1:
             return
         if self.rank in self._leaders:
-            host = self._on_host(vector)
+            host = self.on_host(vector)
             self._sum_(host, self._leaders, f"{name}.leaders")
             if host is not vector:
                 vector.copy_(host)
@@ -107,9 +125,13 @@ class Comm:
 
     def _sum_(self, vector: Tensor, ranks: tuple[int, ...], name: str) -> None:
         if len(ranks) > 1:
-            self._wait(hvd.allreduce_async_(vector, op=hvd.Sum, process_set=self._sets[ranks], name=name))
+            self._wait(hvd.allreduce_async_(vector, op=hvd.Sum, process_set=self.group(ranks), name=name))
 
-    def _on_host(self, vector: Tensor) -> Tensor:
+    def group(self, ranks: tuple[int, ...]) -> hvd.ProcessSet:
+        """The process set of all ranks, of a class of several, or of the leaders."""
+        return self._sets[ranks]
+
+    def on_host(self, vector: Tensor) -> Tensor:
         """The vector itself, or a copy in pinned memory that is reused from call to call."""
         if vector.device.type == "cpu":
             return vector
@@ -131,11 +153,11 @@ class Comm:
         self._wait(hvd.broadcast_async_(host, root, name=name))
         return host
 
-    def broadcast_state(self, state: FlatState) -> None:
-        """Makes every rank start from rank 0's model."""
+    def broadcast_state(self, state: FlatState, root: int = 0) -> None:
+        """Gives every rank the root's model."""
         for i, tensor in enumerate(state.everything()):
             with torch.no_grad():
-                tensor.copy_(self.broadcast(tensor, f"start.{i}").view(tensor.shape))
+                tensor.copy_(self.broadcast(tensor, f"model.{i}", root).view(tensor.shape))
 
     def gather(self, tensor: Tensor, name: str, sizes: Sequence[int] | None = None) -> list[Tensor]:
         """Gives every rank the tensors of all ranks, by rank.
@@ -154,6 +176,30 @@ class Comm:
         total = torch.tensor(values, dtype=torch.float64)
         self._sum_(total, tuple(range(self.size)), name)
         return [float(x) for x in total]
+
+    def max(self, values: Sequence[float], name: str) -> list[float]:
+        """The maxima over all ranks of a few numbers."""
+        most = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            self._wait(hvd.allreduce_async_(most, op=hvd.Max, name=name))
+        return [float(x) for x in most]
+
+    def alltoall_async(self, tensor: Tensor, counts: Tensor, name: str) -> int:
+        """Begins to send consecutive pieces of a host tensor ``[K]`` to the other ranks.
+
+        Args:
+            counts: ``[ranks]``, int32: elements for each rank; they add up to K.
+
+        Returns:
+            A handle for :meth:`received`.
+        """
+        handle: int = hvd.alltoall_async(tensor, counts, name=name)
+        return handle
+
+    def received(self, handle: int) -> Tensor:
+        """Waits for what the other ranks sent to this one, in the order of the senders."""
+        received: Tensor = self._wait(handle)[0]
+        return received
 
     def agree(self, digest: str, name: str, what: str) -> None:
         """Makes sure that all ranks hold the same thing.
@@ -179,16 +225,21 @@ class Comm:
         hvd.shutdown()
 
     def _wait(self, handle: int) -> Any:
-        return _guarded(lambda: _poll(handle))
+        return guarded(lambda: _done(handle))
 
 
-def _poll(handle: int) -> Any:
+def wait_until(handle: int) -> None:
+    """Returns when the operation is done, without taking its result."""
     while not hvd.poll(handle):
         time.sleep(POLL_SEC)
+
+
+def _done(handle: int) -> Any:
+    wait_until(handle)
     return hvd.synchronize(handle)
 
 
-def _guarded(call: Callable[[], Any]) -> Any:
+def guarded(call: Callable[[], Any]) -> Any:
     try:
         return call()
     except HorovodInternalError as error:

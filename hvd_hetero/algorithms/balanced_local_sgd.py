@@ -1,0 +1,38 @@
+"""Balanced local SGD (Stich, "Local SGD Converges Fast and Communicates Little", 2019): all workers do the same.
+
+A round, on each of the m workers, from the common model x::
+
+    x_i = x
+    repeat tau times:                   # the same tau on every class: the fast ones wait for the slow ones
+        draw a mini-batch from the worker's share of the pass
+        x_i = x_i - lr * gradient(x_i)
+    x = (1/m) sum_i x_i
+
+Samples are drawn uniformly, without replacement over all classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import final
+
+from hvd_hetero.algorithms.local import LocalSGD
+from hvd_hetero.errors import ConfigError
+
+
+@final
+class BalancedLocalSGD(LocalSGD):
+    """The same number of local steps everywhere, the plain mean."""
+
+    @property
+    def needs_speeds(self) -> bool:
+        return False
+
+    def taus(self, step_sec: Mapping[str, float] | None) -> dict[str, int]:
+        if not isinstance(self.train.tau, Mapping):
+            return {c.name: self.train.tau for c in self.cluster.classes}
+        taus = super().taus(step_sec)
+        if len(set(taus.values())) > 1:
+            problem = "balanced_local_sgd takes the same number of local steps on all classes"
+            raise ConfigError("train.tau", self.train.tau, problem, "give one number, or use unbalanced_local_sgd")
+        return taus

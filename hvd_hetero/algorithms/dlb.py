@@ -1,0 +1,80 @@
+"""Dynamic local batch: DLB, also called DBS (Ye et al., "DBS: Dynamic Batch Size for Distributed Deep Neural Network
+Training", 2020). The method is known by both names; here it is ``dlb``.
+
+Synchronous SGD whose global batch B stays, while each worker's part follows its speed, pass by pass::
+
+    p_i = 1 / m                         # at first
+    repeat for every pass:
+        b_i = p_i B, rounded by largest remainder: sum_i b_i = B exactly
+        repeat: one step of synchronous SGD, gradients weighted by b_i / B
+        t_i = the worker's own time of the pass: compute and data, waiting excluded
+        p_i = (p_i / t_i) / sum_j (p_j / t_j)
+
+Two things that the paper leaves open: nobody gets less than one sample, so that everybody's time can be measured; and
+the p_i that is divided by t_i is the rounded one, b_i / B, since that is what took t_i.
+``algorithm.global_batch`` is B; null: what the workers' ``train.batch_size`` add up to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Optional, final
+
+from hvd_hetero.algorithms.lockstep import LockstepOptions
+from hvd_hetero.algorithms.sync_sgd import SyncSGD
+from hvd_hetero.config import AlgorithmConfig
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.plan import Plan, apportion
+
+
+@dataclass(frozen=True)
+class DLBOptions(LockstepOptions):
+    """Options of DLB.
+
+    Attributes:
+        global_batch: samples of one step of all workers together; None: the sum of their ``train.batch_size``.
+    """
+
+    global_batch: Optional[int] = field(default=None, metadata={"at_least": 1})  # noqa: UP045
+
+
+@final
+class DLB(SyncSGD):
+    """Batches in proportion to measured speed, the joined batch unchanged."""
+
+    Options: ClassVar[type[AlgorithmConfig]] = DLBOptions
+
+    @cached_property
+    def global_batch(self) -> int:
+        """B, samples of one step of all workers."""
+        assert isinstance(self.options, DLBOptions)
+        return self.options.global_batch or sum(super().batches().values())
+
+    @cached_property
+    def shares(self) -> list[float]:
+        """p, by worker; they add up to 1."""
+        return [1 / len(self.ranks)] * len(self.ranks)
+
+    def check(self) -> None:
+        if self.global_batch < len(self.ranks):
+            problem = f"{len(self.ranks)} ranks share it, and each needs a sample"
+            raise ConfigError("algorithm.global_batch", self.global_batch, problem, f"set {len(self.ranks)} or more")
+        super().check()
+
+    def batches(self) -> dict[int, int]:
+        return dict(zip(self.ranks, apportion(self.global_batch, self.shares, at_least=1), strict=True))
+
+    def replan(self, work_sec: Sequence[float]) -> Plan:
+        speeds = [batch / work_sec[rank] for rank, batch in self.batches().items()]
+        self.shares = [speed / sum(speeds) for speed in speeds]
+        self.follow(self.make_plan(None))
+        return self.plan
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"shares": self.shares}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.shares = list(state["shares"])
+        self.follow(self.make_plan(None))

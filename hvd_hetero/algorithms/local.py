@@ -1,0 +1,71 @@
+"""What the local-SGD methods share: tau_g local steps of every rank, then the weighted average of all models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hvd_hetero.algorithms.base import Algorithm
+from hvd_hetero.algorithms.outer import Outer, average_optimizer
+from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.config import per_class
+from hvd_hetero.data import Batch
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.plan import Plan, check_least_round, derive_tau, make_plan
+from hvd_hetero.worker import Worker
+
+
+class LocalSGD(Algorithm):
+    """x_i = tau_g(i) local steps from x; x = sum_i w_i x_i; then the outer optimizer, if there is one.
+
+    The optimizer's own state (momentum) stays each rank's own, is averaged with the models, or starts anew after every
+    average: ``aggregation.optimizer_state: local | average | reset``.
+    """
+
+    @property
+    def needs_speeds(self) -> bool:
+        return not isinstance(self.train.tau, Mapping)
+
+    def check(self) -> None:
+        super().check()
+        if self.aggregation.outer_nesterov and self.aggregation.outer_momentum == 0:
+            remedy = "set aggregation.outer_momentum too"
+            raise ConfigError("aggregation.outer_nesterov", True, "needs momentum", remedy)
+        if self.needs_speeds:
+            check_least_round(self.cluster, self.samples, self.train.tau, self.batch_size)
+
+    def taus(self, step_sec: Mapping[str, float] | None) -> dict[str, int]:
+        """Local steps by class: as set, or derived from the fastest class's tau and the measured step times."""
+        if isinstance(self.train.tau, Mapping):
+            return per_class("train.tau", self.train.tau, [c.name for c in self.cluster.classes])
+        assert step_sec is not None
+        return derive_tau(self.train.tau, step_sec)
+
+    def make_plan(self, step_sec: Mapping[str, float] | None) -> Plan:
+        weights, epoch = str(self.aggregation.weights), self.train.epoch
+        taus = self.taus(step_sec)
+        return make_plan(
+            self.cluster, self.samples, taus, self.batch_size, weights=weights, epoch=epoch, step_sec=step_sec
+        )
+
+    def start(self, plan: Plan, worker: Worker, comm: Comm) -> None:
+        super().start(plan, worker, comm)
+        spec = self.aggregation
+        self.outer = Outer(worker.state, spec.outer_lr, spec.outer_momentum, spec.outer_nesterov)
+
+    def run_round(self, worker: Worker, batches: Iterator[Batch], comm: Comm) -> None:
+        self.outer.remember()
+        worker.local_steps(batches, self.mine.tau)
+        comm.average(worker.state, self.mine.weight)
+        if self.aggregation.optimizer_state == "average":
+            average_optimizer(worker.optimizer, self.mine.weight, comm)
+        worker.watch.collective()
+        if self.aggregation.optimizer_state == "reset":
+            worker.optimizer.state.clear()
+        self.outer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.outer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.outer.load_state_dict(state)

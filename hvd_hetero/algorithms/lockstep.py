@@ -1,0 +1,101 @@
+"""What the synchronous methods share: a round is one step, which all training ranks take along the same gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+from hvd_hetero.algorithms.base import Algorithm
+from hvd_hetero.cluster import Cluster, DeviceClass
+from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.config import AggregationConfig, AlgorithmConfig
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.plan import IDLE, Plan, lockstep_plan
+from hvd_hetero.worker import Worker
+
+ALL, FAST = "all", "fast"
+
+
+@dataclass(frozen=True)
+class LockstepOptions(AlgorithmConfig):
+    """Options of the synchronous methods.
+
+    Attributes:
+        participants: which ranks train: ``all``, the ``fast`` class, or a class by its name.
+    """
+
+    participants: str = ALL
+
+
+class Lockstep(Algorithm):
+    """Replicas that never differ in their parameters, because each step goes along the gradient of the joined batch.
+
+    Running statistics of BatchNorm are each rank's own during a pass, as in data-parallel training everywhere, and are
+    averaged over the training ranks at its end, with the gradients' weights.
+
+    Attributes:
+        others: what the other ranks are meanwhile.
+    """
+
+    Options: ClassVar[type[AlgorithmConfig]] = LockstepOptions
+    others: ClassVar[str] = IDLE
+
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """Those that train."""
+        assert isinstance(self.options, LockstepOptions)
+        chosen = choose(self.cluster, self.options.participants)
+        return tuple(sorted(rank for c in chosen for rank in c.ranks))
+
+    def check(self) -> None:
+        plain = AggregationConfig(weights="uniform")
+        for key in ("weights", "optimizer_state", "outer_lr", "outer_momentum", "outer_nesterov"):
+            value, neutral = getattr(self.aggregation, key), getattr(plain, key)
+            if value != neutral:
+                problem = f"{self.options.name} averages gradients, not models"
+                remedy = f"leave it at {neutral}, or take a local-SGD method"
+                raise ConfigError(f"aggregation.{key}", value, problem, remedy)
+        super().check()
+
+    def batches(self) -> dict[int, int]:
+        """Samples of one step, by training rank."""
+        return {rank: self.batch_size[self.cluster.class_of(rank).name] for rank in self.ranks}
+
+    def make_plan(self, step_sec: Mapping[str, float] | None) -> Plan:
+        tau = self.train.tau
+        steps = max(tau.values()) if isinstance(tau, Mapping) else tau
+        return lockstep_plan(
+            self.cluster, self.samples, self.batches(), others=self.others, epoch=self.train.epoch, tau=steps
+        )
+
+    def end_pass(self, worker: Worker, comm: Comm) -> None:
+        if comm.rank in self.ranks:
+            comm.average_buffers(worker.state, self.mine.weight, self.ranks)
+        if 0 not in self.ranks:
+            comm.broadcast_state(worker.state, self.ranks[0])
+
+
+def choose(cluster: Cluster, participants: str) -> tuple[DeviceClass, ...]:
+    """The classes that train.
+
+    ``fast``, where no class is called that, is told from what is known without measuring: GPUs before CPUs, then the
+    class that is slowed down the least.
+
+    Raises:
+        ConfigError: there is no such class, or nothing says which one is the fastest.
+    """
+    key, names = "algorithm.participants", [c.name for c in cluster.classes]
+    if participants == ALL:
+        return cluster.classes
+    if participants in names:
+        return (cluster.classes[names.index(participants)],)
+    if participants != FAST:
+        raise ConfigError(key, participants, "names no device class", f"give all, fast or one of {', '.join(names)}")
+    order = [(c.device != "cuda", c.slowdown) for c in cluster.classes]
+    first = [c for c, place in zip(cluster.classes, order, strict=True) if place == min(order)]
+    if len(first) > 1:
+        problem = f"the classes {', '.join(c.name for c in first)} may be equally fast"
+        raise ConfigError(key, participants, problem, f"name one, {key}={first[0].name}")
+    return (first[0],)

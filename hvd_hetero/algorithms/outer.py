@@ -1,0 +1,90 @@
+"""What may follow an average of models: an outer optimizer, and the average of the inner optimizers' state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hvd_hetero.comm.flat import FlatState
+from hvd_hetero.comm.horovod import Comm
+
+
+class Outer:
+    """Takes an average of local models as a proposal, and SGD on it as the step that is made::
+
+        d = x - average                       # the outer gradient; x is the model that the round began with
+        v = momentum * v + d
+        x = x - lr * (d + momentum * v if nesterov else v)
+
+    One local optimizer with lr < 1 is Lookahead (Zhang et al. 2019), momentum is SlowMo (Wang et al. 2020), Nesterov
+    momentum DiLoCo (Douillard et al. 2023). With lr 1 and no momentum it is plain averaging and does nothing at all.
+    Buffers (running statistics) are averaged, never extrapolated. All ranks do the same, so their models stay equal.
+
+    Args:
+        state: the model; its vectors hold x when a round begins, and the average when :meth:`step` is called.
+    """
+
+    def __init__(self, state: FlatState, lr: float, momentum: float, nesterov: bool) -> None:
+        self.active = lr != 1 or momentum != 0
+        self._params = state.parameters() if self.active else []
+        self._lr, self._momentum, self._nesterov = lr, momentum, nesterov
+        self._moved = [torch.empty_like(x) for x in self._params]
+        self._velocity = [torch.zeros_like(x) for x in self._params] if momentum else []
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Keeps x; a round begins."""
+        for before, x in zip(self._moved, self._params, strict=True):
+            before.copy_(x)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Turns the average into the outer step from the x that was kept."""
+        lr, momentum = self._lr, self._momentum
+        for i, (average, d) in enumerate(zip(self._params, self._moved, strict=True)):
+            d.sub_(average)
+            # x = average + d, and a part of lr * d is taken back: exact where lr is 1
+            if not momentum:
+                average.add_(d, alpha=1 - lr)
+                continue
+            v = self._velocity[i].mul_(momentum).add_(d)
+            average.add_(d, alpha=1 - lr if self._nesterov else 1)
+            average.sub_(v, alpha=lr * momentum if self._nesterov else lr)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"velocity": self._velocity} if self._velocity else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for own, saved in zip(self._velocity, state.get("velocity", []), strict=True):
+            own.copy_(saved)
+
+
+@torch.no_grad()
+def average_optimizer(optimizer: torch.optim.Optimizer, weight: float, comm: Comm) -> None:
+    """Replaces the optimizer's floating state (momentum) by its weighted average over all ranks; counts by the maximum.
+
+    ``step`` is a count, whatever its type: bias corrections go by the rank that has taken the most steps.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    entries = [(optimizer.state[p], key) for p in params if p in optimizer.state for key in sorted(optimizer.state[p])]
+    entries = [(own, key) for own, key in entries if isinstance(own[key], (torch.Tensor, int, float))]
+    counts = [(own, key) for own, key in entries if key == "step" or not _floating(own[key])]
+    tensors = [own[key] for own, key in entries if key != "step" and _floating(own[key])]
+    for dtype in dict.fromkeys(t.dtype for t in tensors):
+        parts = [t for t in tensors if t.dtype == dtype]
+        flat = torch.cat([t.reshape(-1) for t in parts])
+        comm.weighted_sum_(flat, weight, f"optimizer.{dtype}")
+        for tensor, part in zip(parts, flat.split([t.numel() for t in parts]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+    most = comm.max([float(own[key]) for own, key in counts], "optimizer.counts") if counts else []
+    for (own, key), value in zip(counts, most, strict=True):
+        if isinstance(own[key], torch.Tensor):
+            own[key].fill_(value)
+        else:
+            own[key] = type(own[key])(value)
+
+
+def _floating(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -1,0 +1,48 @@
+"""Synchronous SGD, data parallel (Goyal et al. 2017; gradients travel as in Horovod, Sergeev and Del Balso 2018).
+
+A round is one step. With B = sum_i b_i, on worker i, from the model x that all have::
+
+    draw b_i samples from the worker's share of the pass
+    g_i = gradient of their mean loss at x
+    g   = sum_i (b_i / B) g_i           # the gradient of the joined batch; allreduce, as the backward pass goes
+    x   = x - lr * g                    # the same on every worker: replicas never differ
+
+With equal batches the sum is the mean over workers. Everybody waits for the slowest at every step;
+``algorithm.participants: fast`` trains on the fast class alone, while the others idle (tau 0, no samples, weight 0).
+
+``hvd.DistributedOptimizer`` sends each parameter's gradient as soon as the backward pass has made it; gradient clipping
+comes after the sum, so it is that of the joined batch. BatchNorm normalizes each rank's own share; running statistics
+are averaged at the end of a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from hvd_hetero.algorithms.lockstep import Lockstep
+from hvd_hetero.comm.gradients import GradientSum
+from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.data import Batch
+from hvd_hetero.plan import Plan
+from hvd_hetero.worker import Worker
+
+
+class SyncSGD(Lockstep):
+    """One step a round, along the gradient of the joined batch."""
+
+    def start(self, plan: Plan, worker: Worker, comm: Comm) -> None:
+        super().start(plan, worker, comm)
+        if self.mine.tau:
+            self.sum = GradientSum(comm, self.ranks, self.cluster)
+            worker.make_optimizer(lambda made: self.sum.wrap(made, worker.model))
+
+    def run_round(self, worker: Worker, batches: Iterator[Batch], comm: Comm) -> None:
+        if not self.mine.tau:
+            worker.watch.absent()
+            return
+        for inputs, targets in worker.pace.steps(batches, 1):
+            worker.gradient(inputs, targets, self.mine.weight)
+            worker.pace.pause()
+            with self.sum.finished(worker.optimizer):
+                worker.watch.collective()
+                worker.apply()

@@ -1,0 +1,67 @@
+"""Summing gradients while the backward pass still runs: Horovod's DistributedOptimizer among some ranks of the job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+from horovod.torch.compression import Compressor
+from torch import Tensor, nn
+
+from hvd_hetero.cluster import Cluster
+from hvd_hetero.comm.horovod import Comm, guarded, wait_until
+
+
+class OnHost(Compressor):
+    """Lets gradients of CUDA ranks travel as CPU tensors: Horovod refuses a collective that mixes the two."""
+
+    @staticmethod
+    def compress(tensor: Tensor) -> tuple[Tensor, Any]:
+        return tensor.cpu(), tensor.device
+
+    @staticmethod
+    def decompress(tensor: Tensor, ctx: Any) -> Tensor:
+        return tensor.to(ctx)
+
+
+class GradientSum:
+    """Replaces each gradient, on every rank of the group, by its sum over the group.
+
+    Args:
+        ranks: the group: all ranks or one class. Alone, a rank keeps its gradients.
+    """
+
+    def __init__(self, comm: Comm, ranks: tuple[int, ...], cluster: Cluster) -> None:
+        self._comm, self._ranks = comm, ranks
+        devices = {cluster.class_of(rank).device for rank in ranks}
+        self._travel = OnHost if len(devices) > 1 else hvd.Compression.none
+
+    def wrap(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer, made to send each gradient as soon as the backward pass has computed it."""
+        if len(self._ranks) == 1:
+            return optimizer
+        named = [(f"gradient.{name}", p) for name, p in model.named_parameters() if p.requires_grad]
+        group = self._comm.group(self._ranks)
+        wrapped: torch.optim.Optimizer = hvd.DistributedOptimizer(
+            optimizer, named, compression=self._travel, op=hvd.Sum, process_set=group
+        )
+        return wrapped
+
+    @contextmanager
+    def finished(self, optimizer: Any) -> Iterator[None]:
+        """Waits for the sums; inside, the optimizer may step along them.
+
+        The gradients on their way are polled for before ``synchronize`` is called, which would wait by spinning.
+        """
+        if len(self._ranks) == 1:
+            yield
+            return
+        for handle, _ in list(optimizer._handles.values()):
+            if handle is not None:
+                wait_until(handle)
+        guarded(optimizer.synchronize)
+        with optimizer.skip_synchronize():
+            yield
