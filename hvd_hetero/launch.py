@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from hvd_hetero import algorithms, components, job
 from hvd_hetero.api import run_dir
-from hvd_hetero.cluster import RankFacts, assign, integers, local_facts, parse_hosts
+from hvd_hetero.cluster import Cluster, RankFacts, assign, integers, local_facts, parse_hosts
 from hvd_hetero.comm.rendezvous import COLUMNS
 from hvd_hetero.config import AUTO, Config, device_classes, load
 from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_FAULT, ConfigError
@@ -84,6 +84,17 @@ def preflight(config: Config, hosts: Sequence[tuple[str, int]]) -> None:
         ConfigError: as :func:`hvd_hetero.job.start`.
     """
     parts = components.build(config)
+    cluster = expected_cluster(config, hosts)
+    if cluster is not None:
+        job.check(config, parts, cluster)
+
+
+def expected_cluster(config: Config, hosts: Sequence[tuple[str, int]]) -> Cluster | None:
+    """The device classes as far as this machine can tell; None where only the hosts themselves know.
+
+    Raises:
+        ConfigError: the classes do not fit the ranks.
+    """
     here = local_facts(0, "localhost", 0)
     facts: list[RankFacts] = []
     for host, slots in hosts:
@@ -91,9 +102,9 @@ def preflight(config: Config, hosts: Sequence[tuple[str, int]]) -> None:
         gpus = here.gpus if is_local(host) else ("unknown",) * slots
         facts += [RankFacts(len(facts) + i, host, i, gpus, here.cpu, here.cores) for i in range(slots)]
     if config.cluster.classes == AUTO and not all(is_local(host) for host, _ in hosts):
-        return
+        return None
     classes = AUTO if config.cluster.classes == AUTO else device_classes(config.cluster.classes)
-    job.check(config, parts, assign(classes, facts))
+    return assign(classes, facts)
 
 
 def is_local(host: str) -> bool:

@@ -82,7 +82,17 @@ def timeline(ranks: Sequence[Sequence[Lap]]) -> list[list[Lap]]:
                 own += [("blocked", start, arrived)] if arrived > start else []
                 kind, start = "comm", arrived
             own.append((kind, start, end))
-        result.append(own)
+        result.append(_joined(own))
+    return result
+
+
+def _joined(laps: Sequence[Lap]) -> list[Lap]:
+    """Laps of the same kind that follow each other as one, such as a step and the sleep that stretches it."""
+    result: list[Lap] = []
+    for kind, start, end in laps:
+        if result and result[-1][0] == kind and result[-1][2] == start:
+            start = result.pop()[1]
+        result.append((kind, start, end))
     return result
 
 

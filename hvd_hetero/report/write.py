@@ -1,0 +1,159 @@
+"""Writing a report: pictures as PNG, traces as JSON, one page with everything."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.report.figures import Figures, figures
+from hvd_hetero.report.page import Page
+from hvd_hetero.report.runs import Series, differing, group, read_run, shown
+from hvd_hetero.report.style import check_matplotlib
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAGE = "report.html"
+DPI = 150
+Table = Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """Series that are compared with one another.
+
+    Attributes:
+        name: empty where there is only one chapter.
+        table: the final one, the first row a heading.
+        notes: sentences that explain it.
+    """
+
+    name: str
+    series: Sequence[Series]
+    table: Table
+    notes: Sequence[str] = ()
+
+
+def report(paths: Sequence[str | Path], out: str | Path) -> Path:
+    """``hvd-hetero report``: writes the report of run folders; returns the page's path.
+
+    Raises:
+        ConfigError: matplotlib is missing, a folder is not that of a run, or ``out`` cannot be written.
+    """
+    check_matplotlib()
+    unique = list(dict.fromkeys(Path(path).resolve() for path in paths))
+    series = group([read_run(path) for path in unique])
+    title = series[0].label if len(series) == 1 else f"{len(series)} ways to train, compared"
+    return write(Path(out), title, [Chapter("", series, final_table(series))])
+
+
+def write(out: Path, title: str, chapters: Sequence[Chapter]) -> Path:
+    """Writes page, pictures and traces into a folder; returns the page's path.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    page = Page(title)
+    if any(summary["emulated"] for c in chapters for s in c.series for summary in s.finished):
+        page.stamp("EMULATED: slow devices are fast ones that sleep")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for chapter in chapters:
+            _chapter(out, page, chapter)
+        (out / PAGE).write_text(page.html())
+    except OSError as error:
+        raise ConfigError("--out", str(out), f"cannot be written: {error.strerror}", "choose another folder") from error
+    return out / PAGE
+
+
+def _chapter(out: Path, page: Page, chapter: Chapter) -> None:
+    from hvd_hetero.report import pictures
+
+    series, before = chapter.series, f"{slug(chapter.name)}-" if chapter.name else ""
+    if chapter.name:
+        page.title(chapter.name)
+    page.heading("Result")
+    page.table(chapter.table)
+    for text in chapter.notes:
+        page.note(text)
+    if not series:
+        return
+    drawings: list[tuple[str, str, str, Figure | None]] = [
+        ("accuracy", "Accuracy", "test accuracy over training time and over samples",
+         pictures.curves(series, "eval_accuracy", "test accuracy [%]", 100.0)),
+        ("metric", "Metric", "test metric over training time and over samples",
+         pictures.curves(series, "eval_metric", "test metric")),
+        ("loss", "Loss", "test loss over training time and over samples",
+         pictures.curves(series, "eval_loss", "test loss")),
+        ("train-loss", "Training loss", "loss of the samples trained on, over training time and over samples",
+         pictures.curves(series, "train_loss", "training loss")),
+        ("breakdown", "Where the time went", "time of each class for one step of the fastest, by kind",
+         pictures.breakdown(series)),
+    ]
+    drawings += [
+        (f"timeline-{slug(s.label)}", f"Who waited for whom: {s.label}", f"timeline of some rounds of {s.label}",
+         pictures.timeline(s.runs[0], s.label))
+        for s in series
+    ]
+    for name, heading, text, figure in drawings:
+        if figure is None:
+            continue
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=DPI)
+        (out / f"{before}{name}.png").write_bytes(png.getvalue())
+        page.heading(heading)
+        page.picture(png.getvalue(), text)
+    traced = [s for s in series if s.runs[0].trace is not None]
+    for s in traced:
+        (out / f"{before}trace-{slug(s.label)}.json").write_text(json.dumps(s.runs[0].trace))
+    if traced:
+        page.note("The trace-*.json files beside this page hold the same rounds, for Perfetto (ui.perfetto.dev).")
+    page.heading("Settings that differ" if len(series) > 1 else "Settings")
+    page.table(_settings(series))
+
+
+def final_table(series: Sequence[Series]) -> Table:
+    """A row a series: what was done, how long it took, what came out."""
+    found = [figures(s) for s in series]
+    classes = list(dict.fromkeys(name for f in found if f for name in f.blocked))
+    head = ["", "seeds", "epochs", "averages per epoch", "samples", "training s", "wall s", "accuracy %", "test loss"]
+    rows = [[*head, *(f"blocked, {name}" for name in classes), "emulated"]]
+    for s, f in zip(series, found, strict=True):
+        if f is None:
+            rows.append([s.label, "unfinished", *["-"] * (len(rows[0]) - 2)])
+            continue
+        shares = [f"{f.blocked[name]:.1%}" if name in f.blocked else "-" for name in classes]
+        rows.append([s.label, ", ".join(map(str, f.seeds)), f"{f.epochs:.4g}", f"{f.rounds_per_epoch:.4g}",
+                     f"{f.samples:.0f}", f"{f.train_sec:.1f}", f"{f.wall_sec:.1f}", percent(f), f"{f.loss:.4f}",
+                     *shares, yes(f.emulated)])
+    return rows
+
+
+def percent(figures: Figures) -> str:
+    """Accuracy in percent, with its deviation over seeds where there are several."""
+    if figures.accuracy is None:
+        return "-"
+    spread = "" if figures.accuracy_std is None else f" ± {100 * figures.accuracy_std:.2f}"
+    return f"{100 * figures.accuracy:.2f}{spread}"
+
+
+def yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def slug(text: str) -> str:
+    """A text as a file name."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()[:80] or "run"
+
+
+def _settings(series: Sequence[Series]) -> Table:
+    first = [s.runs[0] for s in series]
+    keys = differing(first) if len(series) > 1 else [key for key in first[0].settings if not key.startswith("run.")]
+    rows = [["key", *(s.label for s in series)]]
+    return rows + [[key, *(shown(run.settings.get(key, "-")) for run in first)] for key in keys]
