@@ -42,6 +42,10 @@ def _parser() -> argparse.ArgumentParser:
     launcher = command("launch", _launch, "check a configuration, then run it through horovodrun")
     launcher.add_argument("--print", dest="show", action="store_true", help="only print the horovodrun line")
     command("doctor", _doctor, "what this machine, or each rank of a job, has; can a configuration run here?")
+    command("compare", _compare, "many runs that share a budget, one after another, in one table; half-done ones go on")
+    reporter = command("report", _report, "pictures, tables and one HTML page of finished runs", config=False)
+    reporter.add_argument("runs", nargs="+", metavar="RUN", help="run folders; seeds of one setup make a band")
+    reporter.add_argument("--out", metavar="DIR", help="where to; default RUN/report for one run, report for several")
     return parser
 
 
@@ -64,3 +68,16 @@ def _doctor(args: argparse.Namespace, files: list[str], overrides: list[str]) ->
     from hvd_hetero.doctor import doctor
 
     return doctor(files, overrides)
+
+
+def _compare(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:
+    from hvd_hetero.compare import compare
+
+    return compare(files, overrides)
+
+
+def _report(args: argparse.Namespace, files: list[str], overrides: list[str]) -> None:
+    from hvd_hetero.report import report
+
+    out = args.out or (f"{args.runs[0]}/report" if len(args.runs) == 1 else "report")
+    print(report(args.runs, out))
