@@ -13,9 +13,12 @@ from hvd_hetero.errors import EXIT_BAD_INPUT, UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status: 0 done, 2 bad input, 1 a fault while running."""
     parser = _parser()
-    args = parser.parse_intermixed_args(argv) if argv is not None else parser.parse_args()
-    files = [word for word in getattr(args, "config", []) if "=" not in word]
-    overrides = [word for word in getattr(args, "config", []) if "=" in word]
+    args, later = parser.parse_known_args(argv)
+    if later and (not hasattr(args, "config") or any(word.startswith("-") for word in later)):
+        parser.error(f"unrecognized arguments: {' '.join(later)}")
+    words = [*getattr(args, "config", []), *later]  # argparse leaves over what follows an option
+    files = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
     try:
         return int(args.run(args, files, overrides) or 0)
     except UserError as error:
