@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hvd_hetero import data, models
-from hvd_hetero.config import Config
+from hvd_hetero.config import Config, DataConfig, ModelConfig
 from hvd_hetero.data import Dataset
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.worker import PerSample, forward, metric_by_name, optimizer_maker, per_sample_loss, scheduler_maker
@@ -102,7 +102,7 @@ def _try_out(components: Components, config: Config, given: Given) -> None:
     model, source = components.model, components.dataset.train
     count = min(2, len(source))
     if len(components.dataset.test) == 0 or count == 0:
-        raise ConfigError("data.name", config.data.name, "has an empty split", "give it at least one sample")
+        raise ConfigError(*_named("data", config.data), "has an empty split", "give it at least one sample")
     state = torch.get_rng_state()
     inputs, targets = next(iter(source.batches(np.arange(count)[None], torch.Generator())))
     model.eval()
@@ -110,13 +110,12 @@ def _try_out(components: Components, config: Config, given: Given) -> None:
         with torch.no_grad():
             outputs = forward(model, inputs)
             losses = components.loss(outputs, targets)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a user's model may raise
         shapes = f"inputs {_shape(inputs)}, targets {_shape(targets)}"
         problem = f"the model or the loss fails on a batch of {count} ({shapes}): {' '.join(str(error).split())}"
-        key, value = ("model.target", config.model.target) if config.model.target else ("model.name", config.model.name)
-        raise ConfigError(key, value, problem, "make model, data and loss fit together") from error
+        raise ConfigError(*_named("model", config.model), problem, "make model, data and loss fit together") from error
     finally:
         model.train()
     per_sample("train.loss" if given.loss is None else "loss", config.train.loss, losses, count)
@@ -128,11 +127,16 @@ def _try_out(components: Components, config: Config, given: Given) -> None:
             raise ConfigError("eval.metric", config.eval.metric, problem, "set eval.metric=none or another") from error
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
-        raise ConfigError("model.name", config.model.name, "has no trainable parameters", "leave some to train")
+        raise ConfigError(*_named("model", config.model), "has no trainable parameters", "leave some to train")
     optimizer = components.optimizer(params)
     if components.scheduler is not None:
         components.scheduler(optimizer)
     torch.set_rng_state(state)
+
+
+def _named(section: str, spec: DataConfig | ModelConfig) -> tuple[str, str | None]:
+    """The key that decided, and its value."""
+    return (f"{section}.target", spec.target) if spec.target else (f"{section}.name", spec.name)
 
 
 def per_sample(key: str, value: Any, losses: Any, batch: int) -> None:
