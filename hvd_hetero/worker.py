@@ -202,7 +202,7 @@ def per_sample_loss(name: str, args: Mapping[str, Any]) -> PerSample:
 
     def loss(outputs: Any, targets: Tensor) -> Tensor:
         losses: Tensor = target(outputs, targets, **args)
-        return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
+        return losses.flatten(1).mean(1) if isinstance(losses, Tensor) and losses.dim() > 1 else losses
 
     return loss
 
