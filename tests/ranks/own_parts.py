@@ -1,0 +1,75 @@
+"""Models, data and losses as a user would write them, good and bad; found by import path from this folder."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+RANK = int(os.environ.get("HOROVOD_RANK", "0"))
+
+
+def norm_net(width: int = 24) -> nn.Module:
+    """Takes digits; has BatchNorm, whose buffers are averaged too, and dropout, which differs from rank to rank."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.1), nn.Linear(width, 10)
+    )
+
+
+def model_unless_rank_1() -> Any:
+    return norm_net() if RANK != 1 else "no model"
+
+
+def no_parameters() -> nn.Module:
+    return nn.Flatten()
+
+
+def wrong_width() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(63, 10))
+
+
+class breaks(nn.Linear):  # noqa: N801
+    """Refers to what is not there, as a mistake in a forward function would."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def mean_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """One number a batch: the sampling cannot work with it."""
+    return nn.functional.cross_entropy(outputs, targets)
+
+
+def number_loss(outputs: Tensor, targets: Tensor) -> float:
+    return 1.0
+
+
+class fails_on_rank_1:  # noqa: N801 (called like a function)
+    """A loss that raises on rank 1 in mid-run; the tried batch and the first steps go well."""
+
+    calls = 0
+
+    def __new__(cls, outputs: Tensor, targets: Tensor) -> Any:
+        cls.calls += 1
+        if RANK == 1 and cls.calls > 30:
+            raise RuntimeError("the disk of rank 1 is on fire")
+        return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+
+def few_samples() -> Any:
+    inputs, targets = torch.randn(100, 1, 8, 8), torch.arange(100) % 10
+    return (inputs, targets), (inputs[:10], targets[:10])
+
+
+def one_split() -> Any:
+    return few_samples()[0][0]
+
+
+def empty_test_split() -> Any:
+    (inputs, targets), _ = few_samples()
+    return (inputs, targets), (inputs[:0], targets[:0])

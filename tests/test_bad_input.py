@@ -1,0 +1,276 @@
+"""What a user got wrong is said in one line, with the key, its value and a remedy, before any worker starts."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hvd_hetero.cli import main
+
+OWN = Path(__file__).parent / "ranks"
+PREFIX = "hvd-hetero: error: "
+
+
+@pytest.fixture
+def launched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """``launched(key=value, ...)``: status, stdout and stderr of ``hvd-hetero launch``; starting a process fails."""
+
+    def no_process(*args: Any, **options: Any) -> None:
+        pytest.fail(f"a process was started: {args}")
+
+    monkeypatch.setattr(subprocess, "Popen", no_process)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(OWN))
+
+    def launch(*words: str) -> tuple[int, str, str]:
+        folder = [] if any(word.startswith("run.dir=") for word in words) else [f"run.dir={tmp_path / 'run'}"]
+        status = main(["launch", *words, *folder])
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return launch
+
+
+def assert_one_message(err: str, key: str, value: str, remedy: str) -> None:
+    """One line ``KEY=VALUE: problem; remedy``, and nothing like a traceback."""
+    assert err.startswith(PREFIX) and err.count("\n") == 1, err
+    said, _, given_remedy = err.removeprefix(PREFIX).strip().partition("; ")
+    assert said.startswith(f"{key}={value}"), err
+    assert ": " in said.removeprefix(f"{key}={value}"), f"no problem is named: {err}"
+    assert remedy in given_remedy, err
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+
+THREE = "cluster.classes={a: {ranks: 0}, b: {ranks: 1-2}}"
+
+
+@pytest.mark.parametrize(("words", "key", "value", "remedy"), [
+    # unknown keys, wrong types
+    (["train.pases=3"], "train.pases", "3", "'train.passes'"),
+    (["cluster.classes.slow.slodown=3"], "cluster.classes.slow.slodown", "3", "slow.slowdown"),
+    (["algorithm.taus=3"], "algorithm.taus", "3", "algorithm.name"),
+    (["train.passes=soon"], "train.passes", "'soon'", "int"),
+    (["train.optimizer_args=3"], "train.optimizer_args", "3", "dict"),
+    (["traim.yaml"], "config file", "'traim.yaml'", "path"),
+    (["train.lr={"], "train.lr", "'{'", "brackets"),
+    # tau or batch below one, or not for every class
+    (["train.tau=0"], "train.tau", "0", "1 or more"),
+    (["train.tau={fast: 32, slow: 0}"], "train.tau.slow", "0", "1 or more"),
+    (["train.tau={fast: 32}"], "train.tau", "{'fast': 32}", "every class"),
+    (["train.tau={fast: 32, slwo: 4}"], "train.tau.slwo", "4", "'slow'"),
+    (["train.batch_size=0"], "train.batch_size", "0", "1 or more"),
+    (["train.batch_size={fast: 8, slow: -8}"], "train.batch_size.slow", "-8", "1 or more"),
+    (["train.batch_size={fast: 8}"], "train.batch_size", "{'fast': 8}", "every class"),
+    # classes that overlap, leave ranks out, have more ranks than there are slots, want a GPU
+    ([THREE, "cluster.classes.a.ranks=0-1"], "cluster.classes.b", "[1, 2]", "take it out"),
+    ([THREE, "cluster.classes.b.ranks=2"], "cluster.classes", "{'a': [0], 'b': [2]}", "add rank 1 to a class"),
+    ([THREE, "cluster.hosts=localhost:4"], "cluster.classes", "{'a': [0], 'b': [1, 2]}", "start 3 ranks"),
+    ([THREE, "cluster.hosts=localhost:2"], "cluster.classes.b.ranks", "[1, 2]", "start 3 ranks"),
+    (["cluster.classes={a: {hosts: 'n*'}}"], "cluster.hosts", "None", "cluster.hosts=host:slots"),
+    (["cluster.classes={a: {hosts: 'n*'}}", "cluster.hosts=localhost:2"], "cluster.classes", "{'a': []}", "rank 0"),
+    (["cluster.hosts=localhost"], "cluster.classes.slow.ranks", "[1]", "start 2 ranks"),
+    (["cluster.hosts=localhost:x"], "cluster.hosts", "'localhost:x'", "node1:2"),
+    (["cluster.classes.slow.slowdown=0.5"], "cluster.classes.slow.slowdown", "0.5", "1.0 or more"),
+    # sampling and method
+    (["sampling.high_loss_ratio=1.5"], "sampling.high_loss_ratio", "1.5", "1 or less"),
+    (["sampling.high_loss_ratio=-1"], "sampling.high_loss_ratio", "-1", "0 or more"),
+    (["sampling.bias_to=quick"], "sampling.bias_to", "'quick'", "fast"),
+    (["sampling.scheme=seperate"], "sampling.scheme", "'seperate'", "'separate'"),
+    (["algorithm.name=biased_localsgd"], "algorithm.name", "'biased_localsgd'", "'biased_local_sgd'"),
+    # fewer samples than one round
+    (["data.args={train_limit: 500}"], "train.tau", "32", "smaller train.tau or train.batch_size"),
+    (["data.target=own_parts:few_samples", "train.tau={fast: 8, slow: 1}"], "train.tau", "{'fast': 8", "use more data"),
+    (["train.batch_size=2000"], "train.tau", "32", "smaller train.tau or train.batch_size"),
+    # data, model, loss, optimizer
+    (["data.name=digit"], "data.name", "'digit'", "'digits'"),
+    (["data.args={train_limits: 3}"], "data.args.train_limits", "3", "train_limit"),
+    (["data.name=cifar10"], "data.root", "None", "set it to the folder"),
+    (["data.name=cifar10", "data.root=/no/such/folder"], "data.root", "'/no/such/folder'", "cifar"),
+    (["data.target=own_parts:nothing_there"], "data.target", "'own_parts:nothing_there'", "valid"),
+    (["data.target=own_parts:one_split"], "data.target", "'own_parts:one_split'", "(train, test)"),
+    (["data.target=own_parts:empty_test_split"], "data.target", "'own_parts:empty_test", "at least one sample"),
+    (["model.name=resnet21"], "model.name", "'resnet21'", "resnet20"),
+    (["model.args={hiden: [3]}"], "model.args.hiden", "[3]", "hidden"),
+    (["model.target=no.such.module:net"], "model.target", "'no.such.module:net'", "install it"),
+    (["model.target=own_parts:wrong_width"], "model.target", "'own_parts:wrong_width'", "fit together"),
+    (["model.target=own_parts:no_parameters"], "model.target", "'own_parts:no_parameters'", "some to train"),
+    (["model.target=own_parts:breaks"], "model.target", "'own_parts:breaks'", "fit together"),
+    (["train.loss=own_parts:mean_loss"], "train.loss", "'own_parts:mean_loss'", "reduction='none'"),
+    (["train.loss=own_parts:number_loss"], "train.loss", "'own_parts:number_loss'", "tensor [2]"),
+    (["train.loss_args={reduction: mean}"], "train.loss", "'cross_entropy'", "reduction='none'"),
+    (["train.loss=crossentropy"], "train.loss", "'crossentropy'", "cross_entropy"),
+    (["train.optimizer=sgd"], "train.optimizer", "'sgd'", "SGD"),
+    (["train.optimizer_args={momentun: 0.9}"], "train.optimizer_args", "{'momentun': 0.9}", ""),
+    (["train.scheduler=StepLr"], "train.scheduler", "'StepLr'", "StepLR"),
+    (["eval.metric=f1"], "eval.metric", "'f1'", "accuracy"),
+], ids=lambda value: ",".join(value) if isinstance(value, list) else None)
+def test_bad_settings(
+    launched: Callable[..., tuple[int, str, str]], words: list[str], key: str, value: str, remedy: str
+) -> None:
+    status, out, err = launched(*words)
+    assert (status, out) == (2, "")
+    assert_one_message(err, key, value, remedy)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_where_there_is_none(launched: Callable[..., tuple[int, str, str]]) -> None:
+    status, _, err = launched("cluster.classes.fast.device=cuda")
+    assert status == 2
+    assert_one_message(err, "cluster.classes.fast.device", "'cuda'", "device: cpu")
+    assert "shows 0 GPU(s)" in err
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def fashion_mnist(folder: Path, cut: int) -> Path:
+    """Fashion-MNIST's four files with 20 black images a split; the last image file lacks ``cut`` bytes."""
+    raw = folder / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        images = struct.pack(">4i", 0x803, 20, 28, 28) + bytes(20 * 28 * 28)
+        labels = struct.pack(">2i", 0x801, 20) + bytes(range(10)) * 2
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(images[: len(images) - (cut if split == "t10k" else 0)])
+        (raw / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
+    return raw / "t10k-images-idx3-ubyte"
+
+
+def test_a_truncated_dataset(launched: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    words = ["data.name=fashion_mnist", f"data.root={tmp_path}", "model.name=cnn", "train.batch_size=1"]
+    file = fashion_mnist(tmp_path, cut=100)
+    status, _, err = launched(*words)
+    assert status == 2
+    assert_one_message(err, str(file), "'", "fetch the file again")
+    assert "truncated" in err
+    file.write_bytes(file.read_bytes() + bytes(100))
+    status, _, err = launched(*words, "train.tau={fast: 32, slow: 32}")
+    assert "training set has 20" in err, "whole, it is read; then the set is too small for a round"
+
+
+def test_a_corrupt_archive(launched: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    whole = tmp_path / "cifar10-20k.npz"
+    np.savez(whole, x=np.zeros(1000))
+    assert zipfile.is_zipfile(whole)
+    whole.write_bytes(whole.read_bytes()[:500])
+    status, _, err = launched("data.name=cifar10", f"data.root={tmp_path}", "model.name=resnet20")
+    assert status == 2
+    assert_one_message(err, str(whole), "'", "fetch the file again")
+
+
+@pytest.mark.parametrize("left", ["summary.json", "metrics.jsonl", "config.yaml"])
+def test_a_folder_that_holds_a_run(
+    launched: Callable[..., tuple[int, str, str]], tmp_path: Path, left: str
+) -> None:
+    """Whatever is left of a run, also of one that did not end; with run.overwrite the line is made."""
+    folder = tmp_path / "old"
+    folder.mkdir()
+    (folder / left).write_text("{}")
+    status, out, err = launched(f"run.dir={folder}")
+    assert (status, out) == (2, "")
+    assert_one_message(err, "run.dir", f"'{folder}'", "run.overwrite=true")
+    status, out, err = launched(f"run.dir={folder}", "run.overwrite=true", "--print")
+    assert status == 0 and "horovodrun" in out and err == ""
+    assert (folder / left).read_text() == "{}", "nothing is touched before the job starts"
+
+
+def test_a_folder_with_other_things_is_taken(
+    launched: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert launched(f"run.dir={tmp_path}", "--print")[0] == 0
+
+
+@pytest.mark.parametrize("text", ["train: [", "- 1", "train: {passes: 3}}"])
+def test_a_broken_file(launched: Callable[..., tuple[int, str, str]], tmp_path: Path, text: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    status, _, err = launched(str(file))
+    assert status == 2
+    assert_one_message(err, "config file", f"'{file}'", "")
+
+
+def test_the_line_that_is_printed_names_everything(launched: Callable[..., tuple[int, str, str]]) -> None:
+    """--print shows the line and starts nothing."""
+    status, out, _ = launched("--print", "cluster.hosts=localhost:2,node7:3", "cluster.classes={a: {ranks: 0-4}}",
+                              "cluster.start_timeout_sec=11", "cluster.network_interface=eth7", "train.passes=3")
+    assert status == 0
+    for part in ("horovodrun --gloo -np 5 -H localhost:2,node7:3", "--start-timeout 11", "--network-interfaces eth7",
+                 "hvd_hetero train", "train.passes=3"):
+        assert part in out, out
+
+
+# ---- what only the ranks can find -----------------------------------------------------------------------------------
+
+
+def messages(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line.partition(PREFIX)[2] for line in (done.stdout + done.stderr).splitlines() if PREFIX in line]
+
+
+def of_ranks(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What ranks said, as plain horovodrun prefixes it."""
+    return [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("[")]
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["train.pases=3"], "train.pases=3: is not a known key; did you mean 'train.passes'?"),
+    (["model.target=own_parts:model_unless_rank_1"], "rank 1: model.target="),
+], ids=["all ranks", "one rank"])
+def test_plain_horovodrun_says_it_once(
+    horovodrun: Callable[..., Any], tmp_path: Path, words: list[str], message: str
+) -> None:
+    """horovodrun itself exits with 1 and a traceback of its own; of the ranks' there is none."""
+    line = [Path(sys.executable).with_name("hvd-hetero"), "train", f"run.dir={tmp_path / 'run'}", *words]
+    done = horovodrun(2, line, cwd=OWN)
+    assert done.returncode != 0
+    assert len(messages(done)) == 1 and messages(done)[0].startswith(message), done.stderr
+    assert not [text for text in of_ranks(done) if "Traceback" in text]
+    assert "Exit code: 2" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_class_too_slow_for_tau_is_found_by_measurement(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
+    """It ends the job like any other bad input: one message, status 2."""
+    done = hvd_hetero(["launch", f"run.dir={tmp_path / 'run'}", "train.tau=2", "profile.seconds=0.2",
+                       "cluster.classes.slow.slowdown=40"])
+    assert done.returncode == 2, done.stderr
+    assert len(messages(done)) == 1, done.stderr
+    assert messages(done)[0].startswith("train.tau=2: class slow is")
+    assert "train.tau=" in messages(done)[0].rpartition("; ")[2]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_settings_may_follow_options(launched: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("train: {passes: 3}")
+    status, out, _ = launched("mine.yaml", "--print", "train.lr=0.5")
+    assert status == 0 and "mine.yaml train.lr=0.5" in out
+    assert launched("--print", "train.pases=3")[0] == 2
+
+
+def test_an_unknown_option(launched: Callable[..., tuple[int, str, str]], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        launched("--prnt", "train.lr=0.5")
+    assert caught.value.code == 2
+    assert "--prnt" in capsys.readouterr().err
+
+
+def test_version_of_the_command() -> None:
+    """The command that ranks run is the one this environment holds."""
+    done = subprocess.run([Path(sys.executable).with_name("hvd-hetero"), "--version"], capture_output=True, text=True)
+    import hvd_hetero
+
+    assert done.stdout.strip() == hvd_hetero.__version__
