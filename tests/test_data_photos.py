@@ -62,6 +62,8 @@ def test_official_flowers_stream_through_workers(tmp_path: Path, workers: int) -
 def test_official_flowers_with_the_validation_split_and_the_arguments_of_all(tmp_path: Path) -> None:
     make_flowers(tmp_path)
     assert len(get("flowers102", tmp_path, with_val=True).train) == 6
+    swapped = get("flowers102", tmp_path, with_test=True)
+    assert (len(swapped.train), len(swapped.test)) == (10, 2)
     held = get("flowers102", tmp_path, with_val=True, validation=0.5, size=8)
     assert len(held.train) + len(held.test) == 6 and isinstance(held.test, MapSource)
     assert first_batch(get("flowers102", tmp_path).train, [0])[0].shape == (1, 3, 224, 224)
@@ -115,6 +117,10 @@ def test_packed_flowers_sit_in_memory(tmp_path: Path) -> None:
     inputs, targets = everything(packed.train)
     assert inputs.dtype == torch.uint8 and targets.tolist() == [0, 101]
     assert len(get("flowers102", tmp_path, with_val=True).train) == 3
+    swapped = get("flowers102", tmp_path, with_test=True)
+    assert everything(swapped.train)[1].tolist() == [0, 101, 3] and everything(swapped.test)[1].tolist() == [2]
+    with pytest.raises(ConfigError, match=r"data\.args\.with_test=True: .*nothing is left to test on"):
+        get("flowers102", tmp_path, with_val=True, with_test=True)
     images, _ = first_batch(get("flowers102", tmp_path, size=96).test, [0])
     assert images.shape == (1, 3, 96, 96) and level(images) == [40]
     np.savez(path, jpeg=data[:-5], offsets=offsets, y=[0, 101, 2, 3], split=[0, 0, 1, 2])

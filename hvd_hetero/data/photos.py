@@ -24,7 +24,8 @@ from hvd_hetero.errors import ConfigError
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def flowers102(root: Path, size: int | None = None, augment: bool = True, with_val: bool = False) -> Splits:
+def flowers102(root: Path, size: int | None = None, augment: bool = True, with_val: bool = False,
+               with_test: bool = False) -> Splits:
     """Oxford Flowers 102, colour images ``[N, 3, size, size]``.
 
     The official photographs are streamed: worker processes decode them, scale the shorter side to 8/7 of
@@ -36,8 +37,12 @@ def flowers102(root: Path, size: int | None = None, augment: bool = True, with_v
         size: height and width; 224 for the official files, 64 for the packed ones if not given.
         augment: training images are cropped at random and mirrored.
         with_val: train on the official validation split too.
+        with_test: train on the official test split too (7169 images in all), and be tested on the validation split.
     """
     _check_size(size)
+    if with_val and with_test:
+        raise ConfigError("data.args.with_test", True, "beside with_val nothing is left to test on", "set one of them")
+    own, other = ((0, 2), 1) if with_test else ((0, 1) if with_val else (0,), 2)  # 0 train, 1 validation, 2 test
     folder = folder_with(root, ["flowers-102", "flowers102", "."], ["jpg", "imagelabels.mat", "setid.mat"])
     if folder is not None:
         size = size or 224
@@ -45,7 +50,7 @@ def flowers102(root: Path, size: int | None = None, augment: bool = True, with_v
         normalize = Normalize(MEAN, STD)
         center = CenterCrop(size, normalize)
         crop = RandomCropFlip(size, 0, normalize) if augment else center
-        return Splits(*_official_flowers(folder, with_val), crop, center, partial(read_image, size=stored))
+        return Splits(*_official_flowers(folder, own, other), crop, center, partial(read_image, size=stored))
     packed = folder_with(root, [".", "flowers102"], ["flowers102-64.npz"])
     if packed is None:
         files = "jpg/image_00001.jpg and so on, imagelabels.mat, setid.mat"
@@ -55,17 +60,18 @@ def flowers102(root: Path, size: int | None = None, augment: bool = True, with_v
     images = decode_all(path, _cut(path, arrays["jpeg"], arrays["offsets"]), size=64)
     everything = Split(images, class_numbers(path, arrays["y"], len(images), classes=102))
     split = class_numbers(path, arrays["split"], len(images), classes=3).numpy()
-    train = np.flatnonzero((split == 0) | ((split == 1) & with_val))
-    return Splits(everything.take(train), everything.take(np.flatnonzero(split == 2)),
+    train, test = np.flatnonzero(np.isin(split, own)), np.flatnonzero(split == other)
+    return Splits(everything.take(train), everything.take(test),
                   *_small_transforms(64, size, augment))
 
 
-def _official_flowers(folder: Path, with_val: bool) -> tuple[Split, Split]:
+def _official_flowers(folder: Path, own: Sequence[int], other: int) -> tuple[Split, Split]:
     labels_path = folder / "imagelabels.mat"
     labels = _read_mat(labels_path, ["labels"])["labels"]
     targets = class_numbers(labels_path, labels.astype(np.int64) - 1, len(labels), classes=102)
-    sets = _read_mat(folder / "setid.mat", ["trnid", "valid", "tstid"])
-    train = np.concatenate([sets["trnid"], sets["valid"]]) if with_val else sets["trnid"]
+    names = ["trnid", "valid", "tstid"]
+    sets = _read_mat(folder / "setid.mat", names)
+    train = np.concatenate([sets[names[number]] for number in own])
     jpg = folder / "jpg"
     there = {path.name for path in jpg.iterdir()}
 
@@ -74,13 +80,13 @@ def _official_flowers(folder: Path, with_val: bool) -> tuple[Split, Split]:
         if not len(numbers) or numbers.min() < 1 or numbers.max() > len(targets):
             expected = f"image numbers in 1 .. {len(targets)}"
             raise corrupt(folder / "setid.mat", f"{len(numbers)} numbers", expected)
-        names = [f"image_{number:05d}.jpg" for number in numbers]
-        lost = [name for name in names if name not in there]
+        files = [f"image_{number:05d}.jpg" for number in numbers]
+        lost = [name for name in files if name not in there]
         if lost:
             raise ConfigError(str(jpg), lost[0], "is not there", f"put the {len(lost)} lost images back")
-        return Split(np.array([str(jpg / name) for name in names]), targets[torch.from_numpy(numbers - 1)])
+        return Split(np.array([str(jpg / name) for name in files]), targets[torch.from_numpy(numbers - 1)])
 
-    return split(train), split(sets["tstid"])
+    return split(train), split(sets[names[other]])
 
 
 def _read_mat(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
