@@ -1,0 +1,138 @@
+"""What the methods are tried on: small float64 problems. The ranks run them, an oracle recomputes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hvd_hetero.algorithms import REGISTRY
+
+SIZE = 4
+CLASSES: dict[str, dict[str, list[int]]] = {
+    "two": {"fast": [0, 1], "slow": [2, 3]},
+    "three_fast": {"fast": [0, 1, 2], "slow": [3]},
+    "one": {"every": [0, 1, 2, 3]},
+    "rank0_slow": {"slow": [0, 1], "fast": [2, 3]},
+    "alone": {"fast": [0], "slow": [1, 2, 3]},
+}
+SAMPLES, FEATURES, TARGETS = 120, 5, 3
+BASE: dict[str, Any] = {
+    "train.passes": 2,
+    "train.batch_size": 4,
+    "train.tau": {"fast": 3, "slow": 3},
+    "train.lr": 0.1,
+    "train.optimizer_args": {"momentum": 0.9},
+    "eval.batch_size": 64,
+    "run.trace_rounds": 0,
+    "eval.every_passes": 10,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run.
+
+    Attributes:
+        method: its name.
+        settings: beyond :data:`BASE`.
+        classes: key of :data:`CLASSES`.
+        model: ``mlp``, or ``norm``, which has BatchNorm; ``digits``: the built-in default problem in place of these.
+        path: how weighted sums travel.
+    """
+
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    classes: str = "two"
+    model: str = "mlp"
+    path: str = "auto"
+
+    def overrides(self) -> dict[str, Any]:
+        classes = {name: {"device": "cpu", "ranks": ranks} for name, ranks in CLASSES[self.classes].items()}
+        method = {"algorithm.name": self.method, "cluster.classes": classes, "aggregation.path": self.path}
+        if self.model == "digits":
+            return {**method, "train.batch_size": 8, "train.passes": 4, "train.tau": 8, **self.settings}
+        tau = {name: 3 for name in classes}
+        return {**BASE, "train.tau": tau, **method, **self.settings}
+
+
+PLAIN = {"train.optimizer_args": {}}
+TAU1 = {"train.tau": {"every": 1}, **PLAIN}
+UNEVEN = {"train.batch_size": {"fast": 5, "slow": 2}}
+TAU31 = {"train.tau": {"fast": 3, "slow": 1}}
+SEPARATE = {"sampling.scheme": "separate", "sampling.high_loss_ratio": 0.0}
+UNIFIED = {"sampling.scheme": "unified", "sampling.high_loss_ratio": 0.4}
+TO_SLOW = {"sampling.high_loss_ratio": 1.0, "sampling.bias_to": "slow"}
+ADAMW = {"train.optimizer": "AdamW", "train.lr": 0.01, "train.optimizer_args": {}}
+NESTEROV = {"aggregation.outer_lr": 0.5, "aggregation.outer_momentum": 0.9, "aggregation.outer_nesterov": True}
+
+CASES: dict[str, Case] = {
+    # step by step together
+    "sync": Case("sync_sgd"),
+    "sync, uneven batches": Case("sync_sgd", UNEVEN),
+    "sync, clipped": Case("sync_sgd", {"train.clip_norm": 0.3}),
+    "sync, plain SGD": Case("sync_sgd", PLAIN),
+    "sync, warm-up and cosine": Case("sync_sgd", {
+        "train.passes": 3, "train.scheduler": "CosineAnnealingLR", "train.scheduler_args": {"T_max": 3},
+        "train.warmup_rounds": 5,
+    }),
+    "sync, label smoothing": Case("sync_sgd", {"train.loss_args": {"label_smoothing": 0.2}}),
+    "sync, fast": Case("sync_sgd", {"algorithm.participants": "fast"}),
+    "sync, rank 0 idle": Case("sync_sgd", {"algorithm.participants": "fast"}, "rank0_slow", "norm"),
+    "sync, one rank": Case("sync_sgd", {"algorithm.participants": "fast"}, "alone"),
+    "sync, BatchNorm": Case("sync_sgd", UNEVEN, model="norm"),
+    "sync, BatchNorm, hierarchical": Case("sync_sgd", UNEVEN, model="norm", path="hierarchical"),
+    "byteps, two servers": Case("byteps", {"algorithm.partition_bytes": 80}),
+    "byteps, one server": Case("byteps", {"algorithm.partition_bytes": 80}, "three_fast"),
+    "byteps, one worker": Case("byteps", {"algorithm.partition_bytes": 128, "train.clip_norm": 0.3}, "alone"),
+    "byteps, more servers than partitions": Case("byteps", {}, "rank0_slow", "norm"),
+    "dlb": Case("dlb", {"algorithm.global_batch": 13, "train.passes": 4}),
+    "dlb, BatchNorm, hierarchical": Case("dlb", {"train.passes": 3}, model="norm", path="hierarchical"),
+    # local SGD
+    "balanced": Case("balanced_local_sgd", {"train.tau": 3}),
+    "unbalanced, equal tau": Case("unbalanced_local_sgd"),
+    "unbalanced": Case("unbalanced_local_sgd", TAU31),
+    "unbalanced, separate": Case("unbalanced_local_sgd", {**TAU31, **SEPARATE}),
+    "biased, nothing biased": Case("biased_local_sgd", {
+        **TAU31, "sampling.high_loss_ratio": 0.0, "aggregation.weights": "uniform",
+    }),
+    "biased, weights": Case("biased_local_sgd", {**TAU31, "sampling.scheme": "uniform"}),
+    "biased, sampling": Case("biased_local_sgd", {**TAU31, "aggregation.weights": "uniform"}),
+    "biased": Case("biased_local_sgd", {**TAU31, "train.clip_norm": 0.5}),
+    "separate, to slow": Case("biased_local_sgd", {**TAU31, **TO_SLOW}),
+    "unified, to slow": Case("biased_local_sgd", {**TAU31, **TO_SLOW, "sampling.scheme": "unified"}),
+    "unified, to fast": Case("biased_local_sgd", {**TAU31, **UNIFIED}),
+    "biased, hierarchical": Case("biased_local_sgd", TAU31, path="hierarchical"),
+    "one class, tau 1": Case("biased_local_sgd", TAU1, "one"),
+    "balanced, one class, tau 1": Case("balanced_local_sgd", TAU1, "one"),
+    "outer, lr 1": Case("biased_local_sgd", {**TAU31, "train.clip_norm": 0.5, "aggregation.outer_lr": 1.0}),
+    "outer, lr 0.5": Case("biased_local_sgd", {**TAU31, "aggregation.outer_lr": 0.5}),
+    "outer, momentum": Case("unbalanced_local_sgd", {**TAU31, "aggregation.outer_momentum": 0.5}),
+    "outer, Nesterov": Case("biased_local_sgd", {**TAU31, **NESTEROV}),
+    "outer, Nesterov, BatchNorm": Case("biased_local_sgd", {**TAU31, **NESTEROV}, model="norm"),
+    "momentum averaged": Case("biased_local_sgd", {**TAU31, "aggregation.optimizer_state": "average"}),
+    "momentum reset": Case("biased_local_sgd", {**TAU31, "aggregation.optimizer_state": "reset"}),
+    "AdamW": Case("biased_local_sgd", {**TAU31, **ADAMW}),
+    "AdamW averaged": Case("biased_local_sgd", {**TAU31, **ADAMW, "aggregation.optimizer_state": "average"}),
+}
+
+CASES |= {f"digits, {name}": Case(name, {"profile.seconds": 0.2}, model="digits") for name in REGISTRY}
+
+
+def data() -> Any:
+    """(inputs ``[SAMPLES, FEATURES]``, targets ``[SAMPLES]``)."""
+    import torch
+
+    generator = torch.Generator().manual_seed(5)
+    inputs = torch.randn(SAMPLES, FEATURES, generator=generator, dtype=torch.float64)
+    return inputs, torch.randint(TARGETS, (SAMPLES,), generator=generator)
+
+
+def model(name: str) -> Any:
+    """The same weights each time."""
+    import torch
+    from torch import nn
+
+    torch.manual_seed(3)
+    norm = [nn.BatchNorm1d(6)] if name == "norm" else []
+    return nn.Sequential(nn.Linear(FEATURES, 6), *norm, nn.Tanh(), nn.Linear(6, TARGETS)).double()

@@ -1,0 +1,154 @@
+"""What each case must come to, computed in one process by plain loops: no flat vectors, no ranks, no Horovod."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from ranks_methods.cases import CLASSES, Case, data, model
+from torch import Tensor, nn
+
+Dealt = Mapping[int, Sequence[Tensor]]
+"""By rank and pass: ``[steps, B]`` indices."""
+
+
+class Replica:
+    """A model with its own optimizer, stepped by hand."""
+
+    def __init__(self, case: Case) -> None:
+        self.settings = case.overrides()
+        self.net = model(case.model)
+        kind = getattr(torch.optim, self.settings.get("train.optimizer", "SGD"))
+        args = self.settings["train.optimizer_args"]
+        self.optimizer = kind(self.net.parameters(), lr=self.settings["train.lr"], **args)
+        self.inputs, self.targets = data()
+
+    def gradient(self, rows: Tensor) -> list[Tensor]:
+        """Of the mean loss of these samples."""
+        smoothing = self.settings.get("train.loss_args", {}).get("label_smoothing", 0.0)
+        loss = nn.functional.cross_entropy(self.net(self.inputs[rows]), self.targets[rows], label_smoothing=smoothing)
+        return list(torch.autograd.grad(loss, list(self.net.parameters())))
+
+    def step(self, gradient: Sequence[Tensor], lr: float | None = None) -> None:
+        norm, most = torch.sqrt(sum((g**2).sum() for g in gradient)), self.settings.get("train.clip_norm")
+        factor = 1.0 if most is None else min(1.0, most / (float(norm) + 1e-6))
+        for p, g in zip(self.net.parameters(), gradient, strict=True):
+            p.grad = g * factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr or group["lr"]
+        self.optimizer.step()
+
+
+def joined(case: Case, dealt: Dealt) -> dict[str, Tensor]:
+    """SGD of one process on the batches of all ranks, joined."""
+    one = Replica(case)
+    done = 0
+    for number, steps in enumerate(together(dealt)):
+        for step in steps:
+            done += 1
+            one.step(one.gradient(torch.cat(step)), rate(one.settings, number, done))
+    return one.net.state_dict()
+
+
+def rate(settings: Mapping[str, Any], number: int, step: int) -> float:
+    """The learning rate of a step (from 1) of a pass (from 0): cosine over the passes, if so set, times the warm-up."""
+    lr: float = settings["train.lr"]
+    if "train.scheduler" in settings:
+        lr *= (1 + math.cos(math.pi * number / settings["train.scheduler_args"]["T_max"])) / 2
+    return lr * min(1.0, step / settings.get("train.warmup_rounds", 1))
+
+
+def normalized(case: Case, dealt: Dealt) -> dict[str, Tensor]:
+    """The same where each rank normalizes its own share; running statistics are averaged after each pass."""
+    replicas = {rank: Replica(case) for rank, steps in dealt.items() if steps[0].numel()}
+    for steps in together(dealt):
+        for step in steps:
+            shares = [len(rows) / sum(map(len, step)) for rows in step]
+            parts = [replica.gradient(rows) for replica, rows in zip(replicas.values(), step, strict=True)]
+            whole = [sum(s * g for s, g in zip(shares, gs, strict=True)) for gs in zip(*parts, strict=True)]
+            for replica in replicas.values():
+                replica.step(whole)
+        _set_all(replicas.values(), _mean([r.net for r in replicas.values()], shares))
+    return next(iter(replicas.values())).net.state_dict()
+
+
+def together(dealt: Dealt) -> list[list[tuple[Tensor, ...]]]:
+    """By pass and step: the batches of all ranks that train."""
+    training = [steps for steps in dealt.values() if steps[0].numel()]
+    return [list(zip(*passes, strict=True)) for passes in zip(*training, strict=True)]
+
+
+def local(case: Case, dealt: Dealt) -> dict[str, Tensor]:
+    """Local SGD: tau steps of each replica, the weighted average, the outer optimizer, what happens to momentum."""
+    settings, classes = case.overrides(), CLASSES[case.classes]
+    given = settings["train.tau"]
+    tau = {r: given[name] if isinstance(given, dict) else given for name, ranks in classes.items() for r in ranks}
+    weights = [1 / len(tau)] * len(tau)
+    if case.method == "biased_local_sgd" and settings.get("aggregation.weights") != "uniform":
+        weights = [tau[r] / sum(tau.values()) for r in sorted(tau)]
+    replicas = {rank: Replica(case) for rank in sorted(tau)}
+    x = list(replicas[0].net.parameters())
+    common = [p.detach().clone().requires_grad_() for p in x]
+    outer = torch.optim.SGD(
+        common, lr=settings.get("aggregation.outer_lr", 1.0), momentum=settings.get("aggregation.outer_momentum", 0.0),
+        nesterov=settings.get("aggregation.outer_nesterov", False),
+    )
+    for number in range(len(dealt[0])):
+        for done in range(len(dealt[0][number]) // tau[0]):
+            for rank, replica in replicas.items():
+                for rows in dealt[rank][number][done * tau[rank] : (done + 1) * tau[rank]]:
+                    replica.step(replica.gradient(rows))
+            mean = _mean([r.net for r in replicas.values()], weights)
+            for p, (name, _) in zip(common, replicas[0].net.named_parameters(), strict=True):
+                p.grad = p.detach() - mean[name]
+            outer.step()
+            for p, (name, _) in zip(common, replicas[0].net.named_parameters(), strict=True):
+                mean[name] = p.detach().clone()
+            _set_all(replicas.values(), mean)
+            _OPTIMIZER_STATE[settings.get("aggregation.optimizer_state", "local")](list(replicas.values()), weights)
+    return replicas[0].net.state_dict()
+
+
+def _mean(nets: Sequence[nn.Module], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Floating tensors weighted, integers the maximum."""
+    states = [net.state_dict() for net in nets]
+    result = {}
+    for name, first in states[0].items():
+        parts = [state[name] for state in states]
+        if first.is_floating_point():
+            result[name] = sum(w * part for w, part in zip(weights, parts, strict=True))
+        else:
+            result[name] = torch.stack(parts).max()
+    return result
+
+
+def _set_all(replicas: Any, state: Mapping[str, Tensor]) -> None:
+    for replica in replicas:
+        replica.net.load_state_dict(copy.deepcopy(dict(state)))
+
+
+def _average_momentum(replicas: Sequence[Replica], weights: Sequence[float]) -> None:
+    for params in zip(*(r.net.parameters() for r in replicas), strict=True):
+        states = [r.optimizer.state[p] for r, p in zip(replicas, params, strict=True)]
+        for key in states[0]:
+            parts = [state[key] for state in states]
+            mean = torch.stack(parts).max()
+            if key != "step":
+                mean = sum(w * part for w, part in zip(weights, parts, strict=True))
+            for state in states:
+                state[key] = mean.clone()
+
+
+def _reset_momentum(replicas: Sequence[Replica], weights: Sequence[float]) -> None:
+    for replica in replicas:
+        replica.optimizer.state.clear()
+
+
+_OPTIMIZER_STATE: dict[str, Callable[[Sequence[Replica], Sequence[float]], None]] = {
+    "local": lambda replicas, weights: None,
+    "average": _average_momentum,
+    "reset": _reset_momentum,
+}

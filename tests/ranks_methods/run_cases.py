@@ -1,0 +1,64 @@
+"""Every rank of a job runs this: ``run_cases.py FOLDER`` trains each of the cases with the real trainer.
+
+It writes ``FOLDER/rank{N}.pt``: by case the rank's final model, the indices it was dealt in each pass, and on rank 0
+the summary. All process sets are made by the first ``hvd.init``, and each run's ``Comm`` finds its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import CASES, CLASSES, SIZE, Case, data, model
+
+from hvd_hetero import algorithms, components, job, trainer
+from hvd_hetero.cluster import Placement, RankFacts, assign
+from hvd_hetero.comm.horovod import hvd
+from hvd_hetero.comm.rendezvous import JobEnv, job_env
+from hvd_hetero.components import Given
+from hvd_hetero.config import device_classes, load
+from hvd_hetero.feed import Feed
+
+
+class RecordedFeed(Feed):
+    """Remembers what it dealt."""
+
+    dealt: list[torch.Tensor] = []
+
+    def deal(self, plan: Any) -> Any:
+        rows = super().deal(plan)
+        RecordedFeed.dealt.append(torch.from_numpy(rows.copy()).long())
+        return rows
+
+
+def run(case: Case, env: JobEnv, folder: Path) -> dict[str, Any]:
+    config = load((), case.overrides(), algorithms.method)
+    given = Given(model=lambda: model(case.model), train_data=data(), test_data=data())
+    parts = components.build(config, None if case.model == "digits" else given)
+    facts = [RankFacts(rank, "localhost", rank, (), "cpu", (0,)) for rank in range(SIZE)]
+    cluster = assign(device_classes(config.cluster.classes), facts)
+    job.check(config, parts, cluster)
+    RecordedFeed.dealt = []
+    this = trainer.Trainer(job.Job(env, config, parts, cluster, Placement("cpu", 1, None)), folder)
+    summary = this.run()
+    return {"model": this.worker.model.state_dict(), "dealt": RecordedFeed.dealt, "summary": summary}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    env = job_env()
+    trainer.Feed = RecordedFeed  # type: ignore[misc]
+    groups = {tuple(ranks) for classes in CLASSES.values() for ranks in classes.values()}
+    groups |= {tuple(ranks[0] for ranks in classes.values()) for classes in CLASSES.values()}
+    sets = [hvd.ProcessSet(list(ranks)) for ranks in sorted(groups) if 1 < len(ranks) < SIZE]
+    hvd.init(process_sets=sets)
+    found = {name: run(case, env, folder / f"run{i}") for i, (name, case) in enumerate(CASES.items())}
+    torch.save(found, folder / f"rank{env.rank}.pt")
+    hvd.barrier()
+    hvd.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
