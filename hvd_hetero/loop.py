@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from hvd_hetero import algorithms, job
+from hvd_hetero.algorithms.local import LocalSGD
 from hvd_hetero.api import guarded
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.components import Components, Given, build
-from hvd_hetero.config import Config, load
+from hvd_hetero.config import AggregationConfig, Config, load
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.feed import Feed
@@ -83,6 +84,7 @@ class Loop:
             if loaded.train.max_train_sec is not None:
                 limit = loaded.train.max_train_sec
                 raise ConfigError("train.max_train_sec", limit, "a hand-written step is not timed", "set train.passes")
+            check_plain(loaded)
             return loaded, build(loaded, Given(model, train_data, train_data), try_out=False)
 
         self._start(guarded(lambda: job.start(prepare)))
@@ -127,3 +129,20 @@ class Loop:
     def close(self) -> None:
         """Leaves the job together with all other ranks; call it when the model has been saved."""
         self._comm.close()
+
+
+def check_plain(config: Config) -> None:
+    """Refuses what only the trainer's own loop can do: it owns neither the steps nor the optimizer here.
+
+    Raises:
+        ConfigError: the method does more than local steps and their average.
+    """
+    if not issubclass(algorithms.get(config.algorithm.name), LocalSGD):
+        problem = "takes its steps itself, which leaves nothing to a hand-written loop"
+        raise ConfigError("algorithm.name", config.algorithm.name, problem, "choose a local-SGD method")
+    plain = AggregationConfig()
+    for key in ("optimizer_state", "outer_lr", "outer_momentum"):
+        value, neutral = getattr(config.aggregation, key), getattr(plain, key)
+        if value != neutral:
+            problem = "a hand-written loop takes the plain average"
+            raise ConfigError(f"aggregation.{key}", value, problem, f"leave it at {neutral}, or use hvd_hetero.train")

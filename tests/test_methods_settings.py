@@ -22,6 +22,7 @@ from hvd_hetero.cluster import Cluster, DeviceClass, RankFacts, has_bf16  # noqa
 from hvd_hetero.comm.servers import Servers  # noqa: E402
 from hvd_hetero.config import load  # noqa: E402
 from hvd_hetero.errors import ConfigError  # noqa: E402
+from hvd_hetero.loop import check_plain  # noqa: E402
 from hvd_hetero.plan import apportion  # noqa: E402
 from hvd_hetero.worker import Worker, per_sample_loss  # noqa: E402
 
@@ -227,6 +228,17 @@ def test_refused_before_a_worker_starts(
     with pytest.raises(ConfigError) as caught:
         method(settings, classes).check()
     assert caught.value.key == key and says in str(caught.value)
+
+
+@pytest.mark.parametrize(("settings", "key"), [
+    ({"algorithm.name": "sync_sgd"}, "algorithm.name"),
+    ({"aggregation.outer_momentum": 0.9}, "aggregation.outer_momentum"),
+    ({"aggregation.optimizer_state": "reset"}, "aggregation.optimizer_state"),
+])  # fmt: skip
+def test_a_hand_written_loop_refuses_what_it_cannot_do(settings: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_plain(load((), settings, algorithms.method))
+    assert caught.value.key == key
 
 
 def test_the_launcher_says_so_with_status_2(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
