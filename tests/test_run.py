@@ -1,0 +1,322 @@
+"""Whole runs under real horovodrun: what they leave behind, the same twice, and how they end when a rank fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hvd_hetero import algorithms, data, models
+from hvd_hetero.config import load
+from hvd_hetero.launch import _lines, _meaning
+
+ROOT = Path(__file__).parent.parent
+RANKS = Path(__file__).parent / "ranks"
+DEFAULT = ROOT / "configs" / "default.yaml"
+CLASS_KEYS = {
+    "name", "device", "ranks", "tau", "batch_size", "weight", "slowdown", "step_sec", "steps", "samples", "time_sec",
+    "blocked_fraction",
+}
+SUMMARY_KEYS = {
+    "algorithm", "world_size", "seed", "emulated", "rounds", "passes", "samples_seen", "wall_sec", "train_sec", "eval",
+    "classes",
+}
+EVAL_KEYS = {"final_accuracy", "best_accuracy", "final_loss"}
+TIME_KEYS = {"compute", "data", "blocked", "comm"}
+
+Run = tuple[Path, "subprocess.CompletedProcess[str]"]
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return content
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    content: dict[str, torch.Tensor] = torch.load(folder / "checkpoint" / "model.pt", weights_only=True)
+    return content
+
+
+def assert_adds_up(folder: Path) -> dict[str, Any]:
+    """What holds of every summary, whatever was run; returns it."""
+    summary = summary_of(folder)
+    classes = summary["classes"]
+    assert sum(c["weight"] * len(c["ranks"]) for c in classes) == pytest.approx(1, rel=1e-12)
+    assert sorted(rank for c in classes for rank in c["ranks"]) == list(range(summary["world_size"]))
+    assert summary["samples_seen"] == sum(c["samples"] for c in classes)
+    for c in classes:
+        assert c["steps"] == summary["rounds"] * c["tau"] * len(c["ranks"])
+        assert c["samples"] == c["steps"] * c["batch_size"]
+        total = sum(c["time_sec"].values())
+        assert all(seconds >= -1e-9 for seconds in c["time_sec"].values())
+        assert c["blocked_fraction"] == pytest.approx(c["time_sec"]["blocked"] / total)
+        assert c["step_sec"] == pytest.approx(
+            (c["time_sec"]["compute"] + c["time_sec"]["data"]) * len(c["ranks"]) / c["steps"])
+        if c["ranks"] == [0]:
+            assert total == pytest.approx(summary["train_sec"]), "no second of rank 0 is unaccounted for"
+    return summary
+
+
+# ---- the default run, through the launcher --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def default_run(hvd_hetero: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Three passes of the default run with tau from measured speeds."""
+    folder = tmp_path_factory.mktemp("default") / "run"
+    done = hvd_hetero(["launch", DEFAULT, f"run.dir={folder}", "train.passes=3", "profile.seconds=0.5"])
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_summary_has_the_documented_keys(default_run: Run) -> None:
+    summary = summary_of(default_run[0])
+    assert set(summary) == SUMMARY_KEYS
+    assert set(summary["eval"]) == EVAL_KEYS
+    for c in summary["classes"]:
+        assert set(c) == CLASS_KEYS
+        assert set(c["time_sec"]) == TIME_KEYS
+    documented = (ROOT / "docs" / "results.md").read_text()
+    for key in SUMMARY_KEYS | EVAL_KEYS | CLASS_KEYS | TIME_KEYS:
+        assert key in documented, f"{key} is not documented"
+
+
+def test_summary_adds_up(default_run: Run) -> None:
+    summary = assert_adds_up(default_run[0])
+    assert (summary["algorithm"], summary["world_size"], summary["seed"]) == ("biased_local_sgd", 2, 0)
+    assert summary["emulated"] is True and summary["passes"] == 3
+    fast, slow = summary["classes"]
+    assert (fast["name"], fast["device"], fast["ranks"], fast["slowdown"]) == ("fast", "cpu", [0], 1.0)
+    assert (slow["name"], slow["device"], slow["ranks"], slow["slowdown"]) == ("slow", "cpu", [1], 8.0)
+    assert fast["tau"] == 32 and 1 <= slow["tau"] < 32, "the slow class's tau is derived from its measured speed"
+    assert fast["weight"] == pytest.approx(32 / (32 + slow["tau"]))
+
+
+def test_a_row_a_pass(default_run: Run) -> None:
+    rows, summary = rows_of(default_run[0]), summary_of(default_run[0])
+    assert [row["pass"] for row in rows] == [1, 2, 3]
+    for row, before in zip(rows[1:], rows, strict=False):
+        for key in ("round", "samples_seen", "wall_sec", "train_sec"):
+            assert row[key] > before[key]
+    last = rows[-1]
+    assert (last["round"], last["samples_seen"]) == (summary["rounds"], summary["samples_seen"])
+    assert last["eval_accuracy"] == summary["eval"]["final_accuracy"]
+    assert last["eval_loss"] == summary["eval"]["final_loss"]
+    assert summary["eval"]["best_accuracy"] == max(row["eval_accuracy"] for row in rows)
+    assert set(last["blocked_fraction"]) == {"fast", "slow"}
+
+
+def test_it_learns(default_run: Run) -> None:
+    """Three passes take a network that guesses (10 %) most of the way."""
+    rows = rows_of(default_run[0])
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert summary_of(default_run[0])["eval"]["best_accuracy"] > 0.7
+
+
+def test_the_folder_of_a_run(default_run: Run) -> None:
+    folder = default_run[0]
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "summary.json", "checkpoint", "tensorboard", "environment.json"} <= names
+    assert not [name for name in names if name.endswith(".part")]
+    config = load([folder / "config.yaml"], (), algorithms.method)
+    assert config.train.passes == 3 and config.profile.seconds == 0.5 and config.run.dir == str(folder)
+    assert config.sampling.scheme == "separate", "what the method decided is written down"
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["versions"]["horovod"]["version"] == "0.28.1"
+    assert [fact["rank"] for fact in environment["ranks"]] == [0, 1]
+    assert f"run.dir={folder}" in environment["command"]
+
+
+def test_tensorboard_has_the_numbers_of_the_rows(default_run: Run) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(default_run[0] / "tensorboard"))
+    events.Reload()
+    rows = rows_of(default_run[0])
+    shown = events.Scalars("eval_accuracy")
+    assert [e.step for e in shown] == [row["samples_seen"] for row in rows]
+    assert [e.value for e in shown] == pytest.approx([row["eval_accuracy"] for row in rows])
+    assert len(events.Scalars("blocked_fraction/fast")) == 3
+
+
+def test_the_checkpoint_has_the_reported_accuracy(default_run: Run) -> None:
+    """Loaded as plain tensors into a fresh model, by a program that knows nothing of the run."""
+    model = models.build("mlp", None, {})
+    model.load_state_dict(weights_of(default_run[0]))
+    model.eval()
+    test = data.load("digits", None, None, {}).test
+    with torch.no_grad():
+        outputs = model(test.inputs)  # type: ignore[attr-defined]
+    correct = int((outputs.argmax(1) == test.targets).sum())  # type: ignore[attr-defined]
+    loss = float(torch.nn.functional.cross_entropy(outputs, test.targets))  # type: ignore[attr-defined]
+    result = summary_of(default_run[0])["eval"]
+    assert correct == round(result["final_accuracy"] * len(test))
+    assert loss == pytest.approx(result["final_loss"], rel=1e-5)
+
+
+def test_what_a_person_sees(default_run: Run) -> None:
+    """The closing table on stdout, stamped as emulated; progress on stderr; no other rank's lines, no horovodrun's."""
+    done = default_run[1]
+    table = done.stdout[done.stdout.index("class  ") :]
+    for part in ("fast", "slow (x8 emulated)", "compute s", "blocked s", "EMULATED", "accuracy"):
+        assert part in table
+    assert "pass 3/3" in done.stderr
+    for noise in ("rank 1:", "<std", "Traceback", "Process 0", "error"):
+        assert noise not in done.stdout + done.stderr
+
+
+# ---- the plain line -------------------------------------------------------------------------------------------------
+
+
+def test_plain_horovodrun_line(horovodrun: Callable[..., Any], tmp_path: Path) -> None:
+    """horovodrun -np 2 -H localhost:2 hvd-hetero train configs/default.yaml key=value ..., with classes found by
+    horovodrun's ranks themselves: auto, one class of all CPU ranks."""
+    program = Path(sys.executable).with_name("hvd-hetero")
+    done = horovodrun(2, [program, "train", DEFAULT, f"run.dir={tmp_path / 'run'}", "train.passes=1",
+                          "cluster.classes=auto", "train.tau=8", "eval.metric=none"], hosts="localhost:2")
+    assert done.returncode == 0, done.stderr
+    summary = assert_adds_up(tmp_path / "run")
+    assert summary["eval"]["final_accuracy"] is None and summary["eval"]["final_loss"] > 0
+    if not torch.cuda.is_available():
+        assert [(c["name"], c["ranks"], c["weight"], c["tau"]) for c in summary["classes"]] == [("cpu", [0, 1], 0.5, 8)]
+    assert summary["emulated"] is False and "EMULATED" not in done.stdout
+
+
+def test_a_single_rank_needs_no_horovodrun(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
+    done = hvd_hetero(["train", f"run.dir={tmp_path / 'run'}", "cluster.classes={only: {ranks: 0}}", "train.passes=1"])
+    assert done.returncode == 0, done.stderr
+    summary = assert_adds_up(tmp_path / "run")
+    assert [(c["name"], c["ranks"], c["weight"], c["tau"]) for c in summary["classes"]] == [("only", [0], 1.0, 32)]
+    assert summary["classes"][0]["time_sec"]["blocked"] == 0
+
+
+# ---- the same twice -------------------------------------------------------------------------------------------------
+
+SEEDED = [
+    "train.tau={quick: 8, mid: 3, slow: 1}", "train.batch_size={quick: 16, mid: 16, slow: 8}", "train.passes=3",
+    "model.target=own_parts:norm_net", "run.seed=7",
+]
+EVEN = [
+    "cluster.hosts=localhost:2,127.0.0.1:2",
+    "cluster.classes={quick: {hosts: localhost, threads: 1}, mid: {hosts: '127*', slots: 0, threads: 1}, "
+    "slow: {hosts: '127*', slots: [1], threads: 1}}",
+]
+UNEVEN = [
+    "cluster.hosts=localhost:3,127.0.0.1:1",
+    "cluster.classes={quick: {hosts: local*, slots: 0-1, threads: 1}, absent: {device: cuda, hosts: 'gpu*'}, "
+    "mid: {hosts: local*, slots: 2, threads: 1}, slow: {hosts: '127*', slots: 0, threads: 1}}",
+]
+"""One thread each: with more, and so with more cores for a rank, a sum is taken in another order."""
+
+
+@pytest.fixture(scope="module")
+def twice(
+    horovodrun: Callable[..., Any], hvd_hetero: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """Four ranks in three classes chosen by host: once with even slots from a program of the user's own, under plain
+    horovodrun, once with uneven slots through the launcher. The same ranks are in the same classes."""
+    folder = tmp_path_factory.mktemp("twice")
+    line = [sys.executable, RANKS / "seeded.py", folder, f"run.dir={folder / 'one'}", *SEEDED, *EVEN]
+    one = horovodrun(4, line, hosts="localhost:2,127.0.0.1:2", cwd=RANKS)
+    assert one.returncode == 0, one.stderr
+    two = hvd_hetero(["launch", f"run.dir={folder / 'two'}", *SEEDED, *UNEVEN], cwd=RANKS)
+    assert two.returncode == 0, two.stderr
+    return folder / "one", folder / "two"
+
+
+def test_a_seed_gives_the_same_weights_twice(twice: tuple[Path, Path]) -> None:
+    one, two = (weights_of(folder) for folder in twice)
+    assert list(one) == list(two)
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+    for row, other in zip(*(rows_of(folder) for folder in twice), strict=True):
+        for key in ("samples_seen", "train_loss", "eval_loss", "eval_accuracy"):
+            assert row[key] == other[key], key
+
+
+def test_all_ranks_hold_the_same_bits_after_every_round(twice: tuple[Path, Path]) -> None:
+    """Parameters, BatchNorm's statistics and counters, although each rank saw other samples and other dropout."""
+    by_rank = [json.loads((twice[0].parent / f"rank{rank}.json").read_text()) for rank in range(4)]
+    rounds = summary_of(twice[0])["rounds"]
+    assert [len(digests) for digests in by_rank] == [rounds] * 4
+    assert all(digests == by_rank[0] for digests in by_rank)
+    assert len(set(by_rank[0])) == rounds, "and it moves from round to round"
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_classes_by_host(twice: tuple[Path, Path], which: int) -> None:
+    """Also with uneven slots, and a class that matches no rank."""
+    summary = assert_adds_up(twice[which])
+    assert [(c["name"], c["ranks"], c["tau"], c["batch_size"]) for c in summary["classes"]] == [
+        ("quick", [0, 1], 8, 16), ("mid", [2], 3, 16), ("slow", [3], 1, 8),
+    ]
+    assert [c["weight"] for c in summary["classes"]] == pytest.approx([8 / 20, 3 / 20, 1 / 20])
+    rounds_per_pass = 1437 // (2 * 8 * 16 + 3 * 16 + 8)
+    assert (summary["rounds"], summary["passes"]) == (3 * rounds_per_pass, 3)
+    ranks = json.loads((twice[which] / "environment.json").read_text())["ranks"]
+    hosts = ["localhost"] * (2 if which == 0 else 3)
+    assert [fact["host"] for fact in ranks] == hosts + ["127.0.0.1"] * (4 - len(hosts))
+
+
+def test_the_counters_of_batchnorm_are_the_largest(twice: tuple[Path, Path]) -> None:
+    """Each round the counter becomes that of the rank with the most steps."""
+    assert int(weights_of(twice[0])["2.num_batches_tracked"]) == summary_of(twice[0])["rounds"] * 8
+
+
+# ---- faults ---------------------------------------------------------------------------------------------------------
+
+
+def processes_with(text: str) -> list[str]:
+    """Command lines of all running processes that hold a text."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if text in line and int(file.parent.name) != os.getpid():
+            found.append(line)
+    return found
+
+
+def test_a_fault_on_one_rank_ends_the_job(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
+    """In mid-run: a status that is not 0, a message with rank and cause, nobody left behind."""
+    folder = tmp_path / "run"
+    done = hvd_hetero(["launch", f"run.dir={folder}", "train.loss=own_parts:fails_on_rank_1",
+                       "train.tau={fast: 8, slow: 4}", "train.passes=1000"], cwd=RANKS)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("hvd-hetero: error: ")]
+    assert "hvd-hetero: error: rank 1 on localhost failed: RuntimeError: the disk of rank 1 is on fire" in errors
+    assert errors[-1] == "hvd-hetero: error: the job failed: rank 1 ended first, with status 1"
+    assert rows_of(folder), "it was in mid-run"
+    assert not (folder / "summary.json").exists()
+    assert processes_with(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize(("code", "text"), [
+    (3, "with status 3"), (-9, "killed by SIGKILL"), (137, "killed by SIGKILL"), (143, "killed by SIGTERM"),
+    (200, "with status 200"),
+])
+def test_how_a_rank_ended(code: int, text: str) -> None:
+    assert _meaning(code) == text
+
+
+def test_lines_are_passed_on_as_they_come() -> None:
+    """Also those of a progress bar, which end with a carriage return, and a last one that does not end."""
+    reader, writer = os.pipe()
+    os.write(writer, "one\ntw\u00f6\rthree\r\nend".encode())
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        assert "".join(_lines(pipe)) == "one\ntw\u00f6\rthree\r\nend"
