@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,9 @@ from hvd_hetero import algorithms, cluster  # noqa: E402
 from hvd_hetero.algorithms.base import Algorithm  # noqa: E402
 from hvd_hetero.algorithms.dlb import DLB  # noqa: E402
 from hvd_hetero.algorithms.lockstep import choose  # noqa: E402
+from hvd_hetero.algorithms.outer import Outer  # noqa: E402
 from hvd_hetero.cluster import Cluster, DeviceClass, RankFacts, has_bf16  # noqa: E402
+from hvd_hetero.comm.flat import FlatState  # noqa: E402
 from hvd_hetero.comm.servers import Servers  # noqa: E402
 from hvd_hetero.config import load  # noqa: E402
 from hvd_hetero.errors import ConfigError  # noqa: E402
@@ -268,3 +271,40 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_parameters() -> None:
 def test_a_cpu_tells_whether_it_has_bfloat16(monkeypatch: pytest.MonkeyPatch, flags: str, expected: bool) -> None:
     monkeypatch.setattr(cluster, "_cpu_info", lambda name: flags if name == "flags" else "")
     assert has_bf16("cpu") is expected
+
+
+# ---- the outer optimizer --------------------------------------------------------------------------------------------
+
+
+def test_the_outer_optimizer_resumes_where_it_was() -> None:
+    """Saved and loaded between two rounds, it goes on as if nothing had happened."""
+
+    def made() -> tuple[FlatState, Outer]:
+        torch.manual_seed(0)
+        state = FlatState(nn.Linear(3, 2))
+        return state, Outer(state, 0.7, 0.9, nesterov=True)
+
+    def round_of(state: FlatState, outer: Outer, number: int) -> None:
+        outer.remember()
+        state.vectors[0].add_(number * torch.arange(8.0))  # what local steps and their average would come to
+        outer.step()
+
+    whole, first, second = made(), made(), made()
+    for number in (1, 2, 3):
+        round_of(*whole, number)
+    for number in (1, 2):
+        round_of(*first, number)
+    second[0].vectors[0].copy_(first[0].vectors[0])
+    second[1].load_state_dict(copy.deepcopy(first[1].state_dict()))
+    round_of(*second, 3)
+    assert torch.equal(second[0].vectors[0], whole[0].vectors[0])
+
+
+def test_a_plain_average_costs_nothing_more() -> None:
+    state = FlatState(nn.Linear(3, 2))
+    outer = Outer(state, 1.0, 0.0, nesterov=False)
+    assert not outer.active and outer.state_dict() == {}
+    before = state.vectors[0].clone()
+    outer.remember()
+    outer.step()
+    assert torch.equal(before, state.vectors[0])
