@@ -14,9 +14,10 @@ from hvd_hetero import algorithms, components, job
 from hvd_hetero.comm.horovod import PeerLost
 from hvd_hetero.comm.rendezvous import job_env
 from hvd_hetero.components import Components, Given
-from hvd_hetero.config import Config, load
+from hvd_hetero.config import load
 from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_FAULT, UserError
 from hvd_hetero.metrics import check_run_dir
+from hvd_hetero.schema import Config
 from hvd_hetero.trainer import Trainer
 
 

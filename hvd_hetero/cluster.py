@@ -14,8 +14,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from hvd_hetero.config import AUTO, ClassConfig
 from hvd_hetero.errors import ConfigError
+from hvd_hetero.schema import AUTO, ClassConfig
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hvd_hetero import data, models
-from hvd_hetero.config import Config, DataConfig, ModelConfig
 from hvd_hetero.data import Dataset
 from hvd_hetero.errors import ConfigError
+from hvd_hetero.schema import Config, DataConfig, ModelConfig
 from hvd_hetero.worker import PerSample, forward, metric_by_name, optimizer_maker, per_sample_loss, scheduler_maker
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

@@ -1,7 +1,7 @@
-"""The configuration: a typed schema, how files and command lines are merged into it, and its checks.
+"""How files and command lines are merged into the configuration, and its checks.
 
-Layers are merged in order: the defaults below, then each file, then each ``key=value``. Sections merge key by key;
-mappings whose keys are free (``cluster.classes``, ``train.tau``, any ``*args``) are replaced as a whole by a layer that
+Layers are merged in order: the built-in values of the schema, then each file, then each ``key=value``. Sections merge
+key by key; mappings whose keys are free (``cluster.classes``, ``train.tau``, any ``*args``) are replaced as a whole by a layer that
 names them, while ``key=value`` may also reach inside one (``cluster.classes.slow.slowdown=4``).
 """
 
@@ -10,164 +10,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from hvd_hetero.errors import ConfigError
-
-AUTO = "auto"
-
-
-def _key(default: Any, **limits: Any) -> Any:
-    """A schema field with its limits: ``at_least``, ``above``, ``at_most``, ``choices``."""
-    if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: copy.deepcopy(default), metadata=limits)
-    return field(default=default, metadata=limits)
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    dir: Optional[str] = None  # noqa: UP045 (OmegaConf reads the annotations at run time)
-    seed: int = _key(0, at_least=0)
-    overwrite: bool = False
-    name: Optional[str] = None  # noqa: UP045
-    trace_rounds: int = _key(8, at_least=0)
-
-
-@dataclass(frozen=True)
-class ClassConfig:
-    """One device class as the user writes it: a device, and which ranks belong to it."""
-
-    device: str = _key("cpu", choices=("cpu", "cuda"))
-    ranks: Any = None
-    hosts: Optional[str] = None  # noqa: UP045
-    slots: Any = None
-    slowdown: float = _key(1.0, at_least=1.0)
-    threads: Optional[int] = _key(None, at_least=1)  # noqa: UP045
-
-
-@dataclass(frozen=True)
-class ClusterConfig:
-    hosts: Optional[str] = None  # noqa: UP045
-    classes: Any = _key(
-        {"fast": {"device": "cpu", "ranks": [0]}, "slow": {"device": "cpu", "ranks": [1], "slowdown": 8.0}}
-    )
-    affinity: bool = True
-    gpu_cores: int = _key(2, at_least=1)
-    network_interface: Optional[str] = None  # noqa: UP045
-    start_timeout_sec: int = _key(60, at_least=1)
-    gloo_timeout_sec: int = _key(120, at_least=1)
-    cycle_time_ms: float = _key(1.0, above=0)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    name: Optional[str] = "digits"  # noqa: UP045
-    root: Optional[str] = None  # noqa: UP045
-    target: Optional[str] = None  # noqa: UP045
-    args: dict[str, Any] = _key({})
-    workers: int = _key(0, at_least=0)
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    name: Optional[str] = "mlp"  # noqa: UP045
-    target: Optional[str] = None  # noqa: UP045
-    args: dict[str, Any] = _key({})
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    batch_size: Any = 16
-    passes: Optional[int] = _key(40, at_least=1)  # noqa: UP045
-    max_fast_steps: Optional[int] = _key(None, at_least=1)  # noqa: UP045
-    max_samples: Optional[int] = _key(None, at_least=1)  # noqa: UP045
-    max_train_sec: Optional[float] = _key(None, above=0)  # noqa: UP045
-    epoch: str = _key("pass", choices=("pass", "fast_steps"))
-    tau: Any = 32
-    loss: str = "cross_entropy"
-    loss_args: dict[str, Any] = _key({})
-    optimizer: str = "SGD"
-    lr: float = _key(0.1, above=0)
-    optimizer_args: dict[str, Any] = _key({"momentum": 0.9})
-    scheduler: Optional[str] = None  # noqa: UP045
-    scheduler_args: dict[str, Any] = _key({})
-    warmup_rounds: int = _key(0, at_least=0)
-    clip_norm: Optional[float] = _key(None, above=0)  # noqa: UP045
-    autocast: Any = False
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    scheme: Optional[str] = _key(None, choices=("separate", "uniform", "unified"))  # noqa: UP045
-    high_loss_ratio: float = _key(0.5, at_least=0, at_most=1)
-    bias_to: str = "fast"
-
-
-@dataclass(frozen=True)
-class AggregationConfig:
-    weights: Optional[str] = _key(None, choices=("steps", "uniform"))  # noqa: UP045
-    mode: str = _key("blocking", choices=("blocking",))
-    path: str = _key(AUTO, choices=(AUTO, "flat", "hierarchical"))
-    optimizer_state: str = _key("local", choices=("local", "average", "reset"))
-    outer_lr: float = _key(1.0, above=0)
-    outer_momentum: float = _key(0.0, at_least=0, at_most=1)
-    outer_nesterov: bool = False
-
-
-@dataclass(frozen=True)
-class AlgorithmConfig:
-    """What every method has; a method's own options are a frozen subclass in its file."""
-
-    name: str = "biased_local_sgd"
-    mode: Optional[str] = None  # noqa: UP045
-
-
-@dataclass(frozen=True)
-class ProfileConfig:
-    seconds: float = _key(2.0, above=0)
-    warmup_steps: int = _key(5, at_least=0)
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    every_passes: int = _key(1, at_least=1)
-    batch_size: int = _key(256, at_least=1)
-    metric: str = "accuracy"
-
-
-@dataclass(frozen=True)
-class Config:
-    run: RunConfig = field(default_factory=RunConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
-    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    profile: ProfileConfig = field(default_factory=ProfileConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-
-    def to_yaml(self) -> str:
-        """The resolved configuration as YAML, fit to be given to another run."""
-        return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self)))
-
-    def digest(self) -> str:
-        """A hash of everything that decides the run; where its folder lies does not."""
-        content = dataclasses.asdict(self)
-        content["run"]["dir"] = content["run"]["overwrite"] = None
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
+from hvd_hetero.errors import ConfigError, nearest
+from hvd_hetero.schema import AUTO, AlgorithmConfig, ClassConfig, Config
 
 Method = tuple[type[AlgorithmConfig], Mapping[str, str]]
 
@@ -282,12 +135,6 @@ def per_class(key: str, value: Any, names: Sequence[str], at_least: int = 1) -> 
         where = f"{key}.{name}" if isinstance(value, Mapping) else key
         _check_integer(where, number, at_least)
     return table
-
-
-def nearest(word: str, words: Sequence[str]) -> str:
-    """The remedy for a name that is not known: the nearest one that is, or all of them."""
-    close = difflib.get_close_matches(str(word), words, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(words)}"
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 EXIT_BAD_INPUT = 2
@@ -29,6 +31,13 @@ class ConfigError(UserError):
     def __reduce__(self) -> tuple[type[ConfigError], tuple[Any, ...]]:
         # data workers send what they raise to their parent
         return type(self), (self.key, self.value, self.problem, self.remedy)
+
+
+def nearest(word: Any, words: Iterable[str]) -> str:
+    """The remedy for a name that is not known: the nearest one that is, or all of them."""
+    known = list(words)
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known) or 'none'}"
 
 
 def _short(value: Any, limit: int = 200) -> str:

@@ -5,7 +5,6 @@ All with errors that a user understands.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import os
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
-from hvd_hetero.errors import ConfigError
+from hvd_hetero.errors import ConfigError, nearest
 
 T = TypeVar("T")
 
@@ -76,14 +75,6 @@ def choose(key: str, name: str | None, options: Mapping[str, T]) -> T:
     if name is not None and name in options:
         return options[name]
     raise ConfigError(key, name, "unknown name", nearest(str(name), options))
-
-
-def nearest(name: str, options: Iterable[str]) -> str:
-    """Say which option was probably meant, or list them all."""
-    known = sorted(options)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    listed = f"valid: {', '.join(known) or 'none'}"
-    return f"did you mean '{close[0]}'? ({listed})" if close else listed
 
 
 def call(key: str, function: Callable[..., T], args: Mapping[str, Any]) -> T:

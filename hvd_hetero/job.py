@@ -16,9 +16,10 @@ from hvd_hetero import algorithms
 from hvd_hetero.cluster import Cluster, Placement, RankFacts, assign, local_facts, place
 from hvd_hetero.comm.rendezvous import JobEnv, exchange, job_env
 from hvd_hetero.components import Components
-from hvd_hetero.config import AUTO, Config, device_classes
+from hvd_hetero.config import device_classes
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.plan import check_bias_to
+from hvd_hetero.schema import AUTO, Config
 
 PREPARE_TIMEOUT_SEC = 1800.0
 """Reading a large dataset takes its time; a rank that dies meanwhile is ended by horovodrun much sooner."""

@@ -19,9 +19,10 @@ from hvd_hetero import algorithms, components, job
 from hvd_hetero.api import run_dir
 from hvd_hetero.cluster import Cluster, RankFacts, assign, integers, local_facts, parse_hosts
 from hvd_hetero.comm.rendezvous import COLUMNS
-from hvd_hetero.config import AUTO, Config, device_classes, load
+from hvd_hetero.config import device_classes, load
 from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_FAULT, ConfigError
 from hvd_hetero.metrics import check_run_dir
+from hvd_hetero.schema import AUTO, Config
 
 FORWARDED = re.compile(
     r"PATH|HOME|USER|LOGNAME|SHELL|TMPDIR|TZ|LANG|LC_.*|TERM|VIRTUAL_ENV|LD_LIBRARY_PATH|LD_PRELOAD|PYTHON.*|"

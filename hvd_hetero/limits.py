@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from hvd_hetero.config import TrainConfig
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.plan import Plan
+from hvd_hetero.schema import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ from hvd_hetero.api import guarded
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.components import Components, Given, build
-from hvd_hetero.config import AggregationConfig, Config, load
+from hvd_hetero.config import load
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.feed import Feed
 from hvd_hetero.limits import Done, check_limits, next_rounds
 from hvd_hetero.sampling import Sampler
+from hvd_hetero.schema import AggregationConfig, Config
 from hvd_hetero.timing import Pace, Stopwatch
 
 

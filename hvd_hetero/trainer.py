@@ -16,7 +16,6 @@ from hvd_hetero import algorithms
 from hvd_hetero.checkpoint import save_model
 from hvd_hetero.cluster import has_bf16
 from hvd_hetero.comm.horovod import Comm, build_info
-from hvd_hetero.config import Config
 from hvd_hetero.feed import Feed
 from hvd_hetero.job import Job
 from hvd_hetero.limits import check_limits, expected_passes, next_rounds
@@ -24,6 +23,7 @@ from hvd_hetero.metrics import SUMMARY, Accounts, Progress, RunFolder, environme
 from hvd_hetero.plan import Plan, apportion
 from hvd_hetero.profiling import measure_classes
 from hvd_hetero.sampling import Sampler
+from hvd_hetero.schema import Config
 from hvd_hetero.timing import Stopwatch
 from hvd_hetero.trace import TRACE, Recorder, from_numbers, timeline, to_chrome
 from hvd_hetero.worker import Worker

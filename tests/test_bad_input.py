@@ -100,7 +100,7 @@ THREE = "cluster.classes={a: {ranks: 0}, b: {ranks: 1-2}}"
     (["data.args={train_limits: 3}"], "data.args.train_limits", "3", "train_limit"),
     (["data.name=cifar10"], "data.root", "None", "set it to the folder"),
     (["data.name=cifar10", "data.root=/no/such/folder"], "data.root", "'/no/such/folder'", "cifar"),
-    (["data.target=own_parts:nothing_there"], "data.target", "'own_parts:nothing_there'", "valid"),
+    (["data.target=own_parts:nothing_there"], "data.target", "'own_parts:nothing_there'", "did you mean"),
     (["data.target=own_parts:one_split"], "data.target", "'own_parts:one_split'", "(train, test)"),
     (["data.target=own_parts:empty_test_split"], "data.target", "'own_parts:empty_test", "at least one sample"),
     (["model.name=resnet21"], "model.name", "'resnet21'", "resnet20"),

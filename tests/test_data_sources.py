@@ -153,7 +153,7 @@ def test_own_data_by_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         load(None, None, "my_data_file:one", {}, workers=0, seed=0)
     with pytest.raises(ConfigError, match="map-style dataset or tensors"):
         load(None, None, "my_data_file:no_splits", {}, workers=0, seed=0)
-    with pytest.raises(ConfigError, match="unknown argument; valid: n"):
+    with pytest.raises(ConfigError, match="unknown argument; known are n"):
         load(None, None, "my_data_file:tensors", {"m": 7}, workers=0, seed=0)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hvd_hetero"
 FLOORS = [
-    {"errors", "config", "cluster", "plan", "timing"},
+    {"errors", "config", "schema", "cluster", "plan", "timing"},
     {"comm", "data", "models", "imports", "limits", "sampling", "metrics", "trace", "checkpoint", "simulator"},
     {"worker", "profiling", "feed"},
     {"algorithms", "components"},
@@ -90,7 +90,7 @@ def test_only_comm_imports_horovod() -> None:
     assert {room(name) for name in users} == {"comm"}
 
 
-@pytest.mark.parametrize("module", ["errors", "config", "cluster", "plan", "sampling", "simulator", "timing"])
+@pytest.mark.parametrize("module", ["errors", "config", "schema", "cluster", "plan", "sampling", "simulator", "timing"])
 def test_planning_runs_without_torch_and_horovod(module: str) -> None:
     if module not in NAMES:
         pytest.skip(f"there is no {module} yet")
@@ -191,7 +191,7 @@ def test_devices_are_looked_for_in_cluster_only() -> None:
 def test_no_code_branches_on_a_classs_name() -> None:
     """`fast` and `slow` are names in a config; only the plan knows them, as roles that `bias_to` may ask for."""
     for name, tree in MODULES:
-        if name in ("config", "plan"):
+        if name in ("config", "schema", "plan"):
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Compare):

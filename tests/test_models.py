@@ -85,7 +85,7 @@ def test_a_module_that_fails_to_import_says_why(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize(("name", "args", "key", "message"), [
     ("resnet2", {}, "model.name", "did you mean 'resnet20'"),
-    (None, {}, "model.name", "valid: "),
+    (None, {}, "model.name", "known are "),
     ("mlp", {"hiden": [4]}, "model.args.hiden", "did you mean 'hidden'"),
     ("mlp", {"hidden": 4}, "model.args.hidden", "type int"),
     ("mlp", {"hidden": [4, 0]}, "model.args.hidden[1]", "at least 1"),

@@ -6,8 +6,9 @@ import importlib
 
 from hvd_hetero.algorithms.base import Algorithm
 from hvd_hetero.cluster import Cluster
-from hvd_hetero.config import Config, Method, nearest
-from hvd_hetero.errors import ConfigError
+from hvd_hetero.config import Method
+from hvd_hetero.errors import ConfigError, nearest
+from hvd_hetero.schema import Config
 
 REGISTRY = {
     "biased_local_sgd": "BiasedLocalSGD",

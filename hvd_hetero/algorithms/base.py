@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 
 from hvd_hetero.cluster import Cluster
 from hvd_hetero.comm.horovod import Comm
-from hvd_hetero.config import AggregationConfig, AlgorithmConfig, TrainConfig, nearest, per_class
+from hvd_hetero.config import per_class
 from hvd_hetero.data import Batch
-from hvd_hetero.errors import ConfigError
+from hvd_hetero.errors import ConfigError, nearest
 from hvd_hetero.plan import Plan
+from hvd_hetero.schema import AggregationConfig, AlgorithmConfig, TrainConfig
 from hvd_hetero.worker import Worker
 
 

@@ -24,10 +24,10 @@ from typing import ClassVar, final
 from hvd_hetero.algorithms.lockstep import FAST, Lockstep, LockstepOptions
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.comm.servers import Servers
-from hvd_hetero.config import AlgorithmConfig
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.plan import SERVER, Plan
+from hvd_hetero.schema import AlgorithmConfig
 from hvd_hetero.worker import Worker
 
 

@@ -24,9 +24,9 @@ from typing import Any, ClassVar, Optional, final
 
 from hvd_hetero.algorithms.lockstep import LockstepOptions
 from hvd_hetero.algorithms.sync_sgd import SyncSGD
-from hvd_hetero.config import AlgorithmConfig
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.plan import Plan, apportion
+from hvd_hetero.schema import AlgorithmConfig
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import ClassVar
 from hvd_hetero.algorithms.base import Algorithm
 from hvd_hetero.cluster import Cluster, DeviceClass
 from hvd_hetero.comm.horovod import Comm
-from hvd_hetero.config import AggregationConfig, AlgorithmConfig
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.plan import IDLE, Plan, lockstep_plan
+from hvd_hetero.schema import AggregationConfig, AlgorithmConfig
 from hvd_hetero.worker import Worker
 
 ALL, FAST = "all", "fast"

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from hvd_hetero import algorithms, components, job
 from hvd_hetero.compare.spec import Comparison, Row
 from hvd_hetero.components import Components
-from hvd_hetero.config import Config
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.launch import expected_cluster, job_hosts
 from hvd_hetero.limits import check_limits, fast_steps
+from hvd_hetero.schema import Config
 
 
 @dataclass(frozen=True)

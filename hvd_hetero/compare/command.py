@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import statistics
 import subprocess
@@ -15,7 +16,7 @@ from hvd_hetero import algorithms
 from hvd_hetero.compare.check import check
 from hvd_hetero.compare.spec import Comparison, Row, read
 from hvd_hetero.compare.table import Result, notes, table_rows, write_tables
-from hvd_hetero.config import Config, load
+from hvd_hetero.config import load
 from hvd_hetero.errors import EXIT_FAULT, ConfigError
 from hvd_hetero.metrics import SUMMARY
 from hvd_hetero.report.figures import fast_steps
@@ -23,6 +24,7 @@ from hvd_hetero.report.runs import Run, read_run
 from hvd_hetero.report.style import check_matplotlib
 from hvd_hetero.report.tables import table
 from hvd_hetero.report.write import Chapter, slug, write
+from hvd_hetero.schema import Config
 
 ERROR = "hvd-hetero: error: "
 LAUNCH = (sys.executable, "-m", "hvd_hetero", "launch")
@@ -130,9 +132,7 @@ class _Runner:
                 raise
         if status == 0:
             return None
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        said = [line.split(ERROR, 1)[1] for line in lines if ERROR in line] or lines[-1:]
-        return f"{said[0] if said else 'no message'} (status {status}; logs/{log.name})"
+        return f"{_cause(log.read_text(errors='replace'))} (status {status}; logs/{log.name})"
 
     def _left(self, jobs: Sequence[tuple[Row, int]]) -> str:
         """An estimate of the time left: a row takes as long as its other seeds did, or as the mean run."""
@@ -166,6 +166,15 @@ def _finished(folder: Path, config: Config) -> Run | None:
         return read_run(folder) if same else None
     except ConfigError:  # written by another version, or damaged
         return None
+
+
+def _cause(log: str) -> str:
+    """The line of a log that says best why a run failed: our own error, else Python's, else the last one."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    said = [line.split(ERROR, 1)[1] for line in lines if ERROR in line]
+    raised = [line for line in lines if re.match(r"(rank \d+: )?[\w.]*(Error|Exception): ", line)]
+    exact = [line for line in said if not line.startswith("the job failed")]
+    return next(iter([*exact, *raised, *said, *lines[-1:]]), "no message")
 
 
 def _amount(run: Run, equal: str) -> float:

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any, Optional
 
 from hvd_hetero import algorithms
-from hvd_hetero.config import Config, load, nearest, parse_override, read_mapping, typed
-from hvd_hetero.errors import ConfigError
+from hvd_hetero.config import load, parse_override, read_mapping, typed
+from hvd_hetero.errors import ConfigError, nearest
 from hvd_hetero.report.write import slug
+from hvd_hetero.schema import Config
 
 LIMITS = {"fast_steps": "train.max_fast_steps", "samples": "train.max_samples", "wall_clock": "train.max_train_sec"}
 """What rows may share, and the setting that ends a run there."""
+
+EPOCHS = ("milestones", "step_size", "T_max", "total_iters")
+"""Arguments of torch's learning-rate schedulers that count epochs."""
 
 PARTS = ("compare", "seeds", "budget", "base", "overrides", "workloads", "rows")
 
@@ -56,7 +60,7 @@ class Row:
     Attributes:
         workload: its name; empty where there is only one.
         files: configuration files, then ``overrides``, dotted keys in the order in which they apply.
-        times: the row gets this many times the budget.
+        times: the row gets this many times the budget, and its learning-rate schedule is stretched as much.
         leads: whether it sets the budget of its workload.
     """
 
@@ -88,7 +92,11 @@ class Row:
         elif not self.leads:
             own["train.passes"] = 1  # the budget is not known yet: this is to be checked, not run
         try:
-            return load(self.files, layered(self.overrides, own), algorithms.method)
+            config = load(self.files, layered(self.overrides, own), algorithms.method)
+            if self.times != 1 and config.train.scheduler_args:
+                own["train.scheduler_args"] = _stretched(config.train.scheduler_args, self.times)
+                config = load(self.files, layered(self.overrides, own), algorithms.method)
+            return config
         except ConfigError as error:
             raise self.complaint(error) from error
 
@@ -184,6 +192,18 @@ def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in layer.items():
             result.pop(key, None)
             result[key] = value
+    return result
+
+
+def _stretched(arguments: Mapping[str, Any], times: float) -> dict[str, Any]:
+    """A scheduler's arguments for a run so many times as long: what is counted in epochs grows with it."""
+    result = dict(arguments)
+    for key in EPOCHS:
+        value = result.get(key)
+        if isinstance(value, list):
+            result[key] = [round(epoch * times) for epoch in value]
+        elif value is not None:
+            result[key] = round(value * times)
     return result
 
 

@@ -1,0 +1,156 @@
+"""The schema of the configuration: every key, its type, its built-in value and its limits."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from omegaconf import OmegaConf
+
+AUTO = "auto"
+
+
+def _key(default: Any, **limits: Any) -> Any:
+    """A schema field with its limits: ``at_least``, ``above``, ``at_most``, ``choices``."""
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=limits)
+    return field(default=default, metadata=limits)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    dir: Optional[str] = None  # noqa: UP045 (OmegaConf reads the annotations at run time)
+    seed: int = _key(0, at_least=0)
+    overwrite: bool = False
+    name: Optional[str] = None  # noqa: UP045
+    trace_rounds: int = _key(8, at_least=0)
+
+
+@dataclass(frozen=True)
+class ClassConfig:
+    """One device class as the user writes it: a device, and which ranks belong to it."""
+
+    device: str = _key("cpu", choices=("cpu", "cuda"))
+    ranks: Any = None
+    hosts: Optional[str] = None  # noqa: UP045
+    slots: Any = None
+    slowdown: float = _key(1.0, at_least=1.0)
+    threads: Optional[int] = _key(None, at_least=1)  # noqa: UP045
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    hosts: Optional[str] = None  # noqa: UP045
+    classes: Any = _key(
+        {"fast": {"device": "cpu", "ranks": [0]}, "slow": {"device": "cpu", "ranks": [1], "slowdown": 8.0}}
+    )
+    affinity: bool = True
+    gpu_cores: int = _key(2, at_least=1)
+    network_interface: Optional[str] = None  # noqa: UP045
+    start_timeout_sec: int = _key(60, at_least=1)
+    gloo_timeout_sec: int = _key(120, at_least=1)
+    cycle_time_ms: float = _key(1.0, above=0)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    name: Optional[str] = "digits"  # noqa: UP045
+    root: Optional[str] = None  # noqa: UP045
+    target: Optional[str] = None  # noqa: UP045
+    args: dict[str, Any] = _key({})
+    workers: int = _key(0, at_least=0)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: Optional[str] = "mlp"  # noqa: UP045
+    target: Optional[str] = None  # noqa: UP045
+    args: dict[str, Any] = _key({})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    batch_size: Any = 16
+    passes: Optional[int] = _key(40, at_least=1)  # noqa: UP045
+    max_fast_steps: Optional[int] = _key(None, at_least=1)  # noqa: UP045
+    max_samples: Optional[int] = _key(None, at_least=1)  # noqa: UP045
+    max_train_sec: Optional[float] = _key(None, above=0)  # noqa: UP045
+    epoch: str = _key("pass", choices=("pass", "fast_steps"))
+    tau: Any = 32
+    loss: str = "cross_entropy"
+    loss_args: dict[str, Any] = _key({})
+    optimizer: str = "SGD"
+    lr: float = _key(0.1, above=0)
+    optimizer_args: dict[str, Any] = _key({"momentum": 0.9})
+    scheduler: Optional[str] = None  # noqa: UP045
+    scheduler_args: dict[str, Any] = _key({})
+    warmup_rounds: int = _key(0, at_least=0)
+    clip_norm: Optional[float] = _key(None, above=0)  # noqa: UP045
+    autocast: Any = False
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    scheme: Optional[str] = _key(None, choices=("separate", "uniform", "unified"))  # noqa: UP045
+    high_loss_ratio: float = _key(0.5, at_least=0, at_most=1)
+    bias_to: str = "fast"
+
+
+@dataclass(frozen=True)
+class AggregationConfig:
+    weights: Optional[str] = _key(None, choices=("steps", "uniform"))  # noqa: UP045
+    mode: str = _key("blocking", choices=("blocking",))
+    path: str = _key(AUTO, choices=(AUTO, "flat", "hierarchical"))
+    optimizer_state: str = _key("local", choices=("local", "average", "reset"))
+    outer_lr: float = _key(1.0, above=0)
+    outer_momentum: float = _key(0.0, at_least=0, at_most=1)
+    outer_nesterov: bool = False
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """What every method has; a method's own options are a frozen subclass in its file."""
+
+    name: str = "biased_local_sgd"
+    mode: Optional[str] = None  # noqa: UP045
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    seconds: float = _key(2.0, above=0)
+    warmup_steps: int = _key(5, at_least=0)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every_passes: int = _key(1, at_least=1)
+    batch_size: int = _key(256, at_least=1)
+    metric: str = "accuracy"
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML, fit to be given to another run."""
+        return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self)))
+
+    def digest(self) -> str:
+        """A hash of everything that decides the run; where its folder lies does not."""
+        content = dataclasses.asdict(self)
+        content["run"]["dir"] = content["run"]["overwrite"] = None
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
