@@ -335,7 +335,10 @@ def test_every_key_of_default_yaml_is_explained() -> None:
     assert [line for line in lines if "#" not in line] == []
 
 
-@pytest.mark.parametrize("file", sorted(p for p in DEFAULT.parent.glob("**/*.yaml") if p.parent.name != "compare"), ids=lambda path: path.name)
+RUNS = sorted(path for path in DEFAULT.parent.glob("**/*.yaml") if path.parent.name != "compare")
+
+
+@pytest.mark.parametrize("file", RUNS, ids=lambda path: path.name)
 def test_every_shipped_configuration_is_valid(file: Path) -> None:
     config = load([file], (), algorithms.method)
     assert device_classes(config.cluster.classes)
