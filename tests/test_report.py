@@ -1,0 +1,204 @@
+"""The report: what it says of real runs, that it opens offline, and who waited for whom on clocks that disagree."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hvd_hetero.cli import main
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.report.figures import figures
+from hvd_hetero.report.runs import group, read_run
+from hvd_hetero.timing import COLLECTIVE, KINDS, Stopwatch
+from hvd_hetero.trace import Recorder, from_chrome, from_numbers, timeline, to_chrome
+
+SETTINGS = ["train.passes=3", "train.tau={fast: 4, slow: 1}", "train.batch_size=8", "data.args={train_limit: 200}",
+            "cluster.classes.slow.slowdown=2", "run.trace_rounds=3"]
+
+
+@pytest.fixture(scope="module")
+def run(hvd_hetero: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report") / "run"
+    done = hvd_hetero(["launch", *SETTINGS, f"run.dir={folder}"])
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def variant(run: Path, folder: Path, before: str, after: str, accuracy: float = 1.0) -> Path:
+    """A copy of a run under another setting, its accuracies multiplied."""
+    shutil.copytree(run, folder)
+    text = (folder / "config.yaml").read_text()
+    assert before in text
+    (folder / "config.yaml").write_text(text.replace(before, after))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["eval_accuracy"] *= accuracy
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["eval"]["final_accuracy"] *= accuracy
+    summary["seed"] = int(after.split()[-1]) if "seed" in after else summary["seed"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(run: Path) -> list[Path]:
+    """Two seeds of one setup, and another setup."""
+    return [run, variant(run, run.parent / "seed1", "seed: 0", "seed: 1", accuracy=0.8),
+            variant(run, run.parent / "rate", "lr: 0.1", "lr: 0.05")]
+
+
+@pytest.fixture(scope="module")
+def written(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("matplotlib", reason="the extra [report] is not installed")
+    out = tmp_path_factory.mktemp("report") / "out"
+    assert main(["report", *map(str, runs), "--out", str(out)]) == 0
+    return out
+
+
+class References(HTMLParser):
+    """Collects what a page would fetch, and its tables' cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        assert tag not in ("script", "link", "iframe")
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_the_page_opens_offline_and_holds_every_picture(written: Path) -> None:
+    page = References()
+    text = (written / "report.html").read_text()
+    page.feed(text)
+    assert page.fetched and all(link.startswith("data:image/png;base64,") for link in page.fetched)
+    assert not re.search(r"@import|url\(", text)
+    assert len(page.fetched) == len(list(written.glob("*.png"))) == 6
+    words = " ".join(page.text)
+    assert "EMULATED" in words and "biased_local_sgd lr=0.05" in words and "train.lr" in words
+
+
+def test_pictures_show_something(written: Path) -> None:
+    from matplotlib.image import imread
+
+    for path in written.glob("*.png"):
+        image = imread(path)[..., :3]
+        assert image.shape[0] > 200 and image.shape[1] > 800
+        assert 0.005 < (image.min(axis=2) < 0.9).mean() < 0.7, f"{path.name} is blank, or full"
+        assert len(np.unique((image * 8).astype(int).reshape(-1, 3), axis=0)) > 8
+
+
+def test_seeds_make_one_series_and_settings_name_the_others(runs: list[Path]) -> None:
+    series = group([read_run(path) for path in runs])
+    assert [(s.label, len(s.runs)) for s in series] == [("biased_local_sgd lr=0.1", 2), ("biased_local_sgd lr=0.05", 1)]
+    assert [s.label for s in group([read_run(runs[0])])] == ["biased_local_sgd"]
+
+
+def test_figures_are_means_over_the_seeds(runs: list[Path]) -> None:
+    summary = json.loads((runs[0] / "summary.json").read_text())
+    found = figures(group([read_run(path) for path in runs[:2]])[0])
+    assert found is not None
+    accuracy = summary["eval"]["final_accuracy"]
+    assert found.seeds == (0, 1) and found.accuracy == pytest.approx(0.9 * accuracy)
+    assert found.accuracy_std == pytest.approx(0.2 * accuracy / 2**0.5)
+    assert found.rounds == summary["rounds"] == 15 and found.epochs == 3 and found.rounds_per_epoch == 5
+    assert found.fast_steps == 60 and found.samples == summary["samples_seen"] == 15 * 8 * 5
+    assert found.emulated and set(found.blocked) == {"fast", "slow"}
+
+
+def test_a_run_is_traced_as_its_accounts_say(run: Path) -> None:
+    ranks, lanes = from_chrome(json.loads((run / "trace.json").read_text()))
+    assert lanes == ["rank 0, fast (cpu)", "rank 1, slow (cpu)"]
+    for laps, steps in zip(ranks, (12, 3), strict=True):  # three rounds of tau steps
+        assert sum(kind == "compute" for kind, _, _ in laps) == steps
+        assert {kind for kind, _, _ in laps} <= set(KINDS)
+        assert all(0 <= start <= end for _, start, end in laps)
+        assert all(a[2] <= b[1] + 1e-5 for a, b in zip(laps, laps[1:], strict=False))
+
+
+def test_one_run_is_reported_beside_it(run: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra [report] is not installed")
+    assert main(["report", str(run)]) == 0
+    assert (run / "report" / "report.html").exists()
+    shutil.rmtree(run / "report")
+
+
+# ---- what cannot be reported ----------------------------------------------------------------------------------------
+
+
+def test_runs_that_cannot_be_read(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        read_run(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="is not the folder of a run"):
+        read_run(tmp_path)
+    begun = variant(run, tmp_path / "begun", "seed: 0", "seed: 0")
+    (begun / "summary.json").unlink()
+    assert read_run(begun).summary is None and figures(group([read_run(begun)])[0]) is None
+    (begun / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="has not finished a pass"):
+        read_run(begun)
+    (begun / "metrics.jsonl").write_text('{"pass": 1, "tr')
+    with pytest.raises(ConfigError, match="metrics.jsonl.*cannot be read"):
+        read_run(begun)
+
+
+def test_without_matplotlib_one_error_says_how_to_get_it(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["report", str(run)]) == 2
+    assert "pip install 'hvd-hetero[report]'" in capsys.readouterr().err and not (run / "report").exists()
+
+
+# ---- the timeline ---------------------------------------------------------------------------------------------------
+
+
+def test_the_timeline_joins_clocks_and_parts_waiting_from_transfer() -> None:
+    early = [("compute", 1.0, 2.0), ("compute", 2.0, 3.0), (COLLECTIVE, 3.0, 7.0), ("compute", 7.0, 8.0)]
+    late = [("compute", 101.5, 106.0), (COLLECTIVE, 106.0, 107.0), ("compute", 107.0, 109.0)]  # a clock 100 s ahead
+    first, second = timeline([early, late])
+    assert first == [("compute", 0, 2), ("blocked", 2, 5), ("comm", 5, 6), ("compute", 6, 7)]
+    assert second == [("compute", 0.5, 5), ("comm", 5, 6), ("compute", 6, 8)]
+
+
+def test_ranks_that_met_in_different_numbers_of_collectives_keep_their_clocks() -> None:
+    busy = [("compute", 1.0, 2.0), (COLLECTIVE, 2.0, 4.0)]
+    idle = [(COLLECTIVE, 1.0, 2.0), (COLLECTIVE, 2.0, 4.0)]
+    assert timeline([busy, idle, []]) == [[("compute", 0, 1), ("comm", 1, 3)], [("comm", 0, 3)], []]
+
+
+def test_a_trace_reads_back_as_it_was() -> None:
+    ranks = [[("compute", 0.0, 0.25), ("comm", 0.25, 0.5)], [("blocked", 0.125, 0.5)]]
+    assert from_chrome(json.loads(json.dumps(to_chrome(ranks, ["a", "b"])))) == (ranks, ["a", "b"])
+
+
+def test_the_recorder_keeps_the_rounds_it_is_to_keep() -> None:
+    times = iter(range(100))
+    watch = Stopwatch(lambda: float(next(times)))
+    recorder = Recorder(watch, rounds=2)
+    watch.lap("compute")
+    for _ in range(2):  # two passes of three rounds: the second one's first two stay
+        recorder.start()
+        for _ in range(3):
+            watch.lap("compute")
+            watch.collective()
+            recorder.end_round()
+        recorder.stop()
+    assert from_numbers(recorder.to_numbers()) == recorder.laps == [
+        ("compute", 7, 8), (COLLECTIVE, 8, 9), ("compute", 9, 10), (COLLECTIVE, 10, 11)
+    ]
+    assert watch.laps is None
