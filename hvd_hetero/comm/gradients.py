@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hvd_hetero.cluster import Cluster
 from hvd_hetero.comm.horovod import Comm, guarded, wait_until
+from hvd_hetero.errors import ConfigError
 
 
 class OnHost(Compressor):
@@ -40,14 +41,23 @@ class GradientSum:
         self._travel = OnHost if len(devices) > 1 else hvd.Compression.none
 
     def wrap(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer, made to send each gradient as soon as the backward pass has computed it."""
+        """The optimizer, made to send each gradient as soon as the backward pass has computed it.
+
+        Raises:
+            ConfigError: Horovod cannot make the optimizer's class again, which it does from the parameter groups alone.
+        """
         if len(self._ranks) == 1:
             return optimizer
         named = [(f"gradient.{name}", p) for name, p in model.named_parameters() if p.requires_grad]
         group = self._comm.group(self._ranks)
-        wrapped: torch.optim.Optimizer = hvd.DistributedOptimizer(
-            optimizer, named, compression=self._travel, op=hvd.Sum, process_set=group
-        )
+        try:
+            wrapped: torch.optim.Optimizer = hvd.DistributedOptimizer(
+                optimizer, named, compression=self._travel, op=hvd.Sum, process_set=group
+            )
+        except TypeError as error:
+            problem = f"hvd.DistributedOptimizer cannot be made of it: {error}"
+            remedy = "give the arguments of its __init__ defaults"
+            raise ConfigError("train.optimizer", type(optimizer).__name__, problem, remedy) from error
         return wrapped
 
     @contextmanager
