@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 
-RANKS = Path(__file__).parent / "ranks"
-
 Done = subprocess.CompletedProcess[str]
 
 

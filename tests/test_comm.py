@@ -86,6 +86,7 @@ def test_broadcast_gather_sum(found: Callable[[int], Found], size: int) -> None:
         assert mine["gather_even"] == [[r, -r] for r in range(size)]
         assert mine["gather_uneven"] == [[float(r)] * ((2 * r) % 3) for r in range(size)]
         assert mine["sum"] == pytest.approx([size, sum(range(size)), 0.1 * size], rel=1e-12)
+        assert mine["max"] == [size - 1, 0, 0.1]
 
 
 @pytest.mark.parametrize("size", sorted(LAYOUTS))

@@ -116,6 +116,7 @@ def main(folder: Path, hosts: str) -> None:
         uneven = comm.gather(torch.full((sizes[rank],), float(rank)), "g.uneven", sizes)
         found["gather_uneven"] = [t.tolist() for t in uneven]
         found["sum"] = comm.sum([1.0, rank, 0.1], "s")
+        found["max"] = comm.max([rank, -rank, 0.1], "m")
         comm.agree("0123456789abcdef", "agree.same", "plan")
         try:
             comm.agree("ffffffffffffff00" if rank == size - 1 else "0123456789abcdef", "agree.other", "plan")

@@ -1,0 +1,58 @@
+"""How a job ends when one of its ranks fails: soon, with rank and cause, and nobody left behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hvd_hetero.launch import _lines, _meaning
+
+RANKS = Path(__file__).parent / "ranks"
+
+
+def processes_with(text: str) -> list[str]:
+    """Command lines of all running processes that hold a text."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if text in line and int(file.parent.name) != os.getpid():
+            found.append(line)
+    return found
+
+
+def test_a_fault_on_one_rank_ends_the_job(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
+    """In mid-run: a status that is not 0, a message with rank and cause, nobody left behind."""
+    folder = tmp_path / "run"
+    done = hvd_hetero(["launch", f"run.dir={folder}", "train.loss=own_parts:fails_on_rank_1",
+                       "train.tau={fast: 8, slow: 4}", "train.passes=1000"], cwd=RANKS)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("hvd-hetero: error: ")]
+    assert "hvd-hetero: error: rank 1 on localhost failed: RuntimeError: the disk of rank 1 is on fire" in errors
+    assert errors[-1] == "hvd-hetero: error: the job failed: rank 1 ended first, with status 1"
+    assert (folder / "metrics.jsonl").read_text(), "it was in mid-run"
+    assert not (folder / "summary.json").exists()
+    assert processes_with(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize(("code", "text"), [
+    (3, "with status 3"), (-9, "killed by SIGKILL"), (137, "killed by SIGKILL"), (143, "killed by SIGTERM"),
+    (200, "with status 200"),
+])
+def test_how_a_rank_ended(code: int, text: str) -> None:
+    assert _meaning(code) == text
+
+
+def test_lines_are_passed_on_as_they_come() -> None:
+    """Also those of a progress bar, which end with a carriage return, and a last one that does not end."""
+    reader, writer = os.pipe()
+    os.write(writer, "one\ntw\u00f6\rthree\r\nend".encode())
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        assert "".join(_lines(pipe)) == "one\ntw\u00f6\rthree\r\nend"
