@@ -211,14 +211,19 @@ def lockstep_plan(
     return Plan(tuple(classes), samples // counted * steps)
 
 
-def check_least_round(cluster: Cluster, samples: int, tau_fastest: int, batch_size: Mapping[str, int]) -> None:
+def check_least_round(
+    cluster: Cluster, samples: int, tau_fastest: int, batch_size: Mapping[str, int], epoch: str = "pass"
+) -> None:
     """Checks, before any speed is known, that some plan with this tau can have a round at all.
 
     Raises:
-        ConfigError: even the smallest round, one step on every class but the fastest, takes more samples.
+        ConfigError: even the smallest round, one step on every class but the fastest, takes more samples; or, with
+            ``fast_steps``, even the smallest epoch of one round does.
     """
     step = {c.name: batch_size[c.name] * len(c.ranks) for c in cluster.classes}
     least = min(sum(step.values()) + (tau_fastest - 1) * own for own in step.values())
+    if epoch == "fast_steps":
+        least = max(least, min(batch_size.values()) * tau_fastest * cluster.size)
     if least > samples:
         problem = f"one round takes at least {least} samples, the training set has {samples}"
         raise ConfigError("train.tau", tau_fastest, problem, LESS)

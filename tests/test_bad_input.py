@@ -92,9 +92,9 @@ THREE = "cluster.classes={a: {ranks: 0}, b: {ranks: 1-2}}"
     (["sampling.scheme=seperate"], "sampling.scheme", "'seperate'", "'separate'"),
     (["algorithm.name=biased_localsgd"], "algorithm.name", "'biased_localsgd'", "'biased_local_sgd'"),
     # fewer samples than one round
-    (["data.args={train_limit: 500}"], "train.tau", "32", "smaller train.tau or train.batch_size"),
+    (["data.args={train_limit: 500}"], "train.tau", "64", "smaller train.tau or train.batch_size"),
     (["data.target=own_parts:few_samples", "train.tau={fast: 8, slow: 1}"], "train.tau", "{'fast': 8", "use more data"),
-    (["train.batch_size=2000"], "train.tau", "32", "smaller train.tau or train.batch_size"),
+    (["train.batch_size=2000"], "train.tau", "64", "smaller train.tau or train.batch_size"),
     # data, model, loss, optimizer
     (["data.name=digit"], "data.name", "'digit'", "'digits'"),
     (["data.args={train_limits: 3}"], "data.args.train_limits", "3", "train_limit"),

@@ -138,6 +138,13 @@ def test_check_before_the_speeds_are_known() -> None:
         check_least_round(workers, least - 1, 4, batch)
 
 
+def test_the_papers_epoch_needs_the_fastest_ranks_steps_on_every_rank() -> None:
+    workers, batch = cluster(fast=1, slow=1), {"fast": 8, "slow": 8}
+    check_least_round(workers, 8 * 4 * 2, 4, batch, "fast_steps")
+    with pytest.raises(ConfigError, match="at least 64 samples"):
+        check_least_round(workers, 8 * 4 * 2 - 1, 4, batch, "fast_steps")
+
+
 # ---- who is fast ----------------------------------------------------------------------------------------------------
 
 

@@ -97,7 +97,7 @@ def test_summary_adds_up(default_run: Run) -> None:
     fast, slow = summary["classes"]
     assert (fast["name"], fast["device"], fast["ranks"], fast["slowdown"]) == ("fast", "cpu", [0], 1.0)
     assert (slow["name"], slow["device"], slow["ranks"], slow["slowdown"]) == ("slow", "cpu", [1], 8.0)
-    assert fast["tau"] == 32 and 1 <= slow["tau"] < 32, "the slow class's tau is derived from its measured speed"
+    assert fast["tau"] == 64 and 1 <= slow["tau"] < 64, "the slow class's tau is derived from its measured speed"
     assert fast["weight"] == pytest.approx(32 / (32 + slow["tau"]))
 
 
@@ -196,7 +196,7 @@ def test_a_single_rank_needs_no_horovodrun(hvd_hetero: Callable[..., Any], tmp_p
     done = hvd_hetero(["train", f"run.dir={tmp_path / 'run'}", "cluster.classes={only: {ranks: 0}}", "train.passes=1"])
     assert done.returncode == 0, done.stderr
     summary = assert_adds_up(tmp_path / "run")
-    assert [(c["name"], c["ranks"], c["weight"], c["tau"]) for c in summary["classes"]] == [("only", [0], 1.0, 32)]
+    assert [(c["name"], c["ranks"], c["weight"], c["tau"]) for c in summary["classes"]] == [("only", [0], 1.0, 64)]
     assert summary["classes"][0]["time_sec"]["blocked"] == 0
 
 

@@ -32,7 +32,7 @@ class LocalSGD(Algorithm):
             remedy = "set aggregation.outer_momentum too"
             raise ConfigError("aggregation.outer_nesterov", True, "needs momentum", remedy)
         if self.needs_speeds:
-            check_least_round(self.cluster, self.samples, self.train.tau, self.batch_size)
+            check_least_round(self.cluster, self.samples, self.train.tau, self.batch_size, self.train.epoch)
 
     def taus(self, step_sec: Mapping[str, float] | None) -> dict[str, int]:
         """Local steps by class: as set, or derived from the fastest class's tau and the measured step times."""

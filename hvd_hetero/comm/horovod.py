@@ -145,7 +145,8 @@ class Comm:
     def broadcast(self, tensor: Tensor, name: str, root: int = 0) -> Tensor:
         """Gives every rank the root's tensor; shape and dtype are the same on all, the contents only matter on root.
 
-        Tensors travel through the host: CPU and CUDA ranks cannot meet in one call otherwise.
+        Tensors travel through the host: CPU and CUDA ranks cannot meet in one call otherwise. A tensor that lies there
+        already is overwritten.
         """
         if self.size == 1:
             return tensor

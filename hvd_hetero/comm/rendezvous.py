@@ -100,7 +100,7 @@ def _get(url: str, deadline: float, who: str) -> Any:
             if error.code != 404:
                 raise
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{who} did not report within the start timeout (cluster.start_timeout_sec)")
+            raise TimeoutError(f"{who} did not report in time: it may still be reading its data, or be gone")
         time.sleep(0.02)
 
 
