@@ -206,7 +206,8 @@ class Trainer:
         if self.folder is not None and any(sizes):
             laps = timeline([from_numbers(part.tolist()) for part in gathered])
             classes = [self.job.cluster.class_of(rank) for rank in range(self.comm.size)]
-            lanes = [f"rank {rank}, {c.name} ({c.device})" for rank, c in enumerate(classes)]
+            slower = [f", x{c.slowdown:g} emulated" if c.slowdown > 1 else "" for c in classes]
+            lanes = [f"rank {rank}, {c.name} ({c.device}{slower[rank]})" for rank, c in enumerate(classes)]
             self.folder.write(TRACE, json.dumps(to_chrome(laps, lanes)))
 
     def _finish(

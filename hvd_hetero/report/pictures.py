@@ -42,6 +42,7 @@ def curves(series: Sequence[Series], key: str, name: str, scale: float = 1.0) ->
         drawn = [_curve(left, s, "train_sec", key, scale, i) for i, s in enumerate(series)]
         if not any(drawn):
             return None
+        _stamp(figure, series)
         for i, s in enumerate(series):
             _curve(right, s, "samples_seen", key, scale, i)
         ends = [run.rows[-1]["train_sec"] for s in series for run in s.runs]
@@ -57,6 +58,11 @@ def curves(series: Sequence[Series], key: str, name: str, scale: float = 1.0) ->
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=2, handlelength=4)
     return figure
+
+
+def _stamp(figure: Figure, series: Sequence[Series]) -> None:
+    if any(summary["emulated"] for s in series for summary in s.finished):
+        figure.suptitle("EMULATED slow devices", x=0.995, ha="right", fontsize=8)
 
 
 def _curve(axes: Axes, series: Series, x_key: str, key: str, scale: float, index: int) -> bool:
@@ -117,6 +123,7 @@ def breakdown(series: Sequence[Series]) -> Figure | None:
         axes.invert_yaxis()
         axes.margins(x=0.15, y=0.02)
         axes.set_xlabel("time of a rank for each step of the fastest class [ms]")
+        _stamp(figure, series)
         figure.legend(loc="outside lower center", ncols=len(KINDS))
     return figure
 

@@ -1,0 +1,55 @@
+"""Where a run ends: at the first of its limits, at the end of a round, the same on all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hvd_hetero.cluster import Cluster, DeviceClass, RankFacts
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.limits import Done, check_limits, expected_passes, next_rounds
+from hvd_hetero.plan import Plan, make_plan
+from hvd_hetero.schema import TrainConfig
+
+
+@pytest.fixture
+def plan() -> Plan:
+    """Five rounds a pass, of one fast and one slow rank; a round is 4 fast steps and 50 samples."""
+    facts = tuple(RankFacts(rank, "here", rank, (), "cpu", (0,)) for rank in range(2))
+    cluster = Cluster((DeviceClass("fast", "cpu", (0,)), DeviceClass("slow", "cpu", (1,))), facts)
+    return make_plan(cluster, 250, {"fast": 4, "slow": 1}, {"fast": 10, "slow": 10})
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes", "rounds"),
+    [
+        ({"passes": 2}, 2, 10),
+        ({"passes": None, "max_fast_steps": 27}, 2, 6),
+        ({"passes": 1, "max_fast_steps": 27}, 1, 5),
+        ({"passes": None, "max_samples": 349}, 2, 6),
+        ({"passes": None, "max_samples": 350, "max_fast_steps": 1000}, 2, 7),
+    ],
+)
+def test_a_run_ends_at_the_first_limit(plan: Plan, settings: dict[str, Any], passes: int, rounds: int) -> None:
+    train = TrainConfig(**settings)
+    check_limits(train, plan)
+    assert expected_passes(train, plan) == passes
+    done, taken = Done(), []
+    while part := next_rounds(train, plan, done):
+        taken.append(part)
+        done = Done(done.passes + 1, done.rounds + part, done.fast_steps + 4 * part, done.samples + 50 * part)
+    assert (len(taken), sum(taken)) == (passes, rounds)
+
+
+def test_seconds_end_a_run_as_nearly_as_its_pace_tells(plan: Plan) -> None:
+    train = TrainConfig(passes=None, max_train_sec=10.0)
+    assert expected_passes(train, plan) is None and next_rounds(train, plan, Done()) == 5
+    assert next_rounds(train, plan, Done(1, 5, 20, 250, 5.0)) == 5
+    assert next_rounds(train, plan, Done(1, 5, 20, 250, 6.4)) == 3  # 1.28 s a round, 3.6 s left
+    assert next_rounds(train, plan, Done(1, 5, 20, 250, 9.5)) == 0
+
+
+def test_limits_within_the_first_round_are_refused(plan: Plan) -> None:
+    with pytest.raises(ConfigError, match=r"train\.max_samples=49: one round takes 50"):
+        check_limits(TrainConfig(max_samples=49), plan)
