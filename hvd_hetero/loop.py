@@ -23,7 +23,7 @@ from hvd_hetero.feed import Feed
 from hvd_hetero.limits import Done, check_limits, next_rounds
 from hvd_hetero.sampling import Sampler
 from hvd_hetero.schema import AggregationConfig, Config
-from hvd_hetero.timing import Pace, Stopwatch
+from hvd_hetero.timing import Pace, Stopwatch, own_clock
 
 
 class Round:
@@ -107,7 +107,8 @@ class Loop:
         self._feed = Feed(self._comm, samples, sampler if self.rank == 0 else None)
         check_limits(config.train, self.plan)
         self._train = config.train
-        self._pace = Pace(Stopwatch(), cluster.class_of(self.rank).slowdown)
+        clock = own_clock(device, started.placement.threads)
+        self._pace = Pace(Stopwatch(own_clock=clock), cluster.class_of(self.rank).slowdown)
 
     def __iter__(self) -> Iterator[Round]:
         mine = self.plan.of_rank(self.rank)

@@ -11,6 +11,8 @@ from typing import TypeVar
 T = TypeVar("T")
 KINDS = ("compute", "data", "blocked", "comm")
 COLLECTIVE = "collective"
+LEAST_SLEEP_SEC = 0.025
+"""Of the emulation: caches are cold after each sleep, which would slow short steps down by more than was asked for."""
 
 
 class Stopwatch:
@@ -19,26 +21,33 @@ class Stopwatch:
     What part of a collective was waiting can only be said once the durations of all ranks are known:
     see :func:`split_waiting`. So collectives are kept one by one, in the order in which all ranks meet in them.
 
+    Args:
+        own_clock: what a lap returns goes by this clock, see :func:`own_clock`; what it books, by ``clock``.
+
     Attributes:
         laps: where a list is put here, every lap is added to it as (kind, start, end), by this rank's clock.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._clock = clock
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, own_clock: Callable[[], float] | None = None
+    ) -> None:
+        self._clock, self._own_clock = clock, own_clock
         self._mark = clock()
+        self._own_mark = own_clock() if own_clock is not None else 0.0
         self.seconds = {"compute": 0.0, "data": 0.0}
         self.collectives: list[float] = []
         self.laps: list[tuple[str, float, float]] | None = None
 
     def skip(self) -> None:
         """Starts the next lap now; the time since the last one is nobody's."""
-        self._mark = self._clock()
+        self._lap("")
 
     def lap(self, kind: str) -> float:
-        """Books the time since the last lap as ``compute`` or ``data``; returns it in seconds."""
+        """Books the time since the last lap as ``compute`` or ``data``; returns it in seconds of the own clock."""
+        own_mark = self._own_mark
         spent = self._lap(kind)
         self.seconds[kind] += spent
-        return spent
+        return spent if self._own_clock is None else self._own_mark - own_mark
 
     def collective(self) -> float:
         """Books the time since the last lap as one collective; ranks that are not in it call :meth:`absent`."""
@@ -56,7 +65,9 @@ class Stopwatch:
     def _lap(self, kind: str) -> float:
         now = self._clock()
         start, self._mark = self._mark, now
-        if self.laps is not None:
+        if self._own_clock is not None:
+            self._own_mark = self._own_clock()
+        if self.laps is not None and kind:
             self.laps.append((kind, start, now))
         return now - start
 
@@ -65,6 +76,15 @@ class Stopwatch:
         taken = dict(self.seconds), self.collectives
         self.seconds, self.collectives = dict.fromkeys(self.seconds, 0.0), []
         return taken
+
+
+def own_clock(device: str, threads: int) -> Callable[[], float] | None:
+    """The clock by which an emulated step's own time is measured.
+
+    Where one thread computes, it is that thread's CPU time: a moment in which the core does something else is not a
+    part of the step, and a slower device would not multiply it. Else it is the wall clock (None).
+    """
+    return time.thread_time if device == "cpu" and threads == 1 else None
 
 
 class Pace:
@@ -86,23 +106,27 @@ class Pace:
             self._fresh_sec += self._watch.lap("data")
             yield batch
             if self._slowdown > 1:  # else steps may queue up on the device
-                self.pause()
+                self.pause(LEAST_SLEEP_SEC)
             self._watch.lap("compute")
         self.pause()
 
-    def pause(self) -> None:
-        """Finishes and books what was begun, stretched: for a step that is about to wait for other ranks."""
+    def pause(self, least_sleep_sec: float = 0.0) -> None:
+        """Finishes and books what was begun, stretched: for a step that is about to wait for other ranks.
+
+        Args:
+            least_sleep_sec: shorter sleeps are put off.
+        """
         self._synchronize()
         spent = self._fresh_sec + self._watch.lap("compute")
         self._fresh_sec = 0.0
         if self._slowdown > 1:
-            self._stretch(spent)
+            self._owed_sec += (self._slowdown - 1) * spent
+            self._sleep(least_sleep_sec)
             self._watch.lap("compute")
 
-    def _stretch(self, measured_sec: float) -> None:
+    def _sleep(self, least_sec: float) -> None:
         # What a sleep overshoots is taken off the next one.
-        self._owed_sec += (self._slowdown - 1) * measured_sec
-        if self._owed_sec > 0:
+        if self._owed_sec > least_sec:
             start = time.perf_counter()
             time.sleep(self._owed_sec)
             self._owed_sec -= time.perf_counter() - start

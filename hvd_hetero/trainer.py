@@ -24,7 +24,7 @@ from hvd_hetero.plan import Plan, apportion
 from hvd_hetero.profiling import measure_classes
 from hvd_hetero.sampling import Sampler
 from hvd_hetero.schema import Config
-from hvd_hetero.timing import Stopwatch
+from hvd_hetero.timing import Stopwatch, own_clock
 from hvd_hetero.trace import TRACE, Recorder, from_numbers, timeline, to_chrome
 from hvd_hetero.worker import Worker
 
@@ -42,7 +42,8 @@ class Trainer:
     def __init__(self, job: Job, run_dir: str | Path) -> None:
         config, parts = job.config, job.components
         self.job, self.config = job, config
-        self.watch = Stopwatch()
+        slowdown = job.cluster.class_of(job.env.rank).slowdown
+        self.watch = Stopwatch(own_clock=own_clock(job.placement.device, job.placement.threads) if slowdown > 1 else None)
         self.source = parts.dataset.train.to(job.placement.device)
         self.test = parts.dataset.test.to(job.placement.device)
         self.worker = Worker(
@@ -51,7 +52,7 @@ class Trainer:
             parts.optimizer,
             parts.scheduler,
             device=job.placement.device,
-            slowdown=job.cluster.class_of(job.env.rank).slowdown,
+            slowdown=slowdown,
             watch=self.watch,
             metric=parts.metric,
             seed=config.run.seed * 1000003 + job.env.rank,

@@ -110,6 +110,25 @@ def test_slowdown_stretches_data_and_compute_to_its_multiple(clock: Clock) -> No
     assert len(clock.slept) == 3
 
 
+def test_what_the_core_does_meanwhile_is_no_part_of_an_emulated_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of 2 s own time that was interrupted for 3 s is stretched by 7 times its own time, not by 7 times 5 s."""
+    clock, own = Clock(), Clock()
+    monkeypatch.setattr(timing, "time", clock)
+    watch = Stopwatch(clock, own)
+    for _ in Pace(watch, slowdown=8.0).steps(iter(range(2)), 2):
+        clock.now += 5.0
+        own.now += 2.0
+    assert watch.take()[0]["compute"] == pytest.approx(2 * (5.0 + 7 * 2.0))
+
+
+def test_short_steps_sleep_together(clock: Clock) -> None:
+    """Caches are cold after a sleep; what is owed is paid at the end of the round at the latest."""
+    watch = Stopwatch(clock)
+    run_steps(clock, Pace(watch, slowdown=8.0), 10, data_sec=0.0, step_sec=0.001)
+    assert watch.take()[0]["compute"] == pytest.approx(8 * 10 * 0.001)
+    assert len(clock.slept) == 3
+
+
 def test_what_a_sleep_overshoots_is_taken_off_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(overshoot_sec=0.25)
     monkeypatch.setattr(timing, "time", clock)
