@@ -1,8 +1,9 @@
 """How files and command lines are merged into the configuration, and its checks.
 
-Layers are merged in order: the built-in values of the schema, then each file, then each ``key=value``. Sections merge
-key by key; mappings whose keys are free (``cluster.classes``, ``train.tau``, any ``*args``) are replaced as a whole by a layer that
-names them, while ``key=value`` may also reach inside one (``cluster.classes.slow.slowdown=4``).
+Layers are merged in order: the schema's built-in values, then each file, then each ``key=value``. Sections merge key by
+key; mappings with free keys (``cluster.classes``, ``train.tau``, any ``*args``) are replaced as a whole, while
+``key=value`` may also reach inside one (``cluster.classes.slow.slowdown=4``). Arguments belong to what they are for: a
+layer that names another loss, optimizer, scheduler, model or dataset, and no arguments, leaves it without any.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import copy
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from yaml import YAMLError
 
 from hvd_hetero.errors import ConfigError, nearest
 from hvd_hetero.schema import AUTO, AlgorithmConfig, ClassConfig, Config
+
+ARGUMENTS_OF = dict.fromkeys(("data.name", "data.target", "model.name", "model.target"), "args") | {
+    f"train.{name}": f"{name}_args" for name in ("loss", "optimizer", "scheduler")
+}
 
 Method = tuple[type[AlgorithmConfig], Mapping[str, str]]
 
@@ -56,8 +61,9 @@ def load(
     merged = dataclasses.asdict(schema)
     for layer in layers:
         _merge(schema, merged, layer, "")
+    named = {part for key, _ in pairs for part in (key, key.rpartition(".")[0])}
     for key, value in pairs:
-        _assign(schema, merged, key, value)
+        _assign(schema, merged, key, value, named)
     classes = merged["cluster"]["classes"]
     merged["cluster"]["classes"] = classes if classes == AUTO else _by_name("cluster.classes", classes)
 
@@ -195,10 +201,13 @@ def _merge(schema: Any, target: dict[str, Any], layer: Mapping[str, Any], prefix
                 raise ConfigError(key, value, "is a section, not a value", f"give it keys, for example {key}: {{...}}")
             _merge(section, target[name], value, f"{key}.")
         else:
+            arguments = ARGUMENTS_OF.get(key)
+            if arguments is not None and arguments not in layer and target[name] != value:
+                target[arguments] = {}
             target[name] = value
 
 
-def _assign(schema: Any, target: Any, key: str, value: Any) -> None:
+def _assign(schema: Any, target: Any, key: str, value: Any, named: Collection[str]) -> None:
     *path, last = key.split(".")
     node, level, prefix = target, schema, ""
     for part in path:
@@ -216,7 +225,9 @@ def _assign(schema: Any, target: Any, key: str, value: Any) -> None:
         if not isinstance(node, dict):
             raise ConfigError(key, value, f"{prefix[:-1]} is no mapping", f"set {prefix[:-1]} as a whole")
     if level is not None:
-        _merge(level, node, {last: value}, prefix)
+        arguments = ARGUMENTS_OF.get(key)
+        keep = {} if arguments is None or f"{prefix}{arguments}" not in named else {arguments: node[arguments]}
+        _merge(level, node, {last: value, **keep}, prefix)
     else:
         node[last] = value
 

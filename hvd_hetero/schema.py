@@ -74,17 +74,18 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    batch_size: Any = 8
+    batch_size: Any = 4
     passes: Optional[int] = _key(40, at_least=1)  # noqa: UP045
     max_fast_steps: Optional[int] = _key(None, at_least=1)  # noqa: UP045
     max_samples: Optional[int] = _key(None, at_least=1)  # noqa: UP045
     max_train_sec: Optional[float] = _key(None, above=0)  # noqa: UP045
     epoch: str = _key("pass", choices=("pass", "fast_steps"))
-    tau: Any = 64
+    tau: Any = 128
+    adapt_tau: bool = True
     loss: str = "cross_entropy"
-    loss_args: dict[str, Any] = _key({})
+    loss_args: dict[str, Any] = _key({"label_smoothing": 0.1})
     optimizer: str = "SGD"
-    lr: float = _key(0.05, above=0)
+    lr: float = _key(0.02, above=0)
     optimizer_args: dict[str, Any] = _key({"momentum": 0.9})
     scheduler: Optional[str] = None  # noqa: UP045
     scheduler_args: dict[str, Any] = _key({})

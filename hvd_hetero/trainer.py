@@ -43,7 +43,8 @@ class Trainer:
         config, parts = job.config, job.components
         self.job, self.config = job, config
         slowdown = job.cluster.class_of(job.env.rank).slowdown
-        self.watch = Stopwatch(own_clock=own_clock(job.placement.device, job.placement.threads) if slowdown > 1 else None)
+        clock = own_clock(job.placement.device, job.placement.threads)
+        self.watch = Stopwatch(own_clock=clock if slowdown > 1 else None)
         self.source = parts.dataset.train.to(job.placement.device)
         self.test = parts.dataset.test.to(job.placement.device)
         self.worker = Worker(
@@ -163,6 +164,7 @@ class Trainer:
             self.comm.agree(new.digest(), "plan", "plan")
             if self.folder is not None:
                 self.folder.write("plan.json", new.to_dict())
+                _say_taus(plan, new)
         return new
 
     def _account(self, accounts: Accounts, plan: Plan, losses: torch.Tensor) -> tuple[float, float, list[float]]:
@@ -238,6 +240,14 @@ class Trainer:
     def close(self) -> None:
         """Leaves the job together with all other ranks."""
         self.comm.close()
+
+
+def _say_taus(old: Plan, new: Plan) -> None:
+    pairs = zip(old.classes, new.classes, strict=True)
+    changes = [f"tau of {a.name} {a.tau} -> {b.tau}" for a, b in pairs if a.tau != b.tau]
+    if changes:
+        steps = ", ".join(f"{c.name} {1e3 * c.step_sec:.3g} ms" for c in new.classes if c.step_sec is not None)
+        print(f"{', '.join(changes)}: a step now takes {steps}", flush=True)
 
 
 def _own_batch(config: Config, name: str) -> int:

@@ -288,3 +288,14 @@ def test_per_class() -> None:
         per_class("train.tau", {"a": 1}, names)
     with pytest.raises(ConfigError, match="train.tau.b=0"):
         per_class("train.tau", {"a": 1, "b": 0}, names)
+
+
+def test_arguments_belong_to_what_they_are_for(tmp_path: Path) -> None:
+    """Naming another optimizer must not hand it SGD's momentum; naming the same one again changes nothing."""
+    assert load(overrides=["train.optimizer=Adam"]).train.optimizer_args == {}
+    assert load(overrides=["train.optimizer_args={eps: 1}", "train.optimizer=Adam"]).train.optimizer_args == {"eps": 1}
+    assert load(overrides=["train.optimizer=SGD"]).train.optimizer_args == {"momentum": 0.9}
+    assert load(overrides=["train.loss=mse_loss", "train.loss_args.beta=2"]).train.loss_args["beta"] == 2
+    file = tmp_path / "own.yaml"
+    file.write_text("train: {loss: mse_loss}")
+    assert load([file]).train.loss_args == {}

@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hvd_hetero"
 FLOORS = [
-    {"errors", "config", "schema", "cluster", "plan", "timing"},
+    {"errors", "config", "schema", "pacing", "cluster", "plan", "timing"},
     {"comm", "data", "models", "imports", "limits", "sampling", "metrics", "trace", "checkpoint", "simulator"},
     {"worker", "profiling", "feed"},
     {"algorithms", "components"},
@@ -90,7 +90,7 @@ def test_only_comm_imports_horovod() -> None:
     assert {room(name) for name in users} == {"comm"}
 
 
-@pytest.mark.parametrize("module", ["errors", "config", "schema", "cluster", "plan", "sampling", "simulator", "timing"])
+@pytest.mark.parametrize("module", ["errors", "config", "schema", "cluster", "plan", "pacing", "sampling", "timing"])
 def test_planning_runs_without_torch_and_horovod(module: str) -> None:
     if module not in NAMES:
         pytest.skip(f"there is no {module} yet")

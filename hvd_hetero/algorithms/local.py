@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hvd_hetero.algorithms.base import Algorithm
@@ -11,6 +11,7 @@ from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.config import per_class
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError
+from hvd_hetero.pacing import Pacing
 from hvd_hetero.plan import Plan, check_least_round, derive_tau, make_plan
 from hvd_hetero.worker import Worker
 
@@ -52,6 +53,23 @@ class LocalSGD(Algorithm):
         super().start(plan, worker, comm)
         spec = self.aggregation
         self.outer = Outer(worker.state, spec.outer_lr, spec.outer_momentum, spec.outer_nesterov)
+        measured = {c.name: c.step_sec for c in plan.classes if c.step_sec is not None}
+        self.pacing = Pacing(measured) if self.train.adapt_tau and self.needs_speeds and len(measured) > 1 else None
+
+    def replan(self, work_sec: Sequence[float]) -> Plan:
+        """Derives tau anew from the pass's own step times, where that leaves clearly less of the cluster waiting."""
+        if self.pacing is None:
+            return self.plan
+        steps = [self.plan.rounds * c.tau for c in self.plan.by_rank()]
+        ranks = {c.name: c.ranks for c in self.plan.classes}
+        self.pacing.observe({name: max(work_sec[r] / steps[r] for r in own) for name, own in ranks.items()})
+        try:
+            proposed = self.make_plan(self.pacing.step_sec)
+        except ConfigError:  # a class has become too slow for one step, or a round too large: the old plan still works
+            return self.plan
+        if self.pacing.worth(self.plan, proposed):
+            self.follow(proposed)
+        return self.plan
 
     def run_round(self, worker: Worker, batches: Iterator[Batch], comm: Comm) -> None:
         self.outer.remember()

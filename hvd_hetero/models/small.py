@@ -11,7 +11,7 @@ from hvd_hetero.models.checks import positive
 from hvd_hetero.models.layers import ChannelsLast, conv
 
 
-def mlp(in_features: int = 64, hidden: Sequence[int] = (256, 256), num_classes: int = 10) -> nn.Module:
+def mlp(in_features: int = 64, hidden: Sequence[int] = (512, 512), num_classes: int = 10) -> nn.Module:
     """Perceptron with ReLU between its layers; flattens its input ``[B, ...]``.
 
     Args:
