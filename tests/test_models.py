@@ -36,7 +36,7 @@ def test_every_parameter_gets_a_finite_gradient(name: str, args: dict, shape: tu
 
 
 def test_mlp_size_is_the_sum_of_its_layers() -> None:
-    assert count(build("mlp", None, {})) == 64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10
+    assert count(build("mlp", None, {})) == 64 * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10
 
 
 def test_resnet20_has_the_size_of_the_paper() -> None:

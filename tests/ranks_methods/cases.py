@@ -22,6 +22,7 @@ BASE: dict[str, Any] = {
     "train.batch_size": 4,
     "train.tau": {"fast": 3, "slow": 3},
     "train.lr": 0.1,
+    "train.loss_args": {},
     "train.optimizer_args": {"momentum": 0.9},
     "eval.batch_size": 64,
     "run.trace_rounds": 0,
