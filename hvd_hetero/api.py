@@ -61,10 +61,15 @@ def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | N
     started = job.start(prepare_folder_too)
     trainer = Trainer(started, run_dir(started.config))
     try:
-        summary = trainer.run()
+        trainer.prepare()
     except UserError:
         trainer.close()  # every rank is here: they judge by the same measurements
         raise
+    try:
+        summary = trainer.run()
+    except UserError as error:
+        # one rank's own trouble, a broken file for instance: the others are waiting somewhere else
+        raise RuntimeError(str(error)) from error
     trainer.close()
     return summary
 

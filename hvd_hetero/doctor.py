@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 import hvd_hetero
-from hvd_hetero import algorithms
-from hvd_hetero.cluster import RankFacts, local_facts
+from hvd_hetero import algorithms, components, job
+from hvd_hetero.cluster import RankFacts, assign, local_facts
 from hvd_hetero.comm.horovod import build_info
 from hvd_hetero.comm.rendezvous import exchange, job_env
-from hvd_hetero.config import load
+from hvd_hetero.config import device_classes, load
 from hvd_hetero.errors import EXIT_BAD_INPUT, UserError
 from hvd_hetero.launch import job_hosts, preflight, thread_variables
+from hvd_hetero.schema import AUTO
 
 TIMEOUT_SEC = 60.0
 MIN_SHARED_MEMORY_BYTES = 64 * 2**20
@@ -29,10 +30,13 @@ def doctor(files: Sequence[str], overrides: Sequence[str]) -> int:
     """Prints the findings; returns 0 if all is well (and the configuration, if one is given, can run), else 2."""
     env = job_env()
     if env.size > 1:
-        said = exchange(env, "doctor", _rank_line(local_facts(env.rank, env.host, env.local_rank)), TIMEOUT_SEC)
+        own = local_facts(env.rank, env.host, env.local_rank)
+        said = exchange(env, "doctor", {"facts": own.to_dict(), **_rank_line(own)}, TIMEOUT_SEC)
+        problem = _configuration(files, overrides, [RankFacts.from_dict(other["facts"]) for other in said])
         if env.rank == 0:
             print("\n".join(f"rank {rank}: {other['line']}" for rank, other in enumerate(said)), flush=True)
-        return 0
+            print(f"problem: {problem}" if problem else "configuration can run here", flush=True)
+        return EXIT_BAD_INPUT if problem else 0
     problems = []
     for name, (text, problem) in _machine().items():
         print(f"{name:16} {text}")
@@ -89,10 +93,18 @@ def _rank_line(facts: RankFacts) -> dict[str, Any]:
     return {"line": ", ".join(parts)}
 
 
-def _configuration(files: Sequence[str], overrides: Sequence[str]) -> str | None:
+def _configuration(
+    files: Sequence[str], overrides: Sequence[str], facts: Sequence[RankFacts] | None = None
+) -> str | None:
+    """What keeps the configuration from running: on the ranks with these facts, else on the hosts that it names."""
     try:
         config = load(files, overrides, algorithms.method)
-        preflight(config, job_hosts(config))
+        if facts is None:
+            preflight(config, job_hosts(config))
+        elif files or overrides:
+            classes = config.cluster.classes
+            cluster = assign(classes if classes == AUTO else device_classes(classes), facts)
+            job.check(config, components.build(config), cluster)
     except UserError as error:
         return str(error)
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class Loop:
     ) -> None:
         def prepare() -> tuple[Config, Components]:
             loaded = load(config, overrides, algorithms.method)
-            if not isinstance(loaded.train.tau, Mapping) and loaded.cluster.classes != "auto":
+            if not isinstance(loaded.train.tau, Mapping):
                 remedy = "set it for each class, train.tau={fast: 32, slow: 4}"
                 raise ConfigError("train.tau", loaded.train.tau, "a hand-written step is not measured", remedy)
             if loaded.train.max_train_sec is not None:
@@ -88,7 +89,7 @@ class Loop:
             check_plain(loaded)
             return loaded, build(loaded, Given(model, train_data, train_data), try_out=False)
 
-        self._start(guarded(lambda: job.start(prepare)))
+        guarded(lambda: self._start(job.start(prepare)))
 
     def _start(self, started: job.Job) -> None:
         config, cluster, self.rank = started.config, started.cluster, started.env.rank
@@ -108,14 +109,19 @@ class Loop:
         check_limits(config.train, self.plan)
         self._train = config.train
         clock = own_clock(device, started.placement.threads)
-        self._pace = Pace(Stopwatch(own_clock=clock), cluster.class_of(self.rank).slowdown)
+        self._pace = Pace(Stopwatch(own_clock=clock), cluster.class_of(self.rank).slowdown, self._synchronize)
+
+    def _synchronize(self) -> None:
+        if self._generator.device.type == "cuda":
+            torch.cuda.synchronize(self._generator.device)
 
     def __iter__(self) -> Iterator[Round]:
         mine = self.plan.of_rank(self.rank)
         done = Done()
         while rounds := next_rounds(self._train, self.plan, done):
             part = replace(self.plan, rounds=rounds)
-            batches = iter(self._source.batches(self._feed.deal(part), self._generator))
+            rows = guarded(partial(self._feed.deal, part))
+            batches = iter(self._source.batches(rows, self._generator))
             taken: list[Tensor] = []
             for _ in range(rounds):
                 current = Round(self._pace.steps(batches, mine.tau))
@@ -124,8 +130,8 @@ class Loop:
                     problem = f"a round has {mine.tau} batches of {mine.batch_size}, got losses of {len(current.taken)}"
                     raise RuntimeError(f"{problem}: go through the whole round and call round.losses for each batch")
                 taken += current.taken
-                self._comm.average(self._state, mine.weight)
-            self._feed.collect(part, torch.cat(taken).float().cpu())
+                guarded(partial(self._comm.average, self._state, mine.weight))
+            guarded(partial(self._feed.collect, part, torch.cat(taken).float().cpu()))
             done = done.after(part)
 
     def close(self) -> None:

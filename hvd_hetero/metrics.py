@@ -75,7 +75,7 @@ def check_run_dir(path: str | Path, overwrite: bool) -> None:
     Raises:
         ConfigError: it does, and ``overwrite`` is not set.
     """
-    if not overwrite and any((Path(path) / name).exists() for name in (SUMMARY, METRICS, "config.yaml")):
+    if not overwrite and any((Path(path) / name).exists() for name in (SUMMARY, "config.yaml")):
         raise ConfigError("run.dir", str(path), "already holds a run", "choose another, or set run.overwrite=true")
 
 

@@ -65,25 +65,28 @@ class Trainer:
         self.folder = RunFolder(run_dir, config.run.overwrite) if job.env.rank == 0 else None
         self.comm = Comm(job.cluster, job.env.rank, config.aggregation.path)
 
-    def run(self) -> dict[str, Any] | None:
-        """Trains to the end; returns the summary on rank 0.
+    def prepare(self) -> None:
+        """Starts all ranks from one model, measures their speeds if they are needed, and makes the plan.
 
         Raises:
             ConfigError: the measured speeds allow no plan; the same on all ranks.
         """
-        begin = time.perf_counter()
-        config, comm, worker = self.config, self.comm, self.worker
-        comm.broadcast_state(worker.state)
-        plan = self._plan()
-        comm.agree(plan.digest(), "plan", "plan")
+        self.begin = time.perf_counter()
+        self.comm.broadcast_state(self.worker.state)
+        self.plan = self._plan()
+        check_limits(self.config.train, self.plan)
+        self.comm.agree(self.plan.digest(), "plan", "plan")
+        self.algorithm.start(self.plan, self.worker, self.comm)
+
+    def run(self) -> dict[str, Any] | None:
+        """Trains to the end; returns the summary on rank 0."""
+        config, comm, worker, begin, plan = self.config, self.comm, self.worker, self.begin, self.plan
         if self.folder is not None:
             self._write_start(self.folder, plan)
         sampler = self._sampler(plan) if comm.rank == 0 else None
         feed = Feed(comm, len(self.source), sampler)
         algorithm = self.algorithm
-        algorithm.start(plan, worker, comm)
         accounts = Accounts(self.job.cluster)
-        check_limits(config.train, plan)
         expected = expected_passes(config.train, plan)
         progress = Progress(expected, self.job.env.columns) if comm.rank == 0 else None
         recorder = Recorder(self.watch, config.run.trace_rounds)
@@ -108,8 +111,10 @@ class Trainer:
             feed.collect(part, losses)
             self.watch.collective()
             seconds, train_loss, work_sec = self._account(accounts, part, losses)
-            plan = self._replan(plan, work_sec)
             number, rounds = accounts.passes, next_rounds(config.train, plan, accounts.done)
+            if rounds:
+                plan = self._replan(plan, work_sec)
+                rounds = next_rounds(config.train, plan, accounts.done)
             rate = worker.optimizer.param_groups[0]["lr"]
             worker.end_epoch()
             row: dict[str, Any] = {

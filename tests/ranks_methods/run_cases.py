@@ -42,6 +42,7 @@ def run(case: Case, env: JobEnv, folder: Path) -> dict[str, Any]:
     job.check(config, parts, cluster)
     RecordedFeed.dealt = []
     this = trainer.Trainer(job.Job(env, config, parts, cluster, Placement("cpu", 1, None)), folder)
+    this.prepare()
     summary = this.run()
     return {"model": this.worker.model.state_dict(), "dealt": RecordedFeed.dealt, "summary": summary}
 
