@@ -174,7 +174,9 @@ class Progress:
         if columns:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=passes, unit="pass", ncols=columns, file=stream, leave=True, mininterval=0)
+            # The figures are what one looks at; the bar takes what is left of a narrow terminal.
+            form = "pass {n_fmt}/{total_fmt} |{bar:8}| {remaining} left{postfix}"
+            self._bar = tqdm(total=passes, bar_format=form, ncols=columns, file=stream, leave=True, mininterval=0)
 
     def update(self, row: Mapping[str, Any], fastest: str) -> None:
         """Shows a metrics row; the last one is always shown."""
