@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hvd_hetero import algorithms, components, job
-from hvd_hetero.comm.horovod import PeerLost
+from hvd_hetero.comm.horovod import PEER_LOST
 from hvd_hetero.comm.rendezvous import job_env
 from hvd_hetero.components import Components, Given
 from hvd_hetero.config import load
@@ -96,8 +96,8 @@ def guarded(call: Callable[[], Any]) -> Any:
         if env.rank == 0:
             print(f"hvd-hetero: error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)
-    except PeerLost as error:
-        _end(f"rank {env.rank} on {env.host} stops: {error}")
+    except PEER_LOST as error:
+        _end(f"rank {env.rank} on {env.host} stops: {str(error).split('. ')[0]}")
     except Exception as error:
         traceback.print_exc()
         _end(f"rank {env.rank} on {env.host} failed: {type(error).__name__}: {error}")

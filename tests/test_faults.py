@@ -41,6 +41,39 @@ def test_a_fault_on_one_rank_ends_the_job(hvd_hetero: Callable[..., Any], tmp_pa
     assert processes_with(str(tmp_path)) == []
 
 
+BROKEN = """
+import os
+import torch
+from hvd_hetero.errors import ConfigError
+
+class Images:
+    def __init__(self):
+        self.read = 0
+    def __len__(self):
+        return 400
+    def __getitem__(self, i):
+        self.read += 1
+        if os.environ.get("HOROVOD_RANK") == "1" and self.read > 50:
+            raise ConfigError("data.root", f"image {i}", "is corrupt", "replace it")
+        return torch.rand(8), i % 10
+
+def data():
+    return Images(), Images()
+"""
+
+
+def test_bad_input_that_one_rank_meets_in_mid_run_ends_all(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
+    """A file that only one rank reads: the others wait in another collective, so nobody may wait for them."""
+    (tmp_path / "broken.py").write_text(BROKEN)
+    done = hvd_hetero(["launch", f"run.dir={tmp_path / 'run'}", "data.target=broken:data", "model.args={in_features: 8}",
+                       "train.tau={fast: 16, slow: 4}"], cwd=tmp_path, timeout=60)
+    assert done.returncode == 1
+    start = "hvd-hetero: error: rank 1 on localhost failed"
+    errors = [line for line in done.stderr.splitlines() if line.startswith(start)]
+    assert len(errors) == 1 and "is corrupt; replace it" in errors[0]
+    assert processes_with(str(tmp_path)) == []
+
+
 @pytest.mark.parametrize(("code", "text"), [
     (3, "with status 3"), (-9, "killed by SIGKILL"), (137, "killed by SIGKILL"), (143, "killed by SIGTERM"),
     (200, "with status 200"),

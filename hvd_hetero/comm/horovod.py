@@ -27,6 +27,10 @@ class PeerLost(RuntimeError):
     """A collective could not finish because another rank is gone."""
 
 
+PEER_LOST = (PeerLost, HorovodInternalError)
+"""What a collective may raise, when it is begun or while it is waited for, because another rank is gone."""
+
+
 class Comm:
     """The job's ranks: one process set a device class, one for the classes' leaders.
 
