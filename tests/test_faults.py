@@ -65,8 +65,8 @@ def data():
 def test_bad_input_that_one_rank_meets_in_mid_run_ends_all(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
     """A file that only one rank reads: the others wait in another collective, so nobody may wait for them."""
     (tmp_path / "broken.py").write_text(BROKEN)
-    done = hvd_hetero(["launch", f"run.dir={tmp_path / 'run'}", "data.target=broken:data", "model.args={in_features: 8}",
-                       "train.tau={fast: 16, slow: 4}"], cwd=tmp_path, timeout=60)
+    settings = ["data.target=broken:data", "model.args={in_features: 8}", "train.tau={fast: 16, slow: 4}"]
+    done = hvd_hetero(["launch", f"run.dir={tmp_path / 'run'}", *settings], cwd=tmp_path, timeout=60)
     assert done.returncode == 1
     start = "hvd-hetero: error: rank 1 on localhost failed"
     errors = [line for line in done.stderr.splitlines() if line.startswith(start)]
