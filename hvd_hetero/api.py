@@ -70,6 +70,9 @@ def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | N
     except UserError as error:
         # one rank's own trouble, a broken file for instance: the others are waiting somewhere else
         raise RuntimeError(str(error)) from error
+    except BaseException:
+        trainer.abandon()
+        raise
     trainer.close()
     return summary
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,10 +12,49 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.data import Batch
 from hvd_hetero.plan import Plan
-from hvd_hetero.sampling import Sampler, in_order
+from hvd_hetero.sampling import Sampler, in_order, newest_last
 
 Dealt = dict[int, NDArray[Any]]
+EVERYBODY = "everybody"
+"""Under this name a pass is drawn that ranks are handed out bit by bit."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a rank is given of one pass.
+
+    Attributes:
+        plan: with the rounds of this pass.
+        rows: this rank's samples ``[rounds * tau, B]``, a row a step; ``[N]``, all of the pass, where a method hands
+            them out itself.
+        read: gives the batches of some rows.
+        begin_round: to be called before each round with its number in this pass, and ``end_round`` after it.
+    """
+
+    plan: Plan
+    rows: NDArray[Any]
+    read: Callable[[NDArray[Any]], Iterator[Batch]]
+    begin_round: Callable[[int], None]
+    end_round: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Worked:
+    """What a rank did in a pass.
+
+    Attributes:
+        rounds: averages that were made, the same on all ranks.
+        steps: of this rank.
+        rows: ``[steps, B]``, the samples it trained on, where that was not fixed beforehand; and
+        at: ``[steps]``, the round that it was in.
+    """
+
+    rounds: int
+    steps: int
+    rows: NDArray[Any] | None = None
+    at: NDArray[Any] | None = None
 
 
 class Feed:
@@ -44,6 +85,32 @@ class Feed:
         mine = everything.split(sizes)[self._comm.rank].numpy()
         own = plan.of_rank(self._comm.rank)
         return mine.reshape(plan.rounds * own.tau, own.batch_size)
+
+    def deal_whole(self, plan: Plan) -> NDArray[Any]:
+        """Everybody's indices for one pass, ``[N]``, in random order."""
+        whole = torch.empty(sum(plan.pass_samples().values()), dtype=self._dtype)
+        if self.sampler is not None:
+            whole = torch.from_numpy(self.sampler.draw({EVERYBODY: len(whole)})[EVERYBODY])
+        whole = self._comm.broadcast(whole, "pass.indices")
+        return whole.numpy()
+
+    def collect_as_worked(self, worked: Worked, losses: Tensor) -> None:
+        """As :meth:`collect`, where each rank says itself what it trained on, and when.
+
+        Args:
+            losses: ``[steps * B]``, in training order.
+        """
+        assert worked.rows is not None and worked.at is not None
+        shape = torch.tensor([worked.steps, worked.rows.shape[1]])
+        shapes = [row.tolist() for row in self._comm.gather(shape, "pass.shapes")]
+        sizes = [steps * batch for steps, batch in shapes]
+        rows = torch.from_numpy(np.ascontiguousarray(worked.rows.reshape(-1))).to(self._dtype)
+        indices = self._comm.gather(rows, "pass.rows", sizes)
+        at = self._comm.gather(torch.from_numpy(worked.at), "pass.at", [steps for steps, _ in shapes])
+        gathered = self._comm.gather(losses, "pass.losses", sizes)
+        if self.sampler is not None:
+            order = newest_last([a.numpy() for a in at], [batch for _, batch in shapes])
+            self.sampler.record(torch.cat(indices).numpy()[order], torch.cat(gathered).numpy()[order])
 
     def collect(self, plan: Plan, losses: Tensor) -> None:
         """Takes this rank's losses ``[rounds * tau * B]`` of the pass, in training order, into rank 0's table."""

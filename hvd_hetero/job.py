@@ -17,6 +17,7 @@ from hvd_hetero.cluster import Cluster, Placement, RankFacts, assign, local_fact
 from hvd_hetero.comm.rendezvous import JobEnv, exchange, job_env
 from hvd_hetero.components import Components
 from hvd_hetero.config import device_classes
+from hvd_hetero.delays import check_delays
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.plan import check_bias_to
 from hvd_hetero.schema import AUTO, Config
@@ -89,7 +90,12 @@ def check(config: Config, components: Components, cluster: Cluster) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    algorithms.build(config, cluster, len(components.dataset.train)).check()
+    algorithm = algorithms.build(config, cluster, len(components.dataset.train))
+    algorithm.check()
+    if algorithm.hands_out and config.sampling.scheme != "uniform":
+        problem = f"{config.algorithm.name} hands out samples as ranks ask for them, to no class in particular"
+        raise ConfigError("sampling.scheme", config.sampling.scheme, problem, "set sampling.scheme=uniform")
+    check_delays(config.delays)
     check_bias_to(config.sampling.bias_to, [c.name for c in cluster.classes])
 
 

@@ -30,7 +30,7 @@ class Done:
 def next_rounds(train: TrainConfig, plan: Plan, done: Done) -> int:
     """Rounds of the next pass: all of the plan's, fewer where a limit lies within it, 0 where the run is over.
 
-    A limit in steps or samples is never exceeded. One in seconds is met as nearly as the mean round so far can tell,
+    A limit in steps or samples is never exceeded. One in seconds is met as nearly as the mean speed so far can tell,
     so it does nothing before the end of the first pass.
     """
     if train.passes is not None and done.passes >= train.passes:
@@ -40,8 +40,9 @@ def next_rounds(train: TrainConfig, plan: Plan, done: Done) -> int:
         rounds = min(rounds, (train.max_fast_steps - done.fast_steps) // fast_steps(plan))
     if train.max_samples is not None:
         rounds = min(rounds, (train.max_samples - done.samples) // round_samples(plan))
-    if train.max_train_sec is not None and done.rounds and done.train_sec > 0:
-        rounds = min(rounds, round((train.max_train_sec - done.train_sec) * done.rounds / done.train_sec))
+    if train.max_train_sec is not None and done.samples and done.train_sec > 0:
+        left = (train.max_train_sec - done.train_sec) * done.samples / done.train_sec
+        rounds = min(rounds, round(left / round_samples(plan)))
     return max(0, rounds)
 
 

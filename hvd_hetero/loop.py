@@ -149,7 +149,7 @@ def check_plain(config: Config) -> None:
         problem = "takes its steps itself, which leaves nothing to a hand-written loop"
         raise ConfigError("algorithm.name", config.algorithm.name, problem, "choose a local-SGD method")
     plain = AggregationConfig()
-    for key in ("optimizer_state", "outer_lr", "outer_momentum"):
+    for key in ("optimizer_state", "outer_lr", "outer_momentum", "mode"):
         value, neutral = getattr(config.aggregation, key), getattr(plain, key)
         if value != neutral:
             problem = "a hand-written loop takes the plain average"

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from hvd_hetero.cluster import Cluster
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.limits import Done
+from hvd_hetero.partial_counts import PartialAccounts
 from hvd_hetero.plan import Plan
 from hvd_hetero.timing import KINDS, split_waiting
 from hvd_hetero.trace import TRACE
@@ -89,22 +90,32 @@ class Accounts:
         self.samples = [0] * cluster.size
         self.rounds = 0
         self.passes = 0
+        self.partial = PartialAccounts()
 
-    def enter(self, plan: Plan, kinds: Sequence[Mapping[str, float]], collectives: Sequence[Sequence[float]]) -> float:
+    def enter(
+        self,
+        plan: Plan,
+        rounds: int,
+        steps: Sequence[int],
+        kinds: Sequence[Mapping[str, float]],
+        collectives: Sequence[Sequence[float]],
+    ) -> float:
         """Enters one pass; returns its seconds.
 
         Args:
-            kinds: compute and data seconds, by rank.
+            rounds: averages that were made.
+            steps: local steps, by rank.
+            kinds: seconds of each kind, by rank.
             collectives: durations ``[ranks][collectives]`` in the order in which ranks met in them, NaN: not in it.
         """
         blocked, comm = split_waiting(collectives)
         for rank, mine in enumerate(plan.by_rank()):
-            spent = self.seconds[rank]
-            for kind, value in {**kinds[rank], "blocked": blocked[rank], "comm": comm[rank]}.items():
-                spent[kind] += value
-            self.steps[rank] += plan.rounds * mine.tau
-            self.samples[rank] += plan.rounds * mine.tau * mine.batch_size
-        self.rounds += plan.rounds
+            together = {"blocked": blocked[rank], "comm": comm[rank]}
+            for kind in KINDS:
+                self.seconds[rank][kind] += kinds[rank][kind] + together.get(kind, 0.0)
+            self.steps[rank] += steps[rank]
+            self.samples[rank] += steps[rank] * mine.batch_size
+        self.rounds += rounds
         self.passes += 1
         return sum(kinds[0].values()) + blocked[0] + comm[0]
 

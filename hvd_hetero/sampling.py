@@ -7,7 +7,7 @@ O(n) in time, without a Python loop over samples.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,25 @@ def in_order(values: Mapping[int, NDArray[Any]], rounds: int, tau: Mapping[int, 
     longest = max(tau.values())
     parts = [steps[rank][:, step] for step in range(longest) for rank in steps if step < tau[rank]]
     return np.concatenate(parts, axis=1).reshape(-1)
+
+
+def newest_last(at: Sequence[NDArray[Any]], batch: Sequence[int]) -> NDArray[Any]:
+    """The order (round, step, rank) of what ranks worked on, where each took steps as it could.
+
+    Args:
+        at: ``[steps]`` by rank, the round of each of its steps, ascending.
+        batch: B, samples of a step, by rank.
+
+    Returns:
+        ``[K]``, places in the samples of all ranks put one after the other.
+    """
+    rounds, steps, ranks = [], [], []
+    for rank, mine in enumerate(at):
+        within = np.arange(len(mine)) - np.searchsorted(mine, mine)
+        rounds.append(np.repeat(mine, batch[rank]))
+        steps.append(np.repeat(within, batch[rank]))
+        ranks.append(np.full(len(mine) * batch[rank], rank))
+    return np.lexsort([np.concatenate(keys) for keys in (ranks, steps, rounds)])
 
 
 def _highest(rng: np.random.Generator, losses: Losses, count: int) -> tuple[Indices, Indices]:

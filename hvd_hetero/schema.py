@@ -104,7 +104,10 @@ class SamplingConfig:
 @dataclass(frozen=True)
 class AggregationConfig:
     weights: Optional[str] = _key(None, choices=("steps", "uniform"))  # noqa: UP045
-    mode: str = _key("blocking", choices=("blocking",))
+    mode: str = _key("blocking", choices=("blocking", "solo", "majority"))
+    sync_every: int = _key(32, at_least=1)
+    max_lag: int = _key(32, at_least=1)
+    patience_sec: float = _key(0.05, at_least=0)
     path: str = _key(AUTO, choices=(AUTO, "flat", "hierarchical"))
     optimizer_state: str = _key("local", choices=("local", "average", "reset"))
     outer_lr: float = _key(1.0, above=0)
@@ -127,6 +130,15 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True)
+class DelaysConfig:
+    distribution: Optional[str] = _key(None, choices=("random_ranks", "lognormal", "linear_skew"))  # noqa: UP045
+    seed: Optional[int] = _key(None, at_least=0)  # noqa: UP045
+    sec: float = _key(0.32, at_least=0)
+    ranks: int = _key(2, at_least=1)
+    sigma: float = _key(1.0, at_least=0)
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     every_passes: int = _key(1, at_least=1)
     batch_size: int = _key(256, at_least=1)
@@ -145,6 +157,7 @@ class Config:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    delays: DelaysConfig = field(default_factory=DelaysConfig)
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML, fit to be given to another run."""

@@ -16,7 +16,7 @@ LEAST_SLEEP_SEC = 0.025
 
 
 class Stopwatch:
-    """Books a rank's time as compute, data, or one of a sequence of collectives.
+    """Books a rank's time as compute, data, waiting and transfer, or one of a sequence of collectives.
 
     What part of a collective was waiting can only be said once the durations of all ranks are known:
     see :func:`split_waiting`. So collectives are kept one by one, in the order in which all ranks meet in them.
@@ -25,6 +25,7 @@ class Stopwatch:
         own_clock: what a lap returns goes by this clock, see :func:`own_clock`; what it books, by ``clock``.
 
     Attributes:
+        seconds: booked by kind; ``blocked`` and ``comm`` only by :meth:`waited`.
         laps: where a list is put here, every lap is added to it as (kind, start, end), by this rank's clock.
     """
 
@@ -34,7 +35,7 @@ class Stopwatch:
         self._clock, self._own_clock = clock, own_clock
         self._mark = clock()
         self._own_mark = own_clock() if own_clock is not None else 0.0
-        self.seconds = {"compute": 0.0, "data": 0.0}
+        self.seconds = dict.fromkeys(KINDS, 0.0)
         self.collectives: list[float] = []
         self.laps: list[tuple[str, float, float]] | None = None
 
@@ -43,11 +44,26 @@ class Stopwatch:
         self._lap("")
 
     def lap(self, kind: str) -> float:
-        """Books the time since the last lap as ``compute`` or ``data``; returns it in seconds of the own clock."""
+        """Books the time since the last lap as one of :data:`KINDS`; returns it in seconds of the own clock."""
         own_mark = self._own_mark
         spent = self._lap(kind)
         self.seconds[kind] += spent
         return spent if self._own_clock is None else self._own_mark - own_mark
+
+    def waited(self, started: float) -> None:
+        """Books the time since the last lap as waiting for something to start, and then for it to end.
+
+        Args:
+            started: when it did, by the clock; ``math.inf``: it did not.
+        """
+        now = self._clock()
+        for kind, until in (("blocked", min(max(started, self._mark), now)), ("comm", now)):
+            self.seconds[kind] += until - self._mark
+            if self.laps is not None and until > self._mark:
+                self.laps.append((kind, self._mark, until))
+            self._mark = until
+        if self._own_clock is not None:
+            self._own_mark = self._own_clock()
 
     def collective(self) -> float:
         """Books the time since the last lap as one collective; ranks that are not in it call :meth:`absent`."""
@@ -93,17 +109,23 @@ class Pace:
     Args:
         slowdown: each step is stretched to this many times its own measured time, by sleeping.
         synchronize: waits until the device has done what it was given.
+
+    Attributes:
+        delays: where it is set, seconds to sleep in each step that follows; they count as its compute.
     """
 
     def __init__(self, watch: Stopwatch, slowdown: float = 1.0, synchronize: Callable[[], None] = lambda: None) -> None:
         self._watch, self._slowdown, self._synchronize = watch, slowdown, synchronize
         self._owed_sec = 0.0
         self._fresh_sec = 0.0
+        self.delays: Iterator[float] | None = None
 
     def steps(self, batches: Iterable[T], count: int) -> Iterator[T]:
         """Yields the next ``count`` batches; the time until the following one is asked for is the step's compute."""
         for batch in islice(batches, count):
             self._fresh_sec += self._watch.lap("data")
+            if self.delays is not None:
+                time.sleep(next(self.delays))
             yield batch
             if self._slowdown > 1:  # else steps may queue up on the device
                 self.pause(LEAST_SLEEP_SEC)

@@ -13,7 +13,7 @@ from typing import Any
 from hvd_hetero.timing import COLLECTIVE, Stopwatch
 
 TRACE = "trace.json"
-CODES = ("compute", "data", COLLECTIVE)
+CODES = ("compute", "data", COLLECTIVE, "blocked", "comm")
 """Kinds of laps as numbers, in which form they are gathered."""
 
 Lap = tuple[str, float, float]

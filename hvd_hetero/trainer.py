@@ -4,29 +4,46 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hvd_hetero import algorithms
 from hvd_hetero.checkpoint import save_model
 from hvd_hetero.cluster import has_bf16
 from hvd_hetero.comm.horovod import Comm, build_info
-from hvd_hetero.feed import Feed
+from hvd_hetero.data import Batch
+from hvd_hetero.delays import delays
+from hvd_hetero.feed import Feed, Pass, Worked
 from hvd_hetero.job import Job
 from hvd_hetero.limits import check_limits, expected_passes, next_rounds
 from hvd_hetero.metrics import SUMMARY, Accounts, Progress, RunFolder, environment
+from hvd_hetero.partial_counts import to_numbers
 from hvd_hetero.plan import Plan, apportion
 from hvd_hetero.profiling import measure_classes
 from hvd_hetero.sampling import Sampler
 from hvd_hetero.schema import Config
-from hvd_hetero.timing import Stopwatch, own_clock
+from hvd_hetero.timing import KINDS, Stopwatch, own_clock
 from hvd_hetero.trace import TRACE, Recorder, from_numbers, timeline, to_chrome
 from hvd_hetero.worker import Worker
+
+
+@dataclass(frozen=True)
+class PassFigures:
+    """What all ranks did in a pass: its seconds, samples and mean loss; each rank's own work in seconds, and steps."""
+
+    seconds: float
+    samples: int
+    loss: float
+    work_sec: list[float]
+    steps: list[int]
+
 
 TRACED_PASSES = 2
 """A pass's first rounds are recorded in place of the last pass's; the first pass warms up caches and connections."""
@@ -84,7 +101,7 @@ class Trainer:
         if self.folder is not None:
             self._write_start(self.folder, plan)
         sampler = self._sampler(plan) if comm.rank == 0 else None
-        feed = Feed(comm, len(self.source), sampler)
+        self.feed = feed = Feed(comm, len(self.source), sampler)
         algorithm = self.algorithm
         accounts = Accounts(self.job.cluster)
         expected = expected_passes(config.train, plan)
@@ -92,28 +109,29 @@ class Trainer:
         recorder = Recorder(self.watch, config.run.trace_rounds)
         best: dict[str, float | None] = {"final_accuracy": None, "best_accuracy": None, "final_loss": None}
 
+        worker.pace.delays = delays(config.delays, comm.rank, comm.size)
         rounds = next_rounds(config.train, plan, accounts.done)
         while rounds:
             part = replace(plan, rounds=rounds)
             self.watch.skip()
             if accounts.passes < TRACED_PASSES:
                 recorder.start()
-            rows = feed.deal(part)
+            rows = algorithm.deal(feed, part)
             self.watch.collective()
-            batches = iter(self.source.batches(rows, worker.generator))
-            for done in range(part.rounds):
-                self._warm_up(accounts.rounds + done)
-                algorithm.run_round(worker, batches, comm)
-                recorder.end_round()
+            begin_round = partial(self._warm_up, accounts.rounds)
+            worked = algorithm.run_pass(Pass(part, rows, self._read, begin_round, recorder.end_round), worker, comm)
             recorder.stop()
             algorithm.end_pass(worker, comm)
             losses = worker.take_losses()
-            feed.collect(part, losses)
+            if worked.at is None:
+                feed.collect(part, losses)
+            else:
+                feed.collect_as_worked(worked, losses)
             self.watch.collective()
-            seconds, train_loss, work_sec = self._account(accounts, part, losses)
+            done = self._account(accounts, part, worked, losses)
             number, rounds = accounts.passes, next_rounds(config.train, plan, accounts.done)
             if rounds:
-                plan = self._replan(plan, work_sec)
+                plan = self._replan(plan, done)
                 rounds = next_rounds(config.train, plan, accounts.done)
             rate = worker.optimizer.param_groups[0]["lr"]
             worker.end_epoch()
@@ -123,12 +141,14 @@ class Trainer:
                 "samples_seen": accounts.samples_seen,
                 "wall_sec": time.perf_counter() - begin,
                 "train_sec": accounts.train_sec,
-                "train_loss": train_loss,
+                "train_loss": done.loss,
                 "lr": rate,
                 "batch_size": {c.name: c.batch_size for c in part.classes},
-                "samples_per_sec": sum(part.pass_samples().values()) / seconds,
+                "samples_per_sec": done.samples / done.seconds,
                 "blocked_fraction": accounts.blocked_fractions(),
             }
+            if (counts := algorithm.counts()) is not None:
+                row["partial"] = accounts.partial.enter(comm.gather(to_numbers(counts), "pass.counts"))
             if number % config.eval.every_passes == 0 or rounds == 0:
                 row |= self._evaluate(plan)
                 _note(best, row)
@@ -158,13 +178,17 @@ class Trainer:
         biased = plan.biased(spec.bias_to)
         return Sampler(len(self.source), str(spec.scheme), spec.high_loss_ratio, biased, self.config.run.seed)
 
-    def _warm_up(self, done: int) -> None:
-        rounds = self.config.train.warmup_rounds
+    def _read(self, rows: NDArray[Any]) -> Iterator[Batch]:
+        return iter(self.source.batches(rows, self.worker.generator))
+
+    def _warm_up(self, before: int, number: int) -> None:
+        """Sets the learning rate of a round: so many in earlier passes, and its number in this one."""
+        rounds, done = self.config.train.warmup_rounds, before + number
         if done <= rounds and rounds:
             self.worker.warm_up(min(1.0, (done + 1) / rounds))
 
-    def _replan(self, plan: Plan, work_sec: Sequence[float]) -> Plan:
-        new = self.algorithm.replan(work_sec)
+    def _replan(self, plan: Plan, done: PassFigures) -> Plan:
+        new = self.algorithm.replan(done.work_sec, done.steps)
         if new is not plan:
             self.comm.agree(new.digest(), "plan", "plan")
             if self.folder is not None:
@@ -172,19 +196,19 @@ class Trainer:
                 _say_taus(plan, new)
         return new
 
-    def _account(self, accounts: Accounts, plan: Plan, losses: torch.Tensor) -> tuple[float, float, list[float]]:
-        """Gathers where all ranks' time of this pass went.
-
-        Returns:
-            The pass's seconds, the mean loss of its samples, and what each rank spent on its own work.
-        """
+    def _account(self, accounts: Accounts, plan: Plan, worked: Worked, losses: torch.Tensor) -> PassFigures:
+        """Gathers what all ranks did in this pass, and where their time went."""
         kinds, collectives = self.watch.take()
-        loss = float(losses.double().sum())
-        mine = torch.tensor([kinds["compute"], kinds["data"], loss, *collectives], dtype=torch.float64)
-        rows = [row.tolist() for row in self.comm.gather(mine, "pass.times")]
-        seconds = accounts.enter(plan, [{"compute": r[0], "data": r[1]} for r in rows], [r[3:] for r in rows])
-        mean_loss = sum(r[2] for r in rows) / sum(plan.pass_samples().values())
-        return seconds, mean_loss, [r[0] + r[1] for r in rows]
+        figures = [*(kinds[kind] for kind in KINDS), float(losses.double().sum()), worked.steps, *collectives]
+        rows = [row.tolist() for row in self.comm.gather(torch.tensor(figures, dtype=torch.float64), "pass.times")]
+        count = len(KINDS)
+        steps = [int(row[count + 1]) for row in rows]
+        spent = [dict(zip(KINDS, row, strict=False)) for row in rows]
+        before = accounts.samples_seen
+        seconds = accounts.enter(plan, worked.rounds, steps, spent, [row[count + 2 :] for row in rows])
+        samples = accounts.samples_seen - before
+        work_sec = [own["compute"] + own["data"] for own in spent]
+        return PassFigures(seconds, samples, sum(row[count] for row in rows) / samples, work_sec, steps)
 
     def _evaluate(self, plan: Plan) -> dict[str, float | None]:
         """Every rank evaluates a part of the test set in proportion to its speed, so that all end together."""
@@ -229,7 +253,7 @@ class Trainer:
             "algorithm": self.config.algorithm.name,
             "world_size": self.comm.size,
             "seed": self.config.run.seed,
-            "emulated": self.job.cluster.emulated,
+            "emulated": self.job.cluster.emulated or self.config.delays.distribution is not None,
             "rounds": accounts.rounds,
             "passes": accounts.passes,
             "samples_seen": accounts.samples_seen,
@@ -238,13 +262,20 @@ class Trainer:
             "eval": dict(evaluated),
             "classes": accounts.classes(plan),
         }
+        if accounts.partial.ranks:
+            summary["partial"] = accounts.partial.to_dict()
         self.folder.write(SUMMARY, summary)
         self.folder.close()
         return summary
 
     def close(self) -> None:
         """Leaves the job together with all other ranks."""
+        self.algorithm.close()
         self.comm.close()
+
+    def abandon(self) -> None:
+        """Ends what runs in the background, when this rank leaves alone."""
+        self.algorithm.close()
 
 
 def _say_taus(old: Plan, new: Plan) -> None:

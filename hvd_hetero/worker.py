@@ -80,11 +80,17 @@ class Worker:
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
-    def local_steps(self, batches: Iterator[Batch], count: int) -> None:
-        """``count`` local steps on the next batches."""
+    def local_steps(self, batches: Iterator[Batch], count: int, stop: Callable[[], bool] | None = None) -> int:
+        """``count`` local steps on the next batches, fewer if ``stop`` says so after one; returns how many."""
+        done = 0
         for inputs, targets in self.pace.steps(batches, count):
             self.gradient(inputs, targets)
             self.apply()
+            done += 1
+            if stop is not None and stop():
+                self.pace.pause()
+                break
+        return done
 
     def gradient(self, inputs: Any, targets: Tensor, weight: float = 1.0) -> Tensor:
         """Leaves the gradient of the batch's mean loss, times weight, in the parameters.

@@ -14,7 +14,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hvd_hetero"
 FLOORS = [
     {"errors", "config", "schema", "pacing", "cluster", "plan", "timing"},
-    {"comm", "data", "models", "imports", "limits", "sampling", "metrics", "trace", "checkpoint", "simulator"},
+    {"comm", "data", "models", "imports", "limits", "sampling", "metrics", "trace", "checkpoint", "simulator",
+     "delays", "partial_counts"},
     {"worker", "profiling", "feed"},
     {"algorithms", "components"},
     {"trainer", "job"},

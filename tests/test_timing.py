@@ -47,7 +47,7 @@ def test_every_second_is_booked_once(clock: Clock) -> None:
     watch.skip()
     clock.now += 0.5
     watch.lap("data")
-    assert watch.take() == ({"compute": 10.0, "data": 1.5}, [4.0, 16.0])
+    assert watch.take() == ({"compute": 10.0, "data": 1.5, "blocked": 0.0, "comm": 0.0}, [4.0, 16.0])
     assert watch.take() == ({"compute": 0.0, "data": 0.0}, [])
 
 

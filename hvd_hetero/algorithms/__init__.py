@@ -17,6 +17,7 @@ REGISTRY = {
     "sync_sgd": "SyncSGD",
     "byteps": "BytePS",
     "dlb": "DLB",
+    "eager_sgd": "EagerSGD",
 }
 
 
@@ -44,4 +45,5 @@ def build(config: Config, cluster: Cluster, samples: int) -> Algorithm:
     Raises:
         ConfigError: a setting does not fit the classes.
     """
-    return get(config.algorithm.name)(config.algorithm, config.train, config.aggregation, cluster, samples)
+    made = get(config.algorithm.name)
+    return made(config.algorithm, config.train, config.aggregation, cluster, samples, config.run.seed)

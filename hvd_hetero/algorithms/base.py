@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+from numpy.typing import NDArray
+
 from hvd_hetero.cluster import Cluster
 from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.comm.partial import Counts
 from hvd_hetero.config import per_class
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError, nearest
+from hvd_hetero.feed import Feed, Pass, Worked
 from hvd_hetero.plan import Plan
 from hvd_hetero.schema import AggregationConfig, AlgorithmConfig, TrainConfig
 from hvd_hetero.worker import Worker
@@ -26,17 +30,20 @@ class Algorithm:
         train: section ``train``.
         aggregation: section ``aggregation``.
         samples: n, size of the training set.
+        seed: of what the method draws at random, the same on all ranks.
 
     Attributes:
         Options: the keys under ``algorithm`` in the configuration.
         defaults: what the method means by ``sampling.scheme`` and ``aggregation.weights`` where they are not set.
         modes: what ``algorithm.mode`` may be, where the method has variants.
+        hands_out: whether ranks get the samples of a pass bit by bit, so that no class has a part of its own.
         plan: the one followed now, and ``mine``, this rank's part of it; both from :meth:`start` on.
     """
 
     Options: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
     defaults: ClassVar[Mapping[str, str]] = {"sampling.scheme": "uniform", "aggregation.weights": "uniform"}
     modes: ClassVar[Sequence[str]] = ()
+    hands_out: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -45,9 +52,10 @@ class Algorithm:
         aggregation: AggregationConfig,
         cluster: Cluster,
         samples: int,
+        seed: int,
     ) -> None:
         self.options, self.train, self.aggregation = options, train, aggregation
-        self.cluster, self.samples = cluster, samples
+        self.cluster, self.samples, self.seed = cluster, samples, seed
         self.batch_size = per_class("train.batch_size", train.batch_size, [c.name for c in cluster.classes])
 
     @property
@@ -85,6 +93,19 @@ class Algorithm:
         """Goes by this plan from now on."""
         self.plan, self.mine = plan, plan.of_rank(self._rank)
 
+    def deal(self, feed: Feed, plan: Plan) -> NDArray[Any]:
+        """The samples of a pass, as :class:`hvd_hetero.feed.Pass` has them."""
+        return feed.deal_whole(plan) if self.hands_out else feed.deal(plan)
+
+    def run_pass(self, given: Pass, worker: Worker, comm: Comm) -> Worked:
+        """All rounds of a pass, up to the last collective of the last one."""
+        batches = given.read(given.rows)
+        for done in range(given.plan.rounds):
+            given.begin_round(done)
+            self.run_round(worker, batches, comm)
+            given.end_round()
+        return Worked(given.plan.rounds, given.plan.rounds * self.mine.tau)
+
     def run_round(self, worker: Worker, batches: Iterator[Batch], comm: Comm) -> None:
         """One round of this rank, all its collectives included."""
         raise NotImplementedError(type(self).__name__)
@@ -92,13 +113,21 @@ class Algorithm:
     def end_pass(self, worker: Worker, comm: Comm) -> None:
         """After the last round of a pass; when it returns, rank 0 holds the model."""
 
-    def replan(self, work_sec: Sequence[float]) -> Plan:
-        """The plan of the next pass; all ranks call it with the same times, and so agree.
+    def replan(self, work_sec: Sequence[float], steps: Sequence[int]) -> Plan:
+        """The plan of the next pass; all ranks call it with the same figures, and so agree.
 
         Args:
             work_sec: what each rank spent on its own work in the last pass, waiting excluded, by rank.
+            steps: local steps of each rank in that pass.
         """
         return self.plan
+
+    def counts(self) -> Counts | None:
+        """What this rank sent in the partial collectives of the pass, if the method has them."""
+        return None
+
+    def close(self) -> None:
+        """Ends what the method runs in the background; called whatever has happened."""
 
     def state_dict(self) -> dict[str, Any]:
         """What the method itself carries from round to round."""

@@ -45,17 +45,18 @@ class Lockstep(Algorithm):
     @cached_property
     def ranks(self) -> tuple[int, ...]:
         """Those that train."""
-        assert isinstance(self.options, LockstepOptions)
-        chosen = choose(self.cluster, self.options.participants)
+        chosen = choose(self.cluster, self.options.participants if isinstance(self.options, LockstepOptions) else ALL)
         return tuple(sorted(rank for c in chosen for rank in c.ranks))
 
     def check(self) -> None:
         plain = AggregationConfig(weights="uniform")
-        for key in ("weights", "optimizer_state", "outer_lr", "outer_momentum", "outer_nesterov"):
+        for key in ("weights", "optimizer_state", "outer_lr", "outer_momentum", "outer_nesterov", "mode"):
             value, neutral = getattr(self.aggregation, key), getattr(plain, key)
             if value != neutral:
                 problem = f"{self.options.name} averages gradients, not models"
                 remedy = f"leave it at {neutral}, or take a local-SGD method"
+                if key == "mode":
+                    problem, remedy = f"{self.options.name} goes in lockstep", f"{remedy}, or algorithm.name=eager_sgd"
                 raise ConfigError(f"aggregation.{key}", value, problem, remedy)
         super().check()
 

@@ -82,3 +82,16 @@ def _adopt(tensors: list[Tensor]) -> Tensor:
             view.copy_(tensor)
             tensor.data = view
     return flat
+
+
+def joined(vectors: list[Tensor]) -> Tensor:
+    """Vectors of several dtypes as one of the widest; a single vector as it is."""
+    if len(vectors) == 1:
+        return vectors[0]
+    dtype = max((v.dtype for v in vectors), key=lambda d: d.itemsize)
+    return torch.cat([v.to(dtype) for v in vectors])
+
+
+def parts_of(vector: Tensor, vectors: list[Tensor]) -> tuple[Tensor, ...]:
+    """The parts of what :func:`joined` made of these vectors, as views."""
+    return vector.split([v.numel() for v in vectors])

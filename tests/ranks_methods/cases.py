@@ -66,6 +66,7 @@ UNIFIED = {"sampling.scheme": "unified", "sampling.high_loss_ratio": 0.4}
 TO_SLOW = {"sampling.high_loss_ratio": 1.0, "sampling.bias_to": "slow"}
 ADAMW = {"train.optimizer": "AdamW", "train.lr": 0.01, "train.optimizer_args": {}}
 NESTEROV = {"aggregation.outer_lr": 0.5, "aggregation.outer_momentum": 0.9, "aggregation.outer_nesterov": True}
+IN_STEP = {"aggregation.sync_every": 1, "aggregation.patience_sec": 60}
 
 CASES: dict[str, Case] = {
     # step by step together
@@ -115,11 +116,25 @@ CASES: dict[str, Case] = {
     "outer, Nesterov, BatchNorm": Case("biased_local_sgd", {**TAU31, **NESTEROV}, model="norm"),
     "momentum averaged": Case("biased_local_sgd", {**TAU31, "aggregation.optimizer_state": "average"}),
     "momentum reset": Case("biased_local_sgd", {**TAU31, "aggregation.optimizer_state": "reset"}),
+    "solo, nobody late": Case("biased_local_sgd", {**TAU31, **IN_STEP, "aggregation.mode": "solo"}),
+    "majority, nobody late, Nesterov, BatchNorm": Case(
+        "biased_local_sgd", {**TAU31, **IN_STEP, **NESTEROV, "aggregation.mode": "majority"}, model="norm"
+    ),
+    "solo, nobody late, momentum reset": Case("unbalanced_local_sgd", {
+        **TAU31, **IN_STEP, "aggregation.mode": "solo", "aggregation.optimizer_state": "reset",
+    }),
     "AdamW": Case("biased_local_sgd", {**TAU31, **ADAMW}),
     "AdamW averaged": Case("biased_local_sgd", {**TAU31, **ADAMW, "aggregation.optimizer_state": "average"}),
 }
 
 CASES |= {f"digits, {name}": Case(name, {"profile.seconds": 0.2}, model="digits") for name in REGISTRY}
+CASES |= {
+    f"digits, biased_local_sgd, {mode}": Case(
+        "biased_local_sgd", {"profile.seconds": 0.2, "aggregation.mode": mode}, model="digits"
+    )
+    for mode in ("solo", "majority")
+}
+CASES["digits, eager_sgd, majority"] = Case("eager_sgd", {"algorithm.mode": "majority"}, model="digits")
 
 
 def data() -> Any:

@@ -23,14 +23,24 @@ from hvd_hetero.feed import Feed
 
 
 class RecordedFeed(Feed):
-    """Remembers what it dealt."""
+    """Remembers what it dealt, or what was taken of what it handed out."""
 
     dealt: list[torch.Tensor] = []
+    whole = False
 
     def deal(self, plan: Any) -> Any:
         rows = super().deal(plan)
         RecordedFeed.dealt.append(torch.from_numpy(rows.copy()).long())
         return rows
+
+    def deal_whole(self, plan: Any) -> Any:
+        self.whole = True
+        return super().deal_whole(plan)
+
+    def collect_as_worked(self, worked: Any, losses: Any) -> None:
+        if self.whole:
+            RecordedFeed.dealt.append(torch.from_numpy(worked.rows.copy()).long())
+        super().collect_as_worked(worked, losses)
 
 
 def run(case: Case, env: JobEnv, folder: Path) -> dict[str, Any]:
@@ -44,6 +54,7 @@ def run(case: Case, env: JobEnv, folder: Path) -> dict[str, Any]:
     this = trainer.Trainer(job.Job(env, config, parts, cluster, Placement("cpu", 1, None)), folder)
     this.prepare()
     summary = this.run()
+    this.algorithm.close()
     return {"model": this.worker.model.state_dict(), "dealt": RecordedFeed.dealt, "summary": summary}
 
 

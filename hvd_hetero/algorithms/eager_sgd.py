@@ -1,0 +1,132 @@
+"""Eager-SGD (Li et al., "Taming Unbalanced Training Workloads in Deep Learning with Partial Collective Operations", 2020).
+
+Synchronous SGD whose allreduce of gradients is partial. On each of the m ranks, with a send buffer s that is empty at
+first and k, the number of the next result to take::
+
+    repeat until the samples of the pass are used up:
+        take the next batch that nobody has taken
+        s = s + (1/m) gradient of its mean loss at x    # late gradients are added, never overwritten
+        say that this rank is there for round k
+        wait for round k; for each result g that has come, in order:
+            x = x - lr * g;  k = k + 1
+    in the background, when round k starts: send s, s = 0
+
+``algorithm.mode: solo``: a round starts when the first rank is there. ``majority``: when a rank drawn for this round
+is there, so that on average half of them are. Everybody takes part at once with what the send buffer holds: a fresh
+gradient, an old one, several, or none. Every ``aggregation.sync_every`` rounds all ranks are waited for, and nobody
+falls behind by more than ``aggregation.max_lag`` rounds. Faster ranks take more of the batches; the pass ends for all
+together, with one round for what is left in the buffers.
+
+Where batches differ in size, 1/m is B_i / sum_j B_j. Running statistics of BatchNorm are averaged at the end of a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvd_hetero.algorithms.lockstep import Lockstep
+from hvd_hetero.comm.flat import joined, parts_of
+from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.comm.partial import Counts, PartialAllreduce, Round
+from hvd_hetero.data import Batch
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.feed import Pass, Worked
+from hvd_hetero.plan import Plan
+from hvd_hetero.schema import AlgorithmConfig
+from hvd_hetero.worker import Worker
+
+
+@final
+class EagerSGD(Lockstep):
+    """A step a result; no rank computes while another one waits for it."""
+
+    Options: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
+    modes: ClassVar[Sequence[str]] = ("solo", "majority")
+    hands_out: ClassVar[bool] = True
+
+    def check(self) -> None:
+        if self.cluster.size == 1:
+            remedy = "start more ranks, or choose sync_sgd"
+            raise ConfigError("algorithm.name", self.options.name, "one rank has nobody to run ahead of", remedy)
+        if self.train.max_fast_steps is not None:
+            problem = "eager_sgd hands out samples as ranks ask for them, so nobody knows who takes how many steps"
+            remedy = "set train.max_samples or train.max_train_sec"
+            raise ConfigError("train.max_fast_steps", self.train.max_fast_steps, problem, remedy)
+        super().check()
+
+    def start(self, plan: Plan, worker: Worker, comm: Comm) -> None:
+        super().start(plan, worker, comm)
+        self._comm, self._gradients = comm, worker.flat_gradients()
+        self._open(0)
+
+    def _open(self, first: int) -> None:
+        whole = joined(self._gradients)
+        self.partial = PartialAllreduce(
+            self._comm,
+            whole.numel(),
+            whole.dtype,
+            self.options.mode or "solo",
+            units=[(rank,) for rank in self.ranks],
+            seed=self.seed,
+            sync_every=self.aggregation.sync_every,
+            max_lag=self.aggregation.max_lag,
+            first=first,
+            hosts=len({fact.host for fact in self.cluster.facts}),
+        )
+
+    def run_pass(self, given: Pass, worker: Worker, comm: Comm) -> Worked:
+        partial, first, self._averages = self.partial, self.partial.version, 0
+        rows, at = list[NDArray[Any]](), list[int]()
+        batches = self._handed_out(given, rows)
+        partial.claim(self.mine.batch_size)
+        while True:
+            for inputs, targets in worker.pace.steps(batches, 1):
+                worker.gradient(inputs, targets, self.mine.weight)
+            if len(rows) == len(at):
+                break
+            at.append(partial.version - first)
+            partial.claim(self.mine.batch_size)  # the answer comes while this rank waits for the round
+            partial.contribute(comm.on_host(joined(self._gradients)))
+            self._apply(partial.take(), worker, given, first)
+        for results in partial.finish():
+            self._apply(results, worker, given, first)
+        taken = np.stack(rows) if rows else np.empty((0, self.mine.batch_size), dtype=np.int64)
+        return Worked(self._averages, len(rows), taken, np.array(at, dtype=np.int64))
+
+    def _handed_out(self, given: Pass, rows: list[NDArray[Any]]) -> Iterator[Batch]:
+        """The batches that this rank is offered, as long as there are whole ones; notes their samples."""
+        size = self.mine.batch_size
+        while (start := self.partial.offered()) + size <= len(given.rows):
+            rows.append(given.rows[start : start + size])
+            yield from given.read(rows[-1][None])
+
+    def _apply(self, results: Sequence[Round], worker: Worker, given: Pass, first: int) -> None:
+        """One optimizer step along each result."""
+        worker.watch.waited(results[0].started)
+        for result in results:
+            if result.weight:  # the last round of a pass finds the buffers empty, as a rule
+                given.begin_round(result.number - first)
+                for gradient, part in zip(self._gradients, parts_of(result.total, self._gradients), strict=True):
+                    gradient.copy_(part)
+                worker.apply()
+                self._averages += 1
+                given.end_round()
+        self.partial.done(results)
+        worker.pace.pause()
+
+    def counts(self) -> Counts | None:
+        return self.partial.take_counts()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"round": self.partial.version}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.partial.close()
+        self._open(int(state["round"]))
+
+    def close(self) -> None:
+        self.partial.close()

@@ -1,0 +1,163 @@
+"""Averaging models without waiting: a class that is late for a round is left out, and merged at the next one it makes.
+
+Beyond both papers; it joins the rounds of biased local SGD with the partial collectives of eager-SGD. Every rank i
+holds the common model x of the rounds it has had the results of, and its own progress D_i since it was last merged::
+
+    y_i = x + D_i                                  # what the rank trains
+    repeat: tau_i local steps on y_i
+    at round k, with P_k the ranks that have progress to give when it starts:
+        x   = x + sum_{i in P_k} v_i D_i / sum_{i in P_k} v_i
+        D_i = 0 for i in P_k
+
+v_i is the number of steps in D_i, or 1 with uniform weights. If nobody is late, P_k is everybody, D_i = x_i - x, and
+x becomes sum_i w_i x_i: the blocking average. A round starts when the first class is there (solo), or the class of a
+rank drawn for this round (majority). All ranks apply all results in the same order, so x is the same on all of them, to
+the last bit. An outer optimizer, where there is one, takes the average that a round proposes, as it always does.
+
+Nobody waits for a round for longer than ``aggregation.patience_sec``: a rank that has its tau steps behind it and no
+result goes on from y_i, and what it does is merged a round later. Only one that is ``aggregation.max_lag`` rounds ahead
+waits. In every ``aggregation.sync_every``-th round all classes take part. A pass ends when one class has had all its
+samples; the others stop after the step that they are in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hvd_hetero.algorithms.outer import Outer
+from hvd_hetero.cluster import Cluster
+from hvd_hetero.comm.flat import joined, parts_of
+from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.comm.partial import Counts, PartialAllreduce, Round
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.feed import Pass, Worked
+from hvd_hetero.schema import AggregationConfig
+from hvd_hetero.worker import Worker
+
+
+def check_merging(spec: AggregationConfig, cluster: Cluster) -> None:
+    """Refuses what cannot be done without waiting for everybody.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if cluster.size == 1:
+        remedy = "set aggregation.mode=blocking, or start more ranks"
+        raise ConfigError("aggregation.mode", spec.mode, "one rank has nobody to be late for", remedy)
+    if spec.optimizer_state == "average":
+        problem = f"aggregation.mode={spec.mode} averages at no time at which all ranks are there"
+        remedy = "set local or reset, or aggregation.mode=blocking"
+        raise ConfigError("aggregation.optimizer_state", spec.optimizer_state, problem, remedy)
+
+
+class Merging:
+    """One rank's rounds of partial averaging; all ranks make it together."""
+
+    def __init__(
+        self, worker: Worker, comm: Comm, cluster: Cluster, spec: AggregationConfig, outer: Outer, seed: int
+    ) -> None:
+        self._worker, self._comm, self._cluster, self._spec = worker, comm, cluster, spec
+        self._outer, self._seed = outer, seed
+        self._vectors = worker.state.vectors
+        self._common = joined(self._vectors).clone()
+        self._ahead: Tensor | None = None
+        """``[P]`` on the host: progress that was contributed and has not come back in a result; None: nothing."""
+        self._unmerged = self._averages = 0
+        self._open(0)
+
+    def _open(self, first: int) -> None:
+        spec, common = self._spec, self._common
+        self._partial = PartialAllreduce(
+            self._comm,
+            common.numel(),
+            common.dtype,
+            spec.mode,
+            units=[c.ranks for c in self._cluster.classes],
+            seed=self._seed,
+            sync_every=spec.sync_every,
+            max_lag=spec.max_lag,
+            weigh=float if spec.weights == "steps" else lambda steps: 1.0,
+            first=first,
+            hosts=len({fact.host for fact in self._cluster.facts}),
+        )
+
+    @property
+    def version(self) -> int:
+        """Number of rounds so far."""
+        return self._partial.version
+
+    def go_on_from(self, number: int) -> None:
+        """Numbers the rounds on from here, in a resumed run."""
+        self._partial.close()
+        self._open(number)
+
+    def run_pass(self, given: Pass, worker: Worker, tau: int) -> Worked:
+        """Rounds of tau local steps until a class has had all its samples; then everybody is merged."""
+        partial, at = self._partial, list[int]()
+        batches, first, self._averages = given.read(given.rows), partial.version, 0
+        for _ in range(given.plan.rounds):
+            number = partial.version - first
+            given.begin_round(number)
+            steps = worker.local_steps(batches, tau, lambda: partial.closing)
+            at += [number] * steps
+            self._contribute(steps)
+            rounds = partial.take(None if self._unmerged >= self._spec.max_lag else self._spec.patience_sec)
+            worker.watch.waited(rounds[0].started if rounds else math.inf)
+            self._merge(rounds)
+            given.end_round()
+            if partial.closing:
+                break
+        for rounds in partial.finish():
+            worker.watch.waited(rounds[0].started)
+            self._merge(rounds)
+        return Worked(self._averages, len(at), given.rows[: len(at)], np.array(at, dtype=np.int64))
+
+    @torch.no_grad()
+    def _contribute(self, steps: int) -> None:
+        progress = self._comm.on_host(joined(self._vectors) - self._common)
+        fresh = progress if self._ahead is None else progress - self._ahead
+        self._partial.contribute(fresh, steps)
+        self._ahead = progress.clone() if progress.is_pinned() else progress
+        self._unmerged += 1
+
+    @torch.no_grad()
+    def _merge(self, rounds: Sequence[Round]) -> None:
+        """Takes results into the common model, and puts what is left of this rank's progress on top of it."""
+        if not rounds:
+            return
+        self._set(self._common)
+        for item in rounds:
+            if item.own is not None:
+                assert self._ahead is not None
+                self._ahead -= item.own
+                self._unmerged -= item.contributions
+            if item.weight:
+                self._outer.remember()
+                for vector, part in zip(self._vectors, parts_of(item.total, self._vectors), strict=True):
+                    vector.add_(part.to(vector), alpha=1 / item.weight)
+                self._outer.step()
+                self._averages += 1
+        self._partial.done(rounds)
+        self._common.copy_(joined(self._vectors))
+        if not self._unmerged:
+            self._ahead = None  # what rounding has left of it is nobody's progress
+            if self._spec.optimizer_state == "reset":
+                self._worker.optimizer.state.clear()
+        elif self._ahead is not None:
+            self._set(self._common + self._ahead.to(self._common))
+
+    def _set(self, whole: Tensor) -> None:
+        for vector, part in zip(self._vectors, parts_of(whole, self._vectors), strict=True):
+            vector.copy_(part)
+
+    def counts(self) -> Counts:
+        """What this rank has sent since the last call."""
+        return self._partial.take_counts()
+
+    def close(self) -> None:
+        self._partial.close()

@@ -1,0 +1,353 @@
+"""Partial allreduce: a collective that whoever is ready starts, and all others join with whatever they have.
+
+Source: Li et al., "Taming Unbalanced Training Workloads in Deep Learning with Partial Collective Operations"
+(eager-SGD, 2020), on Horovod: a helper thread on every rank takes part in its place, so that no rank's computing delays
+another.
+
+What a rank contributes is added to its send buffer. When a round starts, every helper takes the buffer as it is, leaves
+an empty one, and sums over all ranks; whatever is contributed later goes with the next round. So each contribution is
+sent exactly once, and every rank gets every round's sum, in order.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import horovod.torch as hvd
+import torch
+from torch import Tensor
+
+from hvd_hetero.comm.activation import Hub, Link, connect
+from hvd_hetero.comm.horovod import POLL_SEC, Comm, guarded
+from hvd_hetero.comm.referee import ARRIVED, CLAIM, CLOSING, FINAL, FINISHED, FULL, OFFER, START, Referee
+
+PATIENT_POLL_SEC = 1e-3
+"""Between looks at a round that takes long: polling as often as at first would cost the ranks that compute."""
+
+
+@dataclass
+class Round:
+    """What came of one round.
+
+    Attributes:
+        number: counted from 0 over the whole run.
+        total: ``[P]`` sum over ranks, on the host; valid until :meth:`PartialAllreduce.done`.
+        weight: sum over ranks of the weights of what they sent.
+        own: ``[P]`` what this rank had contributed, unweighted, if it is kept; else None.
+        contributions: how many of this rank's were in it.
+        started: when this rank learned that the round started, by ``time.perf_counter``.
+        final: whether it is the last one of the pass.
+    """
+
+    number: int
+    total: Tensor
+    weight: float
+    own: Tensor | None
+    contributions: int
+    started: float
+    final: bool
+    buffers: list[Tensor] = field(repr=False, default_factory=list)
+
+
+@dataclass
+class Counts:
+    """What one rank sent: rounds with something fresh in it, with nothing but late contributions, and empty ones.
+
+    Attributes:
+        staleness: contributions by age: rounds between the model they were computed on and the round they went with.
+        waited_for: rounds that this rank held up, because it had too many results left to take.
+    """
+
+    fresh: int = 0
+    late: int = 0
+    empty: int = 0
+    waited_for: int = 0
+    staleness: Counter[int] = field(default_factory=Counter)
+
+
+class PartialAllreduce:
+    """A partial allreduce of one vector over all ranks of the job; all ranks make it together.
+
+    Args:
+        size: P, elements of the vector.
+        mode: ``solo``, ``majority`` or ``full``, see :class:`hvd_hetero.comm.referee.Referee`.
+        units: all ranks, by what arrives as a whole.
+        seed: of majority's initiators; the same on all ranks.
+        sync_every: every so many rounds each rank joins only when it has something to send: nothing that is sent is
+            older than ``sync_every`` + 1 rounds.
+        max_lag: a rank joins no round while it has so many results left to take; the others then wait for it.
+        weigh: turns the number of steps in the send buffer into the factor that what it holds is sent with; None sends
+            it as it is, and ``Round.weight`` is the number of steps.
+        first: number of the first round, in a resumed run.
+        hosts: how many hosts the ranks are on.
+
+    Attributes:
+        counts: since :meth:`take_counts`.
+        closing: whether a whole unit has finished the pass, so that the others should come to an end.
+    """
+
+    def __init__(
+        self,
+        comm: Comm,
+        size: int,
+        dtype: torch.dtype,
+        mode: str,
+        *,
+        units: Sequence[Sequence[int]],
+        seed: int = 0,
+        sync_every: int = 32,
+        max_lag: int = 32,
+        weigh: Callable[[float], float] | None = None,
+        first: int = 0,
+        hosts: int = 1,
+    ) -> None:
+        assert comm.size > 1 and sync_every >= 1 and max_lag >= 1
+        self._rank, self._size, self._dtype = comm.rank, size, dtype
+        self._full = 1 if mode == FULL else sync_every
+        self._max_lag, self._weigh = max_lag, weigh
+        self._changed = threading.Condition()
+        self._pool: list[Tensor] = []
+        self._buffer = self._empty()
+        self._steps, self._made_at = 0.0, list[int]()
+        self._starts: deque[tuple[int, float, bool]] = deque()
+        self._rounds: deque[Round] = deque()
+        self._offers: deque[int] = deque()
+        self._next, self._taken = first, first
+        self._in_pass, self._stopped = True, False
+        self._error: BaseException | None = None
+        self.counts, self.closing = Counts(), False
+        referee = Referee(units, mode, seed, first)
+        self._link: Link
+        self._hub: Hub | None
+        self._link, self._hub = connect(comm, hosts, referee.hear)
+        names = (("reader", self._read), ("helper", self._help))
+        self._threads = [
+            threading.Thread(target=self._watched, args=(run,), name=f"hvd_hetero.{name}", daemon=True)
+            for name, run in names
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # ---- what a rank's own thread calls -----------------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """Number of rounds whose results this rank has taken: the version of its model."""
+        return self._taken
+
+    def contribute(self, vector: Tensor, steps: float = 1) -> None:
+        """Adds to what goes with the next round that starts, and says that this rank is there.
+
+        Args:
+            vector: ``[P]`` on the host.
+            steps: how much work is in it, for its weight.
+        """
+        with self._changed:
+            self._check()
+            own = self._buffer[: self._size]
+            if self._made_at:
+                own.add_(vector)
+            else:
+                own.copy_(vector)
+            self._steps += steps
+            self._made_at.append(self._taken)
+            self._changed.notify_all()
+        self._say(ARRIVED, self._taken)
+
+    def take(self, patience_sec: float | None = None) -> list[Round]:
+        """The results that are there and were not taken yet, in order; waits for one if there is none.
+
+        Args:
+            patience_sec: how long to wait at most; None: as long as it takes.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._rounds or self._error or self._stopped, patience_sec)
+            self._check()
+            taken = list(self._rounds)
+            self._rounds.clear()
+            self._taken += len(taken)
+            self._changed.notify_all()
+        return taken
+
+    def done(self, rounds: Sequence[Round]) -> None:
+        """Gives the memory of results back."""
+        with self._changed:
+            for item in rounds:
+                self._pool += item.buffers
+                item.buffers = []
+
+    def claim(self, samples: int) -> None:
+        """Asks for samples of the pass; :meth:`offered` has the answer."""
+        self._say(CLAIM, samples)
+
+    def offered(self) -> int:
+        """Place in the pass of the first of the samples asked for; no two ranks are offered the same."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._offers or self._error or self._stopped)
+            self._check()
+            return self._offers.popleft()
+
+    def finish(self) -> Iterator[list[Round]]:
+        """Ends this rank's part of the pass: gives results as they come, up to the round that empties all buffers.
+
+        When it is through, all ranks have had the same results, and nothing is left unsent.
+        """
+        with self._changed:
+            self._in_pass = False
+            self._changed.notify_all()
+        self._say(FINISHED, 0)
+        last = False
+        while not last:
+            taken = self.take()
+            last = taken[-1].final
+            yield taken
+        self._in_pass, self.closing = True, False
+
+    def take_counts(self) -> Counts:
+        """What this rank has sent since the last call."""
+        with self._changed:
+            taken, self.counts = self.counts, Counts()
+        return taken
+
+    def close(self) -> None:
+        """Ends the threads and the channel, whatever they are doing; a round on its way is given up."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        self._link.close()
+        if self._hub is not None:
+            self._hub.close()
+        for thread in self._threads:
+            thread.join(timeout=5)
+
+    def _say(self, what: int, number: int) -> None:
+        try:
+            self._link.send(what, number)
+        except OSError as error:
+            self._fail(ConnectionError("the channel to rank 0 is broken"))
+            raise ConnectionError("the channel to rank 0 is broken") from error
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._stopped:
+            raise RuntimeError("the partial collective was closed")
+
+    # ---- the threads ------------------------------------------------------------------------------------------------
+
+    def _watched(self, run: Callable[[], None]) -> None:
+        try:
+            run()
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            if not self._stopped and self._error is None:
+                self._error = error
+            self._changed.notify_all()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                what, number = self._link.receive()
+            except (EOFError, OSError):
+                if self._stopped:
+                    return
+                raise ConnectionError("the channel to rank 0 is broken") from None
+            with self._changed:
+                if what == OFFER:
+                    self._offers.append(number)
+                elif what == CLOSING:
+                    self.closing = True
+                elif what in (START, FINAL):
+                    self._starts.append((number, time.perf_counter(), what == FINAL))
+                self._changed.notify_all()
+
+    def _help(self) -> None:
+        said = False
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._starts or self._over())
+                if self._over():
+                    return
+                number, started, final = self._starts.popleft()
+                if number - self._taken >= self._max_lag:
+                    self.counts.waited_for += 1
+                    if not said:
+                        said = True
+                        print(f"rank {self._rank} is {self._max_lag} rounds behind: the others wait for it", flush=True,
+                              file=sys.stderr)
+                self._changed.wait_for(lambda: self._over() or self._may_join(number, final))  # noqa: B023
+                if self._over():
+                    return
+                item, steps = self._snapshot(number, started, final)
+            payload = self._payload(item, steps)
+            handle = guarded(lambda: hvd.allreduce_async_(payload, op=hvd.Sum, name="partial"))  # noqa: B023
+            if not self._finished(handle):
+                return
+            guarded(lambda: hvd.synchronize(handle))  # noqa: B023
+            item.weight = float(payload[-1])
+            with self._changed:
+                self._rounds.append(item)
+                self._changed.notify_all()
+
+    def _over(self) -> bool:
+        return self._stopped or self._error is not None
+
+    def _may_join(self, number: int, final: bool) -> bool:
+        if number - self._taken >= self._max_lag:
+            return False
+        full = (number + 1) % self._full == 0
+        return bool(not full or final or self._made_at or not self._in_pass)
+
+    def _snapshot(self, number: int, started: float, final: bool) -> tuple[Round, float]:
+        """Takes the send buffer, with the number of steps in it, and leaves an empty one; the caller holds the lock."""
+        assert number == self._next, "rounds come in order"
+        self._next += 1
+        buffer, made_at, steps = self._buffer, self._made_at, self._steps
+        self._buffer, self._made_at, self._steps = self._empty(), [], 0.0
+        if made_at:
+            self.counts.staleness.update(number - version for version in made_at)
+            self.counts.fresh += made_at[-1] == number
+            self.counts.late += made_at[-1] != number
+        else:
+            self.counts.empty += not final
+        return Round(number, buffer, 0.0, None, len(made_at), started, final, [buffer]), steps
+
+    def _payload(self, item: Round, steps: float) -> Tensor:
+        """What is sent of the buffer that was taken: ``[P + 1]``, the weight last."""
+        buffer = payload = item.buffers[0]
+        weight = steps
+        if not item.contributions:
+            buffer.zero_()
+        elif self._weigh is not None:
+            with self._changed:
+                payload = self._empty()
+            weight = self._weigh(steps)
+            torch.mul(buffer, weight, out=payload)
+            item.own = buffer[: self._size]
+            item.buffers = [payload, buffer]
+        payload[-1] = weight
+        item.total = payload[: self._size]
+        return payload
+
+    def _empty(self) -> Tensor:
+        """A buffer with a place for the weight behind the vector; its contents are anything."""
+        if self._pool:
+            return self._pool.pop()
+        return torch.empty(self._size + 1, dtype=self._dtype)
+
+    def _finished(self, handle: int) -> bool:
+        """Waits for a round on its way; False if this was closed meanwhile."""
+        begin = time.perf_counter()
+        while not guarded(lambda: hvd.poll(handle)):
+            if self._over():
+                return False
+            time.sleep(POLL_SEC if time.perf_counter() - begin < 0.01 else PATIENT_POLL_SEC)
+        return True

@@ -1,0 +1,97 @@
+"""When a round of a partial collective starts, decided from what the ranks say. Pure: no threads, no sockets.
+
+A *unit* is what arrives as a whole: a rank for eager-SGD, a device class for models averaged in rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+SOLO, MAJORITY, FULL = "solo", "majority", "full"
+MODES = (SOLO, MAJORITY, FULL)
+ARRIVED, CLAIM, FINISHED = 1, 2, 3
+"""What a rank says: it has contributed and needs round N next; it wants N samples; its pass is over."""
+START, FINAL, OFFER, CLOSING = 11, 12, 13, 14
+"""What a rank is told: join round N; join round N, the last of the pass; samples from N on; stop soon."""
+
+Order = tuple[int | None, int, int]
+"""Whom (None: everybody), what, and a number."""
+
+
+def initiator(seed: int, number: int, ranks: int) -> list[int]:
+    """All ranks in the order in which they may start a round in mode majority: the first one that still trains does.
+
+    A function of its arguments alone, so it is the same on all ranks and after a resumed run.
+    """
+    return [int(rank) for rank in np.random.default_rng((seed, number)).permutation(ranks)]
+
+
+class Referee:
+    """Hears every rank and says who is to do what.
+
+    - ``solo``: the first unit to arrive at the next round starts it.
+    - ``majority``: the unit of the round's initiator does, when it arrives.
+    - ``full``: as solo; every rank joins when it has arrived itself, so that nobody is left out.
+
+    A rank arrives at a round if it has had the results of all earlier ones; one that has not is late, and starts none.
+
+    Args:
+        units: all ranks, by unit.
+        seed: of the initiators.
+        first: number of the first round.
+    """
+
+    def __init__(self, units: Sequence[Sequence[int]], mode: str, seed: int, first: int = 0) -> None:
+        assert mode in MODES
+        self._units = [frozenset(unit) for unit in units]
+        self._unit_of = {rank: unit for unit in self._units for rank in unit}
+        self._mode, self._seed, self._next = mode, seed, first
+        self._begin_pass()
+
+    def _begin_pass(self) -> None:
+        self._arrived: set[int] = set()
+        self._finished: set[int] = set()
+        self._claimed = 0
+        self._closing = False
+
+    def hear(self, rank: int, what: int, number: int) -> list[Order]:
+        """What follows from one message of a rank; messages of one rank come in the order in which it sent them."""
+        if what == CLAIM:
+            self._claimed += number
+            return [(rank, OFFER, self._claimed - number)]
+        if what == ARRIVED:
+            assert number <= self._next, "a rank cannot have the result of a round that was not started"
+            if number == self._next:
+                self._arrived.add(rank)
+            return self._started()
+        assert what == FINISHED
+        self._finished.add(rank)
+        if len(self._finished) == len(self._unit_of):
+            self._begin_pass()
+            return [(None, FINAL, self._count())]
+        orders: list[Order] = []
+        if not self._closing and any(unit <= self._finished for unit in self._units):
+            self._closing = True
+            orders.append((None, CLOSING, 0))
+        return orders + self._started()
+
+    def _started(self) -> list[Order]:
+        """Starts the next round if the right unit is there; ranks whose pass is over are not waited for."""
+        if self._mode == MAJORITY:
+            order = initiator(self._seed, self._next, len(self._unit_of))
+            first = next(rank for rank in order if rank not in self._finished)
+            units = [self._unit_of[first]]
+        else:
+            units = self._units
+        for unit in units:
+            training = unit - self._finished
+            if training and training <= self._arrived:
+                self._arrived.clear()
+                return [(None, START, self._count())]
+        return []
+
+    def _count(self) -> int:
+        self._next += 1
+        return self._next - 1

@@ -1,0 +1,158 @@
+"""What the scripted runs do, and what must come of it, computed in one process without threads or Horovod."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from ranks_methods.cases import BASE, model
+from ranks_methods.oracle import Replica
+from torch import Tensor
+
+from hvd_hetero.cluster import RankFacts
+
+Worked = Sequence[tuple[Tensor, Tensor]]
+"""Of one rank: its samples ``[steps, B]`` and the round of each step."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One pass in which ranks take turns.
+
+    Attributes:
+        order: whose turn it is, again and again.
+        settings: beyond those of the methods' cases.
+    """
+
+    method: str
+    order: list[int]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    tau: tuple[int, ...] = (1, 1)
+    model: str = "mlp"
+
+    def overrides(self) -> dict[str, Any]:
+        classes = {f"c{rank}": {"device": "cpu", "ranks": [rank]} for rank in range(len(self.tau))}
+        tau = {name: self.tau[rank] for rank, name in enumerate(classes)}
+        method = {"algorithm.name": self.method, "cluster.classes": classes, "train.tau": tau, "train.passes": 1}
+        return {**BASE, **method, "aggregation.sync_every": 1000, "aggregation.patience_sec": 60, **self.settings}
+
+    def steps_a_turn(self, rank: int) -> int:
+        """A turn is one step of eager-SGD, one round of local steps."""
+        return self.tau[rank]
+
+
+SOLO = {"aggregation.mode": "solo"}
+OUTER = {"aggregation.outer_lr": 0.7, "aggregation.outer_momentum": 0.5}
+CASES = {
+    "eager": Schedule("eager_sgd", [0, 0, 0, 1]),
+    "eager, three ranks": Schedule("eager_sgd", [0, 1, 0, 2, 0, 1, 1], tau=(1, 1, 1)),
+    "eager, AdamW": Schedule("eager_sgd", [0, 0, 1], {"train.optimizer": "AdamW", "train.optimizer_args": {}}),
+    "merging": Schedule("biased_local_sgd", [0, 0, 0, 1], SOLO, tau=(3, 1)),
+    "merging, now one first, now the other": Schedule("biased_local_sgd", [0, 1, 1, 0, 0], SOLO, tau=(2, 2)),
+    "merging, uniform": Schedule("unbalanced_local_sgd", [0, 0, 1], SOLO, tau=(3, 1)),
+    "merging, outer": Schedule("biased_local_sgd", [0, 0, 1, 0, 2], {**SOLO, **OUTER}, tau=(3, 1, 2)),
+}
+
+
+def facts(size: int) -> list[RankFacts]:
+    return [RankFacts(rank, "localhost", rank, (), "cpu", (0,)) for rank in range(size)]
+
+
+def turns(order: Sequence[int], left: Sequence[int]) -> list[int]:
+    """Who does something when: each rank as often as it did in all, in the given order."""
+    result, remaining, turn = [], list(left), 0
+    while any(remaining):
+        rank = order[turn % len(order)]
+        turn += 1
+        if remaining[rank]:
+            remaining[rank] -= 1
+            result.append(rank)
+    return result
+
+
+class Case(Replica):
+    """A replica whose weights and gradients are single vectors."""
+
+    def vector(self) -> Tensor:
+        return torch.cat([p.detach().reshape(-1) for p in self.net.parameters()])
+
+    def set(self, vector: Tensor) -> None:
+        torch.nn.utils.vector_to_parameters(vector.clone(), self.net.parameters())
+
+    def flat_gradient(self, rows: Tensor) -> Tensor:
+        return torch.cat([g.reshape(-1) for g in self.gradient(rows)])
+
+    def step_along(self, vector: Tensor) -> None:
+        parts = vector.split([p.numel() for p in self.net.parameters()])
+        self.step([part.view_as(p) for part, p in zip(parts, self.net.parameters(), strict=True)])
+
+
+def eager(case: Schedule, worked: Sequence[Worked]) -> tuple[Tensor, list[list[int]]]:
+    """The final weights, and by rank the round of each step."""
+    one = Case(case)  # type: ignore[arg-type]
+    ranks = len(worked)
+    history, buffers, versions = [one.vector()], [torch.zeros(())] * ranks, [0] * ranks
+    done: list[list[int]] = [[] for _ in worked]
+    rows = [list(w[0][0]) for w in worked]
+    for rank in turns(case.order, [len(r) for r in rows]):
+        one.set(history[versions[rank]])
+        done[rank].append(versions[rank])
+        buffers[rank] = buffers[rank] + one.flat_gradient(rows[rank].pop(0)) / ranks
+        if versions[rank] == len(history) - 1:  # not late: starts the round
+            one.set(history[-1])
+            one.step_along(sum(buffers))  # type: ignore[arg-type]
+            history.append(one.vector())
+            buffers = [torch.zeros(())] * ranks
+        versions[rank] = len(history) - 1
+    if any(b.dim() for b in buffers):
+        one.set(history[-1])
+        one.step_along(sum(buffers))  # type: ignore[arg-type]
+        history.append(one.vector())
+    return history[-1], done
+
+
+def merging(case: Schedule, worked: Sequence[Worked]) -> tuple[Tensor, list[list[int]]]:
+    """The same for models: x, each rank's own progress on top of it, and who is merged when."""
+    settings = case.overrides()
+    lr, momentum = settings.get("aggregation.outer_lr", 1.0), settings.get("aggregation.outer_momentum", 0.0)
+    replicas = [Case(case) for _ in worked]  # type: ignore[arg-type]
+    start = replicas[0].vector()
+    history, velocity = [start], torch.zeros_like(start)
+    own = [start for _ in worked]  # what each rank trains
+    progress = [torch.zeros_like(start) for _ in worked]  # of each since it was last merged
+    steps, versions = [0] * len(worked), [0] * len(worked)
+    done: list[list[int]] = [[] for _ in worked]
+    rows = [list(w[0][0]) for w in worked]
+
+    def merge() -> None:
+        nonlocal velocity
+        weights = [float(s) if case.method == "biased_local_sgd" else float(s > 0) for s in steps]
+        step = sum(w * d for w, d in zip(weights, progress, strict=True)) / sum(weights)
+        velocity = momentum * velocity - step
+        history.append(history[-1] - lr * velocity)
+        for rank in range(len(worked)):
+            progress[rank], steps[rank] = torch.zeros_like(start), 0
+
+    rounds = [-(-len(r) // case.tau[rank]) for rank, r in enumerate(rows)]
+    for rank in turns(case.order, rounds):
+        mine = replicas[rank]
+        mine.set(own[rank])
+        for _ in range(min(case.tau[rank], len(rows[rank]))):
+            done[rank].append(versions[rank])
+            mine.step_along(mine.flat_gradient(rows[rank].pop(0)))
+            steps[rank] += 1
+        progress[rank] = progress[rank] + mine.vector() - own[rank]
+        if versions[rank] == len(history) - 1:
+            merge()
+        versions[rank] = len(history) - 1
+        own[rank] = history[-1] + progress[rank]
+    if any(steps):
+        merge()
+    return history[-1], done
+
+
+def final(state: Mapping[str, Tensor]) -> Tensor:
+    """A run's weights as one vector."""
+    return torch.cat([state[name].reshape(-1) for name, _ in model("mlp").named_parameters()])

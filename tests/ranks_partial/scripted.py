@@ -1,0 +1,105 @@
+"""Every rank runs this: ``scripted.py FOLDER CASE``: the ranks compute in a given order, whatever their real speed.
+
+A rank that is about to work waits for its turn; when it comes back for more, what it did has had all its effects, and
+it is the next one's turn. So who is late for which round is known beforehand. Writes ``FOLDER/rank{N}.pt``.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from ranks_methods.cases import data, model  # noqa: E402
+from ranks_partial.schedules import CASES, facts  # noqa: E402
+
+from hvd_hetero import algorithms, components, job, trainer  # noqa: E402
+from hvd_hetero.cluster import Placement, assign  # noqa: E402
+from hvd_hetero.comm.partial import PartialAllreduce  # noqa: E402
+from hvd_hetero.comm.rendezvous import job_env  # noqa: E402
+from hvd_hetero.components import Given  # noqa: E402
+from hvd_hetero.config import device_classes, load  # noqa: E402
+from hvd_hetero.feed import Feed  # noqa: E402
+
+
+class Turns:
+    """The fake clock: a file with the number of turns so far, which only the rank whose turn it is writes."""
+
+    def __init__(self, folder: Path, order: list[int], rank: int) -> None:
+        self._folder, self._order, self._rank = folder, order, rank
+        self._mine = False
+
+    def _now(self) -> int:
+        path = self._folder / "turn"
+        return int(path.read_text() or 0) if path.exists() else 0
+
+    def wait(self) -> None:
+        self.release()
+        while self._order[self._now() % len(self._order)] != self._rank:
+            time.sleep(0.001)
+        self._mine = True
+
+    def release(self) -> None:
+        if self._mine:
+            turn = self._now() + 1
+            while (self._folder / f"done{self._order[turn % len(self._order)]}").exists():
+                turn += 1
+                if turn > 10_000:  # everybody is done
+                    break
+            part = self._folder / f"turn.{self._rank}"
+            part.write_text(str(turn))
+            part.replace(self._folder / "turn")
+        self._mine = False
+
+    def finish(self) -> None:
+        (self._folder / f"done{self._rank}").touch()
+        self.release()
+
+
+def main(folder: Path, name: str) -> None:
+    torch.set_num_threads(1)
+    env, case = job_env(), CASES[name]
+    turns = Turns(folder, case.order, env.rank)
+    worked: list[Any] = []
+
+    def read(self: Any, rows: Any) -> Iterator[Any]:
+        for i, batch in enumerate(self.source.batches(rows, self.worker.generator)):
+            if i % case.steps_a_turn(env.rank) == 0:
+                turns.wait()
+            yield batch
+
+    def finish(self: Any) -> Any:
+        threading.Timer(0.3, turns.finish).start()  # by then the others have been told
+        yield from finished(self)
+
+    def collect(self: Any, work: Any, losses: Any) -> None:
+        worked.append((torch.from_numpy(work.rows.copy()).long(), torch.from_numpy(work.at.copy())))
+        collected(self, work, losses)
+
+    finished, collected = PartialAllreduce.finish, Feed.collect_as_worked
+    trainer.Trainer._read = read  # type: ignore[method-assign]
+    PartialAllreduce.finish = finish  # type: ignore[method-assign]
+    Feed.collect_as_worked = collect  # type: ignore[method-assign]
+    config = load((), case.overrides(), algorithms.method)
+    given = Given(model=lambda: model(case.model), train_data=data(), test_data=data())
+    parts = components.build(config, given)
+    cluster = assign(device_classes(config.cluster.classes), facts(env.size))
+    job.check(config, parts, cluster)
+    this = trainer.Trainer(job.Job(env, config, parts, cluster, Placement("cpu", 1, None)), folder / "run")
+    this.prepare()
+    summary = this.run()
+    table = this.feed.sampler.losses if env.rank == 0 else None
+    torch.save({"model": this.worker.model.state_dict(), "worked": worked, "summary": summary, "losses": table},
+               folder / f"rank{env.rank}.pt")
+    this.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,73 @@
+"""Every rank runs this: ``stress.py FOLDER MODE SEED STEPS`` sends random integers through a partial allreduce.
+
+Nothing may be lost or sent twice: integers in float64 add up exactly. Writes ``FOLDER/rank{N}.json``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hvd_hetero.cluster import RankFacts, assign
+from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.comm.partial import PartialAllreduce
+from hvd_hetero.comm.rendezvous import job_env
+from hvd_hetero.schema import ClassConfig
+
+SIZE = 1000
+
+
+def main(folder: Path, mode: str, seed: int, steps: int) -> None:
+    env = job_env()
+    facts = [RankFacts(rank, "localhost", rank, (), "cpu", (0,)) for rank in range(env.size)]
+    comm = Comm(assign({"all": ClassConfig(ranks=list(range(env.size)))}, facts), env.rank)
+    units = [(rank,) for rank in range(env.size)]
+    partial = PartialAllreduce(
+        comm, SIZE, torch.float64, mode, units=units, seed=seed, sync_every=32, max_lag=8
+    )
+    rng = np.random.default_rng((seed, env.rank))
+    computed, received, digest = torch.zeros(SIZE, dtype=torch.float64), torch.zeros(SIZE, dtype=torch.float64), []
+    weights, rounds, passes = 0.0, 0, 2
+
+    def enter(results: list) -> None:
+        nonlocal weights, rounds
+        for result in results:
+            assert result.number == rounds, "in order, none skipped"
+            rounds += 1
+            received.add_(result.total)
+            weights += result.weight
+            digest.append(hashlib.sha256(result.total.numpy().tobytes()).hexdigest()[:8])
+        partial.done(results)
+
+    for _ in range(passes):
+        for _ in range(steps):
+            time.sleep(float(rng.exponential(0.001 * (1 + 3 * env.rank))) if rng.random() < 0.5 else 0.0)
+            vector = torch.from_numpy(rng.integers(-1000, 1000, SIZE).astype(np.float64))
+            computed.add_(vector)
+            partial.contribute(vector)
+            enter(partial.take())
+        for results in partial.finish():
+            enter(results)
+        comm.barrier("pass")
+    counts = partial.take_counts()
+    whole = torch.stack(comm.gather(computed, "computed")).sum(0)
+    partial.close()
+    left = [thread.name for thread in threading.enumerate() if thread.name.startswith("hvd_hetero")]
+    found = {
+        "exact": bool(torch.equal(whole, received)), "weights": weights, "rounds": rounds, "digests": digest,
+        "fresh": counts.fresh, "late": counts.late, "empty": counts.empty, "oldest": max(counts.staleness),
+        "sent": sum(counts.staleness.values()), "threads_left": left,
+    }
+    (folder / f"rank{env.rank}.json").write_text(json.dumps(found))
+    comm.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
