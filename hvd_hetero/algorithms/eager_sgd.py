@@ -1,4 +1,4 @@
-"""Eager-SGD (Li et al., "Taming Unbalanced Training Workloads in Deep Learning with Partial Collective Operations", 2020).
+"""Eager-SGD (Li et al., "Taming Unbalanced Training Workloads in Deep Learning with Partial Collective Operations").
 
 Synchronous SGD whose allreduce of gradients is partial. On each of the m ranks, with a send buffer s that is empty at
 first and k, the number of the next result to take::
