@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 
 from hvd_hetero.plan import Plan
 
@@ -10,8 +11,13 @@ WORTH = 0.015
 """Share of the cluster's capacity that a change must save; less is noise of the measurement."""
 PASSES = 2
 """In how many passes on end it must: one disturbed pass changes nothing."""
+PLAIN = 0.1
+"""A share so large that one pass is enough: a class has become slower or faster for all to see."""
 NEW_SHARE = 0.5
 """Weight of a pass's own measurement in the running estimate."""
+BOUND = 4.0
+"""By which factor at most an estimate changes at once, up or down: one measurement may be worth nothing."""
+CHUNKS = 8
 
 
 class Pacing:
@@ -19,19 +25,34 @@ class Pacing:
 
     Args:
         step_sec: seconds of a local step, by class, as measured before training.
+        batch_size: that these are of.
     """
 
-    def __init__(self, step_sec: Mapping[str, float]) -> None:
+    def __init__(self, step_sec: Mapping[str, float], batch_size: Mapping[str, int]) -> None:
         self.step_sec = dict(step_sec)
+        self._batch_size = batch_size
+        self._latest = dict(step_sec)
         self._in_a_row = 0
 
     def observe(self, measured: Mapping[str, float]) -> None:
-        """Takes in the step times of a pass."""
+        """Takes in the step times of a pass, in seconds for the batch sizes given at first."""
         for name, seconds in measured.items():
-            self.step_sec[name] += NEW_SHARE * (seconds - self.step_sec[name])
+            known = self.step_sec[name]
+            self._latest[name] = min(max(seconds, known / BOUND), known * BOUND)
+            self.step_sec[name] += NEW_SHARE * (self._latest[name] - known)
+
+    def plainly(self, current: Plan, proposed: Plan) -> bool:
+        """Whether the latest times alone, which the proposal goes by, say that it saves a lot; then they are believed.
+
+        Asked before :meth:`worth`, with the plan for :attr:`latest`.
+        """
+        if self.waste(current, self._latest) - self.waste(proposed, self._latest) < PLAIN:
+            return False
+        self.step_sec, self._in_a_row = dict(self._latest), 0
+        return True
 
     def worth(self, current: Plan, proposed: Plan) -> bool:
-        """Whether to change over now; asked once a pass."""
+        """Whether to change over now; asked once a pass, with the plan for :attr:`step_sec`."""
         saved = self.waste(current) - self.waste(proposed)
         self._in_a_row = self._in_a_row + 1 if saved >= WORTH else 0
         if self._in_a_row < PASSES:
@@ -39,8 +60,33 @@ class Pacing:
         self._in_a_row = 0
         return True
 
-    def waste(self, plan: Plan) -> float:
+    @property
+    def latest(self) -> dict[str, float]:
+        """The step times of the last pass, within :data:`BOUND` of the estimate before."""
+        return dict(self._latest)
+
+    def waste(self, plan: Plan, step_sec: Mapping[str, float] | None = None) -> float:
         """Share of the cluster's capacity that waits: 1 - samples of a round / those it could take without waiting."""
-        round_sec = max(c.tau * self.step_sec[c.name] for c in plan.classes)
-        capacity = sum(len(c.ranks) * c.batch_size / self.step_sec[c.name] for c in plan.classes)
-        return 1 - sum(c.round_samples for c in plan.classes) / (round_sec * capacity)
+        times = step_sec or self.step_sec
+        sample_sec = {c.name: times[c.name] / self._batch_size[c.name] for c in plan.training}
+        round_sec = max(c.tau * c.batch_size * sample_sec[c.name] for c in plan.training)
+        capacity = sum(len(c.ranks) / sample_sec[c.name] for c in plan.training)
+        return 1 - sum(c.round_samples for c in plan.training) / (round_sec * capacity)
+
+
+def settled_step_sec(work_sec: Sequence[float], steps: Sequence[int]) -> float:
+    """Seconds of a step in the second half of a pass, from each round's work; NaN if there was none.
+
+    The median over a few stretches of the mean within each: a quota or a sleep makes single rounds uneven, which a mean
+    sees through, and a process that stands still for a moment is one stretch of several.
+
+    Args:
+        work_sec: of each round, waiting excluded.
+        steps: local steps in it.
+    """
+    rounds = [(sec, count) for sec, count in zip(work_sec, steps, strict=True) if count]
+    rounds = rounds[len(rounds) // 2 :]
+    size = -(-len(rounds) // CHUNKS)
+    stretches = [rounds[i : i + size] for i in range(0, len(rounds), size)] if rounds else []
+    means = [sum(sec for sec, _ in part) / sum(count for _, count in part) for part in stretches]
+    return statistics.median(means) if means else float("nan")

@@ -15,6 +15,7 @@ from hvd_hetero.cluster import Cluster
 from hvd_hetero.errors import ConfigError
 
 TRAIN, IDLE, SERVER = "train", "idle", "server"
+ERROR, SHRINK, WAIT_AVOIDING, LEAVE_OUT = "error", "shrink_batch", "wait_avoiding", "leave_out"
 LESS = "set a smaller train.tau or train.batch_size, or use more data"
 
 
@@ -102,27 +103,52 @@ class Plan:
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
 
-def derive_tau(tau_fastest: int, step_sec: Mapping[str, float]) -> dict[str, int]:
+def derive_tau(tau_fastest: int, step_sec: Mapping[str, float], too_slow: str = ERROR) -> dict[str, int]:
     """tau_g = max(1, round(tau_fastest * r_g)) with r_g = t_fastest / t_g (method: local steps).
 
     Args:
         tau_fastest: local steps of the fastest class.
         step_sec: seconds of one local step, by class.
+        too_slow: what becomes of a class that cannot finish one step in a round: ``error``; ``leave_out``, tau 0; else
+            tau 1.
 
     Raises:
-        ConfigError: a class is so slow that it cannot finish one step in a round.
+        ConfigError: there is such a class, and that is an error.
     """
-    fastest = min(step_sec.values())
-    taus = {}
-    for name, seconds in step_sec.items():
-        times = seconds / fastest
-        least = times * (1 - 1e-9)  # a ratio of 49 must not fail at tau 49 for a rounding error
-        if tau_fastest < least:
+    late = too_slow_classes(tau_fastest, step_sec)
+    for name, times in late.items():
+        if too_slow == ERROR:
             problem = f"class {name} is {times:.1f} times slower and cannot finish one step in a round"
-            remedy = f"set train.tau={math.ceil(least)} or more, or a smaller train.batch_size for {name}"
+            least = math.ceil(times * (1 - 1e-9))
+            remedy = f"set train.tau={least} or more, a smaller train.batch_size for {name}, or cluster.too_slow"
             raise ConfigError("train.tau", tau_fastest, problem, remedy)
-        taus[name] = max(1, math.floor(tau_fastest / times + 0.5))
-    return taus
+    fastest = min(step_sec.values())
+    taus = {name: max(1, math.floor(tau_fastest * fastest / sec + 0.5)) for name, sec in step_sec.items()}
+    return taus | dict.fromkeys(late if too_slow == LEAVE_OUT else (), 0)
+
+
+def too_slow_classes(tau_fastest: int, step_sec: Mapping[str, float]) -> dict[str, float]:
+    """The classes that cannot finish one step while the fastest takes tau, and how many times slower they are."""
+    ratios = {name: seconds / min(step_sec.values()) for name, seconds in step_sec.items()}
+    # a ratio of 49 must not fail at tau 49 for a rounding error
+    return {name: times for name, times in ratios.items() if tau_fastest < times * (1 - 1e-9)}
+
+
+def shrink_batches(
+    tau_fastest: int, step_sec: Mapping[str, float], batch_size: Mapping[str, int]
+) -> dict[str, int]:
+    """Batches with which classes that are too slow finish one step in a round, if a step's time goes with its batch.
+
+    Raises:
+        ConfigError: one sample takes too long.
+    """
+    shrunk = dict(batch_size)
+    for name, times in too_slow_classes(tau_fastest, step_sec).items():
+        shrunk[name] = math.floor(batch_size[name] * tau_fastest / times)
+        if shrunk[name] < 1:
+            problem = f"class {name} is {times:.1f} times slower: not even a batch of one fits into a round"
+            raise ConfigError("cluster.too_slow", SHRINK, problem, "set a larger train.tau, or leave_out")
+    return shrunk
 
 
 def make_plan(
@@ -134,8 +160,9 @@ def make_plan(
     weights: str = "steps",
     epoch: str = "pass",
     step_sec: Mapping[str, float] | None = None,
+    whole_batch: Mapping[str, int] | None = None,
 ) -> Plan:
-    """The plan of a local-SGD run.
+    """The plan of a local-SGD run; classes of tau 0 are idle.
 
     Args:
         samples: n, training samples.
@@ -145,19 +172,23 @@ def make_plan(
         epoch: ``pass``, floor(n / sum_g m_g B_g tau_g) rounds, or ``fast_steps``, the paper's
             floor(n / (B m tau_fast)) rounds, with B and tau of the fastest class and all m workers.
         step_sec: measured seconds of a local step, by class.
+        whole_batch: batches of which those of some classes are only a part; their steps weigh less by as much.
 
     Raises:
         ConfigError: fewer samples than one round consumes.
     """
-    total_tau = sum(tau[c.name] * len(c.ranks) for c in cluster.classes)
+    part = {name: size / (whole_batch or batch_size)[name] for name, size in batch_size.items()}
+    shares = {name: steps * part[name] if weights == "steps" else float(steps > 0) for name, steps in tau.items()}
+    total = sum(shares[c.name] * len(c.ranks) for c in cluster.classes)
     classes = tuple(
         ClassPlan(
             c.name,
             c.ranks,
             tau[c.name],
             batch_size[c.name],
-            tau[c.name] / total_tau if weights == "steps" else 1 / cluster.size,
+            shares[c.name] / total,
             None if step_sec is None else step_sec[c.name],
+            TRAIN if tau[c.name] else IDLE,
         )
         for c in cluster.classes
     )

@@ -54,6 +54,7 @@ class ClusterConfig:
     start_timeout_sec: int = _key(60, at_least=1)
     gloo_timeout_sec: int = _key(120, at_least=1)
     cycle_time_ms: float = _key(1.0, above=0)
+    too_slow: str = _key("error", choices=("error", "shrink_batch", "wait_avoiding", "leave_out"))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from hvd_hetero.job import Job
 from hvd_hetero.limits import check_limits, expected_passes, next_rounds
 from hvd_hetero.metrics import SUMMARY, Accounts, Progress, RunFolder, environment
 from hvd_hetero.partial_counts import to_numbers
+from hvd_hetero.passes import PassFigures, RoundLaps, say_taus
 from hvd_hetero.plan import Plan, apportion
 from hvd_hetero.profiling import measure_classes
 from hvd_hetero.sampling import Sampler
@@ -32,18 +33,6 @@ from hvd_hetero.schema import Config
 from hvd_hetero.timing import KINDS, Stopwatch, own_clock
 from hvd_hetero.trace import TRACE, Recorder, from_numbers, timeline, to_chrome
 from hvd_hetero.worker import Worker
-
-
-@dataclass(frozen=True)
-class PassFigures:
-    """What all ranks did in a pass: its seconds, samples and mean loss; each rank's own work in seconds, and steps."""
-
-    seconds: float
-    samples: int
-    loss: float
-    work_sec: list[float]
-    steps: list[int]
-
 
 TRACED_PASSES = 2
 """A pass's first rounds are recorded in place of the last pass's; the first pass warms up caches and connections."""
@@ -119,7 +108,8 @@ class Trainer:
             rows = algorithm.deal(feed, part)
             self.watch.collective()
             begin_round = partial(self._warm_up, accounts.rounds)
-            worked = algorithm.run_pass(Pass(part, rows, self._read, begin_round, recorder.end_round), worker, comm)
+            laps = RoundLaps(self.watch, recorder)
+            worked = algorithm.run_pass(Pass(part, rows, self._read, begin_round, laps.end_round), worker, comm)
             recorder.stop()
             algorithm.end_pass(worker, comm)
             losses = worker.take_losses()
@@ -128,7 +118,7 @@ class Trainer:
             else:
                 feed.collect_as_worked(worked, losses)
             self.watch.collective()
-            done = self._account(accounts, part, worked, losses)
+            done = self._account(accounts, part, worked, losses, laps.step_sec(worked, algorithm.mine.tau))
             number, rounds = accounts.passes, next_rounds(config.train, plan, accounts.done)
             if rounds:
                 plan = self._replan(plan, done)
@@ -188,27 +178,29 @@ class Trainer:
             self.worker.warm_up(min(1.0, (done + 1) / rounds))
 
     def _replan(self, plan: Plan, done: PassFigures) -> Plan:
-        new = self.algorithm.replan(done.work_sec, done.steps)
+        new = self.algorithm.replan(done.step_sec)
         if new is not plan:
             self.comm.agree(new.digest(), "plan", "plan")
             if self.folder is not None:
                 self.folder.write("plan.json", new.to_dict())
-                _say_taus(plan, new)
+                say_taus(plan, new)
         return new
 
-    def _account(self, accounts: Accounts, plan: Plan, worked: Worked, losses: torch.Tensor) -> PassFigures:
+    def _account(
+        self, accounts: Accounts, plan: Plan, worked: Worked, losses: torch.Tensor, step_sec: float
+    ) -> PassFigures:
         """Gathers what all ranks did in this pass, and where their time went."""
         kinds, collectives = self.watch.take()
-        figures = [*(kinds[kind] for kind in KINDS), float(losses.double().sum()), worked.steps, *collectives]
+        loss = float(losses.double().sum())
+        figures = [*(kinds[kind] for kind in KINDS), loss, worked.steps, step_sec, *collectives]
         rows = [row.tolist() for row in self.comm.gather(torch.tensor(figures, dtype=torch.float64), "pass.times")]
         count = len(KINDS)
         steps = [int(row[count + 1]) for row in rows]
         spent = [dict(zip(KINDS, row, strict=False)) for row in rows]
         before = accounts.samples_seen
-        seconds = accounts.enter(plan, worked.rounds, steps, spent, [row[count + 2 :] for row in rows])
+        seconds = accounts.enter(plan, worked.rounds, steps, spent, [row[count + 3 :] for row in rows])
         samples = accounts.samples_seen - before
-        work_sec = [own["compute"] + own["data"] for own in spent]
-        return PassFigures(seconds, samples, sum(row[count] for row in rows) / samples, work_sec, steps)
+        return PassFigures(seconds, samples, sum(row[count] for row in rows) / samples, [r[count + 2] for r in rows])
 
     def _evaluate(self, plan: Plan) -> dict[str, float | None]:
         """Every rank evaluates a part of the test set in proportion to its speed, so that all end together."""
@@ -276,14 +268,6 @@ class Trainer:
     def abandon(self) -> None:
         """Ends what runs in the background, when this rank leaves alone."""
         self.algorithm.close()
-
-
-def _say_taus(old: Plan, new: Plan) -> None:
-    pairs = zip(old.classes, new.classes, strict=True)
-    changes = [f"tau of {a.name} {a.tau} -> {b.tau}" for a, b in pairs if a.tau != b.tau]
-    if changes:
-        steps = ", ".join(f"{c.name} {1e3 * c.step_sec:.3g} ms" for c in new.classes if c.step_sec is not None)
-        print(f"{', '.join(changes)}: a step now takes {steps}", flush=True)
 
 
 def _own_batch(config: Config, name: str) -> int:

@@ -16,7 +16,7 @@ FLOORS = [
     {"errors", "config", "schema", "pacing", "cluster", "plan", "timing"},
     {"comm", "data", "models", "imports", "limits", "sampling", "metrics", "trace", "checkpoint", "simulator",
      "delays", "partial_counts"},
-    {"worker", "profiling", "feed"},
+    {"worker", "profiling", "feed", "passes"},
     {"algorithms", "components"},
     {"trainer", "job"},
     {"api", "loop", "cli", "launch", "report", "compare", "doctor", "__main__"},

@@ -46,4 +46,5 @@ def build(config: Config, cluster: Cluster, samples: int) -> Algorithm:
         ConfigError: a setting does not fit the classes.
     """
     made = get(config.algorithm.name)
-    return made(config.algorithm, config.train, config.aggregation, cluster, samples, config.run.seed)
+    sections = (config.algorithm, config.train, config.aggregation)
+    return made(*sections, cluster, samples, config.run.seed, config.cluster.too_slow)

@@ -14,7 +14,7 @@ from hvd_hetero.config import per_class
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError, nearest
 from hvd_hetero.feed import Feed, Pass, Worked
-from hvd_hetero.plan import Plan
+from hvd_hetero.plan import ERROR, Plan
 from hvd_hetero.schema import AggregationConfig, AlgorithmConfig, TrainConfig
 from hvd_hetero.worker import Worker
 
@@ -31,6 +31,7 @@ class Algorithm:
         aggregation: section ``aggregation``.
         samples: n, size of the training set.
         seed: of what the method draws at random, the same on all ranks.
+        too_slow: ``cluster.too_slow``.
 
     Attributes:
         Options: the keys under ``algorithm`` in the configuration.
@@ -53,9 +54,10 @@ class Algorithm:
         cluster: Cluster,
         samples: int,
         seed: int,
+        too_slow: str = ERROR,
     ) -> None:
         self.options, self.train, self.aggregation = options, train, aggregation
-        self.cluster, self.samples, self.seed = cluster, samples, seed
+        self.cluster, self.samples, self.seed, self.too_slow = cluster, samples, seed, too_slow
         self.batch_size = per_class("train.batch_size", train.batch_size, [c.name for c in cluster.classes])
 
     @property
@@ -113,12 +115,11 @@ class Algorithm:
     def end_pass(self, worker: Worker, comm: Comm) -> None:
         """After the last round of a pass; when it returns, rank 0 holds the model."""
 
-    def replan(self, work_sec: Sequence[float], steps: Sequence[int]) -> Plan:
+    def replan(self, step_sec: Sequence[float]) -> Plan:
         """The plan of the next pass; all ranks call it with the same figures, and so agree.
 
         Args:
-            work_sec: what each rank spent on its own work in the last pass, waiting excluded, by rank.
-            steps: local steps of each rank in that pass.
+            step_sec: what a local step took in the last pass, waiting excluded, by rank; NaN where there was none.
         """
         return self.plan
 

@@ -66,8 +66,8 @@ class DLB(SyncSGD):
     def batches(self) -> dict[int, int]:
         return dict(zip(self.ranks, apportion(self.global_batch, self.shares, at_least=1), strict=True))
 
-    def replan(self, work_sec: Sequence[float], steps: Sequence[int]) -> Plan:
-        speeds = [batch / work_sec[rank] for rank, batch in self.batches().items()]
+    def replan(self, step_sec: Sequence[float]) -> Plan:
+        speeds = [batch / step_sec[rank] for rank, batch in self.batches().items()]
         self.shares = [speed / sum(speeds) for speed in speeds]
         self.follow(self.make_plan(None))
         return self.plan

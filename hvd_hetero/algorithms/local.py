@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+from warnings import warn
 
 import torch
 
@@ -17,10 +20,25 @@ from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.feed import Pass, Worked
 from hvd_hetero.pacing import Pacing
-from hvd_hetero.plan import Plan, check_least_round, derive_tau, make_plan
+from hvd_hetero.plan import (
+    LEAVE_OUT,
+    SHRINK,
+    WAIT_AVOIDING,
+    Plan,
+    check_least_round,
+    derive_tau,
+    make_plan,
+    shrink_batches,
+    too_slow_classes,
+)
 from hvd_hetero.worker import Worker
 
 BLOCKING = "blocking"
+EFFECT = {
+    SHRINK: "its batch is smaller, so that it finishes a step in a round (cluster.too_slow=shrink_batch)",
+    WAIT_AVOIDING: "nobody waits for it, aggregation.mode is solo (cluster.too_slow=wait_avoiding)",
+    LEAVE_OUT: "it is left out (cluster.too_slow=leave_out)",
+}
 
 
 class LocalSGD(Algorithm):
@@ -50,13 +68,22 @@ class LocalSGD(Algorithm):
         if isinstance(self.train.tau, Mapping):
             return per_class("train.tau", self.train.tau, [c.name for c in self.cluster.classes])
         assert step_sec is not None
-        return derive_tau(self.train.tau, step_sec)
+        return derive_tau(self.train.tau, step_sec, self.too_slow)
 
     def make_plan(self, step_sec: Mapping[str, float] | None) -> Plan:
-        weights, epoch = str(self.aggregation.weights), self.train.epoch
-        taus = self.taus(step_sec)
+        batch = self.batch_size
+        if step_sec is not None and self.needs_speeds and self.too_slow == SHRINK:
+            batch = shrink_batches(self.train.tau, step_sec, batch)
+            step_sec = {name: sec * batch[name] / self.batch_size[name] for name, sec in step_sec.items()}
         return make_plan(
-            self.cluster, self.samples, taus, self.batch_size, weights=weights, epoch=epoch, step_sec=step_sec
+            self.cluster,
+            self.samples,
+            self.taus(step_sec),
+            batch,
+            weights=str(self.aggregation.weights),
+            epoch=self.train.epoch,
+            step_sec=step_sec,
+            whole_batch=self.batch_size,
         )
 
     def start(self, plan: Plan, worker: Worker, comm: Comm) -> None:
@@ -64,23 +91,33 @@ class LocalSGD(Algorithm):
         spec = self.aggregation
         self.outer = Outer(worker.state, spec.outer_lr, spec.outer_momentum, spec.outer_nesterov)
         self.merging = None
+        measured = {
+            c.name: c.step_sec * self.batch_size[c.name] / c.batch_size for c in plan.classes if c.step_sec is not None
+        }
+        late = too_slow_classes(self.train.tau, measured) if self.needs_speeds and measured else {}
+        for name, times in late.items():
+            warn(f"class {name} is {times:.1f} times slower: {EFFECT[self.too_slow]}", stacklevel=2)
+        if late and self.too_slow == WAIT_AVOIDING and spec.mode == BLOCKING:
+            spec = replace(spec, mode="solo")
         if spec.mode != BLOCKING:
             self.merging = Merging(worker, comm, self.cluster, spec, self.outer, self.seed)
-        measured = {c.name: c.step_sec for c in plan.classes if c.step_sec is not None}
-        self.pacing = Pacing(measured) if self.train.adapt_tau and self.needs_speeds and len(measured) > 1 else None
+        adapts = self.train.adapt_tau and self.needs_speeds and len(measured) > 1
+        self.pacing = Pacing(measured, self.batch_size) if adapts else None
 
-    def replan(self, work_sec: Sequence[float], steps: Sequence[int]) -> Plan:
+    def replan(self, step_sec: Sequence[float]) -> Plan:
         """Derives tau anew from the pass's own step times, where that leaves clearly less of the cluster waiting."""
-        if self.pacing is None or min(steps) == 0:
+        if self.pacing is None:
             return self.plan
-        ranks = {c.name: c.ranks for c in self.plan.classes}
-        self.pacing.observe({name: max(work_sec[r] / steps[r] for r in own) for name, own in ranks.items()})
-        try:
-            proposed = self.make_plan(self.pacing.step_sec)
-        except ConfigError:  # a class has become too slow for one step, or a round too large: the old plan still works
-            return self.plan
-        if self.pacing.worth(self.plan, proposed):
-            self.follow(proposed)
+        measured = {c.name: max(step_sec[r] for r in c.ranks) / c.batch_size for c in self.plan.training}
+        self.pacing.observe({n: sec * self.batch_size[n] for n, sec in measured.items() if not math.isnan(sec)})
+        for times, judge in ((self.pacing.latest, self.pacing.plainly), (self.pacing.step_sec, self.pacing.worth)):
+            try:
+                proposed = self.make_plan(times)
+            except ConfigError:  # a class is too slow for one step now, or a round too large: the old plan still works
+                continue
+            if judge(self.plan, proposed):
+                self.follow(proposed)
+                break
         return self.plan
 
     def run_pass(self, given: Pass, worker: Worker, comm: Comm) -> Worked:
