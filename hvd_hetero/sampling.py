@@ -1,7 +1,7 @@
 """Which samples each device class trains on in a pass: the loss table and the schemes. Pure numpy.
 
 Source: the biased local SGD paper, section 4.2 (separate sampling) and appendix A.2 (uniform, unified). Everything is
-O(n) in time, without a Python loop over samples.
+one partition or one sort of numpy's, without a Python loop over samples.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 Indices = NDArray[np.integer[Any]]
 Losses = NDArray[np.float32]
+Mask = NDArray[np.bool_]
 
 
 class Sampler:
@@ -59,7 +60,7 @@ class Sampler:
             losses: ``[K]`` their losses. NaN counts as +inf: a sample whose loss blew up is a hard one.
         """
         # numpy assigns repeated indices one after the other, so the newest loss is the one left behind
-        self.losses[indices] = np.nan_to_num(losses, nan=np.inf, posinf=np.inf, neginf=-np.inf)
+        self.losses[indices] = np.where(np.isnan(losses), np.float32(np.inf), losses)
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": self.losses, "rng": self._rng.bit_generator.state}
@@ -104,39 +105,78 @@ def newest_last(at: Sequence[NDArray[Any]], batch: Sequence[int]) -> NDArray[Any
     return np.lexsort([np.concatenate(keys) for keys in (ranks, steps, rounds)])
 
 
-def _highest(rng: np.random.Generator, losses: Losses, count: int) -> tuple[Indices, Indices]:
-    """Splits all samples into the ``count`` of highest loss and the rest; ties are broken at random."""
-    shuffled = rng.permutation(len(losses))
-    if count in (0, len(losses)):
-        return shuffled[:count], shuffled[count:]
-    split = np.argpartition(losses[shuffled], len(losses) - count)
-    return shuffled[split[len(losses) - count :]], shuffled[split[: len(losses) - count]]
+def _draw(rng: np.random.Generator, items: Indices, count: int, shuffled: bool) -> Indices:
+    """Draws ``count`` of the items without replacement.
 
+    Each item is the low end of a random number, and the numbers are sorted: numpy does it with vector instructions, and
+    unlike a shuffle it goes through memory in order. Where two random parts are equal, the items decide; flipping a
+    random choice of their bits makes either order as likely.
 
-def _biased_draw(rng: np.random.Generator, losses: Losses, total: int, ratio: float) -> Indices:
-    """floor(p N) samples of the highest losses, the rest of N uniformly from the others; shuffled."""
-    count = math.floor(ratio * total + 1e-9)  # 0.29 * 100 is a little less than 29 in floating point
-    hard, others = _highest(rng, losses, count)
-    rest = rng.choice(others, total - len(hard), replace=False, shuffle=False)
-    drawn: Indices = rng.permutation(np.concatenate([hard, rest]))
+    Args:
+        shuffled: the order is random too; else it is unspecified, and may differ from machine to machine.
+    """
+    if count == 0:
+        return items[:0]
+    low = np.uint64((1 << int(items.max()).bit_length()) - 1)
+    flip = np.uint64(rng.integers(int(low) + 1))
+    keys = rng.integers(0, 1 << 64, len(items), dtype=np.uint64)
+    keys &= ~low
+    keys |= items.view(np.uint64) ^ flip
+    if count < len(keys):
+        keys.partition(count)
+        keys = keys[:count]
+    if shuffled:
+        keys.sort()
+    keys ^= flip
+    keys &= low
+    drawn: Indices = keys.view(np.int64)
     return drawn
+
+
+def _some(rng: np.random.Generator, among: Mask, count: int) -> Mask:
+    """Marks ``count`` of those that are marked, any with the same chance."""
+    marked = np.flatnonzero(among)
+    if count == len(marked):
+        return among
+    chosen = np.zeros_like(among)
+    chosen[_draw(rng, marked, count, shuffled=False)] = True
+    return chosen
+
+
+def _highest(rng: np.random.Generator, losses: Losses, count: int) -> Mask:
+    """Marks the ``count`` samples of highest loss; ties are broken at random."""
+    if count == 0:
+        return np.zeros(len(losses), dtype=bool)
+    threshold = np.partition(losses, len(losses) - count)[len(losses) - count]
+    above = losses > threshold
+    above |= _some(rng, losses == threshold, count - int(np.count_nonzero(above)))
+    return above
+
+
+def _biased_draw(rng: np.random.Generator, losses: Losses, total: int, ratio: float) -> Mask:
+    """floor(p N) samples of the highest losses, the rest of N uniformly from the others."""
+    count = math.floor(ratio * total + 1e-9)  # 0.29 * 100 is a little less than 29 in floating point
+    hard = _highest(rng, losses, count)
+    hard |= _some(rng, ~hard, total - count)
+    return hard
 
 
 def _uniform(
     rng: np.random.Generator, losses: Losses, counts: Mapping[str, int], biased: str, ratio: float
 ) -> dict[str, Indices]:
     """One joint permutation, dealt to the classes without replacement; losses do not matter."""
-    return _deal(rng.permutation(len(losses)), counts)
+    return _deal(rng, np.ones(len(losses), dtype=bool), counts)
 
 
 def _separate(
     rng: np.random.Generator, losses: Losses, counts: Mapping[str, int], biased: str, ratio: float
 ) -> dict[str, Indices]:
     """The biased class gets hard samples; every other class draws from all samples, independently of it."""
-    return {
-        name: _biased_draw(rng, losses, count, ratio) if name == biased else rng.permutation(len(losses))[:count]
-        for name, count in counts.items()
-    }
+    drawn: dict[str, Indices] = {}
+    for name, count in counts.items():
+        own = _biased_draw(rng, losses, count, ratio) if name == biased else np.ones(len(losses), dtype=bool)
+        drawn |= _deal(rng, own, {name: count})
+    return drawn
 
 
 def _unified(
@@ -144,14 +184,14 @@ def _unified(
 ) -> dict[str, Indices]:
     """The biased class draws first; the others draw without replacement from what is left."""
     first = _biased_draw(rng, losses, counts[biased], ratio)
-    left = np.ones(len(losses), dtype=bool)
-    left[first] = False
     others = {name: count for name, count in counts.items() if name != biased}
-    return {biased: first} | _deal(rng.permutation(np.flatnonzero(left)), others)
+    return _deal(rng, first, {biased: counts[biased]}) | _deal(rng, ~first, others)
 
 
-def _deal(order: Indices, counts: Mapping[str, int]) -> dict[str, Indices]:
+def _deal(rng: np.random.Generator, among: Mask, counts: Mapping[str, int]) -> dict[str, Indices]:
+    """Deals those that are marked, in random order, none twice."""
     ends = np.cumsum(list(counts.values()))
+    order = _draw(rng, np.flatnonzero(among), sum(counts.values()), shuffled=True)
     return {name: order[end - count : end] for (name, count), end in zip(counts.items(), ends, strict=True)}
 
 
