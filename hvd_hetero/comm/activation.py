@@ -12,9 +12,10 @@ import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge, wait
+from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge, wait
 
 import psutil
 import torch
@@ -25,6 +26,7 @@ from hvd_hetero.comm.referee import Order
 MESSAGE = struct.Struct("<Bq")
 SECRET_BYTES = 32
 ADDRESS_BYTES = 64
+RETRY_SEC = 0.1
 Hear = Callable[[int, int, int], Sequence[Order]]
 
 
@@ -32,12 +34,13 @@ class Link:
     """One rank's end of the channel: two threads may use it, one to send and one to receive."""
 
     def __init__(self, address: tuple[str, int], secret: bytes, rank: int) -> None:
-        self._connection = Client(address, authkey=secret)
-        self._socket = _at_once(self._connection)
+        self._wire = _Wire(Client(address, authkey=secret))
+        self._sending, self._receiving = threading.Lock(), threading.Lock()
         self.send(0, rank)
 
     def send(self, what: int, number: int = 0) -> None:
-        self._connection.send_bytes(MESSAGE.pack(what, number))
+        with self._sending:
+            self._wire.connection.send_bytes(MESSAGE.pack(what, number))
 
     def receive(self) -> tuple[int, int]:
         """The next message.
@@ -45,12 +48,15 @@ class Link:
         Raises:
             EOFError, OSError: the channel is closed.
         """
-        what, number = MESSAGE.unpack(self._connection.recv_bytes(MESSAGE.size))
+        with self._receiving:
+            what, number = MESSAGE.unpack(self._wire.connection.recv_bytes(MESSAGE.size))
         return int(what), int(number)
 
     def close(self) -> None:
         """Ends the channel; a thread that waits in :meth:`receive` gets an EOFError."""
-        _shut(self._socket)
+        self._wire.shut()
+        with self._sending, self._receiving:  # whoever holds them has been woken
+            self._wire.close()
 
 
 class Hub:
@@ -59,75 +65,89 @@ class Hub:
     Args:
         address: of the interface to listen on.
         ranks: how many links there will be; then no more are taken.
-        hear: called with (rank, what, number) in one thread.
+        hear: called with (rank, what, number) in one thread. If it raises, all links end.
     """
 
     def __init__(self, address: str, ranks: int, secret: bytes, hear: Hear) -> None:
-        self._listener = Listener((address, 0), backlog=max(ranks, 16))
-        self.address = self._listener.address
+        self._server = socket.create_server((address, 0), backlog=max(ranks, 16))
+        self.address: tuple[str, int] = self._server.getsockname()
         self._secret, self._ranks, self._hear = secret, ranks, hear
-        self._links: dict[int, Connection] = {}
-        self._sockets: list[socket.socket] = []
-        self._complete = threading.Condition()
-        self._closed = False
+        self._changed = threading.Condition()
+        self._strangers: set[_Wire] = set()
+        self._links: dict[int, _Wire] = {}
+        self._listening = True
         self._threads = [_thread(self._accept, "hub.accept"), _thread(self._serve, "hub")]
 
     def _accept(self) -> None:
-        while len(self._links) < self._ranks and not self._closed:
+        while self._listening:
             try:
-                connection = self._listener.accept()
+                wire = _Wire(Connection(self._server.accept()[0].detach()))
             except OSError:
+                if self._listening:
+                    time.sleep(RETRY_SEC)  # it may be that too many files are open
                 continue
-            # a peer that says nothing keeps only its own thread busy
-            _thread(partial(self._admit, connection), "hub.admit")
+            with self._changed:
+                if not self._listening:
+                    wire.close()
+                    break
+                self._strangers.add(wire)
+                # a peer that says nothing keeps only its own thread busy
+                self._threads.append(_thread(partial(self._admit, wire), "hub.admit"))
+        with self._changed:
+            self._server.close()
 
-    def _admit(self, connection: Connection) -> None:
-        sock = _at_once(connection)
-        with self._complete:
-            self._sockets.append(sock)
+    def _admit(self, wire: _Wire) -> None:
+        """Lets a peer in that knows the secret, and is a rank of which there is no link yet."""
         try:
-            deliver_challenge(connection, self._secret)
-            answer_challenge(connection, self._secret)
-            rank = MESSAGE.unpack(connection.recv_bytes(MESSAGE.size))[1]
+            deliver_challenge(wire.connection, self._secret)
+            answer_challenge(wire.connection, self._secret)
+            rank = int(MESSAGE.unpack(wire.connection.recv_bytes(MESSAGE.size))[1])
         except Exception:  # whatever a stranger may send
-            _shut(sock)
-            connection.close()
-            return
-        with self._complete:
-            self._links[rank] = connection
+            rank = -1
+        with self._changed:
+            self._strangers.remove(wire)
+            if not self._listening or rank not in range(self._ranks) or rank in self._links:
+                wire.close()
+                return
+            self._links[rank] = wire
             if len(self._links) == self._ranks:
                 self._stop_listening()
-            self._complete.notify_all()
 
     def _stop_listening(self) -> None:
-        """Closes the port; the thread in ``accept`` is woken by a last connection of our own."""
-        self._closed = True
-        try:
-            socket.create_connection(self.address, timeout=1).close()
-        except OSError:
-            pass
-        self._listener.close()
+        """Closes the port, and lets go of who has not been let in; the caller holds the lock."""
+        self._listening = False
+        _shut(self._server)
+        for wire in self._strangers:
+            wire.shut()
+        self._changed.notify_all()
 
     def _serve(self) -> None:
-        with self._complete:
-            self._complete.wait_for(lambda: len(self._links) == self._ranks or self._closed)
-        links = {connection: rank for rank, connection in self._links.items()}
-        while links:
-            for ready in wait(list(links)):
-                assert isinstance(ready, Connection)
-                try:
-                    what, number = MESSAGE.unpack(ready.recv_bytes(MESSAGE.size))
-                except (EOFError, OSError, struct.error):
-                    del links[ready]
-                    continue
-                for whom, order, value in self._hear(links[ready], what, number):
-                    self._tell(links, whom, MESSAGE.pack(order, value))
-        for sock in self._sockets:
-            _shut(sock)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._listening)
+            links = dict(self._links)
+        ranks = {wire.connection: rank for rank, wire in links.items()}
+        try:
+            while ranks:
+                for ready in wait(list(ranks)):
+                    assert isinstance(ready, Connection)
+                    try:
+                        what, number = MESSAGE.unpack(ready.recv_bytes(MESSAGE.size))
+                    except (EOFError, OSError, struct.error):
+                        self._drop(ranks.pop(ready))
+                        continue
+                    for whom, order, value in self._hear(ranks[ready], what, number):
+                        self._tell(ranks, whom, MESSAGE.pack(order, value))
+        finally:
+            for rank in ranks.values():
+                self._drop(rank)
+
+    def _drop(self, rank: int) -> None:
+        with self._changed:
+            self._links.pop(rank).close()
 
     @staticmethod
-    def _tell(links: dict[Connection, int], whom: int | None, message: bytes) -> None:
-        for connection, rank in links.items():
+    def _tell(ranks: dict[Connection, int], whom: int | None, message: bytes) -> None:
+        for connection, rank in ranks.items():
             if whom is None or whom == rank:
                 try:
                     connection.send_bytes(message)
@@ -135,14 +155,14 @@ class Hub:
                     pass  # that rank is gone, which Horovod tells all others
 
     def close(self) -> None:
-        """Ends all links, and with them the threads."""
-        if not self._closed:
-            self._stop_listening()
-        with self._complete:
-            for sock in self._sockets:
-                _shut(sock)
-            self._complete.notify_all()
-        for thread in self._threads:
+        """Ends all links, and waits for the threads to end."""
+        with self._changed:
+            if self._listening:
+                self._stop_listening()
+            for wire in self._links.values():
+                wire.shut()
+            threads = list(self._threads)
+        for thread in threads:
             thread.join(timeout=5)
 
 
@@ -175,19 +195,30 @@ def own_address() -> str:
     return socket.gethostbyname(os.environ.get("HOROVOD_HOSTNAME") or socket.gethostname())
 
 
-def _at_once(connection: Connection) -> socket.socket:
-    """Sends small messages without waiting for the last one's acknowledgement; the socket is a second handle."""
-    sock = socket.socket(fileno=os.dup(connection.fileno()))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sock
+class _Wire:
+    """A connection that another thread may end: to close a file would not wake a thread that reads it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._socket = socket.socket(fileno=os.dup(connection.fileno()))  # a second handle, since connections have no
+        # shutdown; messages are small, and the next one is not to wait until the last one is acknowledged
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def shut(self) -> None:
+        """Ends it, from any thread; whoever reads or writes it is woken."""
+        _shut(self._socket)
+
+    def close(self) -> None:
+        """Gives it up, when nobody else uses it any more."""
+        self.connection.close()
+        self._socket.close()
 
 
 def _shut(sock: socket.socket) -> None:
     try:
-        sock.shutdown(socket.SHUT_RDWR)  # closing alone would not wake a thread that reads
+        sock.shutdown(socket.SHUT_RDWR)
     except OSError:
-        pass
-    sock.close()
+        pass  # it has ended, or is closed
 
 
 def _thread(target: Callable[[], None], name: str) -> threading.Thread:
