@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     command("train", _train, "one rank of a run: started by horovodrun on every slot")
     launcher = command("launch", _launch, "check a configuration, then run it through horovodrun")
     launcher.add_argument("--print", dest="show", action="store_true", help="only print the horovodrun line")
+    command("profile", _profile, "measure the device classes' speeds, and keep them for runs of the same configuration")
     command("doctor", _doctor, "what this machine, or each rank of a job, has; can a configuration run here?")
     command("compare", _compare, "many runs that share a budget, one after another, in one table; half-done ones go on")
     reporter = command("report", _report, "pictures, tables and one HTML page of finished runs", config=False)
@@ -65,6 +66,12 @@ def _launch(args: argparse.Namespace, files: list[str], overrides: list[str]) ->
     from hvd_hetero.launch import launch
 
     return launch(files, overrides, args.show)
+
+
+def _profile(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:
+    from hvd_hetero.profile_command import profile
+
+    return profile(files, overrides)
 
 
 def _doctor(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:

@@ -22,6 +22,7 @@ from hvd_hetero.comm.rendezvous import COLUMNS
 from hvd_hetero.config import device_classes, load
 from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_FAULT, ConfigError
 from hvd_hetero.metrics import check_run_dir
+from hvd_hetero.profiles import known_speeds
 from hvd_hetero.schema import AUTO, Config
 
 FORWARDED = re.compile(
@@ -30,6 +31,10 @@ FORWARDED = re.compile(
 )
 """Variables that workers get. horovodrun writes them all into command lines that every user of a host can read, so
 nothing else of the environment (tokens, passwords) goes along."""
+
+
+GRACE_SEC = 20.0
+"""horovodrun gives its ranks 5 s before it kills them."""
 
 
 def launch(files: Sequence[str], overrides: Sequence[str], show: bool) -> int:
@@ -48,10 +53,26 @@ def launch(files: Sequence[str], overrides: Sequence[str], show: bool) -> int:
     if not show:
         preflight(config, hosts)
     extra = [f"run.dir={folder}"] if config.run.dir is None else []
-    command = horovodrun_line(config, hosts, [*files, *overrides, *extra])
+    command = horovodrun_line(config, hosts, ["train", *files, *overrides, *extra])
     if show:
         print(shlex.join(command))
         return 0
+    return _run(command)
+
+
+def run_job(command: str, files: Sequence[str], overrides: Sequence[str]) -> int:
+    """Runs a command other than ``train`` on all ranks; returns its exit status as :func:`launch`.
+
+    Raises:
+        ConfigError: as :func:`launch`.
+    """
+    config = load(files, overrides, algorithms.method)
+    hosts = job_hosts(config)
+    preflight(config, hosts, trains=False)
+    return _run(horovodrun_line(config, hosts, [command, *files, *overrides]))
+
+
+def _run(command: Sequence[str]) -> int:
     status, first = _Horovodrun(command).wait()
     if status == 0:
         return 0
@@ -78,8 +99,11 @@ def job_hosts(config: Config) -> list[tuple[str, int]]:
     return [("localhost", max((rank for c in classes.values() for rank in integers("ranks", c.ranks)), default=0) + 1)]
 
 
-def preflight(config: Config, hosts: Sequence[tuple[str, int]]) -> None:
+def preflight(config: Config, hosts: Sequence[tuple[str, int]], trains: bool = True) -> None:
     """Tries out, on this machine, what every rank will do before it connects, so that mistakes cost no start.
+
+    Args:
+        trains: whether the job is to train, and so to find the files that it needs for that.
 
     Raises:
         ConfigError: as :func:`hvd_hetero.job.start`.
@@ -88,6 +112,8 @@ def preflight(config: Config, hosts: Sequence[tuple[str, int]]) -> None:
     cluster = expected_cluster(config, hosts)
     if cluster is not None:
         job.check(config, parts, cluster)
+        if trains and config.profile.file is not None:
+            known_speeds(config, cluster)
 
 
 def expected_cluster(config: Config, hosts: Sequence[tuple[str, int]]) -> Cluster | None:
@@ -120,7 +146,7 @@ def is_local(host: str) -> bool:
 
 
 def horovodrun_line(config: Config, hosts: Sequence[tuple[str, int]], arguments: Sequence[str]) -> list[str]:
-    """The command that starts the job."""
+    """The command that starts the job; ``arguments`` are those of ``hvd-hetero`` on every rank."""
     spec = config.cluster
     beside = Path(sys.executable).with_name("horovodrun")
     program = str(beside) if beside.exists() else shutil.which("horovodrun") or "horovodrun"
@@ -131,7 +157,7 @@ def horovodrun_line(config: Config, hosts: Sequence[tuple[str, int]], arguments:
             "--cycle-time-ms", f"{spec.cycle_time_ms:g}"]
     if spec.network_interface is not None:
         line += ["--network-interfaces", spec.network_interface]
-    return [*line, sys.executable, "-m", "hvd_hetero", "train", *arguments]
+    return [*line, sys.executable, "-m", "hvd_hetero", *arguments]
 
 
 def thread_variables() -> dict[str, str]:
@@ -151,8 +177,13 @@ class _Horovodrun:
         if sys.stderr.isatty():
             env[COLUMNS] = str(shutil.get_terminal_size().columns - len("[0]<stderr>:"))
         self._own: list[str] = []
+        self._asked = False
         try:
-            self._process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            # In a session of its own: a terminal's Ctrl-C would reach it beside the signal that is passed on, and
+            # horovodrun's handlers deadlock when a second signal interrupts the first one's.
+            self._process = subprocess.Popen(
+                command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            )
         except OSError as error:
             problem = f"cannot be started: {error.strerror}"
             raise ConfigError("horovodrun", command[0], problem, "install Horovod with scripts/setup") from error
@@ -166,14 +197,10 @@ class _Horovodrun:
         """Waits for the end; returns the status of the rank that failed first (0: none did) and what is known of it."""
         for reader in self._readers:
             reader.start()
-        previous = signal.signal(signal.SIGTERM, lambda *_: self._process.terminate())
-        while True:
-            try:
-                status = self._process.wait()
-                break
-            except KeyboardInterrupt:
-                self._process.send_signal(signal.SIGINT)
-        signal.signal(signal.SIGTERM, previous)
+        before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+        status = self._process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
         for reader in self._readers:
             reader.join()
         said = "\n".join(self._own)
@@ -183,6 +210,15 @@ class _Horovodrun:
             number = int(code[1])
             return number, f"rank {name[1]} ended first, {_meaning(number)}"
         return status, self._own[-1] if self._own else f"horovodrun ended with status {status}"
+
+    def _pass_on(self, number: int, frame: Any) -> None:
+        """Asks horovodrun once to end its ranks, and ends it if it does not."""
+        if not self._asked:
+            self._asked = True
+            self._process.send_signal(number)
+            insist = threading.Timer(GRACE_SEC, self._process.kill)
+            insist.daemon = True
+            insist.start()
 
     def _forward(self, pipe: IO[bytes], stream: Any) -> None:
         """Passes on the ranks' lines: rank 0's bare, others' with their rank; keeps horovodrun's own."""

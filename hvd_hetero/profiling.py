@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -17,12 +18,21 @@ from hvd_hetero.worker import Worker
 
 CHUNK_SEC = 0.1
 MIN_CHUNKS = 3
+AVERAGES = 10
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of a local step, and the standard deviation of single steps over it."""
+
+    step_sec: float
+    jitter: float
 
 
 def measure_step(
     worker: Worker, source: Source, batch_size: int, seconds: float, warmup_steps: int, ready: Callable[[], None]
-) -> float:
-    """Seconds of one local step of this rank; model, optimizer and random state are left as they were.
+) -> Measured:
+    """How long a local step of this rank takes; model, optimizer and random state are left as they were.
 
     The median is taken over chunks of steps of at least :data:`CHUNK_SEC`, not over single steps: a CPU quota or a
     neighbour stops a rank for a moment now and then, which a median over short steps would not see at all.
@@ -51,15 +61,56 @@ def measure_step(
         steps(count)
         chunks.append((time.perf_counter() - start) / count)
     restore()
-    return statistics.median(chunks)
+    step_sec = statistics.median(chunks)
+    # the mean of a chunk deviates by 1 / sqrt(steps) of what a single step does
+    return Measured(step_sec, statistics.stdev(chunks) * count**0.5 / step_sec)
 
 
-def measure_classes(
-    worker: Worker, source: Source, batch_size: int, cluster: Cluster, comm: Comm, seconds: float, warmup_steps: int
-) -> dict[str, float]:
-    """Seconds of a local step by class, the same on all ranks: a class is as fast as its slowest rank."""
-    start = partial(comm.barrier, "profile.start")
-    mine = measure_step(worker, source, batch_size, seconds, warmup_steps, start)
-    times = [float(t) for t in comm.gather(torch.tensor([mine], dtype=torch.float64), "profile.times")]
-    worker.watch.take()
-    return {c.name: max(times[r] for r in c.ranks) for c in cluster.classes}
+@dataclass(frozen=True)
+class Measurement:
+    """What all measurements of a job share; every rank takes part in each of them.
+
+    Attributes:
+        seconds: of each measurement.
+    """
+
+    worker: Worker
+    source: Source
+    cluster: Cluster
+    comm: Comm
+    seconds: float
+    warmup_steps: int
+
+    def classes(self, batch_size: Mapping[str, int]) -> dict[str, Measured]:
+        """Every class's step with all of them running, the same on all ranks; a class is as fast as its slowest."""
+        mine = batch_size[self.cluster.class_of(self.comm.rank).name]
+        start = partial(self.comm.barrier, "profile.start")
+        found = measure_step(self.worker, self.source, mine, self.seconds, self.warmup_steps, start)
+        numbers = torch.tensor([found.step_sec, found.jitter], dtype=torch.float64)
+        ranks = [Measured(*row.tolist()) for row in self.comm.gather(numbers, "profile.times")]
+        self.worker.watch.take()
+        return {c.name: max((ranks[r] for r in c.ranks), key=lambda m: m.step_sec) for c in self.cluster.classes}
+
+    def alone(self, batch_size: Mapping[str, int]) -> dict[str, float]:
+        """Every class's step while all other ranks wait."""
+        mine, seconds = self.cluster.class_of(self.comm.rank).name, 0.0
+        for c in self.cluster.classes:
+            if c.name == mine:
+                seconds = measure_step(
+                    self.worker, self.source, batch_size[mine], self.seconds, self.warmup_steps, lambda: None
+                ).step_sec
+            self.comm.barrier("profile.next")
+        times = [float(t) for t in self.comm.gather(torch.tensor([seconds], dtype=torch.float64), "profile.alone")]
+        self.worker.watch.take()
+        return {c.name: max(times[r] for r in c.ranks) for c in self.cluster.classes}
+
+    def average_sec(self) -> float:
+        """Seconds of one weighted average that nobody is late for; the model stays as it is, up to rounding."""
+        times = []
+        for _ in range(AVERAGES):
+            self.comm.barrier("profile.average")
+            start = time.perf_counter()
+            self.comm.average(self.worker.state, 1 / self.comm.size)
+            times.append(time.perf_counter() - start)
+        mine = torch.tensor([statistics.median(times)], dtype=torch.float64)
+        return min(float(t) for t in self.comm.gather(mine, "profile.averages"))

@@ -128,6 +128,8 @@ class AlgorithmConfig:
 class ProfileConfig:
     seconds: float = _key(2.0, above=0)
     warmup_steps: int = _key(5, at_least=0)
+    reuse: bool = True
+    file: Optional[str] = None  # noqa: UP045
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -20,6 +21,7 @@ from hvd_hetero.cluster import has_bf16
 from hvd_hetero.comm.horovod import Comm, build_info
 from hvd_hetero.data import Batch
 from hvd_hetero.delays import delays
+from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.feed import Feed, Pass, Worked
 from hvd_hetero.job import Job
 from hvd_hetero.limits import check_limits, expected_passes, next_rounds
@@ -27,9 +29,9 @@ from hvd_hetero.metrics import SUMMARY, Accounts, Progress, RunFolder, environme
 from hvd_hetero.partial_counts import to_numbers
 from hvd_hetero.passes import PassFigures, RoundLaps, say_taus
 from hvd_hetero.plan import Plan, apportion
-from hvd_hetero.profiling import measure_classes
+from hvd_hetero.profiles import known_speeds
+from hvd_hetero.profiling import Measurement
 from hvd_hetero.sampling import Sampler
-from hvd_hetero.schema import Config
 from hvd_hetero.timing import KINDS, Stopwatch, own_clock
 from hvd_hetero.trace import TRACE, Recorder, from_numbers, timeline, to_chrome
 from hvd_hetero.worker import Worker
@@ -42,10 +44,10 @@ class Trainer:
     """Trains one job; every rank runs it.
 
     Args:
-        run_dir: the run's folder, written by rank 0.
+        run_dir: the run's folder, written by rank 0; None for no run, but measurements.
     """
 
-    def __init__(self, job: Job, run_dir: str | Path) -> None:
+    def __init__(self, job: Job, run_dir: str | Path | None) -> None:
         config, parts = job.config, job.components
         self.job, self.config = job, config
         slowdown = job.cluster.class_of(job.env.rank).slowdown
@@ -68,7 +70,8 @@ class Trainer:
         )
         self.algorithm = algorithms.build(config, job.cluster, len(self.source))
         torch.manual_seed(config.run.seed * 1000003 + job.env.rank)  # dropout differs from rank to rank
-        self.folder = RunFolder(run_dir, config.run.overwrite) if job.env.rank == 0 else None
+        writes = run_dir is not None and job.env.rank == 0
+        self.folder = RunFolder(str(run_dir), config.run.overwrite) if writes else None
         self.comm = Comm(job.cluster, job.env.rank, config.aggregation.path)
 
     def prepare(self) -> None:
@@ -151,17 +154,37 @@ class Trainer:
     # ---- parts of a run ---------------------------------------------------------------------------------------------
 
     def _plan(self) -> Plan:
-        config, cluster = self.config, self.job.cluster
-        speeds = None
-        if self.algorithm.needs_speeds and len(cluster.classes) > 1:
-            batch = _own_batch(config, cluster.class_of(self.comm.rank).name)
-            profile = config.profile
-            speeds = measure_classes(
-                self.worker, self.source, batch, cluster, self.comm, profile.seconds, profile.warmup_steps
-            )
-        elif self.algorithm.needs_speeds:
-            speeds = {cluster.classes[0].name: 1.0}
-        return self.algorithm.make_plan(speeds)
+        cluster = self.job.cluster
+        if not self.algorithm.needs_speeds:
+            return self.algorithm.make_plan(None)
+        if len(cluster.classes) == 1:
+            return self.algorithm.make_plan({cluster.classes[0].name: 1.0})
+        return self.algorithm.make_plan(self._known_speeds() or {
+            name: found.step_sec for name, found in self.measurement().classes(self.algorithm.batch_size).items()
+        })
+
+    def measurement(self) -> Measurement:
+        """What measures this job's speeds, before it trains."""
+        spec = self.config.profile
+        return Measurement(self.worker, self.source, self.job.cluster, self.comm, spec.seconds, spec.warmup_steps)
+
+    def _known_speeds(self) -> dict[str, float] | None:
+        """Step times of an earlier profile, found by rank 0; what is wrong with it ends all ranks."""
+        names = [c.name for c in self.job.cluster.classes]
+        told, error = [0.0] * len(names), UserError("rank 0 says why")
+        if self.comm.rank == 0:
+            try:
+                known = known_speeds(self.config, self.job.cluster)
+            except ConfigError as problem:
+                told, error = [math.nan] * len(names), problem
+            else:
+                if known is not None:
+                    told = [known[0][name] for name in names]
+                    print(f"step times from {known[1]}; profile.reuse=false measures them", flush=True)
+        said = self.comm.broadcast(torch.tensor(told, dtype=torch.float64), "profile.known").tolist()
+        if math.isnan(said[0]):
+            raise error
+        return dict(zip(names, said, strict=True)) if all(said) else None
 
     def _sampler(self, plan: Plan) -> Sampler:
         spec = self.config.sampling
@@ -268,11 +291,6 @@ class Trainer:
     def abandon(self) -> None:
         """Ends what runs in the background, when this rank leaves alone."""
         self.algorithm.close()
-
-
-def _own_batch(config: Config, name: str) -> int:
-    size = config.train.batch_size
-    return int(size[name] if isinstance(size, Mapping) else size)
 
 
 def _note(best: dict[str, float | None], row: Mapping[str, Any]) -> None:

@@ -14,12 +14,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hvd_hetero"
 FLOORS = [
     {"errors", "config", "schema", "pacing", "cluster", "plan", "timing"},
-    {"comm", "data", "models", "imports", "limits", "sampling", "metrics", "trace", "checkpoint", "simulator",
-     "delays", "partial_counts"},
+    {"comm", "data", "models", "imports", "limits", "sampling", "metrics", "trace", "checkpoint", "store", "simulator",
+     "delays", "partial_counts", "profiles"},
     {"worker", "profiling", "feed", "passes"},
     {"algorithms", "components"},
     {"trainer", "job"},
-    {"api", "loop", "cli", "launch", "report", "compare", "doctor", "__main__"},
+    {"api", "loop", "cli", "launch", "report", "compare", "profile_command", "doctor", "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

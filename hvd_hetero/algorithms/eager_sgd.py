@@ -129,4 +129,5 @@ class EagerSGD(Lockstep):
         self._open(int(state["round"]))
 
     def close(self) -> None:
-        self.partial.close()
+        if "partial" in vars(self):  # else it was never started
+            self.partial.close()

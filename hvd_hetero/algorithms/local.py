@@ -49,6 +49,8 @@ class LocalSGD(Algorithm):
     class waits for another one: see :mod:`hvd_hetero.algorithms.merging`.
     """
 
+    merging: Merging | None = None
+
     @property
     def needs_speeds(self) -> bool:
         return not isinstance(self.train.tau, Mapping)
@@ -90,7 +92,6 @@ class LocalSGD(Algorithm):
         super().start(plan, worker, comm)
         spec = self.aggregation
         self.outer = Outer(worker.state, spec.outer_lr, spec.outer_momentum, spec.outer_nesterov)
-        self.merging = None
         measured = {
             c.name: c.step_sec * self.batch_size[c.name] / c.batch_size for c in plan.classes if c.step_sec is not None
         }

@@ -1,0 +1,110 @@
+"""``hvd-hetero profile``: measures all device classes, tells what would be done with their speeds, and keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hvd_hetero import algorithms, components, job
+from hvd_hetero.api import guarded
+from hvd_hetero.comm.rendezvous import job_env
+from hvd_hetero.components import Components
+from hvd_hetero.config import load, per_class
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.launch import run_job
+from hvd_hetero.plan import Plan
+from hvd_hetero.profiles import ClassSpeed, Profile, kept_at, key_of
+from hvd_hetero.schema import Config
+from hvd_hetero.trainer import Trainer
+
+FACTORS = (0.5, 2.0)
+"""Other batch sizes that are measured, as multiples of the configured ones."""
+
+
+def profile(files: Sequence[str], overrides: Sequence[str]) -> int:
+    """Under horovodrun one rank of the measurement, else the job that consists of it; returns the exit status."""
+    if job_env().size == 1:
+        return run_job("profile", files, overrides)
+    guarded(lambda: _measure(files, overrides))
+    return 0
+
+
+def _measure(files: Sequence[str], overrides: Sequence[str]) -> None:
+    def prepare() -> tuple[Config, Components]:
+        config = load(files, overrides, algorithms.method)
+        return config, components.build(config)
+
+    started = job.start(prepare)
+    config, cluster = started.config, started.cluster
+    trainer = Trainer(started, None)
+    trainer.comm.broadcast_state(trainer.worker.state)
+    measurement = trainer.measurement()
+    names = [c.name for c in cluster.classes]
+    batch = per_class("train.batch_size", config.train.batch_size, names)
+    most = len(trainer.source)
+    sizes = [{name: max(1, min(most, int(size * factor))) for name, size in batch.items()} for factor in FACTORS]
+    together = measurement.classes(batch)
+    others = [measurement.classes(size) for size in sizes]
+    alone = measurement.alone(batch)
+    average_sec = measurement.average_sec()
+    if started.env.rank == 0:
+        classes = [
+            ClassSpeed(
+                c.name,
+                c.device,
+                len(c.ranks),
+                batch[c.name],
+                together[c.name].step_sec,
+                alone[c.name],
+                {str(size[c.name]): found[c.name].step_sec for size, found in zip(sizes, others, strict=True)}
+                | {str(batch[c.name]): together[c.name].step_sec},
+                together[c.name].jitter,
+            )
+            for c in cluster.classes
+        ]
+        step_sec = {c.name: c.step_sec for c in classes}
+        try:
+            plan = trainer.algorithm.make_plan(step_sec if trainer.algorithm.needs_speeds else None)
+            problem = ""
+        except ConfigError as error:
+            plan, problem = Plan((), 0), str(error)
+        params = [p for p in trainer.worker.model.parameters() if p.requires_grad]
+        kept = Profile(
+            key_of(config, cluster),
+            most,
+            sum(p.numel() for p in params),
+            sum(p.numel() * p.element_size() for p in params),
+            classes,
+            average_sec,
+            {c.name: c.tau for c in plan.classes},
+            predicted_blocked(plan, step_sec, average_sec),
+        )
+        path = kept_at(kept.key) if config.profile.file is None else Path(config.profile.file)
+        kept.save(path)
+        print(_table(kept), flush=True)
+        print(f"no plan with these speeds: {problem}" if problem else f"kept in {path}", flush=True)
+    trainer.close()
+
+
+def predicted_blocked(plan: Plan, step_sec: Mapping[str, float], average_sec: float) -> dict[str, float]:
+    """Each training class's share of a round in which it waits for the slowest one, if no step jitters."""
+    work = {c.name: c.tau * step_sec[c.name] for c in plan.training}
+    longest = max(work.values(), default=0.0)
+    return {name: (longest - sec) / (longest + average_sec) for name, sec in work.items()}
+
+
+def _table(kept: Profile) -> str:
+    fastest = min(c.step_sec / c.batch_size for c in kept.classes)
+    lines = ["class | device | ranks | batch | step ms | alone | jitter | r | tau | blocked, predicted | other batches"]
+    for c in kept.classes:
+        ratio = fastest / (c.step_sec / c.batch_size)
+        sizes = {size: sec for size, sec in c.by_batch.items() if size != str(c.batch_size)}
+        others = ", ".join(f"{size}: {1e3 * sec:.3g} ms" for size, sec in sizes.items())
+        blocked = f"{100 * kept.predicted_blocked[c.name]:.1f} %" if c.name in kept.predicted_blocked else "-"
+        lines.append(
+            f"{c.name} | {kept.key['device'][c.name]} | {c.ranks} | {c.batch_size} | {1e3 * c.step_sec:.3g} | "
+            f"{1e3 * c.step_sec_alone:.3g} | {100 * c.jitter:.0f} % | {ratio:.3f} | {kept.tau.get(c.name, '-')} | "
+            f"{blocked} | {others}"
+        )
+    lines.append(f"an average of {kept.parameters} parameters takes {1e3 * kept.average_sec:.3g} ms")
+    return "\n".join(lines)

@@ -1,0 +1,144 @@
+"""Measured speeds of a cluster's classes, kept as JSON, and found again when the same is run on the same devices."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hvd_hetero.cluster import Cluster
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.schema import Config
+
+VERSION = 1
+PACKAGES = ("torch", "horovod", "hvd-hetero")
+
+
+@dataclass(frozen=True)
+class ClassSpeed:
+    """How fast one class is.
+
+    Attributes:
+        ranks: how many.
+        step_sec: of one local step with all classes running at once; ``step_sec_alone``: with this one alone.
+        by_batch: seconds of a step for other batch sizes, all classes running.
+        jitter: standard deviation of a step's time over its mean.
+    """
+
+    name: str
+    device: str
+    ranks: int
+    batch_size: int
+    step_sec: float
+    step_sec_alone: float
+    by_batch: dict[str, float]
+    jitter: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What was measured, of what (``key``), and what would be done with it.
+
+    Attributes:
+        average_sec: of one weighted average of the model with nobody late.
+        tau: the local steps that would be taken, and ``predicted_blocked``, each class's share of waiting with them.
+    """
+
+    key: dict[str, Any]
+    samples: int
+    parameters: int
+    parameter_bytes: int
+    classes: list[ClassSpeed]
+    average_sec: float
+    tau: dict[str, int]
+    predicted_blocked: dict[str, float]
+    version: int = VERSION
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        part.replace(path)
+
+    @property
+    def step_sec(self) -> dict[str, float]:
+        return {c.name: c.step_sec for c in self.classes}
+
+
+def load_profile(path: Path) -> Profile:
+    """Reads a profile.
+
+    Raises:
+        ConfigError: it cannot be read, or is none of ours.
+    """
+    remedy = "make one with hvd-hetero profile"
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError("profile.file", str(path), f"cannot be read: {error.strerror}", remedy) from error
+    except ValueError as error:
+        raise ConfigError("profile.file", str(path), "is no JSON", remedy) from error
+    version = content.get("version") if isinstance(content, Mapping) else None
+    if version != VERSION:
+        raise ConfigError("profile.file", str(path), f"has version {version}, not {VERSION}", remedy)
+    try:
+        return Profile(**{**content, "classes": [ClassSpeed(**c) for c in content["classes"]]})
+    except (KeyError, TypeError) as error:
+        raise ConfigError("profile.file", str(path), f"is not a profile: {error}", remedy) from error
+
+
+def key_of(config: Config, cluster: Cluster) -> dict[str, Any]:
+    """All that step times depend on: model, data, batch, optimizer, devices, threads, versions."""
+    train = asdict(config.train)
+    trained = {"data": asdict(config.data), "model": asdict(config.model), "loss": train["loss"]}
+    trained |= {name: train[name] for name in ("optimizer", "optimizer_args", "autocast", "clip_norm")}
+    text = json.dumps(trained, sort_keys=True, default=str)
+    facts = {c.name: cluster.facts[c.ranks[0]] for c in cluster.classes}
+    return {
+        "model": config.model.target or config.model.name,
+        "data": config.data.target or config.data.name,
+        "trained": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "batch_size": train["batch_size"],
+        "device": {c.name: (facts[c.name].gpus or (c.device,))[0] if c.device == "cuda" else facts[c.name].cpu
+                   for c in cluster.classes},
+        "ranks": {c.name: len(c.ranks) for c in cluster.classes},
+        "threads": {c.name: c.threads for c in cluster.classes},
+        "cores": {c.name: len(facts[c.name].cores) for c in cluster.classes},
+        "slowdown": {c.name: c.slowdown for c in cluster.classes},
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def kept_at(key: Mapping[str, Any]) -> Path:
+    """Where a profile with this key is kept if nobody says otherwise."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return Path.home() / ".cache" / "hvd-hetero" / "profiles" / f"{digest}.json"
+
+
+def known_speeds(config: Config, cluster: Cluster) -> tuple[dict[str, float], Path] | None:
+    """Step times by class that were measured before for just this, and where they are kept; None if there are none.
+
+    Raises:
+        ConfigError: ``profile.file`` is of something else, which is named.
+    """
+    key, given = key_of(config, cluster), config.profile.file
+    path = kept_at(key) if given is None else Path(given)
+    if given is None and not (config.profile.reuse and path.exists()):
+        return None
+    profile = load_profile(path)
+    for name, wanted in key.items():
+        if profile.key.get(name) != wanted:
+            problem = f"was made with {name} {profile.key.get(name)}, this is {wanted}"
+            raise ConfigError("profile.file", str(path), problem, "make one for this with hvd-hetero profile")
+    return profile.step_sec, path
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
