@@ -197,10 +197,10 @@ class _Horovodrun:
         """Waits for the end; returns the status of the rank that failed first (0: none did) and what is known of it."""
         for reader in self._readers:
             reader.start()
-        before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {wanted: signal.signal(wanted, self._pass_on) for wanted in (signal.SIGTERM, signal.SIGINT)}
         status = self._process.wait()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for wanted, handler in before.items():
+            signal.signal(wanted, handler)
         for reader in self._readers:
             reader.join()
         said = "\n".join(self._own)
