@@ -56,6 +56,8 @@ def assert_one_message(err: str, key: str, value: str, remedy: str) -> None:
 
 
 THREE = "cluster.classes={a: {ranks: 0}, b: {ranks: 1-2}}"
+ONE = ["cluster.classes={fast: {ranks: [0]}}", "cluster.hosts=localhost:1"]
+SOLO, EAGER = "aggregation.mode=solo", "algorithm.name=eager_sgd"
 
 
 @pytest.mark.parametrize(("words", "key", "value", "remedy"), [
@@ -91,6 +93,21 @@ THREE = "cluster.classes={a: {ranks: 0}, b: {ranks: 1-2}}"
     (["sampling.bias_to=quick"], "sampling.bias_to", "'quick'", "fast"),
     (["sampling.scheme=seperate"], "sampling.scheme", "'seperate'", "'separate'"),
     (["algorithm.name=biased_localsgd"], "algorithm.name", "'biased_localsgd'", "'biased_local_sgd'"),
+    # partial collectives, and delays for experiments
+    ([SOLO, *ONE], "aggregation.mode", "'solo'", "start more ranks"),
+    ([SOLO, "algorithm.name=sync_sgd"], "aggregation.mode", "'solo'", "algorithm.name=eager_sgd"),
+    ([SOLO, "algorithm.name=byteps"], "aggregation.mode", "'solo'", "algorithm.name=eager_sgd"),
+    ([SOLO, "algorithm.name=dlb"], "aggregation.mode", "'solo'", "algorithm.name=eager_sgd"),
+    ([SOLO, "aggregation.optimizer_state=average"], "aggregation.optimizer_state", "'average'", "local or reset"),
+    (["aggregation.mode=sometimes"], "aggregation.mode", "'sometimes'", "solo, majority"),
+    (["aggregation.sync_every=0"], "aggregation.sync_every", "0", "1 or more"),
+    (["aggregation.max_lag=0"], "aggregation.max_lag", "0", "1 or more"),
+    ([EAGER, *ONE], "algorithm.name", "'eager_sgd'", "start more ranks"),
+    ([EAGER, "algorithm.mode=full"], "algorithm.mode", "'full'", "solo, majority"),
+    ([EAGER, "sampling.scheme=separate"], "sampling.scheme", "'separate'", "sampling.scheme=uniform"),
+    ([EAGER, "train.max_fast_steps=100"], "train.max_fast_steps", "100", "train.max_samples"),
+    (["delays.distribution=lognormal"], "delays.seed", "None", "delays.seed=0"),
+    (["delays.distribution=poisson"], "delays.distribution", "'poisson'", "lognormal"),
     # fewer samples than one round
     (["data.args={train_limit: 500}"], "train.tau", "128", "smaller train.tau or train.batch_size"),
     (["data.target=own_parts:few_samples", "train.tau={fast: 32, slow: 1}"], "train.tau", "{'fast': 32", "more data"),

@@ -50,6 +50,33 @@ def test_seconds_end_a_run_as_nearly_as_its_pace_tells(plan: Plan) -> None:
     assert next_rounds(train, plan, Done(1, 5, 20, 250, 9.5)) == 0
 
 
+@pytest.mark.parametrize(("done", "rounds"), [
+    (Done(1, 1, 4, 250, 5.0), 5),  # 250 samples in 5 s: 250 more, however many rounds they were made in
+    (Done(1, 40, 160, 250, 5.0), 5),
+    (Done(1, 5, 20, 125, 5.0), 2),  # 125 more are 2.5 rounds
+    (Done(1, 5, 20, 100, 5.0), 2),
+    (Done(1, 5, 20, 80, 8.0), 0),  # 20 more are less than half a round
+    (Done(1, 5, 20, 250, 10.0), 0),
+    (Done(1, 5, 20, 250, 12.0), 0),  # over it already
+    (Done(1, 5, 20, 0, 3.0), 5),  # nothing is known of its speed
+])
+def test_seconds_are_counted_in_samples(plan: Plan, done: Done, rounds: int) -> None:
+    """Rounds of a partial collective may be of any size, so only samples tell how fast a run is."""
+    assert next_rounds(TrainConfig(passes=None, max_train_sec=10.0), plan, done) == rounds
+
+
+def test_the_nearest_of_several_limits_counts(plan: Plan) -> None:
+    done = Done(1, 5, 20, 250, 5.0)
+    for settings, rounds in (
+        ({"max_train_sec": 8.0}, 3),
+        ({"max_train_sec": 8.0, "max_samples": 350}, 2),
+        ({"max_train_sec": 6.0, "max_samples": 350}, 1),
+        ({"max_train_sec": 8.0, "max_fast_steps": 27}, 1),
+        ({"max_train_sec": 8.0, "passes": 1}, 0),
+    ):
+        assert next_rounds(TrainConfig(**{"passes": None, **settings}), plan, done) == rounds, settings
+
+
 def test_limits_within_the_first_round_are_refused(plan: Plan) -> None:
     with pytest.raises(ConfigError, match=r"train\.max_samples=49: one round takes 50"):
         check_limits(TrainConfig(max_samples=49), plan)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_hetero.sampling import SCHEMES, Sampler, _draw, in_order
+from hvd_hetero.sampling import SCHEMES, Sampler, _draw, in_order, newest_last
 
 FAST, SLOW, THIRD = "quick", "slow", "third"
 
@@ -234,6 +234,33 @@ def test_order_of_losses_against_plain_loops(rounds: int, ranks: dict[int, tuple
         expected += made[key]
     shuffled = dict(reversed(values.items()))
     assert in_order(shuffled, rounds, {rank: tau for rank, (tau, _) in ranks.items()}).tolist() == expected
+
+
+STEPS_AND_BATCH = st.tuples(st.lists(st.integers(0, 6), max_size=8).map(sorted), st.integers(1, 3))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(STEPS_AND_BATCH, min_size=1, max_size=4))
+def test_order_of_steps_that_ranks_took_as_they_could(ranks: list[tuple[list[int], int]]) -> None:
+    """By round, by step within it, by rank; within a batch as it was. Rounds may have any number of steps, or none."""
+    places, keys = iter(range(10_000)), []
+    for rank, (at, batch) in enumerate(ranks):
+        for i, number in enumerate(at):
+            step = at[:i].count(number)
+            keys += [(number, step, rank, next(places)) for _ in range(batch)]
+    order = newest_last([np.array(at, np.int64) for at, _ in ranks], [batch for _, batch in ranks])
+    assert order.tolist() == [place for *_, place in sorted(keys)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 4), st.lists(TAU_AND_BATCH, min_size=1, max_size=4))
+def test_both_orders_agree_where_all_ranks_keep_to_the_plan(rounds: int, ranks: list[tuple[int, int]]) -> None:
+    values, first = {}, 0
+    for rank, (tau, batch) in enumerate(ranks):
+        values[rank] = np.arange(first, first := first + rounds * tau * batch)
+    at = [np.repeat(np.arange(rounds), tau) for tau, _ in ranks]
+    expected = in_order(values, rounds, {rank: tau for rank, (tau, _) in enumerate(ranks)})
+    assert newest_last(at, [batch for _, batch in ranks]).tolist() == expected.tolist()
 
 
 def test_newest_across_ranks() -> None:

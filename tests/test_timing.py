@@ -48,7 +48,7 @@ def test_every_second_is_booked_once(clock: Clock) -> None:
     clock.now += 0.5
     watch.lap("data")
     assert watch.take() == ({"compute": 10.0, "data": 1.5, "blocked": 0.0, "comm": 0.0}, [4.0, 16.0])
-    assert watch.take() == ({"compute": 0.0, "data": 0.0}, [])
+    assert watch.take() == ({"compute": 0.0, "data": 0.0, "blocked": 0.0, "comm": 0.0}, [])
 
 
 def test_a_rank_outside_a_collective_keeps_its_place_in_the_list(clock: Clock) -> None:
@@ -74,6 +74,44 @@ def test_laps_are_kept_where_they_are_wanted(clock: Clock) -> None:
     assert watch.laps == [("data", 100.0, 101.0), ("collective", 101.0, 103.0)]
 
 
+@pytest.mark.parametrize(("started", "blocked", "comm"), [
+    (103.0, 2.0, 6.0),
+    (101.0, 0.0, 8.0),  # at the last lap
+    (40.0, 0.0, 8.0),  # before it: the result was on its way while this rank still computed
+    (109.0, 8.0, 0.0),
+    (110.0, 8.0, 0.0),  # clocks are read one after the other
+    (math.inf, 8.0, 0.0),  # nothing has started
+])
+def test_waiting_ends_when_what_is_waited_for_starts(
+    clock: Clock, started: float, blocked: float, comm: float
+) -> None:
+    watch = Stopwatch(clock)
+    watch.laps = []
+    clock.now += 1.0
+    watch.lap("data")
+    clock.now += 8.0
+    watch.waited(started)
+    clock.now += 16.0
+    watch.lap("compute")
+    assert watch.take() == ({"compute": 16.0, "data": 1.0, "blocked": blocked, "comm": comm}, [])
+    between = [("blocked", 101.0, 101.0 + blocked), ("comm", 101.0 + blocked, 109.0)]
+    laps = [("data", 100.0, 101.0), *(lap for lap in between if lap[1] < lap[2]), ("compute", 109.0, 125.0)]
+    assert watch.laps == laps, "they follow each other without a gap, and none is empty"
+
+
+def test_waiting_is_no_part_of_a_steps_own_time() -> None:
+    """By the own clock too, the next lap begins when the waiting has ended."""
+    clock, own = Clock(), Clock()
+    watch = Stopwatch(clock, own)
+    clock.now += 8.0
+    own.now += 3.0
+    watch.waited(104.0)
+    clock.now += 2.0
+    own.now += 1.0
+    assert watch.lap("compute") == 1.0
+    assert watch.take()[0] == {"compute": 2.0, "data": 0.0, "blocked": 4.0, "comm": 4.0}
+
+
 def run_steps(clock: Clock, pace: Pace, count: int, data_sec: float, step_sec: float) -> int:
     def batches() -> object:
         while True:
@@ -90,7 +128,7 @@ def run_steps(clock: Clock, pace: Pace, count: int, data_sec: float, step_sec: f
 def test_steps_are_booked_as_data_and_compute(clock: Clock) -> None:
     watch = Stopwatch(clock)
     assert run_steps(clock, Pace(watch), 3, data_sec=0.5, step_sec=2.0) == 3
-    assert watch.take() == ({"compute": 6.0, "data": 1.5}, [])
+    assert watch.take() == ({"compute": 6.0, "data": 1.5, "blocked": 0.0, "comm": 0.0}, [])
     assert clock.slept == []
 
 
@@ -108,6 +146,20 @@ def test_slowdown_stretches_data_and_compute_to_its_multiple(clock: Clock) -> No
     assert seconds["data"] + seconds["compute"] == pytest.approx(8 * 3 * 2.5)
     assert seconds["data"] == pytest.approx(1.5), "emulated time is compute"
     assert len(clock.slept) == 3
+
+
+@pytest.mark.parametrize("slowdown", [1.0, 8.0])
+def test_delays_are_slept_in_their_steps_and_count_as_their_compute(clock: Clock, slowdown: float) -> None:
+    """One a step; the emulation stretches them, since a slower device would be slower all the time."""
+    watch = Stopwatch(clock)
+    pace = Pace(watch, slowdown)
+    pace.delays = iter([0.25, 0.0, 4.0, 32.0])
+    assert run_steps(clock, pace, 2, data_sec=0.5, step_sec=2.0) == 2
+    assert run_steps(clock, pace, 1, data_sec=0.5, step_sec=2.0) == 1
+    assert [sec for sec in clock.slept if sec in (0.25, 0.0, 4.0, 32.0)] == [0.25, 0.0, 4.0]
+    seconds, _ = watch.take()
+    assert seconds["data"] == pytest.approx(1.5)
+    assert seconds["compute"] == pytest.approx(slowdown * (3 * 2.5 + 4.25) - 1.5)
 
 
 def test_what_the_core_does_meanwhile_is_no_part_of_an_emulated_step(monkeypatch: pytest.MonkeyPatch) -> None:
