@@ -32,7 +32,8 @@ def summary_of(lab: str, arguments: Sequence[str], share: float, *, hosts: str =
     with tempfile.TemporaryDirectory() as folder:
         command = [lab, "run", "--settle", "0", "--slow", f"h2={share}", "--",
                    sys.executable, "-m", "hvd_hetero", "launch", *arguments, f"run.dir={folder}/run",
-                   f"cluster.hosts={hosts}", "cluster.classes.slow.slowdown=1", "profile.seconds=6", "profile.reuse=false",
+                   f"cluster.hosts={hosts}", "cluster.classes.slow.slowdown=1",
+                   "profile.seconds=6", "profile.reuse=false",
                    # the quota holds for one thread, and both hosts show the same cores
                    "cluster.classes.fast.threads=1", "cluster.classes.slow.threads=1", "cluster.affinity=false"]
         with subprocess.Popen(command, env=env, stdout=sys.stderr) as job:
