@@ -1,7 +1,8 @@
 """A timeline of a few rounds: every rank's laps on one clock, in the format that Perfetto and Chrome open.
 
 Clocks of different hosts do not agree. Ranks leave a collective together, so the ends of the collectives that all took
-part in tell by how much each rank's clock is off.
+part in tell by how much each rank's clock is off. On one host there is one clock, and ends differ only because a rank
+is woken up late: clocks by which ranks were in each collective at the same time are taken as they are.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def timeline(ranks: Sequence[Sequence[Lap]]) -> list[list[Lap]]:
     together = len({len(laps) for laps in met}) == 1 and bool(met and met[0])
     off = [0.0] * len(ranks)
     if together:
-        off = [statistics.median(a[2] - b[2] for a, b in zip(laps, met[0], strict=True)) for laps in met]
+        off = [_off(laps, met[0]) for laps in met]
     transfer = [min(end - start for _, start, end in laps) for laps in zip(*met, strict=together)]
     origin = min((laps[0][1] - shift for laps, shift in zip(ranks, off, strict=True) if laps), default=0.0)
     result = []
@@ -84,6 +85,14 @@ def timeline(ranks: Sequence[Sequence[Lap]]) -> list[list[Lap]]:
             own.append((kind, start, end))
         result.append(_joined(own))
     return result
+
+
+def _off(laps: Sequence[Lap], others: Sequence[Lap]) -> float:
+    """By how much a rank's clock is ahead of another's, from the collectives in which both were."""
+    pairs = list(zip(laps, others, strict=True))
+    if all(max(a[1], b[1]) <= min(a[2], b[2]) for a, b in pairs):
+        return 0.0
+    return statistics.median(a[2] - b[2] for a, b in pairs)
 
 
 def _joined(laps: Sequence[Lap]) -> list[Lap]:

@@ -16,8 +16,9 @@ import pytest
 
 from hvd_hetero.cli import main
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.report.figures import figures
-from hvd_hetero.report.runs import group, read_run
+from hvd_hetero.report.figures import CONTRIBUTED, figures, partial_shares
+from hvd_hetero.report.runs import DELAYED, SLOWED, group, read_run
+from hvd_hetero.report.write import final_table, slug
 from hvd_hetero.timing import COLLECTIVE, KINDS, Stopwatch
 from hvd_hetero.trace import Recorder, from_chrome, from_numbers, timeline, to_chrome
 
@@ -137,6 +138,95 @@ def test_one_run_is_reported_beside_it(run: Path) -> None:
     shutil.rmtree(run / "report")
 
 
+# ---- partial collectives and delays ---------------------------------------------------------------------------------
+
+EAGER = ["algorithm.name=eager_sgd", "algorithm.mode=solo", "cluster.classes={all: {ranks: [0, 1]}}", "train.tau=1",
+         "train.batch_size=8", "train.passes=2", "data.args={train_limit: 200}", "run.trace_rounds=4",
+         "delays={distribution: random_ranks, ranks: 1, sec: 0.01, seed: 7}"]
+
+
+@pytest.fixture(scope="module")
+def eager(hvd_hetero: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run with partial collectives and delays, and what it said."""
+    folder = tmp_path_factory.mktemp("report") / "eager"
+    done = hvd_hetero(["launch", *EAGER, f"run.dir={folder}"])
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def with_counts(run: Path, folder: Path, seed: int, partial: dict[str, Any]) -> Path:
+    variant(run, folder, "seed: 0", f"seed: {seed}")
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"partial": partial}))
+    return folder
+
+
+def test_what_came_late_has_a_picture_where_anything_could(eager: tuple[Path, str], run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra [report] is not installed")
+    for name, runs, there in (("both", [eager[0], run], True), ("none", [run], False)):
+        assert main(["report", *map(str, runs), "--out", str(tmp_path / name)]) == 0
+        assert (tmp_path / name / "partial.png").exists() == there
+        assert ("What came late" in (tmp_path / name / "report.html").read_text()) == there
+
+
+def test_the_picture_draws_the_summary_s_numbers(eager: tuple[Path, str], run: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra [report] is not installed")
+    from hvd_hetero.report.pictures import contributions
+
+    summary = json.loads((eager[0] / "summary.json").read_text())
+    partial = summary["partial"]
+    figure = contributions(group([read_run(run), read_run(eager[0])]))
+    assert figure is not None and contributions(group([read_run(run)])) is None
+    bars, ages = figure.axes
+    rounds = [sum(rank[kind] for kind in CONTRIBUTED) for rank in partial["ranks"]]
+    expected = [100 * rank[kind] / n for kind in CONTRIBUTED for rank, n in zip(partial["ranks"], rounds, strict=True)]
+    assert [patch.get_width() for patch in bars.patches] == pytest.approx(expected) and sum(expected) > 0
+    assert [t.get_text() for t in bars.get_yticklabels()] == [f"eager_sgd · rank {rank}, all" for rank in (0, 1)]
+    assert [t.get_text() for t in bars.get_legend().get_texts()] == list(CONTRIBUTED)
+    (line,) = ages.lines
+    sent = sum(c["steps"] for c in summary["classes"])  # each step's gradient, once
+    assert list(line.get_ydata()) == pytest.approx([100 * times / sent for times in partial["staleness"]])
+
+
+def test_shares_of_seeds_are_averaged(eager: tuple[Path, str], tmp_path: Path) -> None:
+    one = {"fresh": 3, "late": 1, "empty": 0, "waited_for": 0}
+    two = {"fresh": 1, "late": 0, "empty": 1, "waited_for": 5}
+    paths = [with_counts(eager[0], tmp_path / "a", 1, {"ranks": [one, one], "staleness": [4, 1]}),
+             with_counts(eager[0], tmp_path / "b", 2, {"ranks": [two, one], "staleness": [1, 0, 1]})]
+    found = partial_shares(group([read_run(path) for path in paths])[0])
+    assert found is not None
+    assert found.ranks == ({"fresh": 0.625, "late": 0.125, "empty": 0.25}, {"fresh": 0.75, "late": 0.25, "empty": 0})
+    assert found.waited_for == (2.5, 0) and found.staleness == pytest.approx((0.65, 0.1, 0.25))
+    assert found.mean_staleness == pytest.approx(0.6)
+
+
+def test_a_report_says_why_times_are_not_those_of_devices(eager: tuple[Path, str], run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra [report] is not installed")
+    folder, said = eager
+    assert "INJECTED delays" in said and "EMULATED" not in said
+    both = variant(run, tmp_path / "both", "distribution: null", "distribution: lognormal")
+    assert [read_run(path).emulation for path in (folder, run, both)] == [(DELAYED,), (SLOWED,), (SLOWED, DELAYED)]
+    table = final_table(group([read_run(path) for path in (folder, run, both)]))
+    assert [row[-1] for row in table] == ["emulated", DELAYED, SLOWED, f"{SLOWED}, {DELAYED}"]
+    assert main(["report", str(folder), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "DELAYS INJECTED" in page and "EMULATED" not in page
+
+
+def test_ranks_that_meet_in_partial_collectives_are_traced_on_one_clock(eager: tuple[Path, str]) -> None:
+    ranks, _ = from_chrome(json.loads((eager[0] / "trace.json").read_text()))
+    for laps in ranks:
+        assert {"compute", "comm"} <= {kind for kind, _, _ in laps} <= set(KINDS)
+        assert all(a[2] <= b[1] + 1e-5 for a, b in zip(laps, laps[1:], strict=False))
+    first, second = ([lap for lap in laps if lap[0] == "comm"][0] for laps in ranks)  # samples are dealt to both
+    assert max(first[1], second[1]) <= min(first[2], second[2])
+
+
+def test_long_names_stay_apart_as_file_names() -> None:
+    one, other = (slug(f"{'long ' * 30}{seed}") for seed in (0, 1))
+    assert one != other and len(one) == len(other) == 80 and slug("A b=0.1") == "a-b-0-1"
+
+
 # ---- what cannot be reported ----------------------------------------------------------------------------------------
 
 
@@ -173,6 +263,12 @@ def test_the_timeline_joins_clocks_and_parts_waiting_from_transfer() -> None:
     first, second = timeline([early, late])
     assert first == [("compute", 0, 2), ("blocked", 2, 5), ("comm", 5, 6), ("compute", 6, 7)]
     assert second == [("compute", 0.5, 5), ("comm", 5, 6), ("compute", 6, 8)]
+
+
+def test_a_rank_that_is_woken_up_late_is_not_shifted_on_one_host() -> None:
+    first = [(COLLECTIVE, 1.0, 2.0), ("compute", 2.0, 5.0), ("comm", 5.0, 6.0)]
+    second = [(COLLECTIVE, 1.5, 2.5), ("compute", 2.5, 4.5), ("blocked", 4.5, 5.0), ("comm", 5.0, 6.0)]
+    assert [laps[-1] for laps in timeline([first, second])] == [("comm", 4, 5), ("comm", 4, 5)]
 
 
 def test_ranks_that_met_in_different_numbers_of_collectives_keep_their_clocks() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from hvd_hetero.compare.spec import Comparison, Row
 from hvd_hetero.report.figures import Figures, figures
 from hvd_hetero.report.runs import Run, Series
-from hvd_hetero.report.write import percent, yes
+from hvd_hetero.report.write import percent, stamped
 
 DONE, FAILED, WAITING = "done", "failed", "waiting"
 
@@ -121,7 +121,7 @@ def table_rows(results: Sequence[Result], baseline: Result | None) -> list[list[
         table.append([
             result.row.label, f"{f.epochs:.4g}", f"{f.rounds_per_epoch:.4g}", f"{f.train_sec:.1f}", f"{f.wall_sec:.1f}",
             f"{f.fast_steps:.0f}", f"{f.samples:.0f}", percent(f), ", ".join(map(str, f.seeds)),
-            "-" if speed is None else f"{speed:.2f}x", *shares, yes(f.emulated), result.status,
+            "-" if speed is None else f"{speed:.2f}x", *shares, stamped(f), result.status,
         ])
     return table
 

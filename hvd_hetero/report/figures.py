@@ -5,9 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from hvd_hetero.report.runs import Series
+
+CONTRIBUTED = ("fresh", "late", "empty")
+"""What a rank may have sent in a round of a partial collective, as in ``summary.json``."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Figures:
         epochs: passes, the last one perhaps in part.
         rounds_per_epoch: averages in a whole pass.
         blocked: by class, the share of its time spent waiting for others.
+        emulation: why times are not those of real devices, where ``emulated``.
     """
 
     seeds: tuple[int, ...]
@@ -40,6 +45,28 @@ class Figures:
     rounds_per_epoch: float
     blocked: dict[str, float]
     emulated: bool
+    emulation: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PartialShares:
+    """What went into partial collectives; means over the finished runs of a series.
+
+    Attributes:
+        names: of the ranks, with their classes.
+        ranks: by rank, the shares of its rounds: fresh, late, empty.
+        waited_for: by rank, how many rounds it held up.
+        staleness: by age in rounds, the share of all ranks' contributions.
+    """
+
+    names: tuple[str, ...]
+    ranks: tuple[dict[str, float], ...]
+    waited_for: tuple[float, ...]
+    staleness: tuple[float, ...]
+
+    @property
+    def mean_staleness(self) -> float:
+        return sum(age * share for age, share in enumerate(self.staleness))
 
 
 def figures(series: Series) -> Figures | None:
@@ -68,7 +95,31 @@ def figures(series: Series) -> Figures | None:
         rounds_per_epoch=_mean(per_epoch),
         blocked={name: _mean(shares) for name, shares in blocked.items()},
         emulated=any(s["emulated"] for s in done),
+        emulation=series.emulation,
     )
+
+
+def partial_shares(series: Series) -> PartialShares | None:
+    """The shares of a series; None where no finished run of it had partial collectives."""
+    summaries = [s for s in series.finished if "partial" in s]
+    if not summaries:
+        return None
+    done = [s["partial"] for s in summaries]
+    of = {rank: c["name"] for s in summaries for c in s["classes"] for rank in c["ranks"]}
+    ranks = list(zip_longest(*(part["ranks"] for part in done)))  # seeds may have had different numbers of ranks
+    shares = [[_shares({kind: rank[kind] for kind in CONTRIBUTED}) for rank in rows if rank] for rows in ranks]
+    ages = [_shares(dict(enumerate(part["staleness"]))) for part in done]
+    return PartialShares(
+        names=tuple(f"rank {rank}, {of[rank]}" for rank in range(len(ranks))),
+        ranks=tuple({kind: _mean([row[kind] for row in rows]) for kind in CONTRIBUTED} for rows in shares),
+        waited_for=tuple(_mean([rank["waited_for"] for rank in rows if rank]) for rows in ranks),
+        staleness=tuple(_mean([row.get(age, 0.0) for row in ages]) for age in range(max(map(len, ages)))),
+    )
+
+
+def _shares(counts: Mapping[Any, float]) -> dict[Any, float]:
+    total = sum(counts.values()) or 1
+    return {key: count / total for key, count in counts.items()}
 
 
 def fast_steps(classes: Sequence[Mapping[str, Any]]) -> float:

@@ -1,9 +1,9 @@
-"""The pictures: learning curves, where the time went, who waited for whom. Imports matplotlib."""
+"""The pictures: learning curves, where the time went, what came late, who waited for whom. Imports matplotlib."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,12 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from hvd_hetero.report.figures import fast_steps
-from hvd_hetero.report.runs import Run, Series
-from hvd_hetero.report.style import KINDS, SETTINGS, bar, line
+from hvd_hetero.report.figures import CONTRIBUTED, fast_steps, partial_shares
+from hvd_hetero.report.runs import Run, Series, emulation
+from hvd_hetero.report.style import KINDS, SETTINGS, bar, fit, line
 from hvd_hetero.trace import Lap, from_chrome
 
 SPAN_FOR_LOG = 4.0
@@ -61,8 +61,8 @@ def curves(series: Sequence[Series], key: str, name: str, scale: float = 1.0) ->
 
 
 def _stamp(figure: Figure, series: Sequence[Series]) -> None:
-    if any(summary["emulated"] for s in series for summary in s.finished):
-        figure.suptitle("EMULATED slow devices", x=0.995, ha="right", fontsize=8)
+    if reasons := emulation(series):
+        figure.suptitle(", ".join(reasons).upper(), x=0.995, ha="right", fontsize=8)
 
 
 def _curve(axes: Axes, series: Series, x_key: str, key: str, scale: float, index: int) -> bool:
@@ -80,7 +80,7 @@ def _curve(axes: Axes, series: Series, x_key: str, key: str, scale: float, index
     x_axis = grid / 1000 if x_key == "samples_seen" else grid
     style = line(index)
     several = f" ({len(points)} seeds: mean, lowest to highest)" if len(points) > 1 else ""
-    axes.plot(x_axis, values.mean(0), label=series.label + several, markevery=max(1, len(grid) // 8), **style)
+    axes.plot(x_axis, values.mean(0), label=fit(series.label, 58) + several, markevery=max(1, len(grid) // 8), **style)
     if len(points) > 1:
         axes.fill_between(x_axis, values.min(0), values.max(0), color=style["color"], alpha=0.15, linewidth=0)
     return True
@@ -103,28 +103,71 @@ def breakdown(series: Sequence[Series]) -> Figure | None:
                 share = {kind: 1e3 * seconds / steps for kind, seconds in c["time_sec"].items()}
                 totals.setdefault(c["name"], []).append(share)
         for name, rows in totals.items():
-            names.append(f"{s.label} · {name}")
+            names.append(f"{fit(s.label, 40)} · {name}")
             parts.append({kind: float(np.mean([row[kind] for row in rows])) for kind in KINDS})
     if not names:
         return None
     with rc_context({**SETTINGS, "axes.grid.axis": "x"}):
         figure = Figure(figsize=(9.5, 1.4 + 0.34 * len(names)), layout="constrained")
         axes = figure.subplots()
-        places = np.arange(len(names))
-        left = np.zeros(len(names))
-        for kind in KINDS:
-            widths = np.array([part[kind] for part in parts])
-            axes.barh(places, widths, left=left, height=0.72, label=kind, linewidth=0.6, **bar(kind))
-            left += widths
-        for place, total, part in zip(places, left, parts, strict=True):
-            axes.annotate(f"{part['blocked'] / total:.0%} blocked" if total else "no time", (total, place), (4, 0),
-                          textcoords="offset points", va="center", fontsize=8)
-        axes.set_yticks(places, names)
-        axes.invert_yaxis()
+        lengths = _stack(axes, names, parts, KINDS)
+        for place, (total, part) in enumerate(zip(lengths, parts, strict=True)):
+            _beside(axes, place, total, f"{part['blocked'] / total:.0%} blocked" if total else "no time")
         axes.margins(x=0.15, y=0.02)
         axes.set_xlabel("time of a rank for each step of the fastest class [ms]")
         _stamp(figure, series)
         figure.legend(loc="outside lower center", ncols=len(KINDS))
+    return figure
+
+
+def _stack(
+    axes: Axes, names: Sequence[str], parts: Sequence[Mapping[str, float]], kinds: Iterable[str]
+) -> NDArray[Any]:
+    """Stacked bars, the first one on top; returns their lengths."""
+    left = np.zeros(len(names))
+    for kind in kinds:
+        widths = np.array([part[kind] for part in parts])
+        axes.barh(np.arange(len(names)), widths, left=left, height=0.72, label=kind, linewidth=0.6, **bar(kind))
+        left += widths
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    return left
+
+
+def _beside(axes: Axes, place: int, length: float, text: str) -> None:
+    axes.annotate(text, (length, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+
+
+def contributions(series: Sequence[Series]) -> Figure | None:
+    """What ranks sent in the rounds of partial collectives, and how old it was; None where there were none."""
+    found = [(i, s, shares) for i, s in enumerate(series) if (shares := partial_shares(s)) is not None]
+    if not found:
+        return None
+    names = [f"{fit(s.label, 40)} · {rank}" for _, s, shares in found for rank in shares.names]
+    parts = [{kind: 100 * share for kind, share in rank.items()} for *_, shares in found for rank in shares.ranks]
+    held = [times for *_, shares in found for times in shares.waited_for]
+    with rc_context(SETTINGS):
+        heights = [1.0 + 0.38 * len(names), 2.4 + 0.2 * len(found)]
+        figure = Figure(figsize=(9.5, sum(heights)), layout="constrained")
+        above, below = figure.subplots(2, 1, height_ratios=heights)
+        _stack(above, names, parts, CONTRIBUTED)
+        for place, times in enumerate(held):
+            if times:
+                _beside(above, place, 100, f"held up {times:.4g}")
+        above.grid(axis="y", visible=False)
+        above.set_xlim(0, 115 if any(held) else 100.4)  # the edge of the bars is to be seen
+        above.margins(y=0.02)
+        above.set_xlabel("share of the rank's rounds [%]")
+        above.legend(title="its contribution", loc="center left", bbox_to_anchor=(1.0, 0.5))
+        for i, s, shares in found:
+            label = f"{fit(s.label, 90)} (mean {shares.mean_staleness:.3g})"
+            below.plot(100 * np.array(shares.staleness), label=label, clip_on=False, **line(i))
+        below.set_ylim(bottom=0)
+        below.xaxis.set_major_locator(MaxNLocator(integer=True))
+        below.set_xlabel("age of a contribution when it was sent [rounds]")
+        below.set_ylabel("share of contributions [%]")
+        _stamp(figure, series)
+        figure.legend(*below.get_legend_handles_labels(), loc="outside lower center", handlelength=4)
     return figure
 
 
@@ -148,7 +191,7 @@ def timeline(run: Run, title: str) -> Figure | None:
         axes.set_ylim(len(lanes) - 0.4, -0.6)
         axes.set_xlim(0, 1e3 * (end - start))
         axes.set_xlabel("time [ms]")
-        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_title(fit(title, 90), loc="left", fontsize=10)
         figure.legend(handles=[Patch(label=kind, **bar(kind)) for kind in KINDS],
                       loc="outside lower center", ncols=len(KINDS))
     return figure

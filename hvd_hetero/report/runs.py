@@ -14,6 +14,8 @@ from hvd_hetero.errors import ConfigError
 from hvd_hetero.metrics import METRICS, SUMMARY
 from hvd_hetero.trace import TRACE
 
+SLOWED, DELAYED = "slow devices emulated", "delays injected"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -37,6 +39,14 @@ class Run:
     def method(self) -> str:
         return str(self.settings["algorithm.name"])
 
+    @property
+    def emulation(self) -> tuple[str, ...]:
+        """Why the times are not those of real devices; empty where they are."""
+        planned = [f"cluster.classes.{c['name']}.slowdown" for c in self.plan.get("classes", ())]
+        slow = any(self.settings.get(key, 1) > 1 for key in planned)
+        delayed = self.settings.get("delays.distribution") is not None
+        return (SLOWED,) * slow + (DELAYED,) * delayed
+
 
 @dataclass(frozen=True)
 class Series:
@@ -49,6 +59,17 @@ class Series:
     def finished(self) -> list[Mapping[str, Any]]:
         """The summaries of the runs that reached their end."""
         return [run.summary for run in self.runs if run.summary is not None]
+
+    @property
+    def emulation(self) -> tuple[str, ...]:
+        """As :attr:`Run.emulation`; the same for all runs, since it is a matter of settings."""
+        return self.runs[0].emulation if self.runs else ()
+
+
+def emulation(series: Sequence[Series]) -> list[str]:
+    """Why times of some of the series are not those of real devices, each reason once."""
+    found = {reason for s in series for reason in s.emulation}
+    return [reason for reason in (SLOWED, DELAYED) if reason in found]
 
 
 def read_run(path: str | Path) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from hvd_hetero.errors import ConfigError
@@ -19,6 +20,13 @@ KINDS = {
     "comm": {"facecolor": "#E69F00", "hatch": "xxxx"},
 }
 """Light to dark in grey as in colour: waiting is white."""
+
+CONTRIBUTIONS = {
+    "fresh": {"facecolor": "#0072B2", "hatch": ""},
+    "late": {"facecolor": "#56B4E9", "hatch": "...."},
+    "empty": {"facecolor": "#FFFFFF", "hatch": ""},
+}
+"""What a rank sent in a round: the less of it, the lighter."""
 
 EDGE = "#303030"
 FONT_SIZE = 9
@@ -49,8 +57,13 @@ def line(index: int) -> dict[str, Any]:
 
 
 def bar(kind: str) -> dict[str, Any]:
-    """How time of a kind is filled."""
-    return {**KINDS[kind], "edgecolor": EDGE}
+    """How time, or a contribution, of a kind is filled."""
+    return {**(KINDS | CONTRIBUTIONS)[kind], "edgecolor": EDGE}
+
+
+def fit(text: str, width: int) -> str:
+    """A text in at most two lines of so many characters: names of series may be long, and pictures are not wide."""
+    return textwrap.fill(text, width, max_lines=2, placeholder=" …", break_on_hyphens=False)
 
 
 def check_matplotlib() -> None:

@@ -29,7 +29,8 @@ def closing_table(summary: Mapping[str, Any]) -> str:
         figures.append(f"accuracy {100 * result['final_accuracy']:.2f}% (best {100 * result['best_accuracy']:.2f}%)")
     figures.append(f"loss {result['final_loss']:.4g}")
     if summary["emulated"]:
-        figures.append("EMULATED slow devices")
+        slow = any(c["slowdown"] > 1 for c in summary["classes"])
+        figures.append("EMULATED slow devices" if slow else "INJECTED delays")
     return f"{table(rows)}\n{'; '.join(figures)}"
 
 

@@ -7,13 +7,14 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.report.figures import Figures, figures
 from hvd_hetero.report.page import Page
-from hvd_hetero.report.runs import Series, differing, group, read_run, shown
+from hvd_hetero.report.runs import DELAYED, SLOWED, Series, differing, emulation, group, read_run, shown
 from hvd_hetero.report.style import check_matplotlib
 
 if TYPE_CHECKING:
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 PAGE = "report.html"
 DPI = 150
+STAMPS = {
+    SLOWED: "EMULATED: slow devices are fast ones that sleep",
+    DELAYED: "DELAYS INJECTED: ranks sleep in their steps",
+}
 Table = Sequence[Sequence[str]]
 
 
@@ -60,8 +65,8 @@ def write(out: Path, title: str, chapters: Sequence[Chapter]) -> Path:
         ConfigError: the folder cannot be written.
     """
     page = Page(title)
-    if any(summary["emulated"] for c in chapters for s in c.series for summary in s.finished):
-        page.stamp("EMULATED: slow devices are fast ones that sleep")
+    for reason in emulation([s for c in chapters for s in c.series]):
+        page.stamp(STAMPS[reason])
     try:
         out.mkdir(parents=True, exist_ok=True)
         for chapter in chapters:
@@ -95,6 +100,8 @@ def _chapter(out: Path, page: Page, chapter: Chapter) -> None:
          pictures.curves(series, "train_loss", "training loss")),
         ("breakdown", "Where the time went", "time of each class for one step of the fastest, by kind",
          pictures.breakdown(series)),
+        ("partial", "What came late", "by rank, shares of rounds with fresh, late and no contributions; their ages",
+         pictures.contributions(series)),
     ]
     drawings += [
         (f"timeline-{slug(s.label)}", f"Who waited for whom: {s.label}", f"timeline of some rounds of {s.label}",
@@ -131,7 +138,7 @@ def final_table(series: Sequence[Series]) -> Table:
         shares = [f"{f.blocked[name]:.1%}" if name in f.blocked else "-" for name in classes]
         rows.append([s.label, ", ".join(map(str, f.seeds)), f"{f.epochs:.4g}", f"{f.rounds_per_epoch:.4g}",
                      f"{f.samples:.0f}", f"{f.train_sec:.1f}", f"{f.wall_sec:.1f}", percent(f), f"{f.loss:.4f}",
-                     *shares, yes(f.emulated)])
+                     *shares, stamped(f)])
     return rows
 
 
@@ -143,13 +150,15 @@ def percent(figures: Figures) -> str:
     return f"{100 * figures.accuracy:.2f}{spread}"
 
 
-def yes(value: bool) -> str:
-    return "yes" if value else "no"
+def stamped(figures: Figures) -> str:
+    """Whether times are not those of real devices, and why."""
+    return ", ".join(figures.emulation) or "no"
 
 
 def slug(text: str) -> str:
-    """A text as a file name."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()[:80] or "run"
+    """A text as a file name; long ones that differ only at their ends stay apart."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "run"
+    return name if len(name) <= 80 else f"{name[:71]}-{sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _settings(series: Sequence[Series]) -> Table:
