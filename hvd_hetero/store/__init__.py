@@ -1,0 +1,29 @@
+"""Checkpoints of a job on disk: written whole or not at all, checked when read, and without pickle.
+
+``RUN/checkpoints/000123/`` is the checkpoint of round 123. Each rank writes a shard: ``rank0003.safetensors``, its
+tensors by dotted name, and ``rank0003.json``, everything else. Rank 0 writes ``manifest.json`` last, with the sizes and
+the checksums of all shards; a folder without a valid one is no checkpoint. Every file is written under a temporary
+name, synced, renamed, and its folder synced.
+
+This room knows files only. Ranks agree among themselves outside of it, in two phases::
+
+    info = store.write_shard(round, rank, state)                             # each rank
+    infos = [ShardInfo.from_json(text) for text in gather(info.to_json())]   # whichever way the job has
+    store.commit(round, infos, passes=3, config_digest=digest)               # rank 0, once it has them all
+
+and to go on from one::
+
+    checkpoint = store.latest(config_digest=digest, world_size=size)         # rank 0 chooses and tells the round
+    state = store.at(round).load(rank)                                       # each rank; if one cannot, an older one
+    store.rewind(round)                                                      # rank 0, once all ranks have loaded
+"""
+
+from hvd_hetero.store.errors import CheckpointError
+from hvd_hetero.store.files import Files
+from hvd_hetero.store.manifest import Meta
+from hvd_hetero.store.nested import join, split
+from hvd_hetero.store.reading import Candidate, Checkpoint
+from hvd_hetero.store.shards import ShardInfo
+from hvd_hetero.store.writing import Store
+
+__all__ = ["Candidate", "Checkpoint", "CheckpointError", "Files", "Meta", "ShardInfo", "Store", "join", "split"]
