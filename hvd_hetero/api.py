@@ -20,6 +20,9 @@ from hvd_hetero.metrics import check_run_dir
 from hvd_hetero.schema import Config
 from hvd_hetero.trainer import Trainer
 
+PEER_GONE_SEC = 1.0
+"""A survivor leaves so much later than the rank that failed, so that the launcher sees that one end first."""
+
 
 def train(
     config: str | Path | Sequence[str | Path] | None = None,
@@ -100,7 +103,8 @@ def guarded(call: Callable[[], Any]) -> Any:
             print(f"hvd-hetero: error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)
     except PEER_LOST as error:
-        _end(f"rank {env.rank} on {env.host} stops: {str(error).split('. ')[0]}")
+        time.sleep(PEER_GONE_SEC)
+        _end(f"rank {env.rank} on {env.host} stops: {error}")
     except Exception as error:
         traceback.print_exc()
         _end(f"rank {env.rank} on {env.host} failed: {type(error).__name__}: {error}")

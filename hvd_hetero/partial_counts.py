@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_hetero.comm.partial import Counts
+from hvd_hetero.comm.rounds import Counts
 
 AGES = 65
 """Ages are told apart up to this one less 1; what is older counts there."""

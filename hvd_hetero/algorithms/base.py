@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from hvd_hetero.cluster import Cluster
 from hvd_hetero.comm.horovod import Comm
-from hvd_hetero.comm.partial import Counts
+from hvd_hetero.comm.rounds import Counts
 from hvd_hetero.config import per_class
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError, nearest

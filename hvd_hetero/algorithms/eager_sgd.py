@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 from hvd_hetero.algorithms.lockstep import Lockstep
 from hvd_hetero.comm.flat import joined, parts_of
 from hvd_hetero.comm.horovod import Comm
-from hvd_hetero.comm.partial import Counts, PartialAllreduce, Round
+from hvd_hetero.comm.partial import PartialAllreduce
+from hvd_hetero.comm.rounds import Counts, Round
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.feed import Pass, Worked

@@ -14,7 +14,7 @@ from hvd_hetero.algorithms.base import Algorithm
 from hvd_hetero.algorithms.merging import Merging, check_merging
 from hvd_hetero.algorithms.outer import Outer, average_optimizer
 from hvd_hetero.comm.horovod import Comm
-from hvd_hetero.comm.partial import Counts
+from hvd_hetero.comm.rounds import Counts
 from hvd_hetero.config import per_class
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError

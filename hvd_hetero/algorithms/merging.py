@@ -9,10 +9,12 @@ holds the common model x of the rounds it has had the results of, and its own pr
         x   = x + sum_{i in P_k} v_i D_i / sum_{i in P_k} v_i
         D_i = 0 for i in P_k
 
-v_i is the number of steps in D_i, or 1 with uniform weights. If nobody is late, P_k is everybody, D_i = x_i - x, and
-x becomes sum_i w_i x_i: the blocking average. A round starts when the first class is there (solo), or the class of a
-rank drawn for this round (majority). All ranks apply all results in the same order, so x is the same on all of them, to
-the last bit. An outer optimizer, where there is one, takes the average that a round proposes, as it always does.
+v_i is the number of steps in D_i, or 1 with uniform weights. Running statistics are states and not progress: theirs
+are averaged, with the same weights, over the ranks in P_k, and whoever takes the result goes on from the average. If
+nobody is late, P_k is everybody, D_i = x_i - x, and x becomes sum_i w_i x_i: the blocking average. A round starts when
+the first class is there (solo), or the class of a rank drawn for this round (majority). All ranks apply all results in
+the same order, so x is the same on all of them, to the last bit. An outer optimizer, where there is one, takes the
+average that a round proposes, as it always does.
 
 Nobody waits for a round for longer than ``aggregation.patience_sec``: a rank that has its tau steps behind it and no
 result goes on from y_i, and what it does is merged a round later. Only one that is ``aggregation.max_lag`` rounds ahead
@@ -33,7 +35,8 @@ from hvd_hetero.algorithms.outer import Outer
 from hvd_hetero.cluster import Cluster
 from hvd_hetero.comm.flat import joined, parts_of
 from hvd_hetero.comm.horovod import Comm
-from hvd_hetero.comm.partial import Counts, PartialAllreduce, Round
+from hvd_hetero.comm.partial import PartialAllreduce
+from hvd_hetero.comm.rounds import Counts, Round
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.feed import Pass, Worked
 from hvd_hetero.schema import AggregationConfig
@@ -63,20 +66,21 @@ class Merging:
     ) -> None:
         self._worker, self._comm, self._cluster, self._spec = worker, comm, cluster, spec
         self._outer, self._seed = outer, seed
-        self._vectors = worker.state.vectors
-        self._common = joined(self._vectors).clone()
+        self._params, self._buffers = worker.state.parameters(), worker.state.buffers()
+        self._common = joined(self._params).clone()
         self._ahead: Tensor | None = None
         """``[P]`` on the host: progress that was contributed and has not come back in a result; None: nothing."""
         self._unmerged = self._averages = 0
         self._open(0)
 
     def _open(self, first: int) -> None:
-        spec, common = self._spec, self._common
+        spec, whole = self._spec, joined([*self._params, *self._buffers])
         self._partial = PartialAllreduce(
             self._comm,
-            common.numel(),
-            common.dtype,
+            whole.numel(),
+            whole.dtype,
             spec.mode,
+            latest=sum(b.numel() for b in self._buffers),
             units=[c.ranks for c in self._cluster.classes],
             seed=self._seed,
             sync_every=spec.sync_every,
@@ -119,10 +123,10 @@ class Merging:
 
     @torch.no_grad()
     def _contribute(self, steps: int) -> None:
-        progress = self._comm.on_host(joined(self._vectors) - self._common)
+        progress = (joined(self._params) - self._common).to("cpu")
         fresh = progress if self._ahead is None else progress - self._ahead
-        self._partial.contribute(fresh, steps)
-        self._ahead = progress.clone() if progress.is_pinned() else progress
+        self._partial.contribute(joined([fresh, *(b.to("cpu") for b in self._buffers)]), steps)
+        self._ahead = progress
         self._unmerged += 1
 
     @torch.no_grad()
@@ -131,19 +135,22 @@ class Merging:
         if not rounds:
             return
         self._set(self._common)
+        count = self._common.numel()
         for item in rounds:
             if item.own is not None:
                 assert self._ahead is not None
-                self._ahead -= item.own
+                self._ahead -= item.own[:count]
                 self._unmerged -= item.contributions
             if item.weight:
                 self._outer.remember()
-                for vector, part in zip(self._vectors, parts_of(item.total, self._vectors), strict=True):
+                for vector, part in zip(self._params, parts_of(item.total[:count], self._params), strict=True):
                     vector.add_(part.to(vector), alpha=1 / item.weight)
+                for vector, part in zip(self._buffers, parts_of(item.total[count:], self._buffers), strict=True):
+                    vector.copy_(part).div_(item.weight)
                 self._outer.step()
                 self._averages += 1
         self._partial.done(rounds)
-        self._common.copy_(joined(self._vectors))
+        self._common.copy_(joined(self._params))
         if not self._unmerged:
             self._ahead = None  # what rounding has left of it is nobody's progress
             if self._spec.optimizer_state == "reset":
@@ -152,7 +159,7 @@ class Merging:
             self._set(self._common + self._ahead.to(self._common))
 
     def _set(self, whole: Tensor) -> None:
-        for vector, part in zip(self._vectors, parts_of(whole, self._vectors), strict=True):
+        for vector, part in zip(self._params, parts_of(whole, self._params), strict=True):
             vector.copy_(part)
 
     def counts(self) -> Counts:

@@ -14,60 +14,17 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import horovod.torch as hvd
 import torch
 from torch import Tensor
 
-from hvd_hetero.comm.activation import Hub, Link, connect
-from hvd_hetero.comm.horovod import POLL_SEC, Comm, guarded
+from hvd_hetero.comm.activation import connect
+from hvd_hetero.comm.horovod import Comm, guarded
 from hvd_hetero.comm.referee import ARRIVED, CLAIM, CLOSING, FINAL, FINISHED, FULL, OFFER, START, Referee
-
-PATIENT_POLL_SEC = 1e-3
-"""Between looks at a round that takes long: polling as often as at first would cost the ranks that compute."""
-
-
-@dataclass
-class Round:
-    """What came of one round.
-
-    Attributes:
-        number: counted from 0 over the whole run.
-        total: ``[P]`` sum over ranks, on the host; valid until :meth:`PartialAllreduce.done`.
-        weight: sum over ranks of the weights of what they sent.
-        own: ``[P]`` what this rank had contributed, unweighted, if it is kept; else None.
-        contributions: how many of this rank's were in it.
-        started: when this rank learned that the round started, by ``time.perf_counter``.
-        final: whether it is the last one of the pass.
-    """
-
-    number: int
-    total: Tensor
-    weight: float
-    own: Tensor | None
-    contributions: int
-    started: float
-    final: bool
-    buffers: list[Tensor] = field(repr=False, default_factory=list)
-
-
-@dataclass
-class Counts:
-    """What one rank sent: rounds with something fresh in it, with nothing but late contributions, and empty ones.
-
-    Attributes:
-        staleness: contributions by age: rounds between the model they were computed on and the round they went with.
-        waited_for: rounds that this rank held up, because it had too many results left to take.
-    """
-
-    fresh: int = 0
-    late: int = 0
-    empty: int = 0
-    waited_for: int = 0
-    staleness: Counter[int] = field(default_factory=Counter)
+from hvd_hetero.comm.rounds import Counts, Round, done_unless
 
 
 class PartialAllreduce:
@@ -81,6 +38,8 @@ class PartialAllreduce:
         sync_every: every so many rounds each rank joins only when it has something to send: nothing that is sent is
             older than ``sync_every`` + 1 rounds.
         max_lag: a rank joins no round while it has so many results left to take; the others then wait for it.
+        latest: so many elements at the end of the vector are states and not sums: of several contributions in the send
+            buffer the newest one's are sent.
         weigh: turns the number of steps in the send buffer into the factor that what it holds is sent with; None sends
             it as it is, and ``Round.weight`` is the number of steps.
         first: number of the first round, in a resumed run.
@@ -102,12 +61,14 @@ class PartialAllreduce:
         seed: int = 0,
         sync_every: int = 32,
         max_lag: int = 32,
+        latest: int = 0,
         weigh: Callable[[float], float] | None = None,
         first: int = 0,
         hosts: int = 1,
     ) -> None:
         assert comm.size > 1 and sync_every >= 1 and max_lag >= 1
         self._rank, self._size, self._dtype = comm.rank, size, dtype
+        self._sums = size - latest
         self._full = 1 if mode == FULL else sync_every
         self._max_lag, self._weigh = max_lag, weigh
         self._changed = threading.Condition()
@@ -122,13 +83,10 @@ class PartialAllreduce:
         self._error: BaseException | None = None
         self.counts, self.closing = Counts(), False
         referee = Referee(units, mode, seed, first)
-        self._link: Link
-        self._hub: Hub | None
         self._link, self._hub = connect(comm, hosts, referee.hear)
-        names = (("reader", self._read), ("helper", self._help))
         self._threads = [
-            threading.Thread(target=self._watched, args=(run,), name=f"hvd_hetero.{name}", daemon=True)
-            for name, run in names
+            threading.Thread(target=self._watched, args=(run,), name=f"hvd_hetero.{run.__name__}", daemon=True)
+            for run in (self._read, self._help)
         ]
         for thread in self._threads:
             thread.start()
@@ -151,7 +109,8 @@ class PartialAllreduce:
             self._check()
             own = self._buffer[: self._size]
             if self._made_at:
-                own.add_(vector)
+                own[: self._sums].add_(vector[: self._sums])
+                own[self._sums :].copy_(vector[self._sums :])
             else:
                 own.copy_(vector)
             self._steps += steps
@@ -289,9 +248,8 @@ class PartialAllreduce:
                 item, steps = self._snapshot(number, started, final)
             payload = self._payload(item, steps)
             handle = guarded(lambda: hvd.allreduce_async_(payload, op=hvd.Sum, name="partial"))  # noqa: B023
-            if not self._finished(handle):
+            if not done_unless(self._over, handle):
                 return
-            guarded(lambda: hvd.synchronize(handle))  # noqa: B023
             item.weight = float(payload[-1])
             with self._changed:
                 self._rounds.append(item)
@@ -342,12 +300,3 @@ class PartialAllreduce:
         if self._pool:
             return self._pool.pop()
         return torch.empty(self._size + 1, dtype=self._dtype)
-
-    def _finished(self, handle: int) -> bool:
-        """Waits for a round on its way; False if this was closed meanwhile."""
-        begin = time.perf_counter()
-        while not guarded(lambda: hvd.poll(handle)):
-            if self._over():
-                return False
-            time.sleep(POLL_SEC if time.perf_counter() - begin < 0.01 else PATIENT_POLL_SEC)
-        return True

@@ -1,0 +1,81 @@
+"""``hvd-hetero profile`` under real horovodrun, and what a run makes of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+
+THREE = {"a": {"ranks": [0]}, "b": {"ranks": [1], "slowdown": 3}, "c": {"ranks": [2], "slowdown": 6}}
+QUICK = ["profile.seconds=0.2", f"cluster.classes={json.dumps(THREE)}", "train.tau=32"]
+
+
+@pytest.fixture(scope="module")
+def kept(hvd_hetero: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The file, and what the command said; three classes."""
+    path = tmp_path_factory.mktemp("profile") / "speeds.json"
+    done = hvd_hetero(["profile", *QUICK, f"profile.file={path}"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    return path, done.stdout
+
+
+def test_what_is_kept(kept: tuple[Path, str]) -> None:
+    content = json.loads(kept[0].read_text())
+    classes = {c["name"]: c for c in content["classes"]}
+    assert list(classes) == ["a", "b", "c"]
+    assert classes["a"]["step_sec"] < classes["b"]["step_sec"] < classes["c"]["step_sec"]
+    assert set(classes["b"]["by_batch"]) == {"2", "4", "8"} and classes["b"]["step_sec_alone"] > 0
+    assert content["samples"] == 1437 and content["parameters"] == 64 * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10
+    assert content["tau"]["a"] == 32 > content["tau"]["b"] > content["tau"]["c"] >= 1
+    assert content["average_sec"] > 0 and all(0 <= share < 1 for share in content["predicted_blocked"].values())
+    assert "a | " in kept[1] and str(kept[0]) in kept[1]
+
+
+def test_a_run_takes_its_speeds_from_it(kept: tuple[Path, str], hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
+    run = ["launch", *QUICK, f"profile.file={kept[0]}", "train.passes=1", f"run.dir={tmp_path / 'run'}"]
+    done = hvd_hetero(run)
+    assert done.returncode == 0, done.stdout + done.stderr
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    profile = json.loads(kept[0].read_text())
+    assert [c["step_sec"] for c in plan["classes"]] == [c["step_sec"] for c in profile["classes"]]
+    assert [c["tau"] for c in plan["classes"]] == list(profile["tau"].values())
+    assert f"step times from {kept[0]}" in done.stdout
+
+
+@pytest.mark.parametrize(("settings", "named"), [
+    (["train.batch_size=8"], "batch_size"),
+    (["model.args.hidden=[32]"], "trained"),
+    (['cluster.classes={"a": {"ranks": [0]}, "b": {"ranks": [1], "slowdown": 2}}'], "device"),
+])  # fmt: skip
+def test_that_of_something_else_is_refused(
+    kept: tuple[Path, str], hvd_hetero: Callable[..., Any], settings: list[str], named: str, tmp_path: Path
+) -> None:
+    done = hvd_hetero(["launch", *QUICK, *settings, f"profile.file={kept[0]}", f"run.dir={tmp_path / 'run'}"])
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "profile.file" in done.stderr and named in done.stderr and "hvd-hetero profile" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_the_launcher_too_all_ranks_end(
+    kept: tuple[Path, str], horovodrun: Callable[..., Any], tmp_path: Path
+) -> None:
+    import sys
+
+    settings = [*QUICK, "train.batch_size=8", f"profile.file={kept[0]}", f"run.dir={tmp_path / 'run'}"]
+    done = horovodrun(3, [sys.executable, "-m", "hvd_hetero", "train", *settings])
+    assert done.returncode != 0
+    assert "profile.file" in done.stderr and "Traceback" not in done.stderr.split("RuntimeError")[0]
+
+
+@pytest.mark.parametrize(("content", "said"), [("{", "no JSON"), ('{"version": 7}', "version 7"), (None, "cannot be")])
+def test_no_profile_at_all(hvd_hetero: Callable[..., Any], tmp_path: Path, content: str | None, said: str) -> None:
+    path = tmp_path / "speeds.json"
+    if content is not None:
+        path.write_text(content)
+    done = hvd_hetero(["launch", *QUICK, f"profile.file={path}", f"run.dir={tmp_path / 'run'}"])
+    assert done.returncode == 2 and said in done.stderr and "profile.file" in done.stderr
