@@ -47,6 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     command("profile", _profile, "measure the device classes' speeds, and keep them for runs of the same configuration")
     command("doctor", _doctor, "what this machine, or each rank of a job, has; can a configuration run here?")
     command("compare", _compare, "many runs that share a budget, one after another, in one table; half-done ones go on")
+    planner = command("plan", _plan, "foretell from measured speeds what each method would take; needs no torch")
+    _plan_options(planner)
     reporter = command("report", _report, "pictures, tables and one HTML page of finished runs", config=False)
     reporter.add_argument("runs", nargs="+", metavar="RUN", help="run folders; seeds of one setup make a band")
     reporter.add_argument("--out", metavar="DIR", help="where to; default RUN/report for one run, report for several")
@@ -84,6 +86,25 @@ def _compare(args: argparse.Namespace, files: list[str], overrides: list[str]) -
     from hvd_hetero.compare import compare
 
     return compare(files, overrides)
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--profile", metavar="FILE", help="what hvd-hetero profile measured")
+    parser.add_argument("--step-ms", metavar="CLASS=MS,...", help="milliseconds of a local step, in place of measured")
+    parser.add_argument("--jitter", metavar="CLASS=SHARE,...", help="standard deviation of a step over its mean")
+    parser.add_argument("--latency-ms", type=float, metavar="MS", help="of the link between ranks")
+    parser.add_argument("--bandwidth-mbit", type=float, metavar="MBIT", help="of the link between ranks, per second")
+    parser.add_argument("--params", type=int, metavar="N", help="parameters of the model, 4 bytes each; or")
+    parser.add_argument("--model-mb", type=float, metavar="MB", help="size of the model")
+    parser.add_argument("--samples", type=int, metavar="N", help="size of the training set")
+    parser.add_argument("--out", metavar="DIR", help="where table.json and the pictures go")
+
+
+def _plan(args: argparse.Namespace, files: list[str], overrides: list[str]) -> None:
+    from hvd_hetero.planner import plan
+    from hvd_hetero.planner.speeds import Given
+
+    plan(files, overrides, Given(**{name: getattr(args, name) for name in Given.__dataclass_fields__}), args.out)
 
 
 def _report(args: argparse.Namespace, files: list[str], overrides: list[str]) -> None:

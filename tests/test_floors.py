@@ -19,7 +19,7 @@ FLOORS = [
     {"worker", "profiling", "feed", "passes"},
     {"algorithms", "components"},
     {"trainer", "job"},
-    {"api", "loop", "cli", "launch", "report", "compare", "profile_command", "doctor", "__main__"},
+    {"api", "loop", "cli", "launch", "report", "compare", "planner", "profile_command", "doctor", "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -91,7 +91,9 @@ def test_only_comm_imports_horovod() -> None:
     assert {room(name) for name in users} == {"comm"}
 
 
-@pytest.mark.parametrize("module", ["errors", "config", "schema", "cluster", "plan", "pacing", "sampling", "timing"])
+@pytest.mark.parametrize("module", [
+    "errors", "config", "schema", "cluster", "plan", "pacing", "sampling", "timing", "simulator", "planner",
+])
 def test_planning_runs_without_torch_and_horovod(module: str) -> None:
     if module not in NAMES:
         pytest.skip(f"there is no {module} yet")

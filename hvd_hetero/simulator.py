@@ -1,0 +1,291 @@
+"""How long rounds take on unequal ranks: a discrete-event simulation. Pure (numpy alone; no torch, no Horovod).
+
+**A rank's work.** A local step takes ``step_sec`` on average; ``jitter`` is the standard deviation of one step over its
+mean. Steps are independent, so tau of them are drawn as one number, with the mean and the variance of their sum:
+exact for ``normal`` (cut off at 0), nearly so for ``lognormal``; ``none`` draws nothing at all.
+
+**A collective** takes ``comm_sec``, from when the last rank is there: on m ranks
+latency * ceil(log2 m) + bytes / bandwidth * 2 (m - 1) / m, see hvd_hetero/planner/link.py.
+
+**Rounds.** In blocking ones everybody waits for the slowest; what follows is arithmetic on arrays. Partial ones
+(docs/partial.md) go by an event queue: steps that end, rounds that end, patience that ends. A rank's time is
+compute, blocked or comm, booked as the trainer books it, without a rest.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+NONE, NORMAL, LOGNORMAL = "none", "normal", "lognormal"
+LAWS = (NONE, NORMAL, LOGNORMAL)
+SOLO, MAJORITY = "solo", "majority"
+BLOCK = 65536
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that do the same; groups of one name are reported as one class.
+
+    Attributes:
+        step_sec: mean seconds of a local step.
+        tau: local steps in a round; 0: it only takes part in the collectives.
+        jitter: standard deviation of a step over its mean.
+        joins: whether it takes part in the collectives; if not, it waits all the time.
+    """
+
+    name: str
+    ranks: int
+    step_sec: float
+    tau: int = 1
+    jitter: float = 0.0
+    joins: bool = True
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of a class by kind, and the local steps it took; means over its ranks."""
+
+    compute: float
+    blocked: float
+    comm: float
+    steps: float
+
+    @property
+    def blocked_share(self) -> float:
+        total = self.compute + self.blocked + self.comm
+        return self.blocked / total if total else 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a simulation came to.
+
+    Attributes:
+        rounds: collectives that were made.
+    """
+
+    seconds: float
+    rounds: int
+    classes: dict[str, Spent]
+
+
+def blocking(
+    groups: Sequence[Group], rounds: int, comm_sec: float, rng: np.random.Generator, law: str = LOGNORMAL
+) -> Outcome:
+    """Rounds in which everybody waits for the slowest, who waits for nobody; the collective comes after."""
+    work = [_works(g, rounds, rng, law) for g in groups]
+    last = np.max([w.max(axis=1) for w in work], axis=0)
+    seconds = float(last.sum()) + rounds * comm_sec
+    spent = []
+    for g, w in zip(groups, work, strict=True):
+        compute, comm = w.sum(axis=0), np.full(g.ranks, rounds * comm_sec * g.joins)
+        blocked = np.maximum(0.0, seconds - compute - comm)
+        spent.append((compute, blocked, comm, np.full(g.ranks, float(rounds * g.tau))))
+    return Outcome(seconds, rounds, _by_name(groups, spent))
+
+
+def _works(g: Group, rounds: int, rng: np.random.Generator, law: str) -> Floats:
+    """Seconds of computing, ``[rounds, ranks]``."""
+    mean, spread = g.tau * g.step_sec, _spread(g, law)
+    if not spread:
+        return np.full((rounds, g.ranks), mean)
+    z = rng.standard_normal((rounds, g.ranks))
+    return np.maximum(0.0, mean * (1 + spread * z)) if law == NORMAL else mean * np.exp(spread * z - spread**2 / 2)
+
+
+def _spread(g: Group, law: str) -> float:
+    """Of a round's work, relative to its mean; of its logarithm, where that is what is normal."""
+    assert law in LAWS
+    relative = 0.0 if law == NONE or not g.tau else g.jitter / math.sqrt(g.tau)
+    return math.sqrt(math.log1p(relative**2)) if law == LOGNORMAL else relative
+
+
+def _by_name(groups: Sequence[Group], spent: Sequence[tuple[Floats, Floats, Floats, Floats]]) -> dict[str, Spent]:
+    """Means over the ranks of each class, of compute, blocked, comm and steps by rank."""
+    found = {}
+    for name in dict.fromkeys(g.name for g in groups):
+        mine = [arrays for g, arrays in zip(groups, spent, strict=True) if g.name == name]
+        found[name] = Spent(*(float(np.concatenate(column).mean()) for column in zip(*mine, strict=True)))
+    return found
+
+
+def partial(
+    groups: Sequence[Group],
+    comm_sec: float,
+    rng: np.random.Generator,
+    *,
+    mode: str = SOLO,
+    by_class: bool = False,
+    rounds: int | None = None,
+    contributions: int | None = None,
+    sync_every: int = 32,
+    max_lag: int = 32,
+    patience_sec: float = math.inf,
+    law: str = LOGNORMAL,
+) -> Outcome:
+    """Rounds that whoever is ready starts, as in docs/partial.md, without the ends of passes.
+
+    Args:
+        mode: ``solo`` or ``majority``.
+        by_class: a group arrives as a whole (averages of models), not each rank by itself (gradients).
+        rounds: it ends when all ranks of a group have contributed so many times; or
+        contributions: when all ranks together have.
+    """
+    assert mode in (SOLO, MAJORITY) and (rounds is None) != (contributions is None)
+    assert all(g.tau and g.joins for g in groups)
+    run = _Partial(groups, comm_sec, rng, mode, by_class, sync_every, max_lag, patience_sec, law)
+    now = run.until(rounds or math.inf, contributions or math.inf)
+    ends = np.cumsum([g.ranks for g in groups])[:-1]
+    by_rank = (run.compute, run.blocked, run.comm, run.count)
+    columns = [np.split(np.array(column, dtype=np.float64), ends) for column in by_rank]
+    spent = [(a, b, c, n * g.tau) for g, a, b, c, n in zip(groups, *columns, strict=True)]
+    return Outcome(now, run.completed, _by_name(groups, spent))
+
+
+ROUND, STEP, PATIENCE = 0, 1, 2
+"""What ends; at one moment, results come before those who would take them."""
+
+
+class _Partial:
+    """The event queue of partial rounds.
+
+    Attributes:
+        completed: rounds that have ended, and ``started`` those that have begun: one more at most.
+        taken: by rank, rounds whose result it has had, and ``count``, what it has contributed.
+        compute: seconds by rank, as ``blocked`` and ``comm``.
+    """
+
+    def __init__(
+        self, groups: Sequence[Group], comm_sec: float, rng: np.random.Generator, mode: str, by_class: bool,
+        sync_every: int, max_lag: int, patience_sec: float, law: str,
+    ) -> None:
+        self._comm_sec, self._rng, self._mode, self._law = comm_sec, rng, mode, law
+        self._sync_every, self._max_lag, self._patience_sec = sync_every, max_lag, patience_sec
+        self._size = size = sum(g.ranks for g in groups)
+        self._group = [i for i, g in enumerate(groups) for _ in range(g.ranks)]
+        self._group_size = [g.ranks for g in groups]
+        self._unit = self._group if by_class else list(range(size))
+        self._unit_size = self._group_size if by_class else [1] * size
+        self._law_of = [(g.tau * g.step_sec, _spread(g, law)) for g in groups]
+        self.taken, self.count = [0] * size, [0] * size
+        self.compute, self.blocked, self.comm = [0.0] * size, [0.0] * size, [0.0] * size
+        self._began = [0.0] * size
+        self._waiting: dict[int, float] = {}  # since when
+        self._made: dict[int, int] = {}  # contributions that no round has taken yet
+        self._arrived: set[int] = set()
+        self._there = Counter[int]()
+        self._missing: set[int] = set()
+        self.completed, self.started, self._started_at, self._least_taken = 0, 0, 0.0, 0
+        self._normals: list[float] = []
+        self._queue: list[tuple[float, int, int]] = []
+        self._draw_initiator()
+        for rank in range(size):
+            self._begin(rank, 0.0)
+
+    def until(self, rounds: float, contributions: float) -> float:
+        """Runs until a group, or everybody together, has contributed so often; returns the time."""
+        behind, total = [size * rounds for size in self._group_size], 0
+        while True:
+            now, what, rank = heapq.heappop(self._queue)
+            if what == ROUND:
+                self._round_ended(now)
+            elif what == PATIENCE:
+                self._patience_ended(rank, now)
+            else:
+                behind[self._group[rank]] -= self.count[rank] < rounds
+                total += 1
+                self._step_ended(rank, now)
+                if total >= contributions or behind[self._group[rank]] <= 0:
+                    break
+        for rank in range(self._size):
+            if rank in self._waiting:
+                self.blocked[rank] += now - self._waiting[rank]
+            else:
+                self.compute[rank] += now - self._began[rank]
+        return now
+
+    def _step_ended(self, rank: int, now: float) -> None:
+        self.compute[rank] += now - self._began[rank]
+        self._began[rank] = now
+        self._made[rank] = self._made.get(rank, 0) + 1
+        self.count[rank] += 1
+        if self.taken[rank] == self.started and rank not in self._arrived:
+            self._arrived.add(rank)
+            self._there[self._unit[rank]] += 1
+            self._start_if_ready(self._unit[rank], now)
+        if self.completed > self.taken[rank]:
+            self.taken[rank] = self.completed
+            self._begin(rank, now)
+        else:
+            self._waiting[rank] = now
+            if self._patience_sec < math.inf:
+                heapq.heappush(self._queue, (now + self._patience_sec, PATIENCE, rank))
+        if rank in self._missing:
+            self._join_late(rank, now)
+
+    def _start_if_ready(self, unit: int, now: float) -> None:
+        """Starts the next round if the unit that has just gained a rank is complete, and may start it."""
+        if self._there[unit] < self._unit_size[unit] or (self._mode == MAJORITY and unit != self._initiator):
+            return
+        number, self.started, self._started_at = self.started, self.started + 1, now
+        self._arrived.clear()
+        self._there.clear()
+        self._draw_initiator()
+        if number - self._least_taken >= self._max_lag:
+            self._least_taken = min(self.taken)
+            self._missing |= {r for r, taken in enumerate(self.taken) if number - taken >= self._max_lag}
+        if (number + 1) % self._sync_every == 0:
+            self._missing |= {r for r in range(self._size) if r not in self._made}
+        self._made = {r: count for r, count in self._made.items() if r in self._missing} if self._missing else {}
+        self._go_if_complete(now)
+
+    def _join_late(self, rank: int, now: float) -> None:
+        if self.started - 1 - self.taken[rank] < self._max_lag:
+            del self._made[rank]
+            self._missing.remove(rank)
+            self._go_if_complete(now)
+
+    def _go_if_complete(self, now: float) -> None:
+        if not self._missing:
+            heapq.heappush(self._queue, (now + self._comm_sec, ROUND, -1))
+
+    def _round_ended(self, now: float) -> None:
+        self.completed += 1
+        waiting, self._waiting = self._waiting, {}
+        for rank, since in waiting.items():
+            start = max(since, self._started_at)
+            self.blocked[rank] += start - since
+            self.comm[rank] += now - start
+            self.taken[rank] = self.completed
+            self._begin(rank, now)
+
+    def _patience_ended(self, rank: int, now: float) -> None:
+        # one that has gone on, and waits again by now, has a later end of its own
+        over = rank in self._waiting and now - self._waiting[rank] >= self._patience_sec * (1 - 1e-9)
+        if over and self._made.get(rank, 0) < self._max_lag:
+            self.blocked[rank] += now - self._waiting.pop(rank)
+            self._begin(rank, now)
+
+    def _begin(self, rank: int, now: float) -> None:
+        mean, spread = self._law_of[self._group[rank]]
+        self._began[rank] = now
+        heapq.heappush(self._queue, (now + mean * self._factor(spread), STEP, rank))
+
+    def _factor(self, spread: float) -> float:
+        if not spread:
+            return 1.0
+        if not self._normals:
+            self._normals = self._rng.standard_normal(BLOCK).tolist()
+        z = self._normals.pop()
+        return max(0.0, 1 + spread * z) if self._law == NORMAL else math.exp(spread * z - spread**2 / 2)
+
+    def _draw_initiator(self) -> None:
+        self._initiator = self._unit[int(self._rng.integers(self._size))]

@@ -1,0 +1,293 @@
+"""``hvd-hetero plan``: predictions that are arithmetic, advice, files, what it refuses and what it does not import."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hvd_hetero import algorithms
+from hvd_hetero.cli import main
+from hvd_hetero.config import load
+from hvd_hetero.planner.advice import recommended, sweep, worth
+from hvd_hetero.planner.methods import METHODS, method
+from hvd_hetero.planner.predict import Prediction, Scenario
+from hvd_hetero.planner.speeds import Given, Speed, gather
+
+EQUAL = ["cluster.classes={fast: {ranks: [0]}, slow: {ranks: [1]}}", "train.batch_size=4", "train.passes=3"]
+SPEEDS = ["--step-ms", "fast=1,slow=8", "--params", "1000", "--samples", "1440"]
+
+
+def scenario(overrides: Sequence[str] = (), **given: Any) -> Scenario:
+    config = load([], [*EQUAL, *overrides], method)
+    known = {"step_ms": "fast=1,slow=8", "params": 1000, "samples": 1440} | given
+    return Scenario(config, gather(config, Given(**known)))
+
+
+def by_label(rows: Sequence[Prediction]) -> dict[str, Prediction]:
+    return {row.label: row for row in rows}
+
+
+def profile(**changes: Any) -> dict[str, Any]:
+    """As ``hvd-hetero profile`` writes it."""
+    fast = {"name": "fast", "device": "cpu", "ranks": 1, "batch_size": 16, "step_sec": 0.003, "step_sec_alone": 0.003,
+            "by_batch": {"8": 0.002, "16": 0.003, "32": 0.005}, "jitter": 0.0}
+    slow = {**fast, "name": "slow", "step_sec": 0.03, "by_batch": {}}
+    key = {"model": "mlp", "batch_size": 16, "device": {"fast": "x", "slow": "x"}, "threads": {}, "versions": {}}
+    return {"version": 1, "key": key, "samples": 4000, "parameters": 1000, "parameter_bytes": 4000,
+            "classes": [fast, slow], "average_sec": 0.01, "tau": {}, "predicted_blocked": {}} | changes
+
+
+def saved(folder: Path, content: Any) -> str:
+    (folder / "profile.json").write_text(json.dumps(content))
+    return str(folder / "profile.json")
+
+
+# ---- predictions that are arithmetic --------------------------------------------------------------------------------
+
+
+def test_every_method_without_jitter_and_communication() -> None:
+    """Fast 1 ms, slow 8 ms, batches of 4, 1440 samples, 3 passes, tau 16: nothing but arithmetic."""
+    rows = by_label(scenario(["train.tau=16"]).methods())
+    both = rows["sync_sgd, all"]
+    assert both.seconds == pytest.approx(3 * 180 * 0.008) and both.samples == 3 * 1440
+    assert both.blocked == pytest.approx({"fast": 7 / 8, "slow": 0})
+    alone = rows["sync_sgd, fast"]
+    assert alone.seconds == pytest.approx(3 * 360 * 0.001) and alone.blocked == pytest.approx({"fast": 0, "slow": 1})
+    balanced = rows["balanced local SGD"]
+    assert balanced.seconds == pytest.approx(3 * 11 * 16 * 0.008) and balanced.blocked["fast"] == pytest.approx(7 / 8)
+    local = rows["unbalanced, biased local SGD"]
+    assert local.tau == {"fast": 16, "slow": 2} and local.averages == 3 * 20
+    assert local.seconds == pytest.approx(3 * 20 * 0.016) and local.samples == 3 * 1440
+    assert local.blocked == pytest.approx({"fast": 0, "slow": 0})
+    byteps = rows["byteps"]
+    assert byteps.seconds == pytest.approx(alone.seconds) and byteps.blocked == pytest.approx({"fast": 0, "slow": 1})
+    dlb = rows["dlb"]  # first 4 and 4; then 7 and 1, which take 1.75 and 2 ms
+    assert dlb.batch_size == {"fast": 7, "slow": 1}
+    assert dlb.seconds == pytest.approx(180 * 0.008 + 2 * 180 * 0.002)
+
+
+def test_three_classes() -> None:
+    classes = "cluster.classes={a: {ranks: [0]}, b: {ranks: [1, 2]}, c: {ranks: [3]}}"
+    found = scenario([classes, "train.tau=8"], step_ms="a=1,b=2,c=4").methods()
+    local = by_label(found)["unbalanced, biased local SGD"]
+    assert local.tau == {"a": 8, "b": 4, "c": 2} and max(local.blocked.values()) == pytest.approx(0)
+    assert by_label(found)["sync_sgd, all"].blocked == pytest.approx({"a": 0.75, "b": 0.5, "c": 0})
+
+
+def test_the_work_ends_where_the_configuration_says() -> None:
+    steps = scenario(["train.tau=16", "train.passes=null", "train.max_fast_steps=500"])
+    rows = by_label(steps.methods())
+    assert rows["unbalanced, biased local SGD"].averages == 31 and rows["sync_sgd, all"].averages == 500
+    assert "hands out" in str(rows["eager_sgd, solo"].problem)
+    seconds = scenario(["train.tau=16", "train.passes=null", "train.max_train_sec=10"])
+    assert seconds.local(16).seconds == pytest.approx(10, abs=0.02)
+
+
+def test_communication_in_bytes_and_seconds() -> None:
+    """8 Mbit/s are 1 byte a microsecond: the 4000 bytes take two ranks 4 ms, and 2 ms of latency."""
+    local = scenario(["train.tau=16"], latency_ms=2.0, bandwidth_mbit=8.0).local(16)
+    assert local.sent_bytes == pytest.approx(60 * 4000) and local.comm_sec == pytest.approx(60 * 0.006)
+    assert local.seconds == pytest.approx(60 * 0.022)
+
+
+def test_a_class_that_idles_transfers_nothing() -> None:
+    classes = "cluster.classes={fast: {ranks: [0, 1]}, slow: {ranks: [2]}}"
+    alone = by_label(scenario([classes], latency_ms=3.0).methods())["sync_sgd, fast"]
+    assert alone.classes is not None and alone.comm_sec == pytest.approx(3 * 180 * 0.003)
+    assert (alone.classes["slow"].comm, alone.classes["slow"].blocked) == pytest.approx((0, alone.seconds))
+
+
+def test_solo_does_not_wait_where_the_blocking_average_does() -> None:
+    found = scenario(["train.tau={fast: 16, slow: 4}"])
+    rows = by_label(found.methods())
+    assert rows["unbalanced, biased local SGD"].blocked["fast"] == pytest.approx(0.5)
+    assert rows["biased local SGD, solo"].blocked["fast"] < 0.05
+
+
+def test_eager_sgd_counts_all_samples_once() -> None:
+    for row in (r for r in scenario().methods() if r.method == "eager_sgd"):
+        assert row.samples == pytest.approx(3 * 1440, rel=1e-3)
+    solo = by_label(scenario().methods())["eager_sgd, solo"]
+    assert solo.samples_per_sec == pytest.approx(4 / 0.001 + 4 / 0.008, rel=0.05), "nobody waits for anybody"
+
+
+# ---- advice ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_recommended_tau_leaves_nobody_waiting() -> None:
+    """Slow takes 7 times as long: 7 to 1 is the first split without waiting, and no longer round gains on it."""
+    found = scenario(step_ms="fast=1,slow=7")
+    advice = recommended(found, sweep(found))
+    assert advice is not None and advice.tau == 7 and advice.prediction.tau == {"fast": 7, "slow": 1}
+    assert advice.prediction.samples_per_sec == pytest.approx(found.capacity)
+    assert "tau 7" in advice.reason and "100.0%" in advice.reason
+
+
+def test_costly_communication_asks_for_longer_rounds() -> None:
+    """An average of 8 ms makes 7 steps of 15 ms: 95 % of the best is not to be had before rounds of 100 ms."""
+    found = scenario(step_ms="fast=1,slow=7", latency_ms=8.0, samples=100_000)
+    advice = recommended(found, sweep(found))
+    assert advice is not None and advice.tau >= 100
+
+
+def test_a_class_is_worth_what_it_adds() -> None:
+    (slow,) = worth(scenario(), 16)
+    assert slow.worth_having and slow.with_it == pytest.approx(4500) and slow.without_it == pytest.approx(4000)
+    assert "adds 12.5%" in slow.sentence
+    (slow,) = worth(scenario(latency_ms=8.0), 16)  # alone, fast needs no link
+    assert not slow.worth_having and "left out" in slow.sentence
+
+
+def test_step_times_of_other_batches() -> None:
+    several = Speed(((8, 0.002), (16, 0.003), (32, 0.006)))
+    assert [several.step_sec(b) for b in (8, 12, 16, 24, 48)] == pytest.approx([0.002, 0.0025, 0.003, 0.0045, 0.009])
+    assert several.step_sec(4) == pytest.approx(0.0015)
+    assert Speed(((8, 0.002),)).step_sec(20) == pytest.approx(0.005)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_from_a_profile_to_table_and_pictures(tmp_path: Path, hvd_hetero: Callable[..., Any]) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need the extra [report]")
+    done = hvd_hetero(["plan", *EQUAL, "train.batch_size=16", "train.tau=20", "--profile", saved(tmp_path, profile()),
+                       "--out", tmp_path / "out"])
+    assert done.returncode == 0, done.stderr
+    for words in ("sync_sgd, all", "eager_sgd, majority", "Recommended: tau", "without it",
+                  "Class slow was timed at one batch size", "fitted to the measured 10 ms"):
+        assert words in done.stdout
+    assert "Class fast was timed" not in done.stdout
+    content = json.loads((tmp_path / "out/table.json").read_text())
+    local = next(row for row in content["methods"] if row["label"] == "unbalanced, biased local SGD")
+    assert local["tau"] == {"fast": 20, "slow": 2} and local["seconds"] == pytest.approx(local["averages"] * 0.07)
+    assert content["recommended"]["tau_fastest"] in [row["tau_fastest"] for row in content["sweep"]]
+    smaller = next(row for row in content["batches"] if row["scale"] == 0.5)
+    assert smaller["batch_size"] == {"fast": 8, "slow": 8}
+    for name in ("methods.png", "tau.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_neither_torch_nor_horovod_is_imported(tmp_path: Path) -> None:
+    """With everything that the command does, pictures included."""
+    arguments = ["plan", *EQUAL, *SPEEDS, "--out", str(tmp_path)]
+    code = f"""
+import sys
+from hvd_hetero.cli import main
+status = main({arguments!r})
+print(status, [name for name in ("torch", "horovod") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "0 []", done.stderr
+
+
+def test_without_matplotlib_a_sentence_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["plan", *EQUAL, *SPEEDS, "--out", str(tmp_path)]) == 0
+    assert "matplotlib is not installed" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
+
+
+def test_the_seed_decides(capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    for seed in (1, 1, 2):
+        assert main(["plan", *EQUAL, *SPEEDS, "--jitter", "fast=0.2,slow=0.1", f"run.seed={seed}"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]
+
+
+def test_the_configuration_may_name_more_ranks_than_were_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classes = 'cluster.classes={fast: {ranks: "0-799"}, slow: {ranks: "800-999"}}'
+    words = ["plan", *EQUAL, classes, "train.tau=20", "--profile", saved(tmp_path, profile()), "--samples", "1000000"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "class fast, ranks 800" in out and "measured with 1 ranks and is planned with 800" in out
+
+
+def test_automatic_classes_are_those_of_the_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "cluster.classes=auto", "--profile", saved(tmp_path, profile())]) == 0
+    assert "class slow, ranks 1" in capsys.readouterr().out
+
+
+def test_the_methods_are_those_of_the_registry() -> None:
+    """The planner's data about methods, against the methods."""
+    def keys(options: type[Any]) -> dict[str, Any]:
+        return {item.name: item.default for item in dataclasses.fields(options)}
+
+    assert set(METHODS) == set(algorithms.REGISTRY)
+    for name, (options, defaults) in METHODS.items():
+        real, means = algorithms.method(name)
+        assert (keys(options), dict(defaults)) == (keys(real), dict(means)), name
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (["--step-ms", "fast=1,slow=0"], "--step-ms slow=0.0: is not a number above 0"),
+    (["--step-ms", "fast=1,slow=-3"], "is not a number above 0"),
+    (["--step-ms", "fast=1,slow=nan"], "is not a number above 0"),
+    (["--step-ms", "fast=1,slwo=8"], "'slwo' names no device class; did you mean 'slow'?"),
+    (["--step-ms", "fast=1"], "gives nothing for class slow; name every class: --step-ms fast=MILLISECONDS"),
+    (["--step-ms", "fast=1,slow"], "'slow' is not CLASS=NUMBER"),
+    (["--step-ms", "fast=1,fast=2,slow=8"], "names fast twice"),
+    (["--jitter", "fast=-0.1"], "is not between 0 and 2"),
+    (["--jitter", "slow=3"], "is not between 0 and 2 for class slow"),
+    (["--latency-ms", "-1"], "--latency-ms=-1.0: is not 0 or more"),
+    (["--bandwidth-mbit", "0"], "--bandwidth-mbit=0.0: is not a number above 0"),
+    (["--samples", "0"], "--samples=0: is not a number above 0"),
+    (["--model-mb", "3"], "--model-mb says the same"),
+    (["train.tua=3"], "is not a known key"),
+    (["algorithm.participants=fast"], "is not a known key"),
+    (["algorithm.name=sgd"], "is not a known method"),
+    (["--samples", "4"], "no tau can be planned"),
+    (["cluster.classes=auto"], "does not tell how many ranks each class has"),
+    (["--profile", "nowhere.json"], "cannot be read"),
+])
+def test_bad_input_ends_with_status_2(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *EQUAL, *SPEEDS, *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("hvd-hetero: error: ") and says in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("left_out", "says"), [
+    ("--step-ms", "gives nothing for class fast"),
+    ("--params", "give --params N or --model-mb MB"),
+    ("--samples", "give --samples N"),
+])
+def test_what_is_missing_is_named(left_out: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    place = SPEEDS.index(left_out)
+    assert main(["plan", *EQUAL, *SPEEDS[:place], *SPEEDS[place + 2 :]]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"version": 2}, "has version 2, not 1"),
+    ({"samples": 0}, "samples=0: is not a number above 0"),
+    ({"average_sec": -1}, "average_sec=-1: is not 0 or more"),
+    ({"classes": []}, "has no classes"),
+    ({"classes": [{**profile()["classes"][0], "step_sec": 0}]}, "fast.step_sec=0: is not a number above 0"),
+    ({"classes": [{**profile()["classes"][0], "by_batch": {"8": -1}}]}, "fast.by_batch.8=-1: is not a number above 0"),
+    ({"classes": profile()["classes"][:1]}, "gives nothing for class slow"),
+])
+def test_profiles_that_cannot_be(
+    changes: dict[str, Any], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *EQUAL, "--profile", saved(tmp_path, profile(**changes))]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["plan", *EQUAL, *SPEEDS, "--out", str(tmp_path / "file")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
