@@ -30,7 +30,7 @@ def test_what_is_kept(kept: tuple[Path, str]) -> None:
     assert list(classes) == ["a", "b", "c"]
     assert classes["a"]["step_sec"] < classes["b"]["step_sec"] < classes["c"]["step_sec"]
     assert set(classes["b"]["by_batch"]) == {"2", "4", "8"} and classes["b"]["step_sec_alone"] > 0
-    assert content["samples"] == 1437 and content["parameters"] == 64 * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10
+    assert content["samples"] == 1438 and content["parameters"] == 64 * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10
     assert content["tau"]["a"] == 32 > content["tau"]["b"] > content["tau"]["c"] >= 1
     assert content["average_sec"] > 0 and all(0 <= share < 1 for share in content["predicted_blocked"].values())
     assert "a | " in kept[1] and str(kept[0]) in kept[1]
