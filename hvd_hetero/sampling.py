@@ -124,7 +124,7 @@ def _draw(rng: np.random.Generator, items: Indices, count: int, shuffled: bool) 
     keys |= items.view(np.uint64) ^ flip
     if count < len(keys):
         keys.partition(count)
-        keys = keys[:count]
+        keys = keys[:count].copy()  # lets go of the rest
     if shuffled:
         keys.sort()
     keys ^= flip
