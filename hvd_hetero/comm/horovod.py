@@ -102,13 +102,18 @@ class Comm:
             ranks: those that take part: all, or one class.
         """
         ranks = ranks or tuple(range(self.size))
-        vector.mul_(weight)  # Horovod's prescale_factor does the same on a CPU, but takes several times as long
         if self.path == "flat" or len(ranks) < self.size or self.size == 1:
+            vector.mul_(weight)
             self._sum_(vector, ranks, f"{name}.flat")
             return
         group = self._sets.get(self._peers)
-        if group is not None:
-            self._sum_(vector, self._peers, f"{name}.class.{self._peers[0]}")
+        if group is None:
+            vector.mul_(weight)
+        else:
+            handle = hvd.allreduce_async_(
+                vector, op=hvd.Sum, prescale_factor=weight, process_set=group, name=f"{name}.class.{self._peers[0]}"
+            )
+            self._wait(handle)
         if len(self._leaders) == 1:
             return
         if self.rank in self._leaders:

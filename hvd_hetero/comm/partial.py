@@ -4,9 +4,8 @@ Source: Li et al., "Taming Unbalanced Training Workloads in Deep Learning with P
 (eager-SGD, 2020), on Horovod: a helper thread on every rank takes part in its place, so that no rank's computing delays
 another.
 
-What a rank contributes is added to its send buffer. When a round starts, every helper takes the buffer as it is, leaves
-an empty one, and sums over all ranks; whatever is contributed later goes with the next round. So each contribution is
-sent exactly once, and every rank gets every round's sum, in order.
+What a rank contributes is added to its send buffer. When a round starts, every helper takes the buffer as it is and
+leaves an empty one; what is contributed later goes with the next round. So each contribution is sent exactly once.
 """
 
 from __future__ import annotations
@@ -46,7 +45,6 @@ class PartialAllreduce:
         hosts: how many hosts the ranks are on.
 
     Attributes:
-        counts: since :meth:`take_counts`.
         closing: whether a whole unit has finished the pass, so that the others should come to an end.
     """
 
