@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +30,42 @@ from hvd_hetero.feed import Feed  # noqa: E402
 
 
 class Turns:
-    """The fake clock: a file with the number of turns so far, which only the rank whose turn it is writes."""
+    """The fake clock: a file with the number of turns and of rounds so far, which the rank whose turn it is writes.
+
+    Attributes:
+        rounds: says how many results have reached this rank.
+    """
+
+    rounds: Callable[[], int]
 
     def __init__(self, folder: Path, order: list[int], rank: int) -> None:
         self._folder, self._order, self._rank = folder, order, rank
         self._mine = False
 
-    def _now(self) -> int:
+    def _now(self) -> tuple[int, int]:
         path = self._folder / "turn"
-        return int(path.read_text() or 0) if path.exists() else 0
+        turn, rounds = path.read_text().split() if path.exists() else (0, 0)
+        return int(turn), int(rounds)
 
     def wait(self) -> None:
         self.release()
-        while self._order[self._now() % len(self._order)] != self._rank:
+        while True:
+            turn, rounds = self._now()
+            # what another rank has had in its turn may still be on its way to this one
+            if self._order[turn % len(self._order)] == self._rank and self.rounds() >= rounds:
+                break
             time.sleep(0.001)
         self._mine = True
 
     def release(self) -> None:
         if self._mine:
-            turn = self._now() + 1
+            turn = self._now()[0] + 1
             while (self._folder / f"done{self._order[turn % len(self._order)]}").exists():
                 turn += 1
                 if turn > 10_000:  # everybody is done
                     break
             part = self._folder / f"turn.{self._rank}"
-            part.write_text(str(turn))
+            part.write_text(f"{turn} {self.rounds()}")
             part.replace(self._folder / "turn")
         self._mine = False
 
@@ -68,6 +79,13 @@ def main(folder: Path, name: str) -> None:
     env, case = job_env(), CASES[name]
     turns = Turns(folder, case.order, env.rank)
     worked: list[Any] = []
+
+    def arrived() -> int:
+        algorithm = this.algorithm
+        partial = algorithm.partial if case.method == "eager_sgd" else algorithm.merging._partial
+        return int(partial.version + len(partial._rounds))
+
+    turns.rounds = arrived
 
     def read(self: Any, rows: Any) -> Iterator[Any]:
         for i, batch in enumerate(self.source.batches(rows, self.worker.generator)):
