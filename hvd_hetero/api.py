@@ -17,6 +17,7 @@ from hvd_hetero.components import Components, Given
 from hvd_hetero.config import load
 from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_FAULT, UserError
 from hvd_hetero.metrics import check_run_dir
+from hvd_hetero.saving import find
 from hvd_hetero.schema import Config
 from hvd_hetero.trainer import Trainer
 
@@ -55,14 +56,20 @@ def train(
 def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | None:
     env = job_env()
 
+    found = None
+
     def prepare_folder_too() -> tuple[Config, Components]:
+        nonlocal found
         config, parts = prepare()
         if env.rank == 0 and config.run.dir is not None:
-            check_run_dir(config.run.dir, config.run.overwrite)
+            if config.run.resume is not None:
+                found = find(Path(config.run.dir), config.digest(how_long=False), env.size)
+            else:
+                check_run_dir(config.run.dir, config.run.overwrite)
         return config, parts
 
     started = job.start(prepare_folder_too)
-    trainer = Trainer(started, run_dir(started.config))
+    trainer = Trainer(started, run_dir(started.config), found)
     try:
         trainer.prepare()
     except UserError:

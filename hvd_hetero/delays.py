@@ -26,8 +26,8 @@ def check_delays(spec: DelaysConfig) -> None:
         raise ConfigError("delays.seed", None, "delays are drawn at random", "set it, for example delays.seed=0")
 
 
-def delays(spec: DelaysConfig, rank: int, size: int) -> Iterator[float] | None:
-    """Seconds by which each step of a rank is delayed, step after step, or None for no delays.
+def delays(spec: DelaysConfig, rank: int, size: int, first: int = 0) -> Iterator[float] | None:
+    """Seconds by which each step of a rank is delayed, from its step ``first`` on, or None for no delays.
 
     - ``random_ranks``: in each step ``ranks`` draws of a rank, each drawn one is delayed by ``sec``; since a rank may
       be drawn twice, these are up to ``ranks``.
@@ -38,7 +38,7 @@ def delays(spec: DelaysConfig, rank: int, size: int) -> Iterator[float] | None:
         return None
     assert spec.seed is not None
     law, seed = LAWS[spec.distribution], spec.seed
-    return (law(spec, np.random.default_rng((seed, step)), step, rank, size) for step in count())
+    return (law(spec, np.random.default_rng((seed, step)), step, rank, size) for step in count(first))
 
 
 Law = Callable[[DelaysConfig, np.random.Generator, int, int, int], float]

@@ -53,7 +53,7 @@ def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
         warnings.simplefilter("ignore")  # rank 0 has the same ones to say
     try:
         config, components = prepare()
-    except ConfigError as error:
+    except UserError as error:
         _exchange(env, {"error": str(error)})
         raise
     said = _exchange(env, {

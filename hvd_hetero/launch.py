@@ -49,7 +49,7 @@ def launch(files: Sequence[str], overrides: Sequence[str], show: bool) -> int:
     config = load(files, overrides, algorithms.method)
     hosts = job_hosts(config)
     folder = run_dir(config)
-    check_run_dir(folder, config.run.overwrite)
+    check_run_dir(folder, config.run.overwrite or config.run.resume is not None)
     if not show:
         preflight(config, hosts)
     extra = [f"run.dir={folder}"] if config.run.dir is None else []

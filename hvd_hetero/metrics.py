@@ -28,25 +28,32 @@ METRICS = "metrics.jsonl"
 class RunFolder:
     """The folder of one run; rank 0 writes it.
 
+    Args:
+        keep_bytes: of ``metrics.jsonl``, where a run goes on; None: it starts.
+        keep_samples: samples seen so far, by which TensorBoard knows what it is not to show twice.
+
     Raises:
         ConfigError: it already holds a run and ``overwrite`` is not set, or it cannot be written.
     """
 
-    def __init__(self, path: str | Path, overwrite: bool) -> None:
+    def __init__(
+        self, path: str | Path, overwrite: bool, keep_bytes: int | None = None, keep_samples: int | None = None
+    ) -> None:
         self.path = Path(path)
-        check_run_dir(self.path, overwrite)
+        check_run_dir(self.path, overwrite or keep_bytes is not None)
         try:
             self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
-            for name in (SUMMARY, METRICS, TRACE):
-                (self.path / name).unlink(missing_ok=True)
-            for events in (self.path / "tensorboard").glob("events.*"):
-                events.unlink()
+            if keep_bytes is None:
+                old = [self.path / name for name in (SUMMARY, METRICS, TRACE)]
+                for path in (*old, *self.path.glob("tensorboard/events.*")):
+                    path.unlink(missing_ok=True)
             self._rows = (self.path / METRICS).open("a")
+            self._rows.truncate(keep_bytes or 0)
         except OSError as error:
             raise ConfigError("run.dir", str(path), f"cannot be written: {error.strerror}", "choose another") from error
         from torch.utils.tensorboard import SummaryWriter
 
-        self._events = SummaryWriter(str(self.path / "tensorboard"))
+        self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=keep_samples)
 
     def write(self, name: str, content: Mapping[str, Any] | str) -> None:
         """Writes a text or a JSON file whole: a reader sees the old one or the new one."""
@@ -64,6 +71,12 @@ class RunFolder:
                 if isinstance(number, (int, float)):
                     self._events.add_scalar(f"{name}/{part}" if part else name, number, row["samples_seen"])
         self._events.flush()
+
+    @property
+    def rows_bytes(self) -> int:
+        """Size of ``metrics.jsonl`` so far."""
+        self._rows.flush()
+        return self._rows.tell()
 
     def close(self) -> None:
         self._rows.close()
@@ -118,6 +131,16 @@ class Accounts:
         self.rounds += rounds
         self.passes += 1
         return sum(kinds[0].values()) + blocked[0] + comm[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        counts = {name: getattr(self, name) for name in ("seconds", "steps", "samples", "rounds", "passes")}
+        return {**counts, "partial": self.partial.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.seconds = [dict(mine) for mine in state["seconds"]]
+        self.steps, self.samples = list(state["steps"]), list(state["samples"])
+        self.rounds, self.passes = state["rounds"], state["passes"]
+        self.partial.load_state_dict(state["partial"])
 
     @property
     def done(self) -> Done:
@@ -174,11 +197,14 @@ class Progress:
 
     Args:
         columns: width of the terminal, or None.
+        done: passes that a run which goes on had done before.
     """
 
     LINE_SEC = 5.0
 
-    def __init__(self, passes: int | None, columns: int | None, stream: TextIO = sys.stderr) -> None:
+    def __init__(
+        self, passes: int | None, columns: int | None, done: int = 0, stream: TextIO = sys.stderr
+    ) -> None:
         self._passes, self._stream = passes, stream  # passes: None where only the clock ends the run
         self._last_line = 0.0
         self._bar = None
@@ -187,7 +213,9 @@ class Progress:
 
             # The figures are what one looks at; the bar takes what is left of a narrow terminal.
             form = "pass {n_fmt}/{total_fmt} |{bar:8}| {remaining} left{postfix}"
-            self._bar = tqdm(total=passes, bar_format=form, ncols=columns, file=stream, leave=True, mininterval=0)
+            self._bar = tqdm(
+                total=passes, initial=done, bar_format=form, ncols=columns, file=stream, leave=True, mininterval=0
+            )
 
     def update(self, row: Mapping[str, Any], fastest: str) -> None:
         """Shows a metrics row; the last one is always shown."""

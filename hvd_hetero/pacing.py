@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hvd_hetero.plan import Plan
 
@@ -33,6 +34,13 @@ class Pacing:
         self._batch_size = batch_size
         self._latest = dict(step_sec)
         self._in_a_row = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step_sec": self.step_sec, "latest": self._latest, "in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step_sec, self._latest = dict(state["step_sec"]), dict(state["latest"])
+        self._in_a_row = state["in_a_row"]
 
     def observe(self, measured: Mapping[str, float]) -> None:
         """Takes in the step times of a pass, in seconds for the batch sizes given at first."""

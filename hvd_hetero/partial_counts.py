@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,12 @@ class PartialAccounts:
         rounds = max(fresh + late + empty, 1)
         age = float((ages * torch.arange(AGES)).sum()) / max(int(ages.sum()), 1)
         return {"fresh": fresh / rounds, "late": late / rounds, "empty": empty / rounds, "mean_staleness": age}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ranks": self.ranks, "ages": self._ages}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.ranks, self._ages = [dict(mine) for mine in state["ranks"]], state["ages"].clone()
 
     def to_dict(self) -> dict[str, Any]:
         """``partial`` of summary.json."""

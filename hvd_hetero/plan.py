@@ -98,6 +98,12 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Plan:
+        tuples = ("ranks", "batch_sizes")
+        classes = [ClassPlan(**{**c, **{name: tuple(c[name]) for name in tuples}}) for c in content["classes"]]
+        return cls(tuple(classes), content["rounds"])
+
     def digest(self) -> str:
         """A hash by which ranks make sure that they follow the same plan."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]

@@ -63,11 +63,12 @@ class Sampler:
         self.losses[indices] = np.where(np.isnan(losses), np.float32(np.inf), losses)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": self.losses, "rng": self._rng.bit_generator.state}
+        return {"losses": self.losses, "rng": self._rng.bit_generator.state, "biased": self._biased}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.losses = np.asarray(state["losses"], dtype=np.float32)
         self._rng.bit_generator.state = state["rng"]
+        self._biased = state["biased"]
 
 
 def in_order(values: Mapping[int, NDArray[Any]], rounds: int, tau: Mapping[int, int]) -> NDArray[Any]:

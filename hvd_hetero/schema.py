@@ -26,6 +26,7 @@ class RunConfig:
     dir: Optional[str] = None  # noqa: UP045 (OmegaConf reads the annotations at run time)
     seed: int = _key(0, at_least=0)
     overwrite: bool = False
+    resume: Optional[str] = _key(None, choices=("auto",))  # noqa: UP045
     name: Optional[str] = None  # noqa: UP045
     trace_rounds: int = _key(8, at_least=0)
 
@@ -133,6 +134,12 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    every_sec: Optional[float] = _key(60.0, at_least=0)  # noqa: UP045
+    keep: int = _key(2, at_least=1)
+
+
+@dataclass(frozen=True)
 class DelaysConfig:
     distribution: Optional[str] = _key(None, choices=("random_ranks", "lognormal", "linear_skew"))  # noqa: UP045
     seed: Optional[int] = _key(None, at_least=0)  # noqa: UP045
@@ -160,14 +167,22 @@ class Config:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     delays: DelaysConfig = field(default_factory=DelaysConfig)
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML, fit to be given to another run."""
         return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self)))
 
-    def digest(self) -> str:
-        """A hash of everything that decides the run; where its folder lies does not."""
+    def digest(self, how_long: bool = True) -> str:
+        """A hash of everything that decides the run; its folder and what is kept there do not.
+
+        Args:
+            how_long: whether it counts where the run ends.
+        """
         content = dataclasses.asdict(self)
-        content["run"]["dir"] = content["run"]["overwrite"] = None
+        for limit in ("passes", "max_fast_steps", "max_samples", "max_train_sec") if not how_long else ():
+            del content["train"][limit]
+        content["run"] = {"seed": content["run"]["seed"]}
+        del content["checkpoint"]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,22 +17,24 @@ from numpy.typing import NDArray
 from hvd_hetero import algorithms
 from hvd_hetero.checkpoint import save_model
 from hvd_hetero.cluster import has_bf16
-from hvd_hetero.comm.horovod import Comm, build_info
+from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.data import Batch
 from hvd_hetero.delays import delays
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.feed import Feed, Pass, Worked
 from hvd_hetero.job import Job
 from hvd_hetero.limits import check_limits, expected_passes, next_rounds
-from hvd_hetero.metrics import SUMMARY, Accounts, Progress, RunFolder, environment
+from hvd_hetero.metrics import Accounts, Progress, RunFolder
+from hvd_hetero.output import note, write_start, write_summary, write_trace
 from hvd_hetero.partial_counts import to_numbers
 from hvd_hetero.passes import PassFigures, RoundLaps, say_taus
 from hvd_hetero.plan import Plan, apportion
 from hvd_hetero.profiles import known_speeds
 from hvd_hetero.profiling import Measurement
 from hvd_hetero.sampling import Sampler
+from hvd_hetero.saving import Saver
 from hvd_hetero.timing import KINDS, Stopwatch, own_clock
-from hvd_hetero.trace import TRACE, Recorder, from_numbers, timeline, to_chrome
+from hvd_hetero.trace import Recorder
 from hvd_hetero.worker import Worker
 
 TRACED_PASSES = 2
@@ -45,9 +46,10 @@ class Trainer:
 
     Args:
         run_dir: the run's folder, written by rank 0; None for no run, but measurements.
+        found: what rank 0 has found to go on from, see :func:`hvd_hetero.saving.find`.
     """
 
-    def __init__(self, job: Job, run_dir: str | Path | None) -> None:
+    def __init__(self, job: Job, run_dir: str | Path | None, found: tuple[int, Any] | None = None) -> None:
         config, parts = job.config, job.components
         self.job, self.config = job, config
         slowdown = job.cluster.class_of(job.env.rank).slowdown
@@ -70,8 +72,11 @@ class Trainer:
         )
         self.algorithm = algorithms.build(config, job.cluster, len(self.source))
         torch.manual_seed(config.run.seed * 1000003 + job.env.rank)  # dropout differs from rank to rank
-        writes = run_dir is not None and job.env.rank == 0
-        self.folder = RunFolder(str(run_dir), config.run.overwrite) if writes else None
+        self.run_dir, self.found, self.folder = run_dir, found, None
+        if run_dir is not None and job.env.rank == 0:
+            kept = None if found is None else found[1]["rank0"]
+            self.folder = RunFolder(run_dir, config.run.overwrite or config.run.resume is not None,
+                                    *(kept and (kept["rows_bytes"], kept["samples_seen"]) or ()))
         self.comm = Comm(job.cluster, job.env.rank, config.aggregation.path)
 
     def prepare(self) -> None:
@@ -80,28 +85,32 @@ class Trainer:
         Raises:
             ConfigError: the measured speeds allow no plan; the same on all ranks.
         """
-        self.begin = time.perf_counter()
+        self.begin, config = time.perf_counter(), self.config
         self.comm.broadcast_state(self.worker.state)
-        self.plan = self._plan()
-        check_limits(self.config.train, self.plan)
+        state, self.saver = None, None
+        if self.run_dir is not None:
+            self.saver = Saver(self.run_dir, config.checkpoint, config.digest(how_long=False), self.comm)
+            state = self.saver.load(None if self.found is None else self.found[0])
+        self.plan = self._plan() if state is None else Plan.from_dict(state["plan"])
+        check_limits(config.train, self.plan)
         self.comm.agree(self.plan.digest(), "plan", "plan")
         self.algorithm.start(self.plan, self.worker, self.comm)
+        self.accounts = Accounts(self.job.cluster)
+        self.best: dict[str, float | None] = dict.fromkeys(("final_accuracy", "best_accuracy", "final_loss"))
+        self.feed = Feed(self.comm, len(self.source), self._sampler(self.plan) if self.comm.rank == 0 else None)
+        if state is not None:
+            self._restore(state)
 
     def run(self) -> dict[str, Any] | None:
         """Trains to the end; returns the summary on rank 0."""
         config, comm, worker, begin, plan = self.config, self.comm, self.worker, self.begin, self.plan
+        feed, algorithm, accounts = self.feed, self.algorithm, self.accounts
         if self.folder is not None:
-            self._write_start(self.folder, plan)
-        sampler = self._sampler(plan) if comm.rank == 0 else None
-        self.feed = feed = Feed(comm, len(self.source), sampler)
-        algorithm = self.algorithm
-        accounts = Accounts(self.job.cluster)
+            write_start(self.folder, config, self.job.cluster, plan)
         expected = expected_passes(config.train, plan)
-        progress = Progress(expected, self.job.env.columns) if comm.rank == 0 else None
+        progress = Progress(expected, self.job.env.columns, accounts.passes) if comm.rank == 0 else None
         recorder = Recorder(self.watch, config.run.trace_rounds)
-        best: dict[str, float | None] = {"final_accuracy": None, "best_accuracy": None, "final_loss": None}
-
-        worker.pace.delays = delays(config.delays, comm.rank, comm.size)
+        worker.pace.delays = delays(config.delays, comm.rank, comm.size, accounts.steps[comm.rank])
         rounds = next_rounds(config.train, plan, accounts.done)
         while rounds:
             part = replace(plan, rounds=rounds)
@@ -144,12 +153,18 @@ class Trainer:
                 row["partial"] = accounts.partial.enter(comm.gather(to_numbers(counts), "pass.counts"))
             if number % config.eval.every_passes == 0 or rounds == 0:
                 row |= self._evaluate(plan)
-                _note(best, row)
+                note(self.best, row)
             if self.folder is not None and progress is not None:
                 self.folder.row(row)
                 progress.update(row, plan.fastest.name)
-        self._write_trace(recorder)
-        return self._finish(accounts, plan, best, progress, begin)
+            if self.saver is not None and self.saver.due(ends=rounds == 0):
+                self.saver.save(accounts.rounds, accounts.passes, self._state(plan))
+        write_trace(self.folder, comm, self.job.cluster, recorder)
+        if self.folder is None or progress is None:
+            return None
+        progress.close()
+        save_model(self.folder.path, worker.model)
+        return write_summary(self.folder, config, self.job.cluster, plan, accounts, self.best, begin)
 
     # ---- parts of a run ---------------------------------------------------------------------------------------------
 
@@ -237,51 +252,30 @@ class Trainer:
         figures: dict[str, float | None] = {"eval_loss": loss / len(self.test)}
         return figures | ({name: metric / len(self.test)} if self.job.components.metric is not None else {})
 
-    def _write_start(self, folder: RunFolder, plan: Plan) -> None:
-        folder.write("config.yaml", self.config.to_yaml())
-        folder.write("environment.json", environment(self.job.cluster, build_info()))
-        folder.write("plan.json", plan.to_dict())
-        for c in plan.classes:
-            step = "" if c.step_sec is None else f", {1e3 * c.step_sec:.3g} ms a step"
-            work = f"tau {c.tau}, batch {c.batch_size}, weight {c.weight:.4f}{step}" if c.tau else c.role
-            print(f"class {c.name}: ranks {list(c.ranks)}, {work}", flush=True)
-
-    def _write_trace(self, recorder: Recorder) -> None:
-        numbers = torch.tensor(recorder.to_numbers(), dtype=torch.float64)
-        sizes = [int(size) for size in self.comm.gather(torch.tensor([len(numbers)]), "trace.sizes")]
-        gathered = self.comm.gather(numbers, "trace", sizes)
-        if self.folder is not None and any(sizes):
-            laps = timeline([from_numbers(part.tolist()) for part in gathered])
-            classes = [self.job.cluster.class_of(rank) for rank in range(self.comm.size)]
-            slower = [f", x{c.slowdown:g} emulated" if c.slowdown > 1 else "" for c in classes]
-            lanes = [f"rank {rank}, {c.name} ({c.device}{slower[rank]})" for rank, c in enumerate(classes)]
-            self.folder.write(TRACE, json.dumps(to_chrome(laps, lanes)))
-
-    def _finish(
-        self, accounts: Accounts, plan: Plan, evaluated: Mapping[str, Any], progress: Progress | None, begin: float
-    ) -> dict[str, Any] | None:
-        if self.folder is None or progress is None:
-            return None
-        progress.close()
-        save_model(self.folder.path, self.worker.model)
-        summary = {
-            "algorithm": self.config.algorithm.name,
-            "world_size": self.comm.size,
-            "seed": self.config.run.seed,
-            "emulated": self.job.cluster.emulated or self.config.delays.distribution is not None,
-            "rounds": accounts.rounds,
-            "passes": accounts.passes,
-            "samples_seen": accounts.samples_seen,
-            "wall_sec": time.perf_counter() - begin,
-            "train_sec": accounts.train_sec,
-            "eval": dict(evaluated),
-            "classes": accounts.classes(plan),
+    def _state(self, plan: Plan) -> dict[str, Any]:
+        """Everything that decides how this rank goes on, between two passes."""
+        state: dict[str, Any] = {
+            "worker": self.worker.state_dict(),
+            "algorithm": self.algorithm.state_dict(),
+            "plan": plan.to_dict(),
+            "accounts": self.accounts.state_dict(),
+            "best": self.best,
+            "wall_sec": time.perf_counter() - self.begin,
         }
-        if accounts.partial.ranks:
-            summary["partial"] = accounts.partial.to_dict()
-        self.folder.write(SUMMARY, summary)
-        self.folder.close()
-        return summary
+        if self.folder is not None and self.feed.sampler is not None:
+            kept = {"rows_bytes": self.folder.rows_bytes, "samples_seen": self.accounts.samples_seen}
+            state["rank0"] = {**kept, "sampler": self.feed.sampler.state_dict()}
+        return state
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.worker.load_state_dict(state["worker"])
+        self.algorithm.load_state_dict(state["algorithm"])
+        self.accounts.load_state_dict(state["accounts"])
+        self.best = state["best"]
+        self.begin -= state["wall_sec"]
+        if self.feed.sampler is not None:
+            self.feed.sampler.load_state_dict(state["rank0"]["sampler"])
+            print(f"goes on after pass {self.accounts.passes}, round {self.accounts.rounds}", flush=True)
 
     def close(self) -> None:
         """Leaves the job together with all other ranks."""
@@ -291,12 +285,3 @@ class Trainer:
     def abandon(self) -> None:
         """Ends what runs in the background, when this rank leaves alone."""
         self.algorithm.close()
-
-
-def _note(best: dict[str, float | None], row: Mapping[str, Any]) -> None:
-    best["final_loss"] = row["eval_loss"]
-    best["final_accuracy"] = accuracy = row.get("eval_accuracy")
-    if accuracy is not None:
-        best["best_accuracy"] = max(accuracy, best["best_accuracy"] or 0.0)
-
-

@@ -16,7 +16,7 @@ FLOORS = [
     {"errors", "config", "schema", "pacing", "cluster", "plan", "timing"},
     {"comm", "data", "models", "imports", "limits", "sampling", "metrics", "trace", "checkpoint", "store", "simulator",
      "delays", "partial_counts", "profiles"},
-    {"worker", "profiling", "feed", "passes"},
+    {"worker", "profiling", "feed", "passes", "saving", "output"},
     {"algorithms", "components"},
     {"trainer", "job"},
     {"api", "loop", "cli", "launch", "report", "compare", "planner", "profile_command", "doctor", "__main__"},

@@ -152,9 +152,12 @@ class LocalSGD(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         merged = {} if self.merging is None else {"round": self.merging.version}
-        return {**self.outer.state_dict(), **merged}
+        paced = {} if self.pacing is None else {"pacing": self.pacing.state_dict()}
+        return {**self.outer.state_dict(), **merged, **paced}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.outer.load_state_dict(state)
+        if self.pacing is not None:
+            self.pacing.load_state_dict(state["pacing"])
         if self.merging is not None:
             self.merging.go_on_from(int(state["round"]))

@@ -98,6 +98,7 @@ class Merging:
     def go_on_from(self, number: int) -> None:
         """Numbers the rounds on from here, in a resumed run."""
         self._partial.close()
+        self._common.copy_(joined(self._params))
         self._open(number)
 
     def run_pass(self, given: Pass, worker: Worker, tau: int) -> Worked:
