@@ -22,7 +22,7 @@ from hvd_hetero.comm.rendezvous import COLUMNS
 from hvd_hetero.config import device_classes, load
 from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_FAULT, ConfigError
 from hvd_hetero.metrics import check_run_dir
-from hvd_hetero.profiles import known_speeds
+from hvd_hetero.profiles import check_profile, load_profile
 from hvd_hetero.schema import AUTO, Config
 
 FORWARDED = re.compile(
@@ -113,7 +113,9 @@ def preflight(config: Config, hosts: Sequence[tuple[str, int]], trains: bool = T
     if cluster is not None:
         job.check(config, parts, cluster)
         if trains and config.profile.file is not None:
-            known_speeds(config, cluster)
+            profile = load_profile(Path(config.profile.file))
+            if all(is_local(host) for host, _ in hosts):  # else only the hosts themselves can say whether it fits
+                check_profile(profile, config, cluster)
 
 
 def expected_cluster(config: Config, hosts: Sequence[tuple[str, int]]) -> Cluster | None:
@@ -197,7 +199,10 @@ class _Horovodrun:
         """Waits for the end; returns the status of the rank that failed first (0: none did) and what is known of it."""
         for reader in self._readers:
             reader.start()
-        before = {wanted: signal.signal(wanted, self._pass_on) for wanted in (signal.SIGTERM, signal.SIGINT)}
+        ends = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+            ends.append(signal.SIGHUP)
+        before = {wanted: signal.signal(wanted, self._pass_on) for wanted in ends}
         status = self._process.wait()
         for wanted, handler in before.items():
             signal.signal(wanted, handler)
@@ -215,7 +220,7 @@ class _Horovodrun:
         """Asks horovodrun once to end its ranks, and ends it if it does not."""
         if not self._asked:
             self._asked = True
-            self._process.send_signal(number)
+            self._process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
             insist = threading.Timer(GRACE_SEC, self._process.kill)
             insist.daemon = True
             insist.start()

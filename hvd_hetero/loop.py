@@ -148,6 +148,9 @@ def check_plain(config: Config) -> None:
     if not issubclass(algorithms.get(config.algorithm.name), LocalSGD):
         problem = "takes its steps itself, which leaves nothing to a hand-written loop"
         raise ConfigError("algorithm.name", config.algorithm.name, problem, "choose a local-SGD method")
+    if config.delays.distribution is not None:
+        problem = "steps that somebody else writes are not delayed"
+        raise ConfigError("delays.distribution", config.delays.distribution, problem, "leave it null")
     plain = AggregationConfig()
     for key in ("optimizer_state", "outer_lr", "outer_momentum", "mode"):
         value, neutral = getattr(config.aggregation, key), getattr(plain, key)

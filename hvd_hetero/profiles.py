@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -86,9 +87,12 @@ def load_profile(path: Path) -> Profile:
     if version != VERSION:
         raise ConfigError("profile.file", str(path), f"has version {version}, not {VERSION}", remedy)
     try:
-        return Profile(**{**content, "classes": [ClassSpeed(**c) for c in content["classes"]]})
-    except (KeyError, TypeError) as error:
+        profile = Profile(**{**content, "classes": [ClassSpeed(**c) for c in content["classes"]]})
+        if not all(0 < float(sec) < math.inf for sec in profile.step_sec.values()):
+            raise ValueError("a step takes no time, or for ever")
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError("profile.file", str(path), f"is not a profile: {error}", remedy) from error
+    return profile
 
 
 def key_of(config: Config, cluster: Cluster) -> dict[str, Any]:
@@ -106,6 +110,8 @@ def key_of(config: Config, cluster: Cluster) -> dict[str, Any]:
         "device": {c.name: (facts[c.name].gpus or (c.device,))[0] if c.device == "cuda" else facts[c.name].cpu
                    for c in cluster.classes},
         "ranks": {c.name: len(c.ranks) for c in cluster.classes},
+        "hosts": sorted(len(cluster.on_host(host)) for host in {f.host for f in cluster.facts}),
+        "affinity": config.cluster.affinity,
         "threads": {c.name: c.threads for c in cluster.classes},
         "cores": {c.name: len(facts[c.name].cores) for c in cluster.classes},
         "slowdown": {c.name: c.slowdown for c in cluster.classes},
@@ -125,16 +131,33 @@ def known_speeds(config: Config, cluster: Cluster) -> tuple[dict[str, float], Pa
     Raises:
         ConfigError: ``profile.file`` is of something else, which is named.
     """
-    key, given = key_of(config, cluster), config.profile.file
-    path = kept_at(key) if given is None else Path(given)
-    if given is None and not (config.profile.reuse and path.exists()):
+    if config.profile.file is not None:
+        path = Path(config.profile.file)
+        profile = load_profile(path)
+        check_profile(profile, config, cluster)
+        return profile.step_sec, path
+    if not config.profile.reuse:
         return None
-    profile = load_profile(path)
-    for name, wanted in key.items():
+    try:
+        path = kept_at(key_of(config, cluster))
+        profile = load_profile(path)
+        check_profile(profile, config, cluster)
+    except (ConfigError, RuntimeError):  # none is kept, nobody has a home, or what is kept is damaged
+        return None
+    return profile.step_sec, path
+
+
+def check_profile(profile: Profile, config: Config, cluster: Cluster) -> None:
+    """Makes sure that a profile is of just this.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    for name, wanted in key_of(config, cluster).items():
         if profile.key.get(name) != wanted:
             problem = f"was made with {name} {profile.key.get(name)}, this is {wanted}"
-            raise ConfigError("profile.file", str(path), problem, "make one for this with hvd-hetero profile")
-    return profile.step_sec, path
+            remedy = "make one for this with hvd-hetero profile"
+            raise ConfigError("profile.file", config.profile.file, problem, remedy)
 
 
 def _version(package: str) -> str | None:

@@ -29,6 +29,7 @@ class Sampler:
         seed: of the draws; the same seed and the same losses give the same draws.
 
     Attributes:
+        biased: name of the class that gets the hard samples.
         losses: ``[n]`` training loss of each sample when it was last trained on, +inf if it never was.
     """
 
@@ -36,7 +37,7 @@ class Sampler:
         self.losses: Losses = np.full(samples, np.inf, dtype=np.float32)
         self._draw = SCHEMES[scheme]
         self._ratio = high_loss_ratio
-        self._biased = biased
+        self.biased = biased
         self._rng = np.random.default_rng(seed)
         self._dtype = np.int32 if samples <= np.iinfo(np.int32).max else np.int64
 
@@ -49,7 +50,7 @@ class Sampler:
         Returns:
             ``[N_g]`` indices by class name. Any even cut of them deals the class's samples evenly to its ranks.
         """
-        drawn = self._draw(self._rng, self.losses, counts, self._biased, self._ratio)
+        drawn = self._draw(self._rng, self.losses, counts, self.biased, self._ratio)
         return {name: drawn[name].astype(self._dtype, copy=False) for name in counts}
 
     def record(self, indices: Indices, losses: Losses) -> None:
@@ -63,12 +64,12 @@ class Sampler:
         self.losses[indices] = np.where(np.isnan(losses), np.float32(np.inf), losses)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": self.losses, "rng": self._rng.bit_generator.state, "biased": self._biased}
+        return {"losses": self.losses, "rng": self._rng.bit_generator.state, "biased": self.biased}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.losses = np.asarray(state["losses"], dtype=np.float32)
         self._rng.bit_generator.state = state["rng"]
-        self._biased = state["biased"]
+        self.biased = state["biased"]
 
 
 def in_order(values: Mapping[int, NDArray[Any]], rounds: int, tau: Mapping[int, int]) -> NDArray[Any]:

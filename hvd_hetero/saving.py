@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.errors import UserError
 from hvd_hetero.schema import CheckpointConfig
 from hvd_hetero.store import CheckpointError, ShardInfo, Store
 
@@ -55,12 +57,24 @@ class Saver:
         self._last = time.monotonic()
 
     def load(self, found: int | None) -> Any:
-        """This rank's state in the checkpoint that rank 0 has found, or None where there is none."""
+        """This rank's state in the checkpoint that rank 0 has found, or None where there is none.
+
+        Raises:
+            UserError: on all ranks, if one of them cannot read its part.
+        """
         number = int(self._comm.broadcast(torch.tensor([NONE if found is None else found]), "checkpoint.round")[0])
         if number == NONE:
+            if self._comm.rank == 0 and self._store.folder.exists():
+                self._store.rewind(None)
             return None
-        state = self._store.at(number).load(self._comm.rank)
-        self._comm.barrier("checkpoint.loaded")
+        state, problem = None, ""
+        try:
+            state = self._store.at(number).load(self._comm.rank)
+        except CheckpointError as error:
+            problem = f"rank {self._comm.rank}: {error}"
+            print(f"hvd-hetero: error: {problem}", file=sys.stderr, flush=True)
+        if self._comm.max([float(bool(problem))], "checkpoint.loaded")[0]:
+            raise UserError(problem or "a rank cannot read its part of the checkpoint, and has said why")
         if self._comm.rank == 0:
             self._store.rewind(number)
         return state

@@ -126,6 +126,7 @@ class Pace:
             self._fresh_sec += self._watch.lap("data")
             if self.delays is not None:
                 time.sleep(next(self.delays))
+                self._watch.lap("compute")  # as it is: a slower device is not slower at being delayed
             yield batch
             if self._slowdown > 1:  # else steps may queue up on the device
                 self.pause(LEAST_SLEEP_SEC)

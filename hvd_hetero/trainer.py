@@ -211,9 +211,9 @@ class Trainer:
 
     def _warm_up(self, before: int, number: int) -> None:
         """Sets the learning rate of a round: so many in earlier passes, and its number in this one."""
-        rounds, done = self.config.train.warmup_rounds, before + number
-        if done <= rounds and rounds:
-            self.worker.warm_up(min(1.0, (done + 1) / rounds))
+        rounds = self.config.train.warmup_rounds
+        if rounds:  # always: a late rank may skip the round with which the warm-up ends
+            self.worker.warm_up(min(1.0, (before + number + 1) / rounds))
 
     def _replan(self, plan: Plan, done: PassFigures) -> Plan:
         new = self.algorithm.replan(done.step_sec)
@@ -222,6 +222,8 @@ class Trainer:
             if self.folder is not None:
                 self.folder.write("plan.json", new.to_dict())
                 say_taus(plan, new)
+            if self.feed.sampler is not None:
+                self.feed.sampler.biased = new.biased(self.config.sampling.bias_to)
         return new
 
     def _account(

@@ -20,7 +20,8 @@ pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scrip
 import torch  # noqa: E402
 
 TAU = "train.tau={fast: 8, slow: 2}"
-COMMON = ["train.batch_size=8", "cluster.classes.slow.slowdown=1", "model.args.hidden=[32]", "checkpoint.every_sec=0", "run.trace_rounds=0",
+COMMON = ["train.batch_size=8",
+          "cluster.classes.slow.slowdown=1", "model.args.hidden=[32]", "checkpoint.every_sec=0", "run.trace_rounds=0",
           "train.scheduler=MultiStepLR", "train.scheduler_args={milestones: [3], gamma: 0.5}"]
 EXACT = {
     "biased_local_sgd": [TAU],

@@ -60,8 +60,12 @@ class LocalSGD(Algorithm):
         if self.aggregation.outer_nesterov and self.aggregation.outer_momentum == 0:
             remedy = "set aggregation.outer_momentum too"
             raise ConfigError("aggregation.outer_nesterov", True, "needs momentum", remedy)
-        if self.aggregation.mode != BLOCKING:
+        blocking = self.aggregation.mode == BLOCKING
+        if not blocking or (self.needs_speeds and self.too_slow == WAIT_AVOIDING and self.cluster.size > 1):
             check_merging(self.aggregation, self.cluster)
+        if not blocking and self.needs_speeds and self.too_slow == LEAVE_OUT:
+            problem = f"aggregation.mode={self.aggregation.mode} goes on without late classes already"
+            raise ConfigError("cluster.too_slow", LEAVE_OUT, problem, "set cluster.too_slow=wait_avoiding")
         if self.needs_speeds:
             check_least_round(self.cluster, self.samples, self.train.tau, self.batch_size, self.train.epoch)
 
@@ -116,6 +120,8 @@ class LocalSGD(Algorithm):
                 proposed = self.make_plan(times)
             except ConfigError:  # a class is too slow for one step now, or a round too large: the old plan still works
                 continue
+            if len(proposed.training) < len(self.plan.training):
+                continue  # a class that is left out is measured no more, and could never come back
             if judge(self.plan, proposed):
                 self.follow(proposed)
                 break
@@ -123,7 +129,8 @@ class LocalSGD(Algorithm):
 
     def run_pass(self, given: Pass, worker: Worker, comm: Comm) -> Worked:
         if self.merging is not None:
-            return self.merging.run_pass(given, worker, self.mine.tau)
+            part = self.mine.batch_size / self.batch_size[self.mine.name]  # of a step, where the batch is shrunk
+            return self.merging.run_pass(given, worker, self.mine.tau, part)
         return super().run_pass(given, worker, comm)
 
     def end_pass(self, worker: Worker, comm: Comm) -> None:
@@ -160,4 +167,4 @@ class LocalSGD(Algorithm):
         if self.pacing is not None:
             self.pacing.load_state_dict(state["pacing"])
         if self.merging is not None:
-            self.merging.go_on_from(int(state["round"]))
+            self.merging.go_on_from(int(state.get("round", 0)))

@@ -55,7 +55,9 @@ class Lockstep(Algorithm):
             if value != neutral:
                 problem = f"{self.options.name} averages gradients, not models"
                 remedy = f"leave it at {neutral}, or take a local-SGD method"
-                if key == "mode":
+                if key == "mode" and self.hands_out:
+                    problem, remedy = "models are not averaged here, gradients are", "set algorithm.mode"
+                elif key == "mode":
                     problem, remedy = f"{self.options.name} goes in lockstep", f"{remedy}, or algorithm.name=eager_sgd"
                 raise ConfigError(f"aggregation.{key}", value, problem, remedy)
         super().check()

@@ -53,8 +53,8 @@ def check_merging(spec: AggregationConfig, cluster: Cluster) -> None:
         remedy = "set aggregation.mode=blocking, or start more ranks"
         raise ConfigError("aggregation.mode", spec.mode, "one rank has nobody to be late for", remedy)
     if spec.optimizer_state == "average":
-        problem = f"aggregation.mode={spec.mode} averages at no time at which all ranks are there"
-        remedy = "set local or reset, or aggregation.mode=blocking"
+        problem = "without waiting (aggregation.mode, cluster.too_slow) there is no time at which all ranks are there"
+        remedy = "set local or reset, or wait: aggregation.mode=blocking, another cluster.too_slow"
         raise ConfigError("aggregation.optimizer_state", spec.optimizer_state, problem, remedy)
 
 
@@ -101,8 +101,12 @@ class Merging:
         self._common.copy_(joined(self._params))
         self._open(number)
 
-    def run_pass(self, given: Pass, worker: Worker, tau: int) -> Worked:
-        """Rounds of tau local steps until a class has had all its samples; then everybody is merged."""
+    def run_pass(self, given: Pass, worker: Worker, tau: int, part: float) -> Worked:
+        """Rounds of tau local steps until a class has had all its samples; then everybody is merged.
+
+        Args:
+            part: how much of a step a step of this rank weighs.
+        """
         partial, at = self._partial, list[int]()
         batches, first, self._averages = given.read(given.rows), partial.version, 0
         for _ in range(given.plan.rounds):
@@ -110,7 +114,7 @@ class Merging:
             given.begin_round(number)
             steps = worker.local_steps(batches, tau, lambda: partial.closing)
             at += [number] * steps
-            self._contribute(steps)
+            self._contribute(steps * part)
             rounds = partial.take(None if self._unmerged >= self._spec.max_lag else self._spec.patience_sec)
             worker.watch.waited(rounds[0].started if rounds else math.inf)
             self._merge(rounds)
@@ -123,7 +127,7 @@ class Merging:
         return Worked(self._averages, len(at), given.rows[: len(at)], np.array(at, dtype=np.int64))
 
     @torch.no_grad()
-    def _contribute(self, steps: int) -> None:
+    def _contribute(self, steps: float) -> None:
         progress = (joined(self._params) - self._common).to("cpu")
         fresh = progress if self._ahead is None else progress - self._ahead
         self._partial.contribute(joined([fresh, *(b.to("cpu") for b in self._buffers)]), steps)
@@ -144,10 +148,12 @@ class Merging:
                 self._unmerged -= item.contributions
             if item.weight:
                 self._outer.remember()
-                for vector, part in zip(self._params, parts_of(item.total[:count], self._params), strict=True):
-                    vector.add_(part.to(vector), alpha=1 / item.weight)
-                for vector, part in zip(self._buffers, parts_of(item.total[count:], self._buffers), strict=True):
-                    vector.copy_(part).div_(item.weight)
+                # divided here, then added: two plain operations, which round alike on every kind of processor
+                mean = item.total.div_(item.weight)
+                for vector, part in zip(self._params, parts_of(mean[:count], self._params), strict=True):
+                    vector.add_(part.to(vector))
+                for vector, part in zip(self._buffers, parts_of(mean[count:], self._buffers), strict=True):
+                    vector.copy_(part)
                 self._outer.step()
                 self._averages += 1
         self._partial.done(rounds)

@@ -21,9 +21,11 @@ import torch
 from torch import Tensor
 
 from hvd_hetero.comm.activation import connect
-from hvd_hetero.comm.horovod import Comm, guarded
+from hvd_hetero.comm.horovod import Comm, PeerLost, guarded
 from hvd_hetero.comm.referee import ARRIVED, CLAIM, CLOSING, FINAL, FINISHED, FULL, OFFER, START, Referee
 from hvd_hetero.comm.rounds import Counts, Round, done_unless
+
+BROKEN = "another rank is gone (the channel to rank 0 is broken)"
 
 
 class PartialAllreduce:
@@ -77,11 +79,10 @@ class PartialAllreduce:
         self._rounds: deque[Round] = deque()
         self._offers: deque[int] = deque()
         self._next, self._taken = first, first
-        self._in_pass, self._stopped = True, False
+        self._in_pass, self._stopped, self.closing = True, False, False
         self._error: BaseException | None = None
-        self.counts, self.closing = Counts(), False
-        referee = Referee(units, mode, seed, first)
-        self._link, self._hub = connect(comm, hosts, referee.hear)
+        self.counts = Counts()
+        self._link, self._hub = connect(comm, hosts, Referee(units, mode, seed, first).hear)
         self._threads = [
             threading.Thread(target=self._watched, args=(run,), name=f"hvd_hetero.{run.__name__}", daemon=True)
             for run in (self._read, self._help)
@@ -167,8 +168,7 @@ class PartialAllreduce:
 
     def take_counts(self) -> Counts:
         """What this rank has sent since the last call."""
-        with self._changed:
-            taken, self.counts = self.counts, Counts()
+        taken, self.counts = self.counts, Counts()
         return taken
 
     def close(self) -> None:
@@ -186,8 +186,8 @@ class PartialAllreduce:
         try:
             self._link.send(what, number)
         except OSError as error:
-            self._fail(ConnectionError("the channel to rank 0 is broken"))
-            raise ConnectionError("the channel to rank 0 is broken") from error
+            self._fail(PeerLost(BROKEN))
+            raise PeerLost(BROKEN) from error
 
     def _check(self) -> None:
         if self._error is not None:
@@ -216,7 +216,7 @@ class PartialAllreduce:
             except (EOFError, OSError):
                 if self._stopped:
                     return
-                raise ConnectionError("the channel to rank 0 is broken") from None
+                raise PeerLost(BROKEN) from None
             with self._changed:
                 if what == OFFER:
                     self._offers.append(number)
