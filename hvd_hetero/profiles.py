@@ -88,8 +88,9 @@ def load_profile(path: Path) -> Profile:
         raise ConfigError("profile.file", str(path), f"has version {version}, not {VERSION}", remedy)
     try:
         profile = Profile(**{**content, "classes": [ClassSpeed(**c) for c in content["classes"]]})
-        if not all(0 < float(sec) < math.inf for sec in profile.step_sec.values()):
-            raise ValueError("a step takes no time, or for ever")
+        for name, sec in profile.step_sec.items():
+            if not 0 < float(sec) < math.inf:
+                raise ValueError(f"{name}.step_sec={sec}: is not a number above 0")
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError("profile.file", str(path), f"is not a profile: {error}", remedy) from error
     return profile
