@@ -69,7 +69,7 @@ class Sampler:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.losses = np.asarray(state["losses"], dtype=np.float32)
         self._rng.bit_generator.state = state["rng"]
-        self.biased = state["biased"]
+        self.biased = state.get("biased", self.biased)
 
 
 def in_order(values: Mapping[int, NDArray[Any]], rounds: int, tau: Mapping[int, int]) -> NDArray[Any]:
