@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,10 +23,6 @@ EXACT = {
                                    "aggregation.outer_momentum=0.9", "aggregation.outer_nesterov=true"],
     "balanced_local_sgd, AdamW": ["algorithm.name=balanced_local_sgd", "train.tau=4", "train.optimizer=AdamW",
                                   "train.optimizer_args={}", "train.lr=0.001"],
-    "unbalanced_local_sgd, unified": ["algorithm.name=unbalanced_local_sgd", TAU, "sampling.scheme=unified"],
-    "sync_sgd": ["algorithm.name=sync_sgd"],
-    "byteps": ["algorithm.name=byteps"],
-    "merging, nobody late": [TAU, "aggregation.mode=solo", "aggregation.sync_every=1", "aggregation.patience_sec=60"],
 }
 
 
@@ -73,89 +63,3 @@ def test_stopped_and_gone_on_is_bit_equal(hvd_hetero: Callable[..., Any], tmp_pa
     for key in ("rounds", "passes", "samples_seen"):
         assert summaries[0][key] == summaries[1][key]
     assert [c["steps"] for c in summaries[0]["classes"]] == [c["steps"] for c in summaries[1]["classes"]]
-
-
-@pytest.mark.parametrize("settings", [
-    ["algorithm.name=eager_sgd"], ["algorithm.name=dlb"], [TAU, "aggregation.mode=solo"],
-    ["train.tau=16", "profile.seconds=0.3"],
-])  # fmt: skip
-def test_methods_that_go_by_the_clock_go_on_too(
-    hvd_hetero: Callable[..., Any], tmp_path: Path, settings: list[str]
-) -> None:
-    run(hvd_hetero, tmp_path, *settings, "train.passes=2")
-    run(hvd_hetero, tmp_path, *settings, "train.passes=4", "run.resume=auto")
-    assert [row["pass"] for row in rows(tmp_path)] == [1, 2, 3, 4]
-    seen = [row["samples_seen"] for row in rows(tmp_path)]
-    assert seen == sorted(seen) and seen[3] > 1.5 * seen[1]
-
-
-def test_killed_at_any_moment(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
-    """A rank is killed again and again; each time the job goes on from what it had saved."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    settings = [TAU, "train.passes=30", "algorithm.name=biased_local_sgd"]
-    run(hvd_hetero, whole, *settings)
-    rng, kills = random.Random(1), 0
-    command = [sys.executable, "-m", "hvd_hetero", "launch", *COMMON, *settings, f"run.dir={killed}", "run.resume=auto"]
-    for attempt in range(12):
-        job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        if kills < 4:
-            before = len((killed / "metrics.jsonl").read_text().splitlines()) if attempt else 0
-            deadline = time.monotonic() + 60
-            while job.poll() is None and time.monotonic() < deadline and _passes(killed) <= before:
-                time.sleep(0.01)
-            time.sleep(rng.uniform(0, 0.3))
-            victims = _ranks(killed)
-            if victims:
-                os.kill(rng.choice(victims), signal.SIGKILL)
-                kills += 1
-        if job.wait(timeout=120) == 0:
-            break
-    assert kills >= 2, "the job was over before anybody was killed"
-    assert_same(whole, killed)
-
-
-def _passes(folder: Path) -> int:
-    path = folder / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
-def _ranks(folder: Path) -> list[int]:
-    """Processes of the job's ranks, found by their command line."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
-        if "train" in words and f"run.dir={folder}" in words and "-m" in words and "horovodrun" not in words[1]:
-            found.append(int(entry.name))
-    return found
-
-
-def test_nothing_to_go_on_from_is_a_start(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
-    said = run(hvd_hetero, tmp_path / "new", TAU, "train.passes=1", "run.resume=auto").stdout
-    assert "goes on" not in said and len(rows(tmp_path / "new")) == 1
-
-
-@pytest.mark.parametrize(("change", "named"), [("train.lr=0.5", "config"), ("train.batch_size=4", "config")])
-def test_another_configuration_is_refused(
-    hvd_hetero: Callable[..., Any], tmp_path: Path, change: str, named: str
-) -> None:
-    run(hvd_hetero, tmp_path / "run", TAU, "train.passes=1")
-    settings = [*COMMON, TAU, change, "train.passes=2", "run.resume=auto", f"run.dir={tmp_path / 'run'}"]
-    done = hvd_hetero(["launch", *settings])
-    assert done.returncode == 2 and "Traceback" not in done.stderr and named in done.stderr
-
-
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
-    whole, damaged = tmp_path / "whole", tmp_path / "damaged"
-    run(hvd_hetero, whole, TAU, "train.passes=4")
-    run(hvd_hetero, damaged, TAU, "train.passes=3")
-    newest = sorted((damaged / "checkpoints").iterdir())[-1]
-    shard = newest / "rank0001.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[-5] ^= 1
-    shard.write_bytes(content)
-    said = run(hvd_hetero, damaged, TAU, "train.passes=4", "run.resume=auto")
-    assert "goes on after pass 2" in said.stdout and "rank0001" in said.stderr
-    assert_same(whole, damaged)
