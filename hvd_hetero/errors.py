@@ -6,8 +6,17 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-EXIT_BAD_INPUT = 2
 EXIT_FAULT = 1
+"""An exception on a rank."""
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 3
+"""Stopped on request, and saved."""
+EXIT_LOST = 4
+"""A rank or a host died, or was cut off."""
+EXIT_STUCK = 5
+"""A rank made no progress for too long."""
+EXIT_NUMBERS = 6
+"""The numbers of all ranks have gone bad (NaN, Inf)."""
 
 
 class UserError(ValueError):
