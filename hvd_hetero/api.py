@@ -15,10 +15,10 @@ from hvd_hetero.comm.horovod import PEER_LOST
 from hvd_hetero.comm.rendezvous import job_env
 from hvd_hetero.components import Components, Given
 from hvd_hetero.config import load
-from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_FAULT, UserError
+from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_STOPPED, Stopped, UserError
 from hvd_hetero.metrics import check_run_dir
 from hvd_hetero.saving import find
-from hvd_hetero.schema import Config
+from hvd_hetero.schema import RESHAPE, Config
 from hvd_hetero.trainer import Trainer
 
 PEER_GONE_SEC = 1.0
@@ -43,6 +43,7 @@ def train(
     Raises:
         UserError: something given cannot be used; with more than one rank, rank 0 says so and the job ends with
             status 2 instead.
+        Stopped: the run was asked to stop, and has saved; with more than one rank, the job ends with status 3 instead.
     """
     files = [config] if isinstance(config, (str, Path)) else list(config or ())
 
@@ -63,7 +64,8 @@ def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | N
         config, parts = prepare()
         if env.rank == 0 and config.run.dir is not None:
             if config.run.resume is not None:
-                found = find(Path(config.run.dir), config.digest(how_long=False), env.size)
+                digest = config.digest(how_long=False)
+                found = find(Path(config.run.dir), digest, env.size, reshape=config.run.resume == RESHAPE)
             else:
                 check_run_dir(config.run.dir, config.run.overwrite)
         return config, parts
@@ -77,6 +79,9 @@ def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | N
         raise
     try:
         summary = trainer.run()
+    except Stopped:
+        trainer.close()
+        raise
     except UserError as error:
         # one rank's own trouble, a broken file for instance: the others are waiting somewhere else
         raise RuntimeError(str(error)) from error
@@ -109,6 +114,10 @@ def guarded(call: Callable[[], Any]) -> Any:
         if env.rank == 0:
             print(f"hvd-hetero: error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)
+    except Stopped as stopped:
+        if env.rank == 0:
+            print(f"hvd-hetero: {stopped}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_STOPPED)
     except PEER_LOST as error:
         time.sleep(PEER_GONE_SEC)
         _end(f"rank {env.rank} on {env.host} stops: {error}")

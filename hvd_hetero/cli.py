@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import hvd_hetero
-from hvd_hetero.errors import EXIT_BAD_INPUT, UserError
+from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_STOPPED, Stopped, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"hvd-hetero: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except Stopped as stopped:
+        print(f"hvd-hetero: {stopped}", file=sys.stderr)
+        return EXIT_STOPPED
     except KeyboardInterrupt:
         return 130
 

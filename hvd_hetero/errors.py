@@ -42,6 +42,19 @@ class ConfigError(UserError):
         return type(self), (self.key, self.value, self.problem, self.remedy)
 
 
+class Stopped(Exception):
+    """The run was asked to stop; it has saved, and ended on all ranks.
+
+    Attributes:
+        round: of the newest checkpoint, None if there is none.
+    """
+
+    def __init__(self, round: int | None) -> None:
+        super().__init__(f"stopped; run.resume=auto goes on from round {round}" if round is not None else
+                         "stopped, and there is no checkpoint to go on from")
+        self.round = round
+
+
 def nearest(word: Any, words: Iterable[str]) -> str:
     """The remedy for a name that is not known: the nearest one that is, or all of them."""
     known = list(words)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +23,15 @@ EVERYBODY = "everybody"
 
 @dataclass(frozen=True)
 class Pass:
-    """What a rank is given of one pass.
+    """What a rank is given of one pass: all of it, or a stretch.
 
     Attributes:
-        plan: with the rounds of this pass.
-        rows: this rank's samples ``[rounds * tau, B]``, a row a step; ``[N]``, all of the pass, where a method hands
-            them out itself.
+        plan: with the rounds of this stretch.
+        rows: this rank's samples ``[rounds * tau, B]``, a row a step; ``[N]``, everybody's, where a method hands them
+            out itself.
         read: gives the batches of some rows.
-        begin_round: to be called before each round with its number in this pass, and ``end_round`` after it.
+        begin_round: to be called before each round with its number in this stretch, and ``end_round`` after it.
+        stopping: whether this rank was asked to stop; a method that goes in lockstep need not ask.
     """
 
     plan: Plan
@@ -38,6 +39,7 @@ class Pass:
     read: Callable[[NDArray[Any]], Iterator[Batch]]
     begin_round: Callable[[int], None]
     end_round: Callable[[], None]
+    stopping: Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,14 @@ class Worked:
         steps: of this rank.
         rows: ``[steps, B]``, the samples it trained on, where that was not fixed beforehand; and
         at: ``[steps]``, the round that it was in.
+        used: how many of the samples that were handed out are used up, as far as this rank knows.
     """
 
     rounds: int
     steps: int
     rows: NDArray[Any] | None = None
     at: NDArray[Any] | None = None
+    used: int = 0
 
 
 class Feed:
@@ -69,6 +73,13 @@ class Feed:
         self._comm, self.sampler = comm, sampler
         self._dtype = torch.int32 if samples < 2**31 else torch.int64
         self._dealt: Dealt = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """On rank 0: who was dealt what in the pass that is under way."""
+        return {"dealt": [self._dealt[rank] for rank in sorted(self._dealt)]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._dealt = {rank: np.asarray(rows) for rank, rows in enumerate(state["dealt"])}
 
     def deal(self, plan: Plan) -> NDArray[Any]:
         """This rank's indices for one pass, ``[rounds * tau, B]``, a row a step."""

@@ -13,7 +13,7 @@ import torch
 
 import hvd_hetero
 from hvd_hetero import algorithms
-from hvd_hetero.cluster import Cluster, Placement, RankFacts, assign, local_facts, place
+from hvd_hetero.cluster import Cluster, Placement, RankFacts, assign, has_bf16, local_facts, place
 from hvd_hetero.comm.rendezvous import JobEnv, exchange, job_env
 from hvd_hetero.components import Components
 from hvd_hetero.config import device_classes
@@ -21,6 +21,8 @@ from hvd_hetero.delays import check_delays
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.plan import check_bias_to
 from hvd_hetero.schema import AUTO, Config
+from hvd_hetero.timing import Stopwatch
+from hvd_hetero.worker import Worker
 
 PREPARE_TIMEOUT_SEC = 1800.0
 """Reading a large dataset takes its time; a rank that dies meanwhile is ended by horovodrun much sooner."""
@@ -82,6 +84,24 @@ def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
     if placement.device != "cpu":
         torch.cuda.set_device(torch.device(placement.device))
     return Job(env, config, components, cluster, placement)
+
+
+def make_worker(job: Job, watch: Stopwatch) -> Worker:
+    """This rank's worker, on its device."""
+    config, parts = job.config, job.components
+    return Worker(
+        parts.model,
+        parts.loss,
+        parts.optimizer,
+        parts.scheduler,
+        device=job.placement.device,
+        slowdown=job.cluster.class_of(job.env.rank).slowdown,
+        watch=watch,
+        metric=parts.metric,
+        seed=config.run.seed * 1000003 + job.env.rank,
+        clip_norm=config.train.clip_norm,
+        autocast=config.train.autocast == "bf16" and has_bf16(job.placement.device),
+    )
 
 
 def check(config: Config, components: Components, cluster: Cluster) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -104,6 +105,7 @@ class Accounts:
         self.rounds = 0
         self.passes = 0
         self.partial = PartialAccounts()
+        self.earlier = Done()
 
     def enter(
         self,
@@ -134,25 +136,33 @@ class Accounts:
 
     def state_dict(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in ("seconds", "steps", "samples", "rounds", "passes")}
-        return {**counts, "partial": self.partial.state_dict()}
+        return {**counts, "partial": self.partial.state_dict(), "earlier": asdict(self.earlier)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.seconds = [dict(mine) for mine in state["seconds"]]
         self.steps, self.samples = list(state["steps"]), list(state["samples"])
         self.rounds, self.passes = state["rounds"], state["passes"]
         self.partial.load_state_dict(state["partial"])
+        self.earlier = Done(**state["earlier"])
+
+    def carry_over(self, state: Mapping[str, Any]) -> None:
+        """Goes on from the totals of other ranks' accounts; what was each class's own is not counted any more."""
+        other = Accounts(self._cluster)
+        other.load_state_dict(state)
+        self.rounds, self.passes, self.earlier = other.rounds, other.passes, other.done
 
     @property
     def done(self) -> Done:
-        return Done(self.passes, self.rounds, max(self.steps), self.samples_seen, self.train_sec)
+        steps = self.earlier.fast_steps + max(self.steps)
+        return Done(self.passes, self.rounds, steps, self.samples_seen, self.train_sec)
 
     @property
     def samples_seen(self) -> int:
-        return sum(self.samples)
+        return self.earlier.samples + sum(self.samples)
 
     @property
     def train_sec(self) -> float:
-        return sum(self.seconds[0].values())
+        return self.earlier.train_sec + sum(self.seconds[0].values())
 
     def blocked_fractions(self) -> dict[str, float]:
         """By class, the share of its time that its ranks waited for others."""

@@ -1,14 +1,25 @@
-"""What a pass over the data came to, and how fast each rank was in it."""
+"""A pass over the data on its way: what is done of it and what is left, what it came to, and how fast each rank was."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.data import Batch, Source
 from hvd_hetero.feed import Worked
+from hvd_hetero.metrics import Accounts
 from hvd_hetero.pacing import settled_step_sec
-from hvd_hetero.plan import Plan
-from hvd_hetero.timing import Stopwatch
+from hvd_hetero.plan import Plan, apportion
+from hvd_hetero.schema import EvalConfig
+from hvd_hetero.timing import KINDS, Stopwatch
 from hvd_hetero.trace import Recorder
+from hvd_hetero.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -21,13 +32,165 @@ class PassFigures:
     step_sec: list[float]
 
 
+def gather_figures(
+    comm: Comm, watch: Stopwatch, accounts: Accounts, plan: Plan, worked: Worked, losses: torch.Tensor, step_sec: float
+) -> PassFigures:
+    """Gathers what all ranks did in a pass and where their time went, and enters it into the accounts.
+
+    Args:
+        losses: of this rank, and ``step_sec``, seconds of one of its steps.
+    """
+    kinds, collectives = watch.take()
+    loss = float(losses.double().sum())
+    figures = [*(kinds[kind] for kind in KINDS), loss, worked.steps, step_sec, *collectives]
+    rows = [row.tolist() for row in comm.gather(torch.tensor(figures, dtype=torch.float64), "pass.times")]
+    count = len(KINDS)
+    steps = [int(row[count + 1]) for row in rows]
+    spent = [dict(zip(KINDS, row, strict=False)) for row in rows]
+    before = accounts.samples_seen
+    seconds = accounts.enter(plan, worked.rounds, steps, spent, [row[count + 3 :] for row in rows])
+    samples = accounts.samples_seen - before
+    return PassFigures(seconds, samples, sum(row[count] for row in rows) / samples, [r[count + 2] for r in rows])
+
+
+def evaluate(comm: Comm, worker: Worker, test: Source, plan: Plan, spec: EvalConfig) -> dict[str, float | None]:
+    """Loss and metric on the test set; every rank does a part in proportion to its speed, so that all end together."""
+    counts = apportion(len(test), [c.speed for c in plan.by_rank()])
+    start = sum(counts[: comm.rank])
+    sums = worker.evaluate(test, np.arange(start, start + counts[comm.rank]), spec.batch_size)
+    loss, metric = comm.sum(sums, "evaluation")
+    name = "eval_accuracy" if spec.metric == "accuracy" else "eval_metric"
+    figures: dict[str, float | None] = {"eval_loss": loss / len(test)}
+    return figures | ({name: metric / len(test)} if worker.has_metric else {})
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How far a stretch has come; numbers that are the same on all ranks once they have agreed.
+
+    Attributes:
+        rounds: averages made in it, or steps of the synchronous methods.
+        planned: rounds of the plan that are used up.
+        rows: of what is handed out to ranks as they ask for it.
+        version: rounds of partial collectives, empty ones included.
+    """
+
+    rounds: int = 0
+    planned: int = 0
+    rows: int = 0
+    version: int = 0
+
+    def agreed(self, comm: Comm, others: Sequence[float]) -> tuple[Reached, list[float]]:
+        """The maxima over all ranks, of this and of other numbers that are to be agreed on."""
+        mine = astuple(self)
+        most = comm.max([float(number) for number in (*mine, *others)], "pass.reached")
+        return Reached(*(int(number) for number in most[: len(mine)])), most[len(mine) :]
+
+
+class Ongoing:
+    """One rank's pass, worked off in stretches, between which it can be saved.
+
+    Args:
+        plan: with the rounds of this pass.
+        rows: as :class:`hvd_hetero.feed.Pass` has them.
+        handed_out: whether these are everybody's.
+        generator: the state of the generator of augmentation, before the pass.
+    """
+
+    def __init__(self, plan: Plan, rows: NDArray[Any], handed_out: bool, generator: torch.Tensor) -> None:
+        self.plan, self.rows, self._handed_out, self._generator = plan, rows, handed_out, generator
+        self.reached = Reached()
+        self.work_sec: list[float] = []
+        self._row = self._steps = 0
+        self._parts: list[tuple[NDArray[Any], NDArray[Any]]] = []
+        self._batches: Iterator[Batch] | None = None
+
+    @property
+    def left(self) -> int:
+        """Rounds of the plan that are left, the last one perhaps not whole."""
+        if not self._handed_out:
+            return self.plan.rounds - self.reached.planned
+        rows = len(self.rows) - self.reached.rows
+        batch = min(c.batch_size for c in self.plan.training)
+        return 0 if rows < batch else -(-rows // self._round_samples)
+
+    @property
+    def steps(self) -> int:
+        """Local steps of this rank so far."""
+        return self._steps
+
+    @property
+    def _round_samples(self) -> int:
+        return sum(c.round_samples for c in self.plan.classes)
+
+    def stretch(self, rounds: int, tau: int) -> tuple[Plan, NDArray[Any]]:
+        """Plan and samples of the next so many rounds; all that is left in the last one."""
+        part = replace(self.plan, rounds=rounds)
+        if not self._handed_out:
+            return part, self.rows[self._row : self._row + rounds * tau]
+        rows = self.rows[self.reached.rows :]
+        return part, rows if rounds >= self.left else rows[: rounds * self._round_samples]
+
+    def batches(self, source: Source, rows: NDArray[Any], generator: torch.Generator) -> Iterator[Batch]:
+        """The batches of a stretch. Where ranks have their own, one iterator serves the pass, and may read ahead."""
+        if self._handed_out:
+            return iter(source.batches(rows, generator))
+        if self._batches is None:
+            resumed = generator.get_state() if self._row else None
+            if resumed is not None:
+                generator.set_state(self._generator)
+            self._batches = iter(source.batches(self.rows, generator, self._row))
+            if resumed is not None:
+                generator.set_state(resumed)
+        return self._batches
+
+    def reach(self, worked: Worked, tau: int) -> Reached:
+        """How far this rank has come in the stretch that it has just worked on."""
+        planned = 0 if self._handed_out or not tau else -(-worked.steps // tau)
+        version = int(worked.at[-1]) + 1 if worked.at is not None and len(worked.at) else 0
+        return Reached(worked.rounds, planned, worked.used if self._handed_out else 0, version)
+
+    def add(self, worked: Worked, reached: Reached) -> None:
+        """Takes in a stretch, and how far all have come in it."""
+        if worked.rows is not None and worked.at is not None:
+            self._parts.append((worked.rows, worked.at + self.reached.version))
+        self._row += worked.steps
+        self._steps += worked.steps
+        sums = (a + b for a, b in zip(astuple(self.reached), astuple(reached), strict=True))
+        self.reached = Reached(*sums)
+
+    def worked(self) -> Worked:
+        """What this rank has done so far in the pass."""
+        if not self._parts:
+            return Worked(self.reached.rounds, self._steps)
+        rows, at = (np.concatenate(arrays) for arrays in zip(*self._parts, strict=True))
+        return Worked(self.reached.rounds, self._steps, rows, at)
+
+    def state_dict(self) -> dict[str, Any]:
+        worked = self.worked()
+        return {
+            "plan": self.plan.to_dict(), "rows": self.rows, "handed_out": self._handed_out,
+            "generator": self._generator, "reached": list(astuple(self.reached)), "work_sec": self.work_sec,
+            "row": self._row, "steps": self._steps, "worked": [worked.rows, worked.at],
+        }  # fmt: skip
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Ongoing:
+        ongoing = cls(Plan.from_dict(state["plan"]), np.asarray(state["rows"]), state["handed_out"], state["generator"])
+        ongoing.reached = Reached(*state["reached"])
+        ongoing.work_sec = list(state["work_sec"])
+        ongoing._row, ongoing._steps = state["row"], state["steps"]
+        rows, at = state["worked"]
+        ongoing._parts = [] if rows is None else [(np.asarray(rows), np.asarray(at))]
+        return ongoing
+
+
 class RoundLaps:
     """What this rank's own work took in each round of a pass."""
 
-    def __init__(self, watch: Stopwatch, recorder: Recorder) -> None:
-        self._watch, self._recorder = watch, recorder
-        self._work_sec: list[float] = []
-        self._before = 0.0
+    def __init__(self, watch: Stopwatch, recorder: Recorder, work_sec: list[float]) -> None:
+        self._watch, self._recorder, self._work_sec = watch, recorder, work_sec
+        self._before = sum(work_sec)
 
     def end_round(self) -> None:
         """To be called after each round."""

@@ -15,6 +15,7 @@ from hvd_hetero.launch import run_job
 from hvd_hetero.plan import Plan
 from hvd_hetero.profiles import ClassSpeed, Profile, kept_at, key_of
 from hvd_hetero.schema import Config
+from hvd_hetero.speeds import measurement as measurement_of
 from hvd_hetero.trainer import Trainer
 
 FACTORS = (0.5, 2.0)
@@ -38,7 +39,7 @@ def _measure(files: Sequence[str], overrides: Sequence[str]) -> None:
     config, cluster = started.config, started.cluster
     trainer = Trainer(started, None)
     trainer.comm.broadcast_state(trainer.worker.state)
-    measurement = trainer.measurement()
+    measurement = measurement_of(started, trainer.worker, trainer.source, trainer.comm)
     names = [c.name for c in cluster.classes]
     batch = per_class("train.batch_size", config.train.batch_size, names)
     most = len(trainer.source)

@@ -1,36 +1,68 @@
-"""Saving a job at the ends of passes, and taking up one that was saved; all ranks take part in both."""
+"""Saving a job, and taking up one that was saved; all ranks take part in both.
+
+A pass is worked off in stretches of rounds. After each one all ranks agree, in one small collective, on how far they
+are, on whether somebody was asked to stop, and on whether to save. What is saved is copied first, and written by a
+thread beside the next stretches.
+"""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.comm.horovod import Comm
-from hvd_hetero.errors import UserError
-from hvd_hetero.schema import CheckpointConfig
+from hvd_hetero.errors import ConfigError, UserError
+from hvd_hetero.passes import Reached
+from hvd_hetero.schema import RESHAPE, CheckpointConfig
+from hvd_hetero.stopping import StopRequest
 from hvd_hetero.store import CheckpointError, ShardInfo, Store
 
 NONE = -1
 PATH_BYTES = 4096
+LOCKSTEP, DRAINING = (1.0, 1), (30.0, 64)
+"""How many seconds ranks work on between two agreements, and how many rounds the first time."""
+GROWTH = 4
+"""By how much a stretch may be longer than the one before: the first rounds of a job are slow."""
 
 
-def find(run_dir: Path, digest: str, world_size: int) -> tuple[int, Any] | None:
-    """Round and rank 0's state of the newest checkpoint of a run, if there is one; older ones where it is damaged.
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to go on from: its round, rank 0's state, and whether it is of another configuration or ranks."""
+
+    round: int
+    state: Any
+    reshaped: bool = False
+
+
+def find(run_dir: Path, digest: str, world_size: int, reshape: bool = False) -> Found | None:
+    """The newest checkpoint of a run, if there is one; an older one where it is damaged.
+
+    Args:
+        digest: of the configuration.
+        reshape: take one of another configuration or number of ranks too.
 
     Raises:
         CheckpointError: there are checkpoints, but none that this run can go on from.
     """
     first: CheckpointError | None = None
-    for candidate in Store(run_dir).candidates(digest, world_size):
+    wanted = (None, None) if reshape else (digest, world_size)
+    for candidate in Store(run_dir).candidates(*wanted):
         try:
             if candidate.checkpoint is not None:
                 candidate.checkpoint.verify()
-                return candidate.round, candidate.checkpoint.load(0)
+                meta = candidate.checkpoint.meta
+                other = (meta.config_digest, meta.world_size) != (digest, world_size)
+                return Found(candidate.round, candidate.checkpoint.load(0), other)
         except CheckpointError as error:
             warnings.warn(str(error), RuntimeWarning, stacklevel=2)
             first = first or error
@@ -41,35 +73,77 @@ def find(run_dir: Path, digest: str, world_size: int) -> tuple[int, Any] | None:
     return None
 
 
+def check_fits(state: Any, model: FlatState, samples: int) -> None:
+    """Refuses to carry a checkpoint over to something else than what it is of.
+
+    Raises:
+        ConfigError: another model, or another number of samples.
+    """
+    saved = [list(tensor.shape) for tensor in state["worker"]["tensors"]]
+    if saved != [list(tensor.shape) for tensor in model.everything()]:
+        problem = "the checkpoint is of another model"
+        raise ConfigError("run.resume", RESHAPE, problem, "take the model that it was made with")
+    if (known := len(state["rank0"]["sampler"]["losses"])) != samples:
+        problem = f"the checkpoint is of {known} training samples, and these are {samples}"
+        raise ConfigError("run.resume", RESHAPE, problem, "take the data that it was made with")
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks agree on after a stretch: how far the pass is, whether to stop, and whether to save."""
+
+    reached: Reached
+    stop: bool
+    due: bool
+
+
 class Saver:
     """The checkpoints of one run.
 
     Args:
         run_dir: on rank 0, which tells the others.
         digest: of the configuration, without what says how long the run goes on.
+        drains: whether the method has to come to rest before all ranks can meet.
     """
 
-    def __init__(self, run_dir: str | Path, spec: CheckpointConfig, digest: str, comm: Comm) -> None:
+    def __init__(self, run_dir: str | Path, spec: CheckpointConfig, digest: str, comm: Comm, drains: bool) -> None:
         self._spec, self._digest, self._comm = spec, digest, comm
+        self._stretch_sec, self._stretch = DRAINING if drains else LOCKSTEP
         path = str(Path(run_dir).resolve()).encode().ljust(PATH_BYTES) if comm.rank == 0 else bytes(PATH_BYTES)
         told = comm.broadcast(torch.tensor(list(path), dtype=torch.uint8), "checkpoint.path")
-        self._store = Store(bytes(told.tolist()).decode().rstrip(), spec.keep)
-        self._last = time.monotonic()
+        self._run_dir = Path(bytes(told.tolist()).decode().rstrip())
+        self._store = Store(self._run_dir, spec.keep)
+        self.stopping = StopRequest(self._run_dir)
+        self._began = time.monotonic()
+        self._saved_at, self._saved_round = time.monotonic(), NONE
+        self._write: _Write | None = None
+        self._best: float | None = None
 
-    def load(self, found: int | None) -> Any:
-        """This rank's state in the checkpoint that rank 0 has found, or None where there is none.
+    @property
+    def active(self) -> bool:
+        """Whether anything is saved before the run ends."""
+        return self._spec.every_sec is not None or self._spec.every_rounds is not None
+
+    def load(self, found: Found | None) -> tuple[Any, bool]:
+        """What to go on from, and whether it is of another configuration or number of ranks.
+
+        It is this rank's state in the checkpoint that rank 0 has found, rank 0's where it is reshaped; None where there
+        is none.
 
         Raises:
             UserError: on all ranks, if one of them cannot read its part.
         """
-        number = int(self._comm.broadcast(torch.tensor([NONE if found is None else found]), "checkpoint.round")[0])
+        told = torch.tensor([NONE, 0] if found is None else [found.round, int(found.reshaped)])
+        number, reshaped = (int(x) for x in self._comm.broadcast(told, "checkpoint.found"))
+        if self._comm.rank == 0:
+            self.stopping.forget()
         if number == NONE:
             if self._comm.rank == 0 and self._store.folder.exists():
                 self._store.rewind(None)
-            return None
+            return None, False
         state, problem = None, ""
         try:
-            state = self._store.at(number).load(self._comm.rank)
+            state = self._store.at(number).load(0 if reshaped else self._comm.rank)
         except CheckpointError as error:
             problem = f"rank {self._comm.rank}: {error}"
             print(f"hvd-hetero: error: {problem}", file=sys.stderr, flush=True)
@@ -77,34 +151,141 @@ class Saver:
             raise UserError(problem or "a rank cannot read its part of the checkpoint, and has said why")
         if self._comm.rank == 0:
             self._store.rewind(number)
-        return state
+        self._saved_round = number
+        return state, bool(reshaped)
 
-    def due(self, ends: bool) -> bool:
-        """Whether to save now, as rank 0's clock says; the same on all ranks."""
-        if self._spec.every_sec is None:
-            return False
-        late = ends or time.monotonic() - self._last >= self._spec.every_sec
-        return bool(self._comm.broadcast(torch.tensor([int(late)]), "checkpoint.due")[0])
+    # ---- between two stretches --------------------------------------------------------------------------------------
 
-    def save(self, number: int, passes: int, state: Any) -> None:
+    def stretch(self, left: int, rounds: int) -> int:
+        """Rounds to go before the next agreement, of those that are left of the pass, after so many of the run."""
+        self._began = time.monotonic()
+        if not self.active:
+            return left
+        every = self._spec.every_rounds
+        return min(left, self._stretch, every - rounds % every if every else left)
+
+    def agree(self, reached: Reached, length: int, rounds: int) -> Agreed:
+        """Meets all ranks after a stretch.
+
+        Args:
+            reached: how far this rank has come in it.
+            length: rounds that it was to have.
+            rounds: of the run, before it.
+        """
+        now, spec, lead = time.monotonic(), self._spec, self._comm.rank == 0
+        due = spec.every_sec is not None and now - self._saved_at >= spec.every_sec
+        worth = round(self._stretch_sec * length / max(now - self._began, 1e-6))
+        said = [self.stopping(), self._write is not None and self._write.busy, lead and due,
+                lead and max(1, min(worth, GROWTH * length))]
+        reached, (stop, busy, late, stretch) = reached.agreed(self._comm, said)
+        self._stretch = int(stretch)
+        if self._write is not None and not busy:
+            self._go_on()
+        number = rounds + reached.rounds
+        late = late or (spec.every_rounds is not None and number % spec.every_rounds == 0)
+        return Agreed(reached, bool(stop), bool(late and self._write is None and number > self._saved_round))
+
+    def save(self, number: int, passes: int, state: Callable[[], Any], wait: bool, value: float | None = None) -> None:
         """Saves every rank's state; if that cannot be done, the run goes on without, and says so.
 
         Args:
             number: rounds so far.
+            state: makes it; called only if there is something new to save.
+            wait: until it is on the disk; else it is copied, and a thread writes it.
+            value: the evaluation at this time, if there was one: the best one's checkpoint is kept.
         """
-        text, problem = b"", ""
-        try:
-            text = self._store.write_shard(number, self._comm.rank, state).to_json().encode()
-        except CheckpointError as error:
-            problem = f"rank {self._comm.rank}: {error}"
-        sizes = [int(size) for size in self._comm.gather(torch.tensor([len(text)]), "checkpoint.sizes")]
-        shards = self._comm.gather(torch.tensor(list(text), dtype=torch.uint8), "checkpoint.shards", sizes)
+        while self._write is not None:
+            self._write.join()
+            if not self._comm.max([float(self._write.busy)], "checkpoint.wait")[0]:
+                self._go_on()
+        if number > self._saved_round:
+            content = state()
+            self._write = _Write(self._store, number, passes, self._digest, self._comm,
+                                 content if wait else _copied(content), self._is_best(value))
+            self._saved_at, self._saved_round = time.monotonic(), number
+            if wait:
+                self.save(number, passes, state, wait)
+
+    def newest(self) -> int | None:
+        """Round of the newest checkpoint, if there is one."""
+        latest = self._store.latest()
+        return None if latest is None else latest.meta.round
+
+    def _is_best(self, value: float | None) -> float | None:
+        if value is None or (self._best is not None and value <= self._best):
+            return None
+        self._best = value
+        return value
+
+    def _go_on(self) -> None:
+        assert self._write is not None
+        if not self._write.go_on():
+            self._write = None
+
+
+class _Write:
+    """One checkpoint on its way to the disk: every rank writes its shard, then rank 0 the manifest."""
+
+    def __init__(
+        self, store: Store, number: int, passes: int, digest: str, comm: Comm, state: Any, best: float | None
+    ) -> None:
+        self._store, self._number, self._passes, self._digest, self._comm = store, number, passes, digest, comm
+        self._best = best
+        self._text, self._problem = b"", ""
+        self._committing = False
+        self._start(lambda: self._shard(state))
+
+    @property
+    def busy(self) -> bool:
+        return self._thread.is_alive()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def go_on(self) -> bool:
+        """The next thing to be done, once no rank is busy any more; False if that was all."""
+        if self._committing:
+            if self._problem:
+                print(f"no checkpoint at round {self._number}: {self._problem}", flush=True)
+            return False
+        self._committing = True
+        sizes = [int(size) for size in self._comm.gather(torch.tensor([len(self._text)]), "checkpoint.sizes")]
+        mine = torch.tensor(list(self._text), dtype=torch.uint8)
+        shards = self._comm.gather(mine, "checkpoint.shards", sizes)
         if self._comm.rank == 0 and all(sizes):
-            infos = [ShardInfo.from_json(bytes(shard.tolist()).decode()) for shard in shards]
-            try:
-                self._store.commit(number, infos, passes=passes, config_digest=self._digest)
-            except CheckpointError as error:
-                problem = str(error)
-        if problem or (self._comm.rank == 0 and not all(sizes)):
-            print(f"no checkpoint at round {number}: {problem or 'a rank could not write its part'}", flush=True)
-        self._last = time.monotonic()
+            self._start(lambda: self._commit([bytes(shard.tolist()).decode() for shard in shards]))
+        elif self._comm.rank == 0:
+            self._problem = self._problem or "a rank could not write its part"
+        return True
+
+    def _start(self, call: Callable[[], None]) -> None:
+        self._thread = threading.Thread(target=self._told, args=(call,), name="hvd_hetero.checkpoint")
+        self._thread.start()
+
+    def _told(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # whatever it is, the training goes on
+            self._problem = f"rank {self._comm.rank}: {error}"
+
+    def _shard(self, state: Any) -> None:
+        self._text = self._store.write_shard(self._number, self._comm.rank, state).to_json().encode()
+
+    def _commit(self, shards: list[str]) -> None:
+        infos = [ShardInfo.from_json(text) for text in shards]
+        self._store.commit(self._number, infos, passes=self._passes, config_digest=self._digest)
+        if self._best is not None:
+            self._store.mark_best(self._number, self._best)
+
+
+def _copied(state: Any) -> Any:
+    """The same content in memory of its own, on the host."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, np.ndarray):
+        return state.copy()
+    if isinstance(state, dict):
+        return {key: _copied(part) for key, part in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(_copied(part) for part in state)
+    return state

@@ -12,6 +12,7 @@ from typing import Any, Optional
 from omegaconf import OmegaConf
 
 AUTO = "auto"
+RESHAPE = "reshape"
 
 
 def _key(default: Any, **limits: Any) -> Any:
@@ -26,7 +27,7 @@ class RunConfig:
     dir: Optional[str] = None  # noqa: UP045 (OmegaConf reads the annotations at run time)
     seed: int = _key(0, at_least=0)
     overwrite: bool = False
-    resume: Optional[str] = _key(None, choices=("auto",))  # noqa: UP045
+    resume: Optional[str] = _key(None, choices=(AUTO, RESHAPE))  # noqa: UP045
     name: Optional[str] = None  # noqa: UP045
     trace_rounds: int = _key(8, at_least=0)
 
@@ -136,6 +137,7 @@ class ProfileConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     every_sec: Optional[float] = _key(60.0, at_least=0)  # noqa: UP045
+    every_rounds: Optional[int] = _key(None, at_least=1)  # noqa: UP045
     keep: int = _key(2, at_least=1)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 KINDS = ("compute", "data", "blocked", "comm")
@@ -86,6 +86,13 @@ class Stopwatch:
         if self.laps is not None and kind:
             self.laps.append((kind, start, now))
         return now - start
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is booked and was not taken yet."""
+        return {"seconds": self.seconds, "collectives": self.collectives}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.seconds, self.collectives = dict(state["seconds"]), list(state["collectives"])
 
     def take(self) -> tuple[dict[str, float], list[float]]:
         """Returns the seconds by kind and the list of collectives since the last call, and starts anew."""

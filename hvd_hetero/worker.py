@@ -63,7 +63,7 @@ class Worker:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.watch = watch or Stopwatch()
         self.pace = Pace(self.watch, slowdown, self._synchronize)
-        self._loss, self._metric = loss, metric
+        self._loss, self._metric, self.has_metric = loss, metric, metric is not None
         self._clip_norm, self._autocast = clip_norm, autocast
         self._losses: list[Tensor] = []
 
@@ -182,7 +182,7 @@ class Worker:
         return restore
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything of this rank that decides its further steps, between two passes."""
+        """Everything of this rank that decides its further steps, between two rounds."""
         return {
             "tensors": [t.detach() for t in self.state.everything()],
             "optimizer": self.optimizer.state_dict(),
@@ -191,6 +191,7 @@ class Worker:
             "generator": self.generator.get_state(),
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "losses": torch.cat(self._losses).cpu() if self._losses else torch.empty(0),
         }
 
     @torch.no_grad()
@@ -206,6 +207,13 @@ class Worker:
         torch.set_rng_state(state["torch"])
         if state["cuda"] is not None:
             torch.cuda.set_rng_state(state["cuda"], self.device)
+        self._losses = [state["losses"].to(self.device)]
+
+    @torch.no_grad()
+    def carry_over(self, state: Mapping[str, Any]) -> None:
+        """Takes the model alone from what another rank's :meth:`state_dict` gave."""
+        for own, saved in zip(self.state.everything(), state["tensors"], strict=True):
+            own.copy_(saved)
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

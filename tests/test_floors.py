@@ -15,10 +15,10 @@ PACKAGE = Path(__file__).parent.parent / "hvd_hetero"
 FLOORS = [
     {"errors", "config", "schema", "pacing", "cluster", "plan", "timing"},
     {"comm", "data", "models", "imports", "limits", "sampling", "metrics", "trace", "checkpoint", "store", "simulator",
-     "delays", "partial_counts", "profiles"},
+     "delays", "partial_counts", "profiles", "stopping"},
     {"worker", "profiling", "feed", "passes", "saving", "output"},
     {"algorithms", "components"},
-    {"trainer", "job"},
+    {"trainer", "job", "speeds"},
     {"api", "loop", "cli", "launch", "report", "compare", "planner", "profile_command", "doctor", "__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

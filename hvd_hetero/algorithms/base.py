@@ -78,6 +78,11 @@ class Algorithm:
         if not self.needs_speeds:
             self.make_plan(None)
 
+    @property
+    def drains(self) -> bool:
+        """Whether ranks are on their own in a pass, so that meeting them all means to come to rest first."""
+        return self.hands_out
+
     def make_plan(self, step_sec: Mapping[str, float] | None) -> Plan:
         """What every class does in a round; the same on every rank, from the same measured times.
 
@@ -136,3 +141,6 @@ class Algorithm:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         assert not state
+
+    def carry_over(self, state: Mapping[str, Any]) -> None:
+        """Takes what makes sense for other ranks too from what another job's :meth:`state_dict` gave."""

@@ -82,6 +82,7 @@ class EagerSGD(Lockstep):
     def run_pass(self, given: Pass, worker: Worker, comm: Comm) -> Worked:
         partial, first, self._averages = self.partial, self.partial.version, 0
         rows, at = list[NDArray[Any]](), list[int]()
+        self._used = 0
         batches = self._handed_out(given, rows)
         partial.claim(self.mine.batch_size)
         while True:
@@ -90,19 +91,21 @@ class EagerSGD(Lockstep):
             if len(rows) == len(at):
                 break
             at.append(partial.version - first)
-            partial.claim(self.mine.batch_size)  # the answer comes while this rank waits for the round
+            # the answer comes while this rank waits for the round; who claims everything leaves nobody anything
+            partial.claim(len(given.rows) if given.stopping() else self.mine.batch_size)
             partial.contribute(comm.on_host(joined(self._gradients)))
             self._apply(partial.take(), worker, given, first)
         for results in partial.finish():
             self._apply(results, worker, given, first)
         taken = np.stack(rows) if rows else np.empty((0, self.mine.batch_size), dtype=np.int64)
-        return Worked(self._averages, len(rows), taken, np.array(at, dtype=np.int64))
+        return Worked(self._averages, len(rows), taken, np.array(at, dtype=np.int64), self._used)
 
     def _handed_out(self, given: Pass, rows: list[NDArray[Any]]) -> Iterator[Batch]:
         """The batches that this rank is offered, as long as there are whole ones; notes their samples."""
         size = self.mine.batch_size
         while (start := self.partial.offered()) + size <= len(given.rows):
             rows.append(given.rows[start : start + size])
+            self._used = start + size
             yield from given.read(rows[-1][None])
 
     def _apply(self, results: Sequence[Round], worker: Worker, given: Pass, first: int) -> None:

@@ -55,6 +55,10 @@ class LocalSGD(Algorithm):
     def needs_speeds(self) -> bool:
         return not isinstance(self.train.tau, Mapping)
 
+    @property
+    def drains(self) -> bool:
+        return self.aggregation.mode != BLOCKING or self.too_slow == WAIT_AVOIDING
+
     def check(self) -> None:
         super().check()
         if self.aggregation.outer_nesterov and self.aggregation.outer_momentum == 0:
@@ -161,6 +165,9 @@ class LocalSGD(Algorithm):
         merged = {} if self.merging is None else {"round": self.merging.version}
         paced = {} if self.pacing is None else {"pacing": self.pacing.state_dict()}
         return {**self.outer.state_dict(), **merged, **paced}
+
+    def carry_over(self, state: Mapping[str, Any]) -> None:
+        self.outer.load_state_dict(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.outer.load_state_dict(state)

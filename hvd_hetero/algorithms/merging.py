@@ -112,14 +112,14 @@ class Merging:
         for _ in range(given.plan.rounds):
             number = partial.version - first
             given.begin_round(number)
-            steps = worker.local_steps(batches, tau, lambda: partial.closing)
+            steps = worker.local_steps(batches, tau, lambda: partial.closing or given.stopping())
             at += [number] * steps
             self._contribute(steps * part)
             rounds = partial.take(None if self._unmerged >= self._spec.max_lag else self._spec.patience_sec)
             worker.watch.waited(rounds[0].started if rounds else math.inf)
             self._merge(rounds)
             given.end_round()
-            if partial.closing:
+            if partial.closing or given.stopping():
                 break
         for rounds in partial.finish():
             worker.watch.waited(rounds[0].started)

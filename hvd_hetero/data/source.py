@@ -29,13 +29,15 @@ class Source(Protocol):
     def to(self, device: torch.device | str) -> Source:
         """Return a source whose batches lie on ``device``; data that sits in memory moves there."""
 
-    def batches(self, indices: Indices, generator: torch.Generator) -> Iterator[Batch]:
+    def batches(self, indices: Indices, generator: torch.Generator, start: int = 0) -> Iterator[Batch]:
         """Yield one batch for each row of ``indices`` ``[steps, B]``.
 
         Args:
             indices: which samples; integers.
             generator: lives on the source's device and decides all augmentation: the same state gives the
                 same batches.
+            start: the first row to be yielded. What is drawn for all rows at once, and before this returns, is the
+                same as with 0.
         """
 
 
@@ -68,11 +70,11 @@ class TensorSource:
         transform = move(device) if move else self.transform
         return TensorSource(to_device(self.inputs, device), self.targets.to(device), transform)
 
-    def batches(self, indices: Indices, generator: torch.Generator) -> Iterator[Batch]:
+    def batches(self, indices: Indices, generator: torch.Generator, start: int = 0) -> Iterator[Batch]:
         """Yield one batch for each row of ``indices`` ``[steps, B]``."""
         inputs, targets, transform = self.inputs, self.targets, self.transform
         # The whole plan moves at once: a step of a tiny model takes less time than a transfer to a GPU.
-        for row in torch.as_tensor(indices, dtype=torch.int64, device=targets.device).unbind(0):
+        for row in torch.as_tensor(indices, dtype=torch.int64, device=targets.device)[start:].unbind(0):
             if isinstance(inputs, Tensor):
                 batch: Inputs = inputs.index_select(0, row)
             elif isinstance(inputs, dict):
@@ -126,11 +128,14 @@ class MapSource:
         transform = move(device) if move else self.transform
         return MapSource(self.dataset, self.workers, self.collate, transform, device)
 
-    def batches(self, indices: Indices, generator: torch.Generator) -> Iterator[Batch]:
+    def batches(self, indices: Indices, generator: torch.Generator, start: int = 0) -> Iterator[Batch]:
         """Yield one batch for each row of ``indices`` ``[steps, B]``."""
         rows = torch.as_tensor(indices).tolist()
         seeds = torch.randint(2**31, (len(rows),), generator=generator, device=generator.device).tolist()
-        self._plan.rows = list(zip(seeds, rows, strict=True))
+        return self._read(list(zip(seeds, rows, strict=True))[start:], generator)
+
+    def _read(self, rows: list[tuple[int, list[int]]], generator: torch.Generator) -> Iterator[Batch]:
+        self._plan.rows = rows
         for item in self._loader:
             if isinstance(item, _Failure):
                 raise ConfigError(item.key, item.value, item.problem, item.remedy)

@@ -1,0 +1,60 @@
+"""How fast each device class is when a job starts: measured, or known from an earlier profile; and the first plan."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from hvd_hetero.algorithms.base import Algorithm
+from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.data import Source
+from hvd_hetero.errors import ConfigError, UserError
+from hvd_hetero.job import Job
+from hvd_hetero.plan import Plan
+from hvd_hetero.profiles import known_speeds
+from hvd_hetero.profiling import Measurement
+from hvd_hetero.worker import Worker
+
+
+def measurement(job: Job, worker: Worker, source: Source, comm: Comm) -> Measurement:
+    """What measures this job's speeds, before it trains."""
+    spec = job.config.profile
+    return Measurement(worker, source, job.cluster, comm, spec.seconds, spec.warmup_steps)
+
+
+def first_plan(job: Job, algorithm: Algorithm, worker: Worker, source: Source, comm: Comm) -> Plan:
+    """The plan that the job begins with; all ranks call it.
+
+    Raises:
+        ConfigError: the measured speeds allow no plan; the same on all ranks.
+    """
+    cluster = job.cluster
+    if not algorithm.needs_speeds:
+        return algorithm.make_plan(None)
+    if len(cluster.classes) == 1:
+        return algorithm.make_plan({cluster.classes[0].name: 1.0})
+    known = _known(job, comm)
+    if known is None:
+        found = measurement(job, worker, source, comm).classes(algorithm.batch_size)
+        known = {name: figures.step_sec for name, figures in found.items()}
+    return algorithm.make_plan(known)
+
+
+def _known(job: Job, comm: Comm) -> dict[str, float] | None:
+    """Step times of an earlier profile, found by rank 0; what is wrong with it ends all ranks."""
+    names = [c.name for c in job.cluster.classes]
+    told, error = [0.0] * len(names), UserError("rank 0 says why")
+    if comm.rank == 0:
+        try:
+            known = known_speeds(job.config, job.cluster)
+        except ConfigError as problem:
+            told, error = [math.nan] * len(names), problem
+        else:
+            if known is not None:
+                told = [known[0][name] for name in names]
+                print(f"step times from {known[1]}; profile.reuse=false measures them", flush=True)
+    said = comm.broadcast(torch.tensor(told, dtype=torch.float64), "profile.known").tolist()
+    if math.isnan(said[0]):
+        raise error
+    return dict(zip(names, said, strict=True)) if all(said) else None

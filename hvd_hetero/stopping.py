@@ -1,0 +1,59 @@
+"""Hearing that the job is to stop, so that it can save first."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+STOP = "stop"
+"""A file of this name in a run's folder asks the run to save and to end."""
+LOOK_SEC = 0.25
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """Whether this rank was asked to stop, by SIGTERM, SIGINT, or the file ``stop`` in the run's folder.
+
+    The first signal is noted while the ``with`` block runs; the second one does what it did before.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = run_dir / STOP
+        self._asked = False
+        self._looked = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __call__(self) -> bool:
+        """Whether to stop; cheap enough to be asked at every step."""
+        if not self._asked and time.monotonic() - self._looked >= LOOK_SEC:
+            self._looked = time.monotonic()
+            self._asked = self._file.exists()
+        return self._asked
+
+    def forget(self) -> None:
+        """Removes what asked an earlier run to stop; rank 0 calls it before there is work."""
+        self._file.unlink(missing_ok=True)
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._put_back()
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            self._put_back()
+            os.kill(os.getpid(), number)
+        self._asked = True
+
+    def _put_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
