@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,10 +20,11 @@ from hvd_hetero.api import run_dir
 from hvd_hetero.cluster import Cluster, RankFacts, assign, integers, local_facts, parse_hosts
 from hvd_hetero.comm.rendezvous import COLUMNS
 from hvd_hetero.config import device_classes, load
-from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_FAULT, ConfigError
+from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_STOPPED, ConfigError
 from hvd_hetero.metrics import check_run_dir
 from hvd_hetero.profiles import check_profile, load_profile
 from hvd_hetero.schema import AUTO, Config
+from hvd_hetero.stopping import STOP
 
 FORWARDED = re.compile(
     r"PATH|HOME|USER|LOGNAME|SHELL|TMPDIR|TZ|LANG|LC_.*|TERM|VIRTUAL_ENV|LD_LIBRARY_PATH|LD_PRELOAD|PYTHON.*|"
@@ -35,6 +36,8 @@ nothing else of the environment (tokens, passwords) goes along."""
 
 GRACE_SEC = 20.0
 """horovodrun gives its ranks 5 s before it kills them."""
+SAVING_SEC = 30.0
+"""What a job that was asked to stop has for the round that it is in and for saving; then it is told to end."""
 
 
 def launch(files: Sequence[str], overrides: Sequence[str], show: bool) -> int:
@@ -57,7 +60,8 @@ def launch(files: Sequence[str], overrides: Sequence[str], show: bool) -> int:
     if show:
         print(shlex.join(command))
         return 0
-    return _run(command)
+    saves = config.checkpoint.every_sec is not None or config.checkpoint.every_rounds is not None
+    return _run(command, folder / STOP if saves else None)
 
 
 def run_job(command: str, files: Sequence[str], overrides: Sequence[str]) -> int:
@@ -72,13 +76,12 @@ def run_job(command: str, files: Sequence[str], overrides: Sequence[str]) -> int
     return _run(horovodrun_line(config, hosts, [command, *files, *overrides]))
 
 
-def _run(command: Sequence[str]) -> int:
-    status, first = _Horovodrun(command).wait()
-    if status == 0:
-        return 0
-    if status != EXIT_BAD_INPUT:
-        print(f"hvd-hetero: error: the job failed: {first}", file=sys.stderr)
-    return EXIT_BAD_INPUT if status == EXIT_BAD_INPUT else EXIT_FAULT
+def _run(command: Sequence[str], stop: Path | None = None) -> int:
+    status, first = _Horovodrun(command, stop).wait()
+    if status in (0, EXIT_BAD_INPUT, EXIT_STOPPED):
+        return status
+    print(f"hvd-hetero: error: the job failed: {first}", file=sys.stderr)
+    return EXIT_FAULT
 
 
 def job_hosts(config: Config) -> list[tuple[str, int]]:
@@ -172,9 +175,13 @@ class _Horovodrun:
     """Runs horovodrun, passes on what its ranks say, and finds out which one failed first.
 
     horovodrun itself exits with 1 and a traceback whatever happened; the traceback is kept back.
+
+    Args:
+        stop: the file that asks the job to save and to end, if it can.
     """
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], stop: Path | None = None) -> None:
+        self._stop = stop
         env = {name: value for name, value in os.environ.items() if FORWARDED.fullmatch(name)}
         if sys.stderr.isatty():
             env[COLUMNS] = str(shutil.get_terminal_size().columns - len("[0]<stderr>:"))
@@ -217,13 +224,27 @@ class _Horovodrun:
         return status, self._own[-1] if self._own else f"horovodrun ended with status {status}"
 
     def _pass_on(self, number: int, frame: Any) -> None:
+        """Asks the job to save and to end; where it cannot or does not, and at the second signal, tells it to end."""
+        if self._stop is not None and self._stop.parent.is_dir():
+            self._stop, stop = None, self._stop
+            stop.touch()
+            print("hvd-hetero: stops after this round and saves; at once if you insist", file=sys.stderr, flush=True)
+            self._later(SAVING_SEC, lambda: self._end(number))
+        else:
+            self._end(number)
+
+    def _end(self, number: int) -> None:
         """Asks horovodrun once to end its ranks, and ends it if it does not."""
         if not self._asked:
             self._asked = True
             self._process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
-            insist = threading.Timer(GRACE_SEC, self._process.kill)
-            insist.daemon = True
-            insist.start()
+            self._later(GRACE_SEC, self._process.kill)
+
+    @staticmethod
+    def _later(seconds: float, call: Callable[[], None]) -> None:
+        timer = threading.Timer(seconds, call)
+        timer.daemon = True
+        timer.start()
 
     def _forward(self, pipe: IO[bytes], stream: Any) -> None:
         """Passes on the ranks' lines: rank 0's bare, others' with their rank; keeps horovodrun's own."""

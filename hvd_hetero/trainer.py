@@ -49,7 +49,7 @@ class Trainer:
         self.job, self.config = job, config
         slowdown = job.cluster.class_of(job.env.rank).slowdown
         clock = own_clock(job.placement.device, job.placement.threads)
-        self.watch = Stopwatch(own_clock=clock if slowdown > 1 else None)
+        self.watch = Stopwatch(own_clock=clock if slowdown > 1 else None, pulse=job.watchdog.pulse)
         self.source = parts.dataset.train.to(job.placement.device)
         self.test = parts.dataset.test.to(job.placement.device)
         self.worker = make_worker(job, self.watch)
@@ -59,7 +59,7 @@ class Trainer:
         if run_dir is not None and job.env.rank == 0:
             kept = () if found is None else (found.state["rank0"][key] for key in ("rows_bytes", "samples_seen"))
             self.folder = RunFolder(run_dir, config.run.overwrite or config.run.resume is not None, *kept)
-        self.comm = Comm(job.cluster, job.env.rank, config.aggregation.path)
+        self.comm = Comm(job.cluster, job.env.rank, config.aggregation.path, job.watchdog.pulse)
 
     def prepare(self) -> None:
         """Starts all ranks from one model, measures their speeds if they are needed, and makes the plan.
@@ -78,13 +78,16 @@ class Trainer:
         if state is not None and reshaped:
             check_fits(state, self.worker.state, len(self.source))
             self.worker.carry_over(state["worker"])
-        self.plan = self._first_plan() if state is None or reshaped else Plan.from_dict(state["plan"])
+        if state is None or reshaped:
+            self.plan = first_plan(self.job, self.algorithm, self.worker, self.source, self.comm)
+        else:
+            self.plan = Plan.from_dict(state["plan"])
         check_limits(config.train, self.plan)
         self.comm.agree(self.plan.digest(), "plan", "plan")
         self.algorithm.start(self.plan, self.worker, self.comm)
         self.accounts = Accounts(self.job.cluster)
         self.best: dict[str, float | None] = dict.fromkeys(("final_accuracy", "best_accuracy", "final_loss"))
-        self.feed = Feed(self.comm, len(self.source), self._sampler(self.plan) if self.comm.rank == 0 else None)
+        self.feed = Feed(self.comm, len(self.source), self._sampler() if self.comm.rank == 0 else None)
         self.recorder = Recorder(self.watch, config.run.trace_rounds)
         self.ongoing: Ongoing | None = None
         if state is not None:
@@ -130,6 +133,7 @@ class Trainer:
         self.watch.skip()
         if self.accounts.passes < TRACED_PASSES:
             self.recorder.start()
+        self.watch.pulse.begin("dealing samples")
         generator = self.worker.generator.get_state()
         rows = self.algorithm.deal(self.feed, part)
         self.watch.collective()
@@ -168,6 +172,7 @@ class Trainer:
         """Gathers what the pass came to, plans the next one, evaluates; returns the row of figures."""
         config, comm, worker, accounts = self.config, self.comm, self.worker, self.accounts
         self.recorder.stop()
+        self.watch.pulse.begin("end of a pass")
         self.ongoing, plan, worked = None, ongoing.plan, ongoing.worked()
         self.algorithm.end_pass(worker, comm)
         losses = worker.take_losses()
@@ -208,12 +213,8 @@ class Trainer:
 
     # ---- parts of a run ---------------------------------------------------------------------------------------------
 
-    def _first_plan(self) -> Plan:
-        return first_plan(self.job, self.algorithm, self.worker, self.source, self.comm)
-
-    def _sampler(self, plan: Plan) -> Sampler:
-        spec = self.config.sampling
-        biased = plan.biased(spec.bias_to)
+    def _sampler(self) -> Sampler:
+        spec, biased = self.config.sampling, self.plan.biased(self.config.sampling.bias_to)
         return Sampler(len(self.source), str(spec.scheme), spec.high_loss_ratio, biased, self.config.run.seed)
 
     def _warm_up(self, before: int, number: int) -> None:
@@ -237,6 +238,7 @@ class Trainer:
 
     def _save(self, ongoing: Ongoing | None, wait: bool, row: Mapping[str, Any] | None = None) -> None:
         assert self.saver is not None
+        self.watch.pulse.begin("checkpoint")
         number = self.accounts.rounds + (0 if ongoing is None else ongoing.reached.rounds)
         value = None if row is None or "eval_loss" not in row else row.get("eval_accuracy", -row["eval_loss"])
         self.saver.save(number, self.accounts.passes, lambda: self._state(ongoing), wait, value)
@@ -251,14 +253,9 @@ class Trainer:
 
     def _state(self, ongoing: Ongoing | None) -> dict[str, Any]:
         """Everything that decides how this rank goes on."""
-        state: dict[str, Any] = {
-            "worker": self.worker.state_dict(),
-            "algorithm": self.algorithm.state_dict(),
-            "plan": self.plan.to_dict(),
-            "accounts": self.accounts.state_dict(),
-            "best": self.best,
-            "wall_sec": time.perf_counter() - self.begin,
-        }
+        parts = ("worker", "algorithm", "accounts")
+        state: dict[str, Any] = {name: getattr(self, name).state_dict() for name in parts}
+        state |= {"plan": self.plan.to_dict(), "best": self.best, "wall_sec": time.perf_counter() - self.begin}
         if ongoing is not None:
             state["ongoing"] = ongoing.state_dict()
             state["watch"] = self.watch.state_dict()
@@ -268,9 +265,8 @@ class Trainer:
         return state
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        self.worker.load_state_dict(state["worker"])
-        self.algorithm.load_state_dict(state["algorithm"])
-        self.accounts.load_state_dict(state["accounts"])
+        for part in ("worker", "algorithm", "accounts"):
+            getattr(self, part).load_state_dict(state[part])
         self.best = dict(state["best"])
         self.begin -= state["wall_sec"]
         place = f"pass {self.accounts.passes}, round {self.accounts.rounds}"
@@ -301,6 +297,7 @@ class Trainer:
         """Leaves the job together with all other ranks."""
         self.algorithm.close()
         self.comm.close()
+        self.job.watchdog.stop()
 
     def abandon(self) -> None:
         """Ends what runs in the background, when this rank leaves alone."""

@@ -1,8 +1,15 @@
-"""Runs that go on from a checkpoint: the same, to the last bit, as if nothing had happened."""
+"""Runs that stop in the middle and go on from a checkpoint: the same, to the last bit, as if nothing had happened."""
 
 from __future__ import annotations
 
 import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,25 +18,53 @@ import pytest
 
 pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
 
+import psutil  # noqa: E402
 import torch  # noqa: E402
 
+from hvd_hetero.errors import EXIT_STOPPED  # noqa: E402
+from hvd_hetero.store import Store  # noqa: E402
+
 TAU = "train.tau={fast: 8, slow: 2}"
-COMMON = ["train.batch_size=8",
-          "cluster.classes.slow.slowdown=1", "model.args.hidden=[32]", "checkpoint.every_sec=0", "run.trace_rounds=0",
-          "train.scheduler=MultiStepLR", "train.scheduler_args={milestones: [3], gamma: 0.5}"]
+COMMON = ["train.batch_size=8", "cluster.classes.slow.slowdown=1", "model.args.hidden=[32]", "run.trace_rounds=0",
+          "train.scheduler=MultiStepLR", "train.scheduler_args={milestones: [3], gamma: 0.5}"]  # fmt: skip
 EXACT = {
-    "biased_local_sgd": [TAU],
-    "biased_local_sgd, Nesterov": ["algorithm.name=biased_local_sgd", TAU, "aggregation.outer_lr=0.7",
-                                   "aggregation.outer_momentum=0.9", "aggregation.outer_nesterov=true"],
-    "balanced_local_sgd, AdamW": ["algorithm.name=balanced_local_sgd", "train.tau=4", "train.optimizer=AdamW",
-                                  "train.optimizer_args={}", "train.lr=0.001"],
-}
+    "biased, Nesterov, unified": [TAU, "sampling.scheme=unified", "aggregation.outer_lr=0.7",
+                                  "aggregation.outer_momentum=0.9", "aggregation.outer_nesterov=true"],
+    "balanced, AdamW": ["algorithm.name=balanced_local_sgd", "train.tau=4", "train.optimizer=AdamW",
+                        "train.optimizer_args={}", "train.lr=0.001"],
+    "sync_sgd": ["algorithm.name=sync_sgd"],
+    "byteps": ["algorithm.name=byteps"],
+}  # fmt: skip
+Run = Callable[..., Any]
 
 
-def run(hvd_hetero: Callable[..., Any], folder: Path, *settings: str) -> Any:
-    done = hvd_hetero(["launch", *COMMON, *settings, f"run.dir={folder}"])
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
+def launched(folder: Path, *settings: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "hvd_hetero", "launch", *COMMON, *settings, f"run.dir={folder}"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(folder: Path, *settings: str, status: int = 0) -> str:
+    job = launched(folder, *settings)
+    said, _ = job.communicate(timeout=240)
+    assert job.returncode == status, said
+    return said
+
+
+def stopped(folder: Path, *settings: str) -> str:
+    """Runs until there is a row of figures, then asks the launcher to stop."""
+    job = launched(folder, *settings)
+    deadline = time.monotonic() + 120
+    while not passes(folder) and job.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    job.send_signal(signal.SIGTERM)
+    said, _ = job.communicate(timeout=120)
+    assert job.returncode == EXIT_STOPPED, said
+    return said
+
+
+def passes(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -46,20 +81,116 @@ def assert_same(one: Path, other: Path) -> None:
     first, second = weights(one), weights(other)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
-
-
-@pytest.mark.parametrize("method", EXACT)
-def test_stopped_and_gone_on_is_bit_equal(hvd_hetero: Callable[..., Any], tmp_path: Path, method: str) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    settings = EXACT[method]
-    run(hvd_hetero, whole, *settings, "train.passes=4")
-    run(hvd_hetero, parts, *settings, "train.passes=2")
-    halfway = weights(parts)
-    said = run(hvd_hetero, parts, *settings, "train.passes=4", "run.resume=auto").stdout
-    assert "goes on after pass 2" in said
-    assert_same(whole, parts)
-    assert any(not torch.equal(value, weights(parts)[name]) for name, value in halfway.items())
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (whole, parts)]
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
     for key in ("rounds", "passes", "samples_seen"):
         assert summaries[0][key] == summaries[1][key]
     assert [c["steps"] for c in summaries[0]["classes"]] == [c["steps"] for c in summaries[1]["classes"]]
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_stopped_within_a_pass_and_gone_on_is_bit_equal(tmp_path: Path, method: str) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    settings = [*EXACT[method], "train.passes=5", "checkpoint.every_rounds=2"]
+    run(whole, *settings)
+    said = stopped(parts, *settings)
+    assert "run.resume=auto goes on from round" in said
+    halfway = passes(parts)
+    assert 1 <= halfway < 5
+    assert "goes on after pass" in run(parts, *settings, "run.resume=auto")
+    assert_same(whole, parts)
+
+
+@pytest.mark.parametrize("settings", [["algorithm.name=eager_sgd"], [TAU, "aggregation.mode=solo"]])
+def test_methods_that_go_by_the_clock_stop_and_go_on_too(tmp_path: Path, settings: list[str]) -> None:
+    stopped(tmp_path, *settings, "train.passes=60")
+    done = passes(tmp_path)
+    run(tmp_path, *settings, f"train.passes={done + 2}", "run.resume=auto")
+    assert [row["pass"] for row in rows(tmp_path)] == list(range(1, done + 3))
+    seen = [row["samples_seen"] for row in rows(tmp_path)]
+    assert all(later > earlier for earlier, later in zip(seen, seen[1:], strict=False))
+
+
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    """A rank is killed again and again; each time the job goes on from what it had saved."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    settings = [TAU, "train.passes=25", "checkpoint.every_rounds=7"]
+    run(whole, *settings)
+    rng, kills = random.Random(1), 0
+    while True:
+        before = passes(killed)
+        job = launched(killed, *settings, "run.resume=auto")
+        if kills < 3:
+            while job.poll() is None and passes(killed) <= before:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.2))
+            victims = [p for p in psutil.process_iter() if is_rank(p, killed)]
+            if victims:
+                os.kill(rng.choice(victims).pid, signal.SIGKILL)
+                kills += 1
+        job.communicate(timeout=120)
+        if job.returncode == 0:
+            break
+    assert kills >= 2, "the job was over before anybody was killed"
+    assert_same(whole, killed)
+
+
+def is_rank(process: psutil.Process, folder: Path) -> bool:
+    try:
+        words = process.cmdline()
+        mine = "train" in words and f"run.dir={folder}" in words and process.name().startswith("python")
+        return mine and "HOROVOD_RANK" in process.environ()
+    except psutil.Error:
+        return False
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three passes with a checkpoint at the end of each."""
+    folder = tmp_path_factory.mktemp("base") / "run"
+    run(folder, TAU, "train.passes=3", "checkpoint.every_sec=0")
+    return folder
+
+
+@pytest.fixture
+def copy(base: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(base, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("change", ["train.lr=0.5", "train.batch_size=4", "cluster.classes.slow.ranks=[1, 2]"])
+def test_another_configuration_is_refused(copy: Path, change: str) -> None:
+    said = run(copy, TAU, "train.passes=4", "run.resume=auto", change, status=2)
+    assert "Traceback" not in said and "was saved" in said
+    assert passes(copy) == 3, "nothing was touched"
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy: Path, tmp_path: Path) -> None:
+    run(tmp_path / "whole", TAU, "train.passes=4")
+    newest = sorted((copy / "checkpoints").glob("0*"))[-1]
+    shard = newest / "rank0001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    said = run(copy, TAU, "train.passes=4", "run.resume=auto")
+    assert "goes on after pass 2" in said and "rank0001" in said
+    assert_same(tmp_path / "whole", copy)
+
+
+def test_on_another_number_of_ranks(copy: Path) -> None:
+    before = rows(copy)
+    losses = Store(copy).at(before[-1]["round"]).load(0)["rank0"]["sampler"]["losses"]
+    settings = [TAU, "run.resume=reshape", "cluster.classes.slow.ranks=[1, 2]", "train.passes=5"]
+    said = run(copy, *settings, "checkpoint.every_sec=0")
+    assert "goes on after pass 3" in said and "reshaped" in said
+    after = rows(copy)
+    assert after[:3] == before and [row["pass"] for row in after] == [1, 2, 3, 4, 5]
+    assert after[3]["samples_seen"] > before[2]["samples_seen"] and after[3]["round"] > before[2]["round"]
+    assert after[3]["train_loss"] < before[0]["train_loss"], "it went on from the model"
+    assert [row["lr"] for row in after] == pytest.approx([0.02] * 3 + [0.01] * 2)
+    assert json.loads((copy / "summary.json").read_text())["world_size"] == 3
+    assert torch.isfinite(torch.as_tensor(losses)).sum() > 0
+
+
+@pytest.mark.parametrize(("change", "named"), [("model.args.hidden=[16]", "another model")])
+def test_reshaping_something_else_is_refused(copy: Path, change: str, named: str) -> None:
+    said = run(copy, TAU, "train.passes=5", "run.resume=reshape", change, status=2)
+    assert named in said and "run.resume" in said and "Traceback" not in said
