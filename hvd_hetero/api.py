@@ -45,11 +45,9 @@ def train(
             status 2 instead.
         Stopped: the run was asked to stop, and has saved; with more than one rank, the job ends with status 3 instead.
     """
-    files = [config] if isinstance(config, (str, Path)) else list(config or ())
-
     def prepare() -> tuple[Config, Components]:
-        loaded = load(files, overrides, algorithms.method)
-        return loaded, components.build(loaded, Given(**given))
+        loaded = load(config, overrides, algorithms.method)
+        return loaded, components.build(loaded, Given.of(given))
 
     return guarded(lambda: _run(prepare))
 

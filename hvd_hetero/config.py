@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from hvd_hetero.checking import CLASS_NAME, check_integer, check_limits, check_name, check_together
 from hvd_hetero.errors import ConfigError, nearest
 from hvd_hetero.schema import AUTO, AlgorithmConfig, ClassConfig, Config
 
@@ -31,8 +31,8 @@ Method = tuple[type[AlgorithmConfig], Mapping[str, str]]
 
 
 def load(
-    files: Sequence[str | Path] = (),
-    overrides: Sequence[str] | Mapping[str, Any] = (),
+    files: str | Path | Sequence[str | Path] | None = (),
+    overrides: Sequence[str] | Mapping[str, Any] | None = (),
     method: Callable[[str], Method] = lambda name: (AlgorithmConfig, {}),
 ) -> Config:
     """Merges files, then overrides, into a checked configuration.
@@ -46,11 +46,8 @@ def load(
     Raises:
         ConfigError: a file cannot be read, a key is unknown, a value is of the wrong type or out of its limits.
     """
-    layers = [layer for path in files for layer in _read(Path(path))]
-    if isinstance(overrides, Mapping):
-        pairs = list(copy.deepcopy(dict(overrides)).items())  # later keys may reach into a caller's own mapping
-    else:
-        pairs = [parse_override(text) for text in overrides]
+    layers = [layer for path in _paths(files) for layer in _read(path)]
+    pairs = _pairs(overrides)
     name = AlgorithmConfig().name
     for layer in layers:
         section = layer.get("algorithm")
@@ -72,7 +69,7 @@ def load(
         if isinstance(merged[section], dict) and merged[section][last] is None:
             merged[section][last] = value
     config: Config = typed("", schema, merged)
-    _check_mappings(config)
+    check_together(config)
     if config.cluster.classes != AUTO:
         device_classes(config.cluster.classes)
     return config
@@ -96,12 +93,14 @@ def typed(prefix: str, schema: Any, values: Mapping[str, Any]) -> Any:
             filled[item.name] = typed(f"{key}.", default, value)
             continue
         try:
+            if item.type == "bool" and isinstance(value, (int, float)) and value not in (0, 1):
+                raise ValueError("OmegaConf would take it for true")
             OmegaConf.update(node, item.name, value, merge=False)
             value = node[item.name]
         except (OmegaConfBaseException, ValueError) as error:
-            raise ConfigError(key, value, "has the wrong type", f"give a value of type {_type(item)}") from error
+            raise ConfigError(key, value, "has the wrong type", f"give {_type(item)}") from error
         value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        _check_limits(key, value, item.metadata)
+        check_limits(key, value, item.metadata)
         filled[item.name] = value
     return dataclasses.replace(schema, **filled)
 
@@ -113,8 +112,11 @@ def device_classes(classes: Mapping[str, Any]) -> dict[str, ClassConfig]:
         ConfigError: as :func:`load`.
     """
     result = {}
+    if not classes:
+        raise ConfigError("cluster.classes", {}, "names no class", "write auto, or {name: {device: ..., ranks: ...}}")
     for name, content in classes.items():
         key = f"cluster.classes.{name}"
+        check_name("cluster.classes", str(name), CLASS_NAME)
         if not isinstance(content, Mapping):
             raise ConfigError(key, content, "is not a mapping", "write {device: cpu, ranks: [...]}")
         schema = ClassConfig()
@@ -139,11 +141,28 @@ def per_class(key: str, value: Any, names: Sequence[str], at_least: int = 1) -> 
         raise ConfigError(key, value, f"gives nothing for class {missing[0]}", "name every class, or give one number")
     for name, number in table.items():
         where = f"{key}.{name}" if isinstance(value, Mapping) else key
-        _check_integer(where, number, at_least)
+        check_integer(where, number, at_least)
     return table
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------
+
+
+def _paths(files: Any) -> list[Path]:
+    listed = [files] if isinstance(files, (str, Path)) else [] if files is None else files
+    if not isinstance(listed, Sequence) or not all(isinstance(path, (str, Path)) for path in listed):
+        raise ConfigError("config", files, f"is a {type(files).__name__}", "give the path of a YAML file, or several")
+    return [Path(path) for path in listed]
+
+
+def _pairs(overrides: Any) -> list[tuple[str, Any]]:
+    if isinstance(overrides, Mapping) and all(isinstance(key, str) for key in overrides):
+        return list(copy.deepcopy(dict(overrides)).items())  # later keys may reach into a caller's own mapping
+    listed = () if overrides is None else overrides
+    if isinstance(listed, (list, tuple)) and all(isinstance(text, str) for text in listed):
+        return [parse_override(text) for text in listed]
+    remedy = "give a mapping such as {'train.passes': 10}, or a list of key=value texts"
+    raise ConfigError("overrides", overrides, f"is a {type(overrides).__name__}", remedy)
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
@@ -184,8 +203,11 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise ConfigError("argument", text, "is not key=value", "write for example train.passes=10")
     try:
         parsed: Any = OmegaConf.create(f"value: {value}").value if value else None
-    except (YAMLError, OmegaConfBaseException) as error:
+    except YAMLError as error:
         raise ConfigError(key, value, "is not a YAML value", "quote it, or correct its brackets") from error
+    except OmegaConfBaseException as error:
+        problem = f"cannot be resolved: {str(error).splitlines()[0]}"
+        raise ConfigError(key, value, problem, "correct what stands in ${...}, or quote it") from error
     return key, OmegaConf.to_container(parsed) if OmegaConf.is_config(parsed) else parsed
 
 
@@ -205,6 +227,8 @@ def _merge(schema: Any, target: dict[str, Any], layer: Mapping[str, Any], prefix
             if arguments is not None and arguments not in layer and target[name] != value:
                 target[arguments] = {}
             target[name] = value
+            if name == "name" and "target" in target and "target" not in layer and value is not None:
+                target["target"] = None  # of a layer below, and would win
 
 
 def _assign(schema: Any, target: Any, key: str, value: Any, named: Collection[str]) -> None:
@@ -225,9 +249,9 @@ def _assign(schema: Any, target: Any, key: str, value: Any, named: Collection[st
         if not isinstance(node, dict):
             raise ConfigError(key, value, f"{prefix[:-1]} is no mapping", f"set {prefix[:-1]} as a whole")
     if level is not None:
-        arguments = ARGUMENTS_OF.get(key)
-        keep = {} if arguments is None or f"{prefix}{arguments}" not in named else {arguments: node[arguments]}
-        _merge(level, node, {last: value, **keep}, prefix)
+        beside = (ARGUMENTS_OF.get(key, ""), "target")
+        keep = {name: node[name] for name in beside if f"{prefix}{name}" in named and name in node}
+        _merge(level, node, {**keep, last: value}, prefix)
     else:
         node[last] = value
 
@@ -252,48 +276,8 @@ def _by_name(key: str, classes: Any) -> dict[str, Any]:
     raise ConfigError(key, classes, "is no set of device classes", "write auto, or {name: {device: ..., ranks: ...}}")
 
 
-# ---- checks ---------------------------------------------------------------------------------------------------------
-
-
-def _check_limits(key: str, value: Any, limits: Mapping[str, Any]) -> None:
-    if value is None:
-        return
-    if "choices" in limits and value not in limits["choices"]:
-        raise ConfigError(key, value, "is not one of the choices", nearest(value, limits["choices"]))
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(key, value, "is not a finite number", "give a finite number")
-    if "at_least" in limits and value < limits["at_least"]:
-        raise ConfigError(key, value, f"is below {limits['at_least']}", f"give {limits['at_least']} or more")
-    if "above" in limits and value <= limits["above"]:
-        raise ConfigError(key, value, f"is not above {limits['above']}", f"give a number above {limits['above']}")
-    if "at_most" in limits and value > limits["at_most"]:
-        raise ConfigError(key, value, f"is above {limits['at_most']}", f"give {limits['at_most']} or less")
-
-
-def _check_integer(key: str, value: Any, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(key, value, "is not an integer", f"give an integer of {at_least} or more")
-    _check_limits(key, value, {"at_least": at_least})
-
-
-def _check_mappings(config: Config) -> None:
-    """The settings that may be one number or one a class; that the classes exist is checked once they are known."""
-    for key, value in (("train.tau", config.train.tau), ("train.batch_size", config.train.batch_size)):
-        table = value if isinstance(value, Mapping) else {None: value}
-        if not table:
-            raise ConfigError(key, value, "is empty", "give a number, or one for each class")
-        for name, number in table.items():
-            _check_integer(f"{key}.{name}" if name is not None else key, number, 1)
-    train = config.train
-    if (train.passes, train.max_fast_steps, train.max_samples, train.max_train_sec) == (None,) * 4:
-        raise ConfigError("train.passes", None, "nothing says when the run ends", "set it, or one of train.max_*")
-    if train.autocast not in (False, "bf16"):
-        raise ConfigError("train.autocast", train.autocast, "is not known", "give false or bf16")
-    if config.data.name is None and config.data.target is None:
-        raise ConfigError("data.name", None, "no dataset is given", "set data.name or data.target")
-    if config.model.name is None and config.model.target is None:
-        raise ConfigError("model.name", None, "no model is given", "set model.name or model.target")
-
-
 def _type(item: dataclasses.Field[Any]) -> str:
-    return str(item.type).replace("Optional[", "").rstrip("]") if "Optional" in str(item.type) else str(item.type)
+    if item.type == "Any":
+        return "plain YAML: a number, a text, a list or a mapping"
+    text = str(item.type)
+    return f"a value of type {text.removeprefix('Optional[').removesuffix(']') if 'Optional' in text else text}"

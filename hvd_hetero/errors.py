@@ -34,7 +34,7 @@ class ConfigError(UserError):
     """
 
     def __init__(self, key: str, value: Any, problem: str, remedy: str) -> None:
-        super().__init__(f"{key}={_short(value)}: {problem}; {remedy}")
+        super().__init__(" ".join(f"{key}={_short(value)}: {problem}; {remedy}".split()))  # one line, whatever is in it
         self.key, self.value, self.problem, self.remedy = key, value, problem, remedy
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[Any, ...]]:

@@ -8,16 +8,21 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
-from hvd_hetero.errors import ConfigError, nearest
+from hvd_hetero.errors import ConfigError, UserError, nearest
 
 T = TypeVar("T")
+PACKAGE = os.path.dirname(__file__) + os.sep
+LIBRARIES = re.compile(rf"/(site|dist)-packages/|{re.escape(os.path.dirname(os.__file__))}|^{re.escape(PACKAGE)}|^<")
+"""Files in which nobody looks for a mistake of their own."""
 
 
 def import_target(key: str, spec: str) -> Callable[..., Any]:
@@ -80,13 +85,26 @@ def choose(key: str, name: str | None, options: Mapping[str, T]) -> T:
 def call(key: str, function: Callable[..., T], args: Mapping[str, Any]) -> T:
     """Call ``function`` with keyword arguments from a config, after checking their names and plain types.
 
-    Errors raised inside the function are its own and pass through.
-
     Raises:
-        ConfigError: an unknown or missing argument, or one whose type contradicts a plain annotation.
+        ConfigError: an unknown or missing argument, one whose type contradicts a plain annotation, or the function
+            raises something.
     """
     check_arguments(key, function, args)
-    return function(**args)
+    try:
+        return function(**args)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's function may raise
+        name = getattr(function, "__qualname__", str(function))
+        remedy = f"correct it, or what it is given in {key}"
+        raise ConfigError(key, dict(args), f"{name} fails: {cause(error)}", remedy) from error
+
+
+def cause(error: BaseException) -> str:
+    """An exception in one line, with the last place of the user's own in its traceback."""
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    places = [frame for frame in traceback.extract_tb(error.__traceback__) if not LIBRARIES.search(frame.filename)]
+    return f"{said} ({os.path.basename(places[-1].filename)}, line {places[-1].lineno})" if places else said
 
 
 def check_arguments(key: str, function: Callable[..., Any], args: Mapping[str, Any],

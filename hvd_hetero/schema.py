@@ -25,7 +25,7 @@ def _key(default: Any, **limits: Any) -> Any:
 @dataclass(frozen=True)
 class RunConfig:
     dir: Optional[str] = None  # noqa: UP045 (OmegaConf reads the annotations at run time)
-    seed: int = _key(0, at_least=0)
+    seed: int = _key(0, at_least=0, at_most=2**32 - 1)
     overwrite: bool = False
     resume: Optional[str] = _key(None, choices=(AUTO, RESHAPE))  # noqa: UP045
     name: Optional[str] = None  # noqa: UP045
@@ -40,8 +40,8 @@ class ClassConfig:
     ranks: Any = None
     hosts: Optional[str] = None  # noqa: UP045
     slots: Any = None
-    slowdown: float = _key(1.0, at_least=1.0)
-    threads: Optional[int] = _key(None, at_least=1)  # noqa: UP045
+    slowdown: float = _key(1.0, at_least=1.0, at_most=10000.0)
+    threads: Optional[int] = _key(None, at_least=1, at_most=1024)  # noqa: UP045
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class DataConfig:
     root: Optional[str] = None  # noqa: UP045
     target: Optional[str] = None  # noqa: UP045
     args: dict[str, Any] = _key({})
-    workers: int = _key(0, at_least=0)
+    workers: int = _key(0, at_least=0, at_most=256)
 
 
 @dataclass(frozen=True)

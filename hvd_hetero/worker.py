@@ -303,5 +303,4 @@ def _made(key: str, make: Callable[[], Any], args: Mapping[str, Any]) -> Any:
     try:
         return make()
     except (TypeError, ValueError) as error:
-        problem = str(error).split(": ")[-1]
-        raise ConfigError(key, dict(args), problem, "see the class's documentation in PyTorch") from error
+        raise ConfigError(key, dict(args), str(error), "see the class's documentation in PyTorch") from error

@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hvd_hetero"
 FLOORS = [
-    {"errors", "config", "schema", "pacing", "cluster", "plan", "timing"},
+    {"errors", "checking", "config", "schema", "pacing", "cluster", "plan", "pulse", "timing"},
     {"comm", "data", "models", "imports", "limits", "sampling", "metrics", "trace", "checkpoint", "store", "simulator",
      "delays", "partial_counts", "profiles", "stopping"},
     {"worker", "profiling", "feed", "passes", "saving", "output"},

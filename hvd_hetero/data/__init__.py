@@ -22,7 +22,7 @@ from hvd_hetero.data.split import Decode, Files, Split, Splits, adapt
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.imports import call, check_arguments, choose, import_target
 
-__all__ = ["DATASETS", "Batch", "Dataset", "MapSource", "Source", "TensorSource", "as_source", "load"]
+__all__ = ["DATASETS", "Batch", "Dataset", "Files", "MapSource", "Source", "TensorSource", "as_source", "load"]
 
 DATASETS: Mapping[str, Callable[..., Splits]] = {
     "digits": images.digits,

@@ -209,6 +209,9 @@ def split_target(item: Any) -> Batch:
         problem = f"an item is a {type(item).__name__}, not inputs and target"
         raise ConfigError("data", type(item).__name__, problem, "return (input, ..., target) or a dict")
     *inputs, target = item
+    if not isinstance(target, Tensor):
+        problem = f"the targets of a batch come as a {type(target).__name__}, not as a tensor"
+        raise ConfigError("data", type(target).__name__, problem, "return numbers or tensors as targets")
     return (inputs[0] if len(inputs) == 1 else tuple(inputs)), target
 
 
