@@ -135,8 +135,6 @@ class Saver:
         """
         told = torch.tensor([NONE, 0] if found is None else [found.round, int(found.reshaped)])
         number, reshaped = (int(x) for x in self._comm.broadcast(told, "checkpoint.found"))
-        if self._comm.rank == 0:
-            self.stopping.forget()
         if number == NONE:
             if self._comm.rank == 0 and self._store.folder.exists():
                 self._store.rewind(None)

@@ -36,7 +36,7 @@ class StopRequest:
         return self._asked
 
     def forget(self) -> None:
-        """Removes what asked an earlier run to stop; rank 0 calls it before there is work."""
+        """Removes the file, which has been heard; rank 0 calls it, once all ranks have agreed to stop."""
         self._file.unlink(missing_ok=True)
 
     def __enter__(self) -> StopRequest:
