@@ -27,6 +27,8 @@ MESSAGE = struct.Struct("<Bq")
 SECRET_BYTES = 32
 ADDRESS_BYTES = 64
 RETRY_SEC = 0.1
+KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30000}
+"""A peer that says nothing for half a minute, not even that it is there, is gone; seconds, the last one milliseconds."""
 Hear = Callable[[int, int, int], Sequence[Order]]
 
 
@@ -60,7 +62,9 @@ class Link:
 
 
 class Hub:
-    """Hears all links and passes on what ``hear`` makes of it; ends when the last link does.
+    """Hears all links and passes on what ``hear`` makes of it; when a link ends, all do.
+
+    Nobody may wait for a round that a rank which is gone was to start.
 
     Args:
         address: of the interface to listen on.
@@ -133,8 +137,7 @@ class Hub:
                     try:
                         what, number = MESSAGE.unpack(ready.recv_bytes(MESSAGE.size))
                     except (EOFError, OSError, struct.error):
-                        self._drop(ranks.pop(ready))
-                        continue
+                        return
                     for whom, order, value in self._hear(ranks[ready], what, number):
                         self._tell(ranks, whom, MESSAGE.pack(order, value))
         finally:
@@ -203,6 +206,11 @@ class _Wire:
         self._socket = socket.socket(fileno=os.dup(connection.fileno()))  # a second handle, since connections have no
         # shutdown; messages are small, and the next one is not to wait until the last one is acknowledged
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # a host that vanishes sends no farewell
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEPALIVE.items():
+            if hasattr(socket, name):
+                self._socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def shut(self) -> None:
         """Ends it, from any thread; whoever reads or writes it is woken."""
