@@ -15,7 +15,7 @@ from hvd_hetero.comm.horovod import PEER_LOST
 from hvd_hetero.comm.rendezvous import job_env
 from hvd_hetero.components import Components, Given
 from hvd_hetero.config import load
-from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_STOPPED, Stopped, UserError
+from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_LOST, EXIT_STOPPED, Stopped, UserError
 from hvd_hetero.metrics import check_run_dir
 from hvd_hetero.saving import find
 from hvd_hetero.schema import RESHAPE, Config
@@ -118,14 +118,14 @@ def guarded(call: Callable[[], Any]) -> Any:
         sys.exit(EXIT_STOPPED)
     except PEER_LOST as error:
         time.sleep(PEER_GONE_SEC)
-        _end(f"rank {env.rank} on {env.host} stops: {error}")
+        _end(EXIT_LOST, f"rank {env.rank} on {env.host} stops: {error}")
     except Exception as error:
         traceback.print_exc()
-        _end(f"rank {env.rank} on {env.host} failed: {type(error).__name__}: {error}")
+        _end(EXIT_FAULT, f"rank {env.rank} on {env.host} failed: {type(error).__name__}: {error}")
 
 
-def _end(message: str) -> NoReturn:
+def _end(status: int, message: str) -> NoReturn:
     """Leaves at once: Horovod's own shutdown would wait for ranks that are not coming."""
     print(f"hvd-hetero: error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(EXIT_FAULT)
+    os._exit(status)

@@ -22,6 +22,7 @@ from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.plan import check_bias_to
 from hvd_hetero.schema import AUTO, Config
 from hvd_hetero.timing import Stopwatch
+from hvd_hetero.watchdog import Watchdog
 from hvd_hetero.worker import Worker
 
 PREPARE_TIMEOUT_SEC = 1800.0
@@ -37,6 +38,7 @@ class Job:
     components: Components
     cluster: Cluster
     placement: Placement
+    watchdog: Watchdog
 
 
 def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
@@ -51,6 +53,7 @@ def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
     """
     torch.set_num_threads(1)  # until this rank knows which cores are its own
     env = job_env()
+    watchdog = Watchdog(env)
     if env.rank > 0:
         warnings.simplefilter("ignore")  # rank 0 has the same ones to say
     try:
@@ -65,6 +68,7 @@ def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
         "torch": torch.__version__.split("+")[0],
     })
+    watchdog.arm(config.run.watchdog_sec)
     for what in ("version", "config", "torch"):
         for rank, other in enumerate(said):
             if other[what] != said[0][what]:
@@ -83,7 +87,7 @@ def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
     torch.set_num_threads(placement.threads)
     if placement.device != "cpu":
         torch.cuda.set_device(torch.device(placement.device))
-    return Job(env, config, components, cluster, placement)
+    return Job(env, config, components, cluster, placement, watchdog)
 
 
 def make_worker(job: Job, watch: Stopwatch) -> Worker:

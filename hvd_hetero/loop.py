@@ -98,7 +98,7 @@ class Loop:
         self._state = FlatState(self.model)
         self._source = started.components.dataset.train.to(device)
         self._generator = torch.Generator(device).manual_seed(config.run.seed * 1000003 + self.rank)
-        self._comm = Comm(cluster, self.rank, config.aggregation.path)
+        self._comm = Comm(cluster, self.rank, config.aggregation.path, started.watchdog.pulse)
         self._comm.broadcast_state(self._state)
         samples = len(self._source)
         self.plan = algorithms.build(config, cluster, samples).make_plan(None)
@@ -109,7 +109,9 @@ class Loop:
         check_limits(config.train, self.plan)
         self._train = config.train
         clock = own_clock(device, started.placement.threads)
-        self._pace = Pace(Stopwatch(own_clock=clock), cluster.class_of(self.rank).slowdown, self._synchronize)
+        watch = Stopwatch(own_clock=clock, pulse=started.watchdog.pulse)
+        self._pace = Pace(watch, cluster.class_of(self.rank).slowdown, self._synchronize)
+        self._watchdog = started.watchdog
 
     def _synchronize(self) -> None:
         if self._generator.device.type == "cuda":
@@ -137,6 +139,7 @@ class Loop:
     def close(self) -> None:
         """Leaves the job together with all other ranks; call it when the model has been saved."""
         self._comm.close()
+        self._watchdog.stop()
 
 
 def check_plain(config: Config) -> None:

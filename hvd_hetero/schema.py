@@ -30,6 +30,7 @@ class RunConfig:
     resume: Optional[str] = _key(None, choices=(AUTO, RESHAPE))  # noqa: UP045
     name: Optional[str] = None  # noqa: UP045
     trace_rounds: int = _key(8, at_least=0)
+    watchdog_sec: Optional[float] = _key(600.0, above=0)  # noqa: UP045
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
+from hvd_hetero.pulse import Pulse
+
 T = TypeVar("T")
 KINDS = ("compute", "data", "blocked", "comm")
 COLLECTIVE = "collective"
@@ -23,6 +25,7 @@ class Stopwatch:
 
     Args:
         own_clock: what a lap returns goes by this clock, see :func:`own_clock`; what it books, by ``clock``.
+        pulse: told of every lap.
 
     Attributes:
         seconds: booked by kind; ``blocked`` and ``comm`` only by :meth:`waited`.
@@ -30,8 +33,10 @@ class Stopwatch:
     """
 
     def __init__(
-        self, clock: Callable[[], float] = time.perf_counter, own_clock: Callable[[], float] | None = None
+        self, clock: Callable[[], float] = time.perf_counter, own_clock: Callable[[], float] | None = None,
+        pulse: Pulse | None = None,
     ) -> None:
+        self.pulse = pulse or Pulse()
         self._clock, self._own_clock = clock, own_clock
         self._mark = clock()
         self._own_mark = own_clock() if own_clock is not None else 0.0
@@ -81,6 +86,7 @@ class Stopwatch:
     def _lap(self, kind: str) -> float:
         now = self._clock()
         start, self._mark = self._mark, now
+        self.pulse.count += 1
         if self._own_clock is not None:
             self._own_mark = self._own_clock()
         if self.laps is not None and kind:
@@ -129,8 +135,10 @@ class Pace:
 
     def steps(self, batches: Iterable[T], count: int) -> Iterator[T]:
         """Yields the next ``count`` batches; the time until the following one is asked for is the step's compute."""
+        self._watch.pulse.phase = "reading data"
         for batch in islice(batches, count):
             self._fresh_sec += self._watch.lap("data")
+            self._watch.pulse.phase = "local step"
             if self.delays is not None:
                 time.sleep(next(self.delays))
                 self._watch.lap("compute")  # as it is: a slower device is not slower at being delayed
@@ -138,6 +146,7 @@ class Pace:
             if self._slowdown > 1:  # else steps may queue up on the device
                 self.pause(LEAST_SLEEP_SEC)
             self._watch.lap("compute")
+            self._watch.pulse.phase = "reading data"
         self.pause()
 
     def pause(self, least_sleep_sec: float = 0.0) -> None:

@@ -148,6 +148,7 @@ class Worker:
         whole = len(indices) // batch_size * batch_size
         for rows in (indices[:whole].reshape(-1, batch_size), indices[whole:].reshape(1, -1)):
             for inputs, targets in source.batches(rows, self.generator) if rows.size else ():
+                self.watch.pulse.begin("evaluation")
                 losses, outputs = self._losses_of(inputs, targets)
                 total[0] += losses.sum().cpu()
                 if self._metric is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hvd_hetero.launch import _lines, _meaning
+from hvd_hetero.horovodrun import lines_of, meaning_of
 
 RANKS = Path(__file__).parent / "ranks"
 
@@ -79,7 +79,7 @@ def test_bad_input_that_one_rank_meets_in_mid_run_ends_all(hvd_hetero: Callable[
     (200, "with status 200"),
 ])
 def test_how_a_rank_ended(code: int, text: str) -> None:
-    assert _meaning(code) == text
+    assert meaning_of(code) == text
 
 
 def test_lines_are_passed_on_as_they_come() -> None:
@@ -88,4 +88,4 @@ def test_lines_are_passed_on_as_they_come() -> None:
     os.write(writer, "one\ntw\u00f6\rthree\r\nend".encode())
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
-        assert "".join(_lines(pipe)) == "one\ntw\u00f6\rthree\r\nend"
+        assert "".join(lines_of(pipe)) == "one\ntw\u00f6\rthree\r\nend"

@@ -69,9 +69,10 @@ class GradientSum:
         if len(self._ranks) == 1:
             yield
             return
-        for handle, _ in list(optimizer._handles.values()):
-            if handle is not None:
-                wait_until(handle)
-        guarded(optimizer.synchronize)
+        with self._comm.pulse.waiting("gradients"):
+            for handle, _ in list(optimizer._handles.values()):
+                if handle is not None:
+                    wait_until(handle)
+            guarded(optimizer.synchronize)
         with optimizer.skip_synchronize():
             yield

@@ -19,6 +19,7 @@ from torch import Tensor
 from hvd_hetero.cluster import Cluster, RankFacts
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.errors import ConfigError
+from hvd_hetero.pulse import Pulse
 
 POLL_SEC = 5e-5
 
@@ -40,13 +41,14 @@ class Comm:
     Args:
         path: how weighted sums travel: ``flat`` (scale locally, one global sum; host tensors only),
             ``hierarchical`` (within classes, among leaders, back), or ``auto`` (flat where all classes are on the CPU).
+        pulse: told of every collective.
 
     Raises:
         ConfigError: this Horovod cannot make these sets on these hosts.
     """
 
-    def __init__(self, cluster: Cluster, rank: int, path: str = "auto") -> None:
-        self.rank, self.size = rank, cluster.size
+    def __init__(self, cluster: Cluster, rank: int, path: str = "auto", pulse: Pulse | None = None) -> None:
+        self.rank, self.size, self.pulse = rank, cluster.size, pulse or Pulse()
         mine = cluster.class_of(rank)
         self._peers = mine.ranks
         self._leaders = tuple(sorted(c.ranks[0] for c in cluster.classes))
@@ -58,7 +60,8 @@ class Comm:
         members = dict.fromkeys([*(c.ranks for c in cluster.classes), self._leaders])
         sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in members if 1 < len(ranks) < self.size}
         check_mixed_hosts(list(sets), cluster.facts)
-        hvd.init(process_sets=list(sets.values()))
+        with self.pulse.waiting("init"):
+            hvd.init(process_sets=list(sets.values()))
         sets[tuple(range(self.size))] = hvd.global_process_set
         self._sets = sets
         self._staging: dict[tuple[torch.dtype, int], Tensor] = {}
@@ -75,7 +78,7 @@ class Comm:
             self.weighted_sum_(vector, weight, f"{name}.{i}")
         integers = state.integers()
         if integers is not None and self.size > 1:
-            self._wait(hvd.allreduce_async_(integers, op=hvd.Max, name=f"{name}.integers"))
+            self._wait(hvd.allreduce_async_(integers, op=hvd.Max, name=f"{name}.integers"), f"{name}.integers")
             state.set_integers(integers)
 
     def average_buffers(self, state: FlatState, weight: float, ranks: tuple[int, ...], name: str = "buffers") -> None:
@@ -90,7 +93,8 @@ class Comm:
         integers = state.integers()
         if integers is not None and len(ranks) > 1:
             group = self.group(ranks)
-            self._wait(hvd.allreduce_async_(integers, op=hvd.Max, process_set=group, name=f"{name}.integers"))
+            handle = hvd.allreduce_async_(integers, op=hvd.Max, process_set=group, name=f"{name}.integers")
+            self._wait(handle, f"{name}.integers")
             state.set_integers(integers)
 
     def weighted_sum_(self, vector: Tensor, weight: float, name: str, ranks: tuple[int, ...] | None = None) -> None:
@@ -113,7 +117,7 @@ class Comm:
             handle = hvd.allreduce_async_(
                 vector, op=hvd.Sum, prescale_factor=weight, process_set=group, name=f"{name}.class.{self._peers[0]}"
             )
-            self._wait(handle)
+            self._wait(handle, f"{name}.class.{self._peers[0]}")
         if len(self._leaders) == 1:
             return
         if self.rank in self._leaders:
@@ -125,11 +129,11 @@ class Comm:
             handle = hvd.broadcast_async_(
                 vector, self._peers[0], process_set=group, name=f"{name}.back.{self._peers[0]}"
             )
-            self._wait(handle)
+            self._wait(handle, f"{name}.back.{self._peers[0]}")
 
     def _sum_(self, vector: Tensor, ranks: tuple[int, ...], name: str) -> None:
         if len(ranks) > 1:
-            self._wait(hvd.allreduce_async_(vector, op=hvd.Sum, process_set=self.group(ranks), name=name))
+            self._wait(hvd.allreduce_async_(vector, op=hvd.Sum, process_set=self.group(ranks), name=name), name)
 
     def group(self, ranks: tuple[int, ...]) -> hvd.ProcessSet:
         """The process set of all ranks, of a class of several, or of the leaders."""
@@ -155,7 +159,7 @@ class Comm:
         if self.size == 1:
             return tensor
         host = tensor.detach().cpu().contiguous()
-        self._wait(hvd.broadcast_async_(host, root, name=name))
+        self._wait(hvd.broadcast_async_(host, root, name=name), name)
         return host
 
     def broadcast_state(self, state: FlatState, root: int = 0) -> None:
@@ -173,7 +177,7 @@ class Comm:
         """
         if self.size == 1:
             return [tensor]
-        whole = self._wait(hvd.allgather_async(tensor, name=name))
+        whole = self._wait(hvd.allgather_async(tensor, name=name), name)
         return list(whole.split(list(sizes) if sizes is not None else len(tensor)))
 
     def sum(self, values: Sequence[float], name: str) -> list[float]:
@@ -186,7 +190,7 @@ class Comm:
         """The maxima over all ranks of a few numbers."""
         most = torch.tensor(values, dtype=torch.float64)
         if self.size > 1:
-            self._wait(hvd.allreduce_async_(most, op=hvd.Max, name=name))
+            self._wait(hvd.allreduce_async_(most, op=hvd.Max, name=name), name)
         return [float(x) for x in most]
 
     def alltoall_async(self, tensor: Tensor, counts: Tensor, name: str) -> int:
@@ -203,7 +207,7 @@ class Comm:
 
     def received(self, handle: int) -> Tensor:
         """Waits for what the other ranks sent to this one, in the order of the senders."""
-        received: Tensor = self._wait(handle)[0]
+        received: Tensor = self._wait(handle, "alltoall")[0]
         return received
 
     def agree(self, digest: str, name: str, what: str) -> None:
@@ -229,8 +233,9 @@ class Comm:
         self.barrier("close")
         hvd.shutdown()
 
-    def _wait(self, handle: int) -> Any:
-        return guarded(lambda: _done(handle))
+    def _wait(self, handle: int, name: str) -> Any:
+        with self.pulse.waiting(name):
+            return guarded(lambda: _done(handle))
 
 
 def wait_until(handle: int) -> None:
@@ -290,10 +295,5 @@ def build_info() -> dict[str, Any]:
     """What Horovod was built with."""
     import horovod
 
-    return {
-        "version": horovod.__version__,
-        "gloo": bool(hvd.gloo_built()),
-        "mpi": bool(hvd.mpi_built()),
-        "nccl": bool(hvd.nccl_built()),
-        "fixes": carries_fixes(),
-    }
+    return {"version": horovod.__version__, "gloo": bool(hvd.gloo_built()), "mpi": bool(hvd.mpi_built()),
+            "nccl": bool(hvd.nccl_built()), "fixes": carries_fixes()}

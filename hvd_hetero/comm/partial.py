@@ -67,7 +67,7 @@ class PartialAllreduce:
         hosts: int = 1,
     ) -> None:
         assert comm.size > 1 and sync_every >= 1 and max_lag >= 1
-        self._rank, self._size, self._dtype = comm.rank, size, dtype
+        self._rank, self._size, self._dtype, self._pulse = comm.rank, size, dtype, comm.pulse
         self._sums = size - latest
         self._full = 1 if mode == FULL else sync_every
         self._max_lag, self._weigh = max_lag, weigh
@@ -123,7 +123,7 @@ class PartialAllreduce:
         Args:
             patience_sec: how long to wait at most; None: as long as it takes.
         """
-        with self._changed:
+        with self._pulse.waiting("partial"), self._changed:
             self._changed.wait_for(lambda: self._rounds or self._error or self._stopped, patience_sec)
             self._check()
             taken = list(self._rounds)
@@ -145,7 +145,7 @@ class PartialAllreduce:
 
     def offered(self) -> int:
         """Place in the pass of the first of the samples asked for; no two ranks are offered the same."""
-        with self._changed:
+        with self._pulse.waiting("partial.offer"), self._changed:
             self._changed.wait_for(lambda: self._offers or self._error or self._stopped)
             self._check()
             return self._offers.popleft()

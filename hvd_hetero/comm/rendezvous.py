@@ -21,6 +21,9 @@ from hvd_hetero.errors import ConfigError
 SCOPE = "hvd_hetero"
 COLUMNS = "HVD_HETERO_COLUMNS"
 """Set by the launcher to the width of its terminal: ranks themselves never see one."""
+ORPHAN = "HVD_HETERO_ORPHAN_SEC"
+"""In the environment: how long a rank goes on without reaching its launcher, if not :attr:`JobEnv.orphan_sec`."""
+TIMEOUT_SEC, BEAT_TIMEOUT_SEC = 30.0, 5.0
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class JobEnv:
     Attributes:
         store: address of the job's key-value store, if it has one.
         columns: width of the terminal that shows rank 0's output, if it is one.
+        orphan_sec: how long it goes on without reaching the store.
     """
 
     rank: int = 0
@@ -38,6 +42,7 @@ class JobEnv:
     host: str = "localhost"
     store: str | None = None
     columns: int | None = None
+    orphan_sec: float = 30.0
 
 
 def job_env() -> JobEnv:
@@ -60,6 +65,7 @@ def job_env() -> JobEnv:
         host=env.get("HOROVOD_HOSTNAME") or socket.gethostname(),
         store=f"http://{address}:{port}/{SCOPE}" if address else None,
         columns=int(env[COLUMNS]) if COLUMNS in env else None,
+        orphan_sec=float(env.get(ORPHAN, JobEnv.orphan_sec)),
     )
 
 
@@ -84,26 +90,52 @@ def exchange(env: JobEnv, name: str, content: dict[str, Any], timeout_sec: float
     return said
 
 
-def _put(url: str, content: Any) -> None:
+def put_beat(env: JobEnv, beat: dict[str, Any]) -> None:
+    """Says what this rank is doing, fit for JSON.
+
+    Raises:
+        OSError, http.client.HTTPException: the store is not reached.
+    """
+    _put(f"{env.store}/beat.{env.rank}", beat, BEAT_TIMEOUT_SEC)
+
+
+def get_beat(env: JobEnv, rank: int) -> dict[str, Any] | None:
+    """What a rank said last; None if it has said nothing yet.
+
+    Raises:
+        OSError, http.client.HTTPException: the store is not reached.
+    """
+    beat: dict[str, Any] | None = _look(f"{env.store}/beat.{rank}", BEAT_TIMEOUT_SEC)
+    return beat
+
+
+def _put(url: str, content: Any, timeout_sec: float = TIMEOUT_SEC) -> None:
     request = urllib.request.Request(url, data=json.dumps(content).encode(), method="PUT")
-    with _open(request):
+    with _open(request, timeout_sec):
         pass
 
 
 def _get(url: str, deadline: float, who: str) -> Any:
     while True:
-        try:
-            with _open(urllib.request.Request(url)) as answer:
-                return json.loads(answer.read())
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code != 404:
-                raise
+        if (content := _look(url)) is not None:
+            return content
         if time.monotonic() > deadline:
             raise TimeoutError(f"{who} did not report in time: it may still be reading its data, or be gone")
         time.sleep(0.02)
 
 
-def _open(request: urllib.request.Request) -> Any:
+def _look(url: str, timeout_sec: float = TIMEOUT_SEC) -> Any:
+    """What lies under a key; None where there is nothing."""
+    try:
+        with _open(urllib.request.Request(url), timeout_sec) as answer:
+            return json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code != 404:
+            raise
+        return None
+
+
+def _open(request: urllib.request.Request, timeout_sec: float) -> Any:
     # The job's own store is never behind a proxy, whatever the environment says.
-    return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30)
+    return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout_sec)

@@ -1,0 +1,236 @@
+"""Running horovodrun: what its ranks say, which of them ended first and how, and that nothing of a job is left."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from hvd_hetero.comm.rendezvous import COLUMNS
+from hvd_hetero.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAULT,
+    EXIT_LOST,
+    EXIT_NUMBERS,
+    EXIT_STOPPED,
+    EXIT_STUCK,
+    ConfigError,
+)
+
+FORWARDED = re.compile(
+    r"PATH|HOME|USER|LOGNAME|SHELL|TMPDIR|TZ|LANG|LC_.*|TERM|VIRTUAL_ENV|LD_LIBRARY_PATH|LD_PRELOAD|PYTHON.*|"
+    r"HVD_HETERO_.*|HOROVOD_.*|NCCL_.*|CUDA_.*|OMP_.*|MKL_.*|KMP_.*|GOMP_.*|TORCH_.*|PYTORCH_.*|HF_.*OFFLINE|SSH_AUTH_SOCK"
+)
+"""Variables that workers get. horovodrun writes them all into command lines that every user of a host can read, so
+nothing else of the environment (tokens, passwords) goes along."""
+
+
+GRACE_SEC = 20.0
+"""horovodrun gives its ranks 5 s before it kills them."""
+SAVING_SEC = 30.0
+"""What a job that was asked to stop has for the round that it is in and for saving; then it is told to end."""
+JOB = "HVD_HETERO_JOB"
+"""In the environment of all of a job's processes, on all hosts: the job's id, by which they are found."""
+KNOWN = (EXIT_FAULT, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_LOST, EXIT_STUCK, EXIT_NUMBERS)
+SSH = ("ssh", "-o", "PasswordAuthentication=no", "-o", "StrictHostKeyChecking=no", "-o", "BatchMode=yes",
+       "-o", "ConnectTimeout=5")
+SSH_LOST = 255
+SSH_SEC = 15.0
+"""For all that is done over one connection: a link may be cut after it was made."""
+REAP_TIMES = 10
+
+
+@dataclass(frozen=True)
+class End:
+    """How a job ended.
+
+    Attributes:
+        status: of the job, one of :mod:`hvd_hetero.errors`.
+        cause: which rank ended first, and how; empty if none failed.
+        last_line: of that rank's output.
+        asked: whether the job was asked to end, by a signal to this process.
+    """
+
+    status: int
+    cause: str = ""
+    last_line: str = ""
+    asked: bool = False
+
+
+class Horovodrun:
+    """Runs horovodrun, passes on what its ranks say, and finds out which one failed first.
+
+    horovodrun itself exits with 1 and a traceback whatever happened; the traceback is kept back.
+
+    Args:
+        hosts: and slots, in the order of the ranks.
+        stop: the file that asks the job to save and to end, if it can.
+    """
+
+    def __init__(self, command: Sequence[str], hosts: Sequence[tuple[str, int]], stop: Path | None = None) -> None:
+        self._hosts, self._stop = list(hosts), stop
+        self._job = secrets.token_hex(8)
+        env = {name: value for name, value in os.environ.items() if FORWARDED.fullmatch(name)}
+        env[JOB] = self._job
+        if sys.stderr.isatty():
+            env[COLUMNS] = str(shutil.get_terminal_size().columns - len("[0]<stderr>:"))
+        self._own: list[str] = []
+        self._last: dict[int, str] = {}
+        self._signalled = self._asked = False
+        try:
+            # In a session of its own: a terminal's Ctrl-C would reach it beside the signal that is passed on, and
+            # horovodrun's handlers deadlock when a second signal interrupts the first one's.
+            self._process = subprocess.Popen(
+                command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            )
+        except OSError as error:
+            problem = f"cannot be started: {error.strerror}"
+            raise ConfigError("horovodrun", command[0], problem, "install Horovod with scripts/setup") from error
+        assert self._process.stdout is not None and self._process.stderr is not None
+        self._readers = [
+            threading.Thread(target=self._forward, args=pipe, daemon=True)
+            for pipe in ((self._process.stdout, sys.stdout), (self._process.stderr, sys.stderr))
+        ]
+
+    def wait(self) -> End:
+        """Waits for the end, and makes sure of it on all hosts where it was not a good one."""
+        for reader in self._readers:
+            reader.start()
+        ends = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+            ends.append(signal.SIGHUP)
+        before = {wanted: signal.signal(wanted, self._pass_on) for wanted in ends}
+        status = self._process.wait()
+        for wanted, handler in before.items():
+            signal.signal(wanted, handler)
+        for reader in self._readers:
+            reader.join()
+        if status == 0:
+            return End(0)
+        self.reap()
+        return self._judge(status)
+
+    def _judge(self, status: int) -> End:
+        said = "\n".join(self._own)
+        code = re.search(r"^Exit code: (-?\d+)", said, re.M)
+        name = re.search(r"^Process name: (\d+)", said, re.M)
+        if code is None or name is None:
+            cause = self._own[-1] if self._own else f"horovodrun ended with status {status}"
+            lost = "could not connect to some hosts via ssh" in said
+            return End(EXIT_LOST if lost else EXIT_FAULT, cause, asked=self._signalled)
+        number, rank = int(code[1]), int(name[1])
+        host = [host for host, slots in self._hosts for _ in range(slots)][rank]
+        cut = number == SSH_LOST and not is_local(host)
+        meaning = f"the connection to {host} was lost" if cut else meaning_of(number)
+        lost = cut or killed_by(number) is not None
+        known = EXIT_LOST if lost else number if number in KNOWN else EXIT_FAULT
+        return End(known, f"rank {rank} ended first, {meaning}", self._last.get(rank, ""), self._signalled)
+
+    def reap(self) -> list[str]:
+        """Kills whatever is left of the job on any host, stopped or not; returns the hosts that do not answer."""
+        mark = shlex.quote(f"{JOB}={self._job}")
+        # One grep for all processes; -z takes their environments apart.
+        script = f"p=$(grep -lszxF {mark} /proc/[0-9]*/environ | cut -d/ -f3); [ -z \"$p\" ] || kill -9 $p; echo $p"
+        return silent_hosts([host for host, _ in self._hosts], script)
+
+    def _pass_on(self, number: int, frame: Any) -> None:
+        """Asks the job to save and to end; where it cannot or does not, and at the second signal, tells it to end."""
+        self._signalled = True
+        if self._stop is not None and self._stop.parent.is_dir():
+            stop, self._stop = self._stop, None
+            stop.touch()
+            print("hvd-hetero: stops after this round and saves; at once if you insist", file=sys.stderr, flush=True)
+            self._later(SAVING_SEC, lambda: self._end(number))
+        else:
+            self._end(number)
+
+    def _end(self, number: int) -> None:
+        """Asks horovodrun once to end its ranks, and ends it if it does not."""
+        if not self._asked:
+            self._asked = True
+            self._process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+            self._later(GRACE_SEC, self._process.kill)
+
+    @staticmethod
+    def _later(seconds: float, call: Callable[[], None]) -> None:
+        timer = threading.Timer(seconds, call)
+        timer.daemon = True
+        timer.start()
+
+    def _forward(self, pipe: IO[bytes], stream: Any) -> None:
+        """Passes on the ranks' lines: rank 0's bare, others' with their rank; keeps horovodrun's own."""
+        for line in lines_of(pipe):
+            match = re.match(r"\[(\d+)\]<std(?:out|err)>:", line)
+            if match is None:
+                self._own.append(line.rstrip())
+                continue
+            text = line[match.end() :]
+            if text.strip():
+                self._last[int(match[1])] = text.strip()
+            stream.write(text if match[1] == "0" or text.startswith("hvd-hetero: ") else f"rank {match[1]}: {text}")
+            stream.flush()
+        pipe.close()
+
+
+def lines_of(pipe: IO[bytes]) -> Iterator[str]:
+    """Lines as they come, ended by newline or by carriage return (a progress bar's)."""
+    rest = ""
+    while block := os.read(pipe.fileno(), 4096):
+        *whole, rest = re.split(r"(?<=[\r\n])", rest + block.decode(errors="replace"))
+        yield from whole
+    if rest:
+        yield rest
+
+
+def killed_by(code: int) -> str | None:
+    """The signal that an exit status tells of, as Python says it or as a shell does."""
+    try:
+        return signal.Signals(-code if code < 0 else code - 128).name if code < 0 or code > 128 else None
+    except ValueError:
+        return None
+
+
+def meaning_of(code: int) -> str:
+    name = killed_by(code)
+    return f"with status {code}" if name is None else f"killed by {name}"
+
+
+def is_local(host: str) -> bool:
+    if host in ("localhost", "127.0.0.1", socket.gethostname()):
+        return True
+    try:
+        addresses = {item[4][0] for item in socket.getaddrinfo(host, None)}
+        own = {item[4][0] for item in socket.getaddrinfo(socket.gethostname(), None)} | {"127.0.0.1", "::1"}
+    except OSError:
+        return False
+    return bool(addresses & own)
+
+
+def silent_hosts(hosts: Sequence[str], script: str = "true") -> list[str]:
+    """Runs a shell script on hosts, again and again until it prints nothing; returns those that do not answer."""
+
+    def answers(host: str) -> bool:
+        command = ["sh", "-c", script] if is_local(host) else [*SSH, host, script]
+        for _ in range(REAP_TIMES):
+            try:
+                done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SSH_SEC)
+            except (OSError, subprocess.TimeoutExpired):
+                return False
+            if done.returncode != 0 or not done.stdout.strip():
+                return done.returncode == 0
+        return True
+
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        return [host for host, answered in zip(hosts, pool.map(answers, hosts), strict=True) if not answered]
