@@ -13,6 +13,7 @@ from typing import Any
 
 from hvd_hetero.cluster import Cluster
 from hvd_hetero.errors import ConfigError
+from hvd_hetero.files import write_text
 from hvd_hetero.schema import Config
 
 VERSION = 1
@@ -61,9 +62,7 @@ class Profile:
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        part.replace(path)
+        write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
     @property
     def step_sec(self) -> dict[str, float]:
@@ -91,6 +90,9 @@ def load_profile(path: Path) -> Profile:
         for name, sec in profile.step_sec.items():
             if not 0 < float(sec) < math.inf:
                 raise ValueError(f"{name}.step_sec={sec}: is not a number above 0")
+        for where, part in [("key", profile.key), *((f"{c.name}.by_batch", c.by_batch) for c in profile.classes)]:
+            if not isinstance(part, Mapping):
+                raise ValueError(f"{where} is a {type(part).__name__}, not a mapping")
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError("profile.file", str(path), f"is not a profile: {error}", remedy) from error
     return profile

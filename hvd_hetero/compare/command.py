@@ -18,6 +18,7 @@ from hvd_hetero.compare.spec import Comparison, Row, read
 from hvd_hetero.compare.table import Result, notes, table_rows, write_tables
 from hvd_hetero.config import load
 from hvd_hetero.errors import EXIT_FAULT, ConfigError
+from hvd_hetero.files import check_no_links, write_text
 from hvd_hetero.metrics import SUMMARY
 from hvd_hetero.report.figures import fast_steps
 from hvd_hetero.report.runs import Run, read_run
@@ -27,6 +28,7 @@ from hvd_hetero.report.write import Chapter, slug, write
 from hvd_hetero.schema import Config
 
 ERROR = "hvd-hetero: error: "
+FOLDERS = ("configs", "logs", "runs")
 LAUNCH = (sys.executable, "-m", "hvd_hetero", "launch")
 
 
@@ -41,8 +43,9 @@ def compare(files: Sequence[str], overrides: Sequence[str]) -> int:
     check_matplotlib()
     comparison = read(Path(files[0]), overrides)
     check(comparison)
+    check_no_links("compare.dir", comparison.folder, FOLDERS)
     try:
-        for name in ("configs", "logs", "runs"):
+        for name in FOLDERS:
             (comparison.folder / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         problem = f"cannot be made: {error.strerror}"
@@ -116,7 +119,7 @@ class _Runner:
     def _launch(self, name: str, config: Config) -> str | None:
         """Runs a configuration in a process of its own; returns what went wrong."""
         file = self._comparison.folder / "configs" / f"{name}.yaml"
-        file.write_text(config.to_yaml())
+        write_text(file, config.to_yaml())
         log = self._comparison.folder / "logs" / f"{name}.log"
         limit = self._comparison.settings.timeout_sec
         with log.open("wb") as stream:

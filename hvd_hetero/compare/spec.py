@@ -20,6 +20,9 @@ LIMITS = {"fast_steps": "train.max_fast_steps", "samples": "train.max_samples", 
 EPOCHS = ("milestones", "step_size", "T_max", "total_iters")
 """Arguments of torch's learning-rate schedulers that count epochs."""
 
+OURS = {"run.dir", "run.seed", "run.overwrite", "run.resume", "run.name"}
+"""Settings that the comparison makes for each run."""
+
 PARTS = ("compare", "seeds", "budget", "base", "overrides", "workloads", "rows")
 
 
@@ -178,6 +181,9 @@ def read(path: Path, overrides: Sequence[str]) -> Comparison:
         labels = list(dict.fromkeys(row.label for row in rows))
         raise ConfigError("compare.baseline", settings.baseline, "is no row", nearest(settings.baseline, labels))
     for row in rows:
+        for key in sorted(OURS & row.overrides.keys()):
+            where = f"row {row.name!r}: {key}"
+            raise ConfigError(where, row.overrides[key], "is the comparison's own", "set seeds or compare.dir instead")
         twins = [other.name for other in rows if slug(other.name) == slug(row.name) and other is not row]
         if twins:
             raise ConfigError("rows", row.name, f"and {twins[0]!r} would share a folder", "make the labels differ more")

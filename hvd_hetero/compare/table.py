@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hvd_hetero.compare.spec import Comparison, Row
+from hvd_hetero.files import write_text
 from hvd_hetero.report.figures import Figures, figures
 from hvd_hetero.report.runs import Run, Series
 from hvd_hetero.report.write import percent, stamped
@@ -153,9 +154,9 @@ def write_tables(comparison: Comparison, results: Sequence[Result], baselines: M
         lines += [f"## {workload}", ""] if workload else []
         lines += [*markdown(table_rows(mine, baseline)), ""]
         lines += [line for text in notes(comparison, mine, baseline) for line in (text, "")]
-    _write(comparison.folder / "table.md", "\n".join(lines))
-    _write(comparison.folder / "table.json", json.dumps({"rows": rows_json(results, baselines)}, indent=2) + "\n")
-    _write(comparison.folder / "details.json", json.dumps(details(comparison, results, baselines), indent=2) + "\n")
+    write_text(comparison.folder / "table.md", "\n".join(lines))
+    write_text(comparison.folder / "table.json", json.dumps({"rows": rows_json(results, baselines)}, indent=2) + "\n")
+    write_text(comparison.folder / "details.json", json.dumps(details(comparison, results, baselines), indent=2) + "\n")
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -165,10 +166,3 @@ def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
              for row in escaped]
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file whole: a reader sees the old one or the new one."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    part.replace(path)

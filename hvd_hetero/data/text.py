@@ -116,7 +116,7 @@ def _from_folder(folder: str, max_length: int) -> Tokenize:
         raise ConfigError(key, folder, "is not a folder", "give the folder of a tokenizer, or 'hash'")
     transformers = import_transformers(key, folder)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises many kinds
         problem, remedy = "holds no tokenizer", "put tokenizer.json and tokenizer_config.json there"
         raise ConfigError(key, folder, problem, remedy) from error

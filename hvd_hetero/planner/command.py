@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hvd_hetero.config import load
 from hvd_hetero.errors import ConfigError
+from hvd_hetero.files import check_writable, write_text
 from hvd_hetero.planner.advice import batches, recommended, sweep, worth
 from hvd_hetero.planner.methods import method
 from hvd_hetero.planner.predict import Scenario
@@ -24,6 +25,8 @@ def plan(files: Sequence[str], overrides: Sequence[str], given: Given, out: str 
     Raises:
         ConfigError: something given is missing or cannot be, or the folder cannot be written.
     """
+    if out is not None:
+        check_writable("--out", Path(out))
     config = load(files, overrides, method)
     known = gather(config, given)
     scenario = Scenario(config, known)
@@ -42,7 +45,7 @@ def _write(folder: Path, foretold: Foretold) -> str:
     """Writes everything into a folder; returns a sentence about it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "table.json").write_text(json.dumps(as_json(foretold), indent=2) + "\n")
+        write_text(folder / "table.json", json.dumps(as_json(foretold), indent=2) + "\n")
         if importlib.util.find_spec("matplotlib") is None:
             return f"\n{folder / 'table.json'}\n{NO_PICTURES}"
         from hvd_hetero.planner.pictures import draw

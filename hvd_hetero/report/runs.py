@@ -83,11 +83,14 @@ def read_run(path: str | Path) -> Run:
         problem = "is not the folder of a run (no config.yaml)" if folder.is_dir() else "does not exist"
         raise ConfigError("RUN", str(path), problem, "give the run.dir of a run")
     settings = flat(_read(folder / "config.yaml", _yaml))
-    rows = _read(folder / METRICS, lambda text: [json.loads(line) for line in text.splitlines()])
+    if "algorithm.name" not in settings:
+        problem = "names no training method, so it is not that of a run"
+        raise ConfigError("RUN", str(folder / "config.yaml"), problem, "leave the run out")
+    rows = _read(folder / METRICS, lambda text: [_mapping(line) for line in text.splitlines()])
     if not rows:
         raise ConfigError("RUN", str(path), "has not finished a pass", "wait for it, or leave it out")
-    plan = _read(folder / "plan.json", json.loads)
-    rest = [_read(folder / name, json.loads) if (folder / name).exists() else None for name in (SUMMARY, TRACE)]
+    plan = _read(folder / "plan.json", _mapping)
+    rest = [_read(folder / name, _mapping) if (folder / name).exists() else None for name in (SUMMARY, TRACE)]
     return Run(folder, settings, rows, plan, *rest)
 
 
@@ -144,7 +147,17 @@ def _setup(run: Run) -> dict[str, Any]:
 
 
 def _yaml(text: str) -> Any:
-    return OmegaConf.to_container(OmegaConf.create(text))
+    content = OmegaConf.create(text)
+    if not OmegaConf.is_dict(content):
+        raise ValueError("it is no mapping")
+    return OmegaConf.to_container(content)
+
+
+def _mapping(text: str) -> Any:
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError("it is no mapping")
+    return content
 
 
 def _read(path: Path, parse: Callable[[str], Any]) -> Any:

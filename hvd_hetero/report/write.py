@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvd_hetero.errors import ConfigError
+from hvd_hetero.files import check_writable, write_text
 from hvd_hetero.report.figures import Figures, figures
 from hvd_hetero.report.page import Page
 from hvd_hetero.report.runs import DELAYED, SLOWED, Series, differing, emulation, group, read_run, shown
@@ -53,6 +54,7 @@ def report(paths: Sequence[str | Path], out: str | Path) -> Path:
     """
     check_matplotlib()
     unique = list(dict.fromkeys(Path(path).resolve() for path in paths))
+    check_writable("--out", Path(out))
     series = group([read_run(path) for path in unique])
     title = series[0].label if len(series) == 1 else f"{len(series)} ways to train, compared"
     return write(Path(out), title, [Chapter("", series, final_table(series))])
@@ -71,7 +73,7 @@ def write(out: Path, title: str, chapters: Sequence[Chapter]) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         for chapter in chapters:
             _chapter(out, page, chapter)
-        (out / PAGE).write_text(page.html())
+        write_text(out / PAGE, page.html())
     except OSError as error:
         raise ConfigError("--out", str(out), f"cannot be written: {error.strerror}", "choose another folder") from error
     return out / PAGE
@@ -118,7 +120,7 @@ def _chapter(out: Path, page: Page, chapter: Chapter) -> None:
         page.picture(png.getvalue(), text)
     traced = [s for s in series if s.runs[0].trace is not None]
     for s in traced:
-        (out / f"{before}trace-{slug(s.label)}.json").write_text(json.dumps(s.runs[0].trace))
+        write_text(out / f"{before}trace-{slug(s.label)}.json", json.dumps(s.runs[0].trace))
     if traced:
         page.note("The trace-*.json files beside this page hold the same rounds, for Perfetto (ui.perfetto.dev).")
     page.heading("Settings that differ" if len(series) > 1 else "Settings")

@@ -21,6 +21,8 @@ class Files:
         """A folder that may be there already; the umask may take more away."""
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o755)
+        if path.is_symlink():
+            raise NotADirectoryError(errno.ENOTDIR, "is a link, and would lead out of the run's folder", str(path))
 
     def open(self, path: Path) -> int:
         """A file descriptor to write to; the umask may take more away. A link in its place is not followed."""

@@ -79,9 +79,15 @@ def read_manifest(path: Path) -> tuple[Meta, dict[str, FileInfo]]:
     # the very bytes, so that no change goes unseen, not even one between two words
     if digest != _digest(content) or _dump({**content, "sha256": digest}).encode() != text:
         raise CheckpointError(path, "is damaged: its checksum differs", "")
-    files = {name: FileInfo(**info) for name, info in content["files"].items()}
     names = ("round", "pass", "world_size", "config_digest", "version", "time")
-    return Meta(*(content[name] for name in names)), files
+    try:
+        files = {name: FileInfo(int(info["bytes"]), str(info["sha256"])) for name, info in content["files"].items()}
+        meta = Meta(*(content[name] for name in names))
+        if len(files) != 2 * meta.world_size:
+            raise ValueError(f"{len(files)} files of {meta.world_size} ranks")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(path, f"is not a manifest of this version: {error}", "") from error
+    return meta, files
 
 
 def _dump(content: Mapping[str, Any]) -> str:

@@ -55,6 +55,8 @@ class Checkpoint:
     def _compare(self, ranks: Iterable[int], whole: bool = True) -> None:
         for rank in ranks:
             for name in shard_names(rank):
+                if name not in self.files:
+                    raise CheckpointError(self.path / MANIFEST, f"says nothing of {name}", "")
                 check_file(self.path / name, self.files[name], whole)
 
     def _check_rank(self, rank: int) -> None:

@@ -91,5 +91,5 @@ def read_shard(folder: Path, rank: int, infos: Mapping[str, FileInfo], device: s
         # mapped, not read: the pages are still in memory from the checksum, and go from there to where they belong
         with safe_open(large, framework="pt", device="cpu") as file:
             return join({name: file.get_tensor(name) for name in file.keys()}, content["state"], device)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(large, f"does not hold a shard of this version: {error}", "") from error
