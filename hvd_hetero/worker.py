@@ -102,11 +102,13 @@ class Worker:
         for gradient in self._gradients:
             gradient.zero_()
         if not self._gradients:
-            self.optimizer.zero_grad()
+            for param in self._params:
+                param.grad = None
         losses = self._losses_of(inputs, targets)[0]
-        (losses.mean() * weight if weight != 1 else losses.mean()).backward()
-        self._losses.append(losses.detach())
-        return losses.detach()
+        losses.backward(torch.full_like(losses, weight / len(losses)))  # their mean's gradient, without the mean
+        losses = losses.detach()
+        self._losses.append(losses)
+        return losses
 
     def apply(self) -> None:
         """One optimizer step along the gradient at hand."""
