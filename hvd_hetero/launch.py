@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,8 @@ from hvd_hetero import algorithms, components, job
 from hvd_hetero.api import run_dir
 from hvd_hetero.cluster import Cluster, RankFacts, assign, integers, local_facts, parse_hosts
 from hvd_hetero.config import device_classes, load
-from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_STOPPED, ConfigError
+from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_STOPPED, ConfigError, nearest
+from hvd_hetero.files import check_writable
 from hvd_hetero.horovodrun import End, Horovodrun, is_local
 from hvd_hetero.metrics import check_run_dir
 from hvd_hetero.profiles import check_profile, load_profile
@@ -79,7 +81,8 @@ def job_hosts(config: Config) -> list[tuple[str, int]]:
     if any(c.ranks is None for c in classes.values()):
         raise ConfigError("cluster.hosts", None, "classes are chosen by host, and no hosts are given",
                           "set cluster.hosts=host:slots,... or give ranks")
-    return [("localhost", max((rank for c in classes.values() for rank in integers("ranks", c.ranks)), default=0) + 1)]
+    ranks = [rank for name, c in classes.items() for rank in integers(f"cluster.classes.{name}.ranks", c.ranks)]
+    return [("localhost", max(ranks, default=0) + 1)]
 
 
 def preflight(config: Config, hosts: Sequence[tuple[str, int]], trains: bool = True) -> None:
@@ -106,6 +109,7 @@ def expected_cluster(config: Config, hosts: Sequence[tuple[str, int]]) -> Cluste
 
     Raises:
         ConfigError: the classes do not fit the ranks.
+    _check_places(config, hosts, trains)
     """
     here = local_facts(0, "localhost", 0)
     facts: list[RankFacts] = []
@@ -116,6 +120,19 @@ def expected_cluster(config: Config, hosts: Sequence[tuple[str, int]]) -> Cluste
     if config.cluster.classes == AUTO and not all(is_local(host) for host, _ in hosts):
         return None
     classes = AUTO if config.cluster.classes == AUTO else device_classes(config.cluster.classes)
+def _check_places(config: Config, hosts: Sequence[tuple[str, int]], trains: bool) -> None:
+    """Makes sure that what the job is to write can be written, and that the network interfaces are there."""
+    if trains and is_local(hosts[0][0]):  # where rank 0 is
+        check_writable("run.dir", run_dir(config))
+    if not trains and config.profile.file is not None:
+        check_writable("profile.file", Path(config.profile.file).parent)
+    wanted, known = config.cluster.network_interface, [name for _, name in socket.if_nameindex()]
+    for name in [] if wanted is None else wanted.split(","):
+        if name not in known:
+            problem = f"this machine has no {name!r}, and the launcher listens on it too"
+            raise ConfigError("cluster.network_interface", wanted, problem, nearest(name, known))
+
+
     return assign(classes, facts)
 
 

@@ -56,15 +56,19 @@ def find(run_dir: Path, digest: str, world_size: int, reshape: bool = False) -> 
     """
     first: CheckpointError | None = None
     wanted = (None, None) if reshape else (digest, world_size)
+    damaged: list[CheckpointError] = []
     for candidate in Store(run_dir).candidates(*wanted):
         try:
             if candidate.checkpoint is not None:
                 candidate.checkpoint.verify()
                 meta = candidate.checkpoint.meta
                 other = (meta.config_digest, meta.world_size) != (digest, world_size)
-                return Found(candidate.round, candidate.checkpoint.load(0), other)
+                found = Found(candidate.round, candidate.checkpoint.load(0), other)
+                for error in damaged:
+                    warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+                return found
         except CheckpointError as error:
-            warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+            damaged.append(error)
             first = first or error
             continue
         first = first or candidate.error

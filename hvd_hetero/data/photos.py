@@ -68,7 +68,9 @@ def flowers102(root: Path, size: int | None = None, augment: bool = True, with_v
 def _official_flowers(folder: Path, own: Sequence[int], other: int) -> tuple[Split, Split]:
     labels_path = folder / "imagelabels.mat"
     labels = _read_mat(labels_path, ["labels"])["labels"]
-    targets = class_numbers(labels_path, labels.astype(np.int64) - 1, len(labels), classes=102)
+    with reading(labels_path, "class numbers"):
+        numbers = labels.astype(np.int64) - 1
+    targets = class_numbers(labels_path, numbers, len(labels), classes=102)
     names = ["trnid", "valid", "tstid"]
     sets = _read_mat(folder / "setid.mat", names)
     train = np.concatenate([sets[names[number]] for number in own])

@@ -73,3 +73,32 @@ def one_split() -> Any:
 def empty_test_split() -> Any:
     (inputs, targets), _ = few_samples()
     return (inputs, targets), (inputs[:0], targets[:0])
+
+
+class bad_in_the_end:  # noqa: N801 (called like a function)
+    """A loss that becomes NaN on all ranks, after so many calls that rounds were saved before."""
+
+    calls, ranks = 0, (0, 1)
+
+    def __new__(cls, outputs: Tensor, targets: Tensor) -> Any:
+        cls.calls += 1
+        losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
+        return losses * float("nan") if RANK in cls.ranks and cls.calls > 1000 else losses
+
+
+class bad_on_rank_1(bad_in_the_end):  # noqa: N801
+    calls, ranks = 0, (1,)
+
+
+def bad_in_evaluation(outputs: Tensor, targets: Tensor) -> Tensor:
+    losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
+    return losses if torch.is_grad_enabled() else losses * float("nan")
+
+
+def detached_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """One number a sample, from which nothing can be learned."""
+    return nn.functional.cross_entropy(outputs.detach(), targets, reduction="none")
+
+
+def nan_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs, targets, reduction="none") * float("nan")
