@@ -15,7 +15,17 @@ from hvd_hetero.comm.horovod import PEER_LOST
 from hvd_hetero.comm.rendezvous import job_env
 from hvd_hetero.components import Components, Given
 from hvd_hetero.config import load
-from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_LOST, EXIT_STOPPED, Stopped, UserError
+from hvd_hetero.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAULT,
+    EXIT_LOST,
+    EXIT_NUMBERS,
+    EXIT_STOPPED,
+    BadNumbers,
+    Stopped,
+    UserError,
+)
+from hvd_hetero.files import check_writable
 from hvd_hetero.metrics import check_run_dir
 from hvd_hetero.saving import find
 from hvd_hetero.schema import RESHAPE, Config
@@ -44,6 +54,7 @@ def train(
         UserError: something given cannot be used; with more than one rank, rank 0 says so and the job ends with
             status 2 instead.
         Stopped: the run was asked to stop, and has saved; with more than one rank, the job ends with status 3 instead.
+        BadNumbers: no rank's numbers are good any more; with more than one rank, the job ends with status 6 instead.
     """
     def prepare() -> tuple[Config, Components]:
         loaded = load(config, overrides, algorithms.method)
@@ -61,11 +72,11 @@ def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | N
         nonlocal found
         config, parts = prepare()
         if env.rank == 0 and config.run.dir is not None:
+            check_run_dir(config.run.dir, config.run.overwrite or config.run.resume is not None)
+            check_writable("run.dir", Path(config.run.dir))
             if config.run.resume is not None:
                 digest = config.digest(how_long=False)
                 found = find(Path(config.run.dir), digest, env.size, reshape=config.run.resume == RESHAPE)
-            else:
-                check_run_dir(config.run.dir, config.run.overwrite)
         return config, parts
 
     started = job.start(prepare_folder_too)
@@ -112,6 +123,11 @@ def guarded(call: Callable[[], Any]) -> Any:
         if env.rank == 0:
             print(f"hvd-hetero: error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)
+    except BadNumbers as error:
+        if env.rank != error.ranks[0]:
+            time.sleep(PEER_GONE_SEC)  # the rank that has the say ends first
+            os._exit(EXIT_NUMBERS)
+        _end(EXIT_NUMBERS, str(error))
     except Stopped as stopped:
         if env.rank == 0:
             print(f"hvd-hetero: {stopped}", file=sys.stderr, flush=True)

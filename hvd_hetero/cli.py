@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 
 import hvd_hetero
-from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_STOPPED, Stopped, UserError
+from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_NUMBERS, EXIT_STOPPED, BadNumbers, Stopped, UserError
+from hvd_hetero.files import own_files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,11 +20,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [*getattr(args, "config", []), *later]  # argparse leaves over what follows an option
     files = [word for word in words if "=" not in word]
     overrides = [word for word in words if "=" in word]
+    own_files()
     try:
         return int(args.run(args, files, overrides) or 0)
     except UserError as error:
         print(f"hvd-hetero: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except BadNumbers as error:
+        print(f"hvd-hetero: error: {error}", file=sys.stderr)
+        return EXIT_NUMBERS
     except Stopped as stopped:
         print(f"hvd-hetero: {stopped}", file=sys.stderr)
         return EXIT_STOPPED
@@ -47,6 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     command("train", _train, "one rank of a run: started by horovodrun on every slot")
     launcher = command("launch", _launch, "check a configuration, then run it through horovodrun")
     launcher.add_argument("--print", dest="show", action="store_true", help="only print the horovodrun line")
+    restarts = "when it fails, start it again up to N times, from its newest checkpoint"
+    launcher.add_argument("--max-restarts", type=int, default=0, metavar="N", help=restarts)
+    fewer = "a restart may leave out hosts that do not answer, as long as M ranks remain"
+    launcher.add_argument("--min-ranks", type=int, metavar="M", help=fewer)
     command("profile", _profile, "measure the device classes' speeds, and keep them for runs of the same configuration")
     command("doctor", _doctor, "what this machine, or each rank of a job, has; can a configuration run here?")
     command("compare", _compare, "many runs that share a budget, one after another, in one table; half-done ones go on")
@@ -70,7 +79,7 @@ def _train(args: argparse.Namespace, files: list[str], overrides: list[str]) -> 
 def _launch(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:
     from hvd_hetero.launch import launch
 
-    return launch(files, overrides, args.show)
+    return launch(files, overrides, args.show, args.max_restarts, args.min_ranks)
 
 
 def _profile(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:

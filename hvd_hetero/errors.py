@@ -55,6 +55,21 @@ class Stopped(Exception):
         self.round = round
 
 
+class BadNumbers(Exception):
+    """The numbers of all ranks have gone bad, or those of one that is not to be left out.
+
+    Attributes:
+        ranks: whose numbers they are.
+    """
+
+    def __init__(self, round: int, ranks: Iterable[int], everybody: bool = False) -> None:
+        self.ranks = list(ranks)
+        named = f"rank{'s' * (len(self.ranks) > 1)} {', '.join(map(str, self.ranks))}"
+        why = "nobody's are good" if everybody else "aggregation.nan=stop"
+        super().__init__(f"the numbers of {named} have gone bad (NaN, Inf) in round {round}, and {why}; a lower "
+                         "train.lr or train.clip_norm may help, run.resume=auto goes on from the last checkpoint")
+
+
 def nearest(word: Any, words: Iterable[str]) -> str:
     """The remedy for a name that is not known: the nearest one that is, or all of them."""
     known = list(words)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hvd_hetero import algorithms, job
 from hvd_hetero.algorithms.local import LocalSGD
 from hvd_hetero.api import guarded
+from hvd_hetero.comm.averages import average
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.components import Components, Given, build
@@ -28,10 +29,15 @@ from hvd_hetero.timing import Pace, Stopwatch, own_clock
 
 
 class Round:
-    """One round of this rank: iterate over it for its local batches, and give back the losses of each."""
+    """One round of this rank: iterate over it for its local batches, and give back the losses of each.
 
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self._batches = batches
+    Attributes:
+        left_out: this rank's numbers (NaN, Inf) have not gone into the average that the round begins with: the
+            optimizer's state, which is yours, should be cleared, ``optimizer.state.clear()``.
+    """
+
+    def __init__(self, batches: Iterator[Batch], left_out: bool = False) -> None:
+        self._batches, self.left_out = batches, left_out
         self.taken: list[Tensor] = []
 
     def __iter__(self) -> Iterator[Batch]:
@@ -98,7 +104,7 @@ class Loop:
         self._state = FlatState(self.model)
         self._source = started.components.dataset.train.to(device)
         self._generator = torch.Generator(device).manual_seed(config.run.seed * 1000003 + self.rank)
-        self._comm = Comm(cluster, self.rank, config.aggregation.path, started.watchdog.pulse)
+        self._comm = Comm(cluster, self.rank, config.aggregation.path, started.watchdog.pulse, config.aggregation.nan)
         self._comm.broadcast_state(self._state)
         samples = len(self._source)
         self.plan = algorithms.build(config, cluster, samples).make_plan(None)
@@ -119,20 +125,21 @@ class Loop:
 
     def __iter__(self) -> Iterator[Round]:
         mine = self.plan.of_rank(self.rank)
-        done = Done()
+        done, left_out, self._comm.left_out.round = Done(), False, 1
         while rounds := next_rounds(self._train, self.plan, done):
             part = replace(self.plan, rounds=rounds)
             rows = guarded(partial(self._feed.deal, part))
             batches = iter(self._source.batches(rows, self._generator))
             taken: list[Tensor] = []
             for _ in range(rounds):
-                current = Round(self._pace.steps(batches, mine.tau))
+                current = Round(self._pace.steps(batches, mine.tau), left_out)
                 yield current
                 if sum(map(len, current.taken)) != mine.tau * mine.batch_size:
                     problem = f"a round has {mine.tau} batches of {mine.batch_size}, got losses of {len(current.taken)}"
                     raise RuntimeError(f"{problem}: go through the whole round and call round.losses for each batch")
                 taken += current.taken
-                guarded(partial(self._comm.average, self._state, mine.weight))
+                left_out = not guarded(partial(average, self._comm, self._state, mine.weight))
+                self._comm.left_out.round += 1
             guarded(partial(self._feed.collect, part, torch.cat(taken).float().cpu()))
             done = done.after(part)
 

@@ -1,25 +1,23 @@
-"""What a run leaves behind: its folder, a row a pass, TensorBoard events, and the accounts of every device class."""
+"""What a run leaves behind: its folder, a row a pass, TensorBoard events; and what it shows on the way."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
 from hvd_hetero.cluster import Cluster
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.limits import Done
-from hvd_hetero.partial_counts import PartialAccounts
-from hvd_hetero.plan import Plan
-from hvd_hetero.timing import KINDS, split_waiting
+from hvd_hetero.files import check_no_links, write_text
 from hvd_hetero.trace import TRACE
 
 SUMMARY = "summary.json"
@@ -58,14 +56,12 @@ class RunFolder:
 
     def write(self, name: str, content: Mapping[str, Any] | str) -> None:
         """Writes a text or a JSON file whole: a reader sees the old one or the new one."""
-        text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-        part = self.path / f".{name}.part"
-        part.write_text(text)
-        part.replace(self.path / name)
+        text = content if isinstance(content, str) else to_json(content, indent=2)
+        write_text(self.path / name, text)
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Appends a row to ``metrics.jsonl``, flushed, and its numbers to TensorBoard, by samples seen."""
-        self._rows.write(json.dumps(row) + "\n")
+        self._rows.write(to_json(row))
         self._rows.flush()
         for name, value in row.items():
             for part, number in value.items() if isinstance(value, dict) else [("", value)]:
@@ -84,122 +80,28 @@ class RunFolder:
         self._events.close()
 
 
+def to_json(content: Any, indent: int | None = None) -> str:
+    """A text in JSON, ended by a newline. JSON knows no NaN and no Inf: they become null."""
+    return json.dumps(_or_null(content), indent=indent, allow_nan=False) + "\n"
+
+
+def _or_null(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: _or_null(value) for key, value in content.items()}
+    return [_or_null(value) for value in content] if isinstance(content, (list, tuple)) else content
+
+
 def check_run_dir(path: str | Path, overwrite: bool) -> None:
-    """Refuses a folder that already holds a run.
+    """Refuses a folder that already holds a run, or links that would lead out of it.
 
     Raises:
         ConfigError: it does, and ``overwrite`` is not set.
     """
+    check_no_links("run.dir", Path(path), (METRICS, "tensorboard", "checkpoint", "checkpoints"))
     if not overwrite and any((Path(path) / name).exists() for name in (SUMMARY, "config.yaml")):
         raise ConfigError("run.dir", str(path), "already holds a run", "choose another, or set run.overwrite=true")
-
-
-class Accounts:
-    """Adds up, over passes, where every rank's time went and what every class did."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
-        self.seconds = [dict.fromkeys(KINDS, 0.0) for _ in range(cluster.size)]
-        self.steps = [0] * cluster.size
-        self.samples = [0] * cluster.size
-        self.rounds = 0
-        self.passes = 0
-        self.partial = PartialAccounts()
-        self.earlier = Done()
-
-    def enter(
-        self,
-        plan: Plan,
-        rounds: int,
-        steps: Sequence[int],
-        kinds: Sequence[Mapping[str, float]],
-        collectives: Sequence[Sequence[float]],
-    ) -> float:
-        """Enters one pass; returns its seconds.
-
-        Args:
-            rounds: averages that were made.
-            steps: local steps, by rank.
-            kinds: seconds of each kind, by rank.
-            collectives: durations ``[ranks][collectives]`` in the order in which ranks met in them, NaN: not in it.
-        """
-        blocked, comm = split_waiting(collectives)
-        for rank, mine in enumerate(plan.by_rank()):
-            together = {"blocked": blocked[rank], "comm": comm[rank]}
-            for kind in KINDS:
-                self.seconds[rank][kind] += kinds[rank][kind] + together.get(kind, 0.0)
-            self.steps[rank] += steps[rank]
-            self.samples[rank] += steps[rank] * mine.batch_size
-        self.rounds += rounds
-        self.passes += 1
-        return sum(kinds[0].values()) + blocked[0] + comm[0]
-
-    def state_dict(self) -> dict[str, Any]:
-        counts = {name: getattr(self, name) for name in ("seconds", "steps", "samples", "rounds", "passes")}
-        return {**counts, "partial": self.partial.state_dict(), "earlier": asdict(self.earlier)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.seconds = [dict(mine) for mine in state["seconds"]]
-        self.steps, self.samples = list(state["steps"]), list(state["samples"])
-        self.rounds, self.passes = state["rounds"], state["passes"]
-        self.partial.load_state_dict(state["partial"])
-        self.earlier = Done(**state["earlier"])
-
-    def carry_over(self, state: Mapping[str, Any]) -> None:
-        """Goes on from the totals of other ranks' accounts; what was each class's own is not counted any more."""
-        other = Accounts(self._cluster)
-        other.load_state_dict(state)
-        self.rounds, self.passes, self.earlier = other.rounds, other.passes, other.done
-
-    @property
-    def done(self) -> Done:
-        steps = self.earlier.fast_steps + max(self.steps)
-        return Done(self.passes, self.rounds, steps, self.samples_seen, self.train_sec)
-
-    @property
-    def samples_seen(self) -> int:
-        return self.earlier.samples + sum(self.samples)
-
-    @property
-    def train_sec(self) -> float:
-        return self.earlier.train_sec + sum(self.seconds[0].values())
-
-    def blocked_fractions(self) -> dict[str, float]:
-        """By class, the share of its time that its ranks waited for others."""
-        return {c.name: _share(self._times(c.ranks), "blocked") for c in self._cluster.classes}
-
-    def classes(self, plan: Plan) -> list[dict[str, Any]]:
-        """The ``classes`` of summary.json; seconds are means over a class's ranks, steps and samples sums."""
-        result = []
-        for item, planned in zip(self._cluster.classes, plan.classes, strict=True):
-            times = self._times(item.ranks)
-            steps = sum(self.steps[r] for r in item.ranks)
-            busy = (times["compute"] + times["data"]) * len(item.ranks)
-            result.append(
-                {
-                    "name": item.name,
-                    "device": item.device,
-                    "ranks": list(item.ranks),
-                    "tau": planned.tau,
-                    "batch_size": planned.batch_size,
-                    "weight": planned.weight,
-                    "slowdown": item.slowdown,
-                    "step_sec": busy / steps if steps else None,
-                    "steps": steps,
-                    "samples": sum(self.samples[r] for r in item.ranks),
-                    "time_sec": times,
-                    "blocked_fraction": _share(times, "blocked"),
-                }
-            )
-        return result
-
-    def _times(self, ranks: Sequence[int]) -> dict[str, float]:
-        return {kind: sum(self.seconds[r][kind] for r in ranks) / len(ranks) for kind in KINDS}
-
-
-def _share(times: Mapping[str, float], kind: str) -> float:
-    total = sum(times.values())
-    return times[kind] / total if total else 0.0
 
 
 class Progress:
@@ -267,10 +169,16 @@ def environment(cluster: Cluster, horovod: Mapping[str, Any]) -> dict[str, Any]:
         | {name: _version(name) for name in packages},
         "platform": platform.platform(),
         "ranks": [fact.to_dict() for fact in cluster.facts],
-        "command": sys.argv,
+        "command": [without_passwords(word) for word in sys.argv],
         "git_revision": _git_revision(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def without_passwords(word: str) -> str:
+    """A word of a command line without what stands before the @ of a URL, and without values of keys named after it."""
+    word = re.sub(r"(?<=://)[^/@\s]+(?=@)", "***", word)
+    return re.sub(r"(?i)((?:token|secret|passw(?:or)?d|api_?key)\w*['\"]?\s*[=:]\s*)[^\s,&}]+", r"\1***", word)
 
 
 def _version(package: str) -> str | None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from hvd_hetero.accounts import Accounts
 from hvd_hetero.cluster import Cluster
 from hvd_hetero.comm.horovod import Comm, build_info
-from hvd_hetero.metrics import SUMMARY, Accounts, RunFolder, environment
+from hvd_hetero.metrics import SUMMARY, RunFolder, environment
 from hvd_hetero.plan import Plan
 from hvd_hetero.schema import Config
 from hvd_hetero.trace import TRACE, Recorder, from_numbers, timeline, to_chrome

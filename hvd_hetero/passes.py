@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hvd_hetero.accounts import Accounts
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.data import Batch, Source
 from hvd_hetero.feed import Worked
-from hvd_hetero.metrics import Accounts
 from hvd_hetero.pacing import settled_step_sec
 from hvd_hetero.plan import Plan, apportion
 from hvd_hetero.schema import EvalConfig
@@ -42,13 +42,14 @@ def gather_figures(
     """
     kinds, collectives = watch.take()
     loss = float(losses.double().sum())
-    figures = [*(kinds[kind] for kind in KINDS), loss, worked.steps, step_sec, *collectives]
+    figures = [*(kinds[kind] for kind in KINDS), loss, worked.steps, step_sec, comm.left_out.take(), *collectives]
     rows = [row.tolist() for row in comm.gather(torch.tensor(figures, dtype=torch.float64), "pass.times")]
     count = len(KINDS)
     steps = [int(row[count + 1]) for row in rows]
     spent = [dict(zip(KINDS, row, strict=False)) for row in rows]
     before = accounts.samples_seen
-    seconds = accounts.enter(plan, worked.rounds, steps, spent, [row[count + 3 :] for row in rows])
+    seconds = accounts.enter(plan, worked.rounds, steps, spent, [row[count + 4 :] for row in rows],
+                             [int(row[count + 3]) for row in rows])
     samples = accounts.samples_seen - before
     return PassFigures(seconds, samples, sum(row[count] for row in rows) / samples, [r[count + 2] for r in rows])
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from hvd_hetero.cluster import Cluster
+from hvd_hetero.comm.averages import average
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.data import Source
 from hvd_hetero.worker import Worker
@@ -110,7 +111,7 @@ class Measurement:
         for _ in range(AVERAGES):
             self.comm.barrier("profile.average")
             start = time.perf_counter()
-            self.comm.average(self.worker.state, 1 / self.comm.size)
+            average(self.comm, self.worker.state, 1 / self.comm.size)
             times.append(time.perf_counter() - start)
         mine = torch.tensor([statistics.median(times)], dtype=torch.float64)
         return min(float(t) for t in self.comm.gather(mine, "profile.averages"))

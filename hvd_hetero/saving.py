@@ -7,6 +7,7 @@ thread beside the next stretches.
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -55,8 +56,8 @@ def find(run_dir: Path, digest: str, world_size: int, reshape: bool = False) -> 
         CheckpointError: there are checkpoints, but none that this run can go on from.
     """
     first: CheckpointError | None = None
-    wanted = (None, None) if reshape else (digest, world_size)
     damaged: list[CheckpointError] = []
+    wanted = (None, None) if reshape else (digest, world_size)
     for candidate in Store(run_dir).candidates(*wanted):
         try:
             if candidate.checkpoint is not None:
@@ -214,7 +215,7 @@ class Saver:
         return None if latest is None else latest.meta.round
 
     def _is_best(self, value: float | None) -> float | None:
-        if value is None or (self._best is not None and value <= self._best):
+        if value is None or math.isnan(value) or (self._best is not None and value <= self._best):
             return None
         self._best = value
         return value

@@ -117,6 +117,7 @@ class AggregationConfig:
     outer_lr: float = _key(1.0, above=0)
     outer_momentum: float = _key(0.0, at_least=0, at_most=1)
     outer_nesterov: bool = False
+    nan: str = _key("leave_out", choices=("leave_out", "stop"))
 
 
 @dataclass(frozen=True)

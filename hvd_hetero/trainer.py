@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from hvd_hetero import algorithms
+from hvd_hetero.accounts import Accounts
 from hvd_hetero.checkpoint import save_model
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.delays import delays
@@ -21,7 +22,7 @@ from hvd_hetero.errors import Stopped
 from hvd_hetero.feed import Feed, Pass
 from hvd_hetero.job import Job, make_worker
 from hvd_hetero.limits import check_limits, expected_passes, next_rounds
-from hvd_hetero.metrics import Accounts, Progress, RunFolder
+from hvd_hetero.metrics import Progress, RunFolder
 from hvd_hetero.output import note, write_start, write_summary, write_trace
 from hvd_hetero.partial_counts import to_numbers
 from hvd_hetero.passes import Ongoing, PassFigures, RoundLaps, evaluate, gather_figures, say_taus
@@ -59,7 +60,9 @@ class Trainer:
         if run_dir is not None and job.env.rank == 0:
             kept = () if found is None else (found.state["rank0"][key] for key in ("rows_bytes", "samples_seen"))
             self.folder = RunFolder(run_dir, config.run.overwrite or config.run.resume is not None, *kept)
-        self.comm = Comm(job.cluster, job.env.rank, config.aggregation.path, job.watchdog.pulse)
+        self.comm = Comm(
+            job.cluster, job.env.rank, config.aggregation.path, job.watchdog.pulse, config.aggregation.nan
+        )
 
     def prepare(self) -> None:
         """Starts all ranks from one model, measures their speeds if they are needed, and makes the plan.
@@ -200,6 +203,7 @@ class Trainer:
             "batch_size": {c.name: c.batch_size for c in plan.classes},
             "samples_per_sec": done.samples / done.seconds,
             "blocked_fraction": accounts.blocked_fractions(),
+            "left_out": accounts.left_out_of(),
         }
         if (counts := self.algorithm.counts()) is not None:
             row["partial"] = accounts.partial.enter(comm.gather(to_numbers(counts), "pass.counts"))
@@ -218,8 +222,8 @@ class Trainer:
         return Sampler(len(self.source), str(spec.scheme), spec.high_loss_ratio, biased, self.config.run.seed)
 
     def _warm_up(self, before: int, number: int) -> None:
-        """Sets the learning rate of a round: so many in earlier passes, and its number in this one."""
-        rounds = self.config.train.warmup_rounds
+        """Sets number and learning rate of a round: so many in earlier passes, and its number in this one."""
+        rounds, self.comm.left_out.round = self.config.train.warmup_rounds, before + number + 1
         if rounds:  # always: a late rank may skip the round with which the warm-up ends
             self.worker.warm_up(min(1.0, (before + number + 1) / rounds))
 
@@ -249,6 +253,7 @@ class Trainer:
         if self.folder is not None and self.progress is not None:
             self.progress.close()
             self.folder.close()
+            self.saver.stopping.forget()
         return Stopped(self.saver.newest())
 
     def _state(self, ongoing: Ongoing | None) -> dict[str, Any]:

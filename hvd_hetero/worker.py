@@ -110,6 +110,16 @@ class Worker:
         self._losses.append(losses)
         return losses
 
+    def gradients(self) -> list[Tensor]:
+        """The gradients at hand, of those parameters that have one."""
+        return [p.grad for p in self._params if p.grad is not None]
+
+    def gradient_again(self, inputs: Any, targets: Tensor, weight: float) -> list[Tensor]:
+        """The gradient once more, of those parameters that have one at hand, beside it; no hook is called."""
+        losses = self._losses_of(inputs, targets)[0]
+        params = [p for p in self._params if p.grad is not None]
+        return list(torch.autograd.grad(losses.mean() * weight, params, allow_unused=True, materialize_grads=True))
+
     def apply(self) -> None:
         """One optimizer step along the gradient at hand."""
         if self._clip_norm is not None:

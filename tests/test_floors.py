@@ -14,8 +14,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hvd_hetero"
 FLOORS = [
     {"errors", "checking", "config", "files", "schema", "pacing", "cluster", "plan", "pulse", "timing"},
-    {"comm", "data", "models", "imports", "limits", "sampling", "metrics", "accounts", "trace", "checkpoint", "store", "simulator",
-     "delays", "partial_counts", "profiles", "stopping", "watchdog"},
+    {"comm", "data", "models", "imports", "limits", "sampling", "metrics", "trace", "checkpoint", "store", "simulator",
+     "accounts", "delays", "partial_counts", "profiles", "stopping", "watchdog"},
     {"worker", "profiling", "feed", "passes", "saving", "output"},
     {"algorithms", "components"},
     {"trainer", "job", "speeds"},

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar, final
 
 from hvd_hetero.algorithms.lockstep import FAST, Lockstep, LockstepOptions
+from hvd_hetero.comm.averages import settle
+from hvd_hetero.comm.finite import finite, mark
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.comm.servers import Servers
 from hvd_hetero.data import Batch
@@ -62,8 +64,8 @@ class BytePS(Lockstep):
         super().start(plan, worker, comm)
         assert isinstance(self.options, BytePSOptions)
         self.servers = Servers(comm, self.ranks, self.options.partition_bytes)
-        # a server's parameters only tell how long the vectors are
-        self.vectors = worker.flat_gradients() if self.mine.tau else worker.state.parameters()
+        self.gradients = worker.flat_gradients()
+        self.vectors = worker.state.padded_gradients  # a server's only tell how long they are
 
     def run_round(self, worker: Worker, batches: Iterator[Batch], comm: Comm) -> None:
         if self.mine.role == SERVER:
@@ -71,8 +73,14 @@ class BytePS(Lockstep):
             worker.watch.collective()
             return
         for inputs, targets in worker.pace.steps(batches, 1):
+            self.keep_buffers(worker)
             worker.gradient(inputs, targets, self.mine.weight)
+            good = finite(self.gradients)
+            mark(self.vectors, good, share=self.mine.weight)
             worker.pace.pause()
             self.servers.sum_(self.vectors, "gradient")
             worker.watch.collective()
+            settle(comm, self.vectors, good, "gradient", self.ranks)
+            if not good:
+                self.leave_out(worker, comm)
             worker.apply()

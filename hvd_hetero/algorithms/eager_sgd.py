@@ -18,6 +18,7 @@ falls behind by more than ``aggregation.max_lag`` rounds. Faster ranks take more
 together, with one round for what is left in the buffers.
 
 Where batches differ in size, 1/m is B_i / sum_j B_j. Running statistics of BatchNorm are averaged at the end of a pass.
+A gradient that holds NaN or Inf is not contributed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvd_hetero.algorithms.lockstep import Lockstep
+from hvd_hetero.comm.averages import check_partial
+from hvd_hetero.comm.finite import finite
 from hvd_hetero.comm.flat import joined, parts_of
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.comm.partial import PartialAllreduce
@@ -87,16 +90,22 @@ class EagerSGD(Lockstep):
         partial.claim(self.mine.batch_size)
         while True:
             for inputs, targets in worker.pace.steps(batches, 1):
+                self.keep_buffers(worker)
                 worker.gradient(inputs, targets, self.mine.weight)
             if len(rows) == len(at):
                 break
             at.append(partial.version - first)
             # the answer comes while this rank waits for the round; who claims everything leaves nobody anything
             partial.claim(len(given.rows) if given.stopping() else self.mine.batch_size)
-            partial.contribute(comm.on_host(joined(self._gradients)))
-            self._apply(partial.take(), worker, given, first)
+            if finite(self._gradients):
+                partial.contribute(comm.on_host(joined(self._gradients)))
+                self._apply(partial.take(), worker, given, first)
+            else:  # others may be waiting for this rank to contribute, so it waits for nothing
+                self.leave_out(worker, comm)
+                self._apply(partial.take(patience_sec=0), worker, given, first)
         for results in partial.finish():
             self._apply(results, worker, given, first)
+        check_partial(comm, worker.state.parameters(), self._averages)
         taken = np.stack(rows) if rows else np.empty((0, self.mine.batch_size), dtype=np.int64)
         return Worked(self._averages, len(rows), taken, np.array(at, dtype=np.int64), self._used)
 
@@ -110,7 +119,8 @@ class EagerSGD(Lockstep):
 
     def _apply(self, results: Sequence[Round], worker: Worker, given: Pass, first: int) -> None:
         """One optimizer step along each result."""
-        worker.watch.waited(results[0].started)
+        if results:
+            worker.watch.waited(results[0].started)
         for result in results:
             if result.weight:  # the last round of a pass finds the buffers empty, as a rule
                 given.begin_round(result.number - first)
@@ -118,6 +128,7 @@ class EagerSGD(Lockstep):
                     gradient.copy_(part)
                 worker.apply()
                 self._averages += 1
+                self._comm.left_out.since = 0
                 given.end_round()
         self.partial.done(results)
         worker.pace.pause()

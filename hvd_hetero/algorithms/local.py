@@ -13,6 +13,7 @@ import torch
 from hvd_hetero.algorithms.base import Algorithm
 from hvd_hetero.algorithms.merging import Merging, check_merging
 from hvd_hetero.algorithms.outer import Outer, average_optimizer
+from hvd_hetero.comm.averages import average
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.comm.rounds import Counts
 from hvd_hetero.config import per_class
@@ -46,7 +47,8 @@ class LocalSGD(Algorithm):
 
     The optimizer's own state (momentum) stays each rank's own, is averaged with the models, or starts anew after every
     average: ``aggregation.optimizer_state: local | average | reset``. With ``aggregation.mode: solo | majority`` no
-    class waits for another one: see :mod:`hvd_hetero.algorithms.merging`.
+    class waits for another one: see :mod:`hvd_hetero.algorithms.merging`. A rank whose numbers have gone bad is
+    left out of the average, goes on from it, and forgets its optimizer's state.
     """
 
     merging: Merging | None = None
@@ -153,11 +155,11 @@ class LocalSGD(Algorithm):
     def run_round(self, worker: Worker, batches: Iterator[Batch], comm: Comm) -> None:
         self.outer.remember()
         worker.local_steps(batches, self.mine.tau)
-        comm.average(worker.state, self.mine.weight)
-        if self.aggregation.optimizer_state == "average":
-            average_optimizer(worker.optimizer, self.mine.weight, comm)
+        good, kept = average(comm, worker.state, self.mine.weight), self.aggregation.optimizer_state
+        if kept == "average":
+            average_optimizer(worker.optimizer, self.mine.weight, comm, good)
         worker.watch.collective()
-        if self.aggregation.optimizer_state == "reset":
+        if kept == "reset" or (kept == "local" and not good):
             worker.optimizer.state.clear()
         self.outer.step()
 

@@ -9,8 +9,11 @@ from typing import ClassVar
 
 from hvd_hetero.algorithms.base import Algorithm
 from hvd_hetero.cluster import Cluster, DeviceClass
+from hvd_hetero.comm.averages import average_buffers
+from hvd_hetero.comm.finite import finite
 from hvd_hetero.comm.horovod import Comm
-from hvd_hetero.errors import ConfigError
+from hvd_hetero.errors import BadNumbers, ConfigError
+from hvd_hetero.feed import Pass, Worked
 from hvd_hetero.plan import IDLE, Plan, lockstep_plan
 from hvd_hetero.schema import AggregationConfig, AlgorithmConfig
 from hvd_hetero.worker import Worker
@@ -33,7 +36,8 @@ class Lockstep(Algorithm):
     """Replicas that never differ in their parameters, because each step goes along the gradient of the joined batch.
 
     Running statistics of BatchNorm are each rank's own during a pass, as in data-parallel training everywhere, and are
-    averaged over the training ranks at its end, with the gradients' weights.
+    averaged over the training ranks at its end, with the gradients' weights. A rank whose gradient has gone bad is left
+    out of the step, which goes along the joined gradient of the others.
 
     Attributes:
         others: what the other ranks are meanwhile.
@@ -73,9 +77,28 @@ class Lockstep(Algorithm):
             self.cluster, self.samples, self.batches(), others=self.others, epoch=self.train.epoch, tau=steps
         )
 
+    def run_pass(self, given: Pass, worker: Worker, comm: Comm) -> Worked:
+        worked = super().run_pass(given, worker, comm)
+        if self.mine.tau and not finite(worker.state.parameters()):  # a step itself may have gone too far
+            raise BadNumbers(comm.left_out.round, self.ranks, everybody=True)
+        return worked
+
+    def keep_buffers(self, worker: Worker) -> None:
+        """Remembers running statistics, before a step."""
+        self._kept = [buffers.clone() for buffers in worker.state.buffers()]
+
+    def put_buffers_back(self, worker: Worker) -> None:
+        for buffers, kept in zip(worker.state.buffers(), self._kept, strict=True):
+            buffers.copy_(kept)
+
+    def leave_out(self, worker: Worker, comm: Comm) -> None:
+        """Notes that this rank's gradient was left out, and undoes what its batch has made of running statistics."""
+        self.put_buffers_back(worker)
+        comm.left_out.note()
+
     def end_pass(self, worker: Worker, comm: Comm) -> None:
         if comm.rank in self.ranks:
-            comm.average_buffers(worker.state, self.mine.weight, self.ranks)
+            average_buffers(comm, worker.state, self.mine.weight, self.ranks)
         if 0 not in self.ranks:
             comm.broadcast_state(worker.state, self.ranks[0])
 

@@ -20,6 +20,9 @@ Nobody waits for a round for longer than ``aggregation.patience_sec``: a rank th
 result goes on from y_i, and what it does is merged a round later. Only one that is ``aggregation.max_lag`` rounds ahead
 waits. In every ``aggregation.sync_every``-th round all classes take part. A pass ends when one class has had all its
 samples; the others stop after the step that they are in.
+
+Progress that holds NaN or Inf is given to nobody: the rank goes back to y_i as it was when it last gave some, and its
+optimizer's state is cleared.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ from torch import Tensor
 
 from hvd_hetero.algorithms.outer import Outer
 from hvd_hetero.cluster import Cluster
+from hvd_hetero.comm.averages import check_partial
+from hvd_hetero.comm.finite import finite
 from hvd_hetero.comm.flat import joined, parts_of
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.comm.partial import PartialAllreduce
@@ -75,6 +80,7 @@ class Merging:
 
     def _open(self, first: int) -> None:
         spec, whole = self._spec, joined([*self._params, *self._buffers])
+        self._kept = [buffers.clone() for buffers in self._buffers]
         self._partial = PartialAllreduce(
             self._comm,
             whole.numel(),
@@ -114,8 +120,10 @@ class Merging:
             given.begin_round(number)
             steps = worker.local_steps(batches, tau, lambda: partial.closing or given.stopping())
             at += [number] * steps
-            self._contribute(steps * part)
-            rounds = partial.take(None if self._unmerged >= self._spec.max_lag else self._spec.patience_sec)
+            if self._contribute(steps * part):
+                rounds = partial.take(None if self._unmerged >= self._spec.max_lag else self._spec.patience_sec)
+            else:  # others may be waiting for this rank to contribute
+                rounds = partial.take(patience_sec=0)
             worker.watch.waited(rounds[0].started if rounds else math.inf)
             self._merge(rounds)
             given.end_round()
@@ -124,15 +132,25 @@ class Merging:
         for rounds in partial.finish():
             worker.watch.waited(rounds[0].started)
             self._merge(rounds)
+        check_partial(self._comm, self._params, self._averages)
         return Worked(self._averages, len(at), given.rows[: len(at)], np.array(at, dtype=np.int64))
 
     @torch.no_grad()
-    def _contribute(self, steps: float) -> None:
+    def _contribute(self, steps: float) -> bool:
+        """Gives what this rank has come to since it last did; False if its numbers have gone bad, and it goes back."""
+        if not finite([*self._params, *self._buffers]):
+            self._set(self._common if self._ahead is None else self._common + self._ahead.to(self._common))
+            for vector, kept in zip(self._buffers, self._kept, strict=True):
+                vector.copy_(kept)
+            self._worker.optimizer.state.clear()
+            self._comm.left_out.note()
+            return False
         progress = (joined(self._params) - self._common).to("cpu")
         fresh = progress if self._ahead is None else progress - self._ahead
         self._partial.contribute(joined([fresh, *(b.to("cpu") for b in self._buffers)]), steps)
         self._ahead = progress
         self._unmerged += 1
+        return True
 
     @torch.no_grad()
     def _merge(self, rounds: Sequence[Round]) -> None:
@@ -156,8 +174,10 @@ class Merging:
                     vector.copy_(part)
                 self._outer.step()
                 self._averages += 1
+                self._comm.left_out.since = 0
         self._partial.done(rounds)
         self._common.copy_(joined(self._params))
+        self._kept = [buffers.clone() for buffers in self._buffers]
         if not self._unmerged:
             self._ahead = None  # what rounding has left of it is nobody's progress
             if self._spec.optimizer_state == "reset":

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from hvd_hetero.comm.averages import average_tensors
+from hvd_hetero.comm.finite import finite
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.comm.horovod import Comm
 
@@ -62,22 +64,26 @@ class Outer:
 
 
 @torch.no_grad()
-def average_optimizer(optimizer: torch.optim.Optimizer, weight: float, comm: Comm) -> None:
+def average_optimizer(optimizer: torch.optim.Optimizer, weight: float, comm: Comm, good: bool = True) -> None:
     """Replaces the optimizer's floating state (momentum) by its weighted average over all ranks; counts by the maximum.
 
     ``step`` is a count, whatever its type: bias corrections go by the rank that has taken the most steps.
+
+    Args:
+        good: whether this rank's model was; if not, its state has no part in the average either.
+
+    Raises:
+        BadNumbers: as :func:`hvd_hetero.comm.averages.average`.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     entries = [(optimizer.state[p], key) for p in params if p in optimizer.state for key in sorted(optimizer.state[p])]
     entries = [(own, key) for own, key in entries if isinstance(own[key], (torch.Tensor, int, float))]
     counts = [(own, key) for own, key in entries if key == "step" or not _floating(own[key])]
     tensors = [own[key] for own, key in entries if key != "step" and _floating(own[key])]
-    for dtype in dict.fromkeys(t.dtype for t in tensors):
-        parts = [t for t in tensors if t.dtype == dtype]
-        flat = torch.cat([t.reshape(-1) for t in parts])
-        comm.weighted_sum_(flat, weight, f"optimizer.{dtype}")
-        for tensor, part in zip(parts, flat.split([t.numel() for t in parts]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+    fit = good and finite(tensors)
+    average_tensors(comm, tensors, fit, "optimizer", weight=weight)
+    if good and not fit:
+        comm.left_out.note()
     most = comm.max([float(own[key]) for own, key in counts], "optimizer.counts") if counts else []
     for (own, key), value in zip(counts, most, strict=True):
         if isinstance(own[key], torch.Tensor):

@@ -13,13 +13,21 @@ With equal batches the sum is the mean over workers. Everybody waits for the slo
 ``hvd.DistributedOptimizer`` sends each parameter's gradient as soon as the backward pass has made it; gradient clipping
 comes after the sum, so it is that of the joined batch. BatchNorm normalizes each rank's own share; running statistics
 are averaged at the end of a pass.
+
+When a gradient is seen to be bad, parts of it have been sent already. But the sum is the same on all workers: where it
+holds NaN or Inf, each computes its own gradient once more, and they are summed without the bad ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
 
 from hvd_hetero.algorithms.lockstep import Lockstep
+from hvd_hetero.comm.averages import average_tensors
+from hvd_hetero.comm.finite import finite
 from hvd_hetero.comm.gradients import GradientSum
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.data import Batch
@@ -41,8 +49,25 @@ class SyncSGD(Lockstep):
             worker.watch.absent()
             return
         for inputs, targets in worker.pace.steps(batches, 1):
+            self.keep_buffers(worker)
             worker.gradient(inputs, targets, self.mine.weight)
             worker.pace.pause()
             with self.sum.finished(worker.optimizer):
+                if not finite(worker.gradients()):
+                    self._sum_again(worker, inputs, targets, comm)
                 worker.watch.collective()
                 worker.apply()
+
+    def _sum_again(self, worker: Worker, inputs: Any, targets: Tensor, comm: Comm) -> None:
+        """Sums the gradients of the ranks whose own are good; all ranks of the group see that the first sum was not."""
+        integers = worker.state.integers()
+        self.put_buffers_back(worker)
+        own = worker.gradient_again(inputs, targets, self.mine.weight)
+        if integers is not None:
+            worker.state.set_integers(integers)
+        good = finite(own)
+        average_tensors(comm, own, good, "gradient.again", share=self.mine.weight, ranks=self.ranks)
+        for gradient, again in zip(worker.gradients(), own, strict=True):
+            gradient.copy_(again)
+        if not good:
+            self.leave_out(worker, comm)

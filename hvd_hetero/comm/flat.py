@@ -5,33 +5,42 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hvd_hetero.comm.finite import SPARE, finite
+
 
 class FlatState:
     """Moves a module's trainable parameters and floating buffers into flat vectors, of which they become views.
 
     Build it after the module is on its device and before the optimizer. Frozen parameters are the same on every rank
     for ever, so they stay out. Integer buffers (BatchNorm's ``num_batches_tracked``) are few and tiny: they are copied
-    to and fro as one int64 vector.
+    to and fro as one int64 vector. A buffer that holds Inf or NaN before training (an attention mask) is taken for a
+    constant, and stays out as well.
 
     Attributes:
         vectors: one ``[P]`` vector per floating dtype; trainable parameters first.
+        padded: the same memory, ``[P + SPARE]``, with the spare elements that travel with it.
         params: for each vector, how many of its elements are parameters (the rest are buffers).
+        padded_gradients: as :meth:`flat_gradients`, with spare elements.
     """
 
     def __init__(self, module: nn.Module) -> None:
         trainable = [p for p in module.parameters() if p.requires_grad]
         floating = [b for b in module.buffers() if b.is_floating_point()]
         self._integer = [b for b in module.buffers() if not b.is_floating_point() and not b.is_complex()]
-        self._frozen = [p for p in module.parameters() if not p.requires_grad]
+        self._frozen: list[Tensor] = [p for p in module.parameters() if not p.requires_grad]
+        self._frozen += [b for b in floating if not finite([b])]
+        floating = [b for b in floating if finite([b])]
         dtypes = dict.fromkeys(t.dtype for t in [*trainable, *floating])
-        self.vectors: list[Tensor] = []
+        self.padded: list[Tensor] = []
+        self.padded_gradients: list[Tensor] = []
         self.params: list[int] = []
         self._by_vector: list[list[nn.Parameter]] = []
         for dtype in dtypes:
             params = [p for p in trainable if p.dtype == dtype]
-            self.vectors.append(_adopt([*params, *(b for b in floating if b.dtype == dtype)]))
+            self.padded.append(_adopt([*params, *(b for b in floating if b.dtype == dtype)]))
             self.params.append(sum(p.numel() for p in params))
             self._by_vector.append(params)
+        self.vectors = [vector[:-SPARE] for vector in self.padded]
 
     def parameters(self) -> list[Tensor]:
         """For each vector the ``[P]`` part that holds trainable parameters, as a view."""
@@ -42,6 +51,11 @@ class FlatState:
         parts = [vector[count:] for vector, count in zip(self.vectors, self.params, strict=True)]
         return [part for part in parts if part.numel()]
 
+    def padded_buffers(self) -> list[Tensor]:
+        """The same, with spare elements."""
+        parts = [vector[count:] for vector, count in zip(self.padded, self.params, strict=True)]
+        return [part for part in parts if part.numel() > SPARE]
+
     def flat_gradients(self) -> list[Tensor]:
         """Gives each trainable parameter a zero gradient that is a view into one flat vector per dtype.
 
@@ -49,7 +63,8 @@ class FlatState:
             The vectors, ``[P]`` as :meth:`parameters`; backward passes add to them in place, as long as nobody sets a
             gradient to None.
         """
-        gradients = [torch.zeros_like(part) for part in self.parameters()]
+        self.padded_gradients = [part.new_zeros(part.numel() + SPARE) for part in self.parameters()]
+        gradients = [vector[:-SPARE] for vector in self.padded_gradients]
         for params, gradient in zip(self._by_vector, gradients, strict=True):
             for param, part in zip(params, gradient.split([p.numel() for p in params]), strict=True):
                 param.grad = part.view(param.shape)
@@ -74,10 +89,11 @@ class FlatState:
 
 
 def _adopt(tensors: list[Tensor]) -> Tensor:
-    """Copies tensors of one dtype into a new flat vector and makes each of them a view of its part."""
+    """Copies tensors of one dtype into a new flat vector with spare elements; makes each of them a view of its part."""
     with torch.no_grad():
-        flat = torch.empty(sum(t.numel() for t in tensors), dtype=tensors[0].dtype, device=tensors[0].device)
-        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        size = sum(t.numel() for t in tensors)
+        flat = torch.empty(size + SPARE, dtype=tensors[0].dtype, device=tensors[0].device)
+        for tensor, part in zip(tensors, flat[:size].split([t.numel() for t in tensors]), strict=True):
             view = part.view(tensor.shape)
             view.copy_(tensor)
             tensor.data = view

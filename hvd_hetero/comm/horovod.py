@@ -17,11 +17,13 @@ from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor
 
 from hvd_hetero.cluster import Cluster, RankFacts
+from hvd_hetero.comm.finite import LeftOut
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.pulse import Pulse
 
 POLL_SEC = 5e-5
+STOP = "stop"
 
 
 class PeerLost(RuntimeError):
@@ -42,13 +44,20 @@ class Comm:
         path: how weighted sums travel: ``flat`` (scale locally, one global sum; host tensors only),
             ``hierarchical`` (within classes, among leaders, back), or ``auto`` (flat where all classes are on the CPU).
         pulse: told of every collective.
+        nan: what happens if a rank's numbers have gone bad: ``leave_out`` or ``stop``.
+
+    Attributes:
+        left_out: what this rank was left out of.
 
     Raises:
         ConfigError: this Horovod cannot make these sets on these hosts.
     """
 
-    def __init__(self, cluster: Cluster, rank: int, path: str = "auto", pulse: Pulse | None = None) -> None:
+    def __init__(
+        self, cluster: Cluster, rank: int, path: str = "auto", pulse: Pulse | None = None, nan: str = "leave_out"
+    ) -> None:
         self.rank, self.size, self.pulse = rank, cluster.size, pulse or Pulse()
+        self.left_out = LeftOut(rank, nan == STOP)
         mine = cluster.class_of(rank)
         self._peers = mine.ranks
         self._leaders = tuple(sorted(c.ranks[0] for c in cluster.classes))
@@ -67,35 +76,6 @@ class Comm:
         self._staging: dict[tuple[torch.dtype, int], Tensor] = {}
 
     # ---- the aggregation --------------------------------------------------------------------------------------------
-
-    def average(self, state: FlatState, weight: float, name: str = "average") -> None:
-        """Replaces every rank's model by sum_i w_i x_i (paper, eq. 4); integer buffers take the maximum.
-
-        Args:
-            weight: w of this rank; the weights of all ranks sum to 1 and are equal within a class.
-        """
-        for i, vector in enumerate(state.vectors):
-            self.weighted_sum_(vector, weight, f"{name}.{i}")
-        integers = state.integers()
-        if integers is not None and self.size > 1:
-            self._wait(hvd.allreduce_async_(integers, op=hvd.Max, name=f"{name}.integers"), f"{name}.integers")
-            state.set_integers(integers)
-
-    def average_buffers(self, state: FlatState, weight: float, ranks: tuple[int, ...], name: str = "buffers") -> None:
-        """Replaces the buffers alone, on the given ranks; integer buffers take the maximum.
-
-        Args:
-            weight: of this rank; may differ within a class.
-            ranks: all ranks, or those of one class.
-        """
-        for i, buffers in enumerate(state.buffers()):
-            self.weighted_sum_(buffers.mul_(weight), 1.0, f"{name}.{i}", ranks)
-        integers = state.integers()
-        if integers is not None and len(ranks) > 1:
-            group = self.group(ranks)
-            handle = hvd.allreduce_async_(integers, op=hvd.Max, process_set=group, name=f"{name}.integers")
-            self._wait(handle, f"{name}.integers")
-            state.set_integers(integers)
 
     def weighted_sum_(self, vector: Tensor, weight: float, name: str, ranks: tuple[int, ...] | None = None) -> None:
         """In place, on every rank: the sum over all ranks of weight times vector, bit-identical everywhere.
@@ -192,6 +172,13 @@ class Comm:
         if self.size > 1:
             self._wait(hvd.allreduce_async_(most, op=hvd.Max, name=name), name)
         return [float(x) for x in most]
+
+    def max_(self, tensor: Tensor, name: str, ranks: tuple[int, ...] | None = None) -> None:
+        """In place, for each element of a host tensor: the maximum over all ranks, or those of one class."""
+        ranks = ranks or tuple(range(self.size))
+        if len(ranks) > 1:
+            handle = hvd.allreduce_async_(tensor, op=hvd.Max, process_set=self.group(ranks), name=name)
+            self._wait(handle, name)
 
     def alltoall_async(self, tensor: Tensor, counts: Tensor, name: str) -> int:
         """Begins to send consecutive pieces of a host tensor ``[K]`` to the other ranks.

@@ -23,7 +23,7 @@ from hvd_hetero.metrics import SUMMARY
 from hvd_hetero.report.figures import fast_steps
 from hvd_hetero.report.runs import Run, read_run
 from hvd_hetero.report.style import check_matplotlib
-from hvd_hetero.report.tables import table
+from hvd_hetero.report.tables import or_dash, table
 from hvd_hetero.report.write import Chapter, slug, write
 from hvd_hetero.schema import Config
 
@@ -191,7 +191,7 @@ def _amount(run: Run, equal: str) -> float:
 def _outcome(run: Run) -> str:
     summary: Mapping[str, Any] = run.summary or {}
     accuracy = summary["eval"]["final_accuracy"]
-    figure = f"loss {summary['eval']['final_loss']:.4g}" if accuracy is None else f"accuracy {100 * accuracy:.2f}%"
+    figure = f"loss {or_dash(summary['eval']['final_loss'])}" if accuracy is None else f"accuracy {100 * accuracy:.2f}%"
     return f"; {figure}, {summary['train_sec']:.1f} s of training"
 
 

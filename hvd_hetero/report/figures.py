@@ -21,6 +21,7 @@ class Figures:
     Attributes:
         seeds: of the runs that finished.
         accuracies: final ones, by seed, between 0 and 1; empty where none was measured.
+        loss: None where it was no number in some run.
         accuracy_std: sample standard deviation over seeds; None for fewer than two.
         train_sec: seconds of training, without start, profiling and evaluation; ``wall_sec`` has all of it.
         fast_steps: local steps of the rank that took the most.
@@ -35,7 +36,7 @@ class Figures:
     accuracies: tuple[float, ...]
     accuracy: float | None
     accuracy_std: float | None
-    loss: float
+    loss: float | None
     wall_sec: float
     train_sec: float
     samples: float
@@ -76,6 +77,7 @@ def figures(series: Series) -> Figures | None:
         return None
     per_epoch = [run.plan["rounds"] for run in series.runs if run.summary is not None]
     accuracies = [s["eval"]["final_accuracy"] for s in done if s["eval"]["final_accuracy"] is not None]
+    losses = [s["eval"]["final_loss"] for s in done]
     blocked: dict[str, list[float]] = {}
     for summary in done:
         for c in summary["classes"]:
@@ -85,7 +87,7 @@ def figures(series: Series) -> Figures | None:
         accuracies=tuple(accuracies),
         accuracy=_mean(accuracies) if accuracies else None,
         accuracy_std=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-        loss=_mean([s["eval"]["final_loss"] for s in done]),
+        loss=None if None in losses else _mean(losses),
         wall_sec=_mean([s["wall_sec"] for s in done]),
         train_sec=_mean([s["train_sec"] for s in done]),
         samples=_mean([s["samples_seen"] for s in done]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,11 +28,18 @@ def closing_table(summary: Mapping[str, Any]) -> str:
     ]
     if result["final_accuracy"] is not None:
         figures.append(f"accuracy {100 * result['final_accuracy']:.2f}% (best {100 * result['best_accuracy']:.2f}%)")
-    figures.append(f"loss {result['final_loss']:.4g}")
+    figures.append(f"loss {or_dash(result['final_loss'])}")
+    if lost := [f"{c['name']} {c['left_out']}" for c in summary["classes"] if c.get("left_out")]:
+        figures.append(f"LEFT OUT of averages (NaN, Inf): {', '.join(lost)}")
     if summary["emulated"]:
         slow = any(c["slowdown"] > 1 for c in summary["classes"])
         figures.append("EMULATED slow devices" if slow else "INJECTED delays")
     return f"{table(rows)}\n{'; '.join(figures)}"
+
+
+def or_dash(value: float | None, form: str = ".4g") -> str:
+    """A dash for a figure that there is not, or that was no number."""
+    return "-" if value is None or math.isnan(value) else format(value, form)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

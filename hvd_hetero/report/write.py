@@ -17,6 +17,7 @@ from hvd_hetero.report.figures import Figures, figures
 from hvd_hetero.report.page import Page
 from hvd_hetero.report.runs import DELAYED, SLOWED, Series, differing, emulation, group, read_run, shown
 from hvd_hetero.report.style import check_matplotlib
+from hvd_hetero.report.tables import or_dash
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,11 +54,16 @@ def report(paths: Sequence[str | Path], out: str | Path) -> Path:
         ConfigError: matplotlib is missing, a folder is not that of a run, or ``out`` cannot be written.
     """
     check_matplotlib()
-    unique = list(dict.fromkeys(Path(path).resolve() for path in paths))
     check_writable("--out", Path(out))
-    series = group([read_run(path) for path in unique])
-    title = series[0].label if len(series) == 1 else f"{len(series)} ways to train, compared"
-    return write(Path(out), title, [Chapter("", series, final_table(series))])
+    unique = list(dict.fromkeys(Path(path).resolve() for path in paths))
+    runs = [read_run(path) for path in unique]
+    try:
+        series = group(runs)
+        title = series[0].label if len(series) == 1 else f"{len(series)} ways to train, compared"
+        return write(Path(out), title, [Chapter("", series, final_table(series))])
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        problem = f"was written by another version or changed since: {type(error).__name__}: {error}"
+        raise ConfigError("RUN", ", ".join(map(str, unique)), problem, "leave it out, or run it anew") from error
 
 
 def write(out: Path, title: str, chapters: Sequence[Chapter]) -> Path:
@@ -139,8 +145,8 @@ def final_table(series: Sequence[Series]) -> Table:
             continue
         shares = [f"{f.blocked[name]:.1%}" if name in f.blocked else "-" for name in classes]
         rows.append([s.label, ", ".join(map(str, f.seeds)), f"{f.epochs:.4g}", f"{f.rounds_per_epoch:.4g}",
-                     f"{f.samples:.0f}", f"{f.train_sec:.1f}", f"{f.wall_sec:.1f}", percent(f), f"{f.loss:.4f}",
-                     *shares, stamped(f)])
+                     f"{f.samples:.0f}", f"{f.train_sec:.1f}", f"{f.wall_sec:.1f}", percent(f),
+                     or_dash(f.loss, ".4f"), *shares, stamped(f)])
     return rows
 
 

@@ -36,6 +36,7 @@ def main(folder: Path, hosts: str) -> None:
     from torch import nn
 
     from hvd_hetero.cluster import Cluster, DeviceClass, RankFacts, parse_hosts
+    from hvd_hetero.comm.averages import average
     from hvd_hetero.comm.flat import FlatState
     from hvd_hetero.comm.horovod import Comm, hvd
     from hvd_hetero.comm.rendezvous import job_env
@@ -91,7 +92,7 @@ def main(folder: Path, hosts: str) -> None:
         net[1].num_batches_tracked.fill_(5 + env.rank)
         state = FlatState(net)
         state.vectors[0].copy_(values(env.rank, state.vectors[0].numel(), dtype))
-        comm.average(state, weights(layout)[env.rank])
+        average(comm, state, weights(layout)[env.rank])
         digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in net.state_dict().values())).hexdigest()
         norm = net[1]
         tensors = (*net[0].parameters(), *norm.parameters(), net[2].weight, norm.running_mean, norm.running_var)

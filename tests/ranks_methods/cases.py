@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ CLASSES: dict[str, dict[str, list[int]]] = {
     "one": {"every": [0, 1, 2, 3]},
     "rank0_slow": {"slow": [0, 1], "fast": [2, 3]},
     "alone": {"fast": [0], "slow": [1, 2, 3]},
+    "of three": {"fast": [0, 1], "slow": [2]},
+    "of two": {"fast": [0], "slow": [1]},
 }
 SAMPLES, FEATURES, TARGETS = 120, 5, 3
 BASE: dict[str, Any] = {
@@ -40,6 +43,7 @@ class Case:
         classes: key of :data:`CLASSES`.
         model: ``mlp``, or ``norm``, which has BatchNorm; ``digits``: the built-in default problem in place of these.
         path: how weighted sums travel.
+        poisoned: samples of which a number is NaN.
     """
 
     method: str
@@ -47,6 +51,7 @@ class Case:
     classes: str = "two"
     model: str = "mlp"
     path: str = "auto"
+    poisoned: tuple[int, ...] = ()
 
     def overrides(self) -> dict[str, Any]:
         classes = {name: {"device": "cpu", "ranks": ranks} for name, ranks in CLASSES[self.classes].items()}
@@ -137,12 +142,48 @@ CASES |= {
 CASES["digits, eager_sgd, majority"] = Case("eager_sgd", {"algorithm.mode": "majority"}, model="digits")
 
 
-def data() -> Any:
+POISONED: dict[str, Case] = {
+    name: Case(method, {"train.passes": 3, **settings}, poisoned=(17,), **layout)
+    for name, method, settings, layout in (
+        ("biased, BatchNorm", "biased_local_sgd", TAU31, {"classes": "of three", "model": "norm"}),
+        ("hierarchical", "biased_local_sgd", TAU31, {"classes": "of three", "model": "norm", "path": "hierarchical"}),
+        ("uniform weights, Nesterov", "unbalanced_local_sgd", {**TAU31, **NESTEROV}, {"classes": "of three"}),
+        ("momentum averaged", "biased_local_sgd", {**TAU31, "aggregation.optimizer_state": "average"},
+         {"classes": "of three"}),
+        ("AdamW averaged", "biased_local_sgd", {**TAU31, **ADAMW, "aggregation.optimizer_state": "average"},
+         {"classes": "of three"}),
+        ("momentum reset", "biased_local_sgd", {**TAU31, "aggregation.optimizer_state": "reset"},
+         {"classes": "of three"}),
+        ("AdamW", "balanced_local_sgd", {"train.tau": 2, **ADAMW}, {"classes": "of three"}),
+        ("sync, uneven batches", "sync_sgd", {**UNEVEN, "train.clip_norm": 0.3}, {"classes": "of three"}),
+        ("sync, BatchNorm", "sync_sgd", UNEVEN, {"classes": "of three", "model": "norm"}),
+        ("sync, fast", "sync_sgd", {"algorithm.participants": "fast"}, {"classes": "of three"}),
+        ("byteps, BatchNorm", "byteps", {"algorithm.partition_bytes": 80}, {"classes": "of three", "model": "norm"}),
+        ("dlb", "dlb", {"algorithm.global_batch": 10}, {"classes": "of three"}),
+        ("two, biased", "biased_local_sgd", TAU31, {"classes": "of two"}),
+        ("two, sync, BatchNorm", "sync_sgd", {}, {"classes": "of two", "model": "norm"}),
+    )
+}
+"""In each pass some rank is given a sample that its gradient cannot stand; an oracle knows what comes of it."""
+
+POISONED |= {
+    f"every, {name}, {mode}": Case(
+        name, {"train.passes": 4, **({} if mode == "as it is" else {"aggregation.mode": mode})}, "of three", "norm",
+        poisoned=(17, 40),
+    )
+    for name in REGISTRY
+    for mode in ("as it is", *(("solo", "majority") if name == "biased_local_sgd" else ()))
+}
+"""Every method; who trains on what is not known beforehand with all of them."""
+
+
+def data(poisoned: tuple[int, ...] = ()) -> Any:
     """(inputs ``[SAMPLES, FEATURES]``, targets ``[SAMPLES]``)."""
     import torch
 
     generator = torch.Generator().manual_seed(5)
     inputs = torch.randn(SAMPLES, FEATURES, generator=generator, dtype=torch.float64)
+    inputs[list(poisoned), 1] = math.nan
     return inputs, torch.randint(TARGETS, (SAMPLES,), generator=generator)
 
 

@@ -24,7 +24,7 @@ class Replica:
         kind = getattr(torch.optim, self.settings.get("train.optimizer", "SGD"))
         args = self.settings["train.optimizer_args"]
         self.optimizer = kind(self.net.parameters(), lr=self.settings["train.lr"], **args)
-        self.inputs, self.targets = data()
+        self.inputs, self.targets = data(case.poisoned)
 
     def gradient(self, rows: Tensor) -> list[Tensor]:
         """Of the mean loss of these samples."""
@@ -42,14 +42,20 @@ class Replica:
         self.optimizer.step()
 
 
+    def good(self) -> bool:
+        """Whether there is no NaN and no Inf in the model."""
+        return all(bool(t.isfinite().all()) for t in self.net.state_dict().values())
+
+
 def joined(case: Case, dealt: Dealt) -> dict[str, Tensor]:
-    """SGD of one process on the batches of all ranks, joined."""
+    """SGD of one process on the batches of all ranks, joined; without the batches in which a sample is poisoned."""
     one = Replica(case)
     done = 0
     for number, steps in enumerate(together(dealt)):
         for step in steps:
             done += 1
-            one.step(one.gradient(torch.cat(step)), rate(one.settings, number, done))
+            clean = [rows for rows in step if not set(case.poisoned) & set(rows.tolist())]
+            one.step(one.gradient(torch.cat(clean)), rate(one.settings, number, done))
     return one.net.state_dict()
 
 
@@ -66,11 +72,20 @@ def normalized(case: Case, dealt: Dealt) -> dict[str, Tensor]:
     replicas = {rank: Replica(case) for rank, steps in dealt.items() if steps[0].numel()}
     for steps in together(dealt):
         for step in steps:
-            shares = [len(rows) / sum(map(len, step)) for rows in step]
+            sizes = [len(rows) for rows in step]
+            good = [not set(case.poisoned) & set(rows.tolist()) for rows in step]
+            before = [_mean([replica.net], [1.0]) for replica in replicas.values()]
             parts = [replica.gradient(rows) for replica, rows in zip(replicas.values(), step, strict=True)]
-            whole = [sum(s * g for s, g in zip(shares, gs, strict=True)) for gs in zip(*parts, strict=True)]
+            clean = sum(size for size, fit in zip(sizes, good, strict=True) if fit)
+            whole = [sum(s / clean * g for s, g, fit in zip(sizes, gs, good, strict=True) if fit)
+                     for gs in zip(*parts, strict=True)]
+            for replica, fit, kept in zip(replicas.values(), good, before, strict=True):
+                if not fit:
+                    tracked = {name: t for name, t in replica.net.state_dict().items() if not t.is_floating_point()}
+                    replica.net.load_state_dict({**kept, **tracked})
             for replica in replicas.values():
                 replica.step(whole)
+        shares = [size / sum(sizes) for size in sizes]
         _set_all(replicas.values(), _mean([r.net for r in replicas.values()], shares))
     return next(iter(replicas.values())).net.state_dict()
 
@@ -101,25 +116,28 @@ def local(case: Case, dealt: Dealt) -> dict[str, Tensor]:
             for rank, replica in replicas.items():
                 for rows in dealt[rank][number][done * tau[rank] : (done + 1) * tau[rank]]:
                     replica.step(replica.gradient(rows))
-            mean = _mean([r.net for r in replicas.values()], weights)
+            good = [replica.good() for replica in replicas.values()]
+            kept = sum(w for w, fit in zip(weights, good, strict=True) if fit)
+            scaled = [w / kept if fit else 0.0 for w, fit in zip(weights, good, strict=True)]
+            mean = _mean([r.net for r in replicas.values()], scaled)
             for p, (name, _) in zip(common, replicas[0].net.named_parameters(), strict=True):
                 p.grad = p.detach() - mean[name]
             outer.step()
             for p, (name, _) in zip(common, replicas[0].net.named_parameters(), strict=True):
                 mean[name] = p.detach().clone()
             _set_all(replicas.values(), mean)
-            _OPTIMIZER_STATE[settings.get("aggregation.optimizer_state", "local")](list(replicas.values()), weights)
+            _OPTIMIZER_STATE[settings.get("aggregation.optimizer_state", "local")](list(replicas.values()), scaled)
     return replicas[0].net.state_dict()
 
 
 def _mean(nets: Sequence[nn.Module], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Floating tensors weighted, integers the maximum."""
+    """Floating tensors weighted, those of weight 0 left out; integers the maximum."""
     states = [net.state_dict() for net in nets]
     result = {}
     for name, first in states[0].items():
         parts = [state[name] for state in states]
         if first.is_floating_point():
-            result[name] = sum(w * part for w, part in zip(weights, parts, strict=True))
+            result[name] = sum(w * part for w, part in zip(weights, parts, strict=True) if w)
         else:
             result[name] = torch.stack(parts).max()
     return result
@@ -137,7 +155,7 @@ def _average_momentum(replicas: Sequence[Replica], weights: Sequence[float]) -> 
             parts = [state[key] for state in states]
             mean = torch.stack(parts).max()
             if key != "step":
-                mean = sum(w * part for w, part in zip(weights, parts, strict=True))
+                mean = sum(w * part for w, part in zip(weights, parts, strict=True) if w)
             for state in states:
                 state[key] = mean.clone()
 
@@ -148,7 +166,7 @@ def _reset_momentum(replicas: Sequence[Replica], weights: Sequence[float]) -> No
 
 
 _OPTIMIZER_STATE: dict[str, Callable[[Sequence[Replica], Sequence[float]], None]] = {
-    "local": lambda replicas, weights: None,
+    "local": lambda rs, weights: _reset_momentum([r for r, w in zip(rs, weights, strict=True) if not w], weights),
     "average": _average_momentum,
     "reset": _reset_momentum,
 }

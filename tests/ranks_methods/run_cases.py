@@ -1,5 +1,7 @@
 """Every rank of a job runs this: ``run_cases.py FOLDER`` trains each of the cases with the real trainer.
 
+``run_cases.py FOLDER poisoned`` takes those of ``cases.POISONED`` that are for the job's number of ranks.
+
 It writes ``FOLDER/rank{N}.pt``: by case the rank's final model, the indices it was dealt in each pass, and on rank 0
 the summary. All process sets are made by the first ``hvd.init``, and each run's ``Comm`` finds its own.
 """
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CASES, CLASSES, SIZE, Case, data, model
+from cases import CASES, CLASSES, POISONED, Case, data, model
 
 from hvd_hetero import algorithms, components, job, trainer
 from hvd_hetero.cluster import Placement, RankFacts, assign
@@ -20,6 +22,7 @@ from hvd_hetero.comm.rendezvous import JobEnv, job_env
 from hvd_hetero.components import Given
 from hvd_hetero.config import device_classes, load
 from hvd_hetero.feed import Feed
+from hvd_hetero.watchdog import Watchdog
 
 
 class RecordedFeed(Feed):
@@ -45,32 +48,37 @@ class RecordedFeed(Feed):
 
 def run(case: Case, env: JobEnv, folder: Path) -> dict[str, Any]:
     config = load((), case.overrides(), algorithms.method)
-    given = Given(model=lambda: model(case.model), train_data=data(), test_data=data())
+    given = Given(model=lambda: model(case.model), train_data=data(case.poisoned), test_data=data())
     parts = components.build(config, None if case.model == "digits" else given)
-    facts = [RankFacts(rank, "localhost", rank, (), "cpu", (0,)) for rank in range(SIZE)]
+    facts = [RankFacts(rank, "localhost", rank, (), "cpu", (0,)) for rank in range(env.size)]
     cluster = assign(device_classes(config.cluster.classes), facts)
     job.check(config, parts, cluster)
     RecordedFeed.dealt = []
-    this = trainer.Trainer(job.Job(env, config, parts, cluster, Placement("cpu", 1, None)), folder)
+    this = trainer.Trainer(job.Job(env, config, parts, cluster, Placement("cpu", 1, None), Watchdog(env)), folder)
     this.prepare()
     summary = this.run()
     this.algorithm.close()
-    return {"model": this.worker.model.state_dict(), "dealt": RecordedFeed.dealt, "summary": summary}
+    return {"model": this.worker.model.state_dict(), "dealt": RecordedFeed.dealt, "summary": summary,
+            "left_out": this.comm.left_out.count}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, poisoned: bool) -> None:
     torch.set_num_threads(1)
     env = job_env()
     trainer.Feed = RecordedFeed  # type: ignore[misc]
+    cases = CASES if not poisoned else {
+        name: case for name, case in POISONED.items() if sum(map(len, CLASSES[case.classes].values())) == env.size
+    }
     groups = {tuple(ranks) for classes in CLASSES.values() for ranks in classes.values()}
     groups |= {tuple(ranks[0] for ranks in classes.values()) for classes in CLASSES.values()}
-    sets = [hvd.ProcessSet(list(ranks)) for ranks in sorted(groups) if 1 < len(ranks) < SIZE]
+    groups = {ranks for ranks in groups if 1 < len(ranks) < env.size and max(ranks) < env.size}
+    sets = [hvd.ProcessSet(list(ranks)) for ranks in sorted(groups)]
     hvd.init(process_sets=sets)
-    found = {name: run(case, env, folder / f"run{i}") for i, (name, case) in enumerate(CASES.items())}
+    found = {name: run(case, env, folder / f"run{i}") for i, (name, case) in enumerate(cases.items())}
     torch.save(found, folder / f"rank{env.rank}.pt")
     hvd.barrier()
     hvd.shutdown()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), poisoned=sys.argv[2:] == ["poisoned"])

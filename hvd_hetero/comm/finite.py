@@ -1,0 +1,82 @@
+"""Numbers gone bad (NaN, Inf): how they are found, how a sum says that a rank was left out of it, and who has been.
+
+Every vector that is summed has two spare elements at its end. A good rank puts its weight into the first of them and 0
+into the second; a bad one sends nothing but its weight in the second. So the sum itself tells all ranks, exactly,
+whether anybody was left out and whether anybody was not, without a further collective.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hvd_hetero.errors import BadNumbers
+
+SPARE = 2
+CHUNK = 1 << 26
+"""Elements: cuBLAS takes no longer vectors than 2**31."""
+
+
+def finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether there is no NaN and no Inf in tensors of one device."""
+    parts = [part for tensor in tensors for part in tensor.detach().reshape(-1).split(CHUNK)]
+    if not parts:
+        return True
+    squares = torch.stack([torch.dot(part, part).float() for part in parts]).sum()
+    if squares.isfinite():
+        return True
+    # squares of finite numbers may be too large; extremes never are, and a NaN among the numbers is both
+    extremes = [torch.stack(torch.aminmax(part)) for part in parts if part.numel()]
+    return all(bool(pair.isfinite().all()) for pair in extremes)
+
+
+def mark(vectors: Sequence[Tensor], good: bool, share: float = 1.0) -> None:
+    """Makes ready what a rank is about to send.
+
+    Args:
+        vectors: ``[P + SPARE]``, of which a bad rank sends zeros.
+        share: of this rank, as far as it is in the numbers already.
+    """
+    for vector in vectors:
+        if not good:
+            vector.zero_()
+        vector[-SPARE:] = torch.tensor([share, 0.0] if good else [0.0, share], dtype=vector.dtype)
+
+
+class LeftOut:
+    """What a rank was left out of, because its numbers had gone bad.
+
+    Args:
+        stops: end the job instead.
+
+    Attributes:
+        round: the one that is worked on, counted from 1 over the whole run.
+        count: contributions that were left out, and ``since``, those after the last average that was made.
+    """
+
+    def __init__(self, rank: int, stops: bool = False) -> None:
+        self._rank, self.stops = rank, stops
+        self.round = self.count = self.since = self._taken = 0
+
+    def note(self) -> None:
+        """This rank's contribution has been left out; the first, second, fourth, ... time it says so.
+
+        Raises:
+            BadNumbers: one is enough to stop.
+        """
+        if self.stops:
+            raise BadNumbers(self.round, [self._rank])
+        self.count += 1
+        self.since += 1
+        if self.count & (self.count - 1) == 0:
+            times = "" if self.count == 1 else f", {self.count} times so far"
+            print(f"hvd-hetero: rank {self._rank}: its numbers have gone bad (NaN, Inf) in round {self.round}; "
+                  f"it was left out{times}", file=sys.stderr, flush=True)
+
+    def take(self) -> int:
+        """How many since the last call."""
+        taken, self._taken = self.count - self._taken, self.count
+        return taken
