@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -49,7 +50,14 @@ SSH = ("ssh", "-o", "PasswordAuthentication=no", "-o", "StrictHostKeyChecking=no
 SSH_LOST = 255
 SSH_SEC = 15.0
 """For all that is done over one connection: a link may be cut after it was made."""
-REAP_TIMES = 10
+REAP_TIMES, REAP_PAUSE_SEC = 20, 0.1
+
+
+Host = tuple[str, int]
+"""A host and its slots."""
+ERROR = "hvd-hetero: error: "
+SHELLS_WORDS = frozenset(signal.strsignal(number) for number in signal.valid_signals())
+"""What the shell around a rank says of its end: ``Killed``."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +66,22 @@ class End:
 
     Attributes:
         status: of the job, one of :mod:`hvd_hetero.errors`.
+        job: its id.
         cause: which rank ended first, and how; empty if none failed.
-        last_line: of that rank's output.
+        error: what that rank said of it, if anything.
         asked: whether the job was asked to end, by a signal to this process.
     """
 
     status: int
+    job: str = ""
     cause: str = ""
-    last_line: str = ""
+    error: str = ""
     asked: bool = False
+
+    @property
+    def why(self) -> str:
+        """The cause in the rank's own words, if it had any."""
+        return self.error or self.cause
 
 
 class Horovodrun:
@@ -79,7 +94,7 @@ class Horovodrun:
         stop: the file that asks the job to save and to end, if it can.
     """
 
-    def __init__(self, command: Sequence[str], hosts: Sequence[tuple[str, int]], stop: Path | None = None) -> None:
+    def __init__(self, command: Sequence[str], hosts: Sequence[Host], stop: Path | None = None) -> None:
         self._hosts, self._stop = list(hosts), stop
         self._job = secrets.token_hex(8)
         env = {name: value for name, value in os.environ.items() if FORWARDED.fullmatch(name)}
@@ -88,6 +103,7 @@ class Horovodrun:
             env[COLUMNS] = str(shutil.get_terminal_size().columns - len("[0]<stderr>:"))
         self._own: list[str] = []
         self._last: dict[int, str] = {}
+        self._errors: dict[int, str] = {}
         self._signalled = self._asked = False
         try:
             # In a session of its own: a terminal's Ctrl-C would reach it beside the signal that is passed on, and
@@ -118,8 +134,8 @@ class Horovodrun:
         for reader in self._readers:
             reader.join()
         if status == 0:
-            return End(0)
-        self.reap()
+            return End(0, self._job)
+        reap(self._job, [host for host, _ in self._hosts])
         return self._judge(status)
 
     def _judge(self, status: int) -> End:
@@ -129,21 +145,18 @@ class Horovodrun:
         if code is None or name is None:
             cause = self._own[-1] if self._own else f"horovodrun ended with status {status}"
             lost = "could not connect to some hosts via ssh" in said
-            return End(EXIT_LOST if lost else EXIT_FAULT, cause, asked=self._signalled)
+            return End(EXIT_LOST if lost else EXIT_FAULT, self._job, cause, asked=self._signalled)
         number, rank = int(code[1]), int(name[1])
         host = [host for host, slots in self._hosts for _ in range(slots)][rank]
         cut = number == SSH_LOST and not is_local(host)
         meaning = f"the connection to {host} was lost" if cut else meaning_of(number)
         lost = cut or killed_by(number) is not None
         known = EXIT_LOST if lost else number if number in KNOWN else EXIT_FAULT
-        return End(known, f"rank {rank} ended first, {meaning}", self._last.get(rank, ""), self._signalled)
-
-    def reap(self) -> list[str]:
-        """Kills whatever is left of the job on any host, stopped or not; returns the hosts that do not answer."""
-        mark = shlex.quote(f"{JOB}={self._job}")
-        # One grep for all processes; -z takes their environments apart.
-        script = f"p=$(grep -lszxF {mark} /proc/[0-9]*/environ | cut -d/ -f3); [ -z \"$p\" ] || kill -9 $p; echo $p"
-        return silent_hosts([host for host, _ in self._hosts], script)
+        error, last = self._errors.get(rank, ""), self._last.get(rank, "")
+        cause = f"rank {rank} on {host} ended first, {meaning}"
+        if last and not error:
+            cause += f"; its last line: {last}"
+        return End(known, self._job, cause, error, self._signalled)
 
     def _pass_on(self, number: int, frame: Any) -> None:
         """Asks the job to save and to end; where it cannot or does not, and at the second signal, tells it to end."""
@@ -177,7 +190,9 @@ class Horovodrun:
                 self._own.append(line.rstrip())
                 continue
             text = line[match.end() :]
-            if text.strip():
+            if text.startswith(ERROR):
+                self._errors[int(match[1])] = text.removeprefix(ERROR).strip()
+            elif text.strip() and text.split(" (")[0].strip() not in SHELLS_WORDS:
                 self._last[int(match[1])] = text.strip()
             stream.write(text if match[1] == "0" or text.startswith("hvd-hetero: ") else f"rank {match[1]}: {text}")
             stream.flush()
@@ -218,8 +233,11 @@ def is_local(host: str) -> bool:
     return bool(addresses & own)
 
 
-def silent_hosts(hosts: Sequence[str], script: str = "true") -> list[str]:
-    """Runs a shell script on hosts, again and again until it prints nothing; returns those that do not answer."""
+def reap(job: str, hosts: Sequence[str]) -> list[str]:
+    """Kills whatever is left of a job on its hosts, stopped or not; returns the hosts that do not answer."""
+    mark = shlex.quote(f"{JOB}={job}")
+    # One grep for all processes; -z takes their environments apart.
+    script = f'p=$(grep -lszxF {mark} /proc/[0-9]*/environ | cut -d/ -f3); [ -z "$p" ] || kill -9 $p; echo $p'
 
     def answers(host: str) -> bool:
         command = ["sh", "-c", script] if is_local(host) else [*SSH, host, script]
@@ -228,8 +246,9 @@ def silent_hosts(hosts: Sequence[str], script: str = "true") -> list[str]:
                 done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SSH_SEC)
             except (OSError, subprocess.TimeoutExpired):
                 return False
-            if done.returncode != 0 or not done.stdout.strip():
-                return done.returncode == 0
+            if done.returncode == SSH_LOST or not done.stdout.strip():
+                return done.returncode != SSH_LOST
+            time.sleep(REAP_PAUSE_SEC)
         return True
 
     with ThreadPoolExecutor(max_workers=16) as pool:

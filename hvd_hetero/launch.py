@@ -21,30 +21,45 @@ from hvd_hetero.metrics import check_run_dir
 from hvd_hetero.profiles import check_profile, load_profile
 from hvd_hetero.schema import AUTO, Config
 from hvd_hetero.stopping import STOP
+from hvd_hetero.supervisor import Supervisor, check_options
 
 
-def launch(files: Sequence[str], overrides: Sequence[str], show: bool) -> int:
-    """Runs a job and returns its exit status: 0 done, 2 bad input, 1 a fault while running.
+def launch(
+    files: Sequence[str], overrides: Sequence[str], show: bool, max_restarts: int = 0, min_ranks: int | None = None
+) -> int:
+    """Runs a job and returns its exit status, one of :mod:`hvd_hetero.errors`.
 
     Args:
         show: only print the horovodrun line.
+        max_restarts: how often to start it again, from its newest checkpoint, when it fails.
+        min_ranks: of a restarted job, where hosts do not answer any more.
 
     Raises:
         ConfigError: found wrong before any worker was started.
     """
     config = load(files, overrides, algorithms.method)
     hosts = job_hosts(config)
+    check_options(max_restarts, min_ranks, sum(slots for _, slots in hosts))
     folder = run_dir(config)
     check_run_dir(folder, config.run.overwrite or config.run.resume is not None)
     if not show:
         preflight(config, hosts)
-    extra = [f"run.dir={folder}"] if config.run.dir is None else []
-    command = horovodrun_line(config, hosts, ["train", *files, *overrides, *extra])
+    chosen = [*overrides, *([f"run.dir={folder}"] if config.run.dir is None else [])]
     if show:
-        print(shlex.join(command))
+        print(shlex.join(horovodrun_line(config, hosts, ["train", *files, *chosen])))
         return 0
     saves = config.checkpoint.every_sec is not None or config.checkpoint.every_rounds is not None
-    return _run(command, hosts, folder / STOP if saves else None).status
+
+    def start(settings: Sequence[str]) -> End:
+        again = load(files, [*chosen, *settings], algorithms.method)
+        here = job_hosts(again)
+        if settings:
+            preflight(again, here)
+        (folder / STOP).unlink(missing_ok=True)
+        command = horovodrun_line(again, here, ["train", *files, *chosen, *settings])
+        return _run(command, here, folder / STOP if saves else None)
+
+    return Supervisor(start, config, hosts, folder, max_restarts, min_ranks).run()
 
 
 def run_job(command: str, files: Sequence[str], overrides: Sequence[str]) -> int:
@@ -94,6 +109,7 @@ def preflight(config: Config, hosts: Sequence[tuple[str, int]], trains: bool = T
     Raises:
         ConfigError: as :func:`hvd_hetero.job.start`.
     """
+    _check_places(config, hosts, trains)
     parts = components.build(config)
     cluster = expected_cluster(config, hosts)
     if cluster is not None:
@@ -104,22 +120,6 @@ def preflight(config: Config, hosts: Sequence[tuple[str, int]], trains: bool = T
                 check_profile(profile, config, cluster)
 
 
-def expected_cluster(config: Config, hosts: Sequence[tuple[str, int]]) -> Cluster | None:
-    """The device classes as far as this machine can tell; None where only the hosts themselves know.
-
-    Raises:
-        ConfigError: the classes do not fit the ranks.
-    _check_places(config, hosts, trains)
-    """
-    here = local_facts(0, "localhost", 0)
-    facts: list[RankFacts] = []
-    for host, slots in hosts:
-        # What a remote host has is found out by its own ranks; here it is given the benefit of the doubt.
-        gpus = here.gpus if is_local(host) else ("unknown",) * slots
-        facts += [RankFacts(len(facts) + i, host, i, gpus, here.cpu, here.cores) for i in range(slots)]
-    if config.cluster.classes == AUTO and not all(is_local(host) for host, _ in hosts):
-        return None
-    classes = AUTO if config.cluster.classes == AUTO else device_classes(config.cluster.classes)
 def _check_places(config: Config, hosts: Sequence[tuple[str, int]], trains: bool) -> None:
     """Makes sure that what the job is to write can be written, and that the network interfaces are there."""
     if trains and is_local(hosts[0][0]):  # where rank 0 is
@@ -133,6 +133,21 @@ def _check_places(config: Config, hosts: Sequence[tuple[str, int]], trains: bool
             raise ConfigError("cluster.network_interface", wanted, problem, nearest(name, known))
 
 
+def expected_cluster(config: Config, hosts: Sequence[tuple[str, int]]) -> Cluster | None:
+    """The device classes as far as this machine can tell; None where only the hosts themselves know.
+
+    Raises:
+        ConfigError: the classes do not fit the ranks.
+    """
+    here = local_facts(0, "localhost", 0)
+    facts: list[RankFacts] = []
+    for host, slots in hosts:
+        # What a remote host has is found out by its own ranks; here it is given the benefit of the doubt.
+        gpus = here.gpus if is_local(host) else ("unknown",) * slots
+        facts += [RankFacts(len(facts) + i, host, i, gpus, here.cpu, here.cores) for i in range(slots)]
+    if config.cluster.classes == AUTO and not all(is_local(host) for host, _ in hosts):
+        return None
+    classes = AUTO if config.cluster.classes == AUTO else device_classes(config.cluster.classes)
     return assign(classes, facts)
 
 

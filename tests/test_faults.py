@@ -35,7 +35,7 @@ def test_a_fault_on_one_rank_ends_the_job(hvd_hetero: Callable[..., Any], tmp_pa
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("hvd-hetero: error: ")]
     assert "hvd-hetero: error: rank 1 on localhost failed: RuntimeError: the disk of rank 1 is on fire" in errors
-    assert errors[-1] == "hvd-hetero: error: the job failed: rank 1 ended first, with status 1"
+    assert errors[-1] == "hvd-hetero: error: the job failed: rank 1 on localhost ended first, with status 1"
     assert (folder / "metrics.jsonl").read_text(), "it was in mid-run"
     assert not (folder / "summary.json").exists()
     assert processes_with(str(tmp_path)) == []

@@ -113,7 +113,7 @@ def launched(started: Callable[..., Running], job: str, folder: Path, *more: str
 
 def assert_said_by_the_launcher(said: str, how: str) -> None:
     """Rank 1 and how it ended; or a survivor that left sooner than horovodrun looked, which then says why itself."""
-    found = re.search(r"^hvd-hetero: error: the job failed: rank (\d) ended first, (.*)$", said, re.M)
+    found = re.search(r"^hvd-hetero: error: the job failed: rank (\d) on \S+ ended first, ([^;]*)", said, re.M)
     assert found is not None, said
     if found[1] == "1":
         assert found[2] == how
