@@ -31,8 +31,9 @@ from hvd_hetero.errors import (
 )
 
 FORWARDED = re.compile(
-    r"PATH|HOME|USER|LOGNAME|SHELL|TMPDIR|TZ|LANG|LC_.*|TERM|VIRTUAL_ENV|LD_LIBRARY_PATH|LD_PRELOAD|PYTHON.*|"
-    r"HVD_HETERO_.*|HOROVOD_.*|NCCL_.*|CUDA_.*|OMP_.*|MKL_.*|KMP_.*|GOMP_.*|TORCH_.*|PYTORCH_.*|HF_.*OFFLINE|SSH_AUTH_SOCK"
+    r"(?!.*(?:TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY))"
+    r"(?:PATH|HOME|USER|LOGNAME|SHELL|TMPDIR|TZ|LANG|LC_.*|TERM|VIRTUAL_ENV|LD_LIBRARY_PATH|LD_PRELOAD|PYTHON.*|"
+    r"HVD_HETERO_.*|HOROVOD_.*|NCCL_.*|CUDA_.*|OMP_.*|MKL_.*|KMP_.*|GOMP_.*|TORCH_.*|PYTORCH_.*|HF_.*OFFLINE|SSH_AUTH_SOCK)"
 )
 """Variables that workers get. horovodrun writes them all into command lines that every user of a host can read, so
 nothing else of the environment (tokens, passwords) goes along."""
@@ -135,10 +136,9 @@ class Horovodrun:
             reader.join()
         if status == 0:
             return End(0, self._job)
-        reap(self._job, [host for host, _ in self._hosts])
-        return self._judge(status)
+        return self._judge(status, silent=reap(self._job, [host for host, _ in self._hosts]))
 
-    def _judge(self, status: int) -> End:
+    def _judge(self, status: int, silent: Sequence[str]) -> End:
         said = "\n".join(self._own)
         code = re.search(r"^Exit code: (-?\d+)", said, re.M)
         name = re.search(r"^Process name: (\d+)", said, re.M)
@@ -149,7 +149,9 @@ class Horovodrun:
         number, rank = int(code[1]), int(name[1])
         host = [host for host, slots in self._hosts for _ in range(slots)][rank]
         cut = number == SSH_LOST and not is_local(host)
-        meaning = f"the connection to {host} was lost" if cut else meaning_of(number)
+        meaning = meaning_of(number)
+        if cut:  # ssh says the same of a rank that a signal has killed
+            meaning = "and its host does not answer any more" if host in silent else "killed by a signal"
         lost = cut or killed_by(number) is not None
         known = EXIT_LOST if lost else number if number in KNOWN else EXIT_FAULT
         error, last = self._errors.get(rank, ""), self._last.get(rank, "")
