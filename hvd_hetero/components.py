@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from hvd_hetero import data, models
+from hvd_hetero.by_name import PerSample, metric_by_name, optimizer_maker, per_sample_loss, scheduler_maker
 from hvd_hetero.data import Dataset
 from hvd_hetero.errors import ConfigError, UserError, nearest
 from hvd_hetero.imports import cause
 from hvd_hetero.schema import Config, DataConfig, ModelConfig
-from hvd_hetero.worker import PerSample, forward, metric_by_name, optimizer_maker, per_sample_loss, scheduler_maker
+from hvd_hetero.worker import forward
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], Any]

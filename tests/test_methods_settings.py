@@ -20,6 +20,7 @@ from hvd_hetero.algorithms.base import Algorithm  # noqa: E402
 from hvd_hetero.algorithms.dlb import DLB  # noqa: E402
 from hvd_hetero.algorithms.lockstep import choose  # noqa: E402
 from hvd_hetero.algorithms.outer import Outer  # noqa: E402
+from hvd_hetero.by_name import per_sample_loss  # noqa: E402
 from hvd_hetero.cluster import Cluster, DeviceClass, RankFacts, has_bf16  # noqa: E402
 from hvd_hetero.comm.flat import FlatState  # noqa: E402
 from hvd_hetero.comm.servers import Servers  # noqa: E402
@@ -27,7 +28,7 @@ from hvd_hetero.config import load  # noqa: E402
 from hvd_hetero.errors import ConfigError  # noqa: E402
 from hvd_hetero.loop import check_plain  # noqa: E402
 from hvd_hetero.plan import apportion  # noqa: E402
-from hvd_hetero.worker import Worker, per_sample_loss  # noqa: E402
+from hvd_hetero.worker import Worker  # noqa: E402
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TWO = (DeviceClass("fast", "cpu", (0, 1)), DeviceClass("slow", "cpu", (2, 3, 4), slowdown=8.0))

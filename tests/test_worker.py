@@ -10,18 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hvd_hetero.by_name import accuracy, metric_by_name, optimizer_maker, per_sample_loss, scheduler_maker
 from hvd_hetero.data import TensorSource
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.profiling import measure_step
-from hvd_hetero.worker import (
-    Worker,
-    accuracy,
-    forward,
-    metric_by_name,
-    optimizer_maker,
-    per_sample_loss,
-    scheduler_maker,
-)
+from hvd_hetero.worker import Worker, forward
 
 
 def network() -> nn.Module:

@@ -1,7 +1,7 @@
 """Averages over ranks into which no NaN and no Inf goes.
 
-Ranks whose numbers are bad are left out, and the weights of the others are scaled up to 1. Where all are good, nothing is
-done to the weighted sum.
+Ranks whose numbers are bad are left out, and the weights of the others are scaled up to 1. Where all are good, the
+weighted sum stays as it is.
 """
 
 from __future__ import annotations
