@@ -132,11 +132,11 @@ class Horovodrun:
         status = self._process.wait()
         for wanted, handler in before.items():
             signal.signal(wanted, handler)
+        # before the readers are waited for: what is left of the job may hold their pipes open
+        silent = reap(self._job, [host for host, _ in self._hosts]) if status != 0 else []
         for reader in self._readers:
             reader.join()
-        if status == 0:
-            return End(0, self._job)
-        return self._judge(status, silent=reap(self._job, [host for host, _ in self._hosts]))
+        return End(0, self._job) if status == 0 else self._judge(status, silent)
 
     def _judge(self, status: int, silent: Sequence[str]) -> End:
         said = "\n".join(self._own)
@@ -152,7 +152,7 @@ class Horovodrun:
         meaning = meaning_of(number)
         if cut:  # ssh says the same of a rank that a signal has killed
             meaning = "and its host does not answer any more" if host in silent else "killed by a signal"
-        lost = cut or killed_by(number) is not None
+        lost = (cut or killed_by(number) is not None) and not self._signalled
         known = EXIT_LOST if lost else number if number in KNOWN else EXIT_FAULT
         error, last = self._errors.get(rank, ""), self._last.get(rank, "")
         cause = f"rank {rank} on {host} ended first, {meaning}"
