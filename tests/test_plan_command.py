@@ -214,6 +214,15 @@ def test_the_configuration_may_name_more_ranks_than_were_measured(
     assert "class fast, ranks 800" in out and "measured with 1 ranks and is planned with 800" in out
 
 
+def test_a_profile_of_a_disturbed_machine_is_good_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = profile()
+    content["classes"][1]["jitter"] = 2.5
+    words = ["plan", *EQUAL, "train.batch_size=16", "train.tau=20", "--profile", saved(tmp_path, content)]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "Class slow's measured jitter of 2.5 is taken as 2" in out and "jitter 2\n" in out
+
+
 def test_automatic_classes_are_those_of_the_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "cluster.classes=auto", "--profile", saved(tmp_path, profile())]) == 0
     assert "class slow, ranks 1" in capsys.readouterr().out

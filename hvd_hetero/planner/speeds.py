@@ -159,6 +159,9 @@ def _speeds(
             raise ConfigError("--step-ms", given.step_ms, f"gives nothing for class {name}", remedy)
         c = measured.get(name)
         own = jitter.get(name, c.jitter if c is not None else 0.0)
+        if name not in jitter and own > MOST_JITTER:
+            notes.append(f"Class {name}'s measured jitter of {own:.2g} is taken as {MOST_JITTER:g}; measure it again.")
+            own = MOST_JITTER
         if not 0 <= own <= MOST_JITTER:
             problem = f"is not between 0 and {MOST_JITTER:g} for class {name}"
             raise ConfigError("--jitter", own, problem, "give the standard deviation of a step over its mean")

@@ -17,31 +17,47 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+SPEED_ONLY = ("train.passes=null", "eval.every_passes=1000000", "data.args.validation=0.01")
+"""For runs of which only the speed counts: a small part of the training set stands in for the test set."""
+
 
 def summary_of(lab: str, arguments: Sequence[str], share: float, *, hosts: str = "h1:1,h2:1",
-               faults: Sequence[tuple[float, str]] = ()) -> dict[str, Any]:
-    """Runs one job and returns its summary; what it prints goes to standard error.
+               faults: Sequence[tuple[float, str]] = (), fast_share: float | None = None,
+               alone: str | None = None) -> dict[str, Any]:
+    """Runs one job and returns its summary, with its ``rows``; what it prints goes to standard error.
 
     Args:
         arguments: configuration files and ``key=value``.
         share: of a core, for each rank on h2.
+        fast_share: of a core, for each rank on h1; None: as much as it takes.
+        alone: a job of one rank, of the class ``fast`` (on h1) or ``slow`` (on h2).
         faults: seconds after the training has begun, in order, and what the tool is then told, for example
             ``(20, "throttle r1 0.05")``.
     """
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    # the quota holds for one thread, and both hosts show the same cores
+    classes = [f"cluster.hosts={hosts}", "cluster.classes.slow.slowdown=1", "cluster.classes.fast.threads=1",
+               "cluster.classes.slow.threads=1"]
+    if alone is not None:
+        classes = [f"cluster.hosts={'h1:1' if alone == 'fast' else 'h2:1'}",
+                   f"cluster.classes={{{alone}: {{ranks: [0], threads: 1}}}}"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [lab, "run", "--settle", "0", "--slow", f"h2={share}", "--",
-                   sys.executable, "-m", "hvd_hetero", "launch", *arguments, f"run.dir={folder}/run",
-                   f"cluster.hosts={hosts}", "cluster.classes.slow.slowdown=1",
-                   "profile.seconds=6", "profile.reuse=false",
-                   # the quota holds for one thread, and both hosts show the same cores
-                   "cluster.classes.fast.threads=1", "cluster.classes.slow.threads=1", "cluster.affinity=false"]
+        command = [*throttled(lab, share, fast_share), sys.executable, "-m", "hvd_hetero", "launch", *arguments,
+                   f"run.dir={folder}/run", *classes, "profile.seconds=6", "profile.reuse=false",
+                   "cluster.affinity=false"]
         with subprocess.Popen(command, env=env, stdout=sys.stderr) as job:
             _inflict(lab, faults, job, Path(folder) / "run" / "plan.json")
         if job.returncode != 0:
             raise subprocess.CalledProcessError(job.returncode, command)
-        summary: dict[str, Any] = json.loads((Path(folder) / "run" / "summary.json").read_text())
-        return summary
+        run = Path(folder) / "run"
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return {**json.loads((run / "summary.json").read_text()), "rows": rows}
+
+
+def throttled(lab: str, share: float, fast_share: float | None = None) -> list[str]:
+    """What stands before a command that is to run with its ranks throttled."""
+    slow = [word for host, part in (("h1", fast_share), ("h2", share)) if part for word in ("--slow", f"{host}={part}")]
+    return [lab, "run", "--settle", "0", *slow, "--"]
 
 
 def _inflict(lab: str, faults: Sequence[tuple[float, str]], job: subprocess.Popen[bytes], plan: Path) -> None:

@@ -32,3 +32,20 @@ def found_by(ranks: int, script: Path, *arguments: Any, timeout_sec: float) -> l
         if status != 0:
             raise RuntimeError(f"horovodrun ended with status {status}")
         return [json.loads((Path(folder) / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def hvd_hetero(command: str, *arguments: str) -> None:
+    """Runs a command of the package; what it prints goes to standard error.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    subprocess.run([sys.executable, "-m", "hvd_hetero", command, *arguments], check=True, stdout=sys.stderr)
+
+
+def summary_of(*arguments: str) -> dict[str, Any]:
+    """Trains on this machine's ranks, as configuration files and ``key=value`` say, and returns the run's summary."""
+    with tempfile.TemporaryDirectory() as folder:
+        hvd_hetero("launch", *arguments, f"run.dir={folder}/run")
+        summary: dict[str, Any] = json.loads((Path(folder) / "run" / "summary.json").read_text())
+        return summary
