@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 
-import hvd_hetero
 from hvd_hetero import algorithms
 from hvd_hetero.cluster import Cluster, Placement, RankFacts, assign, has_bf16, local_facts, place
 from hvd_hetero.comm.rendezvous import JobEnv, exchange, job_env
@@ -20,6 +18,7 @@ from hvd_hetero.config import device_classes
 from hvd_hetero.delays import check_delays
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.files import own_files
+from hvd_hetero.fingerprint import check_same, fingerprint
 from hvd_hetero.limits import check_limits
 from hvd_hetero.plan import check_bias_to
 from hvd_hetero.schema import AUTO, Config
@@ -66,19 +65,11 @@ def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
         raise
     said = _exchange(env, {
         "facts": local_facts(env.rank, env.host, env.local_rank).to_dict(),
-        "config": config.digest(),
-        "version": hvd_hetero.__version__,
-        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
-        "torch": torch.__version__.split("+")[0],
+        "fingerprint": fingerprint(config),
     })
     watchdog.arm(config.run.watchdog_sec)
-    for what in ("version", "config", "torch"):
-        for rank, other in enumerate(said):
-            if other[what] != said[0][what]:
-                host = other["facts"]["host"]
-                problem = f"rank {rank} on {host} has {what} {other[what]}, rank 0 has {said[0][what]}"
-                raise ConfigError(what, other[what], problem, f"make {host} the same as the first host")
     facts = [RankFacts.from_dict(other["facts"]) for other in said]
+    check_same([other["fingerprint"] for other in said], [fact.host for fact in facts])
     classes = config.cluster.classes
     cluster = assign(classes if classes == AUTO else device_classes(classes), facts)
     check(config, components, cluster)

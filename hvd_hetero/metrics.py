@@ -178,7 +178,7 @@ def environment(cluster: Cluster, horovod: Mapping[str, Any]) -> dict[str, Any]:
 def without_passwords(word: str) -> str:
     """A word of a command line without what stands before the @ of a URL, and without values of keys named after it."""
     word = re.sub(r"(?<=://)[^/@\s]+(?=@)", "***", word)
-    return re.sub(r"(?i)((?:token|secret|passw(?:or)?d|api_?key)\w*['\"]?\s*[=:]\s*)[^\s,&}]+", r"\1***", word)
+    return re.sub(r"(?i)((?:token|secret|passw(?:or)?d|api_?key)['\"]?\s*[=:]\s*)[^\s,&}]+", r"\1***", word)
 
 
 def _version(package: str) -> str | None:

@@ -179,7 +179,12 @@ class Config:
         return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self)))
 
     def digest(self, how_long: bool = True) -> str:
-        """A hash of everything that decides the run; its folder and what is kept there do not.
+        """A hash of :meth:`decisive`."""
+        text = json.dumps(self.decisive(how_long), sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def decisive(self, how_long: bool = True) -> dict[str, Any]:
+        """Everything that decides the run, by section; its folder and what is kept there do not.
 
         Args:
             how_long: whether it counts where the run ends.
@@ -189,4 +194,4 @@ class Config:
             del content["train"][limit]
         content["run"] = {"seed": content["run"]["seed"]}
         del content["checkpoint"]
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return content

@@ -1,7 +1,7 @@
 """Files that are refused: of datasets, weights, profiles and checkpoints.
 
 A case has a name, what makes its files in a folder, the words of the command with ``{tmp}`` for that folder, and what
-the message says: its beginning, and a part of its remedy. Where code of a file was run there would be ``{tmp}/was-run``.
+the message says: its beginning, and a part of its remedy. Code of a file, were it run, would make ``{tmp}/was-run``.
 """
 
 from __future__ import annotations

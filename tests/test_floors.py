@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "hvd_hetero"
 FLOORS = [
     {"errors", "checking", "config", "files", "schema", "pacing", "cluster", "plan", "pulse", "timing"},
     {"comm", "data", "models", "imports", "limits", "sampling", "metrics", "trace", "checkpoint", "store", "simulator",
-     "accounts", "by_name", "delays", "partial_counts", "profiles", "stopping", "watchdog"},
+     "accounts", "by_name", "delays", "partial_counts", "profiles", "stopping", "fingerprint", "watchdog"},
     {"worker", "profiling", "feed", "passes", "saving", "output"},
     {"algorithms", "components"},
     {"trainer", "job", "speeds"},

@@ -1,0 +1,87 @@
+"""What has to be the same on all ranks of a job: versions, source files, settings. Hosts drift apart unnoticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hvd_hetero
+from hvd_hetero.comm.horovod import build_info
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.schema import Config
+
+PACKAGE = Path(hvd_hetero.__file__).parent
+TARGETS = ("data.target", "model.target", "train.loss", "train.optimizer", "train.scheduler", "eval.metric")
+"""Settings that may name a function of the user's own, ``package.module:function``."""
+
+
+def fingerprint(config: Config) -> dict[str, str]:
+    """This rank's, by what each thing is called: causes before their effects."""
+    horovod = build_info()
+    found = {
+        "version of hvd-hetero": hvd_hetero.__version__,
+        "source of hvd-hetero": digest_of(PACKAGE, PACKAGE.rglob("*.py")),
+        "version of Python": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "version of torch": torch.__version__.split("+")[0],
+        "version of Horovod": f"{horovod['version']}{'' if horovod['fixes'] else ' without fixes'}",
+    }
+    for key in TARGETS:
+        section, name = key.split(".")
+        target = getattr(getattr(config, section), name)
+        module = sys.modules.get(target.partition(":")[0]) if target is not None and ":" in target else None
+        file = None if module is None else getattr(module, "__file__", None)
+        if file is not None:
+            found[f"source of {key}={target}"] = digest_of(Path(file).parent, [Path(file)])
+    for section, content in config.decisive().items():
+        found |= {f"{section}.{key}": json.dumps(value, default=str) for key, value in content.items()}
+    return found
+
+
+def digest_of(folder: Path, files: Iterable[Path]) -> str:
+    """A hash of files' names in a folder and of what is in them."""
+    whole = hashlib.sha256()
+    for path in sorted(files):
+        content = path.read_bytes()
+        whole.update(f"{path.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
+    return whole.hexdigest()[:16]
+
+
+def check_same(fingerprints: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> None:
+    """Makes sure that all ranks are alike; both arguments are by rank.
+
+    Raises:
+        ConfigError: naming the first rank that differs from rank 0, its host, and in what.
+    """
+    first = fingerprints[0]
+    for what in dict.fromkeys(what for each in fingerprints for what in each):
+        for rank, other in enumerate(fingerprints):
+            mine, theirs = first.get(what, "nothing"), other.get(what, "nothing")
+            if mine != theirs:
+                problem = f"so it is for rank {rank} on {hosts[rank]}, for rank 0 on {hosts[0]} it is {mine}"
+                raise ConfigError(what, _Plain(theirs), problem, _remedy(what, hosts[rank], hosts[0]))
+
+
+def _remedy(what: str, host: str, first: str) -> str:
+    if what.startswith("version of "):
+        return f"install the same {what.removeprefix('version of ')} on {host} as on {first}"
+    if what == "source of hvd-hetero":
+        return f"bring {PACKAGE} on {host} up to date with that on {first}; both call it {hvd_hetero.__version__}"
+    if what.startswith("source of "):
+        return f"bring its file on {host} up to date with that on {first}"
+    return f"give all ranks the same configuration files and settings ({host} and {first} have others)"
+
+
+class _Plain:
+    """A text that a message shows without quotes."""
+
+    def __init__(self, text: Any) -> None:
+        self._text = text
+
+    def __str__(self) -> str:
+        return str(self._text)
