@@ -36,6 +36,7 @@ from hvd_hetero.comm.flat import joined, parts_of
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.comm.partial import PartialAllreduce
 from hvd_hetero.comm.rounds import Counts, Round
+from hvd_hetero.comm.staging import HostGradients
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.feed import Pass, Worked
@@ -65,6 +66,8 @@ class EagerSGD(Lockstep):
     def start(self, plan: Plan, worker: Worker, comm: Comm) -> None:
         super().start(plan, worker, comm)
         self._comm, self._gradients = comm, worker.flat_gradients()
+        on_gpu = self._gradients[0].device.type == "cuda"
+        self._host = HostGradients(worker.model.parameters(), self._gradients) if on_gpu else None
         self._open(0)
 
     def _open(self, first: int) -> None:
@@ -80,6 +83,7 @@ class EagerSGD(Lockstep):
             max_lag=self.aggregation.max_lag,
             first=first,
             hosts=len({fact.host for fact in self.cluster.facts}),
+            pinned=self._host is not None,
         )
 
     def run_pass(self, given: Pass, worker: Worker, comm: Comm) -> Worked:
@@ -97,8 +101,9 @@ class EagerSGD(Lockstep):
             at.append(partial.version - first)
             # the answer comes while this rank waits for the round; who claims everything leaves nobody anything
             partial.claim(len(given.rows) if given.stopping() else self.mine.batch_size)
-            if finite(self._gradients):
-                partial.contribute(comm.on_host(joined(self._gradients)))
+            gradient = joined(self._gradients) if self._host is None else self._host.take()
+            if finite([gradient]):
+                partial.contribute(gradient)
                 self._apply(partial.take(), worker, given, first)
             else:  # others may be waiting for this rank to contribute, so it waits for nothing
                 self.leave_out(worker, comm)
@@ -125,13 +130,13 @@ class EagerSGD(Lockstep):
             if result.weight:  # the last round of a pass finds the buffers empty, as a rule
                 given.begin_round(result.number - first)
                 for gradient, part in zip(self._gradients, parts_of(result.total, self._gradients), strict=True):
-                    gradient.copy_(part)
+                    gradient.copy_(part, non_blocking=True)
                 worker.apply()
                 self._averages += 1
                 self._comm.left_out.since = 0
                 given.end_round()
+        worker.pace.pause()  # what was copied from is not given back before it has been copied
         self.partial.done(results)
-        worker.pace.pause()
 
     def counts(self) -> Counts | None:
         return self.partial.take_counts()

@@ -28,7 +28,7 @@ SECRET_BYTES = 32
 ADDRESS_BYTES = 64
 RETRY_SEC = 0.1
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30000}
-"""A peer that says nothing for half a minute, not even that it is there, is gone; seconds, the last one milliseconds."""
+"""A peer of which nothing is heard for half a minute is gone; seconds, the last one milliseconds."""
 Hear = Callable[[int, int, int], Sequence[Order]]
 
 

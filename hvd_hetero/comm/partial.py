@@ -41,10 +41,10 @@ class PartialAllreduce:
         max_lag: a rank joins no round while it has so many results left to take; the others then wait for it.
         latest: so many elements at the end of the vector are states and not sums: of several contributions in the send
             buffer the newest one's are sent.
-        weigh: turns the number of steps in the send buffer into the factor that what it holds is sent with; None sends
-            it as it is, and ``Round.weight`` is the number of steps.
+        weigh: turns the steps in the send buffer into the factor of what is sent; None: as it is, by number of steps.
         first: number of the first round, in a resumed run.
         hosts: how many hosts the ranks are on.
+        pinned: whether results lie in memory from which a GPU copies while the host goes on.
 
     Attributes:
         closing: whether a whole unit has finished the pass, so that the others should come to an end.
@@ -65,10 +65,11 @@ class PartialAllreduce:
         weigh: Callable[[float], float] | None = None,
         first: int = 0,
         hosts: int = 1,
+        pinned: bool = False,
     ) -> None:
         assert comm.size > 1 and sync_every >= 1 and max_lag >= 1
         self._rank, self._size, self._dtype, self._pulse = comm.rank, size, dtype, comm.pulse
-        self._sums = size - latest
+        self._sums, self._pinned = size - latest, pinned
         self._full = 1 if mode == FULL else sync_every
         self._max_lag, self._weigh = max_lag, weigh
         self._changed = threading.Condition()
@@ -297,4 +298,4 @@ class PartialAllreduce:
         """A buffer with a place for the weight behind the vector; its contents are anything."""
         if self._pool:
             return self._pool.pop()
-        return torch.empty(self._size + 1, dtype=self._dtype)
+        return torch.empty(self._size + 1, dtype=self._dtype, pin_memory=self._pinned)

@@ -27,6 +27,8 @@ from hvd_hetero.comm.rendezvous import job_env  # noqa: E402
 from hvd_hetero.components import Given  # noqa: E402
 from hvd_hetero.config import device_classes, load  # noqa: E402
 from hvd_hetero.feed import Feed  # noqa: E402
+from hvd_hetero.passes import Ongoing  # noqa: E402
+from hvd_hetero.watchdog import Watchdog  # noqa: E402
 
 
 class Turns:
@@ -87,8 +89,8 @@ def main(folder: Path, name: str) -> None:
 
     turns.rounds = arrived
 
-    def read(self: Any, rows: Any) -> Iterator[Any]:
-        for i, batch in enumerate(self.source.batches(rows, self.worker.generator)):
+    def read(self: Any, source: Any, rows: Any, generator: Any) -> Iterator[Any]:
+        for i, batch in enumerate(source.batches(rows, generator)):
             if i % case.steps_a_turn(env.rank) == 0:
                 turns.wait()
             yield batch
@@ -102,15 +104,16 @@ def main(folder: Path, name: str) -> None:
         collected(self, work, losses)
 
     finished, collected = PartialAllreduce.finish, Feed.collect_as_worked
-    trainer.Trainer._read = read  # type: ignore[method-assign]
+    Ongoing.batches = read  # type: ignore[method-assign]
     PartialAllreduce.finish = finish  # type: ignore[method-assign]
     Feed.collect_as_worked = collect  # type: ignore[method-assign]
-    config = load((), case.overrides(), algorithms.method)
+    # nobody comes to rest within a pass in order to save
+    config = load((), case.overrides() | {"checkpoint.every_sec": None}, algorithms.method)
     given = Given(model=lambda: model(case.model), train_data=data(), test_data=data())
     parts = components.build(config, given)
     cluster = assign(device_classes(config.cluster.classes), facts(env.size))
     job.check(config, parts, cluster)
-    this = trainer.Trainer(job.Job(env, config, parts, cluster, Placement("cpu", 1, None)), folder / "run")
+    this = trainer.Trainer(job.Job(env, config, parts, cluster, Placement("cpu", 1, None), Watchdog(env)), folder / "run")
     this.prepare()
     summary = this.run()
     table = this.feed.sampler.losses if env.rank == 0 else None
