@@ -3,7 +3,8 @@
 Layers are merged in order: the schema's built-in values, then each file, then each ``key=value``. Sections merge key by
 key; mappings with free keys (``cluster.classes``, ``train.tau``, any ``*args``) are replaced as a whole, while
 ``key=value`` may also reach inside one (``cluster.classes.slow.slowdown=4``). Arguments belong to what they are for: a
-layer that names another loss, optimizer, scheduler, model or dataset, and no arguments, leaves it without any.
+layer that names another loss, optimizer, scheduler, model or dataset, and no arguments, leaves it without any. A model or
+dataset that is named takes the place of a target in a layer below.
 """
 
 from __future__ import annotations
@@ -224,10 +225,11 @@ def _merge(schema: Any, target: dict[str, Any], layer: Mapping[str, Any], prefix
             _merge(section, target[name], value, f"{key}.")
         else:
             arguments = ARGUMENTS_OF.get(key)
-            if arguments is not None and arguments not in layer and target[name] != value:
+            other = name == "name" and value is not None and "target" not in layer and target.get("target") is not None
+            if arguments is not None and arguments not in layer and (target[name] != value or other):
                 target[arguments] = {}
             target[name] = value
-            if name == "name" and "target" in target and "target" not in layer and value is not None:
+            if other:
                 target["target"] = None  # of a layer below, and would win
 
 

@@ -183,6 +183,7 @@ SETTINGS: list[tuple[list[str], str, str, str]] = [
     (["algorithm.name=dlb", "algorithm.partition_bytes=9"], "algorithm.partition_bytes", "9", "algorithm.participants"),
     (["algorithm.name=byteps", "algorithm.partition_bytes=7"], "algorithm.partition_bytes", "7", "8 or more"),
     (["algorithm.name=byteps", "algorithm.participants=all"], "algorithm.name", "'byteps'", "second class"),
+    (["algorithm.name=byteps", "cluster.classes={every: {ranks: 0-1}}"], "algorithm.name", "'byteps'", "second class"),
     ([EAGER, "aggregation.outer_lr=0.5"], "aggregation.outer_lr", "0.5", "local-SGD"),
     ([EAGER, SOLO], "aggregation.mode", "'solo'", "algorithm.mode"),
     # not key=value

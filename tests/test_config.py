@@ -1,15 +1,14 @@
-"""The configuration: layers, errors that name the nearest key, limits, and that a saved one can be read back."""
+"""The configuration: how its layers are merged."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from hvd_hetero.config import load, per_class
+from hvd_hetero.config import load
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.schema import AlgorithmConfig, Config
 
@@ -129,167 +128,6 @@ def test_a_methods_own_options_are_keys(tmp_path: Path) -> None:
         load([file], ["algorithm.name=other"], method=method)
 
 
-# ---- errors ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("override", "key", "remedy"), [
-    ("train.pases=3", "train.pases", "did you mean 'train.passes'?"),
-    ("train.batchsize=3", "train.batchsize", "did you mean 'train.batch_size'?"),
-    ("sampling.high_lossratio=0", "sampling.high_lossratio", "did you mean 'sampling.high_loss_ratio'?"),
-    ("passes=3", "passes", "did you mean 'train.passes'?"),
-    ("train.seed=3", "train.seed", "did you mean 'run.seed'?"),
-    ("trian.passes=3", "trian.passes", "did you mean"),
-    ("zzzzzz=3", "zzzzzz", "known are"),
-    ("cluster.classes.slow.slowdwn=3", "cluster.classes.slow.slowdwn", "did you mean 'cluster.classes.slow.slowdown'?"),
-    ("cluster.classes.slwo.slowdown=3", "cluster.classes.slwo.slowdown", "did you mean 'slow'?"),
-    ("cluster.classes.slow.ranks.x=3", "cluster.classes.slow.ranks.x", "set cluster.classes.slow.ranks as a whole"),
-    ("model.depth.x=3", "model.depth.x", "did you mean"),
-])
-def test_an_unknown_key_names_the_nearest(override: str, key: str, remedy: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        load(overrides=[override])
-    assert caught.value.key == key
-    assert str(caught.value.value) == "3" or caught.value.value in (0, 3)
-    assert remedy in caught.value.remedy
-
-
-def test_an_unknown_key_in_a_file(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.yaml", "train: {pases: 3}")
-    with pytest.raises(ConfigError, match=r"train.pases=3: .*'train.passes'"):
-        load([file])
-
-
-@pytest.mark.parametrize(("override", "key"), [
-    ("train.passes=many", "train.passes"),
-    ("train.passes=1.5", "train.passes"),
-    ("train.passes=true", "train.passes"),
-    ("train.passes=[3]", "train.passes"),
-    ("train.passes=null", "train.passes"),
-    ("train.lr=quick", "train.lr"),
-    ("run.overwrite=perhaps", "run.overwrite"),
-    ("run.dir={a: 1}", "run.dir"),
-    ("model.args=3", "model.args"),
-    ("train.optimizer_args=[1]", "train.optimizer_args"),
-    ("train.tau=1.5", "train.tau"),
-    ("train.tau={fast: x, slow: 1}", "train.tau.fast"),
-    ("train.tau=true", "train.tau"),
-    ("train.tau={}", "train.tau"),
-    ("train.batch_size=many", "train.batch_size"),
-    ("train.batch_size={fast: 1, slow: 2.5}", "train.batch_size.slow"),
-    ("train=3", "train"),
-    ("algorithm=biased_local_sgd", "algorithm"),
-    ("cluster.classes=3", "cluster.classes"),
-    ("cluster.classes={a: 3}", "cluster.classes.a"),
-    ("cluster.classes=[{ranks: 0}]", "cluster.classes"),
-    ("cluster.classes=[{name: a, ranks: 0}, {name: a, ranks: 1}]", "cluster.classes"),
-    ("cluster.classes.slow.slowdown=much", "cluster.classes.slow.slowdown"),
-    ("cluster.classes.slow=3", "cluster.classes.slow"),
-    ("cluster.affinity.on=3", "cluster.affinity.on"),
-    ("data.root=${nothing.there}", "data.root"),
-    ("train.lr={a: [", "train.lr"),
-    ("train.lr", "argument"),
-    ("=3", "argument"),
-])
-def test_a_wrong_type_names_its_key(override: str, key: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        load(overrides=[override])
-    assert caught.value.key == key
-    assert caught.value.remedy
-
-
-@pytest.mark.parametrize(("override", "last_good"), [
-    ("run.seed=-1", "0"),
-    ("train.passes=0", "1"),
-    ("train.tau=0", "1"),
-    ("train.tau={fast: 8, slow: 0}", "{fast: 8, slow: 1}"),
-    ("train.batch_size=0", "1"),
-    ("train.batch_size={fast: -3, slow: 1}", "{fast: 1, slow: 1}"),
-    ("train.lr=0", "1e-9"),
-    ("train.lr=.nan", "1e-9"),
-    ("train.lr=.inf", "1e9"),
-    ("train.warmup_rounds=-1", "0"),
-    ("train.epoch=epoch", "fast_steps"),
-    ("sampling.high_loss_ratio=-0.001", "0"),
-    ("sampling.high_loss_ratio=1.001", "1"),
-    ("sampling.high_loss_ratio=.nan", "0.5"),
-    ("sampling.scheme=biased", "separate"),
-    ("aggregation.weights=step", "steps"),
-    ("aggregation.mode=sometimes", "blocking"),
-    ("aggregation.path=round", "hierarchical"),
-    ("data.workers=-1", "0"),
-    ("eval.every_passes=0", "1"),
-    ("eval.batch_size=0", "1"),
-    ("profile.seconds=0", "0.1"),
-    ("profile.warmup_steps=-1", "0"),
-    ("cluster.gpu_cores=0", "1"),
-    ("cluster.start_timeout_sec=0", "1"),
-    ("cluster.gloo_timeout_sec=0", "1"),
-    ("cluster.cycle_time_ms=0", "0.1"),
-    ("cluster.classes.slow.slowdown=0.99", "1"),
-    ("cluster.classes.slow.threads=0", "1"),
-    ("cluster.classes.slow.device=gpu", "cuda"),
-])
-def test_every_limit(override: str, last_good: str) -> None:
-    """What is just outside is refused by its key and value, what is just inside is taken."""
-    key = override.partition("=")[0]
-    with pytest.raises(ConfigError) as caught:
-        load(overrides=[override])
-    assert caught.value.key.startswith(key)
-    assert caught.value.problem and caught.value.remedy
-    load(overrides=[f"{key}={last_good}"])
-
-
-LIMITED = [
-    (f"{group.name}.{item.name}", item.metadata)
-    for group in dataclasses.fields(Config)
-    for item in dataclasses.fields(getattr(Config(), group.name))
-    if item.metadata
-]
-
-
-@pytest.mark.parametrize(("key", "limits"), LIMITED, ids=[key for key, _ in LIMITED])
-def test_every_declared_limit_is_enforced(key: str, limits: dict[str, Any]) -> None:
-    """Whatever key is added later."""
-    outside = {"at_least": lambda x: x - 1, "at_most": lambda x: x + 1, "above": lambda x: x, "choices": lambda x: "?"}
-    for kind, limit in limits.items():
-        with pytest.raises(ConfigError) as caught:
-            load(overrides={key: outside[kind](limit)})
-        assert caught.value.key == key
-
-
-@pytest.mark.parametrize("content", ["- a\n- b", "train: [", "just text", "\x00"])
-def test_a_file_that_is_no_configuration(tmp_path: Path, content: str) -> None:
-    file = write(tmp_path / "broken.yaml", content)
-    with pytest.raises(ConfigError) as caught:
-        load([file])
-    assert str(file) in str(caught.value) or caught.value.key == content
-    assert "\n" not in str(caught.value)
-
-
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none\.yaml.*does not exist"):
-        load([tmp_path / "none.yaml"])
-
-
-@pytest.mark.parametrize("section", ["data", "model"])
-def test_neither_name_nor_target(section: str) -> None:
-    with pytest.raises(ConfigError, match=f"set {section}.name or {section}.target"):
-        load(overrides=[f"{section}.name=null"])
-    assert load(overrides=[f"{section}.name=null", f"{section}.target=own:make"])
-
-
-def test_per_class() -> None:
-    names = ["a", "b"]
-    assert per_class("train.tau", 3, names) == {"a": 3, "b": 3}
-    assert per_class("train.tau", {"b": 2, "a": 1}, names) == {"a": 1, "b": 2}
-    with pytest.raises(ConfigError, match="train.tau.bb=2: .*did you mean 'b'?"):
-        per_class("train.tau", {"a": 1, "bb": 2}, names)
-    with pytest.raises(ConfigError, match="nothing for class b"):
-        per_class("train.tau", {"a": 1}, names)
-    with pytest.raises(ConfigError, match="train.tau.b=0"):
-        per_class("train.tau", {"a": 1, "b": 0}, names)
-
-
 def test_arguments_belong_to_what_they_are_for(tmp_path: Path) -> None:
     """Naming another optimizer must not hand it SGD's momentum; naming the same one again changes nothing."""
     assert load(overrides=["train.optimizer=Adam"]).train.optimizer_args == {}
@@ -299,3 +137,16 @@ def test_arguments_belong_to_what_they_are_for(tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
     file.write_text("train: {loss: mse_loss}")
     assert load([file]).train.loss_args == {}
+
+
+def test_a_name_in_a_higher_layer_wins_over_a_target_in_a_lower_one(tmp_path: Path) -> None:
+    """Else data.name=digits on a command line would mean nothing; named both at once, the target counts."""
+    file = write(tmp_path / "own.yaml", "data: {target: 'own:data', args: {n: 3}}\nmodel: {target: 'own:net'}")
+    config = load([file], ["data.name=digits"])
+    assert (config.data.target, config.data.args, config.model.target) == (None, {}, "own:net")
+    for words in (["model.name=mlp", "model.target=own:net"], ["model.target=own:net", "model.name=mlp"]):
+        assert load((), words).model.target == "own:net"
+    assert load([file], ["data.name=null"]).data.target == "own:data"
+    assert load((), {"data.target": "own:data", "data.name": "digits", "data.args": {"n": 3}}).data.args == {"n": 3}
+    again = write(tmp_path / "again.yaml", load([file]).to_yaml())
+    assert load([again]).data.target == "own:data", "a saved one names both"
