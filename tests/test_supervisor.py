@@ -41,7 +41,7 @@ def when(happened: Callable[[], bool], act: Callable[[], None]) -> threading.Thr
     """Does something beside the job, once something has happened in it."""
 
     def wait() -> None:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 280
         while not happened():
             if time.monotonic() > deadline:
                 return
