@@ -3,8 +3,8 @@
 Layers are merged in order: the schema's built-in values, then each file, then each ``key=value``. Sections merge key by
 key; mappings with free keys (``cluster.classes``, ``train.tau``, any ``*args``) are replaced as a whole, while
 ``key=value`` may also reach inside one (``cluster.classes.slow.slowdown=4``). Arguments belong to what they are for: a
-layer that names another loss, optimizer, scheduler, model or dataset, and no arguments, leaves it without any. A model or
-dataset that is named takes the place of a target in a layer below.
+layer that names another loss, optimizer, scheduler, model or dataset, and no arguments, leaves it without any. A model
+or dataset that is named takes the place of a target in a layer below.
 """
 
 from __future__ import annotations

@@ -155,19 +155,34 @@ def of_ranks(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["train.pases=3"], "train.pases=3: is not a known key; did you mean 'train.passes'?"),
-    (["model.target=own_parts:model_unless_rank_1"], "rank 1: model.target="),
-], ids=["all ranks", "one rank"])
+    (["-m", "hvd_hetero", "train", "train.pases=3"], "train.pases=3: is not a known key; did you mean 'train.passes'?"),
+    (["-m", "hvd_hetero", "train", "model.target=own_parts:model_unless_rank_1"], "rank 1: model.target="),
+    (["bad_object.py"], "loss='CrossEntropyLoss': is not per sample"),
+], ids=["all ranks", "one rank", "a user's program"])
 def test_plain_horovodrun_says_it_once(
     horovodrun: Callable[..., Any], tmp_path: Path, words: list[str], message: str
 ) -> None:
     """horovodrun itself exits with 1 and a traceback of its own; of the ranks' there is none."""
-    line = [Path(sys.executable).with_name("hvd-hetero"), "train", f"run.dir={tmp_path / 'run'}", *words]
-    done = horovodrun(2, line, cwd=OWN)
+    folder = str(tmp_path / "run")
+    done = horovodrun(2, [sys.executable, *words, folder if "bad_object.py" in words else f"run.dir={folder}"], cwd=OWN)
     assert done.returncode != 0
     assert len(messages(done)) == 1 and messages(done)[0].startswith(message), done.stderr
     assert not [text for text in of_ranks(done) if "Traceback" in text]
     assert "Exit code: 2" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_launcher_starts_nothing(tmp_path: Path) -> None:
+    """The real one, beside which stands a horovodrun that would tell."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "horovodrun").write_text(f"#!/bin/sh\ntouch {tmp_path / 'was-started'}\n")
+    (tmp_path / "bin" / "horovodrun").chmod(0o755)
+    code = f"import sys; sys.executable = '{tmp_path}/bin/python'; from hvd_hetero.cli import main; sys.exit(main())"
+    for words, status in ((["data.args={train_limit: 0}"], 2), ([], 0)):
+        done = subprocess.run([sys.executable, "-c", code, "launch", f"run.dir={tmp_path / 'run'}", *words],
+                              capture_output=True, text=True, timeout=120)
+        assert done.returncode == status, done.stderr
+        assert (tmp_path / "was-started").exists() == (status == 0)
     assert not (tmp_path / "run").exists()
 
 

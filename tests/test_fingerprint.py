@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scrip
 
 from hvd_hetero.config import load  # noqa: E402
 from hvd_hetero.errors import ConfigError  # noqa: E402
-from hvd_hetero.fingerprint import check_same, digest_of, fingerprint  # noqa: E402
+from hvd_hetero.fingerprint import PACKAGE, check_same, digest_of, fingerprint  # noqa: E402
 
 UNLIKE = Path(__file__).parent / "ranks" / "unlike.py"
 PREFIX = "hvd-hetero: error: "
@@ -54,6 +55,13 @@ def test_a_host_without_the_data_is_named(horovodrun: Callable[..., Any], tmp_pa
     file.write_text(f"data: {{name: cifar10, root: '{tmp_path}/${{oc.env:HOROVOD_RANK}}'}}\nmodel: {{name: resnet20}}")
     done = horovodrun(2, [sys.executable, "-m", "hvd_hetero", "train", file, f"run.dir={tmp_path / 'run'}"])
     assert said_once(done).startswith(f"rank 1: data.root='{tmp_path}/1': is not a folder; put there cifar-10-batches")
+
+
+def test_no_clock_is_compared_with_that_of_another_host() -> None:
+    """Intervals are measured with clocks that nobody sets; the date is only written down."""
+    source = {path: path.read_text() for path in PACKAGE.rglob("*.py")}
+    clock = re.compile(r"time\.time\b|from time import|datetime|st_[amc]time|\.getmtime")
+    assert not [path for path, text in source.items() if clock.search(text)]
 
 
 def test_what_is_compared() -> None:
