@@ -87,6 +87,7 @@ def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
 def make_worker(job: Job, watch: Stopwatch) -> Worker:
     """This rank's worker, on its device."""
     config, parts = job.config, job.components
+    torch.set_float32_matmul_precision(config.train.matmul_precision)
     return Worker(
         parts.model,
         parts.loss,
@@ -99,6 +100,8 @@ def make_worker(job: Job, watch: Stopwatch) -> Worker:
         seed=config.run.seed * 1000003 + job.env.rank,
         clip_norm=config.train.clip_norm,
         autocast=config.train.autocast == "bf16" and has_bf16(job.placement.device),
+        compile_mode=config.train.compile,
+        channels_last=config.train.channels_last,
     )
 
 

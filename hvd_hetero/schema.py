@@ -96,6 +96,9 @@ class TrainConfig:
     warmup_rounds: int = _key(0, at_least=0)
     clip_norm: Optional[float] = _key(None, above=0)  # noqa: UP045
     autocast: Any = False
+    matmul_precision: str = _key("highest", choices=("highest", "high", "medium"))
+    channels_last: bool = False
+    compile: Optional[str] = _key(None, choices=("default", "reduce-overhead", "max-autotune"))  # noqa: UP045
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ class AggregationConfig:
     outer_lr: float = _key(1.0, above=0)
     outer_momentum: float = _key(0.0, at_least=0, at_most=1)
     outer_nesterov: bool = False
+    delayed: bool = False
     nan: str = _key("leave_out", choices=("leave_out", "stop"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -29,6 +30,8 @@ class Worker:
         metric: ``metric(outputs, targets) -> [B]``, the figure that evaluation averages beside the loss.
         clip_norm: gradients whose joint norm is above this are scaled down to it, before the optimizer's step.
         autocast: compute in bfloat16 where PyTorch deems it safe; parameters and gradients stay as they are.
+        compile_mode: of ``torch.compile``, which training steps then go through; None: they do not.
+        channels_last: keep images and the weights of convolutions with their channels last in memory.
 
     Attributes:
         state: what an aggregation averages.
@@ -49,10 +52,14 @@ class Worker:
         seed: int = 0,
         clip_norm: float | None = None,
         autocast: bool = False,
+        compile_mode: str | None = None,
+        channels_last: bool = False,
     ) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device)
-        self.state = FlatState(self.model)
+        self._channels_last = channels_last
+        self._compiled = None if compile_mode is None else torch.compile(self.model, mode=compile_mode, dynamic=False)
+        self.state = FlatState(self.model, channels_last)
         self._params = [p for p in self.model.parameters() if p.requires_grad]
         self._gradients: list[Tensor] = []
         self._make_optimizer, self._make_scheduler = make_optimizer, make_scheduler
@@ -96,16 +103,27 @@ class Worker:
         Returns:
             The per-sample losses ``[B]``, on the device; they are also kept for :meth:`take_losses`.
         """
+        try:
+            losses = self._backward(self._compiled or self.model, inputs, targets, weight)
+        except Exception as error:
+            if self._compiled is None:
+                raise
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            warnings.warn(f"train.compile: goes on without it, it fails here: {reason[0]}", stacklevel=2)
+            self._compiled = None
+            losses = self._backward(self.model, inputs, targets, weight)
+        self._losses.append(losses)
+        return losses
+
+    def _backward(self, model: Callable[..., Any], inputs: Any, targets: Tensor, weight: float) -> Tensor:
         for gradient in self._gradients:
             gradient.zero_()
         if not self._gradients:
             for param in self._params:
                 param.grad = None
-        losses = self._losses_of(inputs, targets)[0]
+        losses = self._losses_of(inputs, targets, model)[0]
         losses.backward(torch.full_like(losses, weight / len(losses)))  # their mean's gradient, without the mean
-        losses = losses.detach()
-        self._losses.append(losses)
-        return losses
+        return losses.detach()
 
     def gradients(self) -> list[Tensor]:
         """The gradients at hand, of those parameters that have one."""
@@ -123,10 +141,14 @@ class Worker:
             nn.utils.clip_grad_norm_(self._params, self._clip_norm)
         self.optimizer.step()
 
-    def _losses_of(self, inputs: Any, targets: Tensor) -> tuple[Tensor, Any]:
+    def _losses_of(
+        self, inputs: Any, targets: Tensor, model: Callable[..., Any] | None = None
+    ) -> tuple[Tensor, Any]:
+        if self._channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
         # entering a context that is switched off takes a tenth of a tiny model's step
         with torch.autocast(self.device.type, torch.bfloat16) if self._autocast else nullcontext():
-            outputs = forward(self.model, inputs)
+            outputs = forward(model or self.model, inputs)
             return self._loss(outputs, targets), outputs
 
     def take_losses(self) -> Tensor:
@@ -230,7 +252,7 @@ class Worker:
             torch.cuda.synchronize(self.device)
 
 
-def forward(model: nn.Module, inputs: Any) -> Any:
+def forward(model: Callable[..., Any], inputs: Any) -> Any:
     """Calls the model: a tuple of inputs as positional arguments, a dict as keyword arguments."""
     if isinstance(inputs, dict):
         return model(**inputs)

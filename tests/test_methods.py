@@ -68,7 +68,8 @@ def test_one_process_on_the_joined_batch(found: Found, case: str) -> None:
 
 @pytest.mark.parametrize("case", LOCAL)
 def test_local_sgd_as_in_one_process(found: Found, case: str) -> None:
-    expected = oracle.local(CASES[case], dealt(found, case))
+    expects = oracle.delayed if CASES[case].settings.get("aggregation.delayed") else oracle.local
+    expected = expects(CASES[case], dealt(found, case))
     torch.testing.assert_close(final(found, case), expected, **TOLERANCE)
     assert moved(found, case)
 

@@ -11,6 +11,7 @@ from warnings import warn
 import torch
 
 from hvd_hetero.algorithms.base import Algorithm
+from hvd_hetero.algorithms.delayed import Delayed, check_delayed
 from hvd_hetero.algorithms.merging import Merging, check_merging
 from hvd_hetero.algorithms.outer import Outer, average_optimizer
 from hvd_hetero.comm.averages import average
@@ -22,6 +23,7 @@ from hvd_hetero.errors import ConfigError
 from hvd_hetero.feed import Pass, Worked
 from hvd_hetero.pacing import Pacing
 from hvd_hetero.plan import (
+    ERROR,
     LEAVE_OUT,
     SHRINK,
     WAIT_AVOIDING,
@@ -52,6 +54,7 @@ class LocalSGD(Algorithm):
     """
 
     merging: Merging | None = None
+    delayed: Delayed | None = None
 
     @property
     def needs_speeds(self) -> bool:
@@ -59,13 +62,15 @@ class LocalSGD(Algorithm):
 
     @property
     def drains(self) -> bool:
-        return self.aggregation.mode != BLOCKING or self.too_slow == WAIT_AVOIDING
+        return self.aggregation.mode != BLOCKING or self.too_slow == WAIT_AVOIDING or self.aggregation.delayed
 
     def check(self) -> None:
         super().check()
         if self.aggregation.outer_nesterov and self.aggregation.outer_momentum == 0:
             remedy = "set aggregation.outer_momentum too"
             raise ConfigError("aggregation.outer_nesterov", True, "needs momentum", remedy)
+        if self.aggregation.delayed:
+            check_delayed(self.aggregation, self.too_slow if self.needs_speeds else ERROR)
         blocking = self.aggregation.mode == BLOCKING
         if not blocking or (self.needs_speeds and self.too_slow == WAIT_AVOIDING and self.cluster.size > 1):
             check_merging(self.aggregation, self.cluster)
@@ -112,6 +117,8 @@ class LocalSGD(Algorithm):
             spec = replace(spec, mode="solo")
         if spec.mode != BLOCKING:
             self.merging = Merging(worker, comm, self.cluster, spec, self.outer, self.seed)
+        elif spec.delayed:
+            self.delayed = Delayed(worker, comm)
         adapts = self.train.adapt_tau and self.needs_speeds and len(measured) > 1
         self.pacing = Pacing(measured, self.batch_size) if adapts else None
 
@@ -137,7 +144,11 @@ class LocalSGD(Algorithm):
         if self.merging is not None:
             part = self.mine.batch_size / self.batch_size[self.mine.name]  # of a step, where the batch is shrunk
             return self.merging.run_pass(given, worker, self.mine.tau, part)
-        return super().run_pass(given, worker, comm)
+        worked = super().run_pass(given, worker, comm)
+        if self.delayed is not None:
+            self.delayed.settle()
+            self._average(worker, comm)
+        return worked
 
     def end_pass(self, worker: Worker, comm: Comm) -> None:
         integers = worker.state.integers()
@@ -149,12 +160,24 @@ class LocalSGD(Algorithm):
         return None if self.merging is None else self.merging.counts()
 
     def close(self) -> None:
-        if self.merging is not None:
-            self.merging.close()
+        for running in (self.merging, self.delayed):
+            if running is not None:
+                running.close()
 
     def run_round(self, worker: Worker, batches: Iterator[Batch], comm: Comm) -> None:
         self.outer.remember()
         worker.local_steps(batches, self.mine.tau)
+        if self.delayed is None:
+            self._average(worker, comm)
+            return
+        self.delayed.settle()
+        self.delayed.begin(self.mine.weight)
+        worker.watch.collective()
+        if self.aggregation.optimizer_state == "reset":
+            worker.optimizer.state.clear()
+
+    def _average(self, worker: Worker, comm: Comm) -> None:
+        """Averages the models that are here now, and takes the outer step."""
         good, kept = average(comm, worker.state, self.mine.weight), self.aggregation.optimizer_state
         if kept == "average":
             average_optimizer(worker.optimizer, self.mine.weight, comm, good)

@@ -54,7 +54,7 @@ class Lockstep(Algorithm):
 
     def check(self) -> None:
         plain = AggregationConfig(weights="uniform")
-        for key in ("weights", "optimizer_state", "outer_lr", "outer_momentum", "outer_nesterov", "mode"):
+        for key in ("weights", "optimizer_state", "outer_lr", "outer_momentum", "outer_nesterov", "delayed", "mode"):
             value, neutral = getattr(self.aggregation, key), getattr(plain, key)
             if value != neutral:
                 problem = f"{self.options.name} averages gradients, not models"

@@ -16,6 +16,9 @@ class FlatState:
     to and fro as one int64 vector. A buffer that holds Inf or NaN before training (an attention mask) is taken for a
     constant, and stays out as well.
 
+    Args:
+        channels_last: lay out tensors of four dimensions with the second one last, on all ranks.
+
     Attributes:
         vectors: one ``[P]`` vector per floating dtype; trainable parameters first.
         padded: the same memory, ``[P + SPARE]``, with the spare elements that travel with it.
@@ -23,7 +26,8 @@ class FlatState:
         padded_gradients: as :meth:`flat_gradients`, with spare elements.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, channels_last: bool = False) -> None:
+        self._channels_last = channels_last
         trainable = [p for p in module.parameters() if p.requires_grad]
         floating = [b for b in module.buffers() if b.is_floating_point()]
         self._integer = [b for b in module.buffers() if not b.is_floating_point() and not b.is_complex()]
@@ -37,7 +41,7 @@ class FlatState:
         self._by_vector: list[list[nn.Parameter]] = []
         for dtype in dtypes:
             params = [p for p in trainable if p.dtype == dtype]
-            self.padded.append(_adopt([*params, *(b for b in floating if b.dtype == dtype)]))
+            self.padded.append(_adopt([*params, *(b for b in floating if b.dtype == dtype)], channels_last))
             self.params.append(sum(p.numel() for p in params))
             self._by_vector.append(params)
         self.vectors = [vector[:-SPARE] for vector in self.padded]
@@ -67,7 +71,7 @@ class FlatState:
         gradients = [vector[:-SPARE] for vector in self.padded_gradients]
         for params, gradient in zip(self._by_vector, gradients, strict=True):
             for param, part in zip(params, gradient.split([p.numel() for p in params]), strict=True):
-                param.grad = part.view(param.shape)
+                param.grad = _shaped(part, param, self._channels_last)
         return gradients
 
     def integers(self) -> Tensor | None:
@@ -88,16 +92,24 @@ class FlatState:
         return [*self.vectors, *self._integer, *(p.detach() for p in self._frozen)]
 
 
-def _adopt(tensors: list[Tensor]) -> Tensor:
+def _adopt(tensors: list[Tensor], channels_last: bool) -> Tensor:
     """Copies tensors of one dtype into a new flat vector with spare elements; makes each of them a view of its part."""
     with torch.no_grad():
         size = sum(t.numel() for t in tensors)
         flat = torch.empty(size + SPARE, dtype=tensors[0].dtype, device=tensors[0].device)
         for tensor, part in zip(tensors, flat[:size].split([t.numel() for t in tensors]), strict=True):
-            view = part.view(tensor.shape)
+            view = _shaped(part, tensor, channels_last)
             view.copy_(tensor)
             tensor.data = view
     return flat
+
+
+def _shaped(part: Tensor, like: Tensor, channels_last: bool) -> Tensor:
+    """A view of a flat part with the shape of a tensor."""
+    if channels_last and like.dim() == 4:
+        n, c, h, w = like.shape
+        return part.view(n, h, w, c).permute(0, 3, 1, 2)
+    return part.view(like.shape)
 
 
 def joined(vectors: list[Tensor]) -> Tensor:

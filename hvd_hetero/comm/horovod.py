@@ -7,6 +7,7 @@ a busy CPU host their cores.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -87,7 +88,8 @@ class Comm:
         """
         ranks = ranks or tuple(range(self.size))
         if self.path == "flat" or len(ranks) < self.size or self.size == 1:
-            vector.mul_(weight)
+            if weight != 1:
+                vector.mul_(weight)
             self._sum_(vector, ranks, f"{name}.flat")
             return
         group = self._sets.get(self._peers)
@@ -211,6 +213,12 @@ class Comm:
         odd = [r for r, value in enumerate(said) if value != said[0]]
         if odd:
             raise RuntimeError(f"rank {odd[0]} has another {what} than rank 0")
+
+    def beside(self) -> Comm:
+        """The same ranks, for a thread beside the rank's own: its waiting is not the rank's."""
+        other = copy.copy(self)
+        other.pulse, other._staging = Pulse(), {}
+        return other
 
     def barrier(self, name: str) -> None:
         self.sum([0.0], name)

@@ -128,6 +128,11 @@ CASES: dict[str, Case] = {
     "solo, nobody late, momentum reset": Case("unbalanced_local_sgd", {
         **TAU31, **IN_STEP, "aggregation.mode": "solo", "aggregation.optimizer_state": "reset",
     }),
+    "delayed": Case("biased_local_sgd", {**TAU31, "aggregation.delayed": True}),
+    "delayed, momentum reset, BatchNorm, hierarchical": Case(
+        "unbalanced_local_sgd", {**TAU31, "aggregation.delayed": True, "aggregation.optimizer_state": "reset"},
+        model="norm", path="hierarchical",
+    ),
     "AdamW": Case("biased_local_sgd", {**TAU31, **ADAMW}),
     "AdamW averaged": Case("biased_local_sgd", {**TAU31, **ADAMW, "aggregation.optimizer_state": "average"}),
 }

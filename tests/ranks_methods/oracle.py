@@ -130,6 +130,40 @@ def local(case: Case, dealt: Dealt) -> dict[str, Tensor]:
     return replicas[0].net.state_dict()
 
 
+def delayed(case: Case, dealt: Dealt) -> dict[str, Tensor]:
+    """Local SGD of which each average is taken in a round later; with fixed weights."""
+    settings, classes = case.overrides(), CLASSES[case.classes]
+    tau = {r: settings["train.tau"][name] for name, ranks in classes.items() for r in ranks}
+    steps = case.method == "biased_local_sgd"
+    weights = [tau[r] / sum(tau.values()) if steps else 1 / len(tau) for r in sorted(tau)]
+    replicas = {rank: Replica(case) for rank in sorted(tau)}
+    for number in range(len(dealt[0])):
+        sent: list[nn.Module] = []
+        for done in range(len(dealt[0][number]) // tau[0]):
+            for rank, replica in replicas.items():
+                for rows in dealt[rank][number][done * tau[rank] : (done + 1) * tau[rank]]:
+                    replica.step(replica.gradient(rows))
+            _take_in(sent, weights, list(replicas.values()))
+            sent = [copy.deepcopy(replica.net) for replica in replicas.values()]
+            if settings.get("aggregation.optimizer_state") == "reset":
+                _reset_momentum(list(replicas.values()), weights)
+        _take_in(sent, weights, list(replicas.values()))
+        _set_all(replicas.values(), _mean([r.net for r in replicas.values()], weights))
+    return replicas[0].net.state_dict()
+
+
+def _take_in(sent: Sequence[nn.Module], weights: Sequence[float], replicas: Sequence[Replica]) -> None:
+    """What a replica has done since it sent its model comes on top of the mean of what was sent."""
+    mean = _mean(sent, weights) if sent else {}
+    for net, replica in zip(sent, replicas, strict=bool(sent)):
+        own = replica.net.state_dict()
+        for name, before in net.state_dict().items():
+            if name in dict(net.named_parameters()):
+                own[name] += mean[name] - before
+            elif before.is_floating_point():
+                own[name].copy_(mean[name])
+
+
 def _mean(nets: Sequence[nn.Module], weights: Sequence[float]) -> dict[str, Tensor]:
     """Floating tensors weighted, those of weight 0 left out; integers the maximum."""
     states = [net.state_dict() for net in nets]

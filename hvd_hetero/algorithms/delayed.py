@@ -1,0 +1,101 @@
+"""Delayed averaging: what a round has come to is averaged while the ranks work on the next one.
+
+Source: Zhou et al., "DaSGD: Squeezing SGD Parallelization Performance in Distributed Training Using Delayed Averaging"
+(2020). At the end of a round, on rank i, with s_i what it had at the end of the round before::
+
+    m   = sum_i w_i s_i                 # has come meanwhile, or is waited for
+    x_i = x_i + (m - s_i)               # what was done since then stays
+    s_i = x_i                           # and its average begins to travel
+
+Running statistics are states and not progress: they become those of m. At the end of a pass, and before all ranks meet
+in order to save, s_i is waited for and the models are averaged as they are, so that all have the same.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hvd_hetero.comm.averages import average_tensors
+from hvd_hetero.comm.finite import finite
+from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.plan import WAIT_AVOIDING
+from hvd_hetero.schema import AggregationConfig
+from hvd_hetero.worker import Worker
+
+
+def check_delayed(spec: AggregationConfig, too_slow: str) -> None:
+    """Refuses what needs the average of a round at its end.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    others: Mapping[str, Any] = {"mode": "blocking", "outer_lr": 1.0, "outer_momentum": 0.0}
+    for key, neutral in others.items():
+        if (value := getattr(spec, key)) != neutral:
+            remedy = f"set aggregation.{key}={neutral}, or aggregation.delayed=false"
+            raise ConfigError(f"aggregation.{key}", value, "does not go with aggregation.delayed", remedy)
+    if too_slow == WAIT_AVOIDING:
+        remedy = "set another cluster.too_slow, or aggregation.delayed=false"
+        raise ConfigError("cluster.too_slow", too_slow, "does not go with aggregation.delayed", remedy)
+    if spec.optimizer_state == "average":
+        remedy = "set local or reset, or aggregation.delayed=false"
+        raise ConfigError("aggregation.optimizer_state", "average", "does not go with aggregation.delayed", remedy)
+
+
+class Delayed:
+    """One rank's averages that are on their way; at most one at a time."""
+
+    def __init__(self, worker: Worker, comm: Comm) -> None:
+        self._worker, self._comm, self._pulse = worker, comm.beside(), comm.pulse
+        self._thread: threading.Thread | None = None
+        self._problem: BaseException | None = None
+
+    def begin(self, weight: float) -> None:
+        """Sends what the model is now."""
+        state = self._worker.state
+        self._sent = [v.clone() for v in state.vectors]
+        self._mean = [v.clone() for v in state.vectors]
+        self._good = finite(self._sent)
+        self._thread = threading.Thread(target=self._average, args=(weight,), name="hvd_hetero.delayed", daemon=True)
+        self._thread.start()
+
+    def _average(self, weight: float) -> None:
+        try:
+            average_tensors(self._comm, self._mean, self._good, "delayed", weight=weight)
+        except BaseException as error:  # it is the rank's own thread that has to end with it
+            self._problem = error
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Takes in the average that is on its way, if there is one.
+
+        Raises:
+            PeerLost, BadNumbers: what has become of it.
+        """
+        if self._thread is None:
+            return
+        with self._pulse.waiting("delayed"):
+            self._thread.join()
+        self._thread = None
+        if self._problem is not None:
+            raise self._problem
+        if not self._good:
+            self._worker.optimizer.state.clear()
+            self._comm.left_out.note()
+        state = self._worker.state
+        for x, mean, sent, params in zip(state.vectors, self._mean, self._sent, state.params, strict=True):
+            if self._good:
+                x[:params] += mean[:params] - sent[:params]
+                x[params:] = mean[params:]
+            else:
+                x.copy_(mean)
+
+    def close(self) -> None:
+        """Lets go of the thread, which ends with what it is waiting for."""
+        self._thread = None
+
