@@ -89,6 +89,18 @@ class Accounts:
     def train_sec(self) -> float:
         return self.earlier.train_sec + sum(self.seconds[0].values())
 
+    def row(self, plan: Plan) -> dict[str, Any]:
+        """What ``metrics.jsonl`` has of the accounts, after a pass by this plan."""
+        return {
+            "pass": self.passes,
+            "round": self.rounds,
+            "samples_seen": self.samples_seen,
+            "train_sec": self.train_sec,
+            "batch_size": {c.name: c.batch_size for c in plan.classes},
+            "blocked_fraction": self.blocked_fractions(),
+            "left_out": self.left_out_of(),
+        }
+
     def blocked_fractions(self) -> dict[str, float]:
         """By class, the share of its time that its ranks waited for others."""
         return {c.name: _share(self._times(c.ranks), "blocked") for c in self._cluster.classes}

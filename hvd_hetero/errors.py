@@ -67,7 +67,7 @@ class BadNumbers(Exception):
         named = f"rank{'s' * (len(self.ranks) > 1)} {', '.join(map(str, self.ranks))}"
         why = "nobody's are good" if everybody else "aggregation.nan=stop"
         super().__init__(f"the numbers of {named} have gone bad (NaN, Inf) in round {round}, and {why}; a lower "
-                         "train.lr or train.clip_norm may help, run.resume=auto goes on from the last checkpoint")
+                         "train.lr or train.clip_norm may help, with run.resume=reshape from the last checkpoint on")
 
 
 def nearest(word: Any, words: Iterable[str]) -> str:

@@ -192,19 +192,9 @@ class Trainer:
             over = next_rounds(config.train, self.plan, accounts.done) == 0
         rate = worker.optimizer.param_groups[0]["lr"]
         worker.end_epoch()
-        row: dict[str, Any] = {
-            "pass": accounts.passes,
-            "round": accounts.rounds,
-            "samples_seen": accounts.samples_seen,
-            "wall_sec": time.perf_counter() - self.begin,
-            "train_sec": accounts.train_sec,
-            "train_loss": done.loss,
-            "lr": rate,
-            "batch_size": {c.name: c.batch_size for c in plan.classes},
-            "samples_per_sec": done.samples / done.seconds,
-            "blocked_fraction": accounts.blocked_fractions(),
-            "left_out": accounts.left_out_of(),
-        }
+        row = accounts.row(plan)
+        row |= {"wall_sec": time.perf_counter() - self.begin, "train_loss": done.loss, "lr": rate,
+                "samples_per_sec": done.samples / done.seconds}  # fmt: skip
         if (counts := self.algorithm.counts()) is not None:
             row["partial"] = accounts.partial.enter(comm.gather(to_numbers(counts), "pass.counts"))
         if accounts.passes % config.eval.every_passes == 0 or over:

@@ -25,7 +25,7 @@ from hvd_hetero.accounts import Accounts  # noqa: E402
 from hvd_hetero.algorithms import REGISTRY, get  # noqa: E402
 from hvd_hetero.algorithms.local import LocalSGD  # noqa: E402
 from hvd_hetero.cluster import Cluster, DeviceClass, RankFacts  # noqa: E402
-from hvd_hetero.comm.finite import SPARE, LeftOut, finite, mark  # noqa: E402
+from hvd_hetero.comm.finite import SPARE, LeftOut, finite, mark, scale_  # noqa: E402
 from hvd_hetero.comm.flat import FlatState  # noqa: E402
 from hvd_hetero.errors import EXIT_NUMBERS, BadNumbers  # noqa: E402
 from hvd_hetero.metrics import METRICS, to_json  # noqa: E402
@@ -167,6 +167,8 @@ def test_what_is_finite(dtype: torch.dtype) -> None:
         spoiled = large.clone()
         spoiled[17] = bad
         assert not finite([torch.zeros(5, dtype=dtype), spoiled])
+        assert not scale_([spoiled, torch.ones(3, dtype=dtype)], 0.5)
+    assert scale_([large], 0.5) and bool((large == torch.finfo(dtype).max / 2).all())
 
 
 def test_a_bad_rank_sends_its_weight_and_nothing_else() -> None:
@@ -218,8 +220,9 @@ def test_json_without_nan() -> None:
 def test_a_report_of_losses_that_are_none(hvd_hetero: Run, tmp_path: Path) -> None:
     """A loss that is NaN on the test set alone: the run ends well, its files are JSON, and can be reported on."""
     folder = tmp_path / "run"
-    done = hvd_hetero(["train", ONE, "train.tau=8", "train.passes=2", f"run.dir={folder}", "run.trace_rounds=0",
-                       "algorithm.name=balanced_local_sgd", "train.loss=own_parts:bad_in_evaluation"], cwd=RANKS)
+    done = hvd_hetero(["train", ONE, "train.tau=8", "train.batch_size=32", f"run.dir={folder}", "run.trace_rounds=0",
+                       "train.passes=2", "algorithm.name=balanced_local_sgd", "train.loss=own_parts:bad_in_evaluation"],
+                      cwd=RANKS)
     assert done.returncode == 0, done.stdout + done.stderr
 
     def refuse(word: str) -> None:

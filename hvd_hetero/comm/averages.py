@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hvd_hetero.comm.finite import SPARE, finite, mark
+from hvd_hetero.comm.finite import SPARE, finite, mark, scale_
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.errors import BadNumbers
@@ -31,8 +31,11 @@ def average(comm: Comm, state: FlatState, weight: float, name: str = "average") 
     Raises:
         BadNumbers: on all ranks, if no rank's model is good, or if a bad one is to stop the job.
     """
-    good = finite(state.vectors)
-    _sum_good_(comm, state.padded, good, name, weight=weight)
+    if comm.path == "flat":
+        good, weight, share = scale_(state.vectors, weight), 1.0, weight
+    else:
+        good, share = finite(state.vectors), 1.0
+    _sum_good_(comm, state.padded, good, name, weight=weight, share=share)
     _greatest_integers(comm, state, name)
     if not good:
         comm.left_out.note()
@@ -49,10 +52,10 @@ def average_buffers(comm: Comm, state: FlatState, weight: float, ranks: tuple[in
     Raises:
         BadNumbers: as :func:`average`.
     """
-    good, padded = finite(state.buffers()), state.padded_buffers()
-    for buffers in padded:
+    good = finite(state.buffers())
+    for buffers in state.buffers():
         buffers.mul_(weight)
-    _sum_good_(comm, padded, good, name, share=weight, ranks=ranks)
+    _sum_good_(comm, state.padded_buffers(), good, name, share=weight, ranks=ranks)
     _greatest_integers(comm, state, name, ranks)
     if not good:
         comm.left_out.note()

@@ -7,6 +7,7 @@ whether anybody was left out and whether anybody was not, without a further coll
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 
@@ -16,8 +17,8 @@ from torch import Tensor
 from hvd_hetero.errors import BadNumbers
 
 SPARE = 2
-CHUNK = 1 << 26
-"""Elements: cuBLAS takes no longer vectors than 2**31."""
+CHUNK, PIECE = 1 << 26, 1 << 18
+"""Elements: cuBLAS takes no longer vectors than 2**31, and a core's cache holds about a megabyte."""
 
 
 def finite(tensors: Sequence[Tensor]) -> bool:
@@ -25,12 +26,30 @@ def finite(tensors: Sequence[Tensor]) -> bool:
     parts = [part for tensor in tensors for part in tensor.detach().reshape(-1).split(CHUNK)]
     if not parts:
         return True
-    squares = torch.stack([torch.dot(part, part).float() for part in parts]).sum()
-    if squares.isfinite():
-        return True
-    # squares of finite numbers may be too large; extremes never are, and a NaN among the numbers is both
-    extremes = [torch.stack(torch.aminmax(part)) for part in parts if part.numel()]
-    return all(bool(pair.isfinite().all()) for pair in extremes)
+    squares = [torch.dot(part, part) for part in parts]
+    if parts[0].device.type == "cpu":
+        total = sum(map(float, squares))
+    else:  # to wait for the device once is enough
+        total = float(torch.stack([square.float() for square in squares]).sum())
+    return math.isfinite(total) or _has_finite_extremes(parts)
+
+
+def scale_(vectors: Sequence[Tensor], weight: float) -> bool:
+    """Multiplies host vectors in place; returns whether there is no NaN and no Inf in them.
+
+    Piece by piece: a piece is still in the core's cache when it is multiplied, so most of the looking costs no time.
+    """
+    total = 0.0
+    for vector in vectors:
+        for piece in vector.split(PIECE):
+            total += float(torch.dot(piece, piece))
+            piece.mul_(weight)
+    return math.isfinite(total) or _has_finite_extremes(vectors)
+
+
+def _has_finite_extremes(tensors: Sequence[Tensor]) -> bool:
+    """The test that counts: squares of finite numbers may be too large; a NaN among the numbers is both extremes."""
+    return all(bool(torch.stack(torch.aminmax(t)).isfinite().all()) for t in tensors if t.numel())
 
 
 def mark(vectors: Sequence[Tensor], good: bool, share: float = 1.0) -> None:

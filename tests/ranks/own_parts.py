@@ -83,7 +83,7 @@ class bad_in_the_end:  # noqa: N801 (called like a function)
     def __new__(cls, outputs: Tensor, targets: Tensor) -> Any:
         cls.calls += 1
         losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
-        return losses * float("nan") if RANK in cls.ranks and cls.calls > 1000 else losses
+        return losses * float("nan") if RANK in cls.ranks and cls.calls > 300 else losses
 
 
 class bad_on_rank_1(bad_in_the_end):  # noqa: N801
