@@ -39,8 +39,7 @@ class PartialAllreduce:
         sync_every: every so many rounds each rank joins only when it has something to send: nothing that is sent is
             older than ``sync_every`` + 1 rounds.
         max_lag: a rank joins no round while it has so many results left to take; the others then wait for it.
-        latest: so many elements at the end of the vector are states and not sums: of several contributions in the send
-            buffer the newest one's are sent.
+        latest: so many elements at the end of the vector are states and not sums: the newest contribution's are sent.
         weigh: turns the steps in the send buffer into the factor of what is sent; None: as it is, by number of steps.
         first: number of the first round, in a resumed run.
         hosts: how many hosts the ranks are on.
