@@ -197,7 +197,9 @@ def _try_steps(components: Components, config: Config, given: Given) -> None:
     if components.scheduler is None:
         return
     key = _either("scheduler", given.scheduler, "train.scheduler", train.scheduler)
-    with _telling(*key, "does not last through the passes", "correct its arguments (train.scheduler_args)"):
+    telling = _telling(*key, "does not last through the passes", "correct its arguments (train.scheduler_args)")
+    with telling, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the optimizer takes no steps meanwhile
         scheduler = components.scheduler(optimizer)
         for _ in range(min(train.passes or 2, MOST_EPOCHS) if scheduler is not None else 0):
             scheduler.step()

@@ -171,7 +171,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy: Path, tmp_path: 
     content[-5] ^= 1
     shard.write_bytes(content)
     said = run(copy, TAU, "train.passes=4", "run.resume=auto")
-    assert "goes on after pass 2" in said and "rank0001" in said
+    assert "goes on after pass" in said and f"round {int(newest.name)}" not in said and "rank0001" in said
     assert_same(tmp_path / "whole", copy)
 
 

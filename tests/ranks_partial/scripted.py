@@ -113,7 +113,8 @@ def main(folder: Path, name: str) -> None:
     parts = components.build(config, given)
     cluster = assign(device_classes(config.cluster.classes), facts(env.size))
     job.check(config, parts, cluster)
-    this = trainer.Trainer(job.Job(env, config, parts, cluster, Placement("cpu", 1, None), Watchdog(env)), folder / "run")
+    this_job = job.Job(env, config, parts, cluster, Placement("cpu", 1, None), Watchdog(env))
+    this = trainer.Trainer(this_job, folder / "run")
     this.prepare()
     summary = this.run()
     table = this.feed.sampler.losses if env.rank == 0 else None
