@@ -70,11 +70,15 @@ class Accounts:
         self.partial.load_state_dict(state["partial"])
         self.earlier = Done(**state["earlier"])
 
-    def carry_over(self, state: Mapping[str, Any]) -> None:
-        """Goes on from the totals of other ranks' accounts; what was each class's own is not counted any more."""
+    def carry_over(self, state: Mapping[str, Any], rounds: int) -> None:
+        """Goes on from the totals of other ranks' accounts; what was each class's own is not counted any more.
+
+        Args:
+            rounds: so far, with those of a pass that was not finished.
+        """
         other = Accounts(self._cluster)
         other.load_state_dict(state)
-        self.rounds, self.passes, self.earlier = other.rounds, other.passes, other.done
+        self.rounds, self.passes, self.earlier = rounds, other.passes, other.done
 
     @property
     def done(self) -> Done:

@@ -55,7 +55,8 @@ def launch(
         here = job_hosts(again)
         if settings:
             preflight(again, here)
-        (folder / STOP).unlink(missing_ok=True)
+        if not settings:
+            (folder / STOP).unlink(missing_ok=True)
         command = horovodrun_line(again, here, ["train", *files, *chosen, *settings])
         return _run(command, here, folder / STOP if saves else None)
 

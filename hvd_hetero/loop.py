@@ -162,7 +162,7 @@ def check_plain(config: Config) -> None:
         problem = "steps that somebody else writes are not delayed"
         raise ConfigError("delays.distribution", config.delays.distribution, problem, "leave it null")
     plain = AggregationConfig()
-    for key in ("optimizer_state", "outer_lr", "outer_momentum", "mode"):
+    for key in ("optimizer_state", "outer_lr", "outer_momentum", "delayed", "mode"):
         value, neutral = getattr(config.aggregation, key), getattr(plain, key)
         if value != neutral:
             problem = "a hand-written loop takes the plain average"

@@ -140,7 +140,8 @@ class Ongoing:
             resumed = generator.get_state() if self._row else None
             if resumed is not None:
                 generator.set_state(self._generator)
-            self._batches = iter(source.batches(self.rows, generator, self._row))
+            start = (self._row,) if self._row else ()  # a source of the user's own may know of none
+            self._batches = iter(source.batches(self.rows, generator, *start))
             if resumed is not None:
                 generator.set_state(resumed)
         return self._batches

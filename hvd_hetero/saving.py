@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -17,16 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.passes import Reached
+from hvd_hetero.plan import Plan
 from hvd_hetero.schema import RESHAPE, CheckpointConfig
 from hvd_hetero.stopping import StopRequest
-from hvd_hetero.store import CheckpointError, ShardInfo, Store
+from hvd_hetero.store import CheckpointError, Store
+from hvd_hetero.worker import Worker
+from hvd_hetero.writing import Write, copied
 
 NONE = -1
 PATH_BYTES = 4096
@@ -78,16 +78,18 @@ def find(run_dir: Path, digest: str, world_size: int, reshape: bool = False) -> 
     return None
 
 
-def check_fits(state: Any, model: FlatState, samples: int) -> None:
+def check_fits(state: Any, worker: Worker, samples: int) -> None:
     """Refuses to carry a checkpoint over to something else than what it is of.
 
     Raises:
         ConfigError: another model, or another number of samples.
     """
-    saved = [list(tensor.shape) for tensor in state["worker"]["tensors"]]
-    if saved != [list(tensor.shape) for tensor in model.everything()]:
+    saved, own = state["worker"], worker.state_dict()
+    shapes = [[list(tensor.shape) for tensor in one["tensors"]] for one in (saved, own)]
+    if shapes[0] != shapes[1] or saved["layout"] != own["layout"]:
         problem = "the checkpoint is of another model"
-        raise ConfigError("run.resume", RESHAPE, problem, "take the model that it was made with")
+        remedy = "take the model that it was made with, and the same train.channels_last"
+        raise ConfigError("run.resume", RESHAPE, problem, remedy)
     if (known := len(state["rank0"]["sampler"]["losses"])) != samples:
         problem = f"the checkpoint is of {known} training samples, and these are {samples}"
         raise ConfigError("run.resume", RESHAPE, problem, "take the data that it was made with")
@@ -109,6 +111,9 @@ class Saver:
         run_dir: on rank 0, which tells the others.
         digest: of the configuration, without what says how long the run goes on.
         drains: whether the method has to come to rest before all ranks can meet.
+
+    Attributes:
+        saved_round: that was saved last, or is gone on from.
     """
 
     def __init__(self, run_dir: str | Path, spec: CheckpointConfig, digest: str, comm: Comm, drains: bool) -> None:
@@ -120,8 +125,8 @@ class Saver:
         self._store = Store(self._run_dir, spec.keep)
         self.stopping = StopRequest(self._run_dir)
         self._began = time.monotonic()
-        self._saved_at, self._saved_round = time.monotonic(), NONE
-        self._write: _Write | None = None
+        self._saved_at, self.saved_round = time.monotonic(), NONE
+        self._write: Write | None = None
         self._best: float | None = None
 
     @property
@@ -141,20 +146,30 @@ class Saver:
         told = torch.tensor([NONE, 0] if found is None else [found.round, int(found.reshaped)])
         number, reshaped = (int(x) for x in self._comm.broadcast(told, "checkpoint.found"))
         if number == NONE:
-            if self._comm.rank == 0 and self._store.folder.exists():
-                self._store.rewind(None)
+            problem = ""
+            try:
+                if self._comm.rank == 0 and self._store.folder.exists():
+                    self._store.rewind(None)
+            except CheckpointError as error:
+                problem = str(error)
+            if self._comm.max([float(bool(problem))], "checkpoint.begun")[0]:
+                raise UserError(problem or "rank 0 cannot remove old checkpoints, and says why")
             return None, False
         state, problem = None, ""
         try:
-            state = self._store.at(number).load(0 if reshaped else self._comm.rank)
+            saved = self._store.at(number)
+            state = saved.load(0 if reshaped else self._comm.rank)
+            if reshaped:  # rank 0 may have had no part in the training
+                state["worker"] = saved.load(min(Plan.from_dict(state["plan"]).training[0].ranks))["worker"]
+            if self._comm.rank == 0:
+                self._store.rewind(number)
+                self._best = self._store.best_value()
         except CheckpointError as error:
             problem = f"rank {self._comm.rank}: {error}"
             print(f"hvd-hetero: error: {problem}", file=sys.stderr, flush=True)
         if self._comm.max([float(bool(problem))], "checkpoint.loaded")[0]:
             raise UserError(problem or "a rank cannot read its part of the checkpoint, and has said why")
-        if self._comm.rank == 0:
-            self._store.rewind(number)
-        self._saved_round = number
+        self.saved_round = number
         return state, bool(reshaped)
 
     # ---- between two stretches --------------------------------------------------------------------------------------
@@ -185,8 +200,9 @@ class Saver:
         if self._write is not None and not busy:
             self._go_on()
         number = rounds + reached.rounds
-        late = late or (spec.every_rounds is not None and number % spec.every_rounds == 0)
-        return Agreed(reached, bool(stop), bool(late and self._write is None and number > self._saved_round))
+        if spec.every_rounds is not None:  # in partial collectives rounds do not come in the planned numbers
+            late = late or number // spec.every_rounds > max(self.saved_round, 0) // spec.every_rounds
+        return Agreed(reached, bool(stop), bool(late and self._write is None and number > self.saved_round))
 
     def save(self, number: int, passes: int, state: Callable[[], Any], wait: bool, value: float | None = None) -> None:
         """Saves every rank's state; if that cannot be done, the run goes on without, and says so.
@@ -201,11 +217,11 @@ class Saver:
             self._write.join()
             if not self._comm.max([float(self._write.busy)], "checkpoint.wait")[0]:
                 self._go_on()
-        if number > self._saved_round:
+        if number > self.saved_round:
             content = state()
-            self._write = _Write(self._store, number, passes, self._digest, self._comm,
-                                 content if wait else _copied(content), self._is_best(value))
-            self._saved_at, self._saved_round = time.monotonic(), number
+            self._write = Write(self._store, number, passes, self._digest, self._comm,
+                                 content if wait else copied(content), self._is_best(value))
+            self._saved_at, self.saved_round = time.monotonic(), number
             if wait:
                 self.save(number, passes, state, wait)
 
@@ -224,71 +240,3 @@ class Saver:
         assert self._write is not None
         if not self._write.go_on():
             self._write = None
-
-
-class _Write:
-    """One checkpoint on its way to the disk: every rank writes its shard, then rank 0 the manifest."""
-
-    def __init__(
-        self, store: Store, number: int, passes: int, digest: str, comm: Comm, state: Any, best: float | None
-    ) -> None:
-        self._store, self._number, self._passes, self._digest, self._comm = store, number, passes, digest, comm
-        self._best = best
-        self._text, self._problem = b"", ""
-        self._committing = False
-        self._start(lambda: self._shard(state))
-
-    @property
-    def busy(self) -> bool:
-        return self._thread.is_alive()
-
-    def join(self) -> None:
-        self._thread.join()
-
-    def go_on(self) -> bool:
-        """The next thing to be done, once no rank is busy any more; False if that was all."""
-        if self._committing:
-            if self._problem:
-                print(f"no checkpoint at round {self._number}: {self._problem}", flush=True)
-            return False
-        self._committing = True
-        sizes = [int(size) for size in self._comm.gather(torch.tensor([len(self._text)]), "checkpoint.sizes")]
-        mine = torch.tensor(list(self._text), dtype=torch.uint8)
-        shards = self._comm.gather(mine, "checkpoint.shards", sizes)
-        if self._comm.rank == 0 and all(sizes):
-            self._start(lambda: self._commit([bytes(shard.tolist()).decode() for shard in shards]))
-        elif self._comm.rank == 0:
-            self._problem = self._problem or "a rank could not write its part"
-        return True
-
-    def _start(self, call: Callable[[], None]) -> None:
-        self._thread = threading.Thread(target=self._told, args=(call,), name="hvd_hetero.checkpoint")
-        self._thread.start()
-
-    def _told(self, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception as error:  # whatever it is, the training goes on
-            self._problem = f"rank {self._comm.rank}: {error}"
-
-    def _shard(self, state: Any) -> None:
-        self._text = self._store.write_shard(self._number, self._comm.rank, state).to_json().encode()
-
-    def _commit(self, shards: list[str]) -> None:
-        infos = [ShardInfo.from_json(text) for text in shards]
-        self._store.commit(self._number, infos, passes=self._passes, config_digest=self._digest)
-        if self._best is not None:
-            self._store.mark_best(self._number, self._best)
-
-
-def _copied(state: Any) -> Any:
-    """The same content in memory of its own, on the host."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, np.ndarray):
-        return state.copy()
-    if isinstance(state, dict):
-        return {key: _copied(part) for key, part in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(_copied(part) for part in state)
-    return state

@@ -1,8 +1,9 @@
-"""How fast each device class is when a job starts: measured, or known from an earlier profile; and the first plan."""
+"""How a job begins: how fast each device class is, measured or known from a profile, the first plan, the method."""
 
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 
@@ -39,6 +40,23 @@ def first_plan(job: Job, algorithm: Algorithm, worker: Worker, source: Source, c
         found = measurement(job, worker, source, comm).classes(algorithm.batch_size)
         known = {name: figures.step_sec for name, figures in found.items()}
     return algorithm.make_plan(known)
+
+
+def start_together(algorithm: Algorithm, plan: Plan, worker: Worker, comm: Comm) -> None:
+    """Starts the method on all ranks.
+
+    Raises:
+        UserError: on all of them, what any of them has to complain of.
+    """
+    problem = None
+    try:
+        algorithm.start(plan, worker, comm)
+    except UserError as error:
+        problem = error
+        if comm.rank:
+            print(f"hvd-hetero: error: {error}", file=sys.stderr, flush=True)
+    if comm.max([float(problem is not None)], "start.problem")[0]:
+        raise problem or UserError("another rank cannot begin, and has said why")
 
 
 def _known(job: Job, comm: Comm) -> dict[str, float] | None:

@@ -15,6 +15,7 @@ from hvd_hetero.cluster import integers
 from hvd_hetero.errors import EXIT_FAULT, EXIT_LOST, EXIT_STUCK, UserError
 from hvd_hetero.horovodrun import End, Host, reap
 from hvd_hetero.schema import AUTO, RESHAPE, Config
+from hvd_hetero.stopping import STOP
 from hvd_hetero.store import CheckpointError, Store
 
 MENDABLE = (EXIT_FAULT, EXIT_LOST, EXIT_STUCK)
@@ -74,7 +75,7 @@ class Supervisor:
     ) -> None:
         self._start, self._config, self._hosts = start, config, list(hosts)
         self._lost: set[str] = set()
-        self._store, self._min_ranks = Store(run_dir), min_ranks
+        self._store, self._run_dir, self._min_ranks = Store(run_dir), run_dir, min_ranks
         self._restarts = Restarts(most)
         # what an earlier run has left there is nothing to go on from, where this one was to start anew
         self._foreign = self._newest() if config.run.resume is None else None
@@ -100,6 +101,9 @@ class Supervisor:
             number, wait_sec = self._restarts.made, self._restarts.backoff_sec
             _say(f"restart {number} of {self._restarts.most} in {wait_sec} s, {self._from(newest)}: {end.why}")
             time.sleep(wait_sec)
+            if (self._run_dir / STOP).exists():
+                _say("gives up: it was told to stop")
+                return end.status
             lost = self._await(end)
             if lost and not self._may_lose(lost):
                 _say(f"gives up: no answer from {', '.join(lost)}")

@@ -29,7 +29,7 @@ from hvd_hetero.passes import Ongoing, PassFigures, RoundLaps, evaluate, gather_
 from hvd_hetero.plan import Plan
 from hvd_hetero.sampling import Sampler
 from hvd_hetero.saving import Agreed, Found, Saver, check_fits
-from hvd_hetero.speeds import first_plan
+from hvd_hetero.speeds import first_plan, start_together
 from hvd_hetero.timing import Stopwatch, own_clock
 from hvd_hetero.trace import Recorder
 
@@ -79,15 +79,13 @@ class Trainer:
             self.saver = Saver(self.run_dir, config.checkpoint, digest, self.comm, self.algorithm.drains)
             state, reshaped = self.saver.load(self.found)
         if state is not None and reshaped:
-            check_fits(state, self.worker.state, len(self.source))
+            check_fits(state, self.worker, len(self.source))
             self.worker.carry_over(state["worker"])
-        if state is None or reshaped:
-            self.plan = first_plan(self.job, self.algorithm, self.worker, self.source, self.comm)
-        else:
-            self.plan = Plan.from_dict(state["plan"])
+        known = None if state is None or reshaped else Plan.from_dict(state["plan"])
+        self.plan = known or first_plan(self.job, self.algorithm, self.worker, self.source, self.comm)
         check_limits(config.train, self.plan)
         self.comm.agree(self.plan.digest(), "plan", "plan")
-        self.algorithm.start(self.plan, self.worker, self.comm)
+        start_together(self.algorithm, self.plan, self.worker, self.comm)
         self.accounts = Accounts(self.job.cluster)
         self.best: dict[str, float | None] = dict.fromkeys(("final_accuracy", "best_accuracy", "final_loss"))
         self.feed = Feed(self.comm, len(self.source), self._sampler() if self.comm.rank == 0 else None)
@@ -109,6 +107,7 @@ class Trainer:
         self.progress = Progress(expected, self.job.env.columns, accounts.passes) if comm.rank == 0 else None
         before = accounts.steps[comm.rank] + (0 if self.ongoing is None else self.ongoing.steps)
         self.worker.pace.delays = delays(config.delays, comm.rank, comm.size, before)
+        self.watch.skip()
         with nullcontext() if self.saver is None or not self.saver.active else self.saver.stopping:
             while (ongoing := self.ongoing or self._begin_pass()) is not None:
                 agreed = self._work(ongoing)
@@ -118,6 +117,8 @@ class Trainer:
                     self._save(None, wait=over or agreed.stop, row=row)
                 if agreed.stop and not over:
                     raise self._stopped()
+            if self.folder is not None and self.saver is not None:
+                self.saver.stopping.forget()
         write_trace(self.folder, comm, self.job.cluster, self.recorder)
         if self.folder is None or self.progress is None:
             return None
@@ -186,10 +187,9 @@ class Trainer:
         self.watch.collective()
         step_sec = RoundLaps(self.watch, self.recorder, ongoing.work_sec).step_sec(worked, self.algorithm.mine.tau)
         done = gather_figures(comm, self.watch, accounts, plan, worked, losses, step_sec)
-        over = next_rounds(config.train, self.plan, accounts.done) == 0
-        if not over:
+        if next_rounds(config.train, self.plan, accounts.done):
             self.plan = self._replan(self.plan, done)
-            over = next_rounds(config.train, self.plan, accounts.done) == 0
+        over = next_rounds(config.train, self.plan, accounts.done) == 0
         rate = worker.optimizer.param_groups[0]["lr"]
         worker.end_epoch()
         row = accounts.row(plan)
@@ -277,7 +277,8 @@ class Trainer:
     def _carry_over(self, state: Mapping[str, Any]) -> None:
         """Goes on with other ranks, or otherwise configured, from what rank 0 had saved."""
         self.algorithm.carry_over(state["algorithm"])
-        self.accounts.carry_over(state["accounts"])
+        assert self.saver is not None
+        self.accounts.carry_over(state["accounts"], self.saver.saved_round)
         for _ in range(self.accounts.passes):
             self.worker.end_epoch()
         self.best = dict(state["best"])

@@ -110,7 +110,7 @@ class Watchdog:
             self._unreached_sec = 0.0
             if self._armed:
                 self._look(beat, elapsed)
-        except (OSError, HTTPException):
+        except (OSError, HTTPException, ValueError, KeyError):  # whatever a stranger may have put there
             self._unreached_sec += elapsed
             if self._unreached_sec >= self._env.orphan_sec and not self._stopped.is_set():
                 self._end(EXIT_LOST, f"{self._me} leaves: its launcher has not been reached for "

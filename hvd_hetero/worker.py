@@ -58,6 +58,7 @@ class Worker:
         self.device = torch.device(device)
         self.model = model.to(self.device)
         self._channels_last = channels_last
+        self._compiled_once = False
         self._compiled = None if compile_mode is None else torch.compile(self.model, mode=compile_mode, dynamic=False)
         self.state = FlatState(self.model, channels_last)
         self._params = [p for p in self.model.parameters() if p.requires_grad]
@@ -106,12 +107,13 @@ class Worker:
         try:
             losses = self._backward(self._compiled or self.model, inputs, targets, weight)
         except Exception as error:
-            if self._compiled is None:
+            if self._compiled is None or self._compiled_once:
                 raise
             reason = str(error).strip().splitlines() or [type(error).__name__]
             warnings.warn(f"train.compile: goes on without it, it fails here: {reason[0]}", stacklevel=2)
             self._compiled = None
             losses = self._backward(self.model, inputs, targets, weight)
+        self._compiled_once = True
         self._losses.append(losses)
         return losses
 
@@ -217,6 +219,7 @@ class Worker:
         """Everything of this rank that decides its further steps, between two rounds."""
         return {
             "tensors": [t.detach() for t in self.state.everything()],
+            "layout": [str((name, list(p.shape), p.stride())) for name, p in self.model.named_parameters()],
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "rates": self._scheduled,

@@ -16,7 +16,7 @@ FLOORS = [
     {"errors", "checking", "config", "files", "schema", "pacing", "cluster", "plan", "pulse", "timing"},
     {"comm", "data", "models", "imports", "limits", "sampling", "metrics", "trace", "checkpoint", "store", "simulator",
      "accounts", "by_name", "delays", "partial_counts", "profiles", "stopping", "fingerprint", "watchdog"},
-    {"worker", "profiling", "feed", "passes", "saving", "output"},
+    {"worker", "profiling", "feed", "passes", "saving", "output", "writing"},
     {"algorithms", "components"},
     {"trainer", "job", "speeds"},
     {"api", "loop", "cli", "launch", "horovodrun", "supervisor", "report", "compare", "planner", "profile_command",

@@ -77,6 +77,9 @@ class LocalSGD(Algorithm):
         if not blocking and self.needs_speeds and self.too_slow == LEAVE_OUT:
             problem = f"aggregation.mode={self.aggregation.mode} goes on without late classes already"
             raise ConfigError("cluster.too_slow", LEAVE_OUT, problem, "set cluster.too_slow=wait_avoiding")
+        if self.needs_speeds and (self.too_slow, self.aggregation.optimizer_state) == (LEAVE_OUT, "average"):
+            problem = "a class that is left out has no optimizer state to be averaged"
+            raise ConfigError("cluster.too_slow", LEAVE_OUT, problem, "set aggregation.optimizer_state=local or reset")
         if self.needs_speeds:
             check_least_round(self.cluster, self.samples, self.train.tau, self.batch_size, self.train.epoch)
 
@@ -113,10 +116,10 @@ class LocalSGD(Algorithm):
         late = too_slow_classes(self.train.tau, measured) if self.needs_speeds and measured else {}
         for name, times in late.items():
             warn(f"class {name} is {times:.1f} times slower: {EFFECT[self.too_slow]}", stacklevel=2)
-        if late and self.too_slow == WAIT_AVOIDING and spec.mode == BLOCKING:
-            spec = replace(spec, mode="solo")
-        if spec.mode != BLOCKING:
-            self.merging = Merging(worker, comm, self.cluster, spec, self.outer, self.seed)
+        solo = spec if spec.mode != BLOCKING else replace(spec, mode="solo")
+        self._merge = lambda: Merging(worker, comm, self.cluster, solo, self.outer, self.seed)
+        if spec.mode != BLOCKING or (late and self.too_slow == WAIT_AVOIDING):
+            self.merging = self._merge()
         elif spec.delayed:
             self.delayed = Delayed(worker, comm)
         adapts = self.train.adapt_tau and self.needs_speeds and len(measured) > 1
@@ -192,11 +195,16 @@ class LocalSGD(Algorithm):
         return {**self.outer.state_dict(), **merged, **paced}
 
     def carry_over(self, state: Mapping[str, Any]) -> None:
-        self.outer.load_state_dict(state)
+        self.outer.carry_over(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.outer.load_state_dict(state)
         if self.pacing is not None:
             self.pacing.load_state_dict(state["pacing"])
+        if "round" in state and self.merging is None:  # it was decided by the speeds at the job's start, and stays
+            self.merging = self._merge()
+        if "round" not in state and self.merging is not None:
+            self.merging.close()
+            self.merging = None
         if self.merging is not None:
-            self.merging.go_on_from(int(state.get("round", 0)))
+            self.merging.go_on_from(int(state["round"]))

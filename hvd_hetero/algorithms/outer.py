@@ -62,6 +62,11 @@ class Outer:
         for own, saved in zip(self._velocity, state.get("velocity", []), strict=True):
             own.copy_(saved)
 
+    def carry_over(self, state: Mapping[str, Any]) -> None:
+        """As :meth:`load_state_dict`, from a job that may have had no outer momentum; this one may have none either."""
+        if self._velocity and "velocity" in state:
+            self.load_state_dict(state)
+
 
 @torch.no_grad()
 def average_optimizer(optimizer: torch.optim.Optimizer, weight: float, comm: Comm, good: bool = True) -> None:

@@ -31,12 +31,19 @@ from hvd_hetero.comm.finite import finite
 from hvd_hetero.comm.gradients import GradientSum
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.data import Batch
+from hvd_hetero.errors import ConfigError
 from hvd_hetero.plan import Plan
 from hvd_hetero.worker import Worker
 
 
 class SyncSGD(Lockstep):
     """One step a round, along the gradient of the joined batch."""
+
+    def check(self) -> None:
+        super().check()
+        if self.train.channels_last:
+            problem = f"{self.options.name} sends each gradient as it is, and Horovod takes no other order in memory"
+            raise ConfigError("train.channels_last", True, problem, "set it to false, or take a local-SGD method")
 
     def start(self, plan: Plan, worker: Worker, comm: Comm) -> None:
         super().start(plan, worker, comm)

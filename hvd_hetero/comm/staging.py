@@ -30,7 +30,7 @@ class HostGradients:
             if param.grad is None:
                 continue
             host = places[param.grad.untyped_storage().data_ptr()]
-            part = host.narrow(0, param.grad.storage_offset(), param.numel()).view(param.shape)
+            part = host.as_strided(param.shape, param.grad.stride(), param.grad.storage_offset())
             self._parts[param] = part
             param.register_post_accumulate_grad_hook(partial(self._copy, part))
         self._left = set(self._parts)

@@ -141,6 +141,13 @@ class Store:
             return None if number is None else self.at(number)
         return None
 
+    def best_value(self) -> float | None:
+        """What was said of the checkpoint marked as the best, if there is one."""
+        if self.best() is None:
+            return None
+        value = json.loads((self.folder / BEST).read_bytes()).get("value")
+        return float(value) if isinstance(value, (int, float)) else None
+
     def rewind(self, round: int | None) -> None:
         """Removes everything newer than the checkpoint that a run goes on from, or everything if it starts anew.
 
