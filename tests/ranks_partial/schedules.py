@@ -24,6 +24,7 @@ class Schedule:
     Attributes:
         order: whose turn it is, again and again.
         settings: beyond those of the methods' cases.
+        poisoned: as the methods' cases have it.
     """
 
     method: str
@@ -31,6 +32,7 @@ class Schedule:
     settings: Mapping[str, Any] = field(default_factory=dict)
     tau: tuple[int, ...] = (1, 1)
     model: str = "mlp"
+    poisoned: tuple[int, ...] = ()
 
     def overrides(self) -> dict[str, Any]:
         classes = {f"c{rank}": {"device": "cpu", "ranks": [rank]} for rank in range(len(self.tau))}
