@@ -95,7 +95,7 @@ class Supervisor:
                 return 0
             newest = self._newest()
             if (reason := self._restarts.why_not(end, newest)) is not None:
-                if self._restarts.made or end.status in MENDABLE and not end.asked:
+                if self._restarts.made or (self._restarts.most and end.status in MENDABLE and not end.asked):
                     _say(f"gives up: {reason}")
                 return end.status
             number, wait_sec = self._restarts.made, self._restarts.backoff_sec

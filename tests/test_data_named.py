@@ -12,10 +12,18 @@ import torch
 from data_helpers import REAL, RNG, everything, get, real_data
 
 from hvd_hetero.data import load
+from hvd_hetero.data.images import _digits
 from hvd_hetero.data.split import Split, Splits, adapt
 from hvd_hetero.errors import ConfigError
 
 # Digits and what every named dataset takes -----------------------------------------------------------------
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    datasets = pytest.importorskip("sklearn.datasets")
+    pixels, numbers = _digits()
+    theirs = datasets.load_digits(return_X_y=True)
+    assert np.array_equal(pixels, theirs[0]) and np.array_equal(numbers, theirs[1])
 
 
 def test_digits_are_split_alike_in_every_class_and_always_the_same() -> None:

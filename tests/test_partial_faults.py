@@ -113,7 +113,7 @@ def launched(started: Callable[..., Running], job: str, folder: Path, *more: str
 
 def assert_said_by_the_launcher(said: str, how: str) -> None:
     """Rank 1 and how it ended; or a survivor that left sooner than horovodrun looked, which then says why itself."""
-    found = re.search(r"^hvd-hetero: error: the job failed: rank (\d) on \S+ ended first, ([^;]*)", said, re.M)
+    found = re.search(r"^hvd-hetero: error: the job failed: rank (\d) on \S+ ended first, ([^;\n]*)", said, re.M)
     assert found is not None, said
     if found[1] == "1":
         assert found[2] == how
@@ -171,10 +171,10 @@ def test_a_rank_that_is_killed(started: Callable[..., Running], tmp_path: Path, 
 
 @pytest.mark.parametrize("job", JOBS)
 def test_an_interrupted_launch(started: Callable[..., Running], tmp_path: Path, job: str) -> None:
-    """As Ctrl-C, to the launcher alone."""
-    running = launched(started, job, tmp_path)
+    """As Ctrl-C, to the launcher alone; where there are no checkpoints it saves nothing first."""
+    running = launched(started, job, tmp_path, "checkpoint.every_sec=null")
     running.await_mid_run(in_mid_run(tmp_path))
     running.process.send_signal(signal.SIGINT)
     said = running.end()
-    assert said.splitlines()[-1].startswith("hvd-hetero: error: the job failed: rank "), said
+    assert "hvd-hetero: error: the job failed: rank " in said, said
     assert not (tmp_path / "run" / "summary.json").exists()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hvd_hetero.data.augment import Normalize
 from hvd_hetero.data.files import check_images, class_numbers, corrupt, folder_with, missing, read_bytes
@@ -17,14 +21,29 @@ def digits(root: Path | None) -> Splits:
 
     The split is stratified and always the same; ``root`` is not needed.
     """
-    from sklearn.datasets import load_digits  # takes a second to import: only those who use it wait
-
-    bunch = load_digits()
-    inputs = torch.from_numpy(bunch.images).float().div_(16).unsqueeze(1)
-    targets = torch.from_numpy(bunch.target).long()
-    everything = Split(inputs, targets)
-    train, test = stratified(bunch.target, 0.2, np.random.default_rng(0))
+    pixels, numbers = _digits()
+    inputs = torch.from_numpy(pixels).float().div_(16).view(-1, 1, 8, 8)
+    everything = Split(inputs, torch.from_numpy(numbers).long())
+    train, test = stratified(numbers, 0.2, np.random.default_rng(0))
     return Splits(everything.take(train), everything.take(test))
+
+
+def _digits() -> tuple[NDArray[Any], NDArray[Any]]:
+    """Pixels ``[N, 64]``, 0 to 16, and numbers ``[N]``.
+
+    They are a file in scikit-learn, whose import takes longer than all the rest of a small job's start.
+    """
+    found = find_spec("sklearn")
+    for folder in (found.submodule_search_locations or []) if found is not None else []:
+        path = Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if path.exists():
+            with gzip.open(path, "rt") as file:
+                rows = np.loadtxt(file, delimiter=",", dtype=np.int64)
+            return rows[:, :-1], rows[:, -1]
+    from sklearn.datasets import load_digits  # where a version of it keeps them elsewhere
+
+    pixels, numbers = load_digits(return_X_y=True)
+    return pixels, numbers
 
 
 def fashion_mnist(root: Path) -> Splits:
