@@ -137,6 +137,19 @@ CASES: dict[str, Case] = {
     "AdamW averaged": Case("biased_local_sgd", {**TAU31, **ADAMW, "aggregation.optimizer_state": "average"}),
 }
 
+RESUMED = {name: CASES[name] for name in (
+    "sync, fast", "sync, rank 0 idle", "byteps, one server", "byteps, more servers than partitions", "balanced",
+    "biased", "biased, hierarchical", "unbalanced, separate", "unified, to fast", "outer, Nesterov, BatchNorm",
+    "momentum averaged", "AdamW",
+)}  # fmt: skip
+RESUMED["sync, fast, warm-up and cosine"] = Case(
+    "sync_sgd", {**CASES["sync, warm-up and cosine"].settings, "algorithm.participants": "fast"}
+)
+"""Interrupted again and again they come to the same, to the last bit. (Horovod joins the gradients of synchronous SGD
+as they come: from three ranks on their sums are rounded differently from run to run.)"""
+BY_THE_CLOCK = ("dlb", "eager_sgd")
+"""Methods that cannot, since real time has a say in what they do."""
+
 CASES |= {f"digits, {name}": Case(name, {"profile.seconds": 0.2}, model="digits") for name in REGISTRY}
 CASES |= {
     f"digits, biased_local_sgd, {mode}": Case(

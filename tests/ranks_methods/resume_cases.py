@@ -1,0 +1,87 @@
+"""Every rank of a job runs this: ``resume_cases.py FOLDER`` trains each case twice, once in one go and once in pieces.
+
+In pieces means that the run is asked to stop after every second round, saves, and is taken up by a new trainer, until
+it is through. It writes ``FOLDER/rank{N}.pt``: by case the number of stops, and of both runs the rank's final model and,
+on rank 0, the table of losses.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import CLASSES, RESUMED, Case, data, model
+
+from hvd_hetero import algorithms, components, job, trainer
+from hvd_hetero.cluster import Placement, RankFacts, assign
+from hvd_hetero.comm.horovod import hvd
+from hvd_hetero.comm.rendezvous import JobEnv, job_env
+from hvd_hetero.components import Given
+from hvd_hetero.config import device_classes, load
+from hvd_hetero.errors import Stopped
+from hvd_hetero.saving import Saver, find
+from hvd_hetero.stopping import StopRequest
+from hvd_hetero.watchdog import Watchdog
+
+NEVER, OFTEN = 10**9, 2
+
+
+class Stops:
+    """Counts the times at which all ranks meet, and asks rank 0 to stop at some of them."""
+
+    left = NEVER
+
+
+def run(case: Case, env: JobEnv, folder: Path, every: int) -> tuple[int, dict[str, Any]]:
+    stops, found = 0, None
+    config = load((), {**case.overrides(), "checkpoint.every_rounds": 1, "run.resume": "auto"}, algorithms.method)
+    facts = [RankFacts(rank, "localhost", rank, (), "cpu", (0,)) for rank in range(env.size)]
+    cluster = assign(device_classes(config.cluster.classes), facts)
+    while True:
+        given = Given(model=lambda: model(case.model), train_data=data(), test_data=data())
+        parts = components.build(config, given)
+        this = trainer.Trainer(job.Job(env, config, parts, cluster, Placement("cpu", 1, None), Watchdog(env)), folder,
+                               found)  # fmt: skip
+        Stops.left = every
+        try:
+            this.prepare()
+            this.run()
+        except Stopped:
+            stops += 1
+            found = find(folder, config.digest(how_long=False), env.size) if env.rank == 0 else None
+            continue
+        finally:
+            this.algorithm.close()
+        losses = None if this.feed.sampler is None else torch.from_numpy(this.feed.sampler.losses)
+        return stops, {"model": this.worker.model.state_dict(), "losses": losses}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    env = job_env()
+    meet = Saver.agree
+
+    def agree(self: Any, *args: Any) -> Any:
+        Stops.left -= 1
+        return meet(self, *args)
+
+    Saver.agree = agree  # type: ignore[method-assign]
+    StopRequest.__call__ = lambda self: env.rank == 0 and Stops.left <= 0  # type: ignore[method-assign]
+    groups = {tuple(ranks) for classes in CLASSES.values() for ranks in classes.values()}
+    groups |= {tuple(ranks[0] for ranks in classes.values()) for classes in CLASSES.values()}
+    sets = [hvd.ProcessSet(list(ranks)) for ranks in sorted(groups) if 1 < len(ranks) < env.size]
+    hvd.init(process_sets=sets)
+    found = {}
+    for i, (name, case) in enumerate(RESUMED.items()):
+        _, whole = run(case, env, folder / f"whole{i}", NEVER)
+        stops, pieces = run(case, env, folder / f"pieces{i}", OFTEN)
+        found[name] = {"stops": stops, "whole": whole, "pieces": pieces}
+    torch.save(found, folder / f"rank{env.rank}.pt")
+    hvd.barrier()
+    hvd.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
