@@ -1,8 +1,8 @@
 """Every rank of a job runs this: ``resume_cases.py FOLDER`` trains each case twice, once in one go and once in pieces.
 
 In pieces means that the run is asked to stop after every second round, saves, and is taken up by a new trainer, until
-it is through. It writes ``FOLDER/rank{N}.pt``: by case the number of stops, and of both runs the rank's final model and,
-on rank 0, the table of losses.
+it is through. It writes ``FOLDER/rank{N}.pt``: by case the number of stops, and of both runs the rank's final model
+and, on rank 0, the table of losses.
 """
 
 from __future__ import annotations
