@@ -71,3 +71,14 @@ def hvd_hetero() -> Callable[..., Done]:
         return run_group([sys.executable, "-m", "hvd_hetero", *map(str, args)], timeout=timeout, **options)
 
     return run
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also the variants of jobs that others stand for")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="a variant that takes long: give --slow"))

@@ -90,7 +90,9 @@ def test_stopped_within_a_pass_and_gone_on_is_bit_equal(tmp_path: Path) -> None:
     assert_same(whole, parts)
 
 
-@pytest.mark.parametrize("settings", [["algorithm.name=eager_sgd"], [TAU, "aggregation.mode=solo"]])
+@pytest.mark.parametrize("settings", [
+    [TAU, "aggregation.mode=solo"], pytest.param(["algorithm.name=eager_sgd"], marks=pytest.mark.slow),
+])  # fmt: skip
 def test_methods_that_go_by_the_clock_stop_and_go_on_too(tmp_path: Path, settings: list[str]) -> None:
     stopped(tmp_path, *settings, "train.passes=60")
     done = passes(tmp_path)
@@ -100,6 +102,7 @@ def test_methods_that_go_by_the_clock_stop_and_go_on_too(tmp_path: Path, setting
     assert all(later > earlier for earlier, later in zip(seen, seen[1:], strict=False))
 
 
+@pytest.mark.slow  # tests/test_supervisor.py kills too, scripts/soak much more
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     """A rank is killed again and again; each time the job goes on from what it had saved."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
