@@ -18,7 +18,7 @@ from hvd_hetero.config import load
 ROOT = Path(__file__).parent.parent
 RANKS = Path(__file__).parent / "ranks"
 DEFAULT = ROOT / "configs" / "default.yaml"
-CLASS_KEYS = {
+CLASS_KEYS = {"left_out",
     "name", "device", "ranks", "tau", "batch_size", "weight", "slowdown", "step_sec", "steps", "samples", "time_sec",
     "blocked_fraction",
 }
