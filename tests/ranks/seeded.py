@@ -12,22 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import hvd_hetero
+from hvd_hetero.algorithms import local
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.comm.rendezvous import job_env
 
 digests: list[str] = []
-average = Comm.average
+average = local.average
 
 
-def noting(self: Comm, state: FlatState, *args: Any, **options: Any) -> None:
-    average(self, state, *args, **options)
+def noting(comm: Comm, state: FlatState, *args: Any, **options: Any) -> bool:
+    good = average(comm, state, *args, **options)
     digests.append(hashlib.sha256(b"".join(t.numpy().tobytes() for t in state.everything())).hexdigest())
+    return good
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    Comm.average = noting  # type: ignore[method-assign]
+    local.average = noting
     summary = hvd_hetero.train(None, sys.argv[2:])
     rank = job_env().rank
     assert (summary is None) == (rank != 0)
