@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -163,13 +164,17 @@ class Horovodrun:
     def _pass_on(self, number: int, frame: Any) -> None:
         """Asks the job to save and to end; where it cannot or does not, and at the second signal, tells it to end."""
         self._signalled = True
-        if self._stop is not None and self._stop.parent.is_dir():
-            stop, self._stop = self._stop, None
+        stop, self._stop = self._stop, None
+        try:
+            if stop is None or not stop.parent.is_dir():
+                raise FileNotFoundError
             stop.touch()
-            print("hvd-hetero: stops after this round and saves; at once if you insist", file=sys.stderr, flush=True)
-            self._later(SAVING_SEC, lambda: self._end(number))
-        else:
+        except OSError:  # a disk that is full, for instance
             self._end(number)
+            return
+        self._later(SAVING_SEC, lambda: self._end(number))
+        with suppress(OSError):  # the terminal may be gone
+            print("hvd-hetero: stops after this round and saves; at once if you insist", file=sys.stderr, flush=True)
 
     def _end(self, number: int) -> None:
         """Asks horovodrun once to end its ranks, and ends it if it does not."""
@@ -196,8 +201,9 @@ class Horovodrun:
                 self._errors[int(match[1])] = text.removeprefix(ERROR).strip()
             elif text.strip() and text.split(" (")[0].strip() not in SHELLS_WORDS:
                 self._last[int(match[1])] = text.strip()
-            stream.write(text if match[1] == "0" or text.startswith("hvd-hetero: ") else f"rank {match[1]}: {text}")
-            stream.flush()
+            with suppress(OSError, ValueError):  # nobody reads any more; the ranks must not wait for that
+                stream.write(text if match[1] == "0" or text.startswith("hvd-hetero: ") else f"rank {match[1]}: {text}")
+                stream.flush()
         pipe.close()
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -46,13 +47,14 @@ class RunFolder:
                 old = [self.path / name for name in (SUMMARY, METRICS, TRACE)]
                 for path in (*old, *self.path.glob("tensorboard/events.*")):
                     path.unlink(missing_ok=True)
-            self._rows = (self.path / METRICS).open("a")
-            self._rows.truncate(keep_bytes or 0)
+            self._rows = (self.path / METRICS).open("ab", buffering=0)
+            self._keep(keep_bytes or 0)
         except OSError as error:
             raise ConfigError("run.dir", str(path), f"cannot be written: {error.strerror}", "choose another") from error
         from torch.utils.tensorboard import SummaryWriter
 
-        self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=keep_samples)
+        self._events: SummaryWriter | None = SummaryWriter(str(self.path / "tensorboard"), purge_step=keep_samples)
+        self._unwritten = b""
 
     def write(self, name: str, content: Mapping[str, Any] | str) -> None:
         """Writes a text or a JSON file whole: a reader sees the old one or the new one."""
@@ -60,24 +62,54 @@ class RunFolder:
         write_text(self.path / name, text)
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """Appends a row to ``metrics.jsonl``, flushed, and its numbers to TensorBoard, by samples seen."""
-        self._rows.write(to_json(row))
-        self._rows.flush()
+        """Appends a row to ``metrics.jsonl``, and its numbers to TensorBoard, by samples seen.
+
+        What the disk does not take costs the training nothing: a row is tried again with the next one.
+        """
+        self._unwritten += to_json(row).encode()
+        self._write_rows()
+        try:
+            self._show(row)
+        except OSError as error:
+            self._events = None
+            print(f"no more TensorBoard events: {error.strerror}", file=sys.stderr, flush=True)
+
+    def _show(self, row: Mapping[str, Any]) -> None:
+        if self._events is None:
+            return
         for name, value in row.items():
             for part, number in value.items() if isinstance(value, dict) else [("", value)]:
                 if isinstance(number, (int, float)):
                     self._events.add_scalar(f"{name}/{part}" if part else name, number, row["samples_seen"])
         self._events.flush()
 
+    def _write_rows(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._rows.write(self._unwritten) :]
+        except OSError as error:
+            print(f"{METRICS} cannot be written now: {error.strerror}", file=sys.stderr, flush=True)
+
+    def _keep(self, size: int) -> None:
+        """Drops rows of passes that will be done again."""
+        there = os.fstat(self._rows.fileno()).st_size
+        if there < size:
+            print(f"{self.path / METRICS}: rows are missing that the checkpoint knew of", file=sys.stderr, flush=True)
+        self._rows.truncate(min(size, there))
+
     @property
     def rows_bytes(self) -> int:
-        """Size of ``metrics.jsonl`` so far."""
-        self._rows.flush()
-        return self._rows.tell()
+        """Size of ``metrics.jsonl`` so far, which is on the disk when this returns: a checkpoint counts on it."""
+        self._write_rows()
+        with suppress(OSError):
+            os.fsync(self._rows.fileno())
+        return os.fstat(self._rows.fileno()).st_size
 
     def close(self) -> None:
+        self._write_rows()
         self._rows.close()
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
 
 def to_json(content: Any, indent: int | None = None) -> str:

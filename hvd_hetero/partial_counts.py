@@ -13,6 +13,7 @@ from hvd_hetero.comm.rounds import Counts
 AGES = 65
 """Ages are told apart up to this one less 1; what is older counts there."""
 KINDS = ("fresh", "late", "empty", "waited_for")
+NUMBERS = len(KINDS) + AGES
 
 
 def to_numbers(counts: Counts) -> Tensor:

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from hvd_hetero.accounts import Accounts
 from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.comm.rounds import Counts
 from hvd_hetero.data import Batch, Source
 from hvd_hetero.feed import Worked
 from hvd_hetero.pacing import settled_step_sec
+from hvd_hetero.partial_counts import NUMBERS, to_numbers
 from hvd_hetero.plan import Plan, apportion
 from hvd_hetero.schema import EvalConfig
 from hvd_hetero.timing import KINDS, Stopwatch
@@ -33,16 +35,17 @@ class PassFigures:
 
 
 def gather_figures(
-    comm: Comm, watch: Stopwatch, accounts: Accounts, plan: Plan, worked: Worked, losses: torch.Tensor, step_sec: float
-) -> PassFigures:
+    comm: Comm, watch: Stopwatch, accounts: Accounts, plan: Plan, worked: Worked, losses: torch.Tensor,
+    step_sec: float, left_out: int,
+) -> PassFigures:  # fmt: skip
     """Gathers what all ranks did in a pass and where their time went, and enters it into the accounts.
 
     Args:
-        losses: of this rank, and ``step_sec``, seconds of one of its steps.
+        losses: of this rank, ``step_sec``, seconds of one of its steps, and ``left_out``, rounds it was left out of.
     """
     kinds, collectives = watch.take()
     loss = float(losses.double().sum())
-    figures = [*(kinds[kind] for kind in KINDS), loss, worked.steps, step_sec, comm.left_out.take(), *collectives]
+    figures = [*(kinds[kind] for kind in KINDS), loss, worked.steps, step_sec, left_out, *collectives]
     rows = [row.tolist() for row in comm.gather(torch.tensor(figures, dtype=torch.float64), "pass.times")]
     count = len(KINDS)
     steps = [int(row[count + 1]) for row in rows]
@@ -105,6 +108,20 @@ class Ongoing:
         self._row = self._steps = 0
         self._parts: list[tuple[NDArray[Any], NDArray[Any]]] = []
         self._batches: Iterator[Batch] | None = None
+        self._left_out, self._counts = 0, torch.zeros(NUMBERS, dtype=torch.int64)
+
+    def count(self, left_out: int, sent: Counts | None) -> tuple[int, torch.Tensor | None]:
+        """Adds what was counted since the last call; returns what the pass has come to.
+
+        Args:
+            left_out: rounds that this rank was left out of.
+            sent: in partial collectives; None for a method that has none.
+        """
+        self._left_out += left_out
+        if sent is None:
+            return self._left_out, None
+        self._counts += to_numbers(sent)
+        return self._left_out, self._counts
 
     @property
     def left(self) -> int:
@@ -174,6 +191,7 @@ class Ongoing:
             "plan": self.plan.to_dict(), "rows": self.rows, "handed_out": self._handed_out,
             "generator": self._generator, "reached": list(astuple(self.reached)), "work_sec": self.work_sec,
             "row": self._row, "steps": self._steps, "worked": [worked.rows, worked.at],
+            "left_out": self._left_out, "counts": self._counts,
         }  # fmt: skip
 
     @classmethod
@@ -182,6 +200,7 @@ class Ongoing:
         ongoing.reached = Reached(*state["reached"])
         ongoing.work_sec = list(state["work_sec"])
         ongoing._row, ongoing._steps = state["row"], state["steps"]
+        ongoing._left_out, ongoing._counts = state["left_out"], state["counts"].clone()
         rows, at = state["worked"]
         ongoing._parts = [] if rows is None else [(np.asarray(rows), np.asarray(at))]
         return ongoing

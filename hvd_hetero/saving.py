@@ -72,7 +72,8 @@ def find(run_dir: Path, digest: str, world_size: int, reshape: bool = False) -> 
             damaged.append(error)
             first = first or error
             continue
-        first = first or candidate.error
+        if not candidate.unfinished:
+            first = first or candidate.error
     if first is not None:
         raise first
     return None
@@ -113,7 +114,7 @@ class Saver:
         drains: whether the method has to come to rest before all ranks can meet.
 
     Attributes:
-        saved_round: that was saved last, or is gone on from.
+        saved_round: that is on the disk, or is gone on from.
     """
 
     def __init__(self, run_dir: str | Path, spec: CheckpointConfig, digest: str, comm: Comm, drains: bool) -> None:
@@ -125,7 +126,7 @@ class Saver:
         self._store = Store(self._run_dir, spec.keep)
         self.stopping = StopRequest(self._run_dir)
         self._began = time.monotonic()
-        self._saved_at, self.saved_round = time.monotonic(), NONE
+        self._saved_at, self._tried, self.saved_round = time.monotonic(), NONE, NONE
         self._write: Write | None = None
         self._best: float | None = None
 
@@ -169,7 +170,7 @@ class Saver:
             print(f"hvd-hetero: error: {problem}", file=sys.stderr, flush=True)
         if self._comm.max([float(bool(problem))], "checkpoint.loaded")[0]:
             raise UserError(problem or "a rank cannot read its part of the checkpoint, and has said why")
-        self.saved_round = number
+        self._tried = self.saved_round = number
         return state, bool(reshaped)
 
     # ---- between two stretches --------------------------------------------------------------------------------------
@@ -201,8 +202,8 @@ class Saver:
             self._go_on()
         number = rounds + reached.rounds
         if spec.every_rounds is not None:  # in partial collectives rounds do not come in the planned numbers
-            late = late or number // spec.every_rounds > max(self.saved_round, 0) // spec.every_rounds
-        return Agreed(reached, bool(stop), bool(late and self._write is None and number > self.saved_round))
+            late = late or number // spec.every_rounds > max(self._tried, 0) // spec.every_rounds
+        return Agreed(reached, bool(stop), bool(late and self._write is None and number > self._tried))
 
     def save(self, number: int, passes: int, state: Callable[[], Any], wait: bool, value: float | None = None) -> None:
         """Saves every rank's state; if that cannot be done, the run goes on without, and says so.
@@ -213,17 +214,14 @@ class Saver:
             wait: until it is on the disk; else it is copied, and a thread writes it.
             value: the evaluation at this time, if there was one: the best one's checkpoint is kept.
         """
-        while self._write is not None:
-            self._write.join()
-            if not self._comm.max([float(self._write.busy)], "checkpoint.wait")[0]:
-                self._go_on()
-        if number > self.saved_round:
+        self._finish()
+        if number > self.saved_round:  # one that could not be saved is tried again, where the job ends
             content = state()
             self._write = Write(self._store, number, passes, self._digest, self._comm,
-                                 content if wait else copied(content), self._is_best(value))
-            self._saved_at, self.saved_round = time.monotonic(), number
+                                content if wait else copied(content), self._is_best(value))
+            self._saved_at, self._tried = time.monotonic(), number
             if wait:
-                self.save(number, passes, state, wait)
+                self._finish()
 
     def newest(self) -> int | None:
         """Round of the newest checkpoint, if there is one."""
@@ -236,7 +234,15 @@ class Saver:
         self._best = value
         return value
 
+    def _finish(self) -> None:
+        while self._write is not None:
+            self._write.join()
+            if not self._comm.max([float(self._write.busy)], "checkpoint.wait")[0]:
+                self._go_on()
+
     def _go_on(self) -> None:
         assert self._write is not None
         if not self._write.go_on():
+            if self._write.done:
+                self.saved_round = self._write.number
             self._write = None

@@ -29,6 +29,7 @@ def first_plan(job: Job, algorithm: Algorithm, worker: Worker, source: Source, c
 
     Raises:
         ConfigError: the measured speeds allow no plan; the same on all ranks.
+        RuntimeError: this rank cannot take a step, while the others wait for it.
     """
     cluster = job.cluster
     if not algorithm.needs_speeds:
@@ -37,7 +38,10 @@ def first_plan(job: Job, algorithm: Algorithm, worker: Worker, source: Source, c
         return algorithm.make_plan({cluster.classes[0].name: 1.0})
     known = _known(job, comm)
     if known is None:
-        found = measurement(job, worker, source, comm).classes(algorithm.batch_size)
+        try:
+            found = measurement(job, worker, source, comm).classes(algorithm.batch_size)
+        except UserError as error:  # one rank's own trouble, a broken file for instance
+            raise RuntimeError(str(error)) from error
         known = {name: figures.step_sec for name, figures in found.items()}
     return algorithm.make_plan(known)
 

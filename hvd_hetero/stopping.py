@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -32,12 +33,13 @@ class StopRequest:
         """Whether to stop; cheap enough to be asked at every step."""
         if not self._asked and time.monotonic() - self._looked >= LOOK_SEC:
             self._looked = time.monotonic()
-            self._asked = self._file.exists()
+            self._asked = os.path.exists(self._file)  # unlike Path's, never raises
         return self._asked
 
     def forget(self) -> None:
         """Removes the file, which has been heard; rank 0 calls it, once all ranks have agreed to stop."""
-        self._file.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._file.unlink()
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else

@@ -35,13 +35,13 @@ class Restarts:
 
     most: int
     made: int = 0
-    _failed_at: list[int | None] = field(default_factory=list)
+    _failed_at: list[object] = field(default_factory=list)
 
-    def why_not(self, end: End, newest: int | None) -> str | None:
+    def why_not(self, end: End, newest: object) -> str | None:
         """Why the job is not started again after this end; None: it is.
 
         Args:
-            newest: round of the newest checkpoint, if there is one.
+            newest: what tells the newest checkpoint from others, None where there is none.
         """
         if end.asked:
             return "it was told to end"
@@ -78,7 +78,7 @@ class Supervisor:
         self._store, self._run_dir, self._min_ranks = Store(run_dir), run_dir, min_ranks
         self._restarts = Restarts(most)
         # what an earlier run has left there is nothing to go on from, where this one was to start anew
-        self._foreign = self._newest() if config.run.resume is None else None
+        self._foreign = self._made() if config.run.resume is None else None
 
     def run(self) -> int:
         """Starts it, again and again; returns its exit status."""
@@ -94,7 +94,7 @@ class Supervisor:
             if end.status == 0:
                 return 0
             newest = self._newest()
-            if (reason := self._restarts.why_not(end, newest)) is not None:
+            if (reason := self._restarts.why_not(end, self._made())) is not None:
                 if self._restarts.made or (self._restarts.most and end.status in MENDABLE and not end.asked):
                     _say(f"gives up: {reason}")
                 return end.status
@@ -132,19 +132,27 @@ class Supervisor:
     def _settings(self, newest: int | None) -> list[str]:
         """What is set for the next start beside what the user has set."""
         fewer = without(self._config, self._hosts, self._lost) if self._lost else []
-        if newest is None or newest == self._foreign:
-            return [*fewer, "run.overwrite=true"]
+        if newest is None or self._is_foreign():
+            return [*fewer, "run.overwrite=true", "run.resume=null"]
         return [*fewer, f"run.resume={RESHAPE if fewer else self._config.run.resume or AUTO}"]
 
     def _newest(self) -> int | None:
+        made = self._made()
+        return None if made is None else made[0]
+
+    def _made(self) -> tuple[int, str] | None:
+        """Round and time of the newest checkpoint: two runs may come to the same rounds."""
         try:
             latest = self._store.latest()
         except CheckpointError:
             return None
-        return None if latest is None else latest.meta.round
+        return None if latest is None else (latest.meta.round, latest.meta.time)
+
+    def _is_foreign(self) -> bool:
+        return self._foreign is not None and self._made() == self._foreign
 
     def _from(self, newest: int | None) -> str:
-        return "from the start" if newest is None or newest == self._foreign else f"from round {newest}"
+        return "from the start" if newest is None or self._is_foreign() else f"from round {newest}"
 
 
 def without(config: Config, hosts: Sequence[Host], lost: Collection[str]) -> list[str]:

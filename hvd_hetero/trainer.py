@@ -24,7 +24,6 @@ from hvd_hetero.job import Job, make_worker
 from hvd_hetero.limits import check_limits, expected_passes, next_rounds
 from hvd_hetero.metrics import Progress, RunFolder
 from hvd_hetero.output import note, write_start, write_summary, write_trace
-from hvd_hetero.partial_counts import to_numbers
 from hvd_hetero.passes import Ongoing, PassFigures, RoundLaps, evaluate, gather_figures, say_taus
 from hvd_hetero.plan import Plan
 from hvd_hetero.sampling import Sampler
@@ -186,7 +185,8 @@ class Trainer:
             self.feed.collect_as_worked(worked, losses)
         self.watch.collective()
         step_sec = RoundLaps(self.watch, self.recorder, ongoing.work_sec).step_sec(worked, self.algorithm.mine.tau)
-        done = gather_figures(comm, self.watch, accounts, plan, worked, losses, step_sec)
+        left_out, counts = ongoing.count(comm.left_out.take(), self.algorithm.counts())
+        done = gather_figures(comm, self.watch, accounts, plan, worked, losses, step_sec, left_out)
         if next_rounds(config.train, self.plan, accounts.done):
             self.plan = self._replan(self.plan, done)
         over = next_rounds(config.train, self.plan, accounts.done) == 0
@@ -195,8 +195,8 @@ class Trainer:
         row = accounts.row(plan)
         row |= {"wall_sec": time.perf_counter() - self.begin, "train_loss": done.loss, "lr": rate,
                 "samples_per_sec": done.samples / done.seconds}  # fmt: skip
-        if (counts := self.algorithm.counts()) is not None:
-            row["partial"] = accounts.partial.enter(comm.gather(to_numbers(counts), "pass.counts"))
+        if counts is not None:
+            row["partial"] = accounts.partial.enter(comm.gather(counts, "pass.counts"))
         if accounts.passes % config.eval.every_passes == 0 or over:
             row |= evaluate(comm, worker, self.test, self.plan, config.eval)
             note(self.best, row)
@@ -252,6 +252,7 @@ class Trainer:
         state: dict[str, Any] = {name: getattr(self, name).state_dict() for name in parts}
         state |= {"plan": self.plan.to_dict(), "best": self.best, "wall_sec": time.perf_counter() - self.begin}
         if ongoing is not None:
+            ongoing.count(self.comm.left_out.take(), self.algorithm.counts())
             state["ongoing"] = ongoing.state_dict()
             state["watch"] = self.watch.state_dict()
         if self.folder is not None and self.feed.sampler is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +15,18 @@ from hvd_hetero.store import ShardInfo, Store
 
 
 class Write:
-    """One checkpoint on its way to the disk: every rank writes its shard, then rank 0 the manifest."""
+    """One checkpoint on its way to the disk: every rank writes its shard, then rank 0 the manifest.
+
+    Attributes:
+        number: its round.
+        done: whether it is on the disk; the same on all ranks.
+    """
 
     def __init__(
         self, store: Store, number: int, passes: int, digest: str, comm: Comm, state: Any, best: float | None
     ) -> None:
-        self._store, self._number, self._passes, self._digest, self._comm = store, number, passes, digest, comm
-        self._best = best
+        self._store, self.number, self._passes, self._digest, self._comm = store, number, passes, digest, comm
+        self._best, self.done = best, False
         self._text, self._problem = b"", ""
         self._committing = False
         self._start(lambda: self._shard(state))
@@ -36,7 +42,8 @@ class Write:
         """The next thing to be done, once no rank is busy any more; False if that was all."""
         if self._committing:
             if self._problem:
-                print(f"no checkpoint at round {self._number}: {self._problem}", flush=True)
+                print(f"no checkpoint at round {self.number}: {self._problem}", flush=True)
+            self.done = not self._comm.max([float(bool(self._problem))], "checkpoint.done")[0]
             return False
         self._committing = True
         sizes = [int(size) for size in self._comm.gather(torch.tensor([len(self._text)]), "checkpoint.sizes")]
@@ -59,13 +66,13 @@ class Write:
             self._problem = f"rank {self._comm.rank}: {error}"
 
     def _shard(self, state: Any) -> None:
-        self._text = self._store.write_shard(self._number, self._comm.rank, state).to_json().encode()
+        self._text = self._store.write_shard(self.number, self._comm.rank, state).to_json().encode()
 
     def _commit(self, shards: list[str]) -> None:
         infos = [ShardInfo.from_json(text) for text in shards]
-        self._store.commit(self._number, infos, passes=self._passes, config_digest=self._digest)
+        self._store.commit(self.number, infos, passes=self._passes, config_digest=self._digest)
         if self._best is not None:
-            self._store.mark_best(self._number, self._best)
+            self._store.mark_best(self.number, self._best)
 
 
 def copied(state: Any) -> Any:
@@ -75,7 +82,10 @@ def copied(state: Any) -> Any:
     if isinstance(state, np.ndarray):
         return state.copy()
     if isinstance(state, dict):
-        return {key: copied(part) for key, part in state.items()}
-    if isinstance(state, (list, tuple)):
+        own = copy.copy(state)  # of the same kind: a Counter is none of another
+        for key, part in state.items():
+            own[key] = copied(part)
+        return own
+    if type(state) in (list, tuple):
         return type(state)(copied(part) for part in state)
     return state

@@ -129,7 +129,7 @@ class Algorithm:
         return self.plan
 
     def counts(self) -> Counts | None:
-        """What this rank sent in the partial collectives of the pass, if the method has them."""
+        """What this rank sent in partial collectives since the last call, if the method has them."""
         return None
 
     def close(self) -> None:

@@ -80,13 +80,18 @@ def average_optimizer(optimizer: torch.optim.Optimizer, weight: float, comm: Com
     Raises:
         BadNumbers: as :func:`hvd_hetero.comm.averages.average`.
     """
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    entries = [(optimizer.state[p], key) for p in params if p in optimizer.state for key in sorted(optimizer.state[p])]
+    params = [p for group in optimizer.param_groups for p in group["params"] if p in optimizer.state]
+    entries = [(optimizer.state[p], key) for p in params for key in sorted(optimizer.state[p])]
     entries = [(own, key) for own, key in entries if isinstance(own[key], (torch.Tensor, int, float))]
     counts = [(own, key) for own, key in entries if key == "step" or not _floating(own[key])]
     tensors = [own[key] for own, key in entries if key != "step" and _floating(own[key])]
-    fit = good and finite(tensors)
-    average_tensors(comm, tensors, fit, "optimizer", weight=weight)
+    # NAdam, for one, keeps a number on the host beside the moments on the device
+    together = [tensor.to(params[0].device) for tensor in tensors]
+    fit = good and finite(together)
+    average_tensors(comm, together, fit, "optimizer", weight=weight)
+    for tensor, average in zip(tensors, together, strict=True):
+        if tensor is not average:
+            tensor.copy_(average)
     if good and not fit:
         comm.left_out.note()
     most = comm.max([float(own[key]) for own, key in counts], "optimizer.counts") if counts else []

@@ -21,6 +21,7 @@ holds NaN or Inf, each computes its own gradient once more, and they are summed 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -57,7 +58,7 @@ class SyncSGD(Lockstep):
             return
         for inputs, targets in worker.pace.steps(batches, 1):
             self.keep_buffers(worker)
-            worker.gradient(inputs, targets, self.mine.weight)
+            self.sum.sent(partial(worker.gradient, inputs, targets, self.mine.weight))
             worker.pace.pause()
             with self.sum.finished(worker.optimizer):
                 if not finite(worker.gradients()):

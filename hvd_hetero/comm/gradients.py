@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,6 +59,10 @@ class GradientSum:
             remedy = "give the arguments of its __init__ defaults"
             raise ConfigError("train.optimizer", type(optimizer).__name__, problem, remedy) from error
         return wrapped
+
+    def sent(self, backward: Callable[[], Any]) -> None:
+        """Runs a backward pass, from which gradients leave."""
+        guarded(backward)
 
     @contextmanager
     def finished(self, optimizer: Any) -> Iterator[None]:

@@ -96,10 +96,11 @@ class Comm:
         if group is None:
             vector.mul_(weight)
         else:
-            handle = hvd.allreduce_async_(
-                vector, op=hvd.Sum, prescale_factor=weight, process_set=group, name=f"{name}.class.{self._peers[0]}"
+            mine = f"{name}.class.{self._peers[0]}"
+            self._wait(
+                lambda: hvd.allreduce_async_(vector, op=hvd.Sum, prescale_factor=weight, process_set=group, name=mine),
+                mine,
             )
-            self._wait(handle, f"{name}.class.{self._peers[0]}")
         if len(self._leaders) == 1:
             return
         if self.rank in self._leaders:
@@ -108,14 +109,12 @@ class Comm:
             if host is not vector:
                 vector.copy_(host)
         if group is not None:
-            handle = hvd.broadcast_async_(
-                vector, self._peers[0], process_set=group, name=f"{name}.back.{self._peers[0]}"
-            )
-            self._wait(handle, f"{name}.back.{self._peers[0]}")
+            back = f"{name}.back.{self._peers[0]}"
+            self._wait(lambda: hvd.broadcast_async_(vector, self._peers[0], process_set=group, name=back), back)
 
     def _sum_(self, vector: Tensor, ranks: tuple[int, ...], name: str) -> None:
         if len(ranks) > 1:
-            self._wait(hvd.allreduce_async_(vector, op=hvd.Sum, process_set=self.group(ranks), name=name), name)
+            self._wait(lambda: hvd.allreduce_async_(vector, op=hvd.Sum, process_set=self.group(ranks), name=name), name)
 
     def group(self, ranks: tuple[int, ...]) -> hvd.ProcessSet:
         """The process set of all ranks, of a class of several, or of the leaders."""
@@ -141,7 +140,7 @@ class Comm:
         if self.size == 1:
             return tensor
         host = tensor.detach().cpu().contiguous()
-        self._wait(hvd.broadcast_async_(host, root, name=name), name)
+        self._wait(lambda: hvd.broadcast_async_(host, root, name=name), name)
         return host
 
     def broadcast_state(self, state: FlatState, root: int = 0) -> None:
@@ -159,7 +158,7 @@ class Comm:
         """
         if self.size == 1:
             return [tensor]
-        whole = self._wait(hvd.allgather_async(tensor, name=name), name)
+        whole = self._wait(lambda: hvd.allgather_async(tensor, name=name), name)
         return list(whole.split(list(sizes) if sizes is not None else len(tensor)))
 
     def sum(self, values: Sequence[float], name: str) -> list[float]:
@@ -172,15 +171,14 @@ class Comm:
         """The maxima over all ranks of a few numbers."""
         most = torch.tensor(values, dtype=torch.float64)
         if self.size > 1:
-            self._wait(hvd.allreduce_async_(most, op=hvd.Max, name=name), name)
+            self._wait(lambda: hvd.allreduce_async_(most, op=hvd.Max, name=name), name)
         return [float(x) for x in most]
 
     def max_(self, tensor: Tensor, name: str, ranks: tuple[int, ...] | None = None) -> None:
         """In place, for each element of a host tensor: the maximum over all ranks, or those of one class."""
         ranks = ranks or tuple(range(self.size))
         if len(ranks) > 1:
-            handle = hvd.allreduce_async_(tensor, op=hvd.Max, process_set=self.group(ranks), name=name)
-            self._wait(handle, name)
+            self._wait(lambda: hvd.allreduce_async_(tensor, op=hvd.Max, process_set=self.group(ranks), name=name), name)
 
     def alltoall_async(self, tensor: Tensor, counts: Tensor, name: str) -> int:
         """Begins to send consecutive pieces of a host tensor ``[K]`` to the other ranks.
@@ -191,12 +189,12 @@ class Comm:
         Returns:
             A handle for :meth:`received`.
         """
-        handle: int = hvd.alltoall_async(tensor, counts, name=name)
+        handle: int = guarded(lambda: hvd.alltoall_async(tensor, counts, name=name))
         return handle
 
     def received(self, handle: int) -> Tensor:
         """Waits for what the other ranks sent to this one, in the order of the senders."""
-        received: Tensor = self._wait(handle, "alltoall")[0]
+        received: Tensor = self._wait(lambda: handle, "alltoall")[0]
         return received
 
     def agree(self, digest: str, name: str, what: str) -> None:
@@ -228,9 +226,10 @@ class Comm:
         self.barrier("close")
         hvd.shutdown()
 
-    def _wait(self, handle: int, name: str) -> Any:
+    def _wait(self, begin: Callable[[], int], name: str) -> Any:
+        # to begin is guarded too: Horovod refuses it, of a set that has lost a rank
         with self.pulse.waiting(name):
-            return guarded(lambda: _done(handle))
+            return guarded(lambda: _done(begin()))
 
 
 def wait_until(handle: int) -> None:

@@ -71,11 +71,16 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint, or the reason why it is none: one of the two is None."""
+    """A checkpoint, or the reason why it is none: one of the two is None.
+
+    Attributes:
+        unfinished: it was never one: the job ended before all of it was written.
+    """
 
     round: int
     checkpoint: Checkpoint | None
     error: CheckpointError | None
+    unfinished: bool = False
 
 
 def candidates(
@@ -100,7 +105,8 @@ def candidates(
             found.append(Candidate(number, checkpoint, None))
             older = number
         except CheckpointError as error:
-            found.append(Candidate(number, None, _offer(error, older)))
+            unfinished = not (folder / folder_name(number) / MANIFEST).exists()
+            found.append(Candidate(number, None, _offer(error, older), unfinished))
     return found[::-1]
 
 
