@@ -1,0 +1,167 @@
+"""What going on from a checkpoint rests on: rows that are kept, what is copied, what a failure leaves behind."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import threading
+import time
+from collections import Counter, OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("horovod")
+
+from store_helpers import DIGEST, OLD, save_round, some_state  # noqa: E402
+
+from hvd_hetero.config import load  # noqa: E402
+from hvd_hetero.errors import EXIT_LOST  # noqa: E402
+from hvd_hetero.horovodrun import End, Horovodrun  # noqa: E402
+from hvd_hetero.metrics import METRICS, RunFolder  # noqa: E402
+from hvd_hetero.saving import find  # noqa: E402
+from hvd_hetero.stopping import StopRequest  # noqa: E402
+from hvd_hetero.store import Store  # noqa: E402
+from hvd_hetero.supervisor import Supervisor  # noqa: E402
+from hvd_hetero.writing import copied  # noqa: E402
+
+ROWS = [{"pass": number, "samples_seen": 100 * number, "train_loss": 1.0} for number in range(1, 7)]
+
+
+def written(path: Path, rows: list[dict[str, Any]], keep: int | None = None) -> list[int]:
+    """Writes rows into a run's folder; returns the sizes that checkpoints would note, before and after each."""
+    folder = RunFolder(path, overwrite=True, keep_bytes=keep)
+    sizes = [folder.rows_bytes]
+    for row in rows:
+        folder.row(row)
+        sizes.append(folder.rows_bytes)
+    folder.close()
+    return sizes
+
+
+def passes(path: Path) -> list[int]:
+    return [json.loads(line)["pass"] for line in (path / METRICS).read_text().splitlines()]
+
+
+def test_a_checkpoint_before_the_first_new_row_knows_the_rows_that_were_kept(tmp_path: Path) -> None:
+    sizes = written(tmp_path, ROWS)
+    again = written(tmp_path, ROWS[4:], keep=sizes[4])
+    assert again[0] == sizes[4] and passes(tmp_path) == [1, 2, 3, 4, 5, 6]
+    written(tmp_path, ROWS[4:], keep=again[0])
+    assert passes(tmp_path) == [1, 2, 3, 4, 5, 6], "neither lost nor doubled"
+
+
+def test_rows_that_are_gone_are_told_and_not_made_up(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    size = written(tmp_path, ROWS[:2])[-1]
+    (tmp_path / METRICS).write_text("")
+    written(tmp_path, ROWS[2:3], keep=size)
+    assert "rows are missing" in capfd.readouterr().err and passes(tmp_path) == [3]
+
+
+def test_a_row_that_the_disk_does_not_take_comes_with_the_next_one(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path, overwrite=False)
+    whole, parts = folder._rows, iter([5])
+
+    class Full:
+        """Takes five bytes, and then no more."""
+
+        def write(self, data: bytes) -> int:
+            for count in parts:
+                return whole.write(data[:count])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder._rows = Full()  # type: ignore[assignment]
+    folder.row(ROWS[0])
+    assert f"{METRICS} cannot be written now: No space left" in capfd.readouterr().err
+    folder._rows = whole
+    folder.row(ROWS[1])
+    folder.close()
+    assert passes(tmp_path) == [1, 2]
+
+
+def test_what_a_scheduler_counts_by_stays_what_it_is() -> None:
+    milestones = Counter({30: 1, 60: 1})
+    own = copied({"milestones": milestones, "order": OrderedDict(a=torch.zeros(2)), "betas": (0.9, 0.99)})
+    assert type(own["milestones"]) is Counter and type(own["order"]) is OrderedDict and own["betas"] == (0.9, 0.99)
+    milestones[90] += 1
+    assert sorted(own["milestones"].elements()) == [30, 60]
+
+
+def test_a_first_checkpoint_that_was_never_finished_is_none(tmp_path: Path) -> None:
+    Store(tmp_path).write_shard(OLD, 0, some_state())
+    assert find(tmp_path, DIGEST, 2) is None
+
+
+class Course:
+    """Jobs that fail again and again, and what each is told; ``leave`` is done in each but the last."""
+
+    def __init__(self, leave: Any) -> None:
+        self.leave, self.told = leave, []
+
+    def __call__(self, settings: list[str]) -> End:
+        self.told.append(list(settings))
+        if len(self.told) == 3:
+            return End(0, "job")
+        self.leave(len(self.told))
+        return End(EXIT_LOST, "job")
+
+
+def supervised(run: Path, leave: Any, monkeypatch: pytest.MonkeyPatch, *settings: str) -> list[list[str]]:
+    monkeypatch.setattr(time, "sleep", lambda sec: None)
+    monkeypatch.setattr("hvd_hetero.supervisor.reap", lambda job, hosts: [])
+    course = Course(leave)
+    assert Supervisor(course, load(None, settings), [("localhost", 2)], run, 5, None).run() == 0
+    return course.told
+
+
+def test_checkpoints_of_this_run_are_known_from_those_of_an_earlier_one_at_the_same_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, states = Store(tmp_path), [some_state(0), some_state(1)]
+    save_round(store, OLD, states)
+    time.sleep(1.1)  # a manifest's time is in whole seconds
+
+    def leave(start: int) -> None:
+        if start == 2:  # the first start gets nowhere
+            store.rewind(None)
+            save_round(store, OLD, states)
+
+    told = supervised(tmp_path, leave, monkeypatch, "run.overwrite=true")
+    assert told == [[], ["run.overwrite=true", "run.resume=null"], ["run.resume=auto"]]
+
+
+def test_a_stop_file_that_cannot_be_looked_at_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(path: Any, **options: Any) -> Any:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    stop = StopRequest(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stale)
+        assert not stop()
+
+
+def test_ranks_are_heard_to_the_end_though_nobody_reads_on() -> None:
+    """As of ``launch | head``: a pipe that nobody empties would stop the ranks at its 64 KiB."""
+
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    near, far = os.pipe()
+    job = Horovodrun.__new__(Horovodrun)
+    job._own, job._errors, job._last = [], {}, {}
+    with os.fdopen(near, "rb") as pipe, os.fdopen(far, "wb") as ranks:
+        reader = threading.Thread(target=job._forward, args=(pipe, Closed()), daemon=True)
+        reader.start()
+        for number in range(20000):
+            ranks.write(f"[1]<stdout>:line {number}\n".encode())
+        ranks.write(b"horovodrun's own\n")
+        ranks.close()
+        reader.join(timeout=60)
+        assert not reader.is_alive() and job._last[1] == "line 19999" and job._own == ["horovodrun's own"]
