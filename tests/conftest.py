@@ -77,7 +77,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also the variants of jobs that others stand for")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:  # tests that share a job go to one process, all others to whichever is free
+        fixtures = item._fixtureinfo.name2fixturedefs.values()
+        if shared := sorted(f.argname for (*_, f) in fixtures if f.scope == "module"):
+            item.add_marker(pytest.mark.xdist_group(f"{item.nodeid.split('::')[0]}:{shared[0]}"))
     if not config.getoption("--slow"):
         for item in items:
             if item.get_closest_marker("slow"):
