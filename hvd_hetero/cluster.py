@@ -24,7 +24,7 @@ class RankFacts:
 
     Attributes:
         gpus: names of the GPUs that the rank's host shows, by index.
-        cores: the CPU cores that the rank's process may run on.
+        cores: the CPU cores that the rank's process may run on, NUMA node by NUMA node.
     """
 
     rank: int
@@ -95,8 +95,10 @@ def local_facts(rank: int, host: str, local_rank: int) -> RankFacts:
     """Looks at this machine: its GPUs (without claiming one), its CPU model, the cores this process may use."""
     import torch
 
+    nodes = numa_nodes()
     gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    return RankFacts(rank, host, local_rank, gpus, _cpu_model(), tuple(sorted(os.sched_getaffinity(0))))
+    cores = sorted(os.sched_getaffinity(0), key=lambda core: (nodes.get(core, -1), core))
+    return RankFacts(rank, host, local_rank, gpus, _cpu_model(), tuple(cores))
 
 
 def assign(classes: Any, facts: Sequence[RankFacts]) -> Cluster:
@@ -138,7 +140,8 @@ def assign(classes: Any, facts: Sequence[RankFacts]) -> Cluster:
 def place(cluster: Cluster, rank: int, gpu_cores: int, affinity: bool) -> Placement:
     """Divides a host's cores among its ranks: GPU ranks keep ``gpu_cores`` each, CPU ranks share the rest evenly.
 
-    No two ranks share a core where there are enough; with more ranks than cores each gets one thread and no fixed core.
+    A rank's cores follow one another in the order of the host's NUMA nodes, so that few ranks have cores of two. No two
+    ranks share a core where there are enough; with more ranks than cores each gets one thread and no fixed core.
     """
     mine = cluster.class_of(rank)
     fact = cluster.facts[rank]
@@ -241,6 +244,16 @@ def has_bf16(device: str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     flags = f"{_cpu_info('flags')} {_cpu_info('Features')}".split()
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
+def numa_nodes(system: Path = Path("/sys/devices/system/node")) -> dict[int, int]:
+    """The NUMA node of each core; empty where the kernel tells of none."""
+    nodes = {}
+    for path in system.glob("node[0-9]*/cpulist"):
+        for part in filter(None, path.read_text().strip().split(",")):
+            first, _, last = part.partition("-")
+            nodes.update(dict.fromkeys(range(int(first), int(last or first) + 1), int(path.parent.name[4:])))
+    return nodes
 
 
 def _cpu_model() -> str:

@@ -93,6 +93,8 @@ class Feed:
                 self._dealt |= dict(zip(c.ranks, np.split(drawn[c.name], ends[:-1]), strict=True))
             everything = torch.from_numpy(np.concatenate([self._dealt[rank] for rank in range(len(sizes))]))
         everything = self._comm.broadcast(everything, "pass.indices")
+        if self.sampler is not None:
+            self.sampler.begin(plan.pass_samples())
         mine = everything.split(sizes)[self._comm.rank].numpy()
         own = plan.of_rank(self._comm.rank)
         return mine.reshape(plan.rounds * own.tau, own.batch_size)

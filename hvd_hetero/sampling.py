@@ -6,8 +6,10 @@ one partition or one sort of numpy's, without a Python loop over samples.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from numpy.typing import NDArray
 Indices = NDArray[np.integer[Any]]
 Losses = NDArray[np.float32]
 Mask = NDArray[np.bool_]
+WORTH_A_THREAD = 1_000_000
+"""Samples, of which drawing a pass takes tens of milliseconds."""
 
 
 class Sampler:
@@ -40,6 +44,8 @@ class Sampler:
         self.biased = biased
         self._rng = np.random.default_rng(seed)
         self._dtype = np.int32 if samples <= np.iinfo(np.int32).max else np.int64
+        self._thread: ThreadPoolExecutor | None = None
+        self._begun: tuple[dict[str, int], Any, Future[tuple[dict[str, Indices], Any]]] | None = None
 
     def draw(self, counts: Mapping[str, int]) -> dict[str, Indices]:
         """Draws N_g sample indices for every class, in random order, none twice within a class.
@@ -50,8 +56,27 @@ class Sampler:
         Returns:
             ``[N_g]`` indices by class name. Any even cut of them deals the class's samples evenly to its ranks.
         """
-        drawn = self._draw(self._rng, self.losses, counts, self.biased, self._ratio)
+        begun, self._begun = self._begun, None
+        if begun is not None and begun[:2] == (dict(counts), self._rng.bit_generator.state):
+            drawn, self._rng.bit_generator.state = begun[2].result()
+        else:
+            drawn = self._draw(self._rng, self.losses, counts, self.biased, self._ratio)
         return {name: drawn[name].astype(self._dtype, copy=False) for name in counts}
+
+    def begin(self, counts: Mapping[str, int]) -> None:
+        """Begins to draw the next pass in a thread, where the scheme does not go by losses, and n makes it worth it.
+
+        The draws stay the same ones, also if the next pass turns out to be another one, or the job is saved meanwhile.
+        """
+        if self._draw is not _uniform or len(self.losses) < WORTH_A_THREAD:
+            return
+        rng, counts = copy.deepcopy(self._rng), dict(counts)
+
+        def draw() -> tuple[dict[str, Indices], Any]:
+            return _uniform(rng, self.losses, counts, self.biased, self._ratio), rng.bit_generator.state
+
+        self._thread = self._thread or ThreadPoolExecutor(1, "hvd_hetero.sampling")
+        self._begun = (counts, self._rng.bit_generator.state, self._thread.submit(draw))
 
     def record(self, indices: Indices, losses: Losses) -> None:
         """Enters losses in the order in which they were computed: of several for one sample the last one stays.

@@ -73,16 +73,35 @@ def hvd_hetero() -> Callable[..., Done]:
     return run
 
 
+@pytest.fixture
+def launched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """``launched(key=value, ...)``: status, stdout and stderr of ``hvd-hetero launch``; starting a process fails."""
+
+    def no_process(*args: Any, **options: Any) -> None:
+        pytest.fail(f"a process was started: {args}")
+
+    monkeypatch.setattr(subprocess, "Popen", no_process)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "ranks"))
+
+    def launch(*words: str) -> tuple[int, str, str]:
+        folder = [] if any(word.startswith("run.dir=") for word in words) else [f"run.dir={tmp_path / 'run'}"]
+        from hvd_hetero.cli import main
+
+        status = main(["launch", *words, *folder])
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return launch
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also the variants of jobs that others stand for")
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:  # tests that share a job go to one process, all others to whichever is free
-        fixtures = item._fixtureinfo.name2fixturedefs.values()
-        if shared := sorted(f.argname for (*_, f) in fixtures if f.scope == "module"):
-            item.add_marker(pytest.mark.xdist_group(f"{item.nodeid.split('::')[0]}:{shared[0]}"))
     if not config.getoption("--slow"):
         for item in items:
             if item.get_closest_marker("slow"):

@@ -15,32 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from hvd_hetero.cli import main
-
 OWN = Path(__file__).parent / "ranks"
 PREFIX = "hvd-hetero: error: "
-
-
-@pytest.fixture
-def launched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """``launched(key=value, ...)``: status, stdout and stderr of ``hvd-hetero launch``; starting a process fails."""
-
-    def no_process(*args: Any, **options: Any) -> None:
-        pytest.fail(f"a process was started: {args}")
-
-    monkeypatch.setattr(subprocess, "Popen", no_process)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(OWN))
-
-    def launch(*words: str) -> tuple[int, str, str]:
-        folder = [] if any(word.startswith("run.dir=") for word in words) else [f"run.dir={tmp_path / 'run'}"]
-        status = main(["launch", *words, *folder])
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return launch
 
 
 def assert_one_message(err: str, key: str, value: str, remedy: str) -> None:
@@ -155,7 +131,8 @@ def of_ranks(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["-m", "hvd_hetero", "train", "train.pases=3"], "train.pases=3: is not a known key; did you mean 'train.passes'?"),
+    pytest.param(["-m", "hvd_hetero", "train", "train.pases=3"],
+                 "train.pases=3: is not a known key; did you mean 'train.passes'?", marks=pytest.mark.slow),
     (["-m", "hvd_hetero", "train", "model.target=own_parts:model_unless_rank_1"], "rank 1: model.target="),
     (["bad_object.py"], "loss='CrossEntropyLoss': is not per sample"),
 ], ids=["all ranks", "one rank", "a user's program"])
@@ -186,6 +163,7 @@ def test_the_launcher_starts_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_class_too_slow_for_tau_is_found_by_measurement(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
     """It ends the job like any other bad input: one message, status 2."""
     done = hvd_hetero(["launch", f"run.dir={tmp_path / 'run'}", "train.tau=2", "profile.seconds=0.2",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_hetero.cluster import Cluster, RankFacts, assign, integers, local_facts, parse_hosts, place
+from hvd_hetero.cluster import Cluster, RankFacts, assign, integers, local_facts, numa_nodes, parse_hosts, place
 from hvd_hetero.config import device_classes
 from hvd_hetero.errors import ConfigError
 
@@ -208,3 +209,11 @@ def test_facts_survive_the_trip_between_ranks() -> None:
 def test_on_host() -> None:
     cluster: Cluster = assign(device_classes({"a": {"ranks": "0-3"}}), ranks_on(("one", 1), ("two", 3)))
     assert (cluster.on_host("one"), cluster.on_host("two"), cluster.size) == ([0], [1, 2, 3], 4)
+
+
+def test_cores_of_one_numa_node_follow_one_another(tmp_path: Path) -> None:
+    for node, cores in ((0, "0-1,4\n"), (1, "2-3,5\n"), (2, "\n")):
+        (tmp_path / f"node{node}").mkdir()
+        (tmp_path / f"node{node}" / "cpulist").write_text(cores)
+    assert numa_nodes(tmp_path) == {0: 0, 1: 0, 4: 0, 2: 1, 3: 1, 5: 1}
+    assert numa_nodes(tmp_path / "none") == {}

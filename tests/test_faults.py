@@ -62,6 +62,7 @@ def data():
 """
 
 
+@pytest.mark.slow
 def test_bad_input_that_one_rank_meets_in_mid_run_ends_all(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
     """A file that only one rank reads: the others wait in another collective, so nobody may wait for them."""
     (tmp_path / "broken.py").write_text(BROKEN)

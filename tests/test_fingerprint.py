@@ -35,7 +35,10 @@ def said_once(done: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.parametrize(("unlike", "words", "begins", "remedy"), [
     ("package", [], "source of hvd-hetero=", "up to date"),
     ("module", ["model.target=mine:norm_net"], "source of model.target=mine:norm_net=", "bring its file on"),
-    ("train.lr=0.3", [], "train.lr=0.3: so it is for rank 1 on localhost, for rank 0 on localhost it is 0.02", "same"),
+    pytest.param(
+        "train.lr=0.3", [], "train.lr=0.3: so it is for rank 1 on localhost, for rank 0 on localhost it is 0.02", "same",
+        marks=pytest.mark.slow,
+    ),
 ])
 def test_ranks_that_are_not_alike(
     horovodrun: Callable[..., Any], tmp_path: Path, unlike: str, words: list[str], begins: str, remedy: str

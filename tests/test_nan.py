@@ -131,6 +131,7 @@ def test_all_bad_ends_the_job_and_leaves_the_last_good_checkpoint(hvd_hetero: Ru
     assert all("NaN" not in line for line in (folder / METRICS).read_text().splitlines())
 
 
+@pytest.mark.slow
 def test_one_bad_rank_ends_the_job_if_it_is_to(hvd_hetero: Run, tmp_path: Path) -> None:
     done = hvd_hetero(["launch", *SMALL, f"run.dir={tmp_path / 'run'}", "train.loss=own_parts:bad_on_rank_1",
                        "aggregation.nan=stop"], cwd=RANKS)
@@ -147,6 +148,7 @@ def test_a_rank_alone_with_bad_numbers(hvd_hetero: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "checkpoints").exists() or Store(tmp_path / "run").latest() is None
 
 
+@pytest.mark.slow
 def test_all_bad_in_partial_collectives(hvd_hetero: Run, tmp_path: Path) -> None:
     """There is no round in which all meet: they find out when they meet next."""
     done = hvd_hetero(["launch", *SMALL, f"run.dir={tmp_path / 'run'}", "train.loss=own_parts:bad_in_the_end",

@@ -19,9 +19,11 @@ from ranks_partial.schedules import CASES  # noqa: E402
 
 RANKS = Path(__file__).parent / "ranks_partial"
 SIZE, STEPS, PASSES = 4, 60, 2
+OTHERS_STAND_FOR = ("eager", "eager, AdamW", "merging", "merging, uniform",
+                    "merging, now one first, now the other")
 
 
-@pytest.fixture(scope="module", params=["solo", "majority", "full"])
+@pytest.fixture(scope="module", params=["solo", "majority", pytest.param("full", marks=pytest.mark.slow)])
 def stressed(request: Any, horovodrun: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The mode, and what each rank found."""
     folder = tmp_path_factory.mktemp("stress")
@@ -59,7 +61,9 @@ def test_nothing_runs_on(stressed: Any) -> None:
 # ---- scripted: who is late for what is known beforehand -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow if name in OTHERS_STAND_FOR else ()) for name in CASES
+])  # fmt: skip
 def test_a_scripted_course_of_events_as_in_one_process(
     name: str, horovodrun: Callable[..., Any], tmp_path: Path
 ) -> None:

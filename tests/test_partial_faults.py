@@ -130,7 +130,7 @@ def in_mid_run(folder: Path) -> Callable[[], bool]:
 
 
 @pytest.mark.parametrize("mode", ["solo", pytest.param("majority", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("how", ["exception", "SIGKILL"])
+@pytest.mark.parametrize("how", [pytest.param("exception", marks=pytest.mark.slow), "SIGKILL"])
 def test_a_rank_that_is_lost_ends_the_collective(
     started: Callable[..., Running], tmp_path: Path, mode: str, how: str
 ) -> None:
@@ -151,7 +151,8 @@ def test_a_rank_that_is_lost_ends_the_collective(
 # ---- whole jobs -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("job", ["eager", pytest.param("merging", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["eager", "merging"])
 def test_an_exception_on_one_rank(started: Callable[..., Running], tmp_path: Path, job: str) -> None:
     running = launched(started, job, tmp_path, "train.loss=own_parts:fails_on_rank_1")
     said = running.end()
@@ -169,7 +170,8 @@ def test_a_rank_that_is_killed(started: Callable[..., Running], tmp_path: Path, 
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-@pytest.mark.parametrize("job", ["eager", pytest.param("merging", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["eager", "merging"])
 def test_an_interrupted_launch(started: Callable[..., Running], tmp_path: Path, job: str) -> None:
     """As Ctrl-C, to the launcher alone; where there are no checkpoints it saves nothing first."""
     running = launched(started, job, tmp_path, "checkpoint.every_sec=null")

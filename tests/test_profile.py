@@ -37,6 +37,7 @@ def test_what_is_kept(kept: tuple[Path, str]) -> None:
     assert "a | " in kept[1] and str(kept[0]) in kept[1]
 
 
+@pytest.mark.slow
 def test_a_run_takes_its_speeds_from_it(kept: tuple[Path, str], hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
     run = ["launch", *QUICK, f"profile.file={kept[0]}", "train.passes=1", f"run.dir={tmp_path / 'run'}"]
     done = hvd_hetero(run)
@@ -54,14 +55,16 @@ def test_a_run_takes_its_speeds_from_it(kept: tuple[Path, str], hvd_hetero: Call
     (['cluster.classes={"a": {"ranks": [0]}, "b": {"ranks": [1], "slowdown": 2}}'], "device"),
 ])  # fmt: skip
 def test_that_of_something_else_is_refused(
-    kept: tuple[Path, str], hvd_hetero: Callable[..., Any], settings: list[str], named: str, tmp_path: Path
-) -> None:
-    done = hvd_hetero(["launch", *QUICK, *settings, f"profile.file={kept[0]}", f"run.dir={tmp_path / 'run'}"])
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "profile.file" in done.stderr and named in done.stderr and "hvd-hetero profile" in done.stderr
+    kept: tuple[Path, str], launched: Callable[..., tuple[int, str, str]], settings: list[str], named: str,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    status, _, said = launched(*QUICK, *settings, f"profile.file={kept[0]}")
+    assert status == 2 and "Traceback" not in said
+    assert "profile.file" in said and named in said and "hvd-hetero profile" in said
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_without_the_launcher_too_all_ranks_end(
     kept: tuple[Path, str], horovodrun: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -72,9 +75,11 @@ def test_without_the_launcher_too_all_ranks_end(
 
 
 @pytest.mark.parametrize(("content", "said"), [("{", "no JSON"), ('{"version": 7}', "version 7"), (None, "cannot be")])
-def test_no_profile_at_all(hvd_hetero: Callable[..., Any], tmp_path: Path, content: str | None, said: str) -> None:
+def test_no_profile_at_all(
+    launched: Callable[..., tuple[int, str, str]], tmp_path: Path, content: str | None, said: str
+) -> None:
     path = tmp_path / "speeds.json"
     if content is not None:
         path.write_text(content)
-    done = hvd_hetero(["launch", *QUICK, f"profile.file={path}", f"run.dir={tmp_path / 'run'}"])
-    assert done.returncode == 2 and said in done.stderr and "profile.file" in done.stderr
+    status, _, err = launched(*QUICK, f"profile.file={path}")
+    assert status == 2 and said in err and "profile.file" in err

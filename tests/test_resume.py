@@ -90,9 +90,8 @@ def test_stopped_within_a_pass_and_gone_on_is_bit_equal(tmp_path: Path) -> None:
     assert_same(whole, parts)
 
 
-@pytest.mark.parametrize("settings", [
-    [TAU, "aggregation.mode=solo"], pytest.param(["algorithm.name=eager_sgd"], marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [[TAU, "aggregation.mode=solo"], ["algorithm.name=eager_sgd"]])
 def test_methods_that_go_by_the_clock_stop_and_go_on_too(tmp_path: Path, settings: list[str]) -> None:
     stopped(tmp_path, *settings, "train.passes=60")
     done = passes(tmp_path)
@@ -149,13 +148,16 @@ def copy(base: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(base, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("change", ["train.lr=0.5", "cluster.classes.slow.ranks=[1, 2]"])
+@pytest.mark.parametrize("change", [
+    "train.lr=0.5", pytest.param("cluster.classes.slow.ranks=[1, 2]", marks=pytest.mark.slow)
+])
 def test_another_configuration_is_refused(copy: Path, change: str) -> None:
     said = run(copy, TAU, "train.passes=4", "run.resume=auto", change, status=2)
     assert "Traceback" not in said and "was saved" in said
     assert passes(copy) == 3, "nothing was touched"
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy: Path, tmp_path: Path) -> None:
     run(tmp_path / "whole", TAU, "train.passes=4")
     newest = sorted((copy / "checkpoints").glob("0*"))[-1]
@@ -183,6 +185,7 @@ def test_on_another_number_of_ranks(copy: Path) -> None:
     assert torch.isfinite(torch.as_tensor(losses)).sum() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "named"), [("model.args.hidden=[16]", "another model")])
 def test_reshaping_something_else_is_refused(copy: Path, change: str, named: str) -> None:
     said = run(copy, TAU, "train.passes=5", "run.resume=reshape", change, status=2)

@@ -283,3 +283,25 @@ def test_state_continues_the_drawing() -> None:
     other.load_state_dict(saved)
     assert all((a == b).all() for a, b in zip(one.draw(counts).values(), other.draw(counts).values(), strict=True))
     assert (other.losses == one.losses).all()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_pass_drawn_in_the_background_is_the_one_that_would_have_been_drawn(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if another one is wanted in the end, or the state was saved before."""
+    monkeypatch.setattr("hvd_hetero.sampling.WORTH_A_THREAD", 1)
+    courses = []
+    for ahead in (False, True):
+        one, drawn = Sampler(50, scheme, 0.5, FAST, seed=3), []
+        for slow in (20, 20, 10, 10):
+            drawn.append(one.draw({FAST: 30, SLOW: slow}))
+            if ahead:
+                one.begin({FAST: 30, SLOW: slow})
+                assert (one._begun is not None) == (scheme == "uniform")
+            if slow == 10:
+                saved, one = one.state_dict(), Sampler(50, scheme, 0.5, FAST, seed=4)
+                one.load_state_dict(saved)
+        courses.append(drawn)
+    for plain, ahead_of_it in zip(*courses, strict=True):
+        assert all((plain[name] == ahead_of_it[name]).all() for name in plain)

@@ -75,6 +75,7 @@ def test_strangers_at_the_store_and_secrets_in_the_environment(start: Start, tmp
     assert open_to_all == [], "nobody else can change any of it, although the umask was 0"
 
 
+@pytest.mark.slow
 def test_strangers_at_the_channel_of_partial_collectives(start: Start, tmp_path: Path) -> None:
     """Its port is open until all ranks are there; here that takes them seconds."""
     told, program = tmp_path / "address", Path(sys.executable).with_name("horovodrun")

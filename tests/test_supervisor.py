@@ -82,6 +82,7 @@ def test_a_killed_rank_costs_no_more_than_the_work_since_the_checkpoint(
     assert rows(whole) == rows(killed)
 
 
+@pytest.mark.slow
 def test_no_progress_between_two_failures_gives_up(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
     """With the status of the cause, naming it, after one restart of the three; that it began anew is no complaint."""
     done = hvd_hetero(["launch", "--max-restarts", "3", *SETTINGS, f"run.dir={tmp_path / 'run'}", "train.passes=1000",

@@ -55,6 +55,7 @@ def test_not_even_one_sample_fits() -> None:
         shrink_batches(32, {"fast": 0.01, "slow": 20.0}, {"fast": 32, "slow": 32})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["shrink_batch", "wait_avoiding", "leave_out"])
 def test_whole_jobs(hvd_hetero: Callable[..., Any], tmp_path: Path, way: str) -> None:
     pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")

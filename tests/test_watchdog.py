@@ -42,6 +42,7 @@ def test_a_rank_that_hangs_in_the_users_code_is_named_with_its_stack(
     assert processes_with(str(tmp_path)) == []
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stopped_is_named_by_the_other(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
     """It cannot say anything itself; and it is killed, which a polite signal would not do."""
     folder = tmp_path / "run"
@@ -57,6 +58,7 @@ def test_a_rank_that_is_stopped_is_named_by_the_other(hvd_hetero: Callable[..., 
     assert processes_with(str(tmp_path)) == []
 
 
+@pytest.mark.slow
 def test_ranks_without_a_launcher_leave(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
     """horovodrun and the processes between it and the ranks die at once, so that nobody is left to tell the ranks."""
     folder, orphans = tmp_path / "run", list[psutil.Process]()

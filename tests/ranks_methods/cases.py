@@ -57,11 +57,12 @@ class Case:
         classes = {name: {"device": "cpu", "ranks": ranks} for name, ranks in CLASSES[self.classes].items()}
         method = {"algorithm.name": self.method, "cluster.classes": classes, "aggregation.path": self.path}
         if self.model == "digits":
-            return {**method, "train.batch_size": 8, "train.passes": 4, "train.tau": 8, **self.settings}
+            return {**method, "train.batch_size": 8, "train.passes": DIGITS_PASSES, "train.tau": 8, **self.settings}
         tau = {name: 3 for name in classes}
         return {**BASE, "train.tau": tau, **method, **self.settings}
 
 
+DIGITS_PASSES = 2
 PLAIN = {"train.optimizer_args": {}}
 TAU1 = {"train.tau": {"every": 1}, **PLAIN}
 UNEVEN = {"train.batch_size": {"fast": 5, "slow": 2}}
