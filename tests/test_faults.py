@@ -62,11 +62,15 @@ def data():
 """
 
 
-@pytest.mark.slow
-def test_bad_input_that_one_rank_meets_in_mid_run_ends_all(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("tau", [
+    pytest.param("{fast: 16, slow: 4}", marks=pytest.mark.slow, id="training"), pytest.param("16", id="profiling"),
+])  # fmt: skip
+def test_bad_input_that_one_rank_meets_in_mid_run_ends_all(
+    hvd_hetero: Callable[..., Any], tmp_path: Path, tau: str
+) -> None:
     """A file that only one rank reads: the others wait in another collective, so nobody may wait for them."""
     (tmp_path / "broken.py").write_text(BROKEN)
-    settings = ["data.target=broken:data", "model.args={in_features: 8}", "train.tau={fast: 16, slow: 4}"]
+    settings = ["data.target=broken:data", "model.args={in_features: 8}", f"train.tau={tau}", "profile.seconds=0.2"]
     done = hvd_hetero(["launch", f"run.dir={tmp_path / 'run'}", *settings], cwd=tmp_path, timeout=60)
     assert done.returncode == 1
     start = "hvd-hetero: error: rank 1 on localhost failed"

@@ -36,7 +36,8 @@ def said_once(done: subprocess.CompletedProcess[str]) -> str:
     ("package", [], "source of hvd-hetero=", "up to date"),
     ("module", ["model.target=mine:norm_net"], "source of model.target=mine:norm_net=", "bring its file on"),
     pytest.param(
-        "train.lr=0.3", [], "train.lr=0.3: so it is for rank 1 on localhost, for rank 0 on localhost it is 0.02", "same",
+        "train.lr=0.3", [],
+        "train.lr=0.3: so it is for rank 1 on localhost, for rank 0 on localhost it is 0.02", "same",
         marks=pytest.mark.slow,
     ),
 ])
