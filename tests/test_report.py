@@ -298,3 +298,20 @@ def test_the_recorder_keeps_the_rounds_it_is_to_keep() -> None:
         ("compute", 7, 8), (COLLECTIVE, 8, 9), ("compute", 9, 10), (COLLECTIVE, 10, 11)
     ]
     assert watch.laps is None
+
+
+def test_seeds_whose_times_do_not_overlap_are_averaged_all_the_same(run: Path, tmp_path: Path) -> None:
+    """One evaluation each, at different times: neither of the seeds stands for both."""
+    pytest.importorskip("matplotlib", reason="the extra [report] is not installed")
+    from hvd_hetero.report.pictures import curves
+
+    folders = [variant(run, tmp_path / f"seed{seed}", "seed: 0", f"seed: {seed}") for seed in (1, 2)]
+    for folder, second, accuracy in zip(folders, (10.0, 20.0), (0.5, 0.7), strict=True):
+        row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        row |= {"train_sec": second, "eval_accuracy": accuracy}
+        (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (series,) = group([read_run(folder) for folder in folders])
+    figure = curves([series], "eval_accuracy", "accuracy", 100.0)
+    assert figure is not None
+    (x,), (y,) = figure.axes[0].lines[0].get_data()
+    assert (x, y) == pytest.approx((15.0, 60.0))

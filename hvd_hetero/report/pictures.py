@@ -73,10 +73,12 @@ def _curve(axes: Axes, series: Series, x_key: str, key: str, scale: float, index
     start, end = max(x[0] for x, _ in points), min(x[-1] for x, _ in points)
     every = np.unique(np.concatenate([x for x, _ in points]))
     grid = every[(every >= start) & (every <= end)]
-    if len(points) == 1 or not len(grid):
-        grid = points[0][0]
-        points = points[:1]
-    values = scale * np.stack([np.interp(grid, x, y) for x, y in points])
+    if len(grid):
+        values = scale * np.stack([np.interp(grid, x, y) for x, y in points])
+    else:  # at no time there is a figure of all seeds: the first ones together, the second ones together, ...
+        count = min(len(x) for x, _ in points)
+        grid = np.mean([x[:count] for x, _ in points], axis=0)
+        values = scale * np.stack([y[:count] for _, y in points])
     x_axis = grid / 1000 if x_key == "samples_seen" else grid
     style = line(index)
     several = f" ({len(points)} seeds: mean, lowest to highest)" if len(points) > 1 else ""
