@@ -17,12 +17,18 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("horovod")
 
+import numpy as np  # noqa: E402
 from store_helpers import DIGEST, OLD, save_round, some_state  # noqa: E402
 
-from hvd_hetero.config import load  # noqa: E402
+from hvd_hetero.cluster import RankFacts, assign  # noqa: E402
+from hvd_hetero.comm.rounds import Counts  # noqa: E402
+from hvd_hetero.config import device_classes, load  # noqa: E402
 from hvd_hetero.errors import EXIT_LOST  # noqa: E402
 from hvd_hetero.horovodrun import End, Horovodrun  # noqa: E402
 from hvd_hetero.metrics import METRICS, RunFolder  # noqa: E402
+from hvd_hetero.partial_counts import KINDS  # noqa: E402
+from hvd_hetero.passes import Ongoing  # noqa: E402
+from hvd_hetero.plan import make_plan  # noqa: E402
 from hvd_hetero.saving import find  # noqa: E402
 from hvd_hetero.stopping import StopRequest  # noqa: E402
 from hvd_hetero.store import Store  # noqa: E402
@@ -165,3 +171,16 @@ def test_ranks_are_heard_to_the_end_though_nobody_reads_on() -> None:
         ranks.close()
         reader.join(timeout=60)
         assert not reader.is_alive() and job._last[1] == "line 19999" and job._own == ["horovodrun's own"]
+
+
+def test_what_was_counted_in_a_pass_is_saved_with_it() -> None:
+    cluster = assign(device_classes({"fast": {"ranks": [0]}, "slow": {"ranks": [1]}}),
+                     [RankFacts(rank, "here", rank, (), "cpu", (0, 1)) for rank in range(2)])  # fmt: skip
+    plan = make_plan(cluster, 100, {"fast": 2, "slow": 1}, {"fast": 4, "slow": 4})
+    ongoing = Ongoing(plan, np.zeros((4, 4), dtype=np.int32), False, torch.Generator().get_state())
+    ongoing.count(1, Counts(fresh=3, late=1, staleness=Counter({0: 3, 2: 1})))
+    again = Ongoing.from_state(copied(ongoing.state_dict()))
+    left_out, counts = again.count(2, Counts(fresh=1, staleness=Counter({0: 1})))
+    assert left_out == 3 and counts is not None
+    assert counts.tolist()[: len(KINDS) + 3] == [4, 1, 0, 0, 4, 0, 1]
+    assert again.count(0, None) == (3, None), "a method without partial collectives"
