@@ -134,7 +134,7 @@ def of_ranks(done: subprocess.CompletedProcess[str]) -> list[str]:
     pytest.param(["-m", "hvd_hetero", "train", "train.pases=3"],
                  "train.pases=3: is not a known key; did you mean 'train.passes'?", marks=pytest.mark.slow),
     (["-m", "hvd_hetero", "train", "model.target=own_parts:model_unless_rank_1"], "rank 1: model.target="),
-    (["bad_object.py"], "loss='CrossEntropyLoss': is not per sample"),
+    pytest.param(["bad_object.py"], "loss='CrossEntropyLoss': is not per sample", marks=pytest.mark.slow),
 ], ids=["all ranks", "one rank", "a user's program"])
 def test_plain_horovodrun_says_it_once(
     horovodrun: Callable[..., Any], tmp_path: Path, words: list[str], message: str

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[1] / "scripts" / "examples"
 
 
@@ -21,6 +23,7 @@ def program(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
 
 
+@pytest.mark.slow
 def test_own_model_in_a_program(tmp_path: Path) -> None:
     run([program("horovodrun"), "-np", "2", sys.executable, str(EXAMPLES / "own_model.py")], tmp_path)
     (summary,) = tmp_path.glob("runs/*/summary.json")

@@ -62,9 +62,8 @@ def data():
 """
 
 
-@pytest.mark.parametrize("tau", [
-    pytest.param("{fast: 16, slow: 4}", marks=pytest.mark.slow, id="training"), pytest.param("16", id="profiling"),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("tau", ["{fast: 16, slow: 4}", "16"], ids=["training", "profiling"])
 def test_bad_input_that_one_rank_meets_in_mid_run_ends_all(
     hvd_hetero: Callable[..., Any], tmp_path: Path, tau: str
 ) -> None:

@@ -34,7 +34,8 @@ def said_once(done: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.mark.parametrize(("unlike", "words", "begins", "remedy"), [
     ("package", [], "source of hvd-hetero=", "up to date"),
-    ("module", ["model.target=mine:norm_net"], "source of model.target=mine:norm_net=", "bring its file on"),
+    pytest.param("module", ["model.target=mine:norm_net"], "source of model.target=mine:norm_net=", "bring its file on",
+                 marks=pytest.mark.slow),
     pytest.param(
         "train.lr=0.3", [],
         "train.lr=0.3: so it is for rank 1 on localhost, for rank 0 on localhost it is 0.02", "same",

@@ -140,6 +140,7 @@ def test_one_bad_rank_ends_the_job_if_it_is_to(hvd_hetero: Run, tmp_path: Path) 
     assert "aggregation.nan=stop" in done.stderr and "were left out" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_rank_alone_with_bad_numbers(hvd_hetero: Run, tmp_path: Path) -> None:
     done = hvd_hetero(["train", ONE, "train.tau=8", "train.lr=1e30", f"run.dir={tmp_path / 'run'}",
                        "algorithm.name=balanced_local_sgd"])

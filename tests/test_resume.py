@@ -148,9 +148,8 @@ def copy(base: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(base, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("change", [
-    "train.lr=0.5", pytest.param("cluster.classes.slow.ranks=[1, 2]", marks=pytest.mark.slow)
-])
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["train.lr=0.5", "cluster.classes.slow.ranks=[1, 2]"])
 def test_another_configuration_is_refused(copy: Path, change: str) -> None:
     said = run(copy, TAU, "train.passes=4", "run.resume=auto", change, status=2)
     assert "Traceback" not in said and "was saved" in said
