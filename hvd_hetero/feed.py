@@ -81,20 +81,25 @@ class Feed:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._dealt = {rank: np.asarray(rows) for rank, rows in enumerate(state["dealt"])}
 
-    def deal(self, plan: Plan) -> NDArray[Any]:
-        """This rank's indices for one pass, ``[rounds * tau, B]``, a row a step."""
+    def deal(self, plan: Plan, whole: Plan) -> NDArray[Any]:
+        """This rank's indices for one pass, ``[rounds * tau, B]``, a row a step.
+
+        Args:
+            whole: the plan of a pass that is not cut short. Of one that is, the first rounds are dealt: drawn for
+                itself, a short pass would have the biased class train on nothing but the very hardest samples.
+        """
         sizes = self._sizes(plan)
         everything = torch.empty(sum(sizes), dtype=self._dtype)
         if self.sampler is not None:
-            drawn = self.sampler.draw(plan.pass_samples())
+            drawn, counts = self.sampler.draw(whole.pass_samples()), plan.pass_samples()
             self._dealt = {}
             for c in plan.classes:
                 ends = np.cumsum([sizes[rank] for rank in c.ranks])
-                self._dealt |= dict(zip(c.ranks, np.split(drawn[c.name], ends[:-1]), strict=True))
+                self._dealt |= dict(zip(c.ranks, np.split(drawn[c.name][: counts[c.name]], ends[:-1]), strict=True))
             everything = torch.from_numpy(np.concatenate([self._dealt[rank] for rank in range(len(sizes))]))
         everything = self._comm.broadcast(everything, "pass.indices")
         if self.sampler is not None:
-            self.sampler.begin(plan.pass_samples())
+            self.sampler.begin(whole.pass_samples())
         mine = everything.split(sizes)[self._comm.rank].numpy()
         own = plan.of_rank(self._comm.rank)
         return mine.reshape(plan.rounds * own.tau, own.batch_size)

@@ -128,7 +128,7 @@ class Loop:
         done, left_out, self._comm.left_out.round = Done(), False, 1
         while rounds := next_rounds(self._train, self.plan, done):
             part = replace(self.plan, rounds=rounds)
-            rows = guarded(partial(self._feed.deal, part))
+            rows = guarded(partial(self._feed.deal, part, self.plan))
             batches = iter(self._source.batches(rows, self._generator))
             taken: list[Tensor] = []
             for _ in range(rounds):

@@ -138,7 +138,7 @@ class Trainer:
             self.recorder.start()
         self.watch.pulse.begin("dealing samples")
         generator = self.worker.generator.get_state()
-        rows = self.algorithm.deal(self.feed, part)
+        rows = self.algorithm.deal(self.feed, part, self.plan)
         self.watch.collective()
         return Ongoing(part, rows, self.algorithm.hands_out, generator)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hvd_hetero.cluster import RankFacts, assign
+from hvd_hetero.config import device_classes
+from hvd_hetero.plan import make_plan
 from hvd_hetero.sampling import SCHEMES, Sampler, _draw, in_order, newest_last
 
 FAST, SLOW, THIRD = "quick", "slow", "third"
@@ -305,3 +309,28 @@ def test_a_pass_drawn_in_the_background_is_the_one_that_would_have_been_drawn(
         courses.append(drawn)
     for plain, ahead_of_it in zip(*courses, strict=True):
         assert all((plain[name] == ahead_of_it[name]).all() for name in plain)
+
+
+def test_a_pass_that_is_cut_short_is_the_beginning_of_a_whole_one() -> None:
+    """Drawn for itself it would be half of the very hardest samples."""
+    pytest.importorskip("horovod.torch")
+    from hvd_hetero.feed import Feed
+
+    class Alone:
+        rank = 0
+
+        @staticmethod
+        def broadcast(tensor: Any, name: str) -> Any:
+            return tensor
+
+    facts = [RankFacts(rank, "here", rank, (), "cpu", (0, 1)) for rank in range(2)]
+    cluster = assign(device_classes({FAST: {"ranks": [0]}, SLOW: {"ranks": [1]}}), facts)
+    whole = make_plan(cluster, 1000, {FAST: 8, SLOW: 1}, {FAST: 4, SLOW: 4})
+    rows = {}
+    for rounds in (whole.rounds, 2):
+        feed = Feed(Alone(), 1000, sampler("separate", 0.5, np.arange(1000.0)))  # type: ignore[arg-type]
+        rows[rounds] = feed.deal(replace(whole, rounds=rounds), whole)
+        assert rows[rounds].shape == (rounds * 8, 4) and rows[rounds].dtype == np.int32
+    first = rows[2].reshape(-1)
+    assert (first == rows[whole.rounds].reshape(-1)[: len(first)]).all()
+    assert np.count_nonzero(first >= 1000 - len(first) // 2) < len(first) // 4

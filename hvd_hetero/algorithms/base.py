@@ -100,9 +100,9 @@ class Algorithm:
         """Goes by this plan from now on."""
         self.plan, self.mine = plan, plan.of_rank(self._rank)
 
-    def deal(self, feed: Feed, plan: Plan) -> NDArray[Any]:
+    def deal(self, feed: Feed, plan: Plan, whole: Plan) -> NDArray[Any]:
         """The samples of a pass, as :class:`hvd_hetero.feed.Pass` has them."""
-        return feed.deal_whole(plan) if self.hands_out else feed.deal(plan)
+        return feed.deal_whole(plan) if self.hands_out else feed.deal(plan, whole)
 
     def run_pass(self, given: Pass, worker: Worker, comm: Comm) -> Worked:
         """All rounds of a pass, up to the last collective of the last one."""

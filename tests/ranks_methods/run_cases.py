@@ -31,8 +31,8 @@ class RecordedFeed(Feed):
     dealt: list[torch.Tensor] = []
     whole = False
 
-    def deal(self, plan: Any) -> Any:
-        rows = super().deal(plan)
+    def deal(self, plan: Any, whole: Any) -> Any:
+        rows = super().deal(plan, whole)
         RecordedFeed.dealt.append(torch.from_numpy(rows.copy()).long())
         return rows
 
