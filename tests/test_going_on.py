@@ -162,15 +162,21 @@ def test_ranks_are_heard_to_the_end_though_nobody_reads_on() -> None:
     near, far = os.pipe()
     job = Horovodrun.__new__(Horovodrun)
     job._own, job._errors, job._last = [], {}, {}
-    with os.fdopen(near, "rb") as pipe, os.fdopen(far, "wb") as ranks:
-        reader = threading.Thread(target=job._forward, args=(pipe, Closed()), daemon=True)
-        reader.start()
-        for number in range(20000):
-            ranks.write(f"[1]<stdout>:line {number}\n".encode())
-        ranks.write(b"horovodrun's own\n")
-        ranks.close()
-        reader.join(timeout=60)
-        assert not reader.is_alive() and job._last[1] == "line 19999" and job._own == ["horovodrun's own"]
+
+    def ranks() -> None:
+        with os.fdopen(far, "wb") as out:
+            for number in range(20000):
+                out.write(f"[1]<stdout>:line {number}\n".encode())
+            out.write(b"horovodrun's own\n")
+
+    both = (threading.Thread(target=job._forward, args=(os.fdopen(near, "rb"), Closed()), daemon=True),
+            threading.Thread(target=ranks, daemon=True))  # fmt: skip
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+    assert job._last[1] == "line 19999" and job._own == ["horovodrun's own"]
 
 
 def test_what_was_counted_in_a_pass_is_saved_with_it() -> None:
