@@ -1,4 +1,4 @@
-"""Every method in pieces: stopped after every fourth round, saved, and taken up by a new trainer."""
+"""Every method in pieces: stopped after every third round, saved, and taken up by a new trainer."""
 
 from __future__ import annotations
 

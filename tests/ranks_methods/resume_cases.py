@@ -1,6 +1,6 @@
 """Every rank of a job runs this: ``resume_cases.py FOLDER`` trains each case twice, once in one go and once in pieces.
 
-In pieces means that the run is asked to stop after every fourth round, saves, and is taken up by a new trainer, until
+In pieces means that the run is asked to stop after every third round, saves, and is taken up by a new trainer, until
 it is through. It writes ``FOLDER/rank{N}.pt``: by case the number of stops, and of both runs the rank's final model
 and, on rank 0, the table of losses.
 """
@@ -25,7 +25,7 @@ from hvd_hetero.saving import Saver, find
 from hvd_hetero.stopping import StopRequest
 from hvd_hetero.watchdog import Watchdog
 
-NEVER, OFTEN = 10**9, 4
+NEVER, OFTEN = 10**9, 3
 
 
 class Stops:
