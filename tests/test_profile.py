@@ -29,10 +29,11 @@ def test_what_is_kept(kept: tuple[Path, str]) -> None:
     content = json.loads(kept[0].read_text())
     classes = {c["name"]: c for c in content["classes"]}
     assert list(classes) == ["a", "b", "c"]
-    assert classes["a"]["step_sec"] < classes["b"]["step_sec"] < classes["c"]["step_sec"]
+    steps = {name: c["step_sec"] for name, c in classes.items()}  # of a busy machine: in no order that is sure
+    assert min(steps.values()) > 0
+    assert content["tau"] == {name: max(1, round(32 * min(steps.values()) / sec)) for name, sec in steps.items()}
     assert set(classes["b"]["by_batch"]) == {"2", "4", "8"} and classes["b"]["step_sec_alone"] > 0
     assert content["samples"] == 1438 and content["parameters"] == 64 * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10
-    assert content["tau"]["a"] == 32 > content["tau"]["b"] > content["tau"]["c"] >= 1
     assert content["average_sec"] > 0 and all(0 <= share < 1 for share in content["predicted_blocked"].values())
     assert "a | " in kept[1] and str(kept[0]) in kept[1]
 
