@@ -15,7 +15,7 @@ import torch
 import hvd_hetero
 from hvd_hetero import algorithms, components, job
 from hvd_hetero.cluster import RankFacts, assign, local_facts
-from hvd_hetero.comm.horovod import build_info
+from hvd_hetero.comm.build import build_info
 from hvd_hetero.comm.rendezvous import exchange, job_env
 from hvd_hetero.config import device_classes, load
 from hvd_hetero.errors import EXIT_BAD_INPUT, UserError

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import hvd_hetero
-from hvd_hetero.comm.horovod import build_info
+from hvd_hetero.comm.build import build_info
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.schema import Config
 

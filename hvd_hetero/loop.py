@@ -104,7 +104,7 @@ class Loop:
         self._state = FlatState(self.model)
         self._source = started.components.dataset.train.to(device)
         self._generator = torch.Generator(device).manual_seed(config.run.seed * 1000003 + self.rank)
-        self._comm = Comm(cluster, self.rank, config.aggregation.path, started.watchdog.pulse, config.aggregation.nan)
+        self._comm = Comm(cluster, self.rank, config.aggregation, started.watchdog.pulse)
         self._comm.broadcast_state(self._state)
         samples = len(self._source)
         self.plan = algorithms.build(config, cluster, samples).make_plan(None)

@@ -11,7 +11,8 @@ import torch
 
 from hvd_hetero.accounts import Accounts
 from hvd_hetero.cluster import Cluster
-from hvd_hetero.comm.horovod import Comm, build_info
+from hvd_hetero.comm.build import build_info
+from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.metrics import SUMMARY, RunFolder, environment
 from hvd_hetero.plan import Plan
 from hvd_hetero.schema import Config

@@ -15,6 +15,7 @@ from hvd_hetero.cluster import Cluster
 from hvd_hetero.comm.averages import average
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.data import Source
+from hvd_hetero.errors import UserError
 from hvd_hetero.worker import Worker
 
 CHUNK_SEC = 0.1
@@ -71,6 +72,8 @@ def measure_step(
 class Measurement:
     """What all measurements of a job share; every rank takes part in each of them.
 
+    A rank that cannot take a step raises RuntimeError, while the others wait for it.
+
     Attributes:
         seconds: of each measurement.
     """
@@ -86,7 +89,7 @@ class Measurement:
         """Every class's step with all of them running, the same on all ranks; a class is as fast as its slowest."""
         mine = batch_size[self.cluster.class_of(self.comm.rank).name]
         start = partial(self.comm.barrier, "profile.start")
-        found = measure_step(self.worker, self.source, mine, self.seconds, self.warmup_steps, start)
+        found = self._own(mine, start)
         numbers = torch.tensor([found.step_sec, found.jitter], dtype=torch.float64)
         ranks = [Measured(*row.tolist()) for row in self.comm.gather(numbers, "profile.times")]
         self.worker.watch.take()
@@ -97,13 +100,17 @@ class Measurement:
         mine, seconds = self.cluster.class_of(self.comm.rank).name, 0.0
         for c in self.cluster.classes:
             if c.name == mine:
-                seconds = measure_step(
-                    self.worker, self.source, batch_size[mine], self.seconds, self.warmup_steps, lambda: None
-                ).step_sec
+                seconds = self._own(batch_size[mine], lambda: None).step_sec
             self.comm.barrier("profile.next")
         times = [float(t) for t in self.comm.gather(torch.tensor([seconds], dtype=torch.float64), "profile.alone")]
         self.worker.watch.take()
         return {c.name: max(times[r] for r in c.ranks) for c in self.cluster.classes}
+
+    def _own(self, batch_size: int, ready: Callable[[], None]) -> Measured:
+        try:
+            return measure_step(self.worker, self.source, batch_size, self.seconds, self.warmup_steps, ready)
+        except UserError as error:  # one rank's own trouble, a broken file for instance
+            raise RuntimeError(str(error)) from error
 
     def average_sec(self) -> float:
         """Seconds of one weighted average that nobody is late for; the model stays as it is, up to rounding."""

@@ -38,10 +38,7 @@ def first_plan(job: Job, algorithm: Algorithm, worker: Worker, source: Source, c
         return algorithm.make_plan({cluster.classes[0].name: 1.0})
     known = _known(job, comm)
     if known is None:
-        try:
-            found = measurement(job, worker, source, comm).classes(algorithm.batch_size)
-        except UserError as error:  # one rank's own trouble, a broken file for instance
-            raise RuntimeError(str(error)) from error
+        found = measurement(job, worker, source, comm).classes(algorithm.batch_size)
         known = {name: figures.step_sec for name, figures in found.items()}
     return algorithm.make_plan(known)
 

@@ -59,9 +59,7 @@ class Trainer:
         if run_dir is not None and job.env.rank == 0:
             kept = () if found is None else (found.state["rank0"][key] for key in ("rows_bytes", "samples_seen"))
             self.folder = RunFolder(run_dir, config.run.overwrite or config.run.resume is not None, *kept)
-        self.comm = Comm(
-            job.cluster, job.env.rank, config.aggregation.path, job.watchdog.pulse, config.aggregation.nan
-        )
+        self.comm = Comm(job.cluster, job.env.rank, config.aggregation, job.watchdog.pulse)
 
     def prepare(self) -> None:
         """Starts all ranks from one model, measures their speeds if they are needed, and makes the plan.

@@ -63,14 +63,16 @@ def data():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tau", ["{fast: 16, slow: 4}", "16"], ids=["training", "profiling"])
+@pytest.mark.parametrize(("command", "tau"), [
+    ("launch", "{fast: 16, slow: 4}"), ("launch", "16"), ("profile", "16")
+], ids=["training", "profiling", "profile"])
 def test_bad_input_that_one_rank_meets_in_mid_run_ends_all(
-    hvd_hetero: Callable[..., Any], tmp_path: Path, tau: str
+    hvd_hetero: Callable[..., Any], tmp_path: Path, command: str, tau: str
 ) -> None:
     """A file that only one rank reads: the others wait in another collective, so nobody may wait for them."""
     (tmp_path / "broken.py").write_text(BROKEN)
     settings = ["data.target=broken:data", "model.args={in_features: 8}", f"train.tau={tau}", "profile.seconds=0.2"]
-    done = hvd_hetero(["launch", f"run.dir={tmp_path / 'run'}", *settings], cwd=tmp_path, timeout=60)
+    done = hvd_hetero([command, f"run.dir={tmp_path / 'run'}", *settings], cwd=tmp_path, timeout=60)
     assert done.returncode == 1
     start = "hvd-hetero: error: rank 1 on localhost failed"
     errors = [line for line in done.stderr.splitlines() if line.startswith(start)]

@@ -40,7 +40,7 @@ def horovodrun(folder: Path, hosts: str, body: str, **env: str) -> subprocess.Co
 def test_build_names_its_fixes() -> None:
     from horovod._hvd_hetero_fixes import FIXES
 
-    assert FIXES == ("mixed-hosts", "stall-check", "survivors")
+    assert FIXES == ("mixed-hosts", "stall-check", "survivors", "light-start")
 
 
 def test_mixed_hosts(tmp_path: Path) -> None:
@@ -107,3 +107,12 @@ except HorovodInternalError:
     assert done.returncode != 0, "horovodrun tells that a rank died"
     saved = sorted(file.name for file in tmp_path.glob("saved-by-*"))
     assert saved == ["saved-by-0", "saved-by-1"], done.stdout
+
+
+@pytest.mark.parametrize("chosen", [["--gloo"], []], ids=["Gloo", "nothing said"])
+def test_horovodrun_does_not_import_torch(tmp_path: Path, chosen: list[str]) -> None:
+    (tmp_path / "torch.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()\nraise ImportError")
+    program = Path(sys.executable).parent / "horovodrun"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    subprocess.run([program, *chosen, "-np", "1", "touch", tmp_path / "ran"], env=env, check=True, timeout=60)
+    assert (tmp_path / "ran").exists() and not (tmp_path / "imported").exists()

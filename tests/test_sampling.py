@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_hetero.cluster import RankFacts, assign
-from hvd_hetero.config import device_classes
-from hvd_hetero.plan import make_plan
-from hvd_hetero.sampling import SCHEMES, Sampler, _draw, in_order, newest_last
+from hvd_hetero.sampling import SCHEMES, Sampler, _draw
 
 FAST, SLOW, THIRD = "quick", "slow", "third"
 
@@ -219,64 +215,6 @@ def test_a_loss_that_blew_up_is_a_hard_sample() -> None:
     assert made.draw({FAST: 1})[FAST].tolist() == [1]
 
 
-TAU_AND_BATCH = st.tuples(st.integers(1, 5), st.integers(1, 3))
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.integers(1, 4), st.dictionaries(st.integers(0, 5), TAU_AND_BATCH, min_size=1))
-def test_order_of_losses_against_plain_loops(rounds: int, ranks: dict[int, tuple[int, int]]) -> None:
-    """What each rank saw, in its order of training, becomes one sequence by (round, step, rank)."""
-    values, expected, next_value = {}, [], iter(range(10_000))
-    made: dict[tuple[int, int, int], list[int]] = {}
-    for rank, (tau, batch) in ranks.items():
-        for turn in range(rounds):
-            for step in range(tau):
-                made[turn, step, rank] = [next(next_value) for _ in range(batch)]
-    for rank in ranks:
-        values[rank] = np.array([x for key, part in made.items() if key[2] == rank for x in part])
-    for key in sorted(made):
-        expected += made[key]
-    shuffled = dict(reversed(values.items()))
-    assert in_order(shuffled, rounds, {rank: tau for rank, (tau, _) in ranks.items()}).tolist() == expected
-
-
-STEPS_AND_BATCH = st.tuples(st.lists(st.integers(0, 6), max_size=8).map(sorted), st.integers(1, 3))
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.lists(STEPS_AND_BATCH, min_size=1, max_size=4))
-def test_order_of_steps_that_ranks_took_as_they_could(ranks: list[tuple[list[int], int]]) -> None:
-    """By round, by step within it, by rank; within a batch as it was. Rounds may have any number of steps, or none."""
-    places, keys = iter(range(10_000)), []
-    for rank, (at, batch) in enumerate(ranks):
-        for i, number in enumerate(at):
-            step = at[:i].count(number)
-            keys += [(number, step, rank, next(places)) for _ in range(batch)]
-    order = newest_last([np.array(at, np.int64) for at, _ in ranks], [batch for _, batch in ranks])
-    assert order.tolist() == [place for *_, place in sorted(keys)]
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.integers(1, 4), st.lists(TAU_AND_BATCH, min_size=1, max_size=4))
-def test_both_orders_agree_where_all_ranks_keep_to_the_plan(rounds: int, ranks: list[tuple[int, int]]) -> None:
-    values, first = {}, 0
-    for rank, (tau, batch) in enumerate(ranks):
-        values[rank] = np.arange(first, first := first + rounds * tau * batch)
-    at = [np.repeat(np.arange(rounds), tau) for tau, _ in ranks]
-    expected = in_order(values, rounds, {rank: tau for rank, (tau, _) in enumerate(ranks)})
-    assert newest_last(at, [batch for _, batch in ranks]).tolist() == expected.tolist()
-
-
-def test_newest_across_ranks() -> None:
-    """Sample 0 is met by rank 1 in round 0, step 2, and by rank 0 in round 1, step 0: the later round counts."""
-    tau, rounds = {0: 1, 1: 3}, 2
-    indices = {0: np.array([7, 0]), 1: np.array([1, 2, 0, 3, 4, 5])}
-    losses = {0: np.array([1.0, 2.0]), 1: np.array([3.0, 4.0, 9.0, 5.0, 6.0, 7.0])}
-    made = Sampler(8, "separate", 0.5, FAST, 0)
-    made.record(in_order(indices, rounds, tau), in_order(losses, rounds, tau))
-    assert made.losses[0] == 2.0
-
-
 def test_state_continues_the_drawing() -> None:
     counts = {FAST: 8, SLOW: 5}
     one = sampler("separate", 0.5, np.arange(20.0), seed=4)
@@ -309,28 +247,3 @@ def test_a_pass_drawn_in_the_background_is_the_one_that_would_have_been_drawn(
         courses.append(drawn)
     for plain, ahead_of_it in zip(*courses, strict=True):
         assert all((plain[name] == ahead_of_it[name]).all() for name in plain)
-
-
-def test_a_pass_that_is_cut_short_is_the_beginning_of_a_whole_one() -> None:
-    """Drawn for itself it would be half of the very hardest samples."""
-    pytest.importorskip("horovod.torch")
-    from hvd_hetero.feed import Feed
-
-    class Alone:
-        rank = 0
-
-        @staticmethod
-        def broadcast(tensor: Any, name: str) -> Any:
-            return tensor
-
-    facts = [RankFacts(rank, "here", rank, (), "cpu", (0, 1)) for rank in range(2)]
-    cluster = assign(device_classes({FAST: {"ranks": [0]}, SLOW: {"ranks": [1]}}), facts)
-    whole = make_plan(cluster, 1000, {FAST: 8, SLOW: 1}, {FAST: 4, SLOW: 4})
-    rows = {}
-    for rounds in (whole.rounds, 2):
-        feed = Feed(Alone(), 1000, sampler("separate", 0.5, np.arange(1000.0)))  # type: ignore[arg-type]
-        rows[rounds] = feed.deal(replace(whole, rounds=rounds), whole)
-        assert rows[rounds].shape == (rounds * 8, 4) and rows[rounds].dtype == np.int32
-    first = rows[2].reshape(-1)
-    assert (first == rows[whole.rounds].reshape(-1)[: len(first)]).all()
-    assert np.count_nonzero(first >= 1000 - len(first) // 2) < len(first) // 4

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import horovod.torch as hvd
@@ -17,11 +17,13 @@ import torch
 from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor
 
-from hvd_hetero.cluster import Cluster, RankFacts
+from hvd_hetero.cluster import Cluster
+from hvd_hetero.comm.build import check_mixed_hosts
 from hvd_hetero.comm.finite import LeftOut
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.pulse import Pulse
+from hvd_hetero.schema import AggregationConfig
 
 POLL_SEC = 5e-5
 STOP = "stop"
@@ -42,12 +44,13 @@ class Comm:
     nobody to talk to within it.
 
     Args:
-        path: how weighted sums travel: ``flat`` (scale locally, one global sum; host tensors only),
-            ``hierarchical`` (within classes, among leaders, back), or ``auto`` (flat where all classes are on the CPU).
+        spec: how weighted sums travel, and what happens if a rank's numbers have gone bad. ``path`` is ``flat`` (scale
+            locally, one global sum; host tensors only), ``hierarchical`` (within classes, among leaders, back), or
+            ``auto`` (flat where all classes are on the CPU).
         pulse: told of every collective.
-        nan: what happens if a rank's numbers have gone bad: ``leave_out`` or ``stop``.
 
     Attributes:
+        path: ``flat`` or ``hierarchical``.
         left_out: what this rank was left out of.
 
     Raises:
@@ -55,18 +58,24 @@ class Comm:
     """
 
     def __init__(
-        self, cluster: Cluster, rank: int, path: str = "auto", pulse: Pulse | None = None, nan: str = "leave_out"
+        self, cluster: Cluster, rank: int, spec: AggregationConfig | None = None, pulse: Pulse | None = None
     ) -> None:
+        spec = spec or AggregationConfig()
         self.rank, self.size, self.pulse = rank, cluster.size, pulse or Pulse()
-        self.left_out = LeftOut(rank, nan == STOP)
+        self.left_out = LeftOut(rank, spec.nan == STOP)
         mine = cluster.class_of(rank)
         self._peers = mine.ranks
         self._leaders = tuple(sorted(c.ranks[0] for c in cluster.classes))
         on_cpu = all(c.device == "cpu" for c in cluster.classes)
-        if path == "flat" and not on_cpu:
+        if spec.path == "flat" and not on_cpu:
             problem = "host and device tensors cannot be summed in one call"
-            raise ConfigError("aggregation.path", path, problem, "set aggregation.path=hierarchical or auto")
-        self.path = "flat" if path == "flat" or (path == "auto" and on_cpu) else "hierarchical"
+            raise ConfigError("aggregation.path", spec.path, problem, "set aggregation.path=hierarchical or auto")
+        self.path = "flat" if spec.path == "flat" or (spec.path == "auto" and on_cpu) else "hierarchical"
+        if spec.chunk_mb is not None and self.path == "flat":
+            problem = "one global sum has no stages that could overlap"
+            remedy = "set aggregation.path=hierarchical, or leave it null"
+            raise ConfigError("aggregation.chunk_mb", spec.chunk_mb, problem, remedy)
+        self._chunk_mb = spec.chunk_mb
         members = dict.fromkeys([*(c.ranks for c in cluster.classes), self._leaders])
         sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in members if 1 < len(ranks) < self.size}
         check_mixed_hosts(list(sets), cluster.facts)
@@ -92,29 +101,53 @@ class Comm:
                 vector.mul_(weight)
             self._sum_(vector, ranks, f"{name}.flat")
             return
+        self._sum_by_class_(vector, weight, name)
+
+    def _sum_by_class_(self, vector: Tensor, weight: float, name: str) -> None:
+        """Within classes, among leaders, and back.
+
+        Piece by piece: while the leaders sum one, their classes sum the next one, and are given the one before.
+        """
+        group, root = self._sets.get(self._peers), self._peers[0]
+        back = f"{name}.back.{root}"
+        size = vector.numel() if self._chunk_mb is None else int(self._chunk_mb * 1e6 / vector.element_size())
+        pieces, returning = vector.split(max(size, 1)), []
+        for i, piece in enumerate(self._within_class(pieces, weight, f"{name}.class.{root}")):
+            if len(self._leaders) == 1:
+                continue
+            if self.rank in self._leaders:
+                host = self.on_host(piece)
+                self._sum_(host, self._leaders, f"{name}.leaders.{i}")
+                if host is not piece:
+                    piece.copy_(host)
+            if group is not None:
+                returning.append(_begin(hvd.broadcast_async_, piece, root, process_set=group, name=f"{back}.{i}"))
+        for handle in returning:
+            self._finish(handle, back)
+
+    def _within_class(self, pieces: Sequence[Tensor], weight: float, name: str) -> Iterator[Tensor]:
+        """Pieces that are weighted and summed over the class; the next one is on its way already.
+
+        Not all at once: Horovod would join again what it finds waiting together.
+        """
         group = self._sets.get(self._peers)
-        if group is None:
-            vector.mul_(weight)
-        else:
-            mine = f"{name}.class.{self._peers[0]}"
-            self._wait(
-                lambda: hvd.allreduce_async_(vector, op=hvd.Sum, prescale_factor=weight, process_set=group, name=mine),
-                mine,
-            )
-        if len(self._leaders) == 1:
-            return
-        if self.rank in self._leaders:
-            host = self.on_host(vector)
-            self._sum_(host, self._leaders, f"{name}.leaders")
-            if host is not vector:
-                vector.copy_(host)
-        if group is not None:
-            back = f"{name}.back.{self._peers[0]}"
-            self._wait(lambda: hvd.broadcast_async_(vector, self._peers[0], process_set=group, name=back), back)
+
+        def begin(i: int) -> int:
+            return _begin(hvd.allreduce_async_, pieces[i], op=hvd.Sum, prescale_factor=weight, process_set=group,
+                          name=f"{name}.{i}")  # fmt: skip
+
+        handle = begin(0) if group is not None else None
+        for i, piece in enumerate(pieces):
+            if handle is None:
+                piece.mul_(weight)
+            else:
+                self._finish(handle, name)
+                handle = begin(i + 1) if i + 1 < len(pieces) else handle
+            yield piece
 
     def _sum_(self, vector: Tensor, ranks: tuple[int, ...], name: str) -> None:
         if len(ranks) > 1:
-            self._wait(lambda: hvd.allreduce_async_(vector, op=hvd.Sum, process_set=self.group(ranks), name=name), name)
+            self._call(hvd.allreduce_async_, vector, op=hvd.Sum, process_set=self.group(ranks), name=name)
 
     def group(self, ranks: tuple[int, ...]) -> hvd.ProcessSet:
         """The process set of all ranks, of a class of several, or of the leaders."""
@@ -140,7 +173,7 @@ class Comm:
         if self.size == 1:
             return tensor
         host = tensor.detach().cpu().contiguous()
-        self._wait(lambda: hvd.broadcast_async_(host, root, name=name), name)
+        self._call(hvd.broadcast_async_, host, root, name=name)
         return host
 
     def broadcast_state(self, state: FlatState, root: int = 0) -> None:
@@ -158,7 +191,7 @@ class Comm:
         """
         if self.size == 1:
             return [tensor]
-        whole = self._wait(lambda: hvd.allgather_async(tensor, name=name), name)
+        whole = self._call(hvd.allgather_async, tensor, name=name)
         return list(whole.split(list(sizes) if sizes is not None else len(tensor)))
 
     def sum(self, values: Sequence[float], name: str) -> list[float]:
@@ -171,14 +204,14 @@ class Comm:
         """The maxima over all ranks of a few numbers."""
         most = torch.tensor(values, dtype=torch.float64)
         if self.size > 1:
-            self._wait(lambda: hvd.allreduce_async_(most, op=hvd.Max, name=name), name)
+            self._call(hvd.allreduce_async_, most, op=hvd.Max, name=name)
         return [float(x) for x in most]
 
     def max_(self, tensor: Tensor, name: str, ranks: tuple[int, ...] | None = None) -> None:
         """In place, for each element of a host tensor: the maximum over all ranks, or those of one class."""
         ranks = ranks or tuple(range(self.size))
         if len(ranks) > 1:
-            self._wait(lambda: hvd.allreduce_async_(tensor, op=hvd.Max, process_set=self.group(ranks), name=name), name)
+            self._call(hvd.allreduce_async_, tensor, op=hvd.Max, process_set=self.group(ranks), name=name)
 
     def alltoall_async(self, tensor: Tensor, counts: Tensor, name: str) -> int:
         """Begins to send consecutive pieces of a host tensor ``[K]`` to the other ranks.
@@ -189,12 +222,11 @@ class Comm:
         Returns:
             A handle for :meth:`received`.
         """
-        handle: int = guarded(lambda: hvd.alltoall_async(tensor, counts, name=name))
-        return handle
+        return _begin(hvd.alltoall_async, tensor, counts, name=name)
 
     def received(self, handle: int) -> Tensor:
         """Waits for what the other ranks sent to this one, in the order of the senders."""
-        received: Tensor = self._wait(lambda: handle, "alltoall")[0]
+        received: Tensor = self._finish(handle, "alltoall")[0]
         return received
 
     def agree(self, digest: str, name: str, what: str) -> None:
@@ -226,10 +258,18 @@ class Comm:
         self.barrier("close")
         hvd.shutdown()
 
-    def _wait(self, begin: Callable[[], int], name: str) -> Any:
-        # to begin is guarded too: Horovod refuses it, of a set that has lost a rank
+    def _call(self, operation: Callable[..., int], *args: Any, name: str, **options: Any) -> Any:
+        return self._finish(_begin(operation, *args, name=name, **options), name)
+
+    def _finish(self, handle: int, name: str) -> Any:
         with self.pulse.waiting(name):
-            return guarded(lambda: _done(begin()))
+            return guarded(lambda: _done(handle))
+
+
+def _begin(operation: Callable[..., int], *args: Any, **options: Any) -> int:
+    """Begins one of Horovod's asynchronous operations; it refuses that of a set that has lost a rank."""
+    handle: int = guarded(lambda: operation(*args, **options))
+    return handle
 
 
 def wait_until(handle: int) -> None:
@@ -253,41 +293,3 @@ def guarded(call: Callable[[], Any]) -> Any:
         if "Process set provided does not exist" in str(error):
             raise PeerLost("another rank is gone (its process set was given up)") from error
         raise
-
-
-def check_mixed_hosts(sets: Sequence[Sequence[int]], facts: Sequence[RankFacts]) -> None:
-    """Refuses process sets that an unpatched Horovod 0.28.1 with Gloo would hang on, instead of hanging.
-
-    Its sets meet across hosts under a key made of the rank's place within the set on its host, but with the members
-    that have the same place among all the host's ranks; where the two disagree, ``hvd.init`` waits in vain.
-
-    Raises:
-        ConfigError: naming the set and the remedy.
-    """
-    for ranks in sets:
-        places: dict[int, int] = {}
-        hosts = {facts[r].host for r in ranks}
-        for rank in ranks if len(hosts) > 1 else ():
-            here = [r for r in ranks if facts[r].host == facts[rank].host]
-            among_all = facts[rank].local_rank
-            if places.setdefault(here.index(rank), among_all) != among_all and not carries_fixes():
-                problem = f"this Horovod hangs on a process set of these ranks on hosts {', '.join(sorted(hosts))}"
-                remedy = "build Horovod with scripts/setup, which fixes it, or give GPU ranks the last slots of a host"
-                raise ConfigError("cluster.classes", list(ranks), problem, remedy)
-
-
-def carries_fixes() -> bool:
-    """Whether this Horovod was built with this project's patch."""
-    try:
-        from horovod import _hvd_hetero_fixes  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def build_info() -> dict[str, Any]:
-    """What Horovod was built with."""
-    import horovod
-
-    return {"version": horovod.__version__, "gloo": bool(hvd.gloo_built()), "mpi": bool(hvd.mpi_built()),
-            "nccl": bool(hvd.nccl_built()), "fixes": carries_fixes()}

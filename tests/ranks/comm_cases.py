@@ -20,7 +20,7 @@ LAYOUTS: dict[int, list[list[list[int]]]] = {
 }
 """By number of ranks: the ranks of each class, in the order of the configuration; leaders need not be in order."""
 DTYPES = ("float32", "float64")
-PATHS = ("flat", "hierarchical")
+PATHS = {"flat": {}, "hierarchical": {}, "hierarchical, cut": {"chunk_mb": 0.1}}
 TAUS = (32, 5, 1)
 SIZES = (1, 7, 100_003)
 
@@ -40,6 +40,7 @@ def main(folder: Path, hosts: str) -> None:
     from hvd_hetero.comm.flat import FlatState
     from hvd_hetero.comm.horovod import Comm, hvd
     from hvd_hetero.comm.rendezvous import job_env
+    from hvd_hetero.schema import AggregationConfig
 
     torch.set_num_threads(1)
     env = job_env()
@@ -137,7 +138,8 @@ def main(folder: Path, hosts: str) -> None:
     found: dict[str, Any] = {"rank": env.rank, "cases": {}}
     for layout in layouts:
         for path in PATHS:
-            comm = Comm(cluster(layout), env.rank, path)
+            spec = AggregationConfig(path=path.split(",")[0], **PATHS[path])
+            comm = Comm(cluster(layout), env.rank, spec)
             for dtype in DTYPES:
                 kind = getattr(torch, dtype)
                 found["cases"][f"{layout}/{path}/{dtype}"] = vectors(comm, layout, kind) | model(comm, layout, kind)

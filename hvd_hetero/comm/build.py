@@ -1,0 +1,48 @@
+"""What the installed Horovod was built with, and what it would hang on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hvd_hetero.cluster import RankFacts
+from hvd_hetero.errors import ConfigError
+
+
+def check_mixed_hosts(sets: Sequence[Sequence[int]], facts: Sequence[RankFacts]) -> None:
+    """Refuses process sets that an unpatched Horovod 0.28.1 with Gloo would hang on, instead of hanging.
+
+    Its sets meet across hosts under a key made of the rank's place within the set on its host, but with the members
+    that have the same place among all the host's ranks; where the two disagree, ``hvd.init`` waits in vain.
+
+    Raises:
+        ConfigError: naming the set and the remedy.
+    """
+    for ranks in sets:
+        places: dict[int, int] = {}
+        hosts = {facts[r].host for r in ranks}
+        for rank in ranks if len(hosts) > 1 else ():
+            here = [r for r in ranks if facts[r].host == facts[rank].host]
+            among_all = facts[rank].local_rank
+            if places.setdefault(here.index(rank), among_all) != among_all and not carries_fixes():
+                problem = f"this Horovod hangs on a process set of these ranks on hosts {', '.join(sorted(hosts))}"
+                remedy = "build Horovod with scripts/setup, which fixes it, or give GPU ranks the last slots of a host"
+                raise ConfigError("cluster.classes", list(ranks), problem, remedy)
+
+
+def carries_fixes() -> bool:
+    """Whether this Horovod was built with this project's patch."""
+    try:
+        from horovod import _hvd_hetero_fixes  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def build_info() -> dict[str, Any]:
+    """What Horovod was built with."""
+    import horovod
+    import horovod.torch as hvd
+
+    return {"version": horovod.__version__, "gloo": bool(hvd.gloo_built()), "mpi": bool(hvd.mpi_built()),
+            "nccl": bool(hvd.nccl_built()), "fixes": carries_fixes()}
