@@ -40,7 +40,7 @@ def horovodrun(folder: Path, hosts: str, body: str, **env: str) -> subprocess.Co
 def test_build_names_its_fixes() -> None:
     from horovod._hvd_hetero_fixes import FIXES
 
-    assert FIXES == ("mixed-hosts", "stall-check", "survivors", "light-start")
+    assert FIXES == ("mixed-hosts", "stall-check", "survivors", "rests", "light-start")
 
 
 def test_mixed_hosts(tmp_path: Path) -> None:
@@ -107,6 +107,23 @@ except HorovodInternalError:
     assert done.returncode != 0, "horovodrun tells that a rank died"
     saved = sorted(file.name for file in tmp_path.glob("saved-by-*"))
     assert saved == ["saved-by-0", "saved-by-1"], done.stdout
+
+
+def test_a_rank_with_nothing_under_way_rests(tmp_path: Path) -> None:
+    """It looks up for what is enqueued, and hardly ever else: rests of a minute would take the job beyond its time."""
+    body = """
+hvd.init()
+time.sleep(1)
+for _ in range(10):
+    hvd.allreduce_(torch.ones(1), name="x")
+hvd.shutdown()
+"""
+    env = {"HOROVOD_TIMELINE": str(tmp_path / "timeline"), "HOROVOD_TIMELINE_MARK_CYCLES": "1",
+           "HOROVOD_IDLE_CYCLE_TIME": "60000"}
+    done = horovodrun(tmp_path, "localhost:2", body, **env)
+    assert done.returncode == 0, done.stdout
+    looks = (tmp_path / "timeline").read_text().count("CYCLE_START")
+    assert 10 <= looks < 200, "a look every millisecond makes a thousand"
 
 
 @pytest.mark.parametrize("chosen", [["--gloo"], []], ids=["Gloo", "nothing said"])
