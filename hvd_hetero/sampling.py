@@ -1,13 +1,14 @@
 """Which samples each device class trains on in a pass: the loss table and the schemes. Pure numpy.
 
 Source: the biased local SGD paper, section 4.2 (separate sampling) and appendix A.2 (uniform, unified). Everything is
-one partition or one sort of numpy's, without a Python loop over samples.
+done by numpy, without a Python loop over samples.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -20,6 +21,8 @@ Losses = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 WORTH_A_THREAD = 1_000_000
 """Samples, of which drawing a pass takes tens of milliseconds."""
+BUCKETS, IN_CACHE = 256, 1 << 21
+"""One for each value of a byte; indices that can be shuffled in place without waiting for memory."""
 
 
 class Sampler:
@@ -132,41 +135,36 @@ def newest_last(at: Sequence[NDArray[Any]], batch: Sequence[int]) -> NDArray[Any
     return np.lexsort([np.concatenate(keys) for keys in (ranks, steps, rounds)])
 
 
-def _draw(rng: np.random.Generator, items: Indices, count: int, shuffled: bool) -> Indices:
-    """Draws ``count`` of the items without replacement.
+def _permuted(rng: np.random.Generator, items: Indices) -> Indices:
+    """The items in random order, each order as likely.
 
-    Each item is the low end of a random number, and the numbers are sorted: numpy does it with vector instructions, and
-    unlike a shuffle it goes through memory in order. Where two random parts are equal, the items decide; flipping a
-    random choice of their bits makes either order as likely.
-
-    Args:
-        shuffled: the order is random too; else it is unspecified, and may differ from machine to machine.
+    Many are dealt to buckets at random first, which then are shuffled one by one (Rao, 1961; Sandelius, 1962): a bucket
+    stays in the core's cache, where a shuffle of everything would wait for memory at each step.
     """
-    if count == 0:
-        return items[:0]
-    low = np.uint64((1 << int(items.max()).bit_length()) - 1)
-    flip = np.uint64(rng.integers(int(low) + 1))
-    keys = rng.integers(0, 1 << 64, len(items), dtype=np.uint64)
-    keys &= ~low
-    keys |= items.view(np.uint64) ^ flip
-    if count < len(keys):
-        keys.partition(count)
-        keys = keys[:count].copy()  # lets go of the rest
-    if shuffled:
-        keys.sort()
-    keys ^= flip
-    keys &= low
-    drawn: Indices = keys.view(np.int64)
-    return drawn
+    if len(items) <= IN_CACHE:
+        return rng.permutation(items)
+    bucket = np.frombuffer(rng.bytes(len(items)), np.uint8)
+    order = np.argsort(bucket, kind="stable")  # of bytes: a radix sort, one pass
+    dealt, begin = items[order], 0
+    for last in range(BUCKETS):
+        end = bisect_right(order, last, begin, key=lambda i: bucket[i])
+        rng.shuffle(dealt[begin:end])
+        begin = end
+    return dealt
 
 
 def _some(rng: np.random.Generator, among: Mask, count: int) -> Mask:
-    """Marks ``count`` of those that are marked, any with the same chance."""
-    marked = np.flatnonzero(among)
-    if count == len(marked):
+    """Marks ``count`` of those that are marked, any with the same chance.
+
+    Each gets a random byte, and the lowest bytes win; of the last byte that wins, as many as it takes.
+    """
+    if count == np.count_nonzero(among):
         return among
-    chosen = np.zeros_like(among)
-    chosen[_draw(rng, marked, count, shuffled=False)] = True
+    byte = np.frombuffer(rng.bytes(len(among)), np.uint8)
+    last = bisect_left(range(BUCKETS), count, key=lambda value: int(np.count_nonzero(among & (byte <= value))))
+    chosen = among & (byte < last)
+    undecided = _permuted(rng, np.flatnonzero(among & (byte == last)))
+    chosen[undecided[: count - np.count_nonzero(chosen)]] = True
     return chosen
 
 
@@ -218,7 +216,7 @@ def _unified(
 def _deal(rng: np.random.Generator, among: Mask, counts: Mapping[str, int]) -> dict[str, Indices]:
     """Deals those that are marked, in random order, none twice."""
     ends = np.cumsum(list(counts.values()))
-    order = _draw(rng, np.flatnonzero(among), sum(counts.values()), shuffled=True)
+    order = _permuted(rng, np.flatnonzero(_some(rng, among, sum(counts.values()))))
     return {name: order[end - count : end] for (name, count), end in zip(counts.items(), ends, strict=True)}
 
 

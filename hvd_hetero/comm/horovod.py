@@ -25,7 +25,7 @@ from hvd_hetero.errors import ConfigError
 from hvd_hetero.pulse import Pulse
 from hvd_hetero.schema import AggregationConfig
 
-POLL_SEC = 5e-5
+POLL_SEC, MOST_POLL_SEC = 5e-5, 1e-3
 STOP = "stop"
 
 
@@ -273,9 +273,14 @@ def _begin(operation: Callable[..., int], *args: Any, **options: Any) -> int:
 
 
 def wait_until(handle: int) -> None:
-    """Returns when the operation is done, without taking its result."""
+    """Returns when the operation is done, without taking its result.
+
+    Pauses are a twentieth of the wait so far: a rank that waits long must not spend on looking what it may have of a
+    core, which a CPU quota may have made little.
+    """
+    begin = time.perf_counter()
     while not hvd.poll(handle):
-        time.sleep(POLL_SEC)
+        time.sleep(min(max(POLL_SEC, (time.perf_counter() - begin) / 20), MOST_POLL_SEC))
 
 
 def _done(handle: int) -> Any:
