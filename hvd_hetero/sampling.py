@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -21,8 +21,8 @@ Losses = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 WORTH_A_THREAD = 1_000_000
 """Samples, of which drawing a pass takes tens of milliseconds."""
-BUCKETS, IN_CACHE = 256, 1 << 21
-"""One for each value of a byte; indices that can be shuffled in place without waiting for memory."""
+BUCKETS, WHOLE, BLOCK = 256, 1 << 21, 1 << 19
+"""One for each value of a byte; up to so many indices are shuffled as they are, more are dealt in blocks of so many."""
 
 
 class Sampler:
@@ -46,7 +46,6 @@ class Sampler:
         self._ratio = high_loss_ratio
         self.biased = biased
         self._rng = np.random.default_rng(seed)
-        self._dtype = np.int32 if samples <= np.iinfo(np.int32).max else np.int64
         self._thread: ThreadPoolExecutor | None = None
         self._begun: tuple[dict[str, int], Any, Future[tuple[dict[str, Indices], Any]]] | None = None
 
@@ -64,7 +63,7 @@ class Sampler:
             drawn, self._rng.bit_generator.state = begun[2].result()
         else:
             drawn = self._draw(self._rng, self.losses, counts, self.biased, self._ratio)
-        return {name: drawn[name].astype(self._dtype, copy=False) for name in counts}
+        return {name: drawn[name] for name in counts}
 
     def begin(self, counts: Mapping[str, int]) -> None:
         """Begins to draw the next pass in a thread, where the scheme does not go by losses, and n makes it worth it.
@@ -138,19 +137,26 @@ def newest_last(at: Sequence[NDArray[Any]], batch: Sequence[int]) -> NDArray[Any
 def _permuted(rng: np.random.Generator, items: Indices) -> Indices:
     """The items in random order, each order as likely.
 
-    Many are dealt to buckets at random first, which then are shuffled one by one (Rao, 1961; Sandelius, 1962): a bucket
-    stays in the core's cache, where a shuffle of everything would wait for memory at each step.
+    Many are dealt to buckets at random first, which then are shuffled one by one (Rao, 1961; Sandelius, 1962): what is
+    worked on stays in the core's cache, where a shuffle of everything would wait for memory at each step.
     """
-    if len(items) <= IN_CACHE:
+    if len(items) <= WHOLE:
         return rng.permutation(items)
-    bucket = np.frombuffer(rng.bytes(len(items)), np.uint8)
-    order = np.argsort(bucket, kind="stable")  # of bytes: a radix sort, one pass
-    dealt, begin = items[order], 0
-    for last in range(BUCKETS):
-        end = bisect_right(order, last, begin, key=lambda i: bucket[i])
-        rng.shuffle(dealt[begin:end])
+    buckets: list[list[Indices]] = [[] for _ in range(BUCKETS)]
+    for begin in range(0, len(items), BLOCK):
+        block = items[begin : begin + BLOCK]
+        byte = np.frombuffer(rng.bytes(len(block)), np.uint8)
+        order = np.argsort(byte, kind="stable")  # of bytes: a radix sort, one pass
+        ends = np.searchsorted(byte[order], np.arange(BUCKETS - 1, dtype=np.uint8), "right")
+        for bucket, part in zip(buckets, np.split(block[order], ends), strict=True):
+            bucket.append(part)
+    shuffled, begin = np.empty_like(items), 0
+    for bucket in buckets:
+        end = begin + sum(map(len, bucket))
+        np.concatenate(bucket, out=shuffled[begin:end])
+        rng.shuffle(shuffled[begin:end])
         begin = end
-    return dealt
+    return shuffled
 
 
 def _some(rng: np.random.Generator, among: Mask, count: int) -> Mask:
@@ -216,7 +222,8 @@ def _unified(
 def _deal(rng: np.random.Generator, among: Mask, counts: Mapping[str, int]) -> dict[str, Indices]:
     """Deals those that are marked, in random order, none twice."""
     ends = np.cumsum(list(counts.values()))
-    order = _permuted(rng, np.flatnonzero(_some(rng, among, sum(counts.values()))))
+    drawn = np.flatnonzero(_some(rng, among, sum(counts.values())))
+    order = _permuted(rng, drawn.astype(np.int32 if len(among) <= np.iinfo(np.int32).max else np.int64, copy=False))
     return {name: order[end - count : end] for (name, count), end in zip(counts.items(), ends, strict=True)}
 
 

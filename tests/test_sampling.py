@@ -167,7 +167,8 @@ def test_a_class_comes_in_random_order(scheme: str, many: bool, monkeypatch: pyt
     """Every sample that is drawn comes first as often as any other; also where samples are so many that they are dealt
     to buckets first."""
     if many:
-        monkeypatch.setattr("hvd_hetero.sampling.IN_CACHE", 0)
+        monkeypatch.setattr("hvd_hetero.sampling.WHOLE", 0)
+        monkeypatch.setattr("hvd_hetero.sampling.BLOCK", 3)
     made = sampler(scheme, 0.5, np.zeros(10), seed=8)
     firsts = np.bincount([made.draw({FAST: 10})[FAST][0] for _ in range(DRAWS)], minlength=10)
     assert_uniform(firsts, 1 / 10)
