@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
+
 from hvd_hetero import algorithms, components, job
 from hvd_hetero.api import run_dir
 from hvd_hetero.cluster import Cluster, RankFacts, assign, integers, local_facts, parse_hosts
@@ -162,9 +164,25 @@ def horovodrun_line(config: Config, hosts: Sequence[tuple[str, int]], arguments:
             "--start-timeout", str(spec.start_timeout_sec),
             "--gloo-timeout-seconds", str(spec.gloo_timeout_sec),
             "--cycle-time-ms", f"{spec.cycle_time_ms:g}"]
-    if spec.network_interface is not None:
-        line += ["--network-interfaces", spec.network_interface]
+    interface = spec.network_interface
+    if interface is None and len(hosts) == 1 and not is_local(hosts[0][0]):
+        # of one remote host Horovod takes any interface, the loopback too, by which it would not find the launcher
+        interface = _interface_to(hosts[0][0])
+    if interface is not None:
+        line += ["--network-interfaces", interface]
     return [*line, sys.executable, "-m", "hvd_hetero", *arguments]
+
+
+def _interface_to(host: str) -> str | None:
+    """The network interface of this machine from which a host is reached; None if there is no way to it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # sends nothing
+        except OSError:
+            return None
+        mine = probe.getsockname()[0]
+    found = (name for name, known in psutil.net_if_addrs().items() if any(a.address == mine for a in known))
+    return next(found, None)
 
 
 def thread_variables() -> dict[str, str]:

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
-from hvd_hetero import algorithms, data, models
+from hvd_hetero import algorithms, data, launch, models
 from hvd_hetero.config import load
 
 ROOT = Path(__file__).parent.parent
@@ -192,6 +193,20 @@ def test_plain_horovodrun_line(horovodrun: Callable[..., Any], tmp_path: Path) -
     if not torch.cuda.is_available():
         assert [(c["name"], c["ranks"], c["weight"], c["tau"]) for c in summary["classes"]] == [("cpu", [0, 1], 0.5, 8)]
     assert summary["emulated"] is False and "EMULATED" not in done.stdout
+
+
+@pytest.mark.parametrize(("hosts", "wanted"), [
+    ([("127.0.0.1", 2)], "lo"), ([("127.0.0.1", 1), ("localhost", 1)], None), ([("no such host", 2)], None),
+])
+def test_a_job_on_one_remote_host_is_told_the_way_to_it(
+    hosts: list[tuple[str, int]], wanted: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Horovod would take any interface, and where it takes the loopback the ranks do not find the launcher."""
+    if wanted is not None and wanted not in psutil.net_if_addrs():
+        pytest.skip("the loopback has another name here")
+    monkeypatch.setattr(launch, "is_local", lambda host: False)
+    line = launch.horovodrun_line(load([], [], algorithms.method), hosts, ["train"])
+    assert (line[line.index("--network-interfaces") + 1] if "--network-interfaces" in line else None) == wanted
 
 
 def test_a_single_rank_needs_no_horovodrun(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
