@@ -58,7 +58,7 @@ def _machine() -> dict[str, tuple[str, str | None]]:
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     gpus = ", ".join(f"{i}: {name}" for i, name in enumerate(facts.gpus)) or "none"
     built = ", ".join(name for name in ("gloo", "mpi", "nccl") if horovod[name]) or "nothing"
-    fixes = "with this project's fixes" if horovod["fixes"] else "without this project's fixes"
+    fixes = f"with this project's changes: {', '.join(horovod['fixes']) or 'none'}"
     found: dict[str, tuple[str, str | None]] = {
         "hvd-hetero": (hvd_hetero.__version__, None),
         "python": (f"{platform.python_version()} at {sys.executable}", None),
@@ -86,7 +86,7 @@ def _rank_line(facts: RankFacts) -> dict[str, Any]:
         f"{len(facts.cores)} cores ({_ranges(facts.cores)})",
         f"gpus {gpus}",
         f"python {platform.python_version()}, torch {torch.__version__}",
-        f"horovod {horovod['version']}{'' if horovod['fixes'] else ' without fixes'}",
+        f"horovod {horovod['version']} with {', '.join(horovod['fixes']) or 'no fixes'}",
         f"threads {_thread_settings()}",
         f"shared memory {_shared_memory()[0]}",
     ]

@@ -29,7 +29,7 @@ def fingerprint(config: Config) -> dict[str, str]:
         "source of hvd-hetero": digest_of(PACKAGE, PACKAGE.rglob("*.py")),
         "version of Python": f"{sys.version_info.major}.{sys.version_info.minor}",
         "version of torch": torch.__version__.split("+")[0],
-        "version of Horovod": f"{horovod['version']}{'' if horovod['fixes'] else ' without fixes'}",
+        "version of Horovod": f"{horovod['version']} with {', '.join(horovod['fixes']) or 'no fixes'}",
     }
     for key in TARGETS:
         section, name = key.split(".")

@@ -174,13 +174,15 @@ def horovodrun_line(config: Config, hosts: Sequence[tuple[str, int]], arguments:
 
 
 def _interface_to(host: str) -> str | None:
-    """The network interface of this machine from which a host is reached; None if there is no way to it."""
+    """The network interface of this machine from which another host is reached; None if it is none, or out of reach."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((host, 9))  # sends nothing
         except OSError:
             return None
-        mine = probe.getsockname()[0]
+        mine, other = probe.getsockname()[0], probe.getpeername()[0]
+    if mine == other:
+        return None
     found = (name for name, known in psutil.net_if_addrs().items() if any(a.address == mine for a in known))
     return next(found, None)
 

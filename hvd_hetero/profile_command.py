@@ -24,7 +24,7 @@ FACTORS = (0.5, 2.0)
 
 def profile(files: Sequence[str], overrides: Sequence[str]) -> int:
     """Under horovodrun one rank of the measurement, else the job that consists of it; returns the exit status."""
-    if job_env().size == 1:
+    if job_env().store is None:
         return run_job("profile", files, overrides)
     guarded(lambda: _measure(files, overrides))
     return 0

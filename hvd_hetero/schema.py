@@ -116,7 +116,7 @@ class AggregationConfig:
     max_lag: int = _key(32, at_least=1)
     patience_sec: float = _key(0.05, at_least=0)
     path: str = _key(AUTO, choices=(AUTO, "flat", "hierarchical"))
-    chunk_mb: Optional[float] = _key(None, above=0)  # noqa: UP045
+    chunk_mb: Optional[float] = _key(None, at_least=0.01)  # noqa: UP045
     optimizer_state: str = _key("local", choices=("local", "average", "reset"))
     outer_lr: float = _key(1.0, above=0)
     outer_momentum: float = _key(0.0, at_least=0, at_most=1)

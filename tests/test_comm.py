@@ -151,9 +151,9 @@ def facts(*slots: int) -> list[RankFacts]:
 def test_the_trap_of_an_unpatched_horovod(
     monkeypatch: pytest.MonkeyPatch, sets: list[list[int]], slots: tuple[int, ...], trap: bool
 ) -> None:
-    monkeypatch.setattr(build, "carries_fixes", lambda: True)
+    monkeypatch.setattr(build, "fixes", lambda: ("mixed-hosts",))
     check_mixed_hosts(sets, facts(*slots))
-    monkeypatch.setattr(build, "carries_fixes", lambda: False)
+    monkeypatch.setattr(build, "fixes", lambda: ("stall-check",))
     if not trap:
         check_mixed_hosts(sets, facts(*slots))
         return

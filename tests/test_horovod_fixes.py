@@ -110,20 +110,33 @@ except HorovodInternalError:
 
 
 def test_a_rank_with_nothing_under_way_rests(tmp_path: Path) -> None:
-    """It looks up for what is enqueued, and hardly ever else: rests of a minute would take the job beyond its time."""
+    """It looks up for what is enqueued, or when all end, and hardly ever else; and what others do with one another
+    does not wait for as long as it rests at most, which is beyond the job's time."""
     body = """
-hvd.init()
+first, others = hvd.ProcessSet([0]), hvd.ProcessSet([1, 2])
+hvd.init(process_sets=[first, others])
+hvd.allreduce_(torch.ones(1), name="start")
 time.sleep(1)
-for _ in range(10):
-    hvd.allreduce_(torch.ones(1), name="x")
+for i in range(5):
+    hvd.allreduce_(torch.ones(1), name="sum")
+    hvd.broadcast_(torch.ones(1), 0, name="back")
+    hvd.allgather(torch.ones(1), name="gather")
+if hvd.rank() == 0:
+    time.sleep(2)
+else:
+    for i in range(5):
+        hvd.allreduce_(torch.ones(1), name="apart", process_set=others)
+        time.sleep(0.05)
+    (folder / f"apart{hvd.rank()}").touch()
 hvd.shutdown()
 """
     env = {"HOROVOD_TIMELINE": str(tmp_path / "timeline"), "HOROVOD_TIMELINE_MARK_CYCLES": "1",
-           "HOROVOD_IDLE_CYCLE_TIME": "60000"}
-    done = horovodrun(tmp_path, "localhost:2", body, **env)
+           "HOROVOD_IDLE_CYCLE_TIME": "600000"}
+    done = horovodrun(tmp_path, "localhost:3", body, **env)
     assert done.returncode == 0, done.stdout
+    assert (tmp_path / "apart1").exists() and (tmp_path / "apart2").exists()
     looks = (tmp_path / "timeline").read_text().count("CYCLE_START")
-    assert 10 <= looks < 200, "a look every millisecond makes a thousand"
+    assert 10 <= looks < 500, "a look every millisecond makes three thousand"
 
 
 @pytest.mark.parametrize("chosen", [["--gloo"], []], ids=["Gloo", "nothing said"])

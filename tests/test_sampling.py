@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_hetero.sampling import SCHEMES, Sampler
+from hvd_hetero.sampling import SCHEMES, Sampler, _permuted, _some
 
 FAST, SLOW, THIRD = "quick", "slow", "third"
 
@@ -159,6 +159,24 @@ def test_ties_are_broken_evenly() -> None:
 def test_at_first_every_sample_is_as_hard() -> None:
     assert np.isposinf(Sampler(8, "separate", 1.0, FAST, 0).losses).all()
     assert_uniform(frequencies("separate", 0.5, np.full(20, np.inf), {FAST: 8}, FAST), 8 / 20)
+
+
+class Tied(np.random.Generator):
+    """Draws that tie: all bytes are the same."""
+
+    def bytes(self, length: int) -> bytes:
+        return b"x" * length
+
+
+def test_ties_of_random_bytes_are_broken_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = Tied(np.random.PCG64(6))
+    among = np.arange(12) != 3
+    seen = np.sum([_some(rng, among, 4) for _ in range(DRAWS)], axis=0)
+    assert seen[3] == 0
+    assert_uniform(np.delete(seen, 3), 4 / 11)
+    monkeypatch.setattr("hvd_hetero.sampling.WHOLE", 0)
+    firsts = np.bincount([_permuted(rng, np.arange(10))[0] for _ in range(DRAWS)], minlength=10)
+    assert_uniform(firsts, 1 / 10)
 
 
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))

@@ -8,6 +8,8 @@ from typing import Any
 from hvd_hetero.cluster import RankFacts
 from hvd_hetero.errors import ConfigError
 
+MIXED_HOSTS = "mixed-hosts"
+
 
 def check_mixed_hosts(sets: Sequence[Sequence[int]], facts: Sequence[RankFacts]) -> None:
     """Refuses process sets that an unpatched Horovod 0.28.1 with Gloo would hang on, instead of hanging.
@@ -24,19 +26,19 @@ def check_mixed_hosts(sets: Sequence[Sequence[int]], facts: Sequence[RankFacts])
         for rank in ranks if len(hosts) > 1 else ():
             here = [r for r in ranks if facts[r].host == facts[rank].host]
             among_all = facts[rank].local_rank
-            if places.setdefault(here.index(rank), among_all) != among_all and not carries_fixes():
+            if places.setdefault(here.index(rank), among_all) != among_all and MIXED_HOSTS not in fixes():
                 problem = f"this Horovod hangs on a process set of these ranks on hosts {', '.join(sorted(hosts))}"
                 remedy = "build Horovod with scripts/setup, which fixes it, or give GPU ranks the last slots of a host"
                 raise ConfigError("cluster.classes", list(ranks), problem, remedy)
 
 
-def carries_fixes() -> bool:
-    """Whether this Horovod was built with this project's patch."""
+def fixes() -> tuple[str, ...]:
+    """The names of those of this project's changes that this Horovod was built with (docs/install.md)."""
     try:
-        from horovod import _hvd_hetero_fixes  # noqa: F401
+        from horovod._hvd_hetero_fixes import FIXES
     except ImportError:
-        return False
-    return True
+        return ()
+    return tuple(FIXES)
 
 
 def build_info() -> dict[str, Any]:
@@ -45,4 +47,4 @@ def build_info() -> dict[str, Any]:
     import horovod.torch as hvd
 
     return {"version": horovod.__version__, "gloo": bool(hvd.gloo_built()), "mpi": bool(hvd.mpi_built()),
-            "nccl": bool(hvd.nccl_built()), "fixes": carries_fixes()}
+            "nccl": bool(hvd.nccl_built()), "fixes": list(fixes())}

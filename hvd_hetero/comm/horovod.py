@@ -1,4 +1,4 @@
-"""Collectives among the ranks of a cluster. The only place that imports Horovod.
+"""Collectives among the ranks of a cluster. Only this room imports Horovod.
 
 Every collective is named: Horovod's automatic names are counters of each process, which deadlock as soon as ranks call
 a different number of times. Waiting polls and sleeps, because Horovod's own wait spins, which costs the other ranks of
@@ -21,7 +21,7 @@ from hvd_hetero.cluster import Cluster
 from hvd_hetero.comm.build import check_mixed_hosts
 from hvd_hetero.comm.finite import LeftOut
 from hvd_hetero.comm.flat import FlatState
-from hvd_hetero.errors import ConfigError
+from hvd_hetero.comm.paths import path_of
 from hvd_hetero.pulse import Pulse
 from hvd_hetero.schema import AggregationConfig
 
@@ -66,15 +66,7 @@ class Comm:
         mine = cluster.class_of(rank)
         self._peers = mine.ranks
         self._leaders = tuple(sorted(c.ranks[0] for c in cluster.classes))
-        on_cpu = all(c.device == "cpu" for c in cluster.classes)
-        if spec.path == "flat" and not on_cpu:
-            problem = "host and device tensors cannot be summed in one call"
-            raise ConfigError("aggregation.path", spec.path, problem, "set aggregation.path=hierarchical or auto")
-        self.path = "flat" if spec.path == "flat" or (spec.path == "auto" and on_cpu) else "hierarchical"
-        if spec.chunk_mb is not None and self.path == "flat":
-            problem = "one global sum has no stages that could overlap"
-            remedy = "set aggregation.path=hierarchical, or leave it null"
-            raise ConfigError("aggregation.chunk_mb", spec.chunk_mb, problem, remedy)
+        self.path = path_of(spec, cluster)
         self._chunk_mb = spec.chunk_mb
         members = dict.fromkeys([*(c.ranks for c in cluster.classes), self._leaders])
         sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in members if 1 < len(ranks) < self.size}
@@ -266,9 +258,9 @@ class Comm:
             return guarded(lambda: _done(handle))
 
 
-def _begin(operation: Callable[..., int], *args: Any, **options: Any) -> int:
+def _begin(operation: Callable[..., int], *args: Any, name: str, **options: Any) -> int:
     """Begins one of Horovod's asynchronous operations; it refuses that of a set that has lost a rank."""
-    handle: int = guarded(lambda: operation(*args, **options))
+    handle: int = guarded(lambda: operation(*args, name=name, **options))
     return handle
 
 
