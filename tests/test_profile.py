@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
 
+from hvd_hetero import profile_command  # noqa: E402
+
 THREE = {"a": {"ranks": [0]}, "b": {"ranks": [1], "slowdown": 3}, "c": {"ranks": [2], "slowdown": 6}}
 QUICK = ["profile.seconds=0.2", f"cluster.classes={json.dumps(THREE)}", "train.tau=32"]
 
@@ -73,6 +75,17 @@ def test_without_the_launcher_too_all_ranks_end(
     done = horovodrun(3, [sys.executable, "-m", "hvd_hetero", "train", *settings])
     assert done.returncode != 0 and "Exit code: 2" in done.stderr
     assert done.stderr.count("hvd-hetero: error: profile.file") == 1
+
+
+def test_the_only_rank_of_a_job_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would start a job again and again if it went by the number of ranks."""
+    for name, value in {"RANK": "0", "SIZE": "1", "LOCAL_RANK": "0", "GLOO_RENDEZVOUS_ADDR": "127.0.0.1",
+                        "GLOO_RENDEZVOUS_PORT": "1"}.items():
+        monkeypatch.setenv(f"HOROVOD_{name}", value)
+    done: list[str] = []
+    monkeypatch.setattr(profile_command, "_measure", lambda files, overrides: done.append("measured"))
+    monkeypatch.setattr(profile_command, "run_job", lambda *_: done.append("launched"))
+    assert profile_command.profile([], []) == 0 and done == ["measured"]
 
 
 @pytest.mark.parametrize(("content", "said"), [("{", "no JSON"), ('{"version": 7}', "version 7"), (None, "cannot be")])
