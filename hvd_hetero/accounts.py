@@ -26,7 +26,6 @@ class Accounts:
         self.passes = 0
         self.partial = PartialAccounts()
         self.earlier = Done()
-        self.emulated = cluster.emulated
 
     def enter(
         self,
@@ -61,8 +60,7 @@ class Accounts:
 
     def state_dict(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in ("seconds", "steps", "samples", "left_out", "rounds", "passes")}
-        return {**counts, "partial": self.partial.state_dict(), "earlier": asdict(self.earlier),
-                "emulated": self.emulated}  # fmt: skip
+        return {**counts, "partial": self.partial.state_dict(), "earlier": asdict(self.earlier)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.seconds = [dict(mine) for mine in state["seconds"]]
@@ -71,7 +69,6 @@ class Accounts:
         self.rounds, self.passes = state["rounds"], state["passes"]
         self.partial.load_state_dict(state["partial"])
         self.earlier = Done(**state["earlier"])
-        self.emulated |= state["emulated"]
 
     def carry_over(self, state: Mapping[str, Any], rounds: int) -> None:
         """Goes on from the totals of other ranks' accounts; what was each class's own is not counted any more.
@@ -82,7 +79,6 @@ class Accounts:
         other = Accounts(self._cluster)
         other.load_state_dict(state)
         self.rounds, self.passes, self.earlier = rounds, other.passes, other.done
-        self.emulated |= other.emulated
 
     @property
     def done(self) -> Done:

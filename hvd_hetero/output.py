@@ -57,7 +57,7 @@ def write_summary(
         "algorithm": config.algorithm.name,
         "world_size": cluster.size,
         "seed": config.run.seed,
-        "emulated": accounts.emulated or config.delays.distribution is not None,
+        "emulated": cluster.emulated or config.delays.distribution is not None,
         "rounds": accounts.rounds,
         "passes": accounts.passes,
         "samples_seen": accounts.samples_seen,

@@ -33,7 +33,7 @@ def closing_table(summary: Mapping[str, Any]) -> str:
         figures.append(f"LEFT OUT of averages (NaN, Inf): {', '.join(lost)}")
     if summary["emulated"]:
         slow = any(c["slowdown"] > 1 for c in summary["classes"])
-        figures.append("EMULATED slow devices" if slow else "INJECTED delays, or EMULATED slow devices before")
+        figures.append("EMULATED slow devices" if slow else "INJECTED delays")
     return f"{table(rows)}\n{'; '.join(figures)}"
 
 
