@@ -10,14 +10,22 @@ from hvd_hetero.cluster import Cluster
 from hvd_hetero.limits import Done
 from hvd_hetero.partial_counts import PartialAccounts
 from hvd_hetero.plan import Plan
-from hvd_hetero.timing import KINDS, split_waiting
+from hvd_hetero.timing import KINDS, emulation, split_waiting
 
 
 class Accounts:
-    """Adds up, over passes, where every rank's time went and what every class did."""
+    """Adds up, over passes, where every rank's time went and what every class did.
 
-    def __init__(self, cluster: Cluster) -> None:
+    Args:
+        delayed: whether steps are delayed on purpose.
+
+    Attributes:
+        emulation: why the times are not those of real devices, see :func:`timing.emulation`; in earlier jobs too.
+    """
+
+    def __init__(self, cluster: Cluster, delayed: bool = False) -> None:
         self._cluster = cluster
+        self.emulation = emulation(cluster.emulated, delayed)
         self.seconds = [dict.fromkeys(KINDS, 0.0) for _ in range(cluster.size)]
         self.steps = [0] * cluster.size
         self.samples = [0] * cluster.size
@@ -60,7 +68,8 @@ class Accounts:
 
     def state_dict(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in ("seconds", "steps", "samples", "left_out", "rounds", "passes")}
-        return {**counts, "partial": self.partial.state_dict(), "earlier": asdict(self.earlier)}
+        return {**counts, "partial": self.partial.state_dict(), "earlier": asdict(self.earlier),
+                "emulation": list(self.emulation)}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.seconds = [dict(mine) for mine in state["seconds"]]
@@ -69,6 +78,7 @@ class Accounts:
         self.rounds, self.passes = state["rounds"], state["passes"]
         self.partial.load_state_dict(state["partial"])
         self.earlier = Done(**state["earlier"])
+        self.emulation = emulation(before=(*self.emulation, *state["emulation"]))
 
     def carry_over(self, state: Mapping[str, Any], rounds: int) -> None:
         """Goes on from the totals of other ranks' accounts; what was each class's own is not counted any more.
@@ -79,6 +89,7 @@ class Accounts:
         other = Accounts(self._cluster)
         other.load_state_dict(state)
         self.rounds, self.passes, self.earlier = rounds, other.passes, other.done
+        self.emulation = emulation(before=(*self.emulation, *other.emulation))
 
     @property
     def done(self) -> Done:

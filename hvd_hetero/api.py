@@ -105,7 +105,8 @@ def run_dir(config: Config) -> Path:
     """Where the run is kept: as configured, else a new folder under ``runs/`` named after what is trained, and when."""
     if config.run.dir is not None:
         return Path(config.run.dir)
-    name = config.run.name or "-".join(filter(None, (config.algorithm.name, config.data.name, config.model.name)))
+    what = ((part.target or part.name or "").rpartition(":")[2] for part in (config.data, config.model))
+    name = config.run.name or "-".join(filter(None, (config.algorithm.name, *what)))
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 

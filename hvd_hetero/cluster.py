@@ -188,7 +188,8 @@ def _select(name: str, spec: ClassConfig, facts: Sequence[RankFacts]) -> DeviceC
         for rank in ranks:
             if rank >= len(facts):
                 problem = f"there is no rank {rank} among {len(facts)}"
-                raise ConfigError(f"{key}.ranks", ranks, problem, f"start {rank + 1} ranks, or leave it out")
+                raise ConfigError(f"{key}.ranks", ranks, problem,
+                                  f"start {rank + 1} ranks (horovodrun -np {rank + 1}), or leave it out")
     else:
         slots = None if spec.slots is None else integers(f"{key}.slots", spec.slots)
         on_hosts = [f for f in facts if fnmatch(f.host, spec.hosts or "*")]

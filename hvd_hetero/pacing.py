@@ -11,14 +11,16 @@ from hvd_hetero.plan import Plan
 WORTH = 0.015
 """Share of the cluster's capacity that a change must save; less is noise of the measurement."""
 PASSES = 2
-"""In how many passes on end it must: one disturbed pass changes nothing."""
+"""In how many judgements on end it must: one disturbed pass changes nothing."""
 PLAIN = 0.1
-"""A share so large that one pass is enough: a class has become slower or faster for all to see."""
+"""A share so large that once is enough: a class has become slower or faster for all to see."""
 NEW_SHARE = 0.5
-"""Weight of a pass's own measurement in the running estimate."""
+"""Weight of what was measured last in the running estimate."""
 BOUND = 4.0
 """By which factor at most an estimate changes at once, up or down: one measurement may be worth nothing."""
 CHUNKS = 8
+JUDGED_SEC = 2.0
+"""Passes shorter than this are judged together: a fraction of a second tells a machine's moods from nothing."""
 
 
 class Pacing:
@@ -34,20 +36,40 @@ class Pacing:
         self._batch_size = batch_size
         self._latest = dict(step_sec)
         self._in_a_row = 0
+        self._passes: list[dict[str, float]] = []
+        self._seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step_sec": self.step_sec, "latest": self._latest, "in_a_row": self._in_a_row}
+        return {
+            "step_sec": self.step_sec, "latest": self._latest, "in_a_row": self._in_a_row,
+            "passes": self._passes, "seconds": self._seconds,
+        }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step_sec, self._latest = dict(state["step_sec"]), dict(state["latest"])
         self._in_a_row = state["in_a_row"]
+        self._passes, self._seconds = [dict(p) for p in state["passes"]], state["seconds"]
 
-    def observe(self, measured: Mapping[str, float]) -> None:
-        """Takes in the step times of a pass, in seconds for the batch sizes given at first."""
-        for name, seconds in measured.items():
-            known = self.step_sec[name]
-            self._latest[name] = min(max(seconds, known / BOUND), known * BOUND)
-            self.step_sec[name] += NEW_SHARE * (self._latest[name] - known)
+    def observe(self, measured: Mapping[str, float], seconds: float) -> bool:
+        """Takes in a pass; returns whether there is something to judge: a long one, or enough short ones together.
+
+        Of several passes' step times the median counts.
+
+        Args:
+            measured: seconds of a local step for the batch sizes given at first, by class.
+            seconds: the work of the pass's rounds took.
+        """
+        self._passes.append(dict(measured))
+        self._seconds += seconds
+        if self._seconds < JUDGED_SEC:
+            return False
+        for name, known in self.step_sec.items():
+            times = [p[name] for p in self._passes if name in p]
+            if times:
+                self._latest[name] = min(max(statistics.median(times), known / BOUND), known * BOUND)
+                self.step_sec[name] += NEW_SHARE * (self._latest[name] - known)
+        self._passes, self._seconds = [], 0.0
+        return True
 
     def plainly(self, current: Plan, proposed: Plan) -> bool:
         """Whether the latest times alone, which the proposal goes by, say that it saves a lot; then they are believed.
@@ -60,7 +82,7 @@ class Pacing:
         return True
 
     def worth(self, current: Plan, proposed: Plan) -> bool:
-        """Whether to change over now; asked once a pass, with the plan for :attr:`step_sec`."""
+        """Whether to change over now; asked once a judgement, with the plan for :attr:`step_sec`."""
         saved = self.waste(current) - self.waste(proposed)
         self._in_a_row = self._in_a_row + 1 if saved >= WORTH else 0
         if self._in_a_row < PASSES:
@@ -70,7 +92,7 @@ class Pacing:
 
     @property
     def latest(self) -> dict[str, float]:
-        """The step times of the last pass, within :data:`BOUND` of the estimate before."""
+        """The step times that were measured last, within :data:`BOUND` of the estimate before."""
         return dict(self._latest)
 
     def waste(self, plan: Plan, step_sec: Mapping[str, float] | None = None) -> float:

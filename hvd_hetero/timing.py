@@ -13,7 +13,8 @@ from hvd_hetero.pulse import Pulse
 T = TypeVar("T")
 KINDS = ("compute", "data", "blocked", "comm")
 COLLECTIVE = "collective"
-LEAST_SLEEP_SEC = 0.025
+SLOWED, DELAYED = "slow devices emulated", "delays injected"
+LEAST_SLEEP_SEC = 0.1
 """Of the emulation: caches are cold after each sleep, which would slow short steps down by more than was asked for."""
 
 
@@ -114,6 +115,12 @@ def own_clock(device: str, threads: int) -> Callable[[], float] | None:
     part of the step, and a slower device would not multiply it. Else it is the wall clock (None).
     """
     return time.thread_time if device == "cpu" and threads == 1 else None
+
+
+def emulation(slowed: bool = False, delayed: bool = False, before: Iterable[str] = ()) -> tuple[str, ...]:
+    """Why times are not those of real devices, each reason once; those from ``before`` too."""
+    found = {SLOWED: slowed, DELAYED: delayed, **dict.fromkeys(before, True)}
+    return tuple(reason for reason, there in found.items() if there)
 
 
 class Pace:

@@ -83,7 +83,7 @@ class Trainer:
         check_limits(config.train, self.plan)
         self.comm.agree(self.plan.digest(), "plan", "plan")
         start_together(self.algorithm, self.plan, self.worker, self.comm)
-        self.accounts = Accounts(self.job.cluster)
+        self.accounts = Accounts(self.job.cluster, self.config.delays.distribution is not None)
         self.best: dict[str, float | None] = dict.fromkeys(("final_accuracy", "best_accuracy", "final_loss"))
         self.feed = Feed(self.comm, len(self.source), self._sampler() if self.comm.rank == 0 else None)
         self.recorder = Recorder(self.watch, config.run.trace_rounds)

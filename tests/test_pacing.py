@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from hvd_hetero.pacing import BOUND, NEW_SHARE, PASSES, Pacing, settled_step_sec
+from hvd_hetero.pacing import BOUND, JUDGED_SEC, NEW_SHARE, PASSES, Pacing, settled_step_sec
 from hvd_hetero.plan import ClassPlan, Plan, derive_tau
 
 BATCH = {"fast": 8, "slow": 8}
@@ -25,11 +25,12 @@ def test_waste_is_the_share_of_the_capacity_that_waits() -> None:
     assert pacing.waste(late) == pytest.approx(1 - (64 + 16) / (128 + 16))
 
 
-def drive(pacing: Pacing, slow: list[float]) -> list[tuple[int, int]]:
+def drive(pacing: Pacing, slow: list[float], pass_sec: float = JUDGED_SEC) -> list[tuple[int, int]]:
     """The passes in which tau of the slow class changed, and to what."""
     current, changes = plan_for(pacing), []
     for number, seconds in enumerate(slow):
-        pacing.observe({"fast": 1.0, "slow": seconds})
+        if not pacing.observe({"fast": 1.0, "slow": seconds}, pass_sec):
+            continue
         latest = plan_for(pacing, pacing.latest)
         new = latest if pacing.plainly(current, latest) else None
         if new is None and pacing.worth(current, plan_for(pacing)):
@@ -53,7 +54,7 @@ def test_a_class_that_slows_down_a_little_is_rebalanced_when_that_lasts() -> Non
 
 def test_an_estimate_moves_within_bounds() -> None:
     pacing = Pacing({"fast": 1.0, "slow": 4.0}, BATCH)
-    pacing.observe({"fast": 1.0, "slow": 400.0})
+    assert pacing.observe({"fast": 1.0, "slow": 400.0}, JUDGED_SEC)
     assert pacing.latest["slow"] == 4.0 * BOUND
 
 
@@ -62,6 +63,26 @@ def test_one_disturbed_pass_and_a_little_noise_change_nothing() -> None:
     noise[10] = 8.0 * 1.09
     assert drive(Pacing({"fast": 1.0, "slow": 8.0}, BATCH), noise) == []
     assert 0 < NEW_SHARE < 1
+
+
+def test_short_passes_are_judged_together_by_their_median() -> None:
+    """An emulated rank on a busy machine: a third off from one quarter of a second to the next."""
+    noise = [8.0 * (1 + (0.35, -0.3, 0.1, 0.0, -0.1)[number % 5]) for number in range(200)]
+    assert drive(Pacing({"fast": 1.0, "slow": 8.0}, BATCH), noise, JUDGED_SEC / 8) == []
+    assert len(drive(Pacing({"fast": 1.0, "slow": 8.0}, BATCH), noise)) > 10  # were each of them judged for itself
+
+
+def test_short_passes_that_show_a_new_speed_are_believed_when_there_are_enough() -> None:
+    changes = drive(Pacing({"fast": 1.0, "slow": 4.0}, BATCH), [4.0] * 8 + [12.0] * 40, JUDGED_SEC / 8)
+    assert changes == [(15, 5)]
+
+
+def test_passes_that_wait_for_their_judgement_are_saved() -> None:
+    first, second = (Pacing({"fast": 1.0, "slow": 4.0}, BATCH) for _ in range(2))
+    assert not first.observe({"fast": 1.0, "slow": 12.0}, 0.75 * JUDGED_SEC)
+    second.load_state_dict(first.state_dict())
+    assert second.observe({"fast": 1.0}, 0.25 * JUDGED_SEC)  # the slow class took no step in that pass
+    assert second.latest == {"fast": 1.0, "slow": 12.0}
 
 
 def test_the_step_time_of_a_pass_is_that_of_its_second_half() -> None:

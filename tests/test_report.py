@@ -17,9 +17,9 @@ import pytest
 from hvd_hetero.cli import main
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.report.figures import CONTRIBUTED, figures, partial_shares
-from hvd_hetero.report.runs import DELAYED, SLOWED, group, read_run
+from hvd_hetero.report.runs import group, read_run
 from hvd_hetero.report.write import final_table, slug
-from hvd_hetero.timing import KINDS
+from hvd_hetero.timing import DELAYED, KINDS, SLOWED
 from hvd_hetero.trace import from_chrome
 
 SETTINGS = ["train.passes=3", "train.lr=0.1", "train.tau={fast: 4, slow: 1}", "train.batch_size=8",

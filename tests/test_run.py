@@ -25,8 +25,8 @@ CLASS_KEYS = {"left_out",
     "blocked_fraction",
 }
 SUMMARY_KEYS = {
-    "algorithm", "world_size", "seed", "emulated", "rounds", "passes", "samples_seen", "wall_sec", "train_sec", "eval",
-    "classes",
+    "algorithm", "world_size", "seed", "emulated", "emulation", "rounds", "passes", "samples_seen", "wall_sec",
+    "train_sec", "eval", "classes",
 }
 EVAL_KEYS = {"final_accuracy", "best_accuracy", "final_loss"}
 TIME_KEYS = {"compute", "data", "blocked", "comm"}

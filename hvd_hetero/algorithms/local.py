@@ -129,8 +129,12 @@ class LocalSGD(Algorithm):
         """Derives tau anew from the pass's own step times, where that leaves clearly less of the cluster waiting."""
         if self.pacing is None:
             return self.plan
-        measured = {c.name: max(step_sec[r] for r in c.ranks) / c.batch_size for c in self.plan.training}
-        self.pacing.observe({n: sec * self.batch_size[n] for n, sec in measured.items() if not math.isnan(sec)})
+        slowest = {c: max(step_sec[r] for r in c.ranks) for c in self.plan.training}
+        worked = {c: sec for c, sec in slowest.items() if not math.isnan(sec)}
+        pass_sec = self.plan.rounds * max((c.tau * sec for c, sec in worked.items()), default=0.0)
+        whole = {c.name: sec * self.batch_size[c.name] / c.batch_size for c, sec in worked.items()}
+        if not self.pacing.observe(whole, pass_sec):
+            return self.plan
         for times, judge in ((self.pacing.latest, self.pacing.plainly), (self.pacing.step_sec, self.pacing.worth)):
             try:
                 proposed = self.make_plan(times)

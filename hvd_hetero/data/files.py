@@ -32,7 +32,8 @@ def folder_with(root: Path, folders: Sequence[str], names: Iterable[str]) -> Pat
 def missing(root: Path, what: str) -> ConfigError:
     """Return the error for a folder that holds none of the layouts of a dataset."""
     problem = "holds no such dataset" if root.is_dir() else "is not a folder"
-    return ConfigError("data.root", str(root), problem, f"put there {what}")
+    remedy = f"put there {what}, or name another folder: data.root=FOLDER or HVD_HETERO_DATA=FOLDER"
+    return ConfigError("data.root", str(root), problem, remedy)
 
 
 def corrupt(path: Path, found: str, expected: str) -> ConfigError:

@@ -10,11 +10,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from hvd_hetero import timing
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.metrics import METRICS, SUMMARY
 from hvd_hetero.trace import TRACE
-
-SLOWED, DELAYED = "slow devices emulated", "delays injected"
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,8 @@ class Run:
         planned = [f"cluster.classes.{c['name']}.slowdown" for c in self.plan.get("classes", ())]
         slow = any(self.settings.get(key, 1) > 1 for key in planned)
         delayed = self.settings.get("delays.distribution") is not None
-        return (SLOWED,) * slow + (DELAYED,) * delayed
+        before = (self.summary or {}).get("emulation", ())  # of jobs that this one goes on from
+        return timing.emulation(slow, delayed, before)
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,13 @@ class Series:
 
     @property
     def emulation(self) -> tuple[str, ...]:
-        """As :attr:`Run.emulation`; the same for all runs, since it is a matter of settings."""
-        return self.runs[0].emulation if self.runs else ()
+        """As :attr:`Run.emulation`, of any run."""
+        return timing.emulation(before=(reason for run in self.runs for reason in run.emulation))
 
 
 def emulation(series: Sequence[Series]) -> list[str]:
     """Why times of some of the series are not those of real devices, each reason once."""
-    found = {reason for s in series for reason in s.emulation}
-    return [reason for reason in (SLOWED, DELAYED) if reason in found]
+    return list(timing.emulation(before=(reason for s in series for reason in s.emulation)))
 
 
 def read_run(path: str | Path) -> Run:

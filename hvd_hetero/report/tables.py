@@ -6,7 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hvd_hetero.timing import KINDS
+from hvd_hetero.timing import DELAYED, KINDS, SLOWED
+
+STAMPS = {SLOWED: "EMULATED slow devices", DELAYED: "INJECTED delays"}
 
 
 def closing_table(summary: Mapping[str, Any]) -> str:
@@ -32,8 +34,7 @@ def closing_table(summary: Mapping[str, Any]) -> str:
     if lost := [f"{c['name']} {c['left_out']}" for c in summary["classes"] if c.get("left_out")]:
         figures.append(f"LEFT OUT of averages (NaN, Inf): {', '.join(lost)}")
     if summary["emulated"]:
-        slow = any(c["slowdown"] > 1 for c in summary["classes"])
-        figures.append("EMULATED slow devices" if slow else "INJECTED delays")
+        figures.append(" and ".join(STAMPS[reason] for reason in summary["emulation"]))
     return f"{table(rows)}\n{'; '.join(figures)}"
 
 

@@ -15,9 +15,10 @@ from hvd_hetero.errors import ConfigError
 from hvd_hetero.files import check_writable, write_text
 from hvd_hetero.report.figures import Figures, figures
 from hvd_hetero.report.page import Page
-from hvd_hetero.report.runs import DELAYED, SLOWED, Series, differing, emulation, group, read_run, shown
+from hvd_hetero.report.runs import Series, differing, emulation, group, read_run, shown
 from hvd_hetero.report.style import check_matplotlib
 from hvd_hetero.report.tables import or_dash
+from hvd_hetero.timing import DELAYED, SLOWED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

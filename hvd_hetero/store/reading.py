@@ -136,7 +136,7 @@ def _look(path: Path, number: int, config_digest: str | None, world_size: int | 
                               f"start {meta.world_size} ranks")
     if config_digest is not None and meta.config_digest != config_digest:
         raise CheckpointError(path, f"was saved under another configuration (digest {meta.config_digest}, now "
-                              f"{config_digest})", "use the configuration that the run began with")
+                              f"{config_digest})", "use that one again, or set run.resume=reshape")
     return Checkpoint(path, meta, files)
 
 
