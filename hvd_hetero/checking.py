@@ -72,6 +72,8 @@ def check_together(config: Config) -> None:
     for key, text in (("run.dir", config.run.dir), ("profile.file", config.profile.file)):
         if text is not None and (not text.strip() or "\0" in text):
             raise ConfigError(key, text, "is no path", "give one, or null")
+    if config.run.resume is not None and config.run.dir is None:
+        raise ConfigError("run.resume", config.run.resume, "names no run to go on from", "set run.dir to its folder")
     if config.run.name is not None:
         check_name("run.name", config.run.name, RUN_NAME)
 

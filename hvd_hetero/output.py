@@ -18,6 +18,15 @@ from hvd_hetero.plan import Plan
 from hvd_hetero.schema import Config
 from hvd_hetero.trace import TRACE, Recorder, from_numbers, timeline, to_chrome
 
+RESHAPED = """reshaped: model, outer optimizer, loss table and counters are carried over; optimizer states, random \
+numbers, measured speeds and what was done of a pass are not"""
+
+
+def say_resumed(place: str, over: bool) -> None:
+    """Tells where a run goes on, and if it does not because it has come to its end already."""
+    ended = ", where the run has ended: for more, raise its limits (train.passes, train.max_*)" if over else ""
+    print(f"goes on after {place}{ended}", flush=True)
+
 
 def write_start(folder: RunFolder, config: Config, cluster: Cluster, plan: Plan) -> None:
     """What is going to be done, where, and by what; the classes also on standard output."""

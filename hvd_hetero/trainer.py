@@ -23,7 +23,7 @@ from hvd_hetero.feed import Feed, Pass
 from hvd_hetero.job import Job, make_worker
 from hvd_hetero.limits import check_limits, expected_passes, next_rounds
 from hvd_hetero.metrics import Progress, RunFolder
-from hvd_hetero.output import note, write_start, write_summary, write_trace
+from hvd_hetero.output import RESHAPED, note, say_resumed, write_start, write_summary, write_trace
 from hvd_hetero.passes import Ongoing, PassFigures, RoundLaps, evaluate, gather_figures, say_taus
 from hvd_hetero.plan import Plan
 from hvd_hetero.sampling import Sampler
@@ -109,10 +109,9 @@ class Trainer:
             while (ongoing := self.ongoing or self._begin_pass()) is not None:
                 agreed = self._work(ongoing)
                 row = self._end_pass(ongoing)
-                over = next_rounds(config.train, self.plan, accounts.done) == 0
-                if self.saver is not None and self.saver.active and (over or agreed.due or agreed.stop):
-                    self._save(None, wait=over or agreed.stop, row=row)
-                if agreed.stop and not over:
+                if self.saver is not None and self.saver.active and (self._over or agreed.due or agreed.stop):
+                    self._save(None, wait=self._over or agreed.stop, row=row)
+                if agreed.stop and not self._over:
                     raise self._stopped()
             if self.folder is not None and self.saver is not None:
                 self.saver.stopping.forget()
@@ -185,9 +184,8 @@ class Trainer:
         step_sec = RoundLaps(self.watch, self.recorder, ongoing.work_sec).step_sec(worked, self.algorithm.mine.tau)
         left_out, counts = ongoing.count(comm.left_out.take(), self.algorithm.counts())
         done = gather_figures(comm, self.watch, accounts, plan, worked, losses, step_sec, left_out)
-        if next_rounds(config.train, self.plan, accounts.done):
+        if not self._over:
             self.plan = self._replan(self.plan, done)
-        over = next_rounds(config.train, self.plan, accounts.done) == 0
         rate = worker.optimizer.param_groups[0]["lr"]
         worker.end_epoch()
         row = accounts.row(plan)
@@ -195,7 +193,7 @@ class Trainer:
                 "samples_per_sec": done.samples / done.seconds}  # fmt: skip
         if counts is not None:
             row["partial"] = accounts.partial.enter(comm.gather(counts, "pass.counts"))
-        if accounts.passes % config.eval.every_passes == 0 or over:
+        if accounts.passes % config.eval.every_passes == 0 or self._over:
             row |= evaluate(comm, worker, self.test, self.plan, config.eval)
             note(self.best, row)
         if self.folder is not None and self.progress is not None:
@@ -271,7 +269,7 @@ class Trainer:
         if self.feed.sampler is not None:
             self.feed.sampler.load_state_dict(state["rank0"]["sampler"])
             self.feed.load_state_dict(state["rank0"]["feed"])
-            print(f"goes on after {place}", flush=True)
+            say_resumed(place, self._over)
 
     def _carry_over(self, state: Mapping[str, Any]) -> None:
         """Goes on with other ranks, or otherwise configured, from what rank 0 had saved."""
@@ -284,9 +282,12 @@ class Trainer:
         self.begin -= state["wall_sec"]
         if self.feed.sampler is not None:
             self.feed.sampler.losses = np.asarray(state["rank0"]["sampler"]["losses"], dtype=np.float32)
-            print(f"goes on after pass {self.accounts.passes}, round {self.accounts.rounds}, reshaped: model, outer "
-                  "optimizer, loss table and counters are carried over; optimizer states, random numbers, measured "
-                  "speeds and what was done of a pass are not", flush=True)
+            say_resumed(f"pass {self.accounts.passes}, round {self.accounts.rounds}, {RESHAPED}", self._over)
+
+    @property
+    def _over(self) -> bool:
+        """Whether the run has come to its end, between two passes."""
+        return self.ongoing is None and next_rounds(self.config.train, self.plan, self.accounts.done) == 0
 
     def close(self) -> None:
         """Leaves the job together with all other ranks."""

@@ -92,6 +92,8 @@ SETTINGS: list[tuple[list[str], str, str, str]] = [
     (["run.name=../elsewhere"], "run.name", "'../elsewhere'", "letters and digits"),
     (["run.name=a/b"], "run.name", "'a/b'", "letters and digits"),
     (["run.resume=always"], "run.resume", "'always'", "auto"),
+    (["run.resume=auto"], "run.resume", "'auto'", "set run.dir"),
+    (["run.resume=reshape", "run.dir=null"], "run.resume", "'reshape'", "set run.dir"),
     (["run.overwrite=2"], "run.overwrite", "2", "bool"),
     (["cluster.classes={}"], "cluster.classes", "{}", "write auto"),
     (["cluster.classes=manual"], "cluster.classes", "'manual'", "write auto"),

@@ -181,6 +181,8 @@ def test_on_another_number_of_ranks(copy: Path) -> None:
     assert after[3]["train_loss"] < before[0]["train_loss"], "it went on from the model"
     assert [row["lr"] for row in after] == pytest.approx([0.02] * 3 + [0.01] * 2)
     assert json.loads((copy / "summary.json").read_text())["world_size"] == 3
+    said = run(copy, *settings, "train.passes=4")
+    assert "where the run has ended" in said and "train.passes" in said and rows(copy) == after
     assert torch.isfinite(torch.as_tensor(losses)).sum() > 0
 
 
