@@ -115,7 +115,7 @@ class AggregationConfig:
     sync_every: int = _key(32, at_least=1)
     max_lag: int = _key(32, at_least=1)
     patience_sec: float = _key(0.05, at_least=0)
-    path: str = _key(AUTO, choices=(AUTO, "flat", "hierarchical"))
+    path: str = _key(AUTO, choices=(AUTO, "flat", "hierarchical", "measured"))
     chunk_mb: Optional[float] = _key(None, at_least=0.01)  # noqa: UP045
     optimizer_state: str = _key("local", choices=("local", "average", "reset"))
     outer_lr: float = _key(1.0, above=0)

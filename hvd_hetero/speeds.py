@@ -32,14 +32,19 @@ def first_plan(job: Job, algorithm: Algorithm, worker: Worker, source: Source, c
         RuntimeError: this rank cannot take a step, while the others wait for it.
     """
     cluster = job.cluster
+    if len(comm.paths) > 1:
+        found = measurement(job, worker, source, comm).choose_path()
+        if comm.rank == 0:
+            times = ", ".join(f"{path} {1e3 * sec:.3g} ms" for path, sec in found.items())
+            print(f"averages go the {comm.path} way: {times}", flush=True)
     if not algorithm.needs_speeds:
         return algorithm.make_plan(None)
     if len(cluster.classes) == 1:
         return algorithm.make_plan({cluster.classes[0].name: 1.0})
     known = _known(job, comm)
     if known is None:
-        found = measurement(job, worker, source, comm).classes(algorithm.batch_size)
-        known = {name: figures.step_sec for name, figures in found.items()}
+        measured = measurement(job, worker, source, comm).classes(algorithm.batch_size)
+        known = {name: figures.step_sec for name, figures in measured.items()}
     return algorithm.make_plan(known)
 
 

@@ -246,7 +246,8 @@ class Trainer:
         """Everything that decides how this rank goes on."""
         parts = ("worker", "algorithm", "accounts")
         state: dict[str, Any] = {name: getattr(self, name).state_dict() for name in parts}
-        state |= {"plan": self.plan.to_dict(), "best": self.best, "wall_sec": time.perf_counter() - self.begin}
+        state |= {"plan": self.plan.to_dict(), "best": self.best, "wall_sec": time.perf_counter() - self.begin,
+                  "path": self.comm.path}  # fmt: skip
         if ongoing is not None:
             ongoing.count(self.comm.left_out.take(), self.algorithm.counts())
             state["ongoing"] = ongoing.state_dict()
@@ -259,7 +260,7 @@ class Trainer:
     def _restore(self, state: Mapping[str, Any]) -> None:
         for part in ("worker", "algorithm", "accounts"):
             getattr(self, part).load_state_dict(state[part])
-        self.best = dict(state["best"])
+        self.best, self.comm.path = dict(state["best"]), state["path"]
         self.begin -= state["wall_sec"]
         place = f"pass {self.accounts.passes}, round {self.accounts.rounds}"
         if "ongoing" in state:

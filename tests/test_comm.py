@@ -19,6 +19,7 @@ from hvd_hetero.comm import build
 from hvd_hetero.comm import horovod as comm_horovod
 from hvd_hetero.comm.build import check_mixed_hosts
 from hvd_hetero.comm.horovod import Comm, PeerLost, guarded
+from hvd_hetero.comm.paths import paths_of
 from hvd_hetero.comm.rendezvous import JobEnv, exchange, job_env
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.schema import AggregationConfig
@@ -126,6 +127,21 @@ def two_ranks(device: str) -> Cluster:
 def test_gpu_ranks_cannot_take_the_flat_path() -> None:
     with pytest.raises(ConfigError, match="aggregation.path='flat'.*hierarchical"):
         Comm(two_ranks("cuda"), 0, AggregationConfig(path="flat"))
+
+
+@pytest.mark.parametrize(
+    ("devices", "asked", "ways"),
+    [(("cpu", "cpu"), "measured", ("flat", "hierarchical")), (("cpu", "cpu"), "auto", ("flat",)),
+     (("cuda", "cpu"), "measured", ("hierarchical",)), (("cuda", "cpu"), "auto", ("hierarchical",))],
+)  # fmt: skip
+def test_ways_between_which_a_job_can_choose(devices: tuple[str, str], asked: str, ways: tuple[str, ...]) -> None:
+    facts = tuple(RankFacts(r, "one", r, ("gpu",), "cpu", (0,)) for r in range(3))
+    cluster = Cluster((DeviceClass("a", devices[0], (0,)), DeviceClass("b", devices[1], (1, 2))), facts)
+    assert paths_of(AggregationConfig(path=asked), cluster) == ways
+
+
+def test_where_every_class_is_one_rank_there_is_one_way() -> None:
+    assert paths_of(AggregationConfig(path="measured"), two_ranks("cpu")) == ("flat",)
 
 
 def test_one_global_sum_is_not_cut() -> None:

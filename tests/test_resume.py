@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -173,16 +174,18 @@ def test_on_another_number_of_ranks(copy: Path) -> None:
     before = rows(copy)
     losses = Store(copy).at(before[-1]["round"]).load(0)["rank0"]["sampler"]["losses"]
     settings = [TAU, "run.resume=reshape", "cluster.classes.slow.ranks=[1, 2]", "train.passes=5"]
-    said = run(copy, *settings, "checkpoint.every_sec=0")
+    said = run(copy, *settings, "checkpoint.every_sec=0", "aggregation.path=measured")
     assert "goes on after pass 3" in said and "reshaped" in said
+    assert len(re.findall(r"averages go the (flat|hierarchical) way: flat \S+ ms, hierarchical \S+ ms", said)) == 1
     after = rows(copy)
     assert after[:3] == before and [row["pass"] for row in after] == [1, 2, 3, 4, 5]
     assert after[3]["samples_seen"] > before[2]["samples_seen"] and after[3]["round"] > before[2]["round"]
     assert after[3]["train_loss"] < before[0]["train_loss"], "it went on from the model"
     assert [row["lr"] for row in after] == pytest.approx([0.02] * 3 + [0.01] * 2)
     assert json.loads((copy / "summary.json").read_text())["world_size"] == 3
-    said = run(copy, *settings, "train.passes=4")
+    said = run(copy, *settings, "train.passes=4", "aggregation.path=measured")
     assert "where the run has ended" in said and "train.passes" in said and rows(copy) == after
+    assert "averages go" not in said, "a run that goes on goes on the same way: rounding differs between the two"
     assert torch.isfinite(torch.as_tensor(losses)).sum() > 0
 
 

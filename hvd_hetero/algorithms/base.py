@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from hvd_hetero.cluster import Cluster
 from hvd_hetero.comm.horovod import Comm
-from hvd_hetero.comm.paths import path_of
+from hvd_hetero.comm.paths import paths_of
 from hvd_hetero.comm.rounds import Counts
 from hvd_hetero.config import per_class
 from hvd_hetero.data import Batch
@@ -76,7 +76,7 @@ class Algorithm:
         if mode is not None and mode not in self.modes:
             remedy = nearest(mode, self.modes) if self.modes else "leave it null"
             raise ConfigError("algorithm.mode", mode, f"is no variant of {name}", remedy)
-        path_of(self.aggregation, self.cluster)
+        paths_of(self.aggregation, self.cluster)
         if not self.needs_speeds:
             self.make_plan(None)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from hvd_hetero.comm.finite import SPARE, finite, mark, scale_
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.comm.paths import FLAT
 from hvd_hetero.errors import BadNumbers
 
 
@@ -31,7 +32,7 @@ def average(comm: Comm, state: FlatState, weight: float, name: str = "average") 
     Raises:
         BadNumbers: on all ranks, if no rank's model is good, or if a bad one is to stop the job.
     """
-    if comm.path == "flat":
+    if comm.path == FLAT:
         good, weight, share = scale_(state.vectors, weight), 1.0, weight
     else:
         good, share = finite(state.vectors), 1.0

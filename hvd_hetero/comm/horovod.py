@@ -21,7 +21,7 @@ from hvd_hetero.cluster import Cluster
 from hvd_hetero.comm.build import check_mixed_hosts
 from hvd_hetero.comm.finite import LeftOut
 from hvd_hetero.comm.flat import FlatState
-from hvd_hetero.comm.paths import path_of
+from hvd_hetero.comm.paths import FLAT, paths_of
 from hvd_hetero.pulse import Pulse
 from hvd_hetero.schema import AggregationConfig
 
@@ -45,12 +45,13 @@ class Comm:
 
     Args:
         spec: how weighted sums travel, and what happens if a rank's numbers have gone bad. ``path`` is ``flat`` (scale
-            locally, one global sum; host tensors only), ``hierarchical`` (within classes, among leaders, back), or
-            ``auto`` (flat where all classes are on the CPU).
+            locally, one global sum; host tensors only), ``hierarchical`` (within classes, among leaders, back),
+            ``auto`` (flat where all classes are on the CPU) or ``measured``.
         pulse: told of every collective.
 
     Attributes:
-        path: ``flat`` or ``hierarchical``.
+        paths: those to choose between, one if there is nothing to choose.
+        path: that weighted sums take, ``flat`` or ``hierarchical``; the same on all ranks, changed between two sums.
         left_out: what this rank was left out of.
 
     Raises:
@@ -66,7 +67,8 @@ class Comm:
         mine = cluster.class_of(rank)
         self._peers = mine.ranks
         self._leaders = tuple(sorted(c.ranks[0] for c in cluster.classes))
-        self.path = path_of(spec, cluster)
+        self.paths = paths_of(spec, cluster)
+        self.path = self.paths[0]
         self._chunk_mb = spec.chunk_mb
         members = dict.fromkeys([*(c.ranks for c in cluster.classes), self._leaders])
         sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in members if 1 < len(ranks) < self.size}
@@ -88,7 +90,7 @@ class Comm:
             ranks: those that take part: all, or one class.
         """
         ranks = ranks or tuple(range(self.size))
-        if self.path == "flat" or len(ranks) < self.size or self.size == 1:
+        if self.path == FLAT or len(ranks) < self.size or self.size == 1:
             if weight != 1:
                 vector.mul_(weight)
             self._sum_(vector, ranks, f"{name}.flat")

@@ -1,4 +1,4 @@
-"""Which way weighted sums travel."""
+"""Which ways weighted sums can travel."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from hvd_hetero.cluster import Cluster
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.schema import AggregationConfig
 
+FLAT, HIERARCHICAL = "flat", "hierarchical"
 
-def path_of(spec: AggregationConfig, cluster: Cluster) -> str:
-    """The way that weighted sums take: ``flat`` or ``hierarchical``.
+
+def paths_of(spec: AggregationConfig, cluster: Cluster) -> tuple[str, ...]:
+    """The ways that weighted sums may take, ``flat`` and ``hierarchical``; both, where the faster is to be measured.
 
     Raises:
         ConfigError: these ranks cannot take it, or it does not go with the other settings.
@@ -17,9 +19,12 @@ def path_of(spec: AggregationConfig, cluster: Cluster) -> str:
     if spec.path == "flat" and not on_cpu:
         problem = "host and device tensors cannot be summed in one call"
         raise ConfigError("aggregation.path", spec.path, problem, "set aggregation.path=hierarchical or auto")
-    path = "flat" if spec.path == "flat" or (spec.path == "auto" and on_cpu) else "hierarchical"
-    if spec.chunk_mb is not None and path == "flat":
+    differ = 1 < len(cluster.classes) < cluster.size
+    if spec.path == "measured" and on_cpu and differ:
+        return FLAT, HIERARCHICAL
+    path = HIERARCHICAL if spec.path == HIERARCHICAL or not on_cpu else FLAT
+    if spec.chunk_mb is not None and path == FLAT:
         problem = "one global sum has no stages that could overlap"
         remedy = "set aggregation.path=hierarchical, or leave it null"
         raise ConfigError("aggregation.chunk_mb", spec.chunk_mb, problem, remedy)
-    return path
+    return (path,)
