@@ -114,6 +114,7 @@ class Accounts:
             "batch_size": {c.name: c.batch_size for c in plan.classes},
             "blocked_fraction": self.blocked_fractions(),
             "left_out": self.left_out_of(),
+            "emulation": list(self.emulation),
         }
 
     def blocked_fractions(self) -> dict[str, float]:

@@ -161,6 +161,9 @@ def check_plain(config: Config) -> None:
     if config.delays.distribution is not None:
         problem = "steps that somebody else writes are not delayed"
         raise ConfigError("delays.distribution", config.delays.distribution, problem, "leave it null")
+    if config.aggregation.path == "measured":
+        problem = "a hand-written loop measures nothing"
+        raise ConfigError("aggregation.path", "measured", problem, "set it to auto, flat or hierarchical")
     plain = AggregationConfig()
     for key in ("optimizer_state", "outer_lr", "outer_momentum", "delayed", "mode"):
         value, neutral = getattr(config.aggregation, key), getattr(plain, key)

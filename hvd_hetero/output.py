@@ -24,8 +24,9 @@ numbers, measured speeds and what was done of a pass are not"""
 
 def say_resumed(place: str, over: bool) -> None:
     """Tells where a run goes on, and if it does not because it has come to its end already."""
-    ended = ", where the run has ended: for more, raise its limits (train.passes, train.max_*)" if over else ""
-    print(f"goes on after {place}{ended}", flush=True)
+    print(f"goes on after {place}", flush=True)
+    if over:
+        print("there the run has ended: for more, raise its limits (train.passes, train.max_*)", flush=True)
 
 
 def write_start(folder: RunFolder, config: Config, cluster: Cluster, plan: Plan) -> None:
@@ -58,6 +59,7 @@ def write_summary(
     cluster: Cluster,
     plan: Plan,
     accounts: Accounts,
+    path: str,
     evaluated: Mapping[str, Any],
     begin: float,
 ) -> dict[str, Any]:
@@ -73,6 +75,7 @@ def write_summary(
         "samples_seen": accounts.samples_seen,
         "wall_sec": time.perf_counter() - begin,
         "train_sec": accounts.train_sec,
+        "path": path,
         "eval": dict(evaluated),
         "classes": accounts.classes(plan),
     }

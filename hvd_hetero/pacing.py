@@ -57,11 +57,11 @@ class Pacing:
 
         Args:
             measured: seconds of a local step for the batch sizes given at first, by class.
-            seconds: the work of the pass's rounds took.
+            seconds: that the pass took the fastest class.
         """
         self._passes.append(dict(measured))
         self._seconds += seconds
-        if self._seconds < JUDGED_SEC:
+        if self._seconds < JUDGED_SEC or len(self._passes) == 2:  # of two, the median is no better than either
             return False
         for name, known in self.step_sec.items():
             times = [p[name] for p in self._passes if name in p]

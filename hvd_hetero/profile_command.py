@@ -15,6 +15,7 @@ from hvd_hetero.launch import run_job
 from hvd_hetero.plan import Plan
 from hvd_hetero.profiles import ClassSpeed, Profile, kept_at, key_of
 from hvd_hetero.schema import Config
+from hvd_hetero.speeds import choose_path
 from hvd_hetero.speeds import measurement as measurement_of
 from hvd_hetero.trainer import Trainer
 
@@ -47,6 +48,7 @@ def _measure(files: Sequence[str], overrides: Sequence[str]) -> None:
     together = measurement.classes(batch)
     others = [measurement.classes(size) for size in sizes]
     alone = measurement.alone(batch)
+    choose_path(trainer.algorithm, measurement)
     average_sec = measurement.average_sec()
     if started.env.rank == 0:
         classes = [

@@ -118,20 +118,24 @@ class Measurement:
         restore = self.worker.snapshot()
         times: dict[str, list[float]] = {}
         for path in self.comm.paths * TURNS:
-            self.comm.path = path
-            times.setdefault(path, []).append(self.average_sec())
+            self.comm.take(path)
+            times.setdefault(path, []).append(max(self._averages_sec(AVERAGES // TURNS)))  # the last to have it
         restore()
         found = {path: statistics.median(seconds) for path, seconds in times.items()}
-        self.comm.path = min(found, key=found.__getitem__)
+        self.comm.take(min(found, key=found.__getitem__))
         return found
 
     def average_sec(self) -> float:
         """Seconds of one weighted average that nobody is late for; the model stays as it is, up to rounding."""
+        return min(self._averages_sec(AVERAGES))
+
+    def _averages_sec(self, count: int) -> list[float]:
+        """The median of so many averages, by rank."""
         times = []
-        for _ in range(AVERAGES):
+        for _ in range(count):
             self.comm.barrier("profile.average")
             start = time.perf_counter()
             average(self.comm, self.worker.state, 1 / self.comm.size)
             times.append(time.perf_counter() - start)
         mine = torch.tensor([statistics.median(times)], dtype=torch.float64)
-        return min(float(t) for t in self.comm.gather(mine, "profile.averages"))
+        return [float(t) for t in self.comm.gather(mine, "profile.averages")]

@@ -25,18 +25,14 @@ def measurement(job: Job, worker: Worker, source: Source, comm: Comm) -> Measure
 
 
 def first_plan(job: Job, algorithm: Algorithm, worker: Worker, source: Source, comm: Comm) -> Plan:
-    """The plan that the job begins with; all ranks call it.
+    """The plan that the job begins with, and the way that averages take; all ranks call it.
 
     Raises:
         ConfigError: the measured speeds allow no plan; the same on all ranks.
         RuntimeError: this rank cannot take a step, while the others wait for it.
     """
     cluster = job.cluster
-    if len(comm.paths) > 1:
-        found = measurement(job, worker, source, comm).choose_path()
-        if comm.rank == 0:
-            times = ", ".join(f"{path} {1e3 * sec:.3g} ms" for path, sec in found.items())
-            print(f"averages go the {comm.path} way: {times}", flush=True)
+    choose_path(algorithm, measurement(job, worker, source, comm))
     if not algorithm.needs_speeds:
         return algorithm.make_plan(None)
     if len(cluster.classes) == 1:
@@ -46,6 +42,16 @@ def first_plan(job: Job, algorithm: Algorithm, worker: Worker, source: Source, c
         measured = measurement(job, worker, source, comm).classes(algorithm.batch_size)
         known = {name: figures.step_sec for name, figures in measured.items()}
     return algorithm.make_plan(known)
+
+
+def choose_path(algorithm: Algorithm, measure: Measurement) -> None:
+    """Lets averages take the faster way, where there are two and that is to be measured; all ranks call it."""
+    comm = measure.comm
+    if algorithm.averages and len(comm.paths) > 1:
+        found = measure.choose_path()
+        if comm.rank == 0:
+            times = ", ".join(f"{path} {1e3 * sec:.3g} ms" for path, sec in found.items())
+            print(f"averages go the {comm.path} way: {times}", flush=True)
 
 
 def start_together(algorithm: Algorithm, plan: Plan, worker: Worker, comm: Comm) -> None:

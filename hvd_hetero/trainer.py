@@ -78,7 +78,10 @@ class Trainer:
         if state is not None and reshaped:
             check_fits(state, self.worker, len(self.source))
             self.worker.carry_over(state["worker"])
-        known = None if state is None or reshaped else Plan.from_dict(state["plan"])
+        known = None
+        if state is not None and not reshaped:
+            known = Plan.from_dict(state["plan"])
+            self.comm.take(state["path"])
         self.plan = known or first_plan(self.job, self.algorithm, self.worker, self.source, self.comm)
         check_limits(config.train, self.plan)
         self.comm.agree(self.plan.digest(), "plan", "plan")
@@ -120,7 +123,8 @@ class Trainer:
             return None
         self.progress.close()
         save_model(self.folder.path, self.worker.model)
-        return write_summary(self.folder, config, self.job.cluster, self.plan, accounts, self.best, self.begin)
+        cluster, path = self.job.cluster, comm.path
+        return write_summary(self.folder, config, cluster, self.plan, accounts, path, self.best, self.begin)
 
     # ---- a pass -----------------------------------------------------------------------------------------------------
 
@@ -260,7 +264,7 @@ class Trainer:
     def _restore(self, state: Mapping[str, Any]) -> None:
         for part in ("worker", "algorithm", "accounts"):
             getattr(self, part).load_state_dict(state[part])
-        self.best, self.comm.path = dict(state["best"]), state["path"]
+        self.best = dict(state["best"])
         self.begin -= state["wall_sec"]
         place = f"pass {self.accounts.passes}, round {self.accounts.rounds}"
         if "ongoing" in state:

@@ -164,6 +164,7 @@ SETTINGS: list[tuple[list[str], str, str, str]] = [
     (["aggregation.outer_momentum=2"], "aggregation.outer_momentum", "2.0", "1 or less"),
     (["aggregation.outer_nesterov=true"], "aggregation.outer_nesterov", "True", "aggregation.outer_momentum"),
     (["aggregation.chunk_mb=4"], "aggregation.chunk_mb", "4.0", "aggregation.path=hierarchical"),
+    (["aggregation.path=measure"], "aggregation.path", "'measure'", "measured"),
     (["aggregation.path=nccl"], "aggregation.path", "'nccl'", "hierarchical"),
     (["checkpoint.keep=0"], "checkpoint.keep", "0", "1 or more"),
     (["checkpoint.every=3"], "checkpoint.every", "3", "'checkpoint.every_sec'"),

@@ -119,6 +119,7 @@ def test_refused_before_a_worker_starts(
     ({"algorithm.name": "sync_sgd"}, "algorithm.name"),
     ({"aggregation.outer_momentum": 0.9}, "aggregation.outer_momentum"),
     ({"aggregation.optimizer_state": "reset"}, "aggregation.optimizer_state"),
+    ({"aggregation.path": "measured"}, "aggregation.path"),
 ])  # fmt: skip
 def test_a_hand_written_loop_refuses_what_it_cannot_do(settings: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError) as caught:

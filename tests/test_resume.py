@@ -170,6 +170,18 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy: Path, tmp_path: 
     assert_same(tmp_path / "whole", copy)
 
 
+def on_another_path(folder: Path) -> None:
+    """Changes the newest checkpoint: averages had gone by class."""
+    store = Store(folder)
+    found = store.latest()
+    assert found is not None
+    number, meta = found.meta.round, found.meta
+    states = [found.load(rank) | {"path": "hierarchical"} for rank in range(meta.world_size)]
+    shutil.rmtree(found.path)
+    infos = [store.write_shard(number, rank, state) for rank, state in enumerate(states)]
+    store.commit(number, infos, passes=meta.passes, config_digest=meta.config_digest)
+
+
 def test_on_another_number_of_ranks(copy: Path) -> None:
     before = rows(copy)
     losses = Store(copy).at(before[-1]["round"]).load(0)["rank0"]["sampler"]["losses"]
@@ -183,9 +195,14 @@ def test_on_another_number_of_ranks(copy: Path) -> None:
     assert after[3]["train_loss"] < before[0]["train_loss"], "it went on from the model"
     assert [row["lr"] for row in after] == pytest.approx([0.02] * 3 + [0.01] * 2)
     assert json.loads((copy / "summary.json").read_text())["world_size"] == 3
+    on_another_path(copy)
+    said = run(copy, *settings, "train.passes=6", "checkpoint.every_sec=0", "aggregation.path=measured")
+    summary = json.loads((copy / "summary.json").read_text())
+    assert "averages go" not in said and summary["path"] == "hierarchical", "rounding differs between the two"
+    assert rows(copy)[:5] == after and len(rows(copy)) == 6
+    after = rows(copy)
     said = run(copy, *settings, "train.passes=4", "aggregation.path=measured")
-    assert "where the run has ended" in said and "train.passes" in said and rows(copy) == after
-    assert "averages go" not in said, "a run that goes on goes on the same way: rounding differs between the two"
+    assert "there the run has ended" in said and "train.passes" in said and rows(copy) == after
     assert torch.isfinite(torch.as_tensor(losses)).sum() > 0
 
 

@@ -26,7 +26,7 @@ CLASS_KEYS = {"left_out",
 }
 SUMMARY_KEYS = {
     "algorithm", "world_size", "seed", "emulated", "emulation", "rounds", "passes", "samples_seen", "wall_sec",
-    "train_sec", "eval", "classes",
+    "train_sec", "path", "eval", "classes",
 }
 EVAL_KEYS = {"final_accuracy", "best_accuracy", "final_loss"}
 TIME_KEYS = {"compute", "data", "blocked", "comm"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from hvd_hetero.by_name import accuracy, metric_by_name, optimizer_maker, per_sample_loss, scheduler_maker
 from hvd_hetero.data import TensorSource
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.profiling import measure_step
+from hvd_hetero.profiling import Measurement, measure_step
 from hvd_hetero.worker import Worker, forward
 
 
@@ -151,6 +152,24 @@ def test_measuring_leaves_everything_as_it_was(optimizer: str) -> None:
         mine.local_steps(batches(np.arange(40).reshape(5, 8)), 5)
         results.append([*mine.state.vectors, mine.state.integers(), mine.take_losses(), mine.generator.get_state()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_way_that_the_last_rank_is_done_with_first_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Going by classes rank 0 is done early, and the others wait for what it sends them."""
+    mine = worker()
+    before = [v.clone() for v in mine.state.vectors]
+    taken: list[str] = []
+    comm = SimpleNamespace(paths=("flat", "hierarchical"), take=taken.append)
+
+    def averages_sec(self: Measurement, count: int) -> list[float]:
+        for vector in self.worker.state.vectors:
+            vector.mul_(0.5)
+        return {"flat": [2.0, 2.0, 2.0], "hierarchical": [1.0, 3.0, 3.0]}[taken[-1]]
+
+    monkeypatch.setattr(Measurement, "_averages_sec", averages_sec)
+    found = Measurement(mine, source(), None, comm, 0.1, 1).choose_path()  # type: ignore[arg-type]
+    assert found == {"flat": 2.0, "hierarchical": 3.0} and taken[-1] == "flat" and set(taken) == set(comm.paths)
+    assert all(torch.equal(a, b) for a, b in zip(before, mine.state.vectors, strict=True)), "the model stays as it is"
 
 
 # ---- what is made by name -------------------------------------------------------------------------------------------

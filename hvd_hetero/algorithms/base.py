@@ -81,6 +81,11 @@ class Algorithm:
             self.make_plan(None)
 
     @property
+    def averages(self) -> bool:
+        """Whether ranks meet to average their models, on either path."""
+        return False
+
+    @property
     def drains(self) -> bool:
         """Whether ranks are on their own in a pass, so that meeting them all means to come to rest first."""
         return self.hands_out

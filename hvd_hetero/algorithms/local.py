@@ -61,6 +61,10 @@ class LocalSGD(Algorithm):
         return not isinstance(self.train.tau, Mapping)
 
     @property
+    def averages(self) -> bool:
+        return str(self.aggregation.mode) == BLOCKING
+
+    @property
     def drains(self) -> bool:
         return self.aggregation.mode != BLOCKING or self.too_slow == WAIT_AVOIDING or self.aggregation.delayed
 
@@ -131,7 +135,7 @@ class LocalSGD(Algorithm):
             return self.plan
         slowest = {c: max(step_sec[r] for r in c.ranks) for c in self.plan.training}
         worked = {c: sec for c, sec in slowest.items() if not math.isnan(sec)}
-        pass_sec = self.plan.rounds * max((c.tau * sec for c, sec in worked.items()), default=0.0)
+        pass_sec = self.plan.rounds * min((c.tau * sec for c, sec in worked.items()), default=0.0)
         whole = {c.name: sec * self.batch_size[c.name] / c.batch_size for c, sec in worked.items()}
         if not self.pacing.observe(whole, pass_sec):
             return self.plan

@@ -79,6 +79,10 @@ class Comm:
         self._sets = sets
         self._staging: dict[tuple[torch.dtype, int], Tensor] = {}
 
+    def take(self, path: str) -> None:
+        """Takes this path from now on, if it is one of :attr:`paths`; all ranks are told the same."""
+        self.path = path if path in self.paths else self.path
+
     # ---- the aggregation --------------------------------------------------------------------------------------------
 
     def weighted_sum_(self, vector: Tensor, weight: float, name: str, ranks: tuple[int, ...] | None = None) -> None:

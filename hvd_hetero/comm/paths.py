@@ -23,7 +23,7 @@ def paths_of(spec: AggregationConfig, cluster: Cluster) -> tuple[str, ...]:
     if spec.path == "measured" and on_cpu and differ:
         return FLAT, HIERARCHICAL
     path = HIERARCHICAL if spec.path == HIERARCHICAL or not on_cpu else FLAT
-    if spec.chunk_mb is not None and path == FLAT:
+    if spec.chunk_mb is not None and path == FLAT and spec.path != "measured":
         problem = "one global sum has no stages that could overlap"
         remedy = "set aggregation.path=hierarchical, or leave it null"
         raise ConfigError("aggregation.chunk_mb", spec.chunk_mb, problem, remedy)

@@ -44,7 +44,7 @@ class Run:
         planned = [f"cluster.classes.{c['name']}.slowdown" for c in self.plan.get("classes", ())]
         slow = any(self.settings.get(key, 1) > 1 for key in planned)
         delayed = self.settings.get("delays.distribution") is not None
-        before = (self.summary or {}).get("emulation", ())  # of jobs that this one goes on from
+        before = self.rows[-1].get("emulation", ())  # of jobs that this one goes on from
         return timing.emulation(slow, delayed, before)
 
 
