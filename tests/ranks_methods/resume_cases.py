@@ -36,7 +36,8 @@ class Stops:
 
 def run(case: Case, env: JobEnv, folder: Path, every: int) -> tuple[int, dict[str, Any]]:
     stops, found = 0, None
-    config = load((), {**case.overrides(), "checkpoint.every_rounds": 1, "run.resume": "auto"}, algorithms.method)
+    settings = {"run.dir": str(folder), "run.resume": "auto", "checkpoint.every_rounds": 1}
+    config = load((), {**case.overrides(), **settings}, algorithms.method)
     facts = [RankFacts(rank, "localhost", rank, (), "cpu", (0,)) for rank in range(env.size)]
     cluster = assign(device_classes(config.cluster.classes), facts)
     while True:
