@@ -12,6 +12,8 @@ WORTH = 0.015
 """Share of the cluster's capacity that a change must save; less is noise of the measurement."""
 PASSES = 2
 """In how many judgements on end it must: one disturbed pass changes nothing."""
+TO_MORE = 2
+"""Times as many before a slow class takes more steps: it alone gains, and if they are too many the fast ones wait."""
 PLAIN = 0.1
 """A share so large that once is enough: a class has become slower or faster for all to see."""
 NEW_SHARE = 0.5
@@ -85,7 +87,8 @@ class Pacing:
         """Whether to change over now; asked once a judgement, with the plan for :attr:`step_sec`."""
         saved = self.waste(current) - self.waste(proposed)
         self._in_a_row = self._in_a_row + 1 if saved >= WORTH else 0
-        if self._in_a_row < PASSES:
+        fewer = any(new.tau < old.tau for old, new in zip(current.training, proposed.training, strict=True))
+        if self._in_a_row < PASSES * (1 if fewer else TO_MORE):
             return False
         self._in_a_row = 0
         return True

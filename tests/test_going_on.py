@@ -26,6 +26,7 @@ from hvd_hetero.config import device_classes, load  # noqa: E402
 from hvd_hetero.errors import EXIT_LOST  # noqa: E402
 from hvd_hetero.horovodrun import End, Horovodrun  # noqa: E402
 from hvd_hetero.metrics import METRICS, RunFolder  # noqa: E402
+from hvd_hetero.output import say_resumed  # noqa: E402
 from hvd_hetero.partial_counts import KINDS  # noqa: E402
 from hvd_hetero.passes import Ongoing  # noqa: E402
 from hvd_hetero.plan import make_plan  # noqa: E402
@@ -66,6 +67,13 @@ def test_rows_that_are_gone_are_told_and_not_made_up(tmp_path: Path, capfd: pyte
     (tmp_path / METRICS).write_text("")
     written(tmp_path, ROWS[2:3], keep=size)
     assert "rows are missing" in capfd.readouterr().err and passes(tmp_path) == [3]
+
+
+@pytest.mark.parametrize("over", [True, False])
+def test_a_run_that_has_ended_says_what_would_let_it_go_on(over: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    say_resumed("pass 3, round 6", over)
+    said = capfd.readouterr().out
+    assert "goes on after pass 3, round 6" in said and ("train.passes" in said) == over
 
 
 def test_a_row_that_the_disk_does_not_take_comes_with_the_next_one(
