@@ -87,7 +87,7 @@ class Pacing:
         """Whether to change over now; asked once a judgement, with the plan for :attr:`step_sec`."""
         saved = self.waste(current) - self.waste(proposed)
         self._in_a_row = self._in_a_row + 1 if saved >= WORTH else 0
-        fewer = any(new.tau < old.tau for old, new in zip(current.training, proposed.training, strict=True))
+        fewer = any(new.tau < old.tau for old, new in zip(current.classes, proposed.classes, strict=True))
         if self._in_a_row < PASSES * (1 if fewer else TO_MORE):
             return False
         self._in_a_row = 0

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from hvd_hetero.pacing import BOUND, JUDGED_SEC, NEW_SHARE, PASSES, TO_MORE, Pacing, settled_step_sec
-from hvd_hetero.plan import ClassPlan, Plan, derive_tau
+from hvd_hetero.plan import IDLE, ClassPlan, Plan, derive_tau
 
 BATCH = {"fast": 8, "slow": 8}
 
@@ -56,6 +56,15 @@ def test_a_class_that_speeds_up_a_little_takes_more_steps_when_that_has_lasted_t
     up = drive(Pacing({"fast": 1.0, "slow": 4.8}, BATCH), [4.8] * 5 + [4.0] * 15)
     down = drive(Pacing({"fast": 1.0, "slow": 4.0}, BATCH), [4.0] * 5 + [4.4] * 15)
     assert down[0][0] <= 5 + 2 * PASSES - 1 < up[0][0] <= 5 + TO_MORE * PASSES + 2 and up[-1][1] == 16
+
+
+def test_a_class_that_was_left_out_may_come_back() -> None:
+    """The fastest one has slowed down so much that the other now has its step in a round."""
+    pacing = Pacing({"fast": 1.0, "slow": 60.0}, BATCH)
+    fast = ClassPlan("fast", (0,), 64, 8, 0.9)
+    left_out = Plan((fast, ClassPlan("slow", (1,), 0, 0, 0.0, role=IDLE)), 1)
+    back = Plan((fast, ClassPlan("slow", (1,), 1, 8, 0.1)), 1)
+    assert [pacing.worth(left_out, back) for _ in range(2)] == [False, False]
 
 
 def test_an_estimate_moves_within_bounds() -> None:
