@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hvd_hetero.plan import Plan
+from hvd_hetero.plan import Plan, planned_step_sec
 
 WORTH = 0.015
 """Share of the cluster's capacity that a change must save; less is noise of the measurement."""
@@ -31,11 +31,15 @@ class Pacing:
     Args:
         step_sec: seconds of a local step, by class, as measured before training.
         batch_size: that these are of.
+        margin: of :func:`~hvd_hetero.plan.planned_step_sec`, by which plans are made and judged.
     """
 
-    def __init__(self, step_sec: Mapping[str, float], batch_size: Mapping[str, int]) -> None:
+    def __init__(
+        self, step_sec: Mapping[str, float], batch_size: Mapping[str, int], margin: float = 0.0
+    ) -> None:
         self.step_sec = dict(step_sec)
         self._batch_size = batch_size
+        self._margin = margin
         self._latest = dict(step_sec)
         self._in_a_row = 0
         self._passes: list[dict[str, float]] = []
@@ -100,7 +104,7 @@ class Pacing:
 
     def waste(self, plan: Plan, step_sec: Mapping[str, float] | None = None) -> float:
         """Share of the cluster's capacity that waits: 1 - samples of a round / those it could take without waiting."""
-        times = step_sec or self.step_sec
+        times = planned_step_sec(step_sec or self.step_sec, self._margin)
         sample_sec = {c.name: times[c.name] / self._batch_size[c.name] for c in plan.training}
         round_sec = max(c.tau * c.batch_size * sample_sec[c.name] for c in plan.training)
         capacity = sum(len(c.ranks) / sample_sec[c.name] for c in plan.training)

@@ -109,7 +109,9 @@ class Plan:
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
 
-def derive_tau(tau_fastest: int, step_sec: Mapping[str, float], too_slow: str = ERROR) -> dict[str, int]:
+def derive_tau(
+    tau_fastest: int, step_sec: Mapping[str, float], too_slow: str = ERROR, margin: float = 0.0
+) -> dict[str, int]:
     """tau_g = max(1, round(tau_fastest * r_g)) with r_g = t_fastest / t_g (method: local steps).
 
     Args:
@@ -117,6 +119,7 @@ def derive_tau(tau_fastest: int, step_sec: Mapping[str, float], too_slow: str = 
         step_sec: seconds of one local step, by class.
         too_slow: what becomes of a class that cannot finish one step in a round: ``error``; ``leave_out``, tau 0; else
             tau 1.
+        margin: r_g is that of :func:`planned_step_sec`.
 
     Raises:
         ConfigError: there is such a class, and that is an error.
@@ -129,8 +132,20 @@ def derive_tau(tau_fastest: int, step_sec: Mapping[str, float], too_slow: str = 
             remedy = f"set train.tau={least} or more, a smaller train.batch_size for {name}, or cluster.too_slow"
             raise ConfigError("train.tau", tau_fastest, problem, remedy)
     fastest = min(step_sec.values())
-    taus = {name: max(1, math.floor(tau_fastest * fastest / sec + 0.5)) for name, sec in step_sec.items()}
+    planned = planned_step_sec(step_sec, margin)
+    taus = {name: max(1, math.floor(tau_fastest * fastest / sec + 0.5)) for name, sec in planned.items()}
     return taus | dict.fromkeys(late if too_slow == LEAVE_OUT else (), 0)
+
+
+def planned_step_sec(step_sec: Mapping[str, float], margin: float) -> dict[str, float]:
+    """t_g / (1 - margin (1 - r_g)): what a slower class's step is planned to take, so that it is done a little early.
+
+    Rounds vary, and each lasts as long as its latest rank: planned by average times, fast ranks would wait in every
+    other one. A slow rank that waits costs the cluster less than a fast one, in the measure in which it is slower; a
+    class that is as fast as the fastest gets no margin.
+    """
+    fastest = min(step_sec.values())
+    return {name: sec / (1 - margin * (1 - fastest / sec)) for name, sec in step_sec.items()}
 
 
 def too_slow_classes(tau_fastest: int, step_sec: Mapping[str, float]) -> dict[str, float]:

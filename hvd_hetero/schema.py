@@ -85,6 +85,7 @@ class TrainConfig:
     max_train_sec: Optional[float] = _key(None, above=0)  # noqa: UP045
     epoch: str = _key("pass", choices=("pass", "fast_steps"))
     tau: Any = 128
+    tau_margin: float = _key(0.1, at_least=0, at_most=0.5)
     adapt_tau: bool = True
     loss: str = "cross_entropy"
     loss_args: dict[str, Any] = _key({"label_smoothing": 0.1})

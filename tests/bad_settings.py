@@ -135,6 +135,7 @@ SETTINGS: list[tuple[list[str], str, str, str]] = [
     (["train.max_fast_steps=100"], "train.max_fast_steps", "100", "128 or more"),
     (["train.tau={fast: 32, slow: 32}", "train.max_samples=31"], "train.max_samples", "31", "256 or more"),
     (["train.epoch=steps"], "train.epoch", "'steps'", "fast_steps"),
+    (["train.tau_margin=0.6"], "train.tau_margin", "0.6", "0.5 or less"),
     (["train.adapt_tau=2"], "train.adapt_tau", "2", "bool"),
     (["train.lr=.nan"], "train.lr", "nan", "finite"),
     (["train.lr=${oc.env:NOT_THERE}"], "train.lr", "'${oc.env:NOT_THERE}'", "correct what stands in"),

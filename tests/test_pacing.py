@@ -58,6 +58,14 @@ def test_a_class_that_speeds_up_a_little_takes_more_steps_when_that_has_lasted_t
     assert down[0][0] <= 5 + 2 * PASSES - 1 < up[0][0] <= 5 + TO_MORE * PASSES + 2 and up[-1][1] == 16
 
 
+def test_a_plan_without_its_margin_is_given_one_and_then_left_alone() -> None:
+    pacing = Pacing({"fast": 1.0, "slow": 8.0}, BATCH, margin=0.2)
+    matched, early = plan_for(pacing), plan_for(pacing, {"fast": 1.0, "slow": 8.0 / (1 - 0.2 * 7 / 8)})
+    assert [c.tau for c in (*matched.training, *early.training)] == [64, 8, 64, 7]
+    assert [pacing.worth(matched, early) for _ in range(PASSES)] == [False] * (PASSES - 1) + [True]
+    assert not any(pacing.worth(early, matched) for _ in range(5 * TO_MORE * PASSES))
+
+
 def test_a_class_that_was_left_out_may_come_back() -> None:
     """The fastest one has slowed down so much that the other now has its step in a round."""
     pacing = Pacing({"fast": 1.0, "slow": 60.0}, BATCH)

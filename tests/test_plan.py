@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from hvd_hetero.cluster import Cluster, DeviceClass, RankFacts
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.plan import Plan, apportion, check_bias_to, check_least_round, derive_tau, make_plan
+from hvd_hetero.plan import (
+    Plan,
+    apportion,
+    check_bias_to,
+    check_least_round,
+    derive_tau,
+    make_plan,
+    planned_step_sec,
+)
 
 
 def cluster(**ranks: int) -> Cluster:
@@ -47,6 +55,15 @@ def plan(samples: int, workers: Counts, tau: Counts, batch: Counts, **how: Any) 
 ])
 def test_tau_follows_the_measured_ratio(tau: int, seconds: dict[str, float], expected: dict[str, int]) -> None:
     assert derive_tau(tau, seconds) == expected
+
+
+def test_slower_classes_are_planned_to_be_done_early_by_a_margin() -> None:
+    """t / (1 - margin (1 - r)): all of it for a very slow class, half of it for one half as fast, none at r = 1."""
+    planned = planned_step_sec({"fast": 1.0, "same": 1.0, "half": 2.0, "slow": 1000.0}, 0.2)
+    assert planned == pytest.approx({"fast": 1.0, "same": 1.0, "half": 2.0 / 0.9, "slow": 1000.0 / 0.8002})
+    seconds = {"fast": 1.0, "half": 2.0, "slow": 10.0}
+    assert derive_tau(100, seconds, margin=0.2) == {"fast": 100, "half": 45, "slow": 8}
+    assert derive_tau(10, {"fast": 1.0, "slow": 10.0}, margin=0.5)["slow"] == 1, "a margin makes no class too slow"
 
 
 def test_a_class_too_slow_for_one_step_is_refused_with_the_ways_out() -> None:

@@ -66,6 +66,8 @@ def test_every_method_without_jitter_and_communication() -> None:
     assert local.tau == {"fast": 16, "slow": 2} and local.averages == 3 * 20
     assert local.seconds == pytest.approx(3 * 20 * 0.016) and local.samples == 3 * 1440
     assert local.blocked == pytest.approx({"fast": 0, "slow": 0})
+    early = scenario(["train.tau=80"]).local(80)  # with a tenth of 7/8 as margin: 9 steps of 8 ms, not 10
+    assert early.tau == {"fast": 80, "slow": 9} and early.blocked == pytest.approx({"fast": 0, "slow": 0.1})
     byteps = rows["byteps"]
     assert byteps.seconds == pytest.approx(alone.seconds) and byteps.blocked == pytest.approx({"fast": 0, "slow": 1})
     dlb = rows["dlb"]  # first 4 and 4; then 7 and 1, which take 1.75 and 2 ms

@@ -92,7 +92,7 @@ class LocalSGD(Algorithm):
         if isinstance(self.train.tau, Mapping):
             return per_class("train.tau", self.train.tau, [c.name for c in self.cluster.classes])
         assert step_sec is not None
-        return derive_tau(self.train.tau, step_sec, self.too_slow)
+        return derive_tau(self.train.tau, step_sec, self.too_slow, self.train.tau_margin)
 
     def make_plan(self, step_sec: Mapping[str, float] | None) -> Plan:
         batch = self.batch_size
@@ -127,7 +127,7 @@ class LocalSGD(Algorithm):
         elif spec.delayed:
             self.delayed = Delayed(worker, comm)
         adapts = self.train.adapt_tau and self.needs_speeds and len(measured) > 1
-        self.pacing = Pacing(measured, self.batch_size) if adapts else None
+        self.pacing = Pacing(measured, self.batch_size, self.train.tau_margin) if adapts else None
 
     def replan(self, step_sec: Sequence[float]) -> Plan:
         """Derives tau anew from the pass's own step times, where that leaves clearly less of the cluster waiting."""

@@ -155,7 +155,7 @@ class Scenario:
         if policy == SHRINK:
             batch = shrink_batches(tau, step, batch)
             step = {name: sec * batch[name] / self.batch_size[name] for name, sec in step.items()}
-        plan = self._plan(derive_tau(tau, step, policy), batch)
+        plan = self._plan(derive_tau(tau, step, policy, self.config.train.tau_margin), batch)
         return self._averaging(plan, SOLO if late and policy == WAIT_AVOIDING else mode)
 
     def _averaging(self, plan: Plan, mode: str | None = None) -> Prediction:
