@@ -111,6 +111,7 @@ class Accounts:
             "round": self.rounds,
             "samples_seen": self.samples_seen,
             "train_sec": self.train_sec,
+            "tau": {c.name: c.tau for c in plan.classes},
             "batch_size": {c.name: c.batch_size for c in plan.classes},
             "blocked_fraction": self.blocked_fractions(),
             "left_out": self.left_out_of(),

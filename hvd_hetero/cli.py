@@ -104,6 +104,7 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", metavar="FILE", help="what hvd-hetero profile measured")
     parser.add_argument("--step-ms", metavar="CLASS=MS,...", help="milliseconds of a local step, in place of measured")
     parser.add_argument("--jitter", metavar="CLASS=SHARE,...", help="standard deviation of a step over its mean")
+    parser.add_argument("--jitter-law", metavar="LAW", help="of steps: lognormal (default), normal or none")
     parser.add_argument("--latency-ms", type=float, metavar="MS", help="of the link between ranks")
     parser.add_argument("--bandwidth-mbit", type=float, metavar="MBIT", help="of the link between ranks, per second")
     parser.add_argument("--params", type=int, metavar="N", help="parameters of the model, 4 bytes each; or")

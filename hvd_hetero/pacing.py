@@ -20,6 +20,8 @@ NEW_SHARE = 0.5
 """Weight of what was measured last in the running estimate."""
 BOUND = 4.0
 """By which factor at most an estimate changes at once, up or down: one measurement may be worth nothing."""
+JUDGED_MARGIN = 0.5
+"""Share of the margin with which plans are judged: that between this and all of it is the dead band of small drifts."""
 CHUNKS = 8
 JUDGED_SEC = 2.0
 """Passes shorter than this are judged together: a fraction of a second tells a machine's moods from nothing."""
@@ -31,7 +33,7 @@ class Pacing:
     Args:
         step_sec: seconds of a local step, by class, as measured before training.
         batch_size: that these are of.
-        margin: of :func:`~hvd_hetero.plan.planned_step_sec`, by which plans are made and judged.
+        margin: of :func:`~hvd_hetero.plan.planned_step_sec`, with which plans are made.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class Pacing:
     ) -> None:
         self.step_sec = dict(step_sec)
         self._batch_size = batch_size
-        self._margin = margin
+        self._margin = JUDGED_MARGIN * margin
         self._latest = dict(step_sec)
         self._in_a_row = 0
         self._passes: list[dict[str, float]] = []
@@ -82,15 +84,14 @@ class Pacing:
 
         Asked before :meth:`worth`, with the plan for :attr:`latest`.
         """
-        if self.waste(current, self._latest) - self.waste(proposed, self._latest) < PLAIN:
+        if self.saved(current, proposed, self._latest) < PLAIN:
             return False
         self.step_sec, self._in_a_row = dict(self._latest), 0
         return True
 
     def worth(self, current: Plan, proposed: Plan) -> bool:
         """Whether to change over now; asked once a judgement, with the plan for :attr:`step_sec`."""
-        saved = self.waste(current) - self.waste(proposed)
-        self._in_a_row = self._in_a_row + 1 if saved >= WORTH else 0
+        self._in_a_row = self._in_a_row + 1 if self.saved(current, proposed) >= WORTH else 0
         fewer = any(new.tau < old.tau for old, new in zip(current.classes, proposed.classes, strict=True))
         if self._in_a_row < PASSES * (1 if fewer else TO_MORE):
             return False
@@ -102,8 +103,15 @@ class Pacing:
         """The step times that were measured last, within :data:`BOUND` of the estimate before."""
         return dict(self._latest)
 
+    def saved(self, current: Plan, proposed: Plan, step_sec: Mapping[str, float] | None = None) -> float:
+        """By how much less of the cluster's capacity would wait."""
+        return self.waste(current, step_sec) - self.waste(proposed, step_sec)
+
     def waste(self, plan: Plan, step_sec: Mapping[str, float] | None = None) -> float:
-        """Share of the cluster's capacity that waits: 1 - samples of a round / those it could take without waiting."""
+        """Share of the cluster's capacity that waits: 1 - samples of a round / those it could take without waiting.
+
+        Slower classes count as taking longer by :data:`JUDGED_MARGIN` of the margin.
+        """
         times = planned_step_sec(step_sec or self.step_sec, self._margin)
         sample_sec = {c.name: times[c.name] / self._batch_size[c.name] for c in plan.training}
         round_sec = max(c.tau * c.batch_size * sample_sec[c.name] for c in plan.training)

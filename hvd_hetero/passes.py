@@ -228,10 +228,10 @@ class RoundLaps:
         return self._before / worked.steps if worked.steps else float("nan")
 
 
-def say_taus(old: Plan, new: Plan) -> None:
-    """Tells what has changed between two plans, and why."""
+def say_taus(old: Plan, new: Plan, reason: str) -> None:
+    """Tells which taus have changed between two plans, by what speeds, and why."""
     pairs = zip(old.classes, new.classes, strict=True)
     changes = [f"tau of {a.name} {a.tau} -> {b.tau}" for a, b in pairs if a.tau != b.tau]
     if changes:
         steps = ", ".join(f"{c.name} {1e3 * c.step_sec:.3g} ms" for c in new.classes if c.step_sec is not None)
-        print(f"{', '.join(changes)}: a step now takes {steps}", flush=True)
+        print(f"{', '.join(changes)}: a step now takes {steps}; {reason}", flush=True)

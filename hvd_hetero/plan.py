@@ -112,14 +112,14 @@ class Plan:
 def derive_tau(
     tau_fastest: int, step_sec: Mapping[str, float], too_slow: str = ERROR, margin: float = 0.0
 ) -> dict[str, int]:
-    """tau_g = max(1, round(tau_fastest * r_g)) with r_g = t_fastest / t_g (method: local steps).
+    """tau_g = max(1, round(tau_fastest * t_fastest / t_g)) (method: local steps).
 
     Args:
         tau_fastest: local steps of the fastest class.
         step_sec: seconds of one local step, by class.
         too_slow: what becomes of a class that cannot finish one step in a round: ``error``; ``leave_out``, tau 0; else
             tau 1.
-        margin: r_g is that of :func:`planned_step_sec`.
+        margin: t_g is that of :func:`planned_step_sec`; 0: as measured, which is the method's own rule.
 
     Raises:
         ConfigError: there is such a class, and that is an error.
@@ -141,8 +141,8 @@ def planned_step_sec(step_sec: Mapping[str, float], margin: float) -> dict[str, 
     """t_g / (1 - margin (1 - r_g)): what a slower class's step is planned to take, so that it is done a little early.
 
     Rounds vary, and each lasts as long as its latest rank: planned by average times, fast ranks would wait in every
-    other one. A slow rank that waits costs the cluster less than a fast one, in the measure in which it is slower; a
-    class that is as fast as the fastest gets no margin.
+    other one. At equal batches a slow rank that waits costs the cluster less than a fast one, in the measure in which
+    it is slower; a class that is as fast as the fastest gets no margin. (r_g = t_fastest / t_g, as measured.)
     """
     fastest = min(step_sec.values())
     return {name: sec / (1 - margin * (1 - fastest / sec)) for name, sec in step_sec.items()}
@@ -156,16 +156,19 @@ def too_slow_classes(tau_fastest: int, step_sec: Mapping[str, float]) -> dict[st
 
 
 def shrink_batches(
-    tau_fastest: int, step_sec: Mapping[str, float], batch_size: Mapping[str, int]
+    tau_fastest: int, step_sec: Mapping[str, float], batch_size: Mapping[str, int], margin: float = 0.0
 ) -> dict[str, int]:
     """Batches with which classes that are too slow finish one step in a round, if a step's time goes with its batch.
+
+    The margin is that of :func:`planned_step_sec`.
 
     Raises:
         ConfigError: one sample takes too long.
     """
     shrunk = dict(batch_size)
     for name, times in too_slow_classes(tau_fastest, step_sec).items():
-        shrunk[name] = math.floor(batch_size[name] * tau_fastest / times)
+        planned = planned_step_sec(step_sec, margin)[name] / min(step_sec.values())
+        shrunk[name] = math.floor(batch_size[name] * tau_fastest / planned)
         if shrunk[name] < 1:
             problem = f"class {name} is {times:.1f} times slower: not even a batch of one fits into a round"
             raise ConfigError("cluster.too_slow", SHRINK, problem, "set a larger train.tau, or leave_out")

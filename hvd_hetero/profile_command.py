@@ -47,7 +47,7 @@ def _measure(files: Sequence[str], overrides: Sequence[str]) -> None:
     sizes = [{name: max(1, min(most, int(size * factor))) for name, size in batch.items()} for factor in FACTORS]
     together = measurement.classes(batch)
     others = [measurement.classes(size) for size in sizes]
-    alone = measurement.alone(batch)
+    alone, others_alone = measurement.alone(batch), [measurement.alone(size) for size in sizes]
     choose_path(trainer.algorithm, measurement)
     average_sec = measurement.average_sec()
     if started.env.rank == 0:
@@ -62,6 +62,8 @@ def _measure(files: Sequence[str], overrides: Sequence[str]) -> None:
                 {str(size[c.name]): found[c.name].step_sec for size, found in zip(sizes, others, strict=True)}
                 | {str(batch[c.name]): together[c.name].step_sec},
                 together[c.name].jitter,
+                {str(size[c.name]): found[c.name] for size, found in zip(sizes, others_alone, strict=True)}
+                | {str(batch[c.name]): alone[c.name]},
             )
             for c in cluster.classes
         ]
@@ -80,7 +82,7 @@ def _measure(files: Sequence[str], overrides: Sequence[str]) -> None:
             classes,
             average_sec,
             {c.name: c.tau for c in plan.classes},
-            predicted_blocked(plan, step_sec, average_sec),
+            predicted_blocked(plan, step_sec, average_sec) if trainer.algorithm.waits(step_sec) else {},
         )
         path = kept_at(kept.key) if config.profile.file is None else Path(config.profile.file)
         kept.save(path)
@@ -90,19 +92,25 @@ def _measure(files: Sequence[str], overrides: Sequence[str]) -> None:
 
 
 def predicted_blocked(plan: Plan, step_sec: Mapping[str, float], average_sec: float) -> dict[str, float]:
-    """Each training class's share of a round in which it waits for the slowest one, if no step jitters."""
-    work = {c.name: c.tau * step_sec[c.name] for c in plan.training}
+    """Each training class's share of a round in which it waits for the slowest one, if no step jitters.
+
+    Args:
+        step_sec: where the plan does not say how long a step of its own batches takes.
+    """
+    work = {c.name: c.tau * (c.step_sec or step_sec[c.name]) for c in plan.training}
     longest = max(work.values(), default=0.0)
     return {name: (longest - sec) / (longest + average_sec) for name, sec in work.items()}
 
 
 def _table(kept: Profile) -> str:
-    fastest = min(c.step_sec / c.batch_size for c in kept.classes)
+    fastest = min(c.step_sec for c in kept.classes)
     lines = ["class | device | ranks | batch | step ms | alone | jitter | r | tau | blocked, predicted | other batches"]
     for c in kept.classes:
-        ratio = fastest / (c.step_sec / c.batch_size)
+        ratio = fastest / c.step_sec
         sizes = {size: sec for size, sec in c.by_batch.items() if size != str(c.batch_size)}
-        others = ", ".join(f"{size}: {1e3 * sec:.3g} ms" for size, sec in sizes.items())
+        others = ", ".join(
+            f"{size}: {1e3 * sec:.3g} ms (alone {1e3 * c.by_batch_alone[size]:.3g})" for size, sec in sizes.items()
+        )
         blocked = f"{100 * kept.predicted_blocked[c.name]:.1f} %" if c.name in kept.predicted_blocked else "-"
         lines.append(
             f"{c.name} | {kept.key['device'][c.name]} | {c.ranks} | {c.batch_size} | {1e3 * c.step_sec:.3g} | "

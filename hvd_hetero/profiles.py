@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ class ClassSpeed:
         step_sec: of one local step with all classes running at once; ``step_sec_alone``: with this one alone.
         by_batch: seconds of a step for other batch sizes, all classes running.
         jitter: standard deviation of a step's time over its mean.
+        by_batch_alone: as ``by_batch``, all other ranks waiting.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ClassSpeed:
     step_sec_alone: float
     by_batch: dict[str, float]
     jitter: float
+    by_batch_alone: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,7 @@ class Trainer:
             self.comm.agree(new.digest(), "plan", "plan")
             if self.folder is not None:
                 self.folder.write("plan.json", new.to_dict())
-                say_taus(plan, new)
+                say_taus(plan, new, self.algorithm.reason)
             if self.feed.sampler is not None:
                 self.feed.sampler.biased = new.biased(self.config.sampling.bias_to)
         return new

@@ -14,7 +14,7 @@ import torch
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
 PROGRAMS = sorted(path.name for path in BENCH.iterdir() if path.is_file() and not path.suffix)
-NEED_A_LAB = ("blocked", "efficiency", "jitter", "methods", "peers", "speedup")
+NEED_A_LAB = ("blocked", "efficiency", "followed", "jitter", "methods", "peers", "speedup")
 
 Run = Callable[..., Any]
 

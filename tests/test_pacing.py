@@ -12,8 +12,8 @@ from hvd_hetero.plan import IDLE, ClassPlan, Plan, derive_tau
 BATCH = {"fast": 8, "slow": 8}
 
 
-def plan_for(pacing: Pacing, step_sec: dict[str, float] | None = None) -> Plan:
-    taus = derive_tau(64, step_sec or pacing.step_sec)
+def plan_for(pacing: Pacing, step_sec: dict[str, float] | None = None, margin: float = 0.0) -> Plan:
+    taus = derive_tau(64, step_sec or pacing.step_sec, margin=margin)
     return Plan(tuple(ClassPlan(name, (rank,), tau, 8, 0.5) for rank, (name, tau) in enumerate(taus.items())), 1)
 
 
@@ -25,16 +25,18 @@ def test_waste_is_the_share_of_the_capacity_that_waits() -> None:
     assert pacing.waste(late) == pytest.approx(1 - (64 + 16) / (128 + 16))
 
 
-def drive(pacing: Pacing, slow: list[float], pass_sec: float = JUDGED_SEC) -> list[tuple[int, int]]:
+def drive(
+    pacing: Pacing, slow: list[float], pass_sec: float = JUDGED_SEC, margin: float = 0.0
+) -> list[tuple[int, int]]:
     """The passes in which tau of the slow class changed, and to what."""
-    current, changes = plan_for(pacing), []
+    current, changes = plan_for(pacing, margin=margin), []
     for number, seconds in enumerate(slow):
         if not pacing.observe({"fast": 1.0, "slow": seconds}, pass_sec):
             continue
-        latest = plan_for(pacing, pacing.latest)
+        latest = plan_for(pacing, pacing.latest, margin)
         new = latest if pacing.plainly(current, latest) else None
-        if new is None and pacing.worth(current, plan_for(pacing)):
-            new = plan_for(pacing)
+        if new is None and pacing.worth(current, plan_for(pacing, margin=margin)):
+            new = plan_for(pacing, margin=margin)
         if new is not None:
             current = new
             changes.append((number, current.of_rank(1).tau))
@@ -66,6 +68,14 @@ def test_a_plan_without_its_margin_is_given_one_and_then_left_alone() -> None:
     assert not any(pacing.worth(early, matched) for _ in range(5 * TO_MORE * PASSES))
 
 
+def test_half_of_the_margin_is_a_dead_band() -> None:
+    """At 8.4 the whole margin would ask for 6 steps; but 7 are done in time."""
+    drifted = Pacing({"fast": 1.0, "slow": 8.4}, BATCH, margin=0.2)
+    early, earlier = plan_for(drifted, {"fast": 1.0, "slow": 8.0}, 0.2), plan_for(drifted, margin=0.2)
+    assert [early.of_rank(1).tau, earlier.of_rank(1).tau] == [7, 6]
+    assert not any(drifted.worth(early, earlier) for _ in range(5 * PASSES))
+
+
 def test_a_class_that_was_left_out_may_come_back() -> None:
     """The fastest one has slowed down so much that the other now has its step in a round."""
     pacing = Pacing({"fast": 1.0, "slow": 60.0}, BATCH)
@@ -81,18 +91,20 @@ def test_an_estimate_moves_within_bounds() -> None:
     assert pacing.latest["slow"] == 4.0 * BOUND
 
 
-def test_one_disturbed_pass_and_a_little_noise_change_nothing() -> None:
+@pytest.mark.parametrize("margin", [0.0, 0.1])
+def test_one_disturbed_pass_and_a_little_noise_change_nothing(margin: float) -> None:
     noise = [8.0 * (1.01 if number % 2 else 0.99) for number in range(30)]
     noise[10] = 8.0 * 1.09
-    assert drive(Pacing({"fast": 1.0, "slow": 8.0}, BATCH), noise) == []
+    assert drive(Pacing({"fast": 1.0, "slow": 8.0}, BATCH, margin), noise, margin=margin) == []
     assert 0 < NEW_SHARE < 1
 
 
-def test_short_passes_are_judged_together_by_their_median() -> None:
+@pytest.mark.parametrize("margin", [0.0, 0.1])
+def test_short_passes_are_judged_together_by_their_median(margin: float) -> None:
     """An emulated rank on a busy machine: a third off from one quarter of a second to the next."""
     noise = [8.0 * (1 + (0.35, -0.3, 0.1, 0.0, -0.1)[number % 5]) for number in range(200)]
-    assert drive(Pacing({"fast": 1.0, "slow": 8.0}, BATCH), noise, JUDGED_SEC / 8) == []
-    assert drive(Pacing({"fast": 1.0, "slow": 8.0}, BATCH), noise) != [], "were each of them judged for itself"
+    assert drive(Pacing({"fast": 1.0, "slow": 8.0}, BATCH, margin), noise, JUDGED_SEC / 8, margin) == []
+    assert drive(Pacing({"fast": 1.0, "slow": 8.0}, BATCH, margin), noise, margin=margin) != [], "each for itself"
 
 
 def test_short_passes_that_show_a_new_speed_are_believed_when_there_are_enough() -> None:

@@ -66,8 +66,10 @@ def test_every_method_without_jitter_and_communication() -> None:
     assert local.tau == {"fast": 16, "slow": 2} and local.averages == 3 * 20
     assert local.seconds == pytest.approx(3 * 20 * 0.016) and local.samples == 3 * 1440
     assert local.blocked == pytest.approx({"fast": 0, "slow": 0})
-    early = scenario(["train.tau=80"]).local(80)  # with a tenth of 7/8 as margin: 9 steps of 8 ms, not 10
+    rows_80 = by_label(scenario(["train.tau=80"]).methods())
+    early, solo = rows_80["unbalanced, biased local SGD"], rows_80["biased local SGD, solo"]
     assert early.tau == {"fast": 80, "slow": 9} and early.blocked == pytest.approx({"fast": 0, "slow": 0.1})
+    assert solo.tau == {"fast": 80, "slow": 10}, "nobody waits for it: no margin of a tenth of 7/8"
     byteps = rows["byteps"]
     assert byteps.seconds == pytest.approx(alone.seconds) and byteps.blocked == pytest.approx({"fast": 0, "slow": 1})
     dlb = rows["dlb"]  # first 4 and 4; then 7 and 1, which take 1.75 and 2 ms
@@ -206,6 +208,15 @@ def test_the_seed_decides(capsys: pytest.CaptureFixture[str]) -> None:
     assert said[0] == said[1] != said[2]
 
 
+def test_how_steps_vary_may_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    said = {}
+    for law in ("none", "normal", "lognormal", None):
+        words = ["--jitter", "fast=0.2,slow=0.1", *([] if law is None else ["--jitter-law", law])]
+        assert main(["plan", *EQUAL, *SPEEDS, *words]) == 0
+        said[law] = capsys.readouterr().out
+    assert said[None] == said["lognormal"] and len({said["none"], said["normal"], said["lognormal"]}) == 3
+
+
 def test_the_configuration_may_name_more_ranks_than_were_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,6 +264,7 @@ def test_the_methods_are_those_of_the_registry() -> None:
     (["--step-ms", "fast=1,slow"], "'slow' is not CLASS=NUMBER"),
     (["--step-ms", "fast=1,fast=2,slow=8"], "names fast twice"),
     (["--jitter", "fast=-0.1"], "is not between 0 and 2"),
+    (["--jitter-law", "gamma"], "--jitter-law='gamma': is no law of steps"),
     (["--jitter", "slow=3"], "is not between 0 and 2 for class slow"),
     (["--latency-ms", "-1"], "--latency-ms=-1.0: is not 0 or more"),
     (["--bandwidth-mbit", "0"], "--bandwidth-mbit=0.0: is not a number above 0"),

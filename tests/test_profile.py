@@ -35,7 +35,9 @@ def test_what_is_kept(kept: tuple[Path, str]) -> None:
     assert min(steps.values()) > 0
     ratios = {name: min(steps.values()) / sec for name, sec in steps.items()}
     assert content["tau"] == {name: max(1, round(32 * r * (1 - 0.1 * (1 - r)))) for name, r in ratios.items()}
-    assert set(classes["b"]["by_batch"]) == {"2", "4", "8"} and classes["b"]["step_sec_alone"] > 0
+    assert set(classes["b"]["by_batch"]) == {"2", "4", "8"} == set(classes["b"]["by_batch_alone"])
+    assert min(classes["b"]["by_batch_alone"].values()) > 0
+    assert classes["b"]["by_batch_alone"]["4"] == classes["b"]["step_sec_alone"]
     assert content["samples"] == 1438 and content["parameters"] == 64 * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10
     assert content["average_sec"] > 0 and all(0 <= share < 1 for share in content["predicted_blocked"].values())
     assert "a | " in kept[1] and str(kept[0]) in kept[1]

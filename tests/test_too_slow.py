@@ -44,6 +44,8 @@ def test_left_out_it_takes_no_steps_and_has_no_weight() -> None:
 def test_a_shrunk_batch_fits_into_a_round_and_weighs_as_much_as_its_samples() -> None:
     batch = shrink_batches(32, STEP_SEC, BATCH)
     assert batch == {"fast": 32, "mid": 32, "slow": 20}, "20.48 samples in 0.32 s"
+    with_margin = shrink_batches(32, STEP_SEC, BATCH, 0.1)
+    assert with_margin == {"fast": 32, "mid": 32, "slow": 18}, "18.47 samples in 0.32 s, less 9.8 %"
     taus = {"fast": 32, "mid": 8, "slow": 1}
     plan = make_plan(CLUSTER, 10_000, taus, batch, weights="steps", whole_batch=BATCH)
     samples = [c.tau * c.batch_size for c in plan.classes]

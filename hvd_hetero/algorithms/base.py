@@ -40,12 +40,14 @@ class Algorithm:
         modes: what ``algorithm.mode`` may be, where the method has variants.
         hands_out: whether ranks get the samples of a pass bit by bit, so that no class has a part of its own.
         plan: the one followed now, and ``mine``, this rank's part of it; both from :meth:`start` on.
+        reason: why :meth:`replan` last changed it, for a person to read.
     """
 
     Options: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
     defaults: ClassVar[Mapping[str, str]] = {"sampling.scheme": "uniform", "aggregation.weights": "uniform"}
     modes: ClassVar[Sequence[str]] = ()
     hands_out: ClassVar[bool] = False
+    reason: str = ""
 
     def __init__(
         self,
@@ -84,6 +86,10 @@ class Algorithm:
     def averages(self) -> bool:
         """Whether ranks meet to average their models, on either path."""
         return False
+
+    def waits(self, step_sec: Mapping[str, float]) -> bool:
+        """Whether a round waits for the slowest class, at these speeds."""
+        return not self.hands_out
 
     @property
     def drains(self) -> bool:

@@ -3,7 +3,7 @@
 A round, on worker i of class g, from the common model x::
 
     x_i = x
-    repeat tau_g times:                 # tau_g = max(1, round(tau_fast * t_fast / t_g)): nobody waits
+    repeat tau_g times:                 # tau_g = max(1, round(tau_fast * t_fast / t_g)), and see train.tau_margin
         draw a mini-batch of B_g samples from the worker's share of the pass
         x_i = x_i - lr * gradient(x_i)
     x = sum_i w_i x_i                   # w_i = tau_i / sum_j tau_j (eq. 4): faster workers weigh more

@@ -92,12 +92,20 @@ class LocalSGD(Algorithm):
         if isinstance(self.train.tau, Mapping):
             return per_class("train.tau", self.train.tau, [c.name for c in self.cluster.classes])
         assert step_sec is not None
-        return derive_tau(self.train.tau, step_sec, self.too_slow, self.train.tau_margin)
+        return derive_tau(self.train.tau, step_sec, self.too_slow, self._margin(step_sec))
+
+    def waits(self, step_sec: Mapping[str, float]) -> bool:
+        solo = self.needs_speeds and self.too_slow == WAIT_AVOIDING and too_slow_classes(self.train.tau, step_sec)
+        return self.aggregation.mode == BLOCKING and self.merging is None and not solo
+
+    def _margin(self, step_sec: Mapping[str, float]) -> float:
+        """None where nobody waits for a late class: one that is early would end the pass early, for all."""
+        return self.train.tau_margin if self.waits(step_sec) else 0.0
 
     def make_plan(self, step_sec: Mapping[str, float] | None) -> Plan:
         batch = self.batch_size
         if step_sec is not None and self.needs_speeds and self.too_slow == SHRINK:
-            batch = shrink_batches(self.train.tau, step_sec, batch)
+            batch = shrink_batches(self.train.tau, step_sec, batch, self._margin(step_sec))
             step_sec = {name: sec * batch[name] / self.batch_size[name] for name, sec in step_sec.items()}
         return make_plan(
             self.cluster,
@@ -127,7 +135,7 @@ class LocalSGD(Algorithm):
         elif spec.delayed:
             self.delayed = Delayed(worker, comm)
         adapts = self.train.adapt_tau and self.needs_speeds and len(measured) > 1
-        self.pacing = Pacing(measured, self.batch_size, self.train.tau_margin) if adapts else None
+        self.pacing = Pacing(measured, self.batch_size, self._margin(measured)) if adapts else None
 
     def replan(self, step_sec: Sequence[float]) -> Plan:
         """Derives tau anew from the pass's own step times, where that leaves clearly less of the cluster waiting."""
@@ -146,7 +154,9 @@ class LocalSGD(Algorithm):
                 continue
             if len(proposed.training) < len(self.plan.training):
                 continue  # a class that is left out is measured no more, and could never come back
+            saved = self.pacing.saved(self.plan, proposed, times)
             if judge(self.plan, proposed):
+                self.reason = f"{saved:.1%} of what all can do would wait no more"
                 self.follow(proposed)
                 break
         return self.plan

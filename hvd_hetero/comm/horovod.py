@@ -78,6 +78,7 @@ class Comm:
         sets[tuple(range(self.size))] = hvd.global_process_set
         self._sets = sets
         self._staging: dict[tuple[torch.dtype, int], Tensor] = {}
+        self._copying: torch.cuda.Stream | None = None
 
     def take(self, path: str) -> None:
         """Takes this path from now on, if it is one of :attr:`paths`; all ranks are told the same."""
@@ -152,13 +153,22 @@ class Comm:
         return self._sets[ranks]
 
     def on_host(self, vector: Tensor) -> Tensor:
-        """The vector itself, or a copy in pinned memory that is reused from call to call."""
+        """The vector itself, or a copy in pinned memory that is reused from call to call.
+
+        Copied on a stream of its own: what is put to the device meanwhile does not wait for it.
+        """
         if vector.device.type == "cpu":
             return vector
         key = (vector.dtype, vector.numel())
         if key not in self._staging:
             self._staging[key] = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
-        return self._staging[key].copy_(vector)
+        if self._copying is None:
+            self._copying = torch.cuda.Stream(vector.device)
+        self._copying.wait_stream(torch.cuda.current_stream(vector.device))
+        with torch.cuda.stream(self._copying):
+            staged = self._staging[key].copy_(vector, non_blocking=True)
+        self._copying.synchronize()
+        return staged
 
     # ---- everything else --------------------------------------------------------------------------------------------
 
@@ -245,7 +255,7 @@ class Comm:
     def beside(self) -> Comm:
         """The same ranks, for a thread beside the rank's own: its waiting is not the rank's."""
         other = copy.copy(self)
-        other.pulse, other._staging = Pulse(), {}
+        other.pulse, other._staging, other._copying = Pulse(), {}, None
         return other
 
     def barrier(self, name: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hvd_hetero.plan import planned_step_sec
 from hvd_hetero.planner.predict import Scenario
 from hvd_hetero.planner.prediction import Prediction
 
@@ -45,11 +47,18 @@ class Worth:
 
 
 def taus(scenario: Scenario) -> list[int]:
-    """Powers of two, the configured tau, and those at which the slowest class takes whole steps without a rest."""
-    ratio = max(scenario.step_sec.values()) / min(scenario.step_sec.values())
+    """Powers of two, the configured tau, and the least ones at which the slowest class takes 1, 2, ... steps in time.
+
+    A margin asks for a little more than whole multiples of the slowest class's step, or rounding takes one away.
+    """
+    fastest, slowest = min(scenario.step_sec.values()), max(scenario.step_sec.values())
+    planned = max(planned_step_sec(scenario.step_sec, scenario.config.train.tau_margin).values())
     found = {2**i for i in range(LARGEST_TAU.bit_length())} | {scenario.tau}
-    found |= {round(steps * ratio) for steps in range(1, WHOLE_STEPS + 1) if steps * ratio <= LARGEST_TAU}
-    return sorted(found)
+    whole = (
+        max(round(steps * slowest / fastest), math.ceil((steps - 0.5) * planned / fastest * (1 - 1e-9)))
+        for steps in range(1, WHOLE_STEPS + 1)
+    )
+    return sorted(found | {tau for tau in whole if tau <= LARGEST_TAU})
 
 
 def sweep(scenario: Scenario) -> list[tuple[int, Prediction]]:

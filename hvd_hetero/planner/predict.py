@@ -152,11 +152,12 @@ class Scenario:
             return self._averaging(self._plan(own, self.batch_size), mode)
         batch, step, policy = self.batch_size, self.step_sec, self.config.cluster.too_slow
         late = too_slow_classes(tau, step)
+        mode = SOLO if late and policy == WAIT_AVOIDING else mode
+        margin = self.config.train.tau_margin if mode is None else 0.0
         if policy == SHRINK:
-            batch = shrink_batches(tau, step, batch)
+            batch = shrink_batches(tau, step, batch, margin)
             step = {name: sec * batch[name] / self.batch_size[name] for name, sec in step.items()}
-        plan = self._plan(derive_tau(tau, step, policy, self.config.train.tau_margin), batch)
-        return self._averaging(plan, SOLO if late and policy == WAIT_AVOIDING else mode)
+        return self._averaging(self._plan(derive_tau(tau, step, policy, margin), batch), mode)
 
     def _averaging(self, plan: Plan, mode: str | None = None) -> Prediction:
         comm = self._sum_sec(self.cluster.size)
@@ -169,6 +170,7 @@ class Scenario:
         outcome = partial(
             groups, comm, rng, mode=mode, by_class=True, patience_sec=spec.patience_sec,
             rounds=max(20, MOST_EVENTS // self.cluster.size // 4), sync_every=spec.sync_every, max_lag=spec.max_lag,
+            law=self.known.jitter_law,
         )
         local_rounds = max(outcome.classes[c.name].steps / c.tau for c in plan.training)
         return self._follow(lambda _: plan, lambda p: outcome, sent, local_rounds)
@@ -182,7 +184,7 @@ class Scenario:
         spec, ranks = self.config.aggregation, self.cluster.size
         outcome = partial(
             self._groups(plan), self._sum_sec(ranks), self._rng(), mode=mode, contributions=max(MOST_EVENTS, 5 * ranks),
-            sync_every=spec.sync_every, max_lag=spec.max_lag,
+            sync_every=spec.sync_every, max_lag=spec.max_lag, law=self.known.jitter_law,
         )
         # the rounds of a pass are only what its samples come to
         return self._follow(lambda _: plan, lambda p: outcome, sent_bytes(ranks, self.known.model_bytes),
@@ -229,7 +231,7 @@ class Scenario:
         away = {c.name for c in plan.classes if c.role == absent}
         groups = [replace(g, joins=g.name not in away) for g in self._groups(plan)]
         rounds = max(20, min(MOST_ROUNDS, MOST_DRAWS // self.cluster.size)) if any(g.jitter for g in groups) else 1
-        return blocking(groups, rounds, comm_sec, self._rng())
+        return blocking(groups, rounds, comm_sec, self._rng(), self.known.jitter_law)
 
     @staticmethod
     def _samples(plan: Plan, outcome: Outcome) -> float:

@@ -13,6 +13,7 @@ from hvd_hetero.errors import ConfigError, nearest
 from hvd_hetero.planner.link import Link, fitted
 from hvd_hetero.profiles import Profile, load_profile
 from hvd_hetero.schema import AUTO, Config
+from hvd_hetero.simulator import LAWS, LOGNORMAL
 
 BYTES_OF_A_PARAMETER = 4
 MOST_JITTER = 2.0
@@ -25,6 +26,7 @@ class Given:
     profile: str | None = None
     step_ms: str | None = None
     jitter: str | None = None
+    jitter_law: str | None = None
     latency_ms: float | None = None
     bandwidth_mbit: float | None = None
     params: int | None = None
@@ -62,6 +64,7 @@ class Known:
     Attributes:
         samples: n, training samples.
         notes: what had to be assumed.
+        jitter_law: how steps vary around their mean, one of :data:`hvd_hetero.simulator.LAWS`.
     """
 
     cluster: Cluster
@@ -70,6 +73,7 @@ class Known:
     model_bytes: float
     samples: int
     notes: tuple[str, ...]
+    jitter_law: str = LOGNORMAL
 
 
 def gather(config: Config, given: Given) -> Known:
@@ -82,6 +86,9 @@ def gather(config: Config, given: Given) -> Known:
                           ("--params", given.params), ("--model-mb", given.model_mb), ("--samples", given.samples)):
         if value is not None:
             _number(option, value, above=None if value is given.latency_ms else 0.0)
+    law = given.jitter_law or LOGNORMAL
+    if law not in LAWS:
+        raise ConfigError("--jitter-law", law, "is no law of steps", nearest(law, LAWS))
     profile = None if given.profile is None else _checked(given.profile, load_profile(Path(given.profile)))
     cluster = _cluster(config, profile)
     names = [c.name for c in cluster.classes]
@@ -96,7 +103,7 @@ def gather(config: Config, given: Given) -> Known:
         ranks = next((len(own.ranks) for own in cluster.classes if own.name == c.name), c.ranks)
         if ranks != c.ranks:
             notes.append(f"Class {c.name} was measured with {c.ranks} ranks and is planned with {ranks}.")
-    return Known(cluster, speeds, link, model_bytes, samples, tuple(notes))
+    return Known(cluster, speeds, link, model_bytes, samples, tuple(notes), law)
 
 
 def _checked(path: str, profile: Profile) -> Profile:
