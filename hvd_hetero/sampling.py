@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -159,6 +158,17 @@ def _permuted(rng: np.random.Generator, items: Indices) -> Indices:
     return shuffled
 
 
+def _places(marked: Mask) -> Indices:
+    """Where something is marked, ascending; in 32 bits where they hold it. In blocks, as numpy's are of 64 bits."""
+    dtype = np.int32 if len(marked) <= np.iinfo(np.int32).max else np.int64
+    places, end = np.empty(np.count_nonzero(marked), dtype=dtype), 0
+    for begin in range(0, len(marked), BLOCK):
+        found = np.flatnonzero(marked[begin : begin + BLOCK])
+        np.add(found, begin, out=places[end : end + len(found)], casting="same_kind")
+        end += len(found)
+    return places
+
+
 def _some(rng: np.random.Generator, among: Mask, count: int) -> Mask:
     """Marks ``count`` of those that are marked, any with the same chance.
 
@@ -167,9 +177,14 @@ def _some(rng: np.random.Generator, among: Mask, count: int) -> Mask:
     if count == np.count_nonzero(among):
         return among
     byte = np.frombuffer(rng.bytes(len(among)), np.uint8)
-    last = bisect_left(range(BUCKETS), count, key=lambda value: int(np.count_nonzero(among & (byte <= value))))
+    candidates = int(np.count_nonzero(among))
+    last = min(count * BUCKETS // candidates, BUCKETS - 1)  # bytes are as good as equally often: a step off at most
+    while last and np.count_nonzero(among & (byte < last)) >= count:
+        last -= 1
+    while np.count_nonzero(among & (byte <= last)) < count:
+        last += 1
     chosen = among & (byte < last)
-    undecided = _permuted(rng, np.flatnonzero(among & (byte == last)))
+    undecided = _permuted(rng, _places(among & (byte == last)))
     chosen[undecided[: count - np.count_nonzero(chosen)]] = True
     return chosen
 
@@ -222,8 +237,7 @@ def _unified(
 def _deal(rng: np.random.Generator, among: Mask, counts: Mapping[str, int]) -> dict[str, Indices]:
     """Deals those that are marked, in random order, none twice."""
     ends = np.cumsum(list(counts.values()))
-    drawn = np.flatnonzero(_some(rng, among, sum(counts.values())))
-    order = _permuted(rng, drawn.astype(np.int32 if len(among) <= np.iinfo(np.int32).max else np.int64, copy=False))
+    order = _permuted(rng, _places(_some(rng, among, sum(counts.values()))))
     return {name: order[end - count : end] for (name, count), end in zip(counts.items(), ends, strict=True)}
 
 
