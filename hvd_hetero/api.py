@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hvd_hetero import algorithms, components, job
-from hvd_hetero.comm.horovod import PEER_LOST
 from hvd_hetero.comm.rendezvous import job_env
+from hvd_hetero.comm.waiting import PEER_LOST
 from hvd_hetero.components import Components, Given
 from hvd_hetero.config import load
 from hvd_hetero.errors import (

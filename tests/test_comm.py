@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from horovod.common.exceptions import HorovodInternalError
 from ranks.comm_cases import LAYOUTS, TAUS, cases
 
 from hvd_hetero.cluster import Cluster, DeviceClass, RankFacts
 from hvd_hetero.comm import build
-from hvd_hetero.comm import horovod as comm_horovod
 from hvd_hetero.comm.build import check_mixed_hosts
-from hvd_hetero.comm.horovod import Comm, PeerLost, guarded
+from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.comm.paths import paths_of
 from hvd_hetero.comm.rendezvous import JobEnv, exchange, job_env
+from hvd_hetero.comm.waiting import PeerLost, guarded
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.schema import AggregationConfig
 
@@ -178,7 +179,7 @@ def test_the_trap_of_an_unpatched_horovod(
 
 
 @pytest.mark.parametrize(("error", "expected"), [
-    (comm_horovod.HorovodInternalError("gone\nmore"), PeerLost),
+    (HorovodInternalError("gone\nmore"), PeerLost),
     (ValueError("Process set provided does not exist, or has not been registered."), PeerLost),
     (ValueError("shapes differ"), ValueError),
     (RuntimeError("other"), RuntimeError),

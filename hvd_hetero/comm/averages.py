@@ -6,7 +6,7 @@ weighted sum stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,8 +36,9 @@ def average(comm: Comm, state: FlatState, weight: float, name: str = "average") 
         good, weight, share = scale_(state.vectors, weight), 1.0, weight
     else:
         good, share = finite(state.vectors), 1.0
+    finish = _begin_integers(comm, state, name)
     _sum_good_(comm, state.padded, good, name, weight=weight, share=share)
-    _greatest_integers(comm, state, name)
+    finish()
     if not good:
         comm.left_out.note()
     return good
@@ -56,8 +57,9 @@ def average_buffers(comm: Comm, state: FlatState, weight: float, ranks: tuple[in
     good = finite(state.buffers())
     for buffers in state.buffers():
         buffers.mul_(weight)
+    finish = _begin_integers(comm, state, name, ranks)
     _sum_good_(comm, state.padded_buffers(), good, name, share=weight, ranks=ranks)
-    _greatest_integers(comm, state, name, ranks)
+    finish()
     if not good:
         comm.left_out.note()
 
@@ -129,8 +131,20 @@ def _sum_good_(
     settle(comm, vectors, good, name, ranks)
 
 
-def _greatest_integers(comm: Comm, state: FlatState, name: str, ranks: tuple[int, ...] | None = None) -> None:
+def _begin_integers(
+    comm: Comm, state: FlatState, name: str, ranks: tuple[int, ...] | None = None
+) -> Callable[[], None]:
+    """Begins to take the maxima of integer buffers; the result waits for them.
+
+    They travel beside the sums: one collective after the other would wait for slow ranks to wake up once more.
+    """
     integers = state.integers()
-    if integers is not None:
-        comm.max_(integers, f"{name}.integers", ranks)
+    if integers is None:
+        return lambda: None
+    finish = comm.max_async_(integers, f"{name}.integers", ranks)
+
+    def put_back() -> None:
+        finish()
         state.set_integers(integers)
+
+    return put_back

@@ -12,7 +12,8 @@ from horovod.torch.compression import Compressor
 from torch import Tensor, nn
 
 from hvd_hetero.cluster import Cluster
-from hvd_hetero.comm.horovod import Comm, guarded, wait_until
+from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.comm.waiting import guarded, wait_until
 from hvd_hetero.errors import ConfigError
 
 

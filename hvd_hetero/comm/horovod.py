@@ -1,20 +1,17 @@
 """Collectives among the ranks of a cluster. Only this room imports Horovod.
 
 Every collective is named: Horovod's automatic names are counters of each process, which deadlock as soon as ranks call
-a different number of times. Waiting polls and sleeps, because Horovod's own wait spins, which costs the other ranks of
-a busy CPU host their cores.
+a different number of times.
 """
 
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import horovod.torch as hvd
 import torch
-from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor
 
 from hvd_hetero.cluster import Cluster
@@ -22,19 +19,11 @@ from hvd_hetero.comm.build import check_mixed_hosts
 from hvd_hetero.comm.finite import LeftOut
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.comm.paths import FLAT, paths_of
+from hvd_hetero.comm.waiting import begin, finished
 from hvd_hetero.pulse import Pulse
 from hvd_hetero.schema import AggregationConfig
 
-POLL_SEC, MOST_POLL_SEC = 5e-5, 1e-3
 STOP = "stop"
-
-
-class PeerLost(RuntimeError):
-    """A collective could not finish because another rank is gone."""
-
-
-PEER_LOST = (PeerLost, HorovodInternalError)
-"""What a collective may raise, when it is begun or while it is waited for, because another rank is gone."""
 
 
 class Comm:
@@ -120,7 +109,7 @@ class Comm:
                 if host is not piece:
                     piece.copy_(host)
             if group is not None:
-                returning.append(_begin(hvd.broadcast_async_, piece, root, process_set=group, name=f"{back}.{i}"))
+                returning.append(begin(hvd.broadcast_async_, piece, root, process_set=group, name=f"{back}.{i}"))
         for handle in returning:
             self._finish(handle, back)
 
@@ -131,17 +120,17 @@ class Comm:
         """
         group = self._sets.get(self._peers)
 
-        def begin(i: int) -> int:
-            return _begin(hvd.allreduce_async_, pieces[i], op=hvd.Sum, prescale_factor=weight, process_set=group,
+        def begun(i: int) -> int:
+            return begin(hvd.allreduce_async_, pieces[i], op=hvd.Sum, prescale_factor=weight, process_set=group,
                           name=f"{name}.{i}")  # fmt: skip
 
-        handle = begin(0) if group is not None else None
+        handle = begun(0) if group is not None else None
         for i, piece in enumerate(pieces):
             if handle is None:
                 piece.mul_(weight)
             else:
                 self._finish(handle, name)
-                handle = begin(i + 1) if i + 1 < len(pieces) else handle
+                handle = begun(i + 1) if i + 1 < len(pieces) else handle
             yield piece
 
     def _sum_(self, vector: Tensor, ranks: tuple[int, ...], name: str) -> None:
@@ -211,15 +200,20 @@ class Comm:
     def max(self, values: Sequence[float], name: str) -> list[float]:
         """The maxima over all ranks of a few numbers."""
         most = torch.tensor(values, dtype=torch.float64)
-        if self.size > 1:
-            self._call(hvd.allreduce_async_, most, op=hvd.Max, name=name)
+        self.max_async_(most, name)()
         return [float(x) for x in most]
 
-    def max_(self, tensor: Tensor, name: str, ranks: tuple[int, ...] | None = None) -> None:
-        """In place, for each element of a host tensor: the maximum over all ranks, or those of one class."""
+    def max_async_(self, tensor: Tensor, name: str, ranks: tuple[int, ...] | None = None) -> Callable[[], None]:
+        """Begins, in place and for each element of a host tensor, the maximum over all ranks, or those of one class.
+
+        Returns:
+            What waits for it.
+        """
         ranks = ranks or tuple(range(self.size))
-        if len(ranks) > 1:
-            self._call(hvd.allreduce_async_, tensor, op=hvd.Max, process_set=self.group(ranks), name=name)
+        if len(ranks) == 1:
+            return lambda: None
+        handle = begin(hvd.allreduce_async_, tensor, op=hvd.Max, process_set=self.group(ranks), name=name)
+        return lambda: self._finish(handle, name)
 
     def alltoall_async(self, tensor: Tensor, counts: Tensor, name: str) -> int:
         """Begins to send consecutive pieces of a host tensor ``[K]`` to the other ranks.
@@ -230,7 +224,7 @@ class Comm:
         Returns:
             A handle for :meth:`received`.
         """
-        return _begin(hvd.alltoall_async, tensor, counts, name=name)
+        return begin(hvd.alltoall_async, tensor, counts, name=name)
 
     def received(self, handle: int) -> Tensor:
         """Waits for what the other ranks sent to this one, in the order of the senders."""
@@ -267,42 +261,8 @@ class Comm:
         hvd.shutdown()
 
     def _call(self, operation: Callable[..., int], *args: Any, name: str, **options: Any) -> Any:
-        return self._finish(_begin(operation, *args, name=name, **options), name)
+        return self._finish(begin(operation, *args, name=name, **options), name)
 
     def _finish(self, handle: int, name: str) -> Any:
         with self.pulse.waiting(name):
-            return guarded(lambda: _done(handle))
-
-
-def _begin(operation: Callable[..., int], *args: Any, name: str, **options: Any) -> int:
-    """Begins one of Horovod's asynchronous operations; it refuses that of a set that has lost a rank."""
-    handle: int = guarded(lambda: operation(*args, name=name, **options))
-    return handle
-
-
-def wait_until(handle: int) -> None:
-    """Returns when the operation is done, without taking its result.
-
-    Pauses are a twentieth of the wait so far: a rank that waits long must not spend on looking what it may have of a
-    core, which a CPU quota may have made little.
-    """
-    begin = time.perf_counter()
-    while not hvd.poll(handle):
-        time.sleep(min(max(POLL_SEC, (time.perf_counter() - begin) / 20), MOST_POLL_SEC))
-
-
-def _done(handle: int) -> Any:
-    wait_until(handle)
-    return hvd.synchronize(handle)
-
-
-def guarded(call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except HorovodInternalError as error:
-        raise PeerLost(f"another rank is gone ({str(error).splitlines()[0]})") from error
-    except ValueError as error:
-        # what Horovod says of a set that it gave up after a member died
-        if "Process set provided does not exist" in str(error):
-            raise PeerLost("another rank is gone (its process set was given up)") from error
-        raise
+            return finished(handle)

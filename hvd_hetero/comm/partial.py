@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from hvd_hetero.comm.activation import connect
-from hvd_hetero.comm.horovod import Comm, PeerLost, guarded
+from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.comm.referee import ARRIVED, CLAIM, CLOSING, FINAL, FINISHED, FULL, OFFER, START, Referee
 from hvd_hetero.comm.rounds import Counts, Round, done_unless
+from hvd_hetero.comm.waiting import PeerLost, guarded
 
 BROKEN = "another rank is gone (the channel to rank 0 is broken)"
 

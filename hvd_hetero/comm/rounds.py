@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import horovod.torch as hvd
 from torch import Tensor
 
-from hvd_hetero.comm.horovod import POLL_SEC, guarded
+from hvd_hetero.comm.waiting import POLL_SEC, guarded
 
 PATIENT_POLL_SEC = 1e-3
 """Between looks at a round that takes long: polling as often as at first would cost the ranks that compute."""

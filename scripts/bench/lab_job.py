@@ -3,6 +3,10 @@
 The tool's ``lab run --slow h2=SHARE -- COMMAND`` runs a command on h1, and gives the main thread of each rank on h2
 that share of a core. ``--settle 0`` begins at once, so that speeds are measured as they will be. While a job runs,
 ``lab throttle r1 SHARE`` and ``lab signal r1 STOP`` change what rank 1 gets, and stop it.
+
+Threads that a throttled thread starts share its quota, Horovod's among them if it begins at once: then an average
+takes as long as the rest of the quota's period, 20 ms, as no slow accelerator's would. When the training begins the
+hosts' ranks are throttled anew, which lets all threads go but the main one.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ def summary_of(lab: str, arguments: Sequence[str], share: float, *, hosts: str =
         faults: seconds after the training has begun, in order, and what the tool is then told, for example
             ``(20, "throttle r1 0.05")``.
     """
+    throttles = by_host(share, fast_share)
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     # the quota holds for one thread, and both hosts show the same cores
     classes = [f"cluster.hosts={hosts}", "cluster.classes.slow.slowdown=1", "cluster.classes.fast.threads=1",
@@ -42,11 +47,12 @@ def summary_of(lab: str, arguments: Sequence[str], share: float, *, hosts: str =
         classes = [f"cluster.hosts={'h1:1' if alone == 'fast' else 'h2:1'}",
                    f"cluster.classes={{{alone}: {{ranks: [0], threads: 1}}}}"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [*throttled(lab, share, fast_share), sys.executable, "-m", "hvd_hetero", "launch", *arguments,
+        command = [*throttled(lab, throttles), sys.executable, "-m", "hvd_hetero", "launch", *arguments,
                    f"run.dir={folder}/run", *classes, "profile.seconds=6", "profile.reuse=false",
                    "cluster.affinity=false"]
+        main_only = [(0.0, f"throttle {host} {part}") for host, part in throttles] if alone is None else []
         with subprocess.Popen(command, env=env, stdout=sys.stderr) as job:
-            _inflict(lab, faults, job, Path(folder) / "run" / "plan.json")
+            _inflict(lab, [*main_only, *faults], job, Path(folder) / "run" / "plan.json")
         if job.returncode != 0:
             raise subprocess.CalledProcessError(job.returncode, command)
         run = Path(folder) / "run"
@@ -54,9 +60,14 @@ def summary_of(lab: str, arguments: Sequence[str], share: float, *, hosts: str =
         return {**json.loads((run / "summary.json").read_text()), "rows": rows}
 
 
-def throttled(lab: str, share: float, fast_share: float | None = None) -> list[str]:
-    """What stands before a command that is to run with its ranks throttled."""
-    slow = [word for host, part in (("h1", fast_share), ("h2", share)) if part for word in ("--slow", f"{host}={part}")]
+def by_host(share: float, fast_share: float | None = None) -> list[tuple[str, float]]:
+    """The hosts whose ranks are throttled, and the share of a core that each gets."""
+    return [(host, part) for host, part in (("h1", fast_share), ("h2", share)) if part]
+
+
+def throttled(lab: str, throttles: Sequence[tuple[str, float]]) -> list[str]:
+    """What stands before a command that is to run with its ranks throttled, see :func:`by_host`."""
+    slow = [word for host, part in throttles for word in ("--slow", f"{host}={part}")]
     return [lab, "run", "--settle", "0", *slow, "--"]
 
 
