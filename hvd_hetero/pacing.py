@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hvd_hetero.plan import Plan, planned_step_sec
+from hvd_hetero.plan import Plan
+from hvd_hetero.taus import planned_step_sec
 
 WORTH = 0.015
 """Share of the cluster's capacity that a change must save; less is noise of the measurement."""

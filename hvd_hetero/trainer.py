@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from hvd_hetero import algorithms
@@ -20,10 +19,11 @@ from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.delays import delays
 from hvd_hetero.errors import Stopped
 from hvd_hetero.feed import Feed, Pass
+from hvd_hetero.going_on import carry_over, restore, state_of
 from hvd_hetero.job import Job, make_worker
 from hvd_hetero.limits import check_limits, expected_passes, next_rounds
 from hvd_hetero.metrics import Progress, RunFolder
-from hvd_hetero.output import RESHAPED, note, say_resumed, write_start, write_summary, write_trace
+from hvd_hetero.output import note, write_start, write_summary, write_trace
 from hvd_hetero.passes import Ongoing, PassFigures, RoundLaps, evaluate, gather_figures, say_taus
 from hvd_hetero.plan import Plan
 from hvd_hetero.sampling import Sampler
@@ -92,7 +92,7 @@ class Trainer:
         self.recorder = Recorder(self.watch, config.run.trace_rounds)
         self.ongoing: Ongoing | None = None
         if state is not None:
-            (self._carry_over if reshaped else self._restore)(state)
+            (carry_over if reshaped else restore)(self, state)
 
     def run(self) -> dict[str, Any] | None:
         """Trains to the end; returns the summary on rank 0.
@@ -112,9 +112,9 @@ class Trainer:
             while (ongoing := self.ongoing or self._begin_pass()) is not None:
                 agreed = self._work(ongoing)
                 row = self._end_pass(ongoing)
-                if self.saver is not None and self.saver.active and (self._over or agreed.due or agreed.stop):
-                    self._save(None, wait=self._over or agreed.stop, row=row)
-                if agreed.stop and not self._over:
+                if self.saver is not None and self.saver.active and (self.over or agreed.due or agreed.stop):
+                    self._save(None, wait=self.over or agreed.stop, row=row)
+                if agreed.stop and not self.over:
                     raise self._stopped()
             if self.folder is not None and self.saver is not None:
                 self.saver.stopping.forget()
@@ -188,7 +188,7 @@ class Trainer:
         step_sec = RoundLaps(self.watch, self.recorder, ongoing.work_sec).step_sec(worked, self.algorithm.mine.tau)
         left_out, counts = ongoing.count(comm.left_out.take(), self.algorithm.counts())
         done = gather_figures(comm, self.watch, accounts, plan, worked, losses, step_sec, left_out)
-        if not self._over:
+        if not self.over:
             self.plan = self._replan(self.plan, done)
         rate = worker.optimizer.param_groups[0]["lr"]
         worker.end_epoch()
@@ -197,7 +197,7 @@ class Trainer:
                 "samples_per_sec": done.samples / done.seconds}  # fmt: skip
         if counts is not None:
             row["partial"] = accounts.partial.enter(comm.gather(counts, "pass.counts"))
-        if accounts.passes % config.eval.every_passes == 0 or self._over:
+        if accounts.passes % config.eval.every_passes == 0 or self.over:
             row |= evaluate(comm, worker, self.test, self.plan, config.eval)
             note(self.best, row)
         if self.folder is not None and self.progress is not None:
@@ -228,14 +228,14 @@ class Trainer:
                 self.feed.sampler.biased = new.biased(self.config.sampling.bias_to)
         return new
 
-    # ---- saving and going on ----------------------------------------------------------------------------------------
+    # ---- saving and the end -----------------------------------------------------------------------------------------
 
     def _save(self, ongoing: Ongoing | None, wait: bool, row: Mapping[str, Any] | None = None) -> None:
         assert self.saver is not None
         self.watch.pulse.begin("checkpoint")
         number = self.accounts.rounds + (0 if ongoing is None else ongoing.reached.rounds)
         value = None if row is None or "eval_loss" not in row else row.get("eval_accuracy", -row["eval_loss"])
-        self.saver.save(number, self.accounts.passes, lambda: self._state(ongoing), wait, value)
+        self.saver.save(number, self.accounts.passes, lambda: state_of(self, ongoing), wait, value)
         self.watch.skip()
 
     def _stopped(self) -> Stopped:
@@ -246,51 +246,8 @@ class Trainer:
             self.saver.stopping.forget()
         return Stopped(self.saver.newest())
 
-    def _state(self, ongoing: Ongoing | None) -> dict[str, Any]:
-        """Everything that decides how this rank goes on."""
-        parts = ("worker", "algorithm", "accounts")
-        state: dict[str, Any] = {name: getattr(self, name).state_dict() for name in parts}
-        state |= {"plan": self.plan.to_dict(), "best": self.best, "wall_sec": time.perf_counter() - self.begin,
-                  "path": self.comm.path}  # fmt: skip
-        if ongoing is not None:
-            ongoing.count(self.comm.left_out.take(), self.algorithm.counts())
-            state["ongoing"] = ongoing.state_dict()
-            state["watch"] = self.watch.state_dict()
-        if self.folder is not None and self.feed.sampler is not None:
-            kept = {"rows_bytes": self.folder.rows_bytes, "samples_seen": self.accounts.samples_seen}
-            state["rank0"] = {**kept, "sampler": self.feed.sampler.state_dict(), "feed": self.feed.state_dict()}
-        return state
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        for part in ("worker", "algorithm", "accounts"):
-            getattr(self, part).load_state_dict(state[part])
-        self.best = dict(state["best"])
-        self.begin -= state["wall_sec"]
-        place = f"pass {self.accounts.passes}, round {self.accounts.rounds}"
-        if "ongoing" in state:
-            self.ongoing = Ongoing.from_state(state["ongoing"])
-            self.watch.load_state_dict(state["watch"])
-            place += f", in the next pass {self.ongoing.reached.rounds} rounds later"
-        if self.feed.sampler is not None:
-            self.feed.sampler.load_state_dict(state["rank0"]["sampler"])
-            self.feed.load_state_dict(state["rank0"]["feed"])
-            say_resumed(place, self._over)
-
-    def _carry_over(self, state: Mapping[str, Any]) -> None:
-        """Goes on with other ranks, or otherwise configured, from what rank 0 had saved."""
-        self.algorithm.carry_over(state["algorithm"])
-        assert self.saver is not None
-        self.accounts.carry_over(state["accounts"], self.saver.saved_round)
-        for _ in range(self.accounts.passes):
-            self.worker.end_epoch()
-        self.best = dict(state["best"])
-        self.begin -= state["wall_sec"]
-        if self.feed.sampler is not None:
-            self.feed.sampler.losses = np.asarray(state["rank0"]["sampler"]["losses"], dtype=np.float32)
-            say_resumed(f"pass {self.accounts.passes}, round {self.accounts.rounds}, {RESHAPED}", self._over)
-
     @property
-    def _over(self) -> bool:
+    def over(self) -> bool:
         """Whether the run has come to its end, between two passes."""
         return self.ongoing is None and next_rounds(self.config.train, self.plan, self.accounts.done) == 0
 

@@ -7,7 +7,8 @@ import math
 import pytest
 
 from hvd_hetero.pacing import BOUND, JUDGED_SEC, NEW_SHARE, PASSES, TO_MORE, Pacing, settled_step_sec
-from hvd_hetero.plan import IDLE, ClassPlan, Plan, derive_tau
+from hvd_hetero.plan import IDLE, ClassPlan, Plan
+from hvd_hetero.taus import derive_tau
 
 BATCH = {"fast": 8, "slow": 8}
 

@@ -12,15 +12,8 @@ from hypothesis import strategies as st
 
 from hvd_hetero.cluster import Cluster, DeviceClass, RankFacts
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.plan import (
-    Plan,
-    apportion,
-    check_bias_to,
-    check_least_round,
-    derive_tau,
-    make_plan,
-    planned_step_sec,
-)
+from hvd_hetero.plan import Plan, apportion, check_bias_to, check_least_round, make_plan
+from hvd_hetero.taus import derive_tau, planned_step_sec
 
 
 def cluster(**ranks: int) -> Cluster:

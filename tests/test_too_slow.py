@@ -11,7 +11,8 @@ import pytest
 
 from hvd_hetero.cluster import Cluster, DeviceClass, RankFacts
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.plan import derive_tau, make_plan, shrink_batches, too_slow_classes
+from hvd_hetero.plan import make_plan
+from hvd_hetero.taus import derive_tau, shrink_batches, too_slow_classes
 
 STEP_SEC = {"fast": 0.01, "mid": 0.04, "slow": 0.5}
 BATCH = {"fast": 32, "mid": 32, "slow": 32}

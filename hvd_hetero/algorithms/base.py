@@ -15,8 +15,9 @@ from hvd_hetero.config import per_class
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError, nearest
 from hvd_hetero.feed import Feed, Pass, Worked
-from hvd_hetero.plan import ERROR, Plan
+from hvd_hetero.plan import Plan
 from hvd_hetero.schema import AggregationConfig, AlgorithmConfig, TrainConfig
+from hvd_hetero.taus import ERROR
 from hvd_hetero.worker import Worker
 
 

@@ -23,8 +23,8 @@ from hvd_hetero.comm.averages import average_tensors
 from hvd_hetero.comm.finite import finite
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.plan import WAIT_AVOIDING
 from hvd_hetero.schema import AggregationConfig
+from hvd_hetero.taus import WAIT_AVOIDING
 from hvd_hetero.worker import Worker
 
 

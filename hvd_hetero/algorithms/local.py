@@ -22,18 +22,8 @@ from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.feed import Pass, Worked
 from hvd_hetero.pacing import Pacing
-from hvd_hetero.plan import (
-    ERROR,
-    LEAVE_OUT,
-    SHRINK,
-    WAIT_AVOIDING,
-    Plan,
-    check_least_round,
-    derive_tau,
-    make_plan,
-    shrink_batches,
-    too_slow_classes,
-)
+from hvd_hetero.plan import Plan, check_least_round, make_plan
+from hvd_hetero.taus import ERROR, LEAVE_OUT, SHRINK, WAIT_AVOIDING, derive_tau, shrink_batches, too_slow_classes
 from hvd_hetero.worker import Worker
 
 BLOCKING = "blocking"

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hvd_hetero.plan import planned_step_sec
 from hvd_hetero.planner.predict import Scenario
 from hvd_hetero.planner.prediction import Prediction
+from hvd_hetero.taus import planned_step_sec
 
 LARGEST_TAU = 4096
 WHOLE_STEPS = 8

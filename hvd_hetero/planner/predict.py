@@ -12,25 +12,14 @@ from hvd_hetero.cluster import Cluster, DeviceClass
 from hvd_hetero.config import per_class
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.limits import Done, check_limits, next_rounds, round_samples
-from hvd_hetero.plan import (
-    IDLE,
-    SERVER,
-    SHRINK,
-    WAIT_AVOIDING,
-    Plan,
-    apportion,
-    derive_tau,
-    lockstep_plan,
-    make_plan,
-    shrink_batches,
-    too_slow_classes,
-)
+from hvd_hetero.plan import IDLE, SERVER, Plan, apportion, lockstep_plan, make_plan
 from hvd_hetero.planner.link import sent_bytes
 from hvd_hetero.planner.methods import ALL, FAST
 from hvd_hetero.planner.prediction import Prediction
 from hvd_hetero.planner.speeds import Known
 from hvd_hetero.schema import Config
 from hvd_hetero.simulator import MAJORITY, SOLO, Group, Outcome, Spent, blocking, partial
+from hvd_hetero.taus import SHRINK, WAIT_AVOIDING, derive_tau, shrink_batches, too_slow_classes
 
 MOST_ROUNDS = 1000
 MOST_DRAWS = 1_000_000

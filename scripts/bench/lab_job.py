@@ -5,8 +5,8 @@ that share of a core. ``--settle 0`` begins at once, so that speeds are measured
 ``lab throttle r1 SHARE`` and ``lab signal r1 STOP`` change what rank 1 gets, and stop it.
 
 Threads that a throttled thread starts share its quota, Horovod's among them if it begins at once: then an average
-takes as long as the rest of the quota's period, 20 ms, as no slow accelerator's would. When the training begins the
-hosts' ranks are throttled anew, which lets all threads go but the main one.
+takes as long as the rest of the quota's period, 20 ms, as no slow accelerator's would. So until the training begins
+the hosts' ranks are throttled anew each second, which lets all threads go but the main one.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def summary_of(lab: str, arguments: Sequence[str], share: float, *, hosts: str =
         command = [*throttled(lab, throttles), sys.executable, "-m", "hvd_hetero", "launch", *arguments,
                    f"run.dir={folder}/run", *classes, "profile.seconds=6", "profile.reuse=false",
                    "cluster.affinity=false"]
-        main_only = [(0.0, f"throttle {host} {part}") for host, part in throttles] if alone is None else []
         with subprocess.Popen(command, env=env, stdout=sys.stderr) as job:
-            _inflict(lab, [*main_only, *faults], job, Path(folder) / "run" / "plan.json")
+            _throttle_again(lab, throttles, job, Path(folder) / "run" / "plan.json")
+            _inflict(lab, faults, job, Path(folder) / "run" / "plan.json")
         if job.returncode != 0:
             raise subprocess.CalledProcessError(job.returncode, command)
         run = Path(folder) / "run"
@@ -69,6 +69,16 @@ def throttled(lab: str, throttles: Sequence[tuple[str, float]]) -> list[str]:
     """What stands before a command that is to run with its ranks throttled, see :func:`by_host`."""
     slow = [word for host, part in throttles for word in ("--slow", f"{host}={part}")]
     return [lab, "run", "--settle", "0", *slow, "--"]
+
+
+def _throttle_again(lab: str, throttles: Sequence[tuple[str, float]], job: subprocess.Popen[bytes], plan: Path) -> None:
+    """Throttles the ranks that are there, main threads alone, once a second until the plan is there."""
+    began = False
+    while not began and job.poll() is None:
+        time.sleep(1.0)
+        began = plan.exists()
+        for host, part in throttles:
+            subprocess.run([lab, "throttle", host, str(part)], check=False, stderr=subprocess.DEVNULL)
 
 
 def _inflict(lab: str, faults: Sequence[tuple[float, str]], job: subprocess.Popen[bytes], plan: Path) -> None:

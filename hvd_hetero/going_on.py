@@ -1,0 +1,63 @@
+"""What a checkpoint holds of a run, and how a run goes on from one, as it was or otherwise shaped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hvd_hetero.output import RESHAPED, say_resumed
+from hvd_hetero.passes import Ongoing
+
+if TYPE_CHECKING:
+    from hvd_hetero.trainer import Trainer
+
+PARTS = ("worker", "algorithm", "accounts")
+
+
+def state_of(run: Trainer, ongoing: Ongoing | None) -> dict[str, Any]:
+    """Everything that decides how this rank goes on, in a pass under way or between two."""
+    state: dict[str, Any] = {name: getattr(run, name).state_dict() for name in PARTS}
+    state |= {"plan": run.plan.to_dict(), "best": run.best, "wall_sec": time.perf_counter() - run.begin,
+              "path": run.comm.path}  # fmt: skip
+    if ongoing is not None:
+        ongoing.count(run.comm.left_out.take(), run.algorithm.counts())
+        state["ongoing"] = ongoing.state_dict()
+        state["watch"] = run.watch.state_dict()
+    if run.folder is not None and run.feed.sampler is not None:
+        kept = {"rows_bytes": run.folder.rows_bytes, "samples_seen": run.accounts.samples_seen}
+        state["rank0"] = {**kept, "sampler": run.feed.sampler.state_dict(), "feed": run.feed.state_dict()}
+    return state
+
+
+def restore(run: Trainer, state: Mapping[str, Any]) -> None:
+    """Goes on as it was, from what :func:`state_of` gave."""
+    for part in PARTS:
+        getattr(run, part).load_state_dict(state[part])
+    run.best = dict(state["best"])
+    run.begin -= state["wall_sec"]
+    place = f"pass {run.accounts.passes}, round {run.accounts.rounds}"
+    if "ongoing" in state:
+        run.ongoing = Ongoing.from_state(state["ongoing"])
+        run.watch.load_state_dict(state["watch"])
+        place += f", in the next pass {run.ongoing.reached.rounds} rounds later"
+    if run.feed.sampler is not None:
+        run.feed.sampler.load_state_dict(state["rank0"]["sampler"])
+        run.feed.load_state_dict(state["rank0"]["feed"])
+        say_resumed(place, run.over)
+
+
+def carry_over(run: Trainer, state: Mapping[str, Any]) -> None:
+    """Goes on with other ranks, or otherwise configured, from what rank 0 had saved."""
+    run.algorithm.carry_over(state["algorithm"])
+    assert run.saver is not None
+    run.accounts.carry_over(state["accounts"], run.saver.saved_round)
+    for _ in range(run.accounts.passes):
+        run.worker.end_epoch()
+    run.best = dict(state["best"])
+    run.begin -= state["wall_sec"]
+    if run.feed.sampler is not None:
+        run.feed.sampler.losses = np.asarray(state["rank0"]["sampler"]["losses"], dtype=np.float32)
+        say_resumed(f"pass {run.accounts.passes}, round {run.accounts.rounds}, {RESHAPED}", run.over)

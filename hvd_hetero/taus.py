@@ -1,0 +1,79 @@
+"""How many local steps every device class takes in a round, and of what batches, by what a step takes it.
+
+Pure arithmetic (no torch, no Horovod).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from hvd_hetero.errors import ConfigError
+
+ERROR, SHRINK, WAIT_AVOIDING, LEAVE_OUT = "error", "shrink_batch", "wait_avoiding", "leave_out"
+
+
+def derive_tau(
+    tau_fastest: int, step_sec: Mapping[str, float], too_slow: str = ERROR, margin: float = 0.0
+) -> dict[str, int]:
+    """tau_g = max(1, round(tau_fastest * t_fastest / t_g)) (method: local steps).
+
+    Args:
+        tau_fastest: local steps of the fastest class.
+        step_sec: seconds of one local step, by class.
+        too_slow: what becomes of a class that cannot finish one step in a round: ``error``; ``leave_out``, tau 0; else
+            tau 1.
+        margin: t_g is that of :func:`planned_step_sec`; 0: as measured, which is the method's own rule.
+
+    Raises:
+        ConfigError: there is such a class, and that is an error.
+    """
+    late = too_slow_classes(tau_fastest, step_sec)
+    for name, times in late.items():
+        if too_slow == ERROR:
+            problem = f"class {name} is {times:.1f} times slower and cannot finish one step in a round"
+            least = math.ceil(times * (1 - 1e-9))
+            remedy = f"set train.tau={least} or more, a smaller train.batch_size for {name}, or cluster.too_slow"
+            raise ConfigError("train.tau", tau_fastest, problem, remedy)
+    fastest = min(step_sec.values())
+    planned = planned_step_sec(step_sec, margin)
+    taus = {name: max(1, math.floor(tau_fastest * fastest / sec + 0.5)) for name, sec in planned.items()}
+    return taus | dict.fromkeys(late if too_slow == LEAVE_OUT else (), 0)
+
+
+def planned_step_sec(step_sec: Mapping[str, float], margin: float) -> dict[str, float]:
+    """t_g / (1 - margin (1 - r_g)): what a slower class's step is planned to take, so that it is done a little early.
+
+    Rounds vary, and each lasts as long as its latest rank: planned by average times, fast ranks would wait in every
+    other one. At equal batches a slow rank that waits costs the cluster less than a fast one, in the measure in which
+    it is slower; a class that is as fast as the fastest gets no margin. (r_g = t_fastest / t_g, as measured.)
+    """
+    fastest = min(step_sec.values())
+    return {name: sec / (1 - margin * (1 - fastest / sec)) for name, sec in step_sec.items()}
+
+
+def too_slow_classes(tau_fastest: int, step_sec: Mapping[str, float]) -> dict[str, float]:
+    """The classes that cannot finish one step while the fastest takes tau, and how many times slower they are."""
+    ratios = {name: seconds / min(step_sec.values()) for name, seconds in step_sec.items()}
+    # a ratio of 49 must not fail at tau 49 for a rounding error
+    return {name: times for name, times in ratios.items() if tau_fastest < times * (1 - 1e-9)}
+
+
+def shrink_batches(
+    tau_fastest: int, step_sec: Mapping[str, float], batch_size: Mapping[str, int], margin: float = 0.0
+) -> dict[str, int]:
+    """Batches with which classes that are too slow finish one step in a round, if a step's time goes with its batch.
+
+    The margin is that of :func:`planned_step_sec`.
+
+    Raises:
+        ConfigError: one sample takes too long.
+    """
+    shrunk = dict(batch_size)
+    for name, times in too_slow_classes(tau_fastest, step_sec).items():
+        planned = planned_step_sec(step_sec, margin)[name] / min(step_sec.values())
+        shrunk[name] = math.floor(batch_size[name] * tau_fastest / planned)
+        if shrunk[name] < 1:
+            problem = f"class {name} is {times:.1f} times slower: not even a batch of one fits into a round"
+            raise ConfigError("cluster.too_slow", SHRINK, problem, "set a larger train.tau, or leave_out")
+    return shrunk
