@@ -18,7 +18,8 @@ from hvd_hetero.data import Source
 from hvd_hetero.errors import UserError
 from hvd_hetero.worker import Worker
 
-CHUNK_SEC = 0.1
+CHUNK_SEC, CHUNKS = 0.1, 10
+"""The least time of a chunk of steps, and how many there are at most in longer measurements."""
 MIN_CHUNKS = 3
 AVERAGES = 10
 TURNS = 3
@@ -37,8 +38,8 @@ def measure_step(
 ) -> Measured:
     """How long a local step of this rank takes; model, optimizer and random state are left as they were.
 
-    The median is taken over chunks of steps of at least :data:`CHUNK_SEC`, not over single steps: a CPU quota or a
-    neighbour stops a rank for a moment now and then, which a median over short steps would not see at all.
+    The median is taken over about ten chunks of steps, not over single steps: a CPU quota or a neighbour stops a rank
+    for a moment now and then, which a median over short steps would not see at all.
 
     Args:
         seconds: how long to measure, after ``warmup_steps`` steps that do not count.
@@ -55,7 +56,7 @@ def measure_step(
     steps(max(warmup_steps, 1))
     start = time.perf_counter()
     steps(1)
-    count = max(1, int(CHUNK_SEC / max(time.perf_counter() - start, 1e-6)))
+    count = max(1, int(max(CHUNK_SEC, seconds / CHUNKS) / max(time.perf_counter() - start, 1e-6)))
     ready()
     chunks: list[float] = []
     begin = time.perf_counter()

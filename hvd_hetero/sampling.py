@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -137,25 +138,33 @@ def _permuted(rng: np.random.Generator, items: Indices) -> Indices:
     """The items in random order, each order as likely.
 
     Many are dealt to buckets at random first, which then are shuffled one by one (Rao, 1961; Sandelius, 1962): what is
-    worked on stays in the core's cache, where a shuffle of everything would wait for memory at each step.
+    worked on stays in the core's cache, where a shuffle of everything would wait for memory at each step. All cores
+    that the process may use take part.
     """
     if len(items) <= WHOLE:
         return rng.permutation(items)
-    buckets: list[list[Indices]] = [[] for _ in range(BUCKETS)]
-    for begin in range(0, len(items), BLOCK):
-        block = items[begin : begin + BLOCK]
-        byte = np.frombuffer(rng.bytes(len(block)), np.uint8)
-        order = np.argsort(byte, kind="stable")  # of bytes: a radix sort, one pass
-        ends = np.searchsorted(byte[order], np.arange(BUCKETS - 1, dtype=np.uint8), "right")
-        for bucket, part in zip(buckets, np.split(block[order], ends), strict=True):
-            bucket.append(part)
-    shuffled, begin = np.empty_like(items), 0
-    for bucket in buckets:
-        end = begin + sum(map(len, bucket))
-        np.concatenate(bucket, out=shuffled[begin:end])
-        rng.shuffle(shuffled[begin:end])
-        begin = end
+    blocks = [items[begin : begin + BLOCK] for begin in range(0, len(items), BLOCK)]
+    # a generator each, so that the order does not depend on how many threads there are
+    rngs = [np.random.default_rng(seed) for seed in rng.integers(1 << 63, size=len(blocks) + BUCKETS)]
+    shuffled = np.empty_like(items)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "hvd_hetero.shuffle") as threads:
+        dealt = list(threads.map(_dealt, rngs[:-BUCKETS], blocks))
+        ends = np.cumsum([sum(len(parts[i]) for parts in dealt) for i in range(BUCKETS)])
+
+        def shuffle(bucket: int) -> None:
+            place = shuffled[ends[bucket - 1] if bucket else 0 : ends[bucket]]
+            np.concatenate([parts[bucket] for parts in dealt], out=place)
+            rngs[len(blocks) + bucket].shuffle(place)
+
+        list(threads.map(shuffle, range(BUCKETS)))
     return shuffled
+
+
+def _dealt(rng: np.random.Generator, items: Indices) -> list[Indices]:
+    """The items in as many parts as there are buckets, each item in any of them with the same chance."""
+    byte = np.frombuffer(rng.bytes(len(items)), np.uint8)
+    order = np.argsort(byte, kind="stable")  # of bytes: a radix sort, one pass
+    return np.split(items[order], np.cumsum(np.bincount(byte, minlength=BUCKETS))[:-1])
 
 
 def _places(marked: Mask) -> Indices:
@@ -172,12 +181,17 @@ def _places(marked: Mask) -> Indices:
 def _some(rng: np.random.Generator, among: Mask, count: int) -> Mask:
     """Marks ``count`` of those that are marked, any with the same chance.
 
-    Each gets a random byte, and the lowest bytes win; of the last byte that wins, as many as it takes.
+    Each gets a random byte, and the lowest bytes win; of the last byte that wins, as many as it takes. A few are drawn
+    as they are.
     """
-    if count == np.count_nonzero(among):
-        return among
-    byte = np.frombuffer(rng.bytes(len(among)), np.uint8)
     candidates = int(np.count_nonzero(among))
+    if count == candidates:
+        return among
+    if candidates * BUCKETS < len(among):  # too few for that to be worth it
+        chosen = np.zeros(len(among), dtype=bool)
+        chosen[rng.permutation(_places(among))[:count]] = True
+        return chosen
+    byte = np.frombuffer(rng.bytes(len(among)), np.uint8)
     last = min(count * BUCKETS // candidates, BUCKETS - 1)  # bytes are as good as equally often: a step off at most
     while last and np.count_nonzero(among & (byte < last)) >= count:
         last -= 1
@@ -189,11 +203,28 @@ def _some(rng: np.random.Generator, among: Mask, count: int) -> Mask:
     return chosen
 
 
+def _smallest(losses: Losses, place: int) -> np.float32:
+    """The loss that would be at this place if they were sorted.
+
+    Of many, only those are looked at between which it lies by what a part of them says, if it does lie there.
+    """
+    if len(losses) > WHOLE:
+        part = np.sort(losses[:: len(losses) >> 16])
+        near = len(part) * place // len(losses)
+        spread = 4 * math.isqrt(len(part))  # 8 standard deviations at least
+        low, high = part[max(near - spread, 0)], part[min(near + spread, len(part) - 1)]
+        between = losses[(losses >= low) & (losses <= high)]
+        within = place - int(np.count_nonzero(losses < low))
+        if 0 <= within < len(between):
+            return np.float32(np.partition(between, within)[within])
+    return np.float32(np.partition(losses, place)[place])
+
+
 def _highest(rng: np.random.Generator, losses: Losses, count: int) -> Mask:
     """Marks the ``count`` samples of highest loss; ties are broken at random."""
     if count == 0:
         return np.zeros(len(losses), dtype=bool)
-    threshold = np.partition(losses, len(losses) - count)[len(losses) - count]
+    threshold = _smallest(losses, len(losses) - count)
     above = losses > threshold
     above |= _some(rng, losses == threshold, count - int(np.count_nonzero(above)))
     return above

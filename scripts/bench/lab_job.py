@@ -26,38 +26,33 @@ SPEED_ONLY = ("train.passes=null", "eval.every_passes=1000000", "data.args.valid
 
 
 def summary_of(lab: str, arguments: Sequence[str], share: float, *, hosts: str = "h1:1,h2:1",
-               faults: Sequence[tuple[float, str]] = (), fast_share: float | None = None,
-               alone: str | None = None) -> dict[str, Any]:
+               faults: Sequence[tuple[float, str]] = (), fast_share: float | None = None) -> dict[str, Any]:
     """Runs one job and returns its summary, with its ``rows``; what it prints goes to standard error.
 
     Args:
         arguments: configuration files and ``key=value``.
         share: of a core, for each rank on h2.
         fast_share: of a core, for each rank on h1; None: as much as it takes.
-        alone: a job of one rank, of the class ``fast`` (on h1) or ``slow`` (on h2).
         faults: seconds after the training has begun, in order, and what the tool is then told, for example
             ``(20, "throttle r1 0.05")``.
     """
-    throttles = by_host(share, fast_share)
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        with begin(lab, launch_of(arguments, run, hosts), by_host(share, fast_share), run / "plan.json") as job:
+            _inflict(lab, faults, job)
+        if job.returncode != 0:
+            raise subprocess.CalledProcessError(job.returncode, job.args)
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return {**json.loads((run / "summary.json").read_text()), "rows": rows}
+
+
+def launch_of(arguments: Sequence[str], run: Path, hosts: str = "h1:1,h2:1") -> list[str]:
+    """The command that trains on these hosts; the run's ``plan.json`` is there as soon as it does."""
     # the quota holds for one thread, and both hosts show the same cores
     classes = [f"cluster.hosts={hosts}", "cluster.classes.slow.slowdown=1", "cluster.classes.fast.threads=1",
                "cluster.classes.slow.threads=1"]
-    if alone is not None:
-        classes = [f"cluster.hosts={'h1:1' if alone == 'fast' else 'h2:1'}",
-                   f"cluster.classes={{{alone}: {{ranks: [0], threads: 1}}}}"]
-    with tempfile.TemporaryDirectory() as folder:
-        command = [*throttled(lab, throttles), sys.executable, "-m", "hvd_hetero", "launch", *arguments,
-                   f"run.dir={folder}/run", *classes, "profile.seconds=6", "profile.reuse=false",
-                   "cluster.affinity=false"]
-        with subprocess.Popen(command, env=env, stdout=sys.stderr) as job:
-            _throttle_again(lab, throttles, job, Path(folder) / "run" / "plan.json")
-            _inflict(lab, faults, job, Path(folder) / "run" / "plan.json")
-        if job.returncode != 0:
-            raise subprocess.CalledProcessError(job.returncode, command)
-        run = Path(folder) / "run"
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        return {**json.loads((run / "summary.json").read_text()), "rows": rows}
+    return [sys.executable, "-m", "hvd_hetero", "launch", *arguments, f"run.dir={run}", *classes, "profile.seconds=6",
+            "profile.reuse=false", "cluster.affinity=false"]
 
 
 def by_host(share: float, fast_share: float | None = None) -> list[tuple[str, float]]:
@@ -65,29 +60,27 @@ def by_host(share: float, fast_share: float | None = None) -> list[tuple[str, fl
     return [(host, part) for host, part in (("h1", fast_share), ("h2", share)) if part]
 
 
-def throttled(lab: str, throttles: Sequence[tuple[str, float]]) -> list[str]:
-    """What stands before a command that is to run with its ranks throttled, see :func:`by_host`."""
+def begin(lab: str, command: Sequence[str], throttles: Sequence[tuple[str, float]],
+          begun: Path) -> subprocess.Popen[bytes]:
+    """Starts a command with its ranks throttled, see :func:`by_host`; returns when it has made a file, or has ended."""
     slow = [word for host, part in throttles for word in ("--slow", f"{host}={part}")]
-    return [lab, "run", "--settle", "0", *slow, "--"]
-
-
-def _throttle_again(lab: str, throttles: Sequence[tuple[str, float]], job: subprocess.Popen[bytes], plan: Path) -> None:
-    """Throttles the ranks that are there, main threads alone, once a second until the plan is there."""
-    began = False
-    while not began and job.poll() is None:
-        time.sleep(1.0)
-        began = plan.exists()
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    job = subprocess.Popen([lab, "run", "--settle", "0", *slow, "--", *command], env=env, stdout=sys.stderr)
+    there = False
+    while not there and job.poll() is None:
+        waited = time.monotonic()
+        while not (there := begun.exists()) and time.monotonic() - waited < 1.0:
+            time.sleep(0.02)
         for host, part in throttles:
             subprocess.run([lab, "throttle", host, str(part)], check=False, stderr=subprocess.DEVNULL)
+    return job
 
 
-def _inflict(lab: str, faults: Sequence[tuple[float, str]], job: subprocess.Popen[bytes], plan: Path) -> None:
-    """Does what is to be done, each thing at its time, from when the plan is there: then the training begins."""
-    left, began = list(faults), None
+def _inflict(lab: str, faults: Sequence[tuple[float, str]], job: subprocess.Popen[bytes]) -> None:
+    """Does what is to be done, each thing so many seconds from now."""
+    left, began = list(faults), time.monotonic()
     while left and job.poll() is None:
-        if began is None and plan.exists():
-            began = time.monotonic()
-        if began is not None and time.monotonic() - began >= left[0][0]:
+        if time.monotonic() - began >= left[0][0]:
             after, what = left.pop(0)
             print(f"{after:g} s of training: {what}", file=sys.stderr, flush=True)
             subprocess.run([lab, *what.split()], check=True)

@@ -148,6 +148,8 @@ def main(folder: Path, kind: str, target: float, passes: int, period: int, *conf
     step, together, context = PEERS[kind](parts, period, folder)
     found: list[dict[str, float]] = []
     seconds, done, reached = 0.0, 0, folder / "reached"
+    together()
+    (folder / "begun").touch()
     with context:
         while done < passes and not reached.exists():
             rows = rows_of_pass(len(parts.dataset.train), loaded.train.batch_size, done, loaded.run.seed)
