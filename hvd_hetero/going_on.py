@@ -4,20 +4,46 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from hvd_hetero.accounts import Accounts
+from hvd_hetero.algorithms.base import Algorithm
+from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.feed import Feed
+from hvd_hetero.metrics import RunFolder
 from hvd_hetero.output import RESHAPED, say_resumed
 from hvd_hetero.passes import Ongoing
-
-if TYPE_CHECKING:
-    from hvd_hetero.trainer import Trainer
+from hvd_hetero.plan import Plan
+from hvd_hetero.saving import Saver
+from hvd_hetero.timing import Stopwatch
+from hvd_hetero.worker import Worker
 
 PARTS = ("worker", "algorithm", "accounts")
 
 
-def state_of(run: Trainer, ongoing: Ongoing | None) -> dict[str, Any]:
+class Run(Protocol):
+    """A run, as far as it is saved and goes on: see :class:`hvd_hetero.trainer.Trainer`."""
+
+    worker: Worker
+    algorithm: Algorithm
+    accounts: Accounts
+    comm: Comm
+    feed: Feed
+    plan: Plan
+    watch: Stopwatch
+    folder: RunFolder | None
+    saver: Saver | None
+    ongoing: Ongoing | None
+    best: dict[str, float | None]
+    begin: float
+
+    @property
+    def over(self) -> bool: ...
+
+
+def state_of(run: Run, ongoing: Ongoing | None) -> dict[str, Any]:
     """Everything that decides how this rank goes on, in a pass under way or between two."""
     state: dict[str, Any] = {name: getattr(run, name).state_dict() for name in PARTS}
     state |= {"plan": run.plan.to_dict(), "best": run.best, "wall_sec": time.perf_counter() - run.begin,
@@ -32,7 +58,7 @@ def state_of(run: Trainer, ongoing: Ongoing | None) -> dict[str, Any]:
     return state
 
 
-def restore(run: Trainer, state: Mapping[str, Any]) -> None:
+def restore(run: Run, state: Mapping[str, Any]) -> None:
     """Goes on as it was, from what :func:`state_of` gave."""
     for part in PARTS:
         getattr(run, part).load_state_dict(state[part])
@@ -49,7 +75,7 @@ def restore(run: Trainer, state: Mapping[str, Any]) -> None:
         say_resumed(place, run.over)
 
 
-def carry_over(run: Trainer, state: Mapping[str, Any]) -> None:
+def carry_over(run: Run, state: Mapping[str, Any]) -> None:
     """Goes on with other ranks, or otherwise configured, from what rank 0 had saved."""
     run.algorithm.carry_over(state["algorithm"])
     assert run.saver is not None

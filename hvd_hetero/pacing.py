@@ -34,7 +34,7 @@ class Pacing:
     Args:
         step_sec: seconds of a local step, by class, as measured before training.
         batch_size: that these are of.
-        margin: of :func:`~hvd_hetero.plan.planned_step_sec`, with which plans are made.
+        margin: of :func:`~hvd_hetero.taus.planned_step_sec`, with which plans are made.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -23,6 +24,8 @@ WORTH_A_THREAD = 1_000_000
 """Samples, of which drawing a pass takes tens of milliseconds."""
 BUCKETS, WHOLE, BLOCK = 256, 1 << 21, 1 << 19
 """One for each value of a byte; up to so many indices are shuffled as they are, more are dealt in blocks of so many."""
+PART = 1 << 16
+"""Of many losses, at least so many say where the threshold of the highest ones lies."""
 
 
 class Sampler:
@@ -138,8 +141,7 @@ def _permuted(rng: np.random.Generator, items: Indices) -> Indices:
     """The items in random order, each order as likely.
 
     Many are dealt to buckets at random first, which then are shuffled one by one (Rao, 1961; Sandelius, 1962): what is
-    worked on stays in the core's cache, where a shuffle of everything would wait for memory at each step. All cores
-    that the process may use take part.
+    worked on stays in the core's cache, where a shuffle of everything would wait for memory at each step.
     """
     if len(items) <= WHOLE:
         return rng.permutation(items)
@@ -147,7 +149,7 @@ def _permuted(rng: np.random.Generator, items: Indices) -> Indices:
     # a generator each, so that the order does not depend on how many threads there are
     rngs = [np.random.default_rng(seed) for seed in rng.integers(1 << 63, size=len(blocks) + BUCKETS)]
     shuffled = np.empty_like(items)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "hvd_hetero.shuffle") as threads:
+    with ThreadPoolExecutor(_threads(), "hvd_hetero.shuffle") as threads:
         dealt = list(threads.map(_dealt, rngs[:-BUCKETS], blocks))
         ends = np.cumsum([sum(len(parts[i]) for parts in dealt) for i in range(BUCKETS)])
 
@@ -158,6 +160,11 @@ def _permuted(rng: np.random.Generator, items: Indices) -> Indices:
 
         list(threads.map(shuffle, range(BUCKETS)))
     return shuffled
+
+
+def _threads() -> int:
+    """One for each core that the process may use; in the background, where the rank trains meanwhile, one."""
+    return len(os.sched_getaffinity(0)) if threading.current_thread() is threading.main_thread() else 1
 
 
 def _dealt(rng: np.random.Generator, items: Indices) -> list[Indices]:
@@ -209,14 +216,16 @@ def _smallest(losses: Losses, place: int) -> np.float32:
     Of many, only those are looked at between which it lies by what a part of them says, if it does lie there.
     """
     if len(losses) > WHOLE:
-        part = np.sort(losses[:: len(losses) >> 16])
+        part = np.sort(losses[:: len(losses) // PART])
         near = len(part) * place // len(losses)
         spread = 4 * math.isqrt(len(part))  # 8 standard deviations at least
-        low, high = part[max(near - spread, 0)], part[min(near + spread, len(part) - 1)]
+        low = part[near - spread] if near >= spread else -np.inf
+        high = part[near + spread] if near + spread < len(part) else np.inf
         between = losses[(losses >= low) & (losses <= high)]
         within = place - int(np.count_nonzero(losses < low))
         if 0 <= within < len(between):
-            return np.float32(np.partition(between, within)[within])
+            between.partition(within)
+            return np.float32(between[within])
     return np.float32(np.partition(losses, place)[place])
 
 

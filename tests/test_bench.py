@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,3 +97,43 @@ def test_one_peer_that_is_not_there_in_some_seed_is_never_there(bench: Run) -> N
     rows = [{"seconds": 2.0, "accuracy": 0.8}, {"seconds": 4.0, "accuracy": 0.7}]
     assert summarize([{"seconds": 2.0, "rows": rows}])["seconds"] == 2.0
     assert summarize([{"seconds": 2.0, "rows": rows}, {"seconds": None, "rows": rows}])["seconds"] is None
+
+
+RANK = """
+import pathlib, sys, time
+run = pathlib.Path(sys.argv[-1].removeprefix("run.dir="))
+(run / "plan.json").touch()
+for _ in range(60):
+    time.sleep(0.01)
+(run / "summary.json").write_text('{"samples_seen": 100}')
+"""
+
+
+def test_a_contenders_seconds_are_those_of_its_turns(
+    bench: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that sleeps 60 times for 10 ms, in turns of 0.1 s, between which it is stopped for twice as long."""
+    module = tmp_path / "lib" / "hvd_hetero"
+    module.mkdir(parents=True)
+    (module / "__main__.py").write_text(RANK)
+    (run := tmp_path / "run").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(module.parent))
+    parts = bench("efficiency")
+    job = subprocess.Popen([sys.executable, "-m", "hvd_hetero", "train", f"run.dir={run}"], cwd=tmp_path)
+    while not (run / "plan.json").exists():
+        assert job.poll() is None
+        time.sleep(0.01)
+    begun = time.time()
+    made = parts["Contender"]
+    made.turn.__globals__["TURN_SEC"] = 0.1
+    contender, turns = made(run, job), 0
+    while not contender.over:
+        time.sleep(0.2)
+        contender.turn()
+        turns += 1
+    assert turns > 2, "it is stopped between its turns"
+    assert 0 < contender.seconds <= time.time() - begun + 0.05 - 0.2 * turns
+    assert contender.rate() == pytest.approx(100 / contender.seconds)
+    with pytest.raises(RuntimeError, match="0 processes in place of 1 are ranks of run"):
+        made(run, job)
+    contender.end()

@@ -13,12 +13,13 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hvd_hetero"
 FLOORS = [
-    {"errors", "checking", "config", "files", "schema", "pacing", "cluster", "plan", "pulse", "timing"},
+    {"errors", "checking", "config", "files", "schema", "pacing", "cluster", "plan", "taus", "pulse",
+     "timing"},
     {"comm", "data", "models", "imports", "limits", "sampling", "metrics", "trace", "checkpoint", "store", "simulator",
      "accounts", "by_name", "delays", "partial_counts", "profiles", "stopping", "fingerprint", "watchdog"},
     {"worker", "profiling", "feed", "passes", "saving", "output", "writing"},
     {"algorithms", "components"},
-    {"trainer", "job", "speeds"},
+    {"trainer", "going_on", "job", "speeds"},
     {"api", "loop", "cli", "launch", "horovodrun", "supervisor", "report", "compare", "planner", "profile_command",
      "doctor", "__main__"},
 ]
@@ -93,7 +94,7 @@ def test_only_comm_imports_horovod() -> None:
 
 
 @pytest.mark.parametrize("module", [
-    "errors", "config", "schema", "cluster", "plan", "pacing", "sampling", "timing", "simulator", "planner",
+    "errors", "config", "schema", "cluster", "plan", "taus", "pacing", "sampling", "timing", "simulator", "planner",
 ])
 def test_planning_runs_without_torch_and_horovod(module: str) -> None:
     assert module in NAMES

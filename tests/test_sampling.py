@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_hetero.sampling import SCHEMES, Sampler, _permuted, _smallest, _some
+from hvd_hetero.sampling import SCHEMES, Sampler, _some
 
 FAST, SLOW, THIRD = "quick", "slow", "third"
 
@@ -182,35 +182,6 @@ def test_a_class_comes_in_random_order(scheme: str) -> None:
     made = sampler(scheme, 0.5, np.zeros(10), seed=8)
     firsts = np.bincount([made.draw({FAST: 10})[FAST][0] for _ in range(DRAWS)], minlength=10)
     assert_uniform(firsts, 1 / 10)
-
-
-def test_so_many_that_they_are_dealt_to_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each tenth of the samples comes to each tenth of the places as often, however many threads there are."""
-    monkeypatch.setattr("hvd_hetero.sampling.WHOLE", 0)
-    monkeypatch.setattr("hvd_hetero.sampling.BLOCK", 300)
-    rng = np.random.default_rng(7)
-    table, draws = np.zeros((10, 10), dtype=int), 60
-    for _ in range(draws):
-        order = _permuted(rng, np.arange(1000))
-        assert np.array_equal(np.sort(order), np.arange(1000))
-        np.add.at(table, (np.arange(1000) // 100, order // 100), 1)
-    assert np.abs(table - draws * 10).max() < 5 * (draws * 10) ** 0.5
-    found = []
-    for cores in ({0}, {0, 1, 2}):
-        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: cores)
-        found.append(_permuted(np.random.default_rng(9), np.arange(1000)))
-    assert np.array_equal(*found)
-
-
-@pytest.mark.parametrize("place", [0, 1, 99_999, 150_000, 199_999])
-@pytest.mark.parametrize("kind", ["random", "ties", "unknown", "misleading"])
-def test_the_threshold_of_many_losses(kind: str, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the one that sorting would give, also if the part that is looked at says nothing of the others."""
-    monkeypatch.setattr("hvd_hetero.sampling.WHOLE", 0)
-    rng, n = np.random.default_rng(3), 200_000
-    losses = {"random": rng.random(n), "ties": rng.integers(3, size=n), "unknown": np.full(n, np.inf),
-              "misleading": np.where(np.arange(n) % (n >> 16) == 0, n, np.arange(n))}[kind].astype(np.float32)
-    assert _smallest(losses, place) == np.sort(losses)[place]
 
 
 @pytest.mark.parametrize("scheme", ["separate", "unified"])

@@ -136,7 +136,8 @@ def _begin_integers(
 ) -> Callable[[], None]:
     """Begins to take the maxima of integer buffers; the result waits for them.
 
-    They travel beside the sums: one collective after the other would wait for slow ranks to wake up once more.
+    They travel beside the sums: one collective after the other would wait for slow ranks to wake up once more. Where
+    the sums fail, they are left on their way, and no more is sent: the rank ends.
     """
     integers = state.integers()
     if integers is None:

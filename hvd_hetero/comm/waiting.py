@@ -51,6 +51,7 @@ def _done(handle: int) -> Any:
 
 
 def guarded(call: Callable[[], Any]) -> Any:
+    """Calls it; what Horovod raises where another rank is gone becomes :class:`PeerLost`."""
     try:
         return call()
     except HorovodInternalError as error:

@@ -6,7 +6,8 @@ that share of a core. ``--settle 0`` begins at once, so that speeds are measured
 
 Threads that a throttled thread starts share its quota, Horovod's among them if it begins at once: then an average
 takes as long as the rest of the quota's period, 20 ms, as no slow accelerator's would. So until the training begins
-the hosts' ranks are throttled anew each second, which lets all threads go but the main one.
+the hosts' ranks are throttled anew each second (``lab throttle HOST|PID SHARE``), which lets all threads go but the
+main one. What a rank starts later, as delayed averages do a thread for each, shares its quota all the same.
 """
 
 from __future__ import annotations
