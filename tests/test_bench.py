@@ -124,12 +124,12 @@ def test_a_contenders_seconds_are_those_of_its_turns(
         assert job.poll() is None
         time.sleep(0.01)
     begun = time.time()
-    made = parts["Contender"]
-    made.turn.__globals__["TURN_SEC"] = 0.1
+    made, turn = parts["Contender"], parts["turn"]
+    turn.__globals__["TURN_SEC"] = 0.1
     contender, turns = made(run, job), 0
     while not contender.over:
         time.sleep(0.2)
-        contender.turn()
+        turn([contender])
         turns += 1
     assert turns > 2, "it is stopped between its turns"
     assert 0 < contender.seconds <= time.time() - begun + 0.05 - 0.2 * turns
