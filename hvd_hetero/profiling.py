@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -19,8 +18,7 @@ from hvd_hetero.data import Source
 from hvd_hetero.errors import UserError
 from hvd_hetero.worker import Worker
 
-CHUNK_SEC, CHUNKS = 0.1, 10
-"""A chunk of steps takes a tenth of the measurement, and at least so long."""
+CHUNK_SEC = 0.1
 MIN_CHUNKS = 3
 AVERAGES = 10
 TURNS = 3
@@ -39,8 +37,8 @@ def measure_step(
 ) -> Measured:
     """How long a local step of this rank takes; model, optimizer and random state are left as they were.
 
-    The median is taken over chunks of steps, a tenth of the measurement and at least 0.1 s each, not over single steps:
-    a CPU quota or a neighbour stops a rank for a moment now and then, which a median over short steps would not see.
+    The median is taken over chunks of steps of at least :data:`CHUNK_SEC`, not over single steps: a CPU quota or a
+    neighbour stops a rank for a moment now and then, which a median over short steps would not see at all.
 
     Args:
         seconds: how long to measure, after ``warmup_steps`` steps that do not count.
@@ -60,21 +58,15 @@ def measure_step(
     count = max(1, int(CHUNK_SEC / max(time.perf_counter() - start, 1e-6)))
     ready()
     chunks: list[float] = []
-    counts: list[int] = []
     begin = time.perf_counter()
     while len(chunks) < MIN_CHUNKS or time.perf_counter() - begin < seconds:
         start = time.perf_counter()
         steps(count)
-        now = time.perf_counter()
-        chunks.append((now - start) / count)
-        counts.append(count)
-        # a single step says little of how many there are in a chunk
-        count = max(1, int(max(CHUNK_SEC, seconds / CHUNKS) * sum(counts) / (now - begin)))
+        chunks.append((time.perf_counter() - start) / count)
     restore()
-    step_sec, mean = statistics.median(chunks), statistics.fmean(chunks)
+    step_sec = statistics.median(chunks)
     # the mean of a chunk deviates by 1 / sqrt(steps) of what a single step does
-    squares = sum(n * (sec - mean) ** 2 for n, sec in zip(counts, chunks, strict=True))
-    return Measured(step_sec, math.sqrt(squares / (len(chunks) - 1)) / step_sec)
+    return Measured(step_sec, statistics.stdev(chunks) * count**0.5 / step_sec)
 
 
 @dataclass(frozen=True)
