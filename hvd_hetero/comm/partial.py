@@ -24,6 +24,7 @@ from hvd_hetero.comm.activation import connect
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.comm.referee import ARRIVED, CLAIM, CLOSING, FINAL, FINISHED, FULL, OFFER, START, Referee
 from hvd_hetero.comm.rounds import Counts, Round, done_unless
+from hvd_hetero.comm.sending import SendBuffer
 from hvd_hetero.comm.waiting import PeerLost, guarded
 
 BROKEN = "another rank is gone (the channel to rank 0 is broken)"
@@ -68,14 +69,11 @@ class PartialAllreduce:
         pinned: bool = False,
     ) -> None:
         assert comm.size > 1 and sync_every >= 1 and max_lag >= 1
-        self._rank, self._size, self._dtype, self._pulse = comm.rank, size, dtype, comm.pulse
-        self._sums, self._pinned = size - latest, pinned
+        self._rank, self._pulse = comm.rank, comm.pulse
         self._full = 1 if mode == FULL else sync_every
-        self._max_lag, self._weigh = max_lag, weigh
+        self._max_lag = max_lag
         self._changed = threading.Condition()
-        self._pool: list[Tensor] = []
-        self._buffer = self._empty()
-        self._steps, self._made_at = 0.0, list[int]()
+        self._buffer = SendBuffer(size, dtype, latest, weigh, pinned)
         self._starts: deque[tuple[int, float, bool]] = deque()
         self._rounds: deque[Round] = deque()
         self._offers: deque[int] = deque()
@@ -107,14 +105,7 @@ class PartialAllreduce:
         """
         with self._changed:
             self._check()
-            own = self._buffer[: self._size]
-            if self._made_at:
-                own[: self._sums].add_(vector[: self._sums])
-                own[self._sums :].copy_(vector[self._sums :])
-            else:
-                own.copy_(vector)
-            self._steps += steps
-            self._made_at.append(self._taken)
+            self._buffer.add(vector, steps, self._taken)
             self._changed.notify_all()
         self._say(ARRIVED, self._taken)
 
@@ -137,8 +128,7 @@ class PartialAllreduce:
         """Gives the memory of results back."""
         with self._changed:
             for item in rounds:
-                self._pool += item.buffers
-                item.buffers = []
+                self._buffer.give_back(item)
 
     def claim(self, samples: int) -> None:
         """Asks for samples of the pass; :meth:`offered` has the answer."""
@@ -244,8 +234,10 @@ class PartialAllreduce:
                 self._changed.wait_for(lambda: self._over() or self._may_join(number, final))  # noqa: B023
                 if self._over():
                     return
-                item, steps = self._snapshot(number, started, final)
-            payload = self._payload(item, steps)
+                assert number == self._next, "rounds come in order"
+                self._next += 1
+                item, steps = self._buffer.take(number, started, final, self.counts)
+            payload = self._buffer.payload(item, steps)
             handle = guarded(lambda: hvd.allreduce_async_(payload, op=hvd.Sum, name="partial"))  # noqa: B023
             if not done_unless(self._over, handle):
                 return
@@ -261,41 +253,4 @@ class PartialAllreduce:
         if number - self._taken >= self._max_lag:
             return False
         full = (number + 1) % self._full == 0
-        return bool(not full or final or self._made_at or not self._in_pass)
-
-    def _snapshot(self, number: int, started: float, final: bool) -> tuple[Round, float]:
-        """Takes the send buffer, with the number of steps in it, and leaves an empty one; the caller holds the lock."""
-        assert number == self._next, "rounds come in order"
-        self._next += 1
-        buffer, made_at, steps = self._buffer, self._made_at, self._steps
-        self._buffer, self._made_at, self._steps = self._empty(), [], 0.0
-        if made_at:
-            self.counts.staleness.update(number - version for version in made_at)
-            self.counts.fresh += made_at[-1] == number
-            self.counts.late += made_at[-1] != number
-        else:
-            self.counts.empty += not final
-        return Round(number, buffer, 0.0, None, len(made_at), started, final, [buffer]), steps
-
-    def _payload(self, item: Round, steps: float) -> Tensor:
-        """What is sent of the buffer that was taken: ``[P + 1]``, the weight last."""
-        buffer = payload = item.buffers[0]
-        weight = steps
-        if not item.contributions:
-            buffer.zero_()
-        elif self._weigh is not None:
-            with self._changed:
-                payload = self._empty()
-            weight = self._weigh(steps)
-            torch.mul(buffer, weight, out=payload)
-            item.own = buffer[: self._size]
-            item.buffers = [payload, buffer]
-        payload[-1] = weight
-        item.total = payload[: self._size]
-        return payload
-
-    def _empty(self) -> Tensor:
-        """A buffer with a place for the weight behind the vector; its contents are anything."""
-        if self._pool:
-            return self._pool.pop()
-        return torch.empty(self._size + 1, dtype=self._dtype, pin_memory=self._pinned)
+        return bool(not full or final or self._buffer.filled or not self._in_pass)
