@@ -64,9 +64,9 @@ def test_the_average_is_that_of_the_good_ranks(found: Found, case: str) -> None:
     """With their weights scaled up to 1; whoever was left out goes on from it, momentum and all."""
     this = POISONED[case]
     dealt = {rank: mine["dealt"] for rank, mine in enumerate(found[case])}
-    expected = oracle.local if issubclass(get(this.method), LocalSGD) else (
-        oracle.normalized if this.model == "norm" else oracle.joined
-    )
+    expected = oracle.normalized if this.model == "norm" else oracle.joined
+    if issubclass(get(this.method), LocalSGD):
+        expected = oracle.delayed if this.settings.get("aggregation.delayed") else oracle.local
     torch.testing.assert_close(found[case][0]["model"], expected(this, dealt), **TOLERANCE)
     hit = [sum(int((rows == 17).sum()) for rows in passes) for passes in dealt.values()]
     assert sum(hit) >= 2, "the sample was trained on"

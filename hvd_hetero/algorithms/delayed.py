@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -48,27 +49,33 @@ def check_delayed(spec: AggregationConfig, too_slow: str) -> None:
 
 
 class Delayed:
-    """One rank's averages that are on their way; at most one at a time."""
+    """One rank's averages that are on their way; at most one at a time. One thread takes part in all of them."""
 
     def __init__(self, worker: Worker, comm: Comm) -> None:
         self._worker, self._comm, self._pulse = worker, comm.beside(), comm.pulse
-        self._thread: threading.Thread | None = None
-        self._problem: BaseException | None = None
+        self._weights: SimpleQueue[float | None] = SimpleQueue()
+        self._problems: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._on_its_way = False
+        threading.Thread(target=self._serve, name="hvd_hetero.delayed", daemon=True).start()
 
     def begin(self, weight: float) -> None:
-        """Sends what the model is now."""
+        """Sends what the model is now; what was sent before has been taken in."""
+        assert not self._on_its_way
         state = self._worker.state
         self._sent = [v.clone() for v in state.vectors]
         self._mean = [v.clone() for v in state.vectors]
         self._good = finite(self._sent)
-        self._thread = threading.Thread(target=self._average, args=(weight,), name="hvd_hetero.delayed", daemon=True)
-        self._thread.start()
+        self._on_its_way = True
+        self._weights.put(weight)
 
-    def _average(self, weight: float) -> None:
-        try:
-            average_tensors(self._comm, self._mean, self._good, "delayed", weight=weight)
-        except BaseException as error:  # it is the rank's own thread that has to end with it
-            self._problem = error
+    def _serve(self) -> None:
+        while (weight := self._weights.get()) is not None:
+            problem = None
+            try:
+                average_tensors(self._comm, self._mean, self._good, "delayed", weight=weight)
+            except BaseException as error:  # it is the rank's own thread that has to end with it
+                problem = error
+            self._problems.put(problem)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -77,13 +84,13 @@ class Delayed:
         Raises:
             PeerLost, BadNumbers: what has become of it.
         """
-        if self._thread is None:
+        if not self._on_its_way:
             return
         with self._pulse.waiting("delayed"):
-            self._thread.join()
-        self._thread = None
-        if self._problem is not None:
-            raise self._problem
+            problem = self._problems.get()
+        self._on_its_way = False
+        if problem is not None:
+            raise problem
         if not self._good:
             self._worker.optimizer.state.clear()
             self._comm.left_out.note()
@@ -97,5 +104,5 @@ class Delayed:
 
     def close(self) -> None:
         """Lets go of the thread, which ends with what it is waiting for."""
-        self._thread = None
+        self._weights.put(None)
 

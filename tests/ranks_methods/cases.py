@@ -174,6 +174,8 @@ POISONED: dict[str, Case] = {
         ("momentum reset", "biased_local_sgd", {**TAU31, "aggregation.optimizer_state": "reset"},
          {"classes": "of three"}),
         ("AdamW", "balanced_local_sgd", {"train.tau": 2, **ADAMW}, {"classes": "of three"}),
+        ("delayed, BatchNorm", "biased_local_sgd", {**TAU31, "aggregation.delayed": True},
+         {"classes": "of three", "model": "norm"}),
         ("sync, uneven batches", "sync_sgd", {**UNEVEN, "train.clip_norm": 0.3}, {"classes": "of three"}),
         ("sync, BatchNorm", "sync_sgd", UNEVEN, {"classes": "of three", "model": "norm"}),
         ("sync, fast", "sync_sgd", {"algorithm.participants": "fast"}, {"classes": "of three"}),

@@ -44,7 +44,11 @@ class Replica:
 
     def good(self) -> bool:
         """Whether there is no NaN and no Inf in the model."""
-        return all(bool(t.isfinite().all()) for t in self.net.state_dict().values())
+        return _good(self.net)
+
+
+def _good(net: nn.Module) -> bool:
+    return all(bool(t.isfinite().all()) for t in net.state_dict().values())
 
 
 def joined(case: Case, dealt: Dealt) -> dict[str, Tensor]:
@@ -153,15 +157,24 @@ def delayed(case: Case, dealt: Dealt) -> dict[str, Tensor]:
 
 
 def _take_in(sent: Sequence[nn.Module], weights: Sequence[float], replicas: Sequence[Replica]) -> None:
-    """What a replica has done since it sent its model comes on top of the mean of what was sent."""
-    mean = _mean(sent, weights) if sent else {}
-    for net, replica in zip(sent, replicas, strict=bool(sent)):
+    """What a replica has done since it sent its model comes on top of the mean of what was sent.
+
+    One whose numbers were bad then has nothing to add, and begins anew.
+    """
+    if not sent:
+        return
+    good = [_good(net) for net in sent]
+    kept = sum(w for w, fit in zip(weights, good, strict=True) if fit)
+    mean = _mean(sent, [w / kept if fit else 0.0 for w, fit in zip(weights, good, strict=True)])
+    for net, replica, fit in zip(sent, replicas, good, strict=True):
         own = replica.net.state_dict()
         for name, before in net.state_dict().items():
-            if name in dict(net.named_parameters()):
+            if fit and name in dict(net.named_parameters()):
                 own[name] += mean[name] - before
             elif before.is_floating_point():
                 own[name].copy_(mean[name])
+        if not fit:
+            replica.optimizer.state.clear()
 
 
 def _mean(nets: Sequence[nn.Module], weights: Sequence[float]) -> dict[str, Tensor]:
