@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +19,9 @@ from hvd_hetero.data import Source
 from hvd_hetero.errors import UserError
 from hvd_hetero.worker import Worker
 
-CHUNK_SEC = 0.1
+CHUNK_SEC, CHUNKS = 0.1, 10
+"""A chunk of steps takes a tenth of the measurement, and at least so long. The first takes so long going by one step,
+and so do all of an emulated rank: in longer ones its caches would be warmer than in rounds, as it sleeps so often."""
 MIN_CHUNKS = 3
 AVERAGES = 10
 TURNS = 3
@@ -37,8 +40,8 @@ def measure_step(
 ) -> Measured:
     """How long a local step of this rank takes; model, optimizer and random state are left as they were.
 
-    The median is taken over chunks of steps of at least :data:`CHUNK_SEC`, not over single steps: a CPU quota or a
-    neighbour stops a rank for a moment now and then, which a median over short steps would not see at all.
+    The median is taken over chunks of steps, see :data:`CHUNK_SEC`, not over single steps: a CPU quota or a neighbour
+    stops a rank for a moment now and then, which a median over short steps would not see.
 
     Args:
         seconds: how long to measure, after ``warmup_steps`` steps that do not count.
@@ -58,15 +61,22 @@ def measure_step(
     count = max(1, int(CHUNK_SEC / max(time.perf_counter() - start, 1e-6)))
     ready()
     chunks: list[float] = []
+    counts: list[int] = []
     begin = time.perf_counter()
     while len(chunks) < MIN_CHUNKS or time.perf_counter() - begin < seconds:
         start = time.perf_counter()
         steps(count)
-        chunks.append((time.perf_counter() - start) / count)
+        now = time.perf_counter()
+        chunks.append((now - start) / count)
+        counts.append(count)
+        if not worker.pace.emulates:
+            count = max(1, int(max(CHUNK_SEC, seconds / CHUNKS) * sum(counts) / (now - begin)))
     restore()
     step_sec = statistics.median(chunks)
+    mean = sum(n * sec for n, sec in zip(counts, chunks, strict=True)) / sum(counts)
     # the mean of a chunk deviates by 1 / sqrt(steps) of what a single step does
-    return Measured(step_sec, statistics.stdev(chunks) * count**0.5 / step_sec)
+    squares = sum(n * (sec - mean) ** 2 for n, sec in zip(counts, chunks, strict=True))
+    return Measured(step_sec, math.sqrt(squares / (len(chunks) - 1)) / step_sec)
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,11 @@ class Pace:
         self._fresh_sec = 0.0
         self.delays: Iterator[float] | None = None
 
+    @property
+    def emulates(self) -> bool:
+        """Whether steps are stretched."""
+        return self._slowdown > 1
+
     def steps(self, batches: Iterable[T], count: int) -> Iterator[T]:
         """Yields the next ``count`` batches; the time until the following one is asked for is the step's compute."""
         self._watch.pulse.phase = "reading data"
@@ -150,7 +155,7 @@ class Pace:
                 time.sleep(next(self.delays))
                 self._watch.lap("compute")  # as it is: a slower device is not slower at being delayed
             yield batch
-            if self._slowdown > 1:  # else steps may queue up on the device
+            if self.emulates:  # else steps may queue up on the device
                 self.pause(LEAST_SLEEP_SEC)
             self._watch.lap("compute")
             self._watch.pulse.phase = "reading data"
@@ -165,7 +170,7 @@ class Pace:
         self._synchronize()
         spent = self._fresh_sec + self._watch.lap("compute")
         self._fresh_sec = 0.0
-        if self._slowdown > 1:
+        if self.emulates:
             self._owed_sec += (self._slowdown - 1) * spent
             self._sleep(least_sleep_sec)
             self._watch.lap("compute")
