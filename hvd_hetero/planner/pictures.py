@@ -60,10 +60,10 @@ def taus(foretold: Foretold) -> Figure:
         left.legend()
         right.plot(x, [row.samples_per_sec for _, row in rows], **line(len(foretold.scenario.cluster.classes)))
         right.axhline(foretold.scenario.capacity, color="#808080", linewidth=1)
-        right.annotate("nobody waits, nothing is sent", (0, foretold.scenario.capacity), (2, -10),
+        right.annotate("nobody waits, nothing is sent", (0, foretold.scenario.capacity), (2, 4),
                        xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8)
         right.set_ylabel("predicted samples/s")
-        right.set_ylim(bottom=0)
+        right.set_ylim(0, 1.12 * max(foretold.scenario.capacity, *(row.samples_per_sec for _, row in rows)))
         for axes in (left, right):
             axes.axvline(foretold.advice.tau, color="#808080", linestyle=":", linewidth=1)
             axes.set_xscale("log", base=2)
