@@ -187,10 +187,13 @@ POISONED: dict[str, Case] = {
 }
 """In each pass some rank is given a sample that its gradient cannot stand; an oracle knows what comes of it."""
 
+LARGE_BATCH = {"dlb": {"algorithm.global_batch": 60}}
+"""On a busy machine DLB may leave a worker one sample of 12, which is not enough for BatchNorm."""
+
 POISONED |= {
     f"every, {name}, {mode}": Case(
-        name, {"train.passes": 4, **({} if mode == "as it is" else {"aggregation.mode": mode})}, "of three", "norm",
-        poisoned=(17, 40),
+        name, {"train.passes": 4, **LARGE_BATCH.get(name, {}),
+               **({} if mode == "as it is" else {"aggregation.mode": mode})}, "of three", "norm", poisoned=(17, 40),
     )
     for name in REGISTRY
     for mode in ("as it is", *(("solo", "majority") if name == "biased_local_sgd" else ()))
