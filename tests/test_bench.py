@@ -129,7 +129,7 @@ def test_a_contenders_seconds_are_those_of_its_turns(
     contender, turns = made(run, job), 0
     while not contender.over:
         time.sleep(0.2)
-        turn([contender])
+        turn(contender)
         turns += 1
     assert turns > 2, "it is stopped between its turns"
     assert 0 < contender.seconds <= time.time() - begun + 0.05 - 0.2 * turns
