@@ -155,22 +155,30 @@ def test_measuring_leaves_everything_as_it_was(optimizer: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("emulates", [False, True])
-def test_steps_that_a_quota_makes_uneven_are_measured_in_long_chunks(
-    monkeypatch: pytest.MonkeyPatch, emulates: bool
-) -> None:
-    """In short ones the median is one of the lengths that single steps have. An emulated rank's stay short."""
+def scripted(
+    monkeypatch: pytest.MonkeyPatch, durations: Iterator[float], emulates: bool = False
+) -> tuple[Any, list[int]]:
+    """A worker whose steps take as long as they are told to, and a list of how many it is asked for at a time."""
     now, counts = [0.0], list[int]()
-    durations = chain([0.05, 0.05, 0.019], cycle([0.02, 0.04, 0.06, 0.06, 0.06]))
 
     def local_steps(batches: Any, count: int) -> None:
         counts.append(count)
         now[0] += sum(islice(durations, count))
 
+    monkeypatch.setattr("hvd_hetero.profiling.time", SimpleNamespace(perf_counter=lambda: now[0]))
     mine = SimpleNamespace(snapshot=lambda: lambda: None, local_steps=local_steps, take_losses=lambda: None,
                            generator=torch.Generator(), pace=SimpleNamespace(emulates=emulates))  # fmt: skip
-    monkeypatch.setattr("hvd_hetero.profiling.time", SimpleNamespace(perf_counter=lambda: now[0]))
-    found = measure_step(mine, source(), 8, seconds=6.0, warmup_steps=2, ready=lambda: None)  # type: ignore[arg-type]
+    return mine, counts
+
+
+@pytest.mark.parametrize("emulates", [False, True])
+def test_steps_that_a_quota_makes_uneven_are_measured_in_long_chunks(
+    monkeypatch: pytest.MonkeyPatch, emulates: bool
+) -> None:
+    """In short ones the median is one of the lengths that single steps have. An emulated rank's stay short."""
+    durations = chain([0.05, 0.05, 0.019], cycle([0.02, 0.04, 0.06, 0.06, 0.06]))
+    mine, counts = scripted(monkeypatch, durations, emulates)
+    found = measure_step(mine, source(), 8, seconds=6.0, warmup_steps=2, ready=lambda: None)
     assert counts[:3] == [2, 1, 5], "warm-up, and a step that says how many there are in 0.1 s"
     if emulates:
         assert set(counts[3:]) == {5}
@@ -181,16 +189,8 @@ def test_steps_that_a_quota_makes_uneven_are_measured_in_long_chunks(
 
 def test_chunks_of_any_length_say_how_much_single_steps_vary(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the first one, of another length, is the one that varies: 1 step of 0.2 s, then 0.1 s each."""
-    now, counts, durations = [0.0], list[int](), chain([0.1, 0.099, 0.2], repeat(0.1))
-
-    def local_steps(batches: Any, count: int) -> None:
-        counts.append(count)
-        now[0] += sum(islice(durations, count))
-
-    mine = SimpleNamespace(snapshot=lambda: lambda: None, local_steps=local_steps, take_losses=lambda: None,
-                           generator=torch.Generator(), pace=SimpleNamespace(emulates=False))  # fmt: skip
-    monkeypatch.setattr("hvd_hetero.profiling.time", SimpleNamespace(perf_counter=lambda: now[0]))
-    found = measure_step(mine, source(), 8, seconds=4.0, warmup_steps=1, ready=lambda: None)  # type: ignore[arg-type]
+    mine, counts = scripted(monkeypatch, chain([0.1, 0.099, 0.2], repeat(0.1)))
+    found = measure_step(mine, source(), 8, seconds=4.0, warmup_steps=1, ready=lambda: None)
     chunks, steps = len(counts) - 2, sum(counts[2:])
     assert counts[2] == 1 and 3 <= counts[-1] <= 4 and found.step_sec == pytest.approx(0.1)
     assert found.jitter == pytest.approx(((1 - 1 / steps) / (chunks - 1)) ** 0.5), "the mean is 0.1 / steps off"

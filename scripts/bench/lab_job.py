@@ -9,8 +9,8 @@ takes as long as the rest of the quota's period, 20 ms, as no slow accelerator's
 the hosts' ranks are throttled anew (``lab throttle HOST|PID SHARE``) whenever they have started threads, which lets all
 go but the main ones.
 
-Each host has half of the machine's cores. Otherwise the system at times leaves a throttled rank on the core of a busy
-one, which then loses what the other takes, while the other core idles.
+Each host has half of the machine's cores. Otherwise the system may leave a throttled rank on the core of a busy one,
+which then loses what the other takes, while the other core idles.
 """
 
 from __future__ import annotations
