@@ -129,7 +129,7 @@ def assign(classes: Any, facts: Sequence[RankFacts]) -> Cluster:
     for item in used:
         for rank in item.ranks if item.device == "cuda" else ():
             fact = facts[rank]
-            if _gpu_index(cluster, rank) >= len(fact.gpus):
+            if gpu_index(cluster, rank) >= len(fact.gpus):
                 wanted = len([r for r in cluster.on_host(fact.host) if cluster.class_of(r).device == "cuda"])
                 problem = f"host {fact.host} shows {len(fact.gpus)} GPU(s), its ranks want {wanted}"
                 remedy = "set device: cpu, or install a CUDA build of PyTorch and Horovod on a machine with GPUs"
@@ -140,6 +140,8 @@ def assign(classes: Any, facts: Sequence[RankFacts]) -> Cluster:
 def place(cluster: Cluster, rank: int, gpu_cores: int, affinity: bool) -> Placement:
     """Divides a host's cores among its ranks: GPU ranks keep ``gpu_cores`` each, CPU ranks share the rest evenly.
 
+    Where there are no CPU ranks, GPU ranks share all of them.
+
     A rank's cores follow one another in the order of the host's NUMA nodes, so that few ranks have cores of two. No two
     ranks share a core where there are enough; with more ranks than cores each gets one thread and no fixed core.
     """
@@ -147,12 +149,13 @@ def place(cluster: Cluster, rank: int, gpu_cores: int, affinity: bool) -> Placem
     fact = cluster.facts[rank]
     local = cluster.on_host(fact.host)
     gpu_ranks = [r for r in local if cluster.class_of(r).device == "cuda"]
-    device = f"cuda:{_gpu_index(cluster, rank)}" if mine.device == "cuda" else "cpu"
+    device = f"cuda:{gpu_index(cluster, rank)}" if mine.device == "cuda" else "cpu"
     cores = list(fact.cores)
     if len(local) > len(cores):
         return Placement(device, mine.threads or 1, None)
     cpu_ranks = [r for r in local if r not in gpu_ranks]
-    for_gpu = min(gpu_cores, (len(cores) - len(cpu_ranks)) // len(gpu_ranks)) if gpu_ranks else 0
+    for_gpu = (len(cores) - len(cpu_ranks)) // len(gpu_ranks) if gpu_ranks else 0
+    for_gpu = min(gpu_cores, for_gpu) if cpu_ranks else for_gpu
     for_cpu, spare = divmod(len(cores) - for_gpu * len(gpu_ranks), len(cpu_ranks)) if cpu_ranks else (0, 0)
     shares = {r: for_gpu for r in gpu_ranks} | {r: for_cpu + (i < spare) for i, r in enumerate(cpu_ranks)}
     start = sum(shares[r] for r in [*gpu_ranks, *cpu_ranks][: [*gpu_ranks, *cpu_ranks].index(rank)])
@@ -227,8 +230,8 @@ def _automatic(facts: Sequence[RankFacts]) -> list[DeviceClass]:
     ]
 
 
-def _gpu_index(cluster: Cluster, rank: int) -> int:
-    """The index among the host's GPU ranks: Horovod's local_rank counts the CPU ranks too."""
+def gpu_index(cluster: Cluster, rank: int) -> int:
+    """The index of a rank's GPU, which is the rank's among the host's GPU ranks: local_rank counts CPU ranks too."""
     on_host = cluster.on_host(cluster.facts[rank].host)
     return [r for r in on_host if cluster.class_of(r).device == "cuda"].index(rank)
 

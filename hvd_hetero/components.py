@@ -62,6 +62,10 @@ class Given:
         return cls(**objects)
 
 
+SUMMED = (torch.float16, torch.float32, torch.float64)
+"""Types of parameters that Horovod has sums for."""
+
+
 @dataclass(frozen=True)
 class Components:
     """Everything a worker is made of."""
@@ -160,6 +164,10 @@ def _try_model(components: Components, config: Config, given: Given) -> Any:
         outputs = forward(model, inputs)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(*of_model, "has no trainable parameters", "leave some to train")
+    for name, param in model.named_parameters():
+        if param.requires_grad and param.dtype not in SUMMED:
+            remedy = "keep it in float32 (train.autocast=bf16 computes in bfloat16 all the same)"
+            raise ConfigError(*of_model, f"Horovod cannot sum {param.dtype}, the type of {name}", remedy)
     what = f"the loss fails on the model's outputs {_shape(outputs)} for {shapes}"
     with _telling(*of_loss, what, "make model, data, loss and its arguments fit together"):
         losses = components.loss(outputs, targets)

@@ -112,7 +112,7 @@ def _configuration(
 
 def _gpu_problem(facts: RankFacts, horovod: dict[str, Any]) -> str | None:
     if facts.gpus and not horovod["nccl"]:
-        return "Horovod was built without NCCL, GPU ranks would sum on the host: run scripts/setup where nvcc is"
+        return "Horovod was built without NCCL, so no class can have several GPU ranks: run scripts/setup where nvcc is"
     return None
 
 

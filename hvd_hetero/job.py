@@ -58,6 +58,7 @@ def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
     watchdog = Watchdog(env)
     if env.rank > 0:
         warnings.simplefilter("ignore")  # rank 0 has the same ones to say
+        warnings.filterwarnings("default", "train.compile")  # but for what depends on a rank's own device
     try:
         config, components = prepare()
     except UserError as error:
@@ -87,7 +88,7 @@ def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
 def make_worker(job: Job, watch: Stopwatch) -> Worker:
     """This rank's worker, on its device."""
     config, parts = job.config, job.components
-    torch.set_float32_matmul_precision(config.train.matmul_precision)
+    set_precision(config.train.matmul_precision)
     return Worker(
         parts.model,
         parts.loss,
@@ -103,6 +104,12 @@ def make_worker(job: Job, watch: Stopwatch) -> Worker:
         compile_mode=config.train.compile,
         channels_last=config.train.channels_last,
     )
+
+
+def set_precision(precision: str) -> None:
+    """How exactly float32 is multiplied, in matrices and in convolutions, which torch has two settings for."""
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = precision != "highest"
 
 
 def check(config: Config, components: Components, cluster: Cluster) -> None:

@@ -115,13 +115,13 @@ class Loop:
         check_limits(config.train, self.plan)
         self._train = config.train
         clock = own_clock(device, started.placement.threads)
-        watch = Stopwatch(own_clock=clock, pulse=started.watchdog.pulse)
-        self._pace = Pace(watch, cluster.class_of(self.rank).slowdown, self._synchronize)
+        self._watch = Stopwatch(own_clock=clock, pulse=started.watchdog.pulse)
+        self._pace = Pace(self._watch, cluster.class_of(self.rank).slowdown, self._synchronize)
         self._watchdog = started.watchdog
 
     def _synchronize(self) -> None:
         if self._generator.device.type == "cuda":
-            torch.cuda.synchronize(self._generator.device)
+            torch.cuda.current_stream(self._generator.device).synchronize()
 
     def __iter__(self) -> Iterator[Round]:
         mine = self.plan.of_rank(self.rank)
@@ -132,7 +132,7 @@ class Loop:
             batches = iter(self._source.batches(rows, self._generator))
             taken: list[Tensor] = []
             for _ in range(rounds):
-                current = Round(self._pace.steps(batches, mine.tau), left_out)
+                current = Round(self._steps(batches, mine.tau), left_out)
                 yield current
                 if sum(map(len, current.taken)) != mine.tau * mine.batch_size:
                     problem = f"a round has {mine.tau} batches of {mine.batch_size}, got losses of {len(current.taken)}"
@@ -142,6 +142,11 @@ class Loop:
                 self._comm.left_out.round += 1
             guarded(partial(self._feed.collect, part, torch.cat(taken).float().cpu()))
             done = done.after(part)
+
+    def _steps(self, batches: Iterator[Batch], count: int) -> Iterator[Batch]:
+        # What was between two rounds, an average and the user's own, is no part of a step that is to be stretched.
+        self._watch.skip()
+        yield from self._pace.steps(batches, count)
 
     def close(self) -> None:
         """Leaves the job together with all other ranks; call it when the model has been saved."""

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hvd_hetero.cluster import Cluster
+from hvd_hetero.cluster import Cluster, gpu_index
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.files import write_text
 from hvd_hetero.schema import Config
@@ -113,8 +113,8 @@ def key_of(config: Config, cluster: Cluster) -> dict[str, Any]:
         "data": config.data.target or config.data.name,
         "trained": hashlib.sha256(text.encode()).hexdigest()[:16],
         "batch_size": train["batch_size"],
-        "device": {c.name: (facts[c.name].gpus or (c.device,))[0] if c.device == "cuda" else facts[c.name].cpu
-                   for c in cluster.classes},
+        "device": {c.name: facts[c.name].gpus[gpu_index(cluster, c.ranks[0])] if c.device == "cuda"
+                   else facts[c.name].cpu for c in cluster.classes},
         "ranks": {c.name: len(c.ranks) for c in cluster.classes},
         "hosts": sorted(len(cluster.on_host(host)) for host in {f.host for f in cluster.facts}),
         "affinity": config.cluster.affinity,

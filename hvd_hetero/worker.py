@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hvd_hetero.by_name import PerSample
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.data import Batch, Source
+from hvd_hetero.errors import ConfigError
 from hvd_hetero.timing import Pace, Stopwatch
 
 
@@ -231,10 +232,19 @@ class Worker:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what :meth:`state_dict` gave."""
+        """Goes on from what :meth:`state_dict` gave.
+
+        Raises:
+            ConfigError: it is of a rank on another kind of device, whose random numbers are others.
+        """
+        if (state["cuda"] is not None) != (self.device.type == "cuda"):
+            was = "a GPU" if state["cuda"] is not None else "the CPU"
+            remedy = "set run.resume=reshape, or let the rank have what it had"
+            raise ConfigError("run.resume", "auto", f"this rank was on {was}, and is on {self.device} now", remedy)
         for own, saved in zip(self.state.everything(), state["tensors"], strict=True):
             own.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
+        self._lay_out_optimizer()
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self._scheduled = list(state["rates"])
@@ -244,6 +254,13 @@ class Worker:
             torch.cuda.set_rng_state(state["cuda"], self.device)
         self._losses = [state["losses"].to(self.device)]
 
+    def _lay_out_optimizer(self) -> None:
+        """Lays out its tensors as their parameters are: the files keep no strides, and fused optimizers ask for none."""
+        for param, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == param.shape and value.stride() != param.stride():
+                    state[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
+
     @torch.no_grad()
     def carry_over(self, state: Mapping[str, Any]) -> None:
         """Takes the model alone from what another rank's :meth:`state_dict` gave."""
@@ -252,7 +269,7 @@ class Worker:
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()  # not what averages and gradients travel on
 
 
 def forward(model: Callable[..., Any], inputs: Any) -> Any:

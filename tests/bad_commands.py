@@ -105,6 +105,13 @@ class Items(Dataset[Any]):
         return self.item(index)
 
 
+class Bfloat16(nn.Linear):
+    """Takes and gives float32, and has parameters of another type."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs.bfloat16()).float()
+
+
 def raises(*args: Any) -> Any:
     raise OSError("no such thing")
 
@@ -115,6 +122,7 @@ OBJECTS: list[tuple[str, dict[str, Any], str, str]] = [
     ("model function", {"model": lambda: 3}, "model=", "torch.nn.Module"),
     ("model raises", {"model": raises}, "model='raises'", "without arguments"),
     ("model frozen", {"model": nn.Linear(4, 3).requires_grad_(False)}, "model='Linear'", "some to train"),
+    ("model in bfloat16", {"model": Bfloat16(4, 3).bfloat16()}, "model='Bfloat16'", "keep it in float32"),
     ("model nothing", {"model": nn.Identity()}, "model='Identity'", "some to train"),
     ("model double", {"model": nn.Linear(4, 3).double()}, "model='Linear'", "fit together"),
     ("model meta", {"model": nn.Linear(4, 3, device="meta")}, "model='Linear'", "fit together"),

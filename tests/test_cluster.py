@@ -137,6 +137,11 @@ def test_gpu_ranks_keep_cores_and_cpu_ranks_share_the_rest() -> None:
     assert places == [("cpu", 3, (3, 4, 5)), ("cuda:0", 3, (0, 1, 2)), ("cpu", 3, (6, 7, 8))]
 
 
+def test_gpu_ranks_alone_share_all_cores() -> None:
+    places = placed({"g": {"device": "cuda", "ranks": [0, 1]}}, ranks_on(("one", 2), gpus=["g", "g"], cores=9))
+    assert places == [("cuda:0", 4, (0, 1, 2, 3)), ("cuda:1", 4, (4, 5, 6, 7))]
+
+
 def test_threads_as_set_and_no_affinity() -> None:
     cluster = assign(device_classes({"a": {"ranks": "0-1", "threads": 7}}), ranks_on(("one", 2), cores=4))
     assert (place(cluster, 0, 2, True).threads, place(cluster, 0, 2, True).cores) == (7, (0, 1))
@@ -150,7 +155,8 @@ def test_more_ranks_than_cores() -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 4), st.integers(0, 6), st.integers(1, 40), st.integers(1, 8), st.randoms())
 def test_no_core_is_shared(gpu_ranks: int, cpu_ranks: int, cores: int, gpu_cores: int, random: Any) -> None:
-    """Where there are enough; then CPU ranks get all that GPU ranks leave, and differ by one core at most."""
+    """Where there are enough; then CPU ranks get all that GPU ranks leave, and differ by one core at most. GPU ranks
+    that are alone are given all there are, but for a rest."""
     size = gpu_ranks + cpu_ranks
     if size == 0:
         return
@@ -167,9 +173,9 @@ def test_no_core_is_shared(gpu_ranks: int, cpu_ranks: int, cores: int, gpu_cores
     assert all(threads == len(own) >= 1 for _, threads, own in places)
     on_gpu = {len(own) for device, _, own in places if device != "cpu"}
     on_cpu = {len(own) for device, _, own in places if device == "cpu"}
-    assert len(on_gpu) <= 1 and max(on_gpu, default=1) <= gpu_cores
+    assert len(on_gpu) <= 1 and (not cpu_ranks or max(on_gpu, default=1) <= gpu_cores)
     assert not on_cpu or max(on_cpu) - min(on_cpu) <= 1
-    assert not cpu_ranks or len(taken) == cores
+    assert len(taken) == cores if cpu_ranks else cores - gpu_ranks < len(taken)
 
 
 # ---- reading what the user wrote ------------------------------------------------------------------------------------

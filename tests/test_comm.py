@@ -17,7 +17,7 @@ from ranks.comm_cases import LAYOUTS, TAUS, cases
 
 from hvd_hetero.cluster import Cluster, DeviceClass, RankFacts
 from hvd_hetero.comm import build
-from hvd_hetero.comm.build import check_mixed_hosts
+from hvd_hetero.comm.build import check_gpu_sums, check_mixed_hosts
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.comm.paths import paths_of
 from hvd_hetero.comm.rendezvous import JobEnv, exchange, job_env
@@ -153,6 +153,18 @@ def test_one_global_sum_is_not_cut() -> None:
 def facts(*slots: int) -> list[RankFacts]:
     places = [(f"host{i}", slot) for i, count in enumerate(slots) for slot in range(count)]
     return [RankFacts(i, host, slot, (), "cpu", (0,)) for i, (host, slot) in enumerate(places)]
+
+
+def test_several_gpu_ranks_need_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the ranks would end in the middle of their first sum."""
+    alone = (DeviceClass("a", "cuda", (0,)), DeviceClass("b", "cuda", (1,)))
+    together = (DeviceClass("a", "cuda", (0, 1)),)
+    monkeypatch.setattr(build, "build_info", lambda: {"nccl": False})
+    check_gpu_sums(Cluster(alone, tuple(facts(2))))
+    with pytest.raises(ConfigError, match=r"cluster.classes.a=.*without NCCL; .*class of its own"):
+        check_gpu_sums(Cluster(together, tuple(facts(2))))
+    monkeypatch.setattr(build, "build_info", lambda: {"nccl": True})
+    check_gpu_sums(Cluster(together, tuple(facts(2))))
 
 
 @pytest.mark.parametrize(("sets", "slots", "trap"), [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 import sys
 from pathlib import Path
@@ -75,6 +76,14 @@ def test_map_source_starts_anew_after_an_unfinished_iteration() -> None:
     source = MapSource(Noisy(), workers=1)
     next(source.batches(np.tile(ROWS, (5, 1)), generator()))
     assert [b[:, 5].tolist() for b in read(source, 1)] == ROWS.tolist()
+
+
+def test_map_source_that_moves_leaves_no_workers_behind() -> None:
+    source = MapSource(Noisy(), workers=1)
+    read(source, 1)
+    assert len(multiprocessing.active_children()) == 1
+    moved = source.to("meta")
+    assert not multiprocessing.active_children() and len(moved) == len(source)
 
 
 class Dicts(Noisy):

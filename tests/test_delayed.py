@@ -39,7 +39,8 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[...,
     def make(average: Callable[[list[torch.Tensor]], None]) -> delayed.Delayed:
         monkeypatch.setattr(delayed, "average_tensors", lambda comm, mean, good, name, weight: average(mean))
         state = SimpleNamespace(vectors=[torch.zeros(4)], params=[4])
-        worker: Any = SimpleNamespace(state=state, optimizer=SimpleNamespace(state={}))
+        cpu = torch.device("cpu")
+        worker: Any = SimpleNamespace(device=cpu, state=state, optimizer=SimpleNamespace(state={}))
         comm: Any = SimpleNamespace(beside=lambda: None, pulse=Pulse())
         made.append(delayed.Delayed(worker, comm))
         return made[-1]

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from store_helpers import save_round
 from torch import Tensor, nn
 
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.job import set_precision
+from hvd_hetero.store import Store
 from hvd_hetero.worker import Worker
+
+
+MOMENTUM = {"momentum": 0.9}
 
 
 def convolutions() -> nn.Module:
@@ -16,11 +25,12 @@ def convolutions() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
 
 
-def worker(**options: Any) -> Worker:
+def worker(optimizer: str = "SGD", arguments: Mapping[str, Any] = MOMENTUM, **options: Any) -> Worker:
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.cross_entropy(outputs, targets, reduction="none")
 
-    return Worker(convolutions(), loss, lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9), None, **options)
+    make = getattr(torch.optim, optimizer)
+    return Worker(convolutions(), loss, lambda params: make(params, lr=0.1, **arguments), None, **options)
 
 
 def batches(count: int) -> list[tuple[Tensor, Tensor]]:
@@ -44,6 +54,39 @@ def test_channels_last_is_another_order_of_the_same(flat: bool) -> None:
     assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
     assert weight.data_ptr() == one.state.vectors[0].data_ptr(), "still a view of what is averaged"
     assert weight.grad is not None and (not flat or weight.grad.stride() == weight.stride())
+
+
+@pytest.mark.parametrize(("optimizer", "arguments"), [("SGD", MOMENTUM | {"fused": True}), ("AdamW", {"fused": True})])
+def test_gone_on_from_a_file_they_are_the_same_steps(
+    tmp_path: Path, optimizer: str, arguments: Mapping[str, Any]
+) -> None:
+    """A fused optimizer takes its tensors as they lie in memory, and files keep no strides."""
+    first, again = (worker(optimizer, arguments, channels_last=True) for _ in range(2))
+    first.local_steps(iter(batches(3)), 3)
+    store = Store(tmp_path)
+    save_round(store, 3, [first.state_dict()])
+    again.load_state_dict(store.at(3).load(0))
+    for one in (first, again):
+        one.local_steps(iter(batches(5)[3:]), 2)
+    assert torch.equal(first.state.vectors[0], again.state.vectors[0])
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("highest", False), ("high", True)])
+def test_precision_is_of_convolutions_too(precision: str, tf32: bool) -> None:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = not tf32
+        set_precision(precision)
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == (precision, tf32)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_of_another_kind_of_device_it_does_not_go_on() -> None:
+    state = worker().state_dict() | {"cuda": torch.zeros(16, dtype=torch.uint8)}
+    with pytest.raises(ConfigError, match="run.resume=.*on a GPU.*reshape"):
+        worker().load_state_dict(state)
 
 
 def test_compiled_steps_are_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,7 +122,8 @@ for i in range(5):
     hvd.broadcast_(torch.ones(1), 0, name="back")
     hvd.allgather(torch.ones(1), name="gather")
 if hvd.rank() == 0:
-    time.sleep(2)
+    while not all((folder / f"apart{rank}").exists() for rank in (1, 2)):
+        time.sleep(0.05)
 else:
     for i in range(5):
         hvd.allreduce_(torch.ones(1), name="apart", process_set=others)

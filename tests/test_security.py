@@ -185,7 +185,8 @@ def test_a_kept_command_line_is_without_passwords(word: str, kept: str) -> None:
 
 
 def test_ranks_get_no_secrets_of_the_environment() -> None:
-    for name in ("PATH", "HOME", "PYTHONPATH", "HVD_HETERO_DATA", "NCCL_DEBUG", "HOROVOD_LOG_LEVEL", "OMP_NUM_THREADS"):
+    for name in ("PATH", "HOME", "PYTHONPATH", "HVD_HETERO_DATA", "NCCL_DEBUG", "HOROVOD_LOG_LEVEL", "OMP_NUM_THREADS",
+                 "CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_CACHE_DIR"):
         assert FORWARDED.fullmatch(name)
     for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "WANDB_API_KEY", "PGPASSWORD", "HVD_HETERO_TOKEN", "PY_PASSWD",
                  "GOOGLE_APPLICATION_CREDENTIALS", "HOROVOD_SECRET", "TORCH_APIKEY", "DATABASE_URL", "XPATH"):

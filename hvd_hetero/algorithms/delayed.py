@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from contextlib import nullcontext
 from queue import SimpleQueue
 from typing import Any
 
@@ -49,13 +50,18 @@ def check_delayed(spec: AggregationConfig, too_slow: str) -> None:
 
 
 class Delayed:
-    """One rank's averages that are on their way; at most one at a time. One thread takes part in all of them."""
+    """One rank's averages that are on their way; at most one at a time.
+
+    One thread takes part in all of them, and on a GPU one stream: on that of the steps each copy would wait for them.
+    """
 
     def __init__(self, worker: Worker, comm: Comm) -> None:
         self._worker, self._comm, self._pulse = worker, comm.beside(), comm.pulse
         self._weights: SimpleQueue[float | None] = SimpleQueue()
         self._problems: SimpleQueue[BaseException | None] = SimpleQueue()
         self._on_its_way = False
+        on_gpu = worker.device.type == "cuda"
+        self._stream = torch.cuda.Stream(worker.device) if on_gpu else None
         threading.Thread(target=self._serve, name="hvd_hetero.delayed", daemon=True).start()
 
     def begin(self, weight: float) -> None:
@@ -65,14 +71,21 @@ class Delayed:
         self._sent = [v.clone() for v in state.vectors]
         self._mean = [v.clone() for v in state.vectors]
         self._good = finite(self._sent)
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._worker.device))
         self._on_its_way = True
         self._weights.put(weight)
 
     def _serve(self) -> None:
+        if self._stream is not None:
+            torch.cuda.set_device(self._worker.device)  # each thread has its own
         while (weight := self._weights.get()) is not None:
             problem = None
             try:
-                average_tensors(self._comm, self._mean, self._good, "delayed", weight=weight)
+                with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+                    average_tensors(self._comm, self._mean, self._good, "delayed", weight=weight)
+                if self._stream is not None:
+                    self._stream.synchronize()
             except BaseException as error:  # it is the rank's own thread that has to end with it
                 problem = error
             self._problems.put(problem)

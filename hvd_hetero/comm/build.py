@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hvd_hetero.cluster import RankFacts
+from hvd_hetero.cluster import Cluster, RankFacts
 from hvd_hetero.errors import ConfigError
 
 MIXED_HOSTS = "mixed-hosts"
@@ -30,6 +30,21 @@ def check_mixed_hosts(sets: Sequence[Sequence[int]], facts: Sequence[RankFacts])
                 problem = f"this Horovod hangs on a process set of these ranks on hosts {', '.join(sorted(hosts))}"
                 remedy = "build Horovod with scripts/setup, which fixes it, or give GPU ranks the last slots of a host"
                 raise ConfigError("cluster.classes", list(ranks), problem, remedy)
+
+
+def check_gpu_sums(cluster: Cluster) -> None:
+    """Refuses classes of several GPU ranks where Horovod cannot sum on GPUs.
+
+    Without CUDA, Horovod 0.28.1 copies their tensors without waiting for them, and ends the process thereafter.
+
+    Raises:
+        ConfigError: naming the class.
+    """
+    for item in cluster.classes:
+        if item.device == "cuda" and len(item.ranks) > 1 and not build_info()["nccl"]:
+            problem = f"its {len(item.ranks)} GPU ranks sum among themselves, and this Horovod was built without NCCL"
+            remedy = "run scripts/setup where nvcc is, or give each GPU a class of its own"
+            raise ConfigError(f"cluster.classes.{item.name}", list(item.ranks), problem, remedy)
 
 
 def fixes() -> tuple[str, ...]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from hvd_hetero.comm.finite import SPARE, finite
+
+ALIGNMENT = 64
+"""Bytes: where a tensor may begin in its vector. A cache line's; torch.compile keeps no CUDA graph of parameters and
+buffers that begin elsewhere than at multiples of 16."""
 
 
 class FlatState:
@@ -20,9 +26,10 @@ class FlatState:
         channels_last: lay out tensors of four dimensions with the second one last, on all ranks.
 
     Attributes:
-        vectors: one ``[P]`` vector per floating dtype; trainable parameters first.
+        vectors: one ``[P]`` vector per floating dtype; trainable parameters first, and zeros between tensors where the
+            next one would not be aligned.
         padded: the same memory, ``[P + SPARE]``, with the spare elements that travel with it.
-        params: for each vector, how many of its elements are parameters (the rest are buffers).
+        params: for each vector, how many of its elements belong to parameters (the rest to buffers).
         padded_gradients: as :meth:`flat_gradients`, with spare elements.
     """
 
@@ -41,8 +48,10 @@ class FlatState:
         self._by_vector: list[list[nn.Parameter]] = []
         for dtype in dtypes:
             params = [p for p in trainable if p.dtype == dtype]
-            self.padded.append(_adopt([*params, *(b for b in floating if b.dtype == dtype)], channels_last))
-            self.params.append(sum(p.numel() for p in params))
+            adopted = [*params, *(b for b in floating if b.dtype == dtype)]
+            self.padded.append(_adopt(adopted, channels_last))
+            whole = len(params) == len(adopted)
+            self.params.append(len(self.padded[-1]) - SPARE if whole else _places(adopted)[len(params)])
             self._by_vector.append(params)
         self.vectors = [vector[:-SPARE] for vector in self.padded]
 
@@ -70,7 +79,7 @@ class FlatState:
         self.padded_gradients = [part.new_zeros(part.numel() + SPARE) for part in self.parameters()]
         gradients = [vector[:-SPARE] for vector in self.padded_gradients]
         for params, gradient in zip(self._by_vector, gradients, strict=True):
-            for param, part in zip(params, gradient.split([p.numel() for p in params]), strict=True):
+            for param, part in zip(params, _parts(gradient, params), strict=True):
                 param.grad = _shaped(part, param, self._channels_last)
         return gradients
 
@@ -78,11 +87,11 @@ class FlatState:
         """The integer buffers as one ``[K]`` int64 vector on the CPU, or None if there are none."""
         if not self._integer:
             return None
-        return torch.cat([b.detach().reshape(-1).to("cpu", torch.int64) for b in self._integer])
+        return torch.cat([b.detach().reshape(-1).to(torch.int64) for b in self._integer]).cpu()
 
     def set_integers(self, values: Tensor) -> None:
         """Writes back what :meth:`integers` gave, after it was aggregated."""
-        parts = values.split([b.numel() for b in self._integer])
+        parts = values.to(self._integer[0].device).split([b.numel() for b in self._integer])
         with torch.no_grad():
             for buffer, part in zip(self._integer, parts, strict=True):
                 buffer.copy_(part.view(buffer.shape))
@@ -95,13 +104,28 @@ class FlatState:
 def _adopt(tensors: list[Tensor], channels_last: bool) -> Tensor:
     """Copies tensors of one dtype into a new flat vector with spare elements; makes each of them a view of its part."""
     with torch.no_grad():
-        size = sum(t.numel() for t in tensors)
-        flat = torch.empty(size + SPARE, dtype=tensors[0].dtype, device=tensors[0].device)
-        for tensor, part in zip(tensors, flat[:size].split([t.numel() for t in tensors]), strict=True):
+        last = tensors[-1]
+        flat = torch.zeros(_places(tensors)[-1] + last.numel() + SPARE, dtype=last.dtype, device=last.device)
+        for tensor, part in zip(tensors, _parts(flat, tensors), strict=True):
             view = _shaped(part, tensor, channels_last)
             view.copy_(tensor)
             tensor.data = view
     return flat
+
+
+def _places(tensors: Sequence[Tensor]) -> list[int]:
+    """Where in a vector each of the tensors begins."""
+    places, end = [], 0
+    for tensor in tensors:
+        step = max(1, ALIGNMENT // tensor.element_size())
+        places.append(-(-end // step) * step)
+        end = places[-1] + tensor.numel()
+    return places
+
+
+def _parts(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The parts of a vector that belong to the tensors, as views."""
+    return [vector[start : start + t.numel()] for start, t in zip(_places(tensors), tensors, strict=True)]
 
 
 def _shaped(part: Tensor, like: Tensor, channels_last: bool) -> Tensor:

@@ -18,7 +18,10 @@ from hvd_hetero.errors import ConfigError
 
 
 class OnHost(Compressor):
-    """Lets gradients of CUDA ranks travel as CPU tensors: Horovod refuses a collective that mixes the two."""
+    """Lets gradients of CUDA ranks travel as CPU tensors.
+
+    Horovod refuses a collective that mixes the two, and without NCCL cannot sum the former.
+    """
 
     @staticmethod
     def compress(tensor: Tensor) -> tuple[Tensor, Any]:
@@ -39,7 +42,8 @@ class GradientSum:
     def __init__(self, comm: Comm, ranks: tuple[int, ...], cluster: Cluster) -> None:
         self._comm, self._ranks = comm, ranks
         devices = {cluster.class_of(rank).device for rank in ranks}
-        self._travel = OnHost if len(devices) > 1 else hvd.Compression.none
+        on_host = len(devices) > 1 or (devices == {"cuda"} and not hvd.nccl_built())
+        self._travel = OnHost if on_host else hvd.Compression.none
 
     def wrap(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer, made to send each gradient as soon as the backward pass has computed it.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hvd_hetero.cluster import Cluster
-from hvd_hetero.comm.build import check_mixed_hosts
+from hvd_hetero.comm.build import check_gpu_sums, check_mixed_hosts
 from hvd_hetero.comm.finite import LeftOut
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.comm.paths import FLAT, paths_of
@@ -44,7 +44,7 @@ class Comm:
         left_out: what this rank was left out of.
 
     Raises:
-        ConfigError: this Horovod cannot make these sets on these hosts.
+        ConfigError: this Horovod cannot make these sets on these hosts, or cannot sum on GPUs.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Comm:
         members = dict.fromkeys([*(c.ranks for c in cluster.classes), self._leaders])
         sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in members if 1 < len(ranks) < self.size}
         check_mixed_hosts(list(sets), cluster.facts)
+        check_gpu_sums(cluster)
         with self.pulse.waiting("init"):
             hvd.init(process_sets=list(sets.values()))
         sets[tuple(range(self.size))] = hvd.global_process_set

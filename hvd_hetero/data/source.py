@@ -110,9 +110,12 @@ class MapSource:
         self.collate = collate or default_collate
         self.device = torch.device(device)
         self._plan = _BatchPlan()
-        self._loader = DataLoader(
-            _BatchDataset(dataset, self.collate), sampler=self._plan, batch_size=None, num_workers=workers,
-            persistent_workers=workers > 0, pin_memory=self.device.type == "cuda",
+        self._loader = self._make_loader()
+
+    def _make_loader(self) -> DataLoader[Any]:
+        return DataLoader(
+            _BatchDataset(self.dataset, self.collate), sampler=self._plan, batch_size=None, num_workers=self.workers,
+            persistent_workers=self.workers > 0, pin_memory=self.device.type == "cuda",
             # With a generator of its own the loader leaves torch's global random state alone.
             generator=torch.Generator(),
         )
@@ -126,6 +129,7 @@ class MapSource:
             return self
         move = getattr(self.transform, "to", None)
         transform = move(device) if move else self.transform
+        self._loader = self._make_loader()  # whose workers begin with its first batch; those of the old one end
         return MapSource(self.dataset, self.workers, self.collate, transform, device)
 
     def batches(self, indices: Indices, generator: torch.Generator, start: int = 0) -> Iterator[Batch]:

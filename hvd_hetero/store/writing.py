@@ -8,10 +8,10 @@ import re
 import time
 import warnings
 from collections.abc import Container, Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import hvd_hetero
 from hvd_hetero.store.errors import CheckpointError
 from hvd_hetero.store.files import Files, write_whole
 from hvd_hetero.store.manifest import MANIFEST, Meta, to_text
@@ -83,7 +83,7 @@ class Store:
                 remedy = "run.dir has to be on a file system that the hosts of all ranks share"
                 raise CheckpointError(error.file, f"{error.problem}, as rank 0 sees it", remedy) from error
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        meta = Meta(round, passes, len(infos), config_digest, metadata.version("hvd-hetero"), now)
+        meta = Meta(round, passes, len(infos), config_digest, hvd_hetero.__version__, now)
         with self._telling(folder):
             for above in (self._run_dir, self.folder):  # the folders were made by whichever rank came first
                 self._files.sync_folder(above)
