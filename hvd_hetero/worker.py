@@ -255,7 +255,7 @@ class Worker:
         self._losses = [state["losses"].to(self.device)]
 
     def _lay_out_optimizer(self) -> None:
-        """Lays out its tensors as their parameters are: the files keep no strides, and fused optimizers ask for none."""
+        """Lays out its tensors as their parameters are: files keep no strides, and fused optimizers ask for none."""
         for param, state in self.optimizer.state.items():
             for name, value in state.items():
                 if isinstance(value, Tensor) and value.shape == param.shape and value.stride() != param.stride():

@@ -154,7 +154,7 @@ def test_the_outer_optimizer_resumes_where_it_was() -> None:
 
     def round_of(state: FlatState, outer: Outer, number: int) -> None:
         outer.remember()
-        state.vectors[0].add_(number * torch.arange(8.0))  # what local steps and their average would come to
+        state.vectors[0].add_(number * torch.arange(float(len(state.vectors[0]))))  # what local steps and their average would come to
         outer.step()
 
     whole, first, second = made(), made(), made()

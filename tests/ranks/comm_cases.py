@@ -92,11 +92,13 @@ def main(folder: Path, hosts: str) -> None:
         net.register_buffer("counts", torch.tensor([[10 + env.rank, 10 - env.rank], [0, -1]], dtype=torch.int32))
         net[1].num_batches_tracked.fill_(5 + env.rank)
         state = FlatState(net)
-        state.vectors[0].copy_(values(env.rank, state.vectors[0].numel(), dtype))
-        average(comm, state, weights(layout)[env.rank])
-        digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in net.state_dict().values())).hexdigest()
         norm = net[1]
         tensors = (*net[0].parameters(), *norm.parameters(), net[2].weight, norm.running_mean, norm.running_var)
+        counts = [t.numel() for t in tensors]
+        for tensor, part in zip(tensors, values(env.rank, sum(counts), dtype).split(counts), strict=True):
+            tensor.data.copy_(part.view_as(tensor))
+        average(comm, state, weights(layout)[env.rank])
+        digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in net.state_dict().values())).hexdigest()
         spread = torch.cat([t.detach().reshape(-1) for t in tensors])
         return {
             "model_error": error_of(spread, layout),
