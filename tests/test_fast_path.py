@@ -16,7 +16,6 @@ from hvd_hetero.job import set_precision
 from hvd_hetero.store import Store
 from hvd_hetero.worker import Worker
 
-
 MOMENTUM = {"momentum": 0.9}
 
 

@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
 
+pytestmark = pytest.mark.jobs
+
 PREAMBLE = """\
 import os, signal, sys, time
 from pathlib import Path

@@ -23,7 +23,7 @@ from hvd_hetero.by_name import per_sample_loss  # noqa: E402
 from hvd_hetero.cluster import DeviceClass, has_bf16  # noqa: E402
 from hvd_hetero.comm.flat import FlatState  # noqa: E402
 from hvd_hetero.comm.servers import Servers  # noqa: E402
-from hvd_hetero.plan import apportion  # noqa: E402
+from hvd_hetero.plan import apportion, deal_batch  # noqa: E402
 from hvd_hetero.worker import Worker  # noqa: E402
 
 # ---- DLB ------------------------------------------------------------------------------------------------------------
@@ -85,6 +85,12 @@ def test_dlb_resumes_with_the_shares_it_had() -> None:
 ])  # fmt: skip
 def test_apportion_with_a_least_share(total: int, shares: list[float], at_least: int, expected: list[int]) -> None:
     assert apportion(total, shares, at_least) == expected
+
+
+@pytest.mark.parametrize(("total", "expected"), [(64, [60, 2, 2]), (6, [2, 2, 2]), (5, [3, 1, 1]), (3, [1, 1, 1])])
+def test_a_batch_leaves_nobody_with_what_batchnorm_cannot_train_on(total: int, expected: list[int]) -> None:
+    """As far as it goes round."""
+    assert deal_batch(total, [0.98, 0.01, 0.01]) == expected
 
 
 # ---- BytePS ---------------------------------------------------------------------------------------------------------
@@ -154,7 +160,8 @@ def test_the_outer_optimizer_resumes_where_it_was() -> None:
 
     def round_of(state: FlatState, outer: Outer, number: int) -> None:
         outer.remember()
-        state.vectors[0].add_(number * torch.arange(float(len(state.vectors[0]))))  # what local steps and their average would come to
+        vector = state.vectors[0]
+        vector.add_(number * torch.arange(float(len(vector))))  # what local steps and their average would come to
         outer.step()
 
     whole, first, second = made(), made(), made()

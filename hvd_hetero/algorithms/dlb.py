@@ -10,8 +10,9 @@ Synchronous SGD whose global batch B stays, while each worker's part follows its
         t_i = the worker's own time of the pass: compute and data, waiting excluded
         p_i = (p_i / t_i) / sum_j (p_j / t_j)
 
-Two things that the paper leaves open: nobody gets less than one sample, so that everybody's time can be measured; and
-the p_i that is divided by t_i is the rounded one, b_i / B, since that is what took t_i.
+Two things that the paper leaves open: nobody gets less than two samples (one, where there are not as many), so that
+everybody's time can be measured and BatchNorm can train; and the p_i that is divided by t_i is the rounded one,
+b_i / B, since that is what took t_i.
 ``algorithm.global_batch`` is B; null: what the workers' ``train.batch_size`` add up to.
 """
 
@@ -25,7 +26,7 @@ from typing import Any, ClassVar, Optional, final
 from hvd_hetero.algorithms.lockstep import LockstepOptions
 from hvd_hetero.algorithms.sync_sgd import SyncSGD
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.plan import Plan, apportion
+from hvd_hetero.plan import Plan, deal_batch
 from hvd_hetero.schema import AlgorithmConfig
 
 
@@ -64,7 +65,7 @@ class DLB(SyncSGD):
         super().check()
 
     def batches(self) -> dict[int, int]:
-        return dict(zip(self.ranks, apportion(self.global_batch, self.shares, at_least=1), strict=True))
+        return dict(zip(self.ranks, deal_batch(self.global_batch, self.shares), strict=True))
 
     def replan(self, step_sec: Sequence[float]) -> Plan:
         speeds = [batch / step_sec[rank] for rank, batch in self.batches().items()]

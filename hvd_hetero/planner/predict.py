@@ -12,7 +12,7 @@ from hvd_hetero.cluster import Cluster, DeviceClass
 from hvd_hetero.config import per_class
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.limits import Done, check_limits, next_rounds, round_samples
-from hvd_hetero.plan import IDLE, SERVER, Plan, apportion, lockstep_plan, make_plan
+from hvd_hetero.plan import IDLE, SERVER, Plan, deal_batch, lockstep_plan, make_plan
 from hvd_hetero.planner.link import sent_bytes
 from hvd_hetero.planner.methods import ALL, FAST
 from hvd_hetero.planner.prediction import Prediction
@@ -119,11 +119,11 @@ class Scenario:
 
         def following(old: Plan | None) -> Plan:
             if old is None:
-                batches = apportion(whole, [1 / ranks] * ranks, at_least=1)
+                batches = deal_batch(whole, [1 / ranks] * ranks)
             else:
                 batches = self._batches(old)
                 speeds = [b / self.known.speeds[name].step_sec(b) for b, name in zip(batches, class_of, strict=True)]
-                if (new := apportion(whole, speeds, at_least=1)) == batches:
+                if (new := deal_batch(whole, speeds)) == batches:
                     return old
                 batches = new
             return self._plan_of(dict(enumerate(batches)))

@@ -95,8 +95,8 @@ CASES: dict[str, Case] = {
     "byteps, one worker": Case("byteps", {"algorithm.partition_bytes": 128, "train.clip_norm": 0.3}, "alone"),
     "byteps, more servers than partitions": Case("byteps", {}, "rank0_slow", "norm"),
     "dlb": Case("dlb", {"algorithm.global_batch": 13, "train.passes": 4}),
-    "dlb, BatchNorm, hierarchical": Case(  # BatchNorm cannot train on one sample, which a slow rank might be left with
-        "dlb", {"train.passes": 3, "algorithm.global_batch": 64}, model="norm", path="hierarchical"
+    "dlb, BatchNorm, hierarchical": Case(
+        "dlb", {"train.passes": 3, "algorithm.global_batch": 13}, model="norm", path="hierarchical"
     ),
     # local SGD
     "balanced": Case("balanced_local_sgd", {"train.tau": 3}),
@@ -187,13 +187,10 @@ POISONED: dict[str, Case] = {
 }
 """In each pass some rank is given a sample that its gradient cannot stand; an oracle knows what comes of it."""
 
-LARGE_BATCH = {"dlb": {"algorithm.global_batch": 60}}
-"""On a busy machine DLB may leave a worker one sample of 12, which is not enough for BatchNorm."""
-
 POISONED |= {
     f"every, {name}, {mode}": Case(
-        name, {"train.passes": 4, **LARGE_BATCH.get(name, {}),
-               **({} if mode == "as it is" else {"aggregation.mode": mode})}, "of three", "norm", poisoned=(17, 40),
+        name, {"train.passes": 4, **({} if mode == "as it is" else {"aggregation.mode": mode})}, "of three", "norm",
+        poisoned=(17, 40),
     )
     for name in REGISTRY
     for mode in ("as it is", *(("solo", "majority") if name == "biased_local_sgd" else ()))
