@@ -63,7 +63,7 @@ class Given:
 
 
 SUMMED = (torch.float16, torch.float32, torch.float64)
-"""Types of parameters that Horovod has sums for."""
+"""Floating types that Horovod has sums for."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ def build(config: Config, given: Given | None = None, try_out: bool = True) -> C
         optimizer=given.optimizer or optimizer_maker(train.optimizer, train.lr, train.optimizer_args),
         scheduler=given.scheduler or scheduler_maker(train.scheduler, train.scheduler_args),
     )
+    _check_types(config, given, components.model)
     if try_out:
         _try_out(components, config, given)
     return components
@@ -129,6 +130,16 @@ def _model(config: Config, given: Given) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConfigError("model", _short(given.model), f"is no torch.nn.Module but a {type(model).__name__}", remedy)
     return model
+
+
+def _check_types(config: Config, given: Given, model: nn.Module) -> None:
+    """Raises ConfigError if anything that would be averaged is of a type that Horovod cannot sum."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for name, tensor in [*trained, *((n, b) for n, b in model.named_buffers() if b.is_floating_point())]:
+        if tensor.dtype not in SUMMED:
+            remedy = "keep it in float32 (train.autocast=bf16 computes in bfloat16 all the same)"
+            problem = f"Horovod cannot sum {tensor.dtype}, the type of {name}"
+            raise ConfigError(*_either("model", given.model, *_named("model", config.model)), problem, remedy)
 
 
 def _try_out(components: Components, config: Config, given: Given) -> None:
@@ -164,10 +175,6 @@ def _try_model(components: Components, config: Config, given: Given) -> Any:
         outputs = forward(model, inputs)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(*of_model, "has no trainable parameters", "leave some to train")
-    for name, param in model.named_parameters():
-        if param.requires_grad and param.dtype not in SUMMED:
-            remedy = "keep it in float32 (train.autocast=bf16 computes in bfloat16 all the same)"
-            raise ConfigError(*of_model, f"Horovod cannot sum {param.dtype}, the type of {name}", remedy)
     what = f"the loss fails on the model's outputs {_shape(outputs)} for {shapes}"
     with _telling(*of_loss, what, "make model, data, loss and its arguments fit together"):
         losses = components.loss(outputs, targets)

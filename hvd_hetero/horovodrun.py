@@ -34,8 +34,8 @@ from hvd_hetero.errors import (
 FORWARDED = re.compile(
     r"(?!.*(?:TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY))"
     r"(?:PATH|HOME|USER|LOGNAME|SHELL|TMPDIR|TZ|LANG|LC_.*|TERM|VIRTUAL_ENV|LD_LIBRARY_PATH|LD_PRELOAD|PYTHON.*|"
-    r"HVD_HETERO_.*|HOROVOD_.*|NCCL_.*|CUDA_.*|CUBLAS_.*|CUDNN_.*|NVIDIA_.*|OMP_.*|MKL_.*|KMP_.*|GOMP_.*|"
-    r"TORCH.*|PYTORCH_.*|TRITON_.*|CC|CXX|HF_.*OFFLINE|SSH_AUTH_SOCK)"
+    r"HVD_HETERO_.*|HOROVOD_.*|NCCL_.*|CUDA_.*|CUBLAS_WORKSPACE_CONFIG|NVIDIA_TF32_OVERRIDE|OMP_.*|MKL_.*|KMP_.*|"
+    r"GOMP_.*|TORCH_.*|PYTORCH_.*|TORCHINDUCTOR_CACHE_DIR|TRITON_CACHE_DIR|CC|CXX|HF_.*OFFLINE|SSH_AUTH_SOCK)"
 )
 """Variables that workers get. horovodrun writes them all into command lines that every user of a host can read, so
 nothing else of the environment (tokens, passwords) goes along."""

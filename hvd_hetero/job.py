@@ -58,7 +58,6 @@ def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
     watchdog = Watchdog(env)
     if env.rank > 0:
         warnings.simplefilter("ignore")  # rank 0 has the same ones to say
-        warnings.filterwarnings("default", "train.compile")  # but for what depends on a rank's own device
     try:
         config, components = prepare()
     except UserError as error:
@@ -82,6 +81,7 @@ def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
     torch.set_num_threads(placement.threads)
     if placement.device != "cpu":
         torch.cuda.set_device(torch.device(placement.device))
+        warnings.filterwarnings("default", "train.compile")  # what fails on a GPU may go well on rank 0
     return Job(env, config, components, cluster, placement, watchdog)
 
 

@@ -100,6 +100,7 @@ class Loop:
     def _start(self, started: job.Job) -> None:
         config, cluster, self.rank = started.config, started.cluster, started.env.rank
         device = started.placement.device
+        job.set_precision(config.train.matmul_precision)
         self.model = started.components.model.to(device)
         self._state = FlatState(self.model)
         self._source = started.components.dataset.train.to(device)

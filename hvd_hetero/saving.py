@@ -22,7 +22,7 @@ from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.passes import Reached
 from hvd_hetero.plan import Plan
-from hvd_hetero.schema import RESHAPE, CheckpointConfig
+from hvd_hetero.schema import AUTO, RESHAPE, CheckpointConfig
 from hvd_hetero.stopping import StopRequest
 from hvd_hetero.store import CheckpointError, Store
 from hvd_hetero.worker import Worker
@@ -94,6 +94,18 @@ def check_fits(state: Any, worker: Worker, samples: int) -> None:
     if (known := len(state["rank0"]["sampler"]["losses"])) != samples:
         problem = f"the checkpoint is of {known} training samples, and these are {samples}"
         raise ConfigError("run.resume", RESHAPE, problem, "take the data that it was made with")
+
+
+def check_devices(state: Any, worker: Worker, comm: Comm) -> None:
+    """Refuses to go on with ranks on other kinds of devices, whose random numbers are others; all ranks call it.
+
+    Raises:
+        ConfigError: on all ranks.
+    """
+    was_on_gpu = state["worker"]["cuda"] is not None
+    if comm.max([float(was_on_gpu != (worker.device.type == "cuda"))], "checkpoint.device")[0]:
+        problem = "the checkpoint was made with other ranks on GPUs"
+        raise ConfigError("run.resume", AUTO, problem, "give the ranks the devices that they had, or set it to reshape")
 
 
 @dataclass(frozen=True)

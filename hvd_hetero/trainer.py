@@ -27,7 +27,7 @@ from hvd_hetero.output import note, write_start, write_summary, write_trace
 from hvd_hetero.passes import Ongoing, PassFigures, RoundLaps, evaluate, gather_figures, say_taus
 from hvd_hetero.plan import Plan
 from hvd_hetero.sampling import Sampler
-from hvd_hetero.saving import Agreed, Found, Saver, check_fits
+from hvd_hetero.saving import Agreed, Found, Saver, check_devices, check_fits
 from hvd_hetero.speeds import first_plan, start_together
 from hvd_hetero.timing import Stopwatch, own_clock
 from hvd_hetero.trace import Recorder
@@ -80,6 +80,7 @@ class Trainer:
             self.worker.carry_over(state["worker"])
         known = None
         if state is not None and not reshaped:
+            check_devices(state, self.worker, self.comm)
             known = Plan.from_dict(state["plan"])
             self.comm.take(state["path"])
         self.plan = known or first_plan(self.job, self.algorithm, self.worker, self.source, self.comm)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from hvd_hetero.by_name import PerSample
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.data import Batch, Source
-from hvd_hetero.errors import ConfigError
 from hvd_hetero.timing import Pace, Stopwatch
 
 
@@ -232,15 +231,7 @@ class Worker:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what :meth:`state_dict` gave.
-
-        Raises:
-            ConfigError: it is of a rank on another kind of device, whose random numbers are others.
-        """
-        if (state["cuda"] is not None) != (self.device.type == "cuda"):
-            was = "a GPU" if state["cuda"] is not None else "the CPU"
-            remedy = "set run.resume=reshape, or let the rank have what it had"
-            raise ConfigError("run.resume", "auto", f"this rank was on {was}, and is on {self.device} now", remedy)
+        """Goes on from what :meth:`state_dict` gave on the same kind of device."""
         for own, saved in zip(self.state.everything(), state["tensors"], strict=True):
             own.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -256,7 +247,8 @@ class Worker:
 
     def _lay_out_optimizer(self) -> None:
         """Lays out its tensors as their parameters are: files keep no strides, and fused optimizers ask for none."""
-        for param, state in self.optimizer.state.items():
+        for param in self._params:
+            state = self.optimizer.state.get(param, {})
             for name, value in state.items():
                 if isinstance(value, Tensor) and value.shape == param.shape and value.stride() != param.stride():
                     state[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)

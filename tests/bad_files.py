@@ -264,7 +264,7 @@ CHECKPOINTS = [
          RESUMED, AT, ANEW),
     Case("checkpoint foreign", saved(lambda f: (f / "manifest.json").write_text("{}")), RESUMED, AT, ANEW),
     Case("checkpoint format", saved(lambda f: (f / "manifest.json").write_text(
-        (f / "manifest.json").read_text().replace('"format": 2', '"format": 1'))), RESUMED, AT, "use hvd-hetero"),
+        (f / "manifest.json").read_text().replace('"format": 3', '"format": 1'))), RESUMED, AT, "use hvd-hetero"),
     Case("checkpoint of another configuration", saved(digest="other"), RESUMED, AT, "run.resume=reshape"),
     Case("checkpoint of other ranks", saved(ranks=2), RESUMED, AT, "start 2 ranks"),
     Case("checkpoints elsewhere", lambda tmp: ((tmp / "run").mkdir(), (tmp / "run" / "checkpoints").symlink_to(tmp)),

@@ -101,14 +101,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also the variants of jobs that others stand for")
 
 
-STARTS_JOBS = {"horovodrun", "hvd_hetero"}
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:  # one job after the other, in one process; what needs no job goes on beside them
-        if item.get_closest_marker("jobs") or STARTS_JOBS.intersection(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group("jobs"))
     if not config.getoption("--slow"):
         for item in items:
             if item.get_closest_marker("slow"):

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.jobs
-
 EXAMPLES = Path(__file__).parents[1] / "scripts" / "examples"
 
 

@@ -11,8 +11,6 @@ import pytest
 
 pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
 
-pytestmark = pytest.mark.jobs
-
 PREAMBLE = """\
 import os, signal, sys, time
 from pathlib import Path
@@ -139,7 +137,7 @@ hvd.shutdown()
     assert done.returncode == 0, done.stdout
     assert (tmp_path / "apart1").exists() and (tmp_path / "apart2").exists()
     looks = (tmp_path / "timeline").read_text().count("CYCLE_START")
-    assert 10 <= looks < 500, "a look every millisecond makes three thousand"
+    assert 10 <= looks < 500, "a look every millisecond makes more than a thousand"
 
 
 @pytest.mark.parametrize("chosen", [["--gloo"], []], ids=["Gloo", "nothing said"])

@@ -24,8 +24,6 @@ import torch  # noqa: E402
 from hvd_hetero.errors import EXIT_STOPPED  # noqa: E402
 from hvd_hetero.store import Store  # noqa: E402
 
-pytestmark = pytest.mark.jobs
-
 TAU = "train.tau={fast: 8, slow: 2}"
 COMMON = ["train.batch_size=8", "cluster.classes.slow.slowdown=1", "model.args.hidden=[32]", "run.trace_rounds=0",
           "train.scheduler=MultiStepLR", "train.scheduler_args={milestones: [3], gamma: 0.5}"]  # fmt: skip

@@ -189,5 +189,6 @@ def test_ranks_get_no_secrets_of_the_environment() -> None:
                  "CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_CACHE_DIR"):
         assert FORWARDED.fullmatch(name)
     for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "WANDB_API_KEY", "PGPASSWORD", "HVD_HETERO_TOKEN", "PY_PASSWD",
-                 "GOOGLE_APPLICATION_CREDENTIALS", "HOROVOD_SECRET", "TORCH_APIKEY", "DATABASE_URL", "XPATH"):
+                 "GOOGLE_APPLICATION_CREDENTIALS", "HOROVOD_SECRET", "TORCH_APIKEY", "DATABASE_URL", "XPATH",
+                 "TORCHINDUCTOR_REDIS_URL", "NVIDIA_NGC_KEY", "TRITON_AUTH"):
         assert not FORWARDED.fullmatch(name)

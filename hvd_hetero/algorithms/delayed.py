@@ -14,8 +14,8 @@ in order to save, s_i is waited for and the models are averaged as they are, so 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
 
@@ -52,7 +52,8 @@ def check_delayed(spec: AggregationConfig, too_slow: str) -> None:
 class Delayed:
     """One rank's averages that are on their way; at most one at a time.
 
-    One thread takes part in all of them, and on a GPU one stream: on that of the steps each copy would wait for them.
+    One thread takes part in all of them, and on a GPU one stream (not tried on one): on the steps' own, each copy would
+    wait for the steps.
     """
 
     def __init__(self, worker: Worker, comm: Comm) -> None:
@@ -77,18 +78,24 @@ class Delayed:
         self._weights.put(weight)
 
     def _serve(self) -> None:
-        if self._stream is not None:
-            torch.cuda.set_device(self._worker.device)  # each thread has its own
         while (weight := self._weights.get()) is not None:
             problem = None
             try:
-                with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+                with self._on_stream():
                     average_tensors(self._comm, self._mean, self._good, "delayed", weight=weight)
-                if self._stream is not None:
-                    self._stream.synchronize()
             except BaseException as error:  # it is the rank's own thread that has to end with it
                 problem = error
             self._problems.put(problem)
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        torch.cuda.set_device(self._stream.device)  # each thread has one of its own
+        with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()
 
     @torch.no_grad()
     def settle(self) -> None:

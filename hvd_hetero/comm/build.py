@@ -35,7 +35,8 @@ def check_mixed_hosts(sets: Sequence[Sequence[int]], facts: Sequence[RankFacts])
 def check_gpu_sums(cluster: Cluster) -> None:
     """Refuses classes of several GPU ranks where Horovod cannot sum on GPUs.
 
-    Without CUDA, Horovod 0.28.1 copies their tensors without waiting for them, and ends the process thereafter.
+    Built without CUDA, Horovod 0.28.1 copies their tensors without waiting for them, and ends the process thereafter
+    (by its source, not tried); scripts/setup builds with CUDA and NCCL, or with neither.
 
     Raises:
         ConfigError: naming the class.

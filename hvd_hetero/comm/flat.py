@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from hvd_hetero.comm.finite import SPARE, finite
 
 ALIGNMENT = 64
-"""Bytes: where a tensor may begin in its vector. A cache line's; torch.compile keeps no CUDA graph of parameters and
-buffers that begin elsewhere than at multiples of 16."""
+"""Bytes: at multiples of these a tensor begins in its vector. A cache line's; at others than multiples of 16, compiled
+steps copy parameters for their CUDA graphs, and have none that write to buffers (torch 2.13's source, not tried)."""
 
 
 class FlatState:

@@ -12,6 +12,7 @@ from horovod.torch.compression import Compressor
 from torch import Tensor, nn
 
 from hvd_hetero.cluster import Cluster
+from hvd_hetero.comm.build import build_info
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.comm.waiting import guarded, wait_until
 from hvd_hetero.errors import ConfigError
@@ -42,7 +43,7 @@ class GradientSum:
     def __init__(self, comm: Comm, ranks: tuple[int, ...], cluster: Cluster) -> None:
         self._comm, self._ranks = comm, ranks
         devices = {cluster.class_of(rank).device for rank in ranks}
-        on_host = len(devices) > 1 or (devices == {"cuda"} and not hvd.nccl_built())
+        on_host = len(devices) > 1 or (devices == {"cuda"} and not build_info()["nccl"])
         self._travel = OnHost if on_host else hvd.Compression.none
 
     def wrap(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:

@@ -14,7 +14,7 @@ from hvd_hetero.store.files import FileInfo
 
 MANIFEST = "manifest.json"
 KIND = "hvd-hetero checkpoint"
-FORMAT = 2
+FORMAT = 3
 """Goes up when older versions of the package could not read what is written."""
 
 
