@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scrip
 import torch  # noqa: E402
 from ranks_methods import oracle  # noqa: E402
 from ranks_methods.cases import CLASSES, POISONED, model  # noqa: E402
+from together import together  # noqa: E402
 from torch import nn  # noqa: E402
 
 from hvd_hetero.accounts import Accounts  # noqa: E402
@@ -46,14 +48,15 @@ Run = Callable[..., Any]
 @pytest.fixture(scope="module")
 def found(horovodrun: Run, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """By case, what each rank found."""
-    result: Found = {}
-    for size in (2, 3):
+    def run(size: int) -> Found:
         folder = tmp_path_factory.mktemp(f"poisoned{size}")
         done = horovodrun(size, [sys.executable, SCRIPT, folder, "poisoned"], timeout=240)
         assert done.returncode == 0, done.stdout + done.stderr
         ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
-        result |= {name: [rank[name] for rank in ranks] for name in ranks[0]}
-    return result
+        return {name: [rank[name] for rank in ranks] for name in ranks[0]}
+
+    two, three = together(partial(run, 2), partial(run, 3))
+    return two | three
 
 
 # ---- some ranks -----------------------------------------------------------------------------------------------------

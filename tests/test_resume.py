@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scrip
 
 import psutil  # noqa: E402
 import torch  # noqa: E402
+from together import together  # noqa: E402
 
 from hvd_hetero.errors import EXIT_STOPPED  # noqa: E402
 from hvd_hetero.store import Store  # noqa: E402
@@ -82,8 +84,7 @@ def test_stopped_within_a_pass_and_gone_on_is_bit_equal(tmp_path: Path) -> None:
     """Through the launcher; tests/test_resume_methods.py has all methods."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = ["algorithm.name=sync_sgd", "train.passes=5", "checkpoint.every_rounds=2"]
-    run(whole, *settings)
-    said = stopped(parts, *settings)
+    _, said = together(partial(run, whole, *settings), partial(stopped, parts, *settings))
     assert "run.resume=auto goes on from round" in said
     halfway = passes(parts)
     assert 1 <= halfway < 5

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from socket import AF_INET
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from together import together
 
 from hvd_hetero import algorithms, data, launch, models
 from hvd_hetero.config import load
@@ -247,10 +249,11 @@ def twice(
     horovodrun, once with uneven slots through the launcher. The same ranks are in the same classes."""
     folder = tmp_path_factory.mktemp("twice")
     line = [sys.executable, RANKS / "seeded.py", folder, f"run.dir={folder / 'one'}", *SEEDED, *EVEN]
-    one = horovodrun(4, line, hosts="localhost:2,127.0.0.1:2", cwd=RANKS)
-    assert one.returncode == 0, one.stderr
-    two = hvd_hetero(["launch", f"run.dir={folder / 'two'}", *SEEDED, *UNEVEN], cwd=RANKS)
-    assert two.returncode == 0, two.stderr
+    for done in together(
+        partial(horovodrun, 4, line, hosts="localhost:2,127.0.0.1:2", cwd=RANKS),
+        partial(hvd_hetero, ["launch", f"run.dir={folder / 'two'}", *SEEDED, *UNEVEN], cwd=RANKS),
+    ):
+        assert done.returncode == 0, done.stderr
     return folder / "one", folder / "two"
 
 

@@ -148,6 +148,9 @@ RESUMED["sync, fast, warm-up and cosine"] = Case(
 )
 """Interrupted again and again they come to the same, to the last bit. (Horovod joins the gradients of synchronous SGD
 as they come: from three ranks on their sums are rounded differently from run to run.)"""
+RESUMED_SLOW = ("sync, rank 0 idle", "byteps, more servers than partitions", "biased, hierarchical", "unified, to fast",
+                "AdamW", "sync, fast, warm-up and cosine")
+"""Of these, those that others stand for."""
 BY_THE_CLOCK = ("dlb", "eager_sgd")
 """Methods that cannot, since real time has a say in what they do."""
 

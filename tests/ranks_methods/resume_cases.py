@@ -1,4 +1,4 @@
-"""Every rank of a job runs this: ``resume_cases.py FOLDER`` trains each case twice, once in one go and once in pieces.
+"""Every rank of a job runs this: ``resume_cases.py FOLDER CASE...`` trains each twice, in one go and in pieces.
 
 In pieces means that the run is asked to stop after every third round, saves, and is taken up by a new trainer, until
 it is through. It writes ``FOLDER/rank{N}.pt``: by case the number of stops, and of both runs the rank's final model
@@ -8,6 +8,7 @@ and, on rank 0, the table of losses.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def run(case: Case, env: JobEnv, folder: Path, every: int) -> tuple[int, dict[st
         return stops, {"model": this.worker.model.state_dict(), "losses": losses}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, names: Sequence[str]) -> None:
     torch.set_num_threads(1)
     env = job_env()
     meet = Saver.agree
@@ -75,9 +76,9 @@ def main(folder: Path) -> None:
     sets = [hvd.ProcessSet(list(ranks)) for ranks in sorted(groups) if 1 < len(ranks) < env.size]
     hvd.init(process_sets=sets)
     found = {}
-    for i, (name, case) in enumerate(RESUMED.items()):
-        _, whole = run(case, env, folder / f"whole{i}", NEVER)
-        stops, pieces = run(case, env, folder / f"pieces{i}", OFTEN)
+    for i, name in enumerate(names):
+        _, whole = run(RESUMED[name], env, folder / f"whole{i}", NEVER)
+        stops, pieces = run(RESUMED[name], env, folder / f"pieces{i}", OFTEN)
         found[name] = {"stops": stops, "whole": whole, "pieces": pieces}
     torch.save(found, folder / f"rank{env.rank}.pt")
     hvd.barrier()
@@ -85,4 +86,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
