@@ -198,10 +198,13 @@ class Horovodrun:
                 self._own.append(line.rstrip())
                 continue
             text = line[match.end() :]
+            shells = text.split(" (")[0].strip() in SHELLS_WORDS
             if text.startswith(ERROR):
                 self._errors[int(match[1])] = text.removeprefix(ERROR).strip()
-            elif text.strip() and text.split(" (")[0].strip() not in SHELLS_WORDS:
+            elif text.strip() and not shells:
                 self._last[int(match[1])] = text.strip()
+            if shells and stream is sys.stderr:  # how the rank ended is told in our own words
+                continue
             with suppress(OSError, ValueError):  # nobody reads any more; the ranks must not wait for that
                 stream.write(text if match[1] == "0" or text.startswith("hvd-hetero: ") else f"rank {match[1]}: {text}")
                 stream.flush()

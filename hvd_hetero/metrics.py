@@ -169,7 +169,7 @@ class Progress:
             "loss": _short(row["train_loss"]),
             "acc": _percent(row.get("eval_accuracy")),
             "samples/s": _short(row["samples_per_sec"]),
-            "blocked": _percent(row["blocked_fraction"][fastest]),
+            f"{fastest} blocked": _percent(row["blocked_fraction"][fastest]),
         }
         if self._bar is not None:
             self._bar.set_postfix(figures, refresh=False)

@@ -37,7 +37,9 @@ def write_start(folder: RunFolder, config: Config, cluster: Cluster, plan: Plan)
     for c in plan.classes:
         step = "" if c.step_sec is None else f", {1e3 * c.step_sec:.3g} ms a step"
         work = f"tau {c.tau}, batch {c.batch_size}, weight {c.weight:.4f}{step}" if c.tau else c.role
-        print(f"class {c.name}: ranks {list(c.ranks)}, {work}", flush=True)
+        slowdown = cluster.class_of(c.ranks[0]).slowdown
+        name = c.name + (f" (x{slowdown:g} emulated)" if slowdown > 1 else "")
+        print(f"class {name}: ranks {list(c.ranks)}, {work}", flush=True)
 
 
 def write_trace(folder: RunFolder | None, comm: Comm, cluster: Cluster, recorder: Recorder) -> None:
