@@ -247,10 +247,5 @@ def apportion(total: int, shares: Sequence[float], at_least: int = 0) -> list[in
     return counts
 
 
-def deal_batch(total: int, shares: Sequence[float]) -> list[int]:
-    """Divides a global batch by speed: two samples at least for everybody, which BatchNorm needs, or one of a few."""
-    return apportion(total, shares, at_least=min(2, total // len(shares)))
-
-
 def _step_rate(c: ClassPlan) -> float:
     return c.tau if c.step_sec is None else 1 / c.step_sec

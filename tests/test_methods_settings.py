@@ -90,6 +90,7 @@ def test_every_method_says_what_it_does(name: str) -> None:
     ({"algorithm.name": "byteps"}, ONE, "algorithm.name", "add a second class"),
     ({"algorithm.name": "byteps", "algorithm.participants": "all"}, TWO, "algorithm.name", "summation server"),
     ({"algorithm.name": "dlb", "algorithm.global_batch": 4}, TWO, "algorithm.global_batch", "5 or more"),
+    ({"algorithm.name": "dlb", "algorithm.global_batch": 9, "algorithm.least": 2}, TWO, "algorithm.global_batch", "10"),
     ({"algorithm.name": "dlb", "algorithm.global_batch": 0}, TWO, "algorithm.global_batch", "1 or more"),
     ({"algorithm.name": "dlb", "algorithm.global_batch": 2000}, TWO, "train.batch_size", "has 1000"),
     ({"algorithm.name": "sync_sgd", "train.batch_size": 500}, TWO, "train.batch_size", "2500"),

@@ -10,9 +10,9 @@ Synchronous SGD whose global batch B stays, while each worker's part follows its
         t_i = the worker's own time of the pass: compute and data, waiting excluded
         p_i = (p_i / t_i) / sum_j (p_j / t_j)
 
-Two things that the paper leaves open: nobody gets less than two samples (one, where there are not as many), so that
-everybody's time can be measured and BatchNorm can train; and the p_i that is divided by t_i is the rounded one,
-b_i / B, since that is what took t_i.
+Two things that the paper leaves open: nobody gets less than ``algorithm.least`` samples, one or more, so that
+everybody's time can be measured; and the p_i that is divided by t_i is the rounded one, b_i / B, since that is what
+took t_i.
 ``algorithm.global_batch`` is B; null: what the workers' ``train.batch_size`` add up to.
 """
 
@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Optional, final
 from hvd_hetero.algorithms.lockstep import LockstepOptions
 from hvd_hetero.algorithms.sync_sgd import SyncSGD
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.plan import Plan, deal_batch
+from hvd_hetero.plan import Plan, apportion
 from hvd_hetero.schema import AlgorithmConfig
 
 
@@ -36,9 +36,11 @@ class DLBOptions(LockstepOptions):
 
     Attributes:
         global_batch: samples of one step of all workers together; None: the sum of their ``train.batch_size``.
+        least: of these samples, what no worker gets less of. BatchNorm cannot train on one.
     """
 
     global_batch: Optional[int] = field(default=None, metadata={"at_least": 1})  # noqa: UP045
+    least: int = field(default=1, metadata={"at_least": 1})
 
 
 @final
@@ -53,19 +55,25 @@ class DLB(SyncSGD):
         assert isinstance(self.options, DLBOptions)
         return self.options.global_batch or sum(super().batches().values())
 
+    @property
+    def least(self) -> int:
+        """Samples of a step that no worker gets less of."""
+        assert isinstance(self.options, DLBOptions)
+        return self.options.least
+
     @cached_property
     def shares(self) -> list[float]:
         """p, by worker; they add up to 1."""
         return [1 / len(self.ranks)] * len(self.ranks)
 
     def check(self) -> None:
-        if self.global_batch < len(self.ranks):
-            problem = f"{len(self.ranks)} ranks share it, and each needs a sample"
-            raise ConfigError("algorithm.global_batch", self.global_batch, problem, f"set {len(self.ranks)} or more")
+        if self.global_batch < (needed := self.least * len(self.ranks)):
+            problem = f"{len(self.ranks)} ranks share it, and each gets {self.least} at least"
+            raise ConfigError("algorithm.global_batch", self.global_batch, problem, f"set {needed} or more")
         super().check()
 
     def batches(self) -> dict[int, int]:
-        return dict(zip(self.ranks, deal_batch(self.global_batch, self.shares), strict=True))
+        return dict(zip(self.ranks, apportion(self.global_batch, self.shares, self.least), strict=True))
 
     def replan(self, step_sec: Sequence[float]) -> Plan:
         speeds = [batch / step_sec[rank] for rank, batch in self.batches().items()]

@@ -12,7 +12,7 @@ from hvd_hetero.cluster import Cluster, DeviceClass
 from hvd_hetero.config import per_class
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.limits import Done, check_limits, next_rounds, round_samples
-from hvd_hetero.plan import IDLE, SERVER, Plan, deal_batch, lockstep_plan, make_plan
+from hvd_hetero.plan import IDLE, SERVER, Plan, apportion, lockstep_plan, make_plan
 from hvd_hetero.planner.link import sent_bytes
 from hvd_hetero.planner.methods import ALL, FAST
 from hvd_hetero.planner.prediction import Prediction
@@ -112,18 +112,19 @@ class Scenario:
         ranks = self.cluster.size
         whole: int = getattr(self.config.algorithm, "global_batch", None) or sum(
             len(c.ranks) * self.batch_size[c.name] for c in self.cluster.classes)
-        if whole < ranks:
-            problem = f"{ranks} ranks share it, and each needs a sample"
-            raise ConfigError("algorithm.global_batch", whole, problem, f"set {ranks} or more")
+        least = getattr(self.config.algorithm, "least", 1)
+        if whole < least * ranks:
+            problem = f"{ranks} ranks share it, and each gets {least} at least"
+            raise ConfigError("algorithm.global_batch", whole, problem, f"set {least * ranks} or more")
         class_of = [name for _, name in sorted((rank, c.name) for c in self.cluster.classes for rank in c.ranks)]
 
         def following(old: Plan | None) -> Plan:
             if old is None:
-                batches = deal_batch(whole, [1 / ranks] * ranks)
+                batches = apportion(whole, [1 / ranks] * ranks, least)
             else:
                 batches = self._batches(old)
                 speeds = [b / self.known.speeds[name].step_sec(b) for b, name in zip(batches, class_of, strict=True)]
-                if (new := deal_batch(whole, speeds)) == batches:
+                if (new := apportion(whole, speeds, least)) == batches:
                     return old
                 batches = new
             return self._plan_of(dict(enumerate(batches)))
