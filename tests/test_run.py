@@ -176,7 +176,9 @@ def test_what_a_person_sees(default_run: Run) -> None:
     table = done.stdout[done.stdout.index("class  ") :]
     for part in ("fast", "slow (x8 emulated)", "compute s", "blocked s", "EMULATED", "accuracy"):
         assert part in table
-    assert "pass 3/3" in done.stderr
+    assert "class slow (x8 emulated): ranks [1], tau" in done.stdout
+    last = next(line for line in done.stderr.splitlines() if "pass 3/3" in line)
+    assert f"fast blocked {rows_of(default_run[0])[-1]['blocked_fraction']['fast']:.2%}" in last
     for noise in ("rank 1:", "<std", "Traceback", "Process 0", "error"):
         assert noise not in done.stdout + done.stderr
 
