@@ -44,8 +44,6 @@ def test_from_a_profile_to_table_and_pictures(tmp_path: Path, hvd_hetero: Callab
                   "Class slow was timed at one batch size", "fitted to the measured 10 ms"):
         assert words in done.stdout
     assert "Class fast was timed" not in done.stdout
-    cells = next(line for line in done.stdout.splitlines() if line.startswith("sync_sgd, fast")).split()
-    assert cells[2] == "1/0" and cells[5:7] == ["0.0%", "-"], "who takes no step waits for nobody"
     content = json.loads((tmp_path / "out/table.json").read_text())
     local = next(row for row in content["methods"] if row["label"] == "unbalanced, biased local SGD")
     assert local["tau"] == {"fast": 20, "slow": 2} and local["seconds"] == pytest.approx(local["averages"] * 0.07)

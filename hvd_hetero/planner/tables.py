@@ -64,7 +64,7 @@ def _head(names: Sequence[str]) -> list[str]:
 def _cells(row: Prediction, names: Sequence[str]) -> list[str]:
     if row.problem is not None:
         return ["-"] * len(_head(names))
-    shares = [f"{row.blocked[name]:.1%}" if name in row.blocked and row.tau[name] else "-" for name in names]
+    shares = [f"{row.blocked[name]:.1%}" if name in row.blocked else "-" for name in names]
     return [_by_class(row.tau), f"{row.seconds:.4g}", f"{row.samples_per_sec:.4g}", *shares, f"{row.samples:.0f}",
             f"{row.averages:.0f}", f"{row.sent_bytes / 1e6:.4g}", f"{row.comm_sec:.3g}"]
 
