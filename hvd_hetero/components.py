@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hvd_hetero import data, models
 from hvd_hetero.by_name import PerSample, metric_by_name, optimizer_maker, per_sample_loss, scheduler_maker
+from hvd_hetero.comm.flat import check_state
 from hvd_hetero.data import Dataset
 from hvd_hetero.errors import ConfigError, UserError, nearest
 from hvd_hetero.imports import cause
@@ -62,10 +63,6 @@ class Given:
         return cls(**objects)
 
 
-SUMMED = (torch.float16, torch.float32, torch.float64)
-"""Floating types that Horovod has sums for."""
-
-
 @dataclass(frozen=True)
 class Components:
     """Everything a worker is made of."""
@@ -98,7 +95,7 @@ def build(config: Config, given: Given | None = None, try_out: bool = True) -> C
         optimizer=given.optimizer or optimizer_maker(train.optimizer, train.lr, train.optimizer_args),
         scheduler=given.scheduler or scheduler_maker(train.scheduler, train.scheduler_args),
     )
-    _check_types(config, given, components.model)
+    check_state(components.model, config.aggregation.state)
     if try_out:
         _try_out(components, config, given)
     return components
@@ -130,16 +127,6 @@ def _model(config: Config, given: Given) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ConfigError("model", _short(given.model), f"is no torch.nn.Module but a {type(model).__name__}", remedy)
     return model
-
-
-def _check_types(config: Config, given: Given, model: nn.Module) -> None:
-    """Raises ConfigError if anything that would be averaged is of a type that Horovod cannot sum."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    for name, tensor in [*trained, *((n, b) for n, b in model.named_buffers() if b.is_floating_point())]:
-        if tensor.dtype not in SUMMED:
-            remedy = "keep it in float32 (train.autocast=bf16 computes in bfloat16 all the same)"
-            problem = f"Horovod cannot sum {tensor.dtype}, the type of {name}"
-            raise ConfigError(*_either("model", given.model, *_named("model", config.model)), problem, remedy)
 
 
 def _try_out(components: Components, config: Config, given: Given) -> None:

@@ -103,6 +103,7 @@ def make_worker(job: Job, watch: Stopwatch) -> Worker:
         autocast=config.train.autocast == "bf16" and has_bf16(job.placement.device),
         compile_mode=config.train.compile,
         channels_last=config.train.channels_last,
+        state_policies=config.aggregation.state,
     )
 
 

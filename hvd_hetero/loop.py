@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hvd_hetero import algorithms, job
 from hvd_hetero.algorithms.local import LocalSGD
 from hvd_hetero.api import guarded
-from hvd_hetero.comm.averages import average
+from hvd_hetero.comm.averages import average, average_others
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.components import Components, Given, build
@@ -102,7 +102,7 @@ class Loop:
         device = started.placement.device
         job.set_precision(config.train.matmul_precision)
         self.model = started.components.model.to(device)
-        self._state = FlatState(self.model)
+        self._state = FlatState(self.model, policies=config.aggregation.state)
         self._source = started.components.dataset.train.to(device)
         self._generator = torch.Generator(device).manual_seed(config.run.seed * 1000003 + self.rank)
         self._comm = Comm(cluster, self.rank, config.aggregation, started.watchdog.pulse)
@@ -141,6 +141,7 @@ class Loop:
                 taken += current.taken
                 left_out = not guarded(partial(average, self._comm, self._state, mine.weight))
                 self._comm.left_out.round += 1
+            guarded(partial(average_others, self._comm, self._state, mine.weight, only_new=True))
             guarded(partial(self._feed.collect, part, torch.cat(taken).float().cpu()))
             done = done.after(part)
 

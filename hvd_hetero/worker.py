@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hvd_hetero.by_name import PerSample
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.data import Batch, Source
+from hvd_hetero.extra_state import extra_state, load_extra_state
 from hvd_hetero.timing import Pace, Stopwatch
 
 
@@ -32,6 +33,7 @@ class Worker:
         autocast: compute in bfloat16 where PyTorch deems it safe; parameters and gradients stay as they are.
         compile_mode: of ``torch.compile``, which training steps then go through; None: they do not.
         channels_last: keep images and the weights of convolutions with their channels last in memory.
+        state_policies: ``aggregation.state``, what becomes of frozen parameters and buffers that change.
 
     Attributes:
         state: what an aggregation averages.
@@ -54,13 +56,14 @@ class Worker:
         autocast: bool = False,
         compile_mode: str | None = None,
         channels_last: bool = False,
+        state_policies: Mapping[str, str] | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device)
         self._channels_last = channels_last
         self._compiled_once = False
         self._compiled = None if compile_mode is None else torch.compile(self.model, mode=compile_mode, dynamic=False)
-        self.state = FlatState(self.model, channels_last)
+        self.state = FlatState(self.model, channels_last, state_policies)
         self._params = [p for p in self.model.parameters() if p.requires_grad]
         self._gradients: list[Tensor] = []
         self._make_optimizer, self._make_scheduler = make_optimizer, make_scheduler
@@ -193,18 +196,14 @@ class Worker:
 
     def snapshot(self) -> Callable[[], None]:
         """Remembers everything that training changes; calling the result puts it back."""
-        vectors = [v.clone() for v in self.state.vectors]
-        integers = self.state.integers()
+        model = self.state.copy()
         generators = torch.get_rng_state(), self.generator.get_state()
         on_device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         optimizer = self.optimizer.state_dict() if self.optimizer.state else None
         assert optimizer is None, "a snapshot is taken before training"
 
         def restore() -> None:
-            for vector, saved in zip(self.state.vectors, vectors, strict=True):
-                vector.copy_(saved)
-            if integers is not None:
-                self.state.set_integers(integers)
+            self.state.load_state_dict(model)
             torch.set_rng_state(generators[0])
             self.generator.set_state(generators[1])
             if on_device is not None:
@@ -218,8 +217,8 @@ class Worker:
     def state_dict(self) -> dict[str, Any]:
         """Everything of this rank that decides its further steps, between two rounds."""
         return {
-            "tensors": [t.detach() for t in self.state.everything()],
-            "layout": [str((name, list(p.shape), p.stride())) for name, p in self.model.named_parameters()],
+            "model": self.state.state_dict(),
+            "extra": extra_state(self.model),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "rates": self._scheduled,
@@ -232,8 +231,7 @@ class Worker:
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from what :meth:`state_dict` gave on the same kind of device."""
-        for own, saved in zip(self.state.everything(), state["tensors"], strict=True):
-            own.copy_(saved)
+        self.carry_over(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self._lay_out_optimizer()
         if self.scheduler is not None:
@@ -256,8 +254,9 @@ class Worker:
     @torch.no_grad()
     def carry_over(self, state: Mapping[str, Any]) -> None:
         """Takes the model alone from what another rank's :meth:`state_dict` gave."""
-        for own, saved in zip(self.state.everything(), state["tensors"], strict=True):
-            own.copy_(saved)
+        self.state.load_state_dict(state["model"])
+        self.state.others.remember()
+        load_extra_state(self.model, state["extra"])
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

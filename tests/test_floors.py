@@ -16,7 +16,7 @@ FLOORS = [
     {"errors", "checking", "config", "files", "schema", "pacing", "cluster", "plan", "taus", "pulse",
      "timing"},
     {"comm", "data", "models", "imports", "limits", "sampling", "metrics", "trace", "checkpoint", "store", "simulator",
-     "accounts", "by_name", "delays", "partial_counts", "profiles", "stopping", "fingerprint", "watchdog"},
+     "accounts", "by_name", "delays", "extra_state", "partial_counts", "profiles", "stopping", "fingerprint", "watchdog"},
     {"worker", "profiling", "feed", "passes", "saving", "output", "writing"},
     {"algorithms", "components"},
     {"trainer", "going_on", "job", "speeds"},

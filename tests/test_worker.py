@@ -151,7 +151,7 @@ def test_measuring_leaves_everything_as_it_was(optimizer: str) -> None:
         if mine is measured:
             assert measure_step(mine, source(), 8, seconds=0.01, warmup_steps=2, ready=lambda: None).step_sec > 0
         mine.local_steps(batches(np.arange(40).reshape(5, 8)), 5)
-        results.append([*mine.state.vectors, mine.state.integers(), mine.take_losses(), mine.generator.get_state()])
+        results.append([*mine.state.vectors, *mine.state.tensors(), mine.take_losses(), mine.generator.get_state()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
