@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hvd_hetero.comm.slots import real_view
 from hvd_hetero.errors import BadNumbers
 
 FLAG_SLOTS = 3
@@ -26,7 +27,7 @@ CHUNK, PIECE = 1 << 26, 1 << 18
 
 def finite(tensors: Sequence[Tensor]) -> bool:
     """Whether there is no NaN and no Inf in tensors of one device."""
-    parts = [part for tensor in tensors for part in tensor.detach().reshape(-1).split(CHUNK)]
+    parts = [part for tensor in tensors for part in real_view(tensor.detach()).reshape(-1).split(CHUNK)]
     if not parts:
         return True
     squares = [torch.dot(part, part) for part in parts]

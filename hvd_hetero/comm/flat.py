@@ -26,9 +26,9 @@ class FlatState:
     """Moves a module's trainable parameters and running statistics into flat vectors, of which they become views.
 
     Build it after the module is on its device and before the optimizer. In the vectors are trainable parameters and
-    floating buffers; everything else is in :attr:`others`. A buffer that holds Inf or NaN before training (an attention
-    mask) is taken for a constant, and one whose memory another tensor shares stays where it is: both are in others too.
-    Complex tensors are pairs of real numbers in the vectors.
+    buffers that are averaged, as running statistics are; everything else is in :attr:`others`, and so is a buffer that
+    holds Inf or NaN before training, or shares its memory with another tensor. Complex tensors are pairs of real
+    numbers in the vectors.
 
     A module may replace what it has been given (``self.mean = ...``, ``weight.data = ...``): :meth:`refresh` takes the
     new values into the vectors and puts the views back.
@@ -237,13 +237,12 @@ def check_state(module: nn.Module, policies: Mapping[str, str]) -> Layout:
         shared |= set(pair)
     state = {s.name: t for t, own in slots.items() for s in own if t not in is_trained}
     check_policies(policies, state, in_vectors)
-    others = OtherState(module, (), policies)
+    others = OtherState(module, slots_of(module), policies)
     averaged = [
         tensor
         for tensor, own in slots.items()
         if not own[0].is_parameter and own[0].persistent and own[0].name not in shared
-        if _real_type(tensor).is_floating_point and tensor.dtype in TRAINED
-        if others.policy(own[0].name, tensor) == AVERAGE and is_finite(tensor)
+        if others.policy(own[0].name) == AVERAGE and tensor.dtype in TRAINED and is_finite(tensor)
     ]
     return Layout(trained, averaged, slots)
 

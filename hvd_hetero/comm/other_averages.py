@@ -159,15 +159,16 @@ class OtherAverages:
                 self._others.base[name] = total.to(tensor.dtype)
 
     def _take_root(self, tensors: Mapping[str, Tensor]) -> None:
-        """Give all ranks what the first of those has that give something."""
+        """Give all ranks what the first of those has that weigh most."""
         if not tensors:
             return
-        first = torch.tensor([float(-self._comm.rank) if self._is_good and self._weight > 0 else -float("inf")])
-        self._comm.max_async_(first, f"{self._name}.root", self._ranks)()
-        if first.isinf():
+        mine = torch.tensor([self._weight if self._is_good else 0.0], dtype=torch.float64)
+        weights = [float(w) for w in self._comm.gather(mine, f"{self._name}.weights", ranks=self._ranks)]
+        if not any(weights):
             return
+        root = self._ranks[weights.index(max(weights))]
         own = [as_bytes(tensor).cpu() for tensor in tensors.values()]
-        told = self._comm.broadcast(torch.cat(own), f"{self._name}.from_root", int(-first), self._ranks)
+        told = self._comm.broadcast(torch.cat(own), f"{self._name}.from_root", root, self._ranks)
         for (name, tensor), part in zip(tensors.items(), told.split([len(t) for t in own]), strict=True):
             self._others.put(name, from_bytes(part, tensor.dtype, tensor.shape).to(tensor.device))
 

@@ -4,12 +4,17 @@ Nothing of them travels before it has changed on some rank. From then on each of
 (``aggregation.state``) whenever all ranks meet:
 
 ==========  =========================================================================================================
-average     the weighted average, as the trainable parameters; for floating and complex tensors
-root        what the first rank has that took part, bit by bit; for queues, and pointers into them
-max         the largest, element by element; for counters that all ranks advance alike
-sum         what it was, plus what every rank has added to it; for counters of what was seen
+average     the weighted average, as of trainable parameters; for floating and complex tensors
+root        what one rank has, bit by bit: the first of those with the largest weight
+max         the largest, element by element
+sum         what it was, plus what every rank has added to it
 local       each rank keeps its own
 ==========  =========================================================================================================
+
+Unless the user says otherwise, frozen parameters (the teacher of a self-distillation) are averaged, and so are running
+statistics that were finite at the start; of how many batches these have seen the maximum is taken. Any other buffer may
+be a queue, a pointer into it or a table, of which an average would mean nothing: all of them come from one rank, as
+with PyTorch's DistributedDataParallel, so that they fit together.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from hvd_hetero.comm.finite import finite
 from hvd_hetero.comm.slots import Slot, compact, digest, from_bytes, real_view
@@ -49,8 +55,8 @@ class OtherState:
         self._slots: dict[str, Slot] = {}
         self._seen: dict[str, _Seen] = {}
         self._digests: dict[str, tuple[Any, ...]] = {}
-        self._began_finite: dict[str, bool] = {}
         self._kinds: dict[str, str] = {}
+        self._began_infinite: set[str] = set()
         self.active: dict[str, str] = {}
         self.base: dict[str, Tensor] = {}
         self.add(slots)
@@ -81,12 +87,13 @@ class OtherState:
 
     def remember(self) -> None:
         """Take what there is for what all ranks have; called when they have just been given it."""
+        is_start = not self._digests
         for name, tensor in self.tensors().items():
             self._digests[name] = digest(tensor)
             self._see(name)
-            if name not in self._began_finite:
-                self._began_finite[name] = self._slots[name].is_parameter or is_finite(tensor)
-            if self.policy(name, tensor) == SUM:
+            if is_start and not self._slots[name].is_parameter and not is_finite(tensor):
+                self._began_infinite.add(name)
+            if self.policy(name) == SUM:
                 self.base[name] = tensor.clone()
 
     def changed(self, thorough: bool = False) -> list[str]:
@@ -103,7 +110,7 @@ class OtherState:
                 continue
             if not thorough and name in self._seen and self._seen[name].is_still(tensor):
                 continue
-            if self._digests.get(name) == digest(tensor) or self.policy(name, tensor) == LOCAL:
+            if self._digests.get(name) == digest(tensor) or self.policy(name) == LOCAL:
                 self._see(name)
             else:
                 found.append(name)
@@ -114,19 +121,18 @@ class OtherState:
         assert tensor is not None
         self._seen[name] = _Seen(tensor)
 
-    def policy(self, name: str, tensor: Tensor) -> str:
+    def policy(self, name: str) -> str:
         """What is to be done with one that has changed."""
         fitting = [policy for pattern, policy in self._policies.items() if fnmatchcase(name, pattern)]
         if fitting:
             return fitting[-1]
-        if not _is_floating(tensor):
-            return MAX
-        return AVERAGE if self._began_finite.get(name, True) else ROOT
+        usual = default_policy(self._slots[name])
+        return ROOT if usual == AVERAGE and name in self._began_infinite else usual
 
     def activate(self, names: Iterable[str]) -> None:
         """Let these follow their policies from now on; the same on all ranks."""
         tensors = self.tensors()
-        self.active |= {name: self.policy(name, tensors[name]) for name in names}
+        self.active |= {name: self.policy(name) for name in names}
         for name, policy in self.active.items():
             if policy == SUM and name not in self.base:
                 self.base[name] = torch.zeros_like(tensors[name])
@@ -248,6 +254,16 @@ class OtherState:
         else:
             part.register_buffer(key, None, persistent)
         self.add([Slot(name, part, part._parameters if is_parameter else part._buffers, key, is_parameter)])
+
+
+def default_policy(slot: Slot) -> str:
+    """What becomes of the tensor in a place if the user has not said it."""
+    if slot.is_parameter:
+        return AVERAGE
+    if not isinstance(slot.module, _NormBase) and not slot.key.startswith("running_"):
+        return ROOT
+    tensor = slot.get()
+    return AVERAGE if tensor is None or _is_floating(tensor) else MAX
 
 
 def check_policies(policies: Mapping[str, Any], names: Mapping[str, Tensor], trained: Iterable[str]) -> None:
