@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hvd_hetero import data, models
 from hvd_hetero.by_name import PerSample, metric_by_name, optimizer_maker, per_sample_loss, scheduler_maker
 from hvd_hetero.data import Dataset
+from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, UserError, nearest
 from hvd_hetero.imports import cause
 from hvd_hetero.random_state import seed_all
@@ -173,12 +174,12 @@ def _try_model(components: Components, config: Config, given: Given) -> Any:
         if len(components.dataset.test) == 0 or count == 0:
             raise ConfigError(*of_data, "has an empty split", "give it at least one sample")
         inputs, targets = next(data.read(source, np.arange(count)[None], torch.Generator()))
-    shapes = f"a batch of {count} (inputs {_shape(inputs)}, targets {_shape(targets)})"
+    shapes = f"a batch of {count} (inputs {describe(inputs)}, targets {describe(targets)})"
     with _telling(*of_model, f"the model fails on {shapes}", "make model and data fit together"):
         outputs = forward(model, inputs)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(*of_model, "has no trainable parameters", "leave some to train")
-    what = f"the loss fails on the model's outputs {_shape(outputs)} for {shapes}"
+    what = f"the loss fails on the model's outputs {describe(outputs)} for {shapes}"
     with _telling(*of_loss, what, "make model, data, loss and its arguments fit together"):
         losses = components.loss(outputs, targets)
     per_sample(*of_loss, losses, count)
@@ -276,10 +277,3 @@ def per_sample(key: str, value: Any, losses: Any, batch: int) -> None:
     if shape != (batch,):
         problem = f"is not per sample: a batch of {batch} gives {shape if isinstance(shape, str) else list(shape)}"
         raise ConfigError(key, value, problem, f"return a tensor [{batch}], for example with reduction='none'")
-
-
-def _shape(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return list(value.shape)
-    parts: Mapping[Any, Any] = value if isinstance(value, Mapping) else dict(enumerate(value))
-    return {name: _shape(part) for name, part in parts.items()}
