@@ -17,8 +17,10 @@ from hvd_hetero import data, models
 from hvd_hetero.by_name import PerSample, metric_by_name, optimizer_maker, per_sample_loss, scheduler_maker
 from hvd_hetero.comm.flat import check_state
 from hvd_hetero.data import Dataset
+from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, UserError, nearest
 from hvd_hetero.imports import cause
+from hvd_hetero.random_state import seed_all
 from hvd_hetero.schema import Config, DataConfig, ModelConfig
 from hvd_hetero.worker import forward
 
@@ -86,9 +88,11 @@ def build(config: Config, given: Given | None = None, try_out: bool = True) -> C
     """
     given = given or Given()
     train = config.train
-    torch.manual_seed(config.run.seed)
+    seed_all(config.run.seed)  # every rank has to read the same data
+    dataset = _dataset(config, given)
+    seed_all(config.run.seed)  # however much randomness that took
     components = Components(
-        dataset=_dataset(config, given),
+        dataset=dataset,
         model=_model(config, given),
         loss=given.loss or per_sample_loss(train.loss, train.loss_args),
         metric=given.metric or metric_by_name(config.eval.metric),
@@ -156,13 +160,13 @@ def _try_model(components: Components, config: Config, given: Given) -> Any:
         count = min(2, len(source))
         if len(components.dataset.test) == 0 or count == 0:
             raise ConfigError(*of_data, "has an empty split", "give it at least one sample")
-        inputs, targets = next(iter(source.batches(np.arange(count)[None], torch.Generator())))
-    shapes = f"a batch of {count} (inputs {_shape(inputs)}, targets {_shape(targets)})"
+        inputs, targets = next(data.read(source, np.arange(count)[None], torch.Generator()))
+    shapes = f"a batch of {count} (inputs {describe(inputs)}, targets {describe(targets)})"
     with _telling(*of_model, f"the model fails on {shapes}", "make model and data fit together"):
         outputs = forward(model, inputs)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(*of_model, "has no trainable parameters", "leave some to train")
-    what = f"the loss fails on the model's outputs {_shape(outputs)} for {shapes}"
+    what = f"the loss fails on the model's outputs {describe(outputs)} for {shapes}"
     with _telling(*of_loss, what, "make model, data, loss and its arguments fit together"):
         losses = components.loss(outputs, targets)
     per_sample(*of_loss, losses, count)
@@ -213,11 +217,10 @@ def _check_classes(dataset: Dataset, outputs: Any, config: Config, given: Given)
         return
     for split, source in (("training", dataset.train), ("test", dataset.test)):
         holder = source if isinstance(source, data.TensorSource) else getattr(source, "dataset", None)
-        if not isinstance(holder, (data.TensorSource, data.Files)) or holder.targets.dim() != 1:
+        targets = holder.targets if isinstance(holder, (data.TensorSource, data.Files)) else None
+        if not isinstance(targets, Tensor) or targets.dim() != 1 or targets.is_floating_point():
             continue
-        if holder.targets.is_floating_point():
-            continue
-        used = holder.targets[holder.targets != config.train.loss_args.get("ignore_index", -100)]
+        used = targets[targets != config.train.loss_args.get("ignore_index", -100)]
         if len(used) and not 0 <= int(used.min()) <= int(used.max()) < outputs.shape[1]:
             where = _either("model", given.model, *_named("model", config.model))
             found = f"the {split} targets are {used.min()} to {used.max()}"
@@ -261,10 +264,3 @@ def per_sample(key: str, value: Any, losses: Any, batch: int) -> None:
     if shape != (batch,):
         problem = f"is not per sample: a batch of {batch} gives {shape if isinstance(shape, str) else list(shape)}"
         raise ConfigError(key, value, problem, f"return a tensor [{batch}], for example with reduction='none'")
-
-
-def _shape(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return list(value.shape)
-    parts: Mapping[Any, Any] = value if isinstance(value, Mapping) else dict(enumerate(value))
-    return {name: _shape(part) for name, part in parts.items()}

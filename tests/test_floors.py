@@ -15,8 +15,9 @@ PACKAGE = Path(__file__).parent.parent / "hvd_hetero"
 FLOORS = [
     {"errors", "checking", "config", "files", "schema", "pacing", "cluster", "plan", "taus", "pulse",
      "timing"},
-    {"comm", "data", "models", "imports", "limits", "sampling", "metrics", "trace", "checkpoint", "store", "simulator", "accounts",
-     "by_name", "delays", "extra_state", "partial_counts", "profiles", "stopping", "fingerprint", "watchdog"},
+    {"comm", "data", "models", "imports", "limits", "sampling", "metrics", "trace", "checkpoint", "store", "simulator",
+     "accounts", "by_name", "delays", "extra_state", "partial_counts", "profiles", "stopping", "fingerprint", "watchdog", "describe",
+     "random_state"},
     {"worker", "profiling", "feed", "passes", "saving", "output", "writing"},
     {"algorithms", "components"},
     {"trainer", "going_on", "job", "speeds"},
