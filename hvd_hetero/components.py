@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from hvd_hetero import data, models
-from hvd_hetero.by_name import PerSample, metric_by_name, optimizer_maker, per_sample_loss, scheduler_maker
+from hvd_hetero.by_name import loss_of_module, metric_by_name, optimizer_maker, per_sample_loss, scheduler_maker
 from hvd_hetero.data import Dataset
 from hvd_hetero.errors import ConfigError, UserError, nearest
 from hvd_hetero.imports import cause
+from hvd_hetero.loss_checks import Batched, try_loss, try_metric
+from hvd_hetero.losses import IGNORED, PerSample
 from hvd_hetero.schema import Config, DataConfig, ModelConfig
 from hvd_hetero.worker import forward
 
@@ -93,8 +95,8 @@ def build(config: Config, given: Given | None = None, try_out: bool = True) -> C
     components = Components(
         dataset=_dataset(config, given),
         model=_model(config, given),
-        loss=given.loss or per_sample_loss(train.loss, train.loss_args),
-        metric=given.metric or metric_by_name(config.eval.metric),
+        loss=loss_of_module(given.loss) if given.loss else per_sample_loss(train.loss, train.loss_args),
+        metric=given.metric or metric_by_name(config.eval.metric, train.loss_args.get("ignore_index", IGNORED)),
         optimizer=given.optimizer or optimizer_maker(train.optimizer, train.lr, train.optimizer_args),
         scheduler=given.scheduler or scheduler_maker(train.scheduler, train.scheduler_args),
     )
@@ -176,9 +178,10 @@ def _try_model(components: Components, config: Config, given: Given) -> Any:
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(*of_model, "has no trainable parameters", "leave some to train")
     what = f"the loss fails on the model's outputs {_shape(outputs)} for {shapes}"
+    sizes = config.train.batch_size
+    batch = Batched(outputs, targets, count, max(sizes.values()) if isinstance(sizes, Mapping) else sizes)
     with _telling(*of_loss, what, "make model, data, loss and its arguments fit together"):
-        losses = components.loss(outputs, targets)
-    per_sample(*of_loss, losses, count)
+        losses, _ = try_loss(*of_loss, components.loss, config.train.loss_args, batch)
     if losses.isnan().any():
         raise ConfigError(*of_loss, "is not a number on the first samples", "look at the data and the model's weights")
     if not losses.requires_grad:
@@ -186,8 +189,7 @@ def _try_model(components: Components, config: Config, given: Given) -> Any:
         raise ConfigError(*of_loss, problem, "compute it from the outputs, with functions of torch")
     if components.metric is not None:
         with _telling(*of_metric, "fails on this model's outputs", "set eval.metric=none or another"), torch.no_grad():
-            values = components.metric(outputs, targets)
-        per_sample(*of_metric, values, count)
+            try_metric(*of_metric, components.metric, batch)
     return outputs
 
 
@@ -262,18 +264,6 @@ def _short(value: Any) -> str:
 def _named(section: str, spec: DataConfig | ModelConfig) -> tuple[str, str | None]:
     """The key that decided, and its value."""
     return (f"{section}.target", spec.target) if spec.target else (f"{section}.name", spec.name)
-
-
-def per_sample(key: str, value: Any, losses: Any, batch: int) -> None:
-    """Checks that a loss or metric is one number a sample: the loss table and the sampling need it.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-    if shape != (batch,):
-        problem = f"is not per sample: a batch of {batch} gives {shape if isinstance(shape, str) else list(shape)}"
-        raise ConfigError(key, value, problem, f"return a tensor [{batch}], for example with reduction='none'")
 
 
 def _shape(value: Any) -> Any:

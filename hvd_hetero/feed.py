@@ -116,7 +116,7 @@ class Feed:
         """As :meth:`collect`, where each rank says itself what it trained on, and when.
 
         Args:
-            losses: ``[steps * B]``, in training order.
+            losses: ``[steps * B]``, in training order; -inf for samples that do not count.
         """
         assert worked.rows is not None and worked.at is not None
         shape = torch.tensor([worked.steps, worked.rows.shape[1]])
