@@ -22,6 +22,7 @@ from hvd_hetero.errors import (
     EXIT_NUMBERS,
     EXIT_STOPPED,
     BadNumbers,
+    RankError,
     Stopped,
     UserError,
 )
@@ -83,6 +84,8 @@ def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | N
     trainer = Trainer(started, run_dir(started.config), found)
     try:
         trainer.prepare()
+    except RankError:
+        raise
     except UserError:
         trainer.close()  # every rank is here: they judge by the same measurements
         raise
@@ -93,7 +96,8 @@ def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | N
         raise
     except UserError as error:
         # one rank's own trouble, a broken file for instance: the others are waiting somewhere else
-        raise RuntimeError(str(error)) from error
+        trainer.abandon()
+        raise RankError(str(error)) from error
     except BaseException:
         trainer.abandon()
         raise
@@ -120,6 +124,8 @@ def guarded(call: Callable[[], Any]) -> Any:
         return call()
     try:
         return call()
+    except RankError as error:
+        _end(EXIT_BAD_INPUT, f"rank {env.rank} on {env.host}: {error}")
     except UserError as error:
         if env.rank == 0:
             print(f"hvd-hetero: error: {error}", file=sys.stderr, flush=True)

@@ -20,6 +20,7 @@ from hvd_hetero.errors import ConfigError, UserError, nearest
 from hvd_hetero.imports import cause
 from hvd_hetero.loss_checks import Batched, try_loss, try_metric
 from hvd_hetero.losses import IGNORED, PerSample
+from hvd_hetero.random_state import seed_all
 from hvd_hetero.schema import Config, DataConfig, ModelConfig
 from hvd_hetero.worker import forward
 
@@ -91,9 +92,11 @@ def build(config: Config, given: Given | None = None, try_out: bool = True) -> C
     """
     given = given or Given()
     train = config.train
-    torch.manual_seed(config.run.seed)
+    seed_all(config.run.seed)  # every rank has to read the same data
+    dataset = _dataset(config, given)
+    seed_all(config.run.seed)  # however much randomness that took
     components = Components(
-        dataset=_dataset(config, given),
+        dataset=dataset,
         model=_model(config, given),
         loss=loss_of_module(given.loss) if given.loss else per_sample_loss(train.loss, train.loss_args),
         metric=given.metric or metric_by_name(config.eval.metric, train.loss_args.get("ignore_index", IGNORED)),
@@ -171,7 +174,7 @@ def _try_model(components: Components, config: Config, given: Given) -> Any:
         count = min(2, len(source))
         if len(components.dataset.test) == 0 or count == 0:
             raise ConfigError(*of_data, "has an empty split", "give it at least one sample")
-        inputs, targets = next(iter(source.batches(np.arange(count)[None], torch.Generator())))
+        inputs, targets = next(data.read(source, np.arange(count)[None], torch.Generator()))
     shapes = f"a batch of {count} (inputs {_shape(inputs)}, targets {_shape(targets)})"
     with _telling(*of_model, f"the model fails on {shapes}", "make model and data fit together"):
         outputs = forward(model, inputs)
@@ -228,11 +231,10 @@ def _check_classes(dataset: Dataset, outputs: Any, config: Config, given: Given)
         return
     for split, source in (("training", dataset.train), ("test", dataset.test)):
         holder = source if isinstance(source, data.TensorSource) else getattr(source, "dataset", None)
-        if not isinstance(holder, (data.TensorSource, data.Files)) or holder.targets.dim() != 1:
+        targets = holder.targets if isinstance(holder, (data.TensorSource, data.Files)) else None
+        if not isinstance(targets, Tensor) or targets.dim() != 1 or targets.is_floating_point():
             continue
-        if holder.targets.is_floating_point():
-            continue
-        used = holder.targets[holder.targets != config.train.loss_args.get("ignore_index", -100)]
+        used = targets[targets != config.train.loss_args.get("ignore_index", -100)]
         if len(used) and not 0 <= int(used.min()) <= int(used.max()) < outputs.shape[1]:
             where = _either("model", given.model, *_named("model", config.model))
             found = f"the {split} targets are {used.min()} to {used.max()}"

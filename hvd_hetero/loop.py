@@ -19,8 +19,8 @@ from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.components import Components, Given, build
 from hvd_hetero.config import load
-from hvd_hetero.data import Batch
-from hvd_hetero.errors import ConfigError
+from hvd_hetero.data import Batch, read
+from hvd_hetero.errors import ConfigError, RankError, UserError
 from hvd_hetero.feed import Feed
 from hvd_hetero.limits import Done, check_limits, next_rounds
 from hvd_hetero.losses import Numbers, joined, per_sample
@@ -141,7 +141,7 @@ class Loop:
         while rounds := next_rounds(self._train, self.plan, done):
             part = replace(self.plan, rounds=rounds)
             rows = guarded(partial(self._feed.deal, part, self.plan))
-            batches = iter(self._source.batches(rows, self._generator))
+            batches = read(self._source, rows, self._generator)
             taken: list[Numbers] = []
             for _ in range(rounds):
                 current = Round(self._steps(batches, mine.tau), mine.batch_size, left_out)
@@ -158,12 +158,26 @@ class Loop:
     def _steps(self, batches: Iterator[Batch], count: int) -> Iterator[Batch]:
         # What was between two rounds, an average and the user's own, is no part of a step that is to be stretched.
         self._watch.skip()
-        yield from self._pace.steps(batches, count)
+        steps = self._pace.steps(batches, count)
+        while (batch := guarded(partial(_next, steps))) is not None:
+            yield batch
 
     def close(self) -> None:
         """Leaves the job together with all other ranks; call it when the model has been saved."""
         self._comm.close()
         self._watchdog.stop()
+
+
+def _next(batches: Iterator[Batch]) -> Batch | None:
+    """The next batch; None after the last one.
+
+    Raises:
+        RankError: it cannot be read, while other ranks wait for this one.
+    """
+    try:
+        return next(batches, None)
+    except UserError as error:
+        raise RankError(str(error)) from error
 
 
 def check_plain(config: Config) -> None:

@@ -14,7 +14,7 @@ from hvd_hetero.accounts import Accounts
 from hvd_hetero.by_name import is_accuracy
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.comm.rounds import Counts
-from hvd_hetero.data import Batch, Source
+from hvd_hetero.data import Batch, Source, read
 from hvd_hetero.feed import Worked
 from hvd_hetero.losses import mean, weighted_sums
 from hvd_hetero.pacing import settled_step_sec
@@ -156,13 +156,12 @@ class Ongoing:
     def batches(self, source: Source, rows: NDArray[Any], generator: torch.Generator) -> Iterator[Batch]:
         """The batches of a stretch. Where ranks have their own, one iterator serves the pass, and may read ahead."""
         if self._handed_out:
-            return iter(source.batches(rows, generator))
+            return read(source, rows, generator)
         if self._batches is None:
             resumed = generator.get_state() if self._row else None
             if resumed is not None:
                 generator.set_state(self._generator)
-            start = (self._row,) if self._row else ()  # a source of the user's own may know of none
-            self._batches = iter(source.batches(self.rows, generator, *start))
+            self._batches = read(source, self.rows, generator, self._row)
             if resumed is not None:
                 generator.set_state(resumed)
         return self._batches

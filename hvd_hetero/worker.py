@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hvd_hetero.comm.flat import FlatState
-from hvd_hetero.data import Batch, Source
+from hvd_hetero.data import Batch, Source, read
 from hvd_hetero.losses import Numbers, PerSample, joined, mean_gradient, name_of, per_sample, weighted_sums
 from hvd_hetero.random_state import RandomState
 from hvd_hetero.timing import Pace, Stopwatch
@@ -192,7 +192,7 @@ class Worker:
         sums = torch.zeros(4, dtype=torch.float64)
         whole = len(indices) // batch_size * batch_size
         for rows in (indices[:whole].reshape(-1, batch_size), indices[whole:].reshape(1, -1)):
-            for inputs, targets in source.batches(rows, self.generator) if rows.size else ():
+            for inputs, targets in read(source, rows, self.generator, split="test") if rows.size else ():
                 self.watch.pulse.begin("evaluation")
                 losses, outputs = self._losses_of(inputs, targets)
                 sums[:2] += weighted_sums(*losses)
@@ -278,7 +278,10 @@ class Worker:
 
 
 def forward(model: Callable[..., Any], inputs: Any) -> Any:
-    """Calls the model: a tuple of inputs as positional arguments, a dict as keyword arguments."""
-    if isinstance(inputs, dict):
+    """Calls the model: a tuple of inputs as positional arguments, a mapping as keyword arguments, all else as one.
+
+    A named tuple, such as a packed sequence, is one argument; so is a list.
+    """
+    if isinstance(inputs, Mapping):
         return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    return model(*inputs) if type(inputs) is tuple else model(inputs)
