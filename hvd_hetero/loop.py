@@ -93,7 +93,7 @@ class Loop:
                 limit = loaded.train.max_train_sec
                 raise ConfigError("train.max_train_sec", limit, "a hand-written step is not timed", "set train.passes")
             check_plain(loaded)
-            return loaded, build(loaded, Given(model, train_data, train_data), try_out=False)
+            return loaded, build(loaded, Given(model, train_data, train_data))
 
         guarded(lambda: self._start(job.start(prepare)))
 

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from hvd_hetero.by_name import PerSample
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.data import Batch, Source
+from hvd_hetero.modes import evaluating, set_mode
+from hvd_hetero.random_state import RandomState
+from hvd_hetero.snapshot import snapshot
 from hvd_hetero.timing import Pace, Stopwatch
 
 
@@ -57,6 +60,8 @@ class Worker:
     ) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device)
+        if not model.training:  # as it comes from where it was loaded; who chooses modes chooses those of its parts
+            model.train()
         self._channels_last = channels_last
         self._compiled_once = False
         self._compiled = None if compile_mode is None else torch.compile(self.model, mode=compile_mode, dynamic=False)
@@ -76,6 +81,7 @@ class Worker:
         """Makes optimizer and scheduler anew, for methods that put something around the optimizer before training."""
         made = self._make_optimizer(self._params)
         self.optimizer = made if wrap is None else wrap(made)
+        set_mode(self.optimizer, training=True)
         self.scheduler = None if self._make_scheduler is None else self._make_scheduler(self.optimizer)
         self._scheduled = [group["lr"] for group in self.optimizer.param_groups]
 
@@ -175,42 +181,31 @@ class Worker:
 
     @torch.inference_mode()
     def evaluate(self, source: Source, indices: np.ndarray[Any, Any], batch_size: int) -> tuple[float, float]:
-        """Sums of loss and metric over the given samples of a source; the model is left in training mode."""
-        self.model.eval()
+        """Sums of loss and metric over the given samples of a source; all modes are left as they were."""
         total = torch.zeros(2, dtype=torch.float64)
         whole = len(indices) // batch_size * batch_size
-        for rows in (indices[:whole].reshape(-1, batch_size), indices[whole:].reshape(1, -1)):
-            for inputs, targets in source.batches(rows, self.generator) if rows.size else ():
-                self.watch.pulse.begin("evaluation")
-                losses, outputs = self._losses_of(inputs, targets)
-                total[0] += losses.sum().cpu()
-                if self._metric is not None:
-                    total[1] += self._metric(outputs, targets).sum().cpu()
-        self.model.train()
+        with evaluating(self.model, self.optimizer):
+            for rows in (indices[:whole].reshape(-1, batch_size), indices[whole:].reshape(1, -1)):
+                for inputs, targets in source.batches(rows, self.generator) if rows.size else ():
+                    self.watch.pulse.begin("evaluation")
+                    losses, outputs = self._losses_of(inputs, targets)
+                    total[0] += losses.sum().cpu()
+                    if self._metric is not None:
+                        total[1] += self._metric(outputs, targets).sum().cpu()
         return float(total[0]), float(total[1])
 
     # ---- saving and putting back ------------------------------------------------------------------------------------
 
     def snapshot(self) -> Callable[[], None]:
         """Remembers everything that training changes; calling the result puts it back."""
-        vectors = [v.clone() for v in self.state.vectors]
-        integers = self.state.integers()
-        generators = torch.get_rng_state(), self.generator.get_state()
-        on_device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        optimizer = self.optimizer.state_dict() if self.optimizer.state else None
-        assert optimizer is None, "a snapshot is taken before training"
+        before = RandomState.capture(self.device)
+        put_back = snapshot(
+            self.model, self.optimizer, self.scheduler, self._loss, self._metric, self.generator
+        )
 
         def restore() -> None:
-            for vector, saved in zip(self.state.vectors, vectors, strict=True):
-                vector.copy_(saved)
-            if integers is not None:
-                self.state.set_integers(integers)
-            torch.set_rng_state(generators[0])
-            self.generator.set_state(generators[1])
-            if on_device is not None:
-                torch.cuda.set_rng_state(on_device, self.device)
-            self.optimizer.state.clear()
-            self.optimizer.zero_grad(set_to_none=True)
+            put_back()
+            before.restore()
             self._losses = []
 
         return restore
