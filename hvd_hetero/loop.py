@@ -54,7 +54,7 @@ class Round:
         Raises:
             ConfigError: they are not one number a sample.
         """
-        values, weights = per_sample("round.losses", "losses", (losses, weights), self._batch_size)
+        values, weights = per_sample("round.losses", "losses", (losses, weights), {self._batch_size})
         self.taken.append((values.detach(), weights))
 
 
@@ -103,7 +103,7 @@ class Loop:
                 limit = loaded.train.max_train_sec
                 raise ConfigError("train.max_train_sec", limit, "a hand-written step is not timed", "set train.passes")
             check_plain(loaded)
-            return loaded, build(loaded, Given(model, train_data, train_data), try_out=False)
+            return loaded, build(loaded, Given(model, train_data, train_data))
 
         guarded(lambda: self._start(job.start(prepare)))
 

@@ -74,22 +74,23 @@ def try_loss(key: str, value: Any, loss: PerSample, args: Mapping[str, Any], giv
     named = key == "train.loss" and ":" not in value
     if named:
         _check_named(value, args, given)
-    losses = per_sample(key, value, loss(*given.both), given.samples)
+    losses = per_sample(key, value, loss(*given.both), {given.samples})
     if not named:
         _check_pairs(key, value, loss, given)
     return losses
 
 
-def try_metric(key: str, value: Any, metric: PerSample, given: Batched) -> None:
-    """Try a metric out on some samples.
+def try_metric(key: str, value: Any, metric: PerSample, given: Batched) -> Numbers:
+    """Return the metric's values for some samples.
 
     Raises:
         ConfigError: as :func:`try_loss`, or there is no accuracy of such targets.
     """
     if is_accuracy(metric):
         _check_accuracy(given)
-    per_sample(key, value, metric(*given.both), given.samples)
+    values = per_sample(key, value, metric(*given.both), {given.samples})
     _check_pairs(key, value, metric, given)
+    return values
 
 
 # ---- by name --------------------------------------------------------------------------------------------------------

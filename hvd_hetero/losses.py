@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -31,29 +31,35 @@ NOT_COUNTED = -math.inf
 TINY = torch.finfo(torch.float32).tiny
 
 
-def per_sample(key: str, value: Any, returned: Any, batch: int) -> Numbers:
+def per_sample(key: str, value: Any, returned: Any, samples: Collection[int]) -> Numbers:
     """Take what a loss or a metric has returned for a batch as one number a sample, in float32 or float64.
 
+    Args:
+        key: names the function in messages, with ``value``.
+        samples: how many the batch may have; empty: nobody knows.
+
     Raises:
-        ConfigError: it is not one number for each of ``batch`` samples.
+        ConfigError: it is not one number a sample.
     """
     values, weights = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
     for part in (values,) if weights is None else (values, weights):
-        if not _is_per_sample(part, batch):
+        if not _is_per_sample(part, samples):
             shape = list(part.shape) if isinstance(part, Tensor) else type(part).__name__
-            problem = f"is not per sample: a batch of {batch} gives {shape}"
-            raise ConfigError(key, value, problem, f"return a tensor [{batch}], for example with reduction='none'")
+            number = " or ".join(map(str, sorted(samples))) or "B"
+            problem = f"is not per sample: a batch of {number} gives {shape}"
+            raise ConfigError(key, value, problem, f"return a tensor [{number}], for example with reduction='none'")
     if values.dtype not in (torch.float32, torch.float64):
         values = values.float()
-    values = values.reshape(batch)
-    return values, None if weights is None else weights.reshape(batch).to(values)
+    values = values.reshape(-1)
+    return values, None if weights is None else weights.reshape(-1).to(values)
 
 
-def _is_per_sample(part: Any, batch: int) -> bool:
+def _is_per_sample(part: Any, samples: Collection[int]) -> bool:
     """Say whether it has one number a sample; a batch of one may have lost its dimension, others one of 1 more."""
-    if not isinstance(part, Tensor) or part.numel() != batch or part.is_complex():
+    if not isinstance(part, Tensor) or part.is_complex():
         return False
-    return batch == 1 or part.shape[0] == batch
+    count = part.numel()
+    return (not samples or count in samples) and (count == 1 or part.shape[0] == count)
 
 
 def mean_gradient(losses: Tensor, weights: Tensor | None, scale: float = 1.0) -> Tensor:

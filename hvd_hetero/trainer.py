@@ -21,6 +21,7 @@ from hvd_hetero.going_on import carry_over, restore, state_of
 from hvd_hetero.job import Job, make_worker
 from hvd_hetero.limits import check_limits, expected_passes, next_rounds
 from hvd_hetero.metrics import Progress, RunFolder
+from hvd_hetero.modes import set_mode
 from hvd_hetero.output import how_good, note, write_start, write_summary, write_trace
 from hvd_hetero.passes import Ongoing, PassFigures, RoundLaps, evaluate, gather_figures, say_taus
 from hvd_hetero.plan import Plan
@@ -52,7 +53,7 @@ class Trainer:
         self.source = parts.dataset.train.to(job.placement.device)
         self.test = parts.dataset.test.to(job.placement.device)
         self.worker = make_worker(job, self.watch)
-        self.algorithm = algorithms.build(config, job.cluster, len(self.source))
+        self.algorithm = algorithms.build(config, job.cluster, len(self.source), parts.least_batch)
         seed_all(config.run.seed * 1000003 + job.env.rank)  # dropout differs from rank to rank
         self.run_dir, self.found, self.folder = run_dir, found, None
         if run_dir is not None and job.env.rank == 0:
@@ -118,6 +119,7 @@ class Trainer:
                     raise self._stopped()
             if self.folder is not None and self.saver is not None:
                 self.saver.stopping.forget()
+        set_mode(self.worker.optimizer, training=False)
         write_trace(self.folder, comm, self.job.cluster, self.recorder)
         if self.folder is None or self.progress is None:
             return None

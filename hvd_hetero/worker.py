@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.data import Batch, Source, read
+from hvd_hetero.data.batch import sample_counts
 from hvd_hetero.losses import Numbers, PerSample, joined, mean_gradient, name_of, per_sample, weighted_sums
+from hvd_hetero.modes import evaluating, set_mode
 from hvd_hetero.random_state import RandomState
+from hvd_hetero.snapshot import snapshot
 from hvd_hetero.timing import Pace, Stopwatch
 
 
@@ -59,6 +62,8 @@ class Worker:
     ) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device)
+        if not model.training:  # as it comes from where it was loaded; who chooses modes chooses those of its parts
+            model.train()
         self._channels_last = channels_last
         self._compiled_once = False
         self._compiled = None if compile_mode is None else torch.compile(self.model, mode=compile_mode, dynamic=False)
@@ -79,6 +84,7 @@ class Worker:
         """Makes optimizer and scheduler anew, for methods that put something around the optimizer before training."""
         made = self._make_optimizer(self._params)
         self.optimizer = made if wrap is None else wrap(made)
+        set_mode(self.optimizer, training=True)
         self.scheduler = None if self._make_scheduler is None else self._make_scheduler(self.optimizer)
         self._scheduled = [group["lr"] for group in self.optimizer.param_groups]
 
@@ -147,7 +153,7 @@ class Worker:
         self.optimizer.step()
 
     def _losses_of(
-        self, inputs: Any, targets: Tensor, model: Callable[..., Any] | None = None
+        self, inputs: Any, targets: Any, model: Callable[..., Any] | None = None
     ) -> tuple[Numbers, Any]:
         """Return the losses of a batch, and the model's outputs."""
         if self._channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:
@@ -156,7 +162,7 @@ class Worker:
         with torch.autocast(self.device.type, torch.bfloat16) if self._autocast else nullcontext():
             outputs = forward(model or self.model, inputs)
             returned = self._loss(outputs, targets)
-        return per_sample("train.loss", name_of(self._loss), returned, len(targets)), outputs
+        return per_sample("train.loss", name_of(self._loss), returned, sample_counts(targets)), outputs
 
     def take_losses(self) -> tuple[Tensor, Tensor]:
         """Return losses and weights ``[K]`` of all samples since the last call, in the order of training.
@@ -182,25 +188,24 @@ class Worker:
 
     @torch.no_grad()  # and not inference_mode: what a module keeps of an evaluation, it may use in training
     def evaluate(self, source: Source, indices: np.ndarray[Any, Any], batch_size: int) -> Tensor:
-        """Evaluate the model on some samples of a source; training goes on from the same random numbers afterwards.
+        """Evaluate the model on some samples of a source; modes and random numbers are left as they were.
 
         Returns:
             ``[4]``: sums of losses and of their weights, then of the metric's values and of theirs.
         """
         random, generator = RandomState.capture(self.device), self.generator.get_state()
-        self.model.eval()
         sums = torch.zeros(4, dtype=torch.float64)
         whole = len(indices) // batch_size * batch_size
-        for rows in (indices[:whole].reshape(-1, batch_size), indices[whole:].reshape(1, -1)):
-            for inputs, targets in read(source, rows, self.generator, split="test") if rows.size else ():
-                self.watch.pulse.begin("evaluation")
-                losses, outputs = self._losses_of(inputs, targets)
-                sums[:2] += weighted_sums(*losses)
-                if self.metric is not None:
-                    returned = self.metric(outputs, targets)
-                    values = per_sample("eval.metric", name_of(self.metric), returned, len(targets))
-                    sums[2:] += weighted_sums(*values)
-        self.model.train()
+        with evaluating(self.model, self.optimizer):
+            for rows in (indices[:whole].reshape(-1, batch_size), indices[whole:].reshape(1, -1)):
+                for inputs, targets in read(source, rows, self.generator, split="test") if rows.size else ():
+                    self.watch.pulse.begin("evaluation")
+                    losses, outputs = self._losses_of(inputs, targets)
+                    sums[:2] += weighted_sums(*losses)
+                    if self.metric is not None:
+                        returned, name = self.metric(outputs, targets), name_of(self.metric)
+                        values = per_sample("eval.metric", name, returned, sample_counts(targets))
+                        sums[2:] += weighted_sums(*values)
         random.restore()
         self.generator.set_state(generator)
         return sums
@@ -209,24 +214,14 @@ class Worker:
 
     def snapshot(self) -> Callable[[], None]:
         """Remembers everything that training changes; calling the result puts it back."""
-        vectors = [v.clone() for v in self.state.vectors]
-        integers = self.state.integers()
-        generators = torch.get_rng_state(), self.generator.get_state()
-        on_device = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        optimizer = self.optimizer.state_dict() if self.optimizer.state else None
-        assert optimizer is None, "a snapshot is taken before training"
+        before = RandomState.capture(self.device)
+        put_back = snapshot(
+            self.model, self.optimizer, self.scheduler, self._loss, self.metric, self.generator
+        )
 
         def restore() -> None:
-            for vector, saved in zip(self.state.vectors, vectors, strict=True):
-                vector.copy_(saved)
-            if integers is not None:
-                self.state.set_integers(integers)
-            torch.set_rng_state(generators[0])
-            self.generator.set_state(generators[1])
-            if on_device is not None:
-                torch.cuda.set_rng_state(on_device, self.device)
-            self.optimizer.state.clear()
-            self.optimizer.zero_grad(set_to_none=True)
+            put_back()
+            before.restore()
             self._losses = []
 
         return restore
@@ -256,7 +251,8 @@ class Worker:
         self._scheduled = list(state["rates"])
         self.generator.set_state(state["generator"])
         RandomState.from_state_dict(state["random"], self.device).restore()
-        self._losses = [tuple(part.to(self.device) for part in state["losses"])]
+        losses, weights = state["losses"]
+        self._losses = [(losses.to(self.device), weights.to(self.device))]
 
     def _lay_out_optimizer(self) -> None:
         """Lays out its tensors as their parameters are: files keep no strides, and fused optimizers ask for none."""
