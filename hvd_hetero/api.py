@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hvd_hetero import algorithms, components, job
+from hvd_hetero import algorithms, dry_run, job
 from hvd_hetero.comm.rendezvous import job_env
 from hvd_hetero.comm.waiting import PEER_LOST
 from hvd_hetero.components import Components, Given
@@ -59,7 +59,7 @@ def train(
     """
     def prepare() -> tuple[Config, Components]:
         loaded = load(config, overrides, algorithms.method)
-        return loaded, components.build(loaded, Given.of(given))
+        return loaded, dry_run.build(loaded, Given.of(given))
 
     return guarded(lambda: _run(prepare))
 

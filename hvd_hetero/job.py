@@ -124,7 +124,7 @@ def check(config: Config, components: Components, cluster: Cluster) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    algorithm = algorithms.build(config, cluster, len(components.dataset.train))
+    algorithm = algorithms.build(config, cluster, len(components.dataset.train), components.least_batch)
     algorithm.check()
     if not algorithm.needs_speeds:
         check_limits(config.train, algorithm.make_plan(None))

@@ -104,7 +104,7 @@ def check_devices(state: Any, worker: Worker, comm: Comm) -> None:
     Raises:
         ConfigError: on all ranks.
     """
-    was_on_gpu = state["worker"]["cuda"] is not None
+    was_on_gpu = state["worker"]["random"]["cuda"] is not None
     if comm.max([float(was_on_gpu != (worker.device.type == "cuda"))], "checkpoint.device")[0]:
         problem = "the checkpoint was made with other ranks on GPUs"
         raise ConfigError("run.resume", AUTO, problem, "give the ranks the devices that they had, or set it to reshape")

@@ -52,6 +52,7 @@ class BytePS(Lockstep):
 
     Options: ClassVar[type[AlgorithmConfig]] = BytePSOptions
     others: ClassVar[str] = SERVER
+    flat_gradients: ClassVar[bool] = True
 
     def check(self) -> None:
         if len(self.ranks) == self.cluster.size:

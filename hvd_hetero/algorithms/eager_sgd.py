@@ -52,6 +52,7 @@ class EagerSGD(Lockstep):
     Options: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
     modes: ClassVar[Sequence[str]] = ("solo", "majority")
     hands_out: ClassVar[bool] = True
+    flat_gradients: ClassVar[bool] = True
 
     def check(self) -> None:
         if self.cluster.size == 1:

@@ -14,6 +14,7 @@ from hvd_hetero.comm.finite import finite
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.errors import BadNumbers, ConfigError
 from hvd_hetero.feed import Pass, Worked
+from hvd_hetero.modes import evaluation_weights
 from hvd_hetero.plan import IDLE, Plan, lockstep_plan
 from hvd_hetero.schema import AggregationConfig, AlgorithmConfig
 from hvd_hetero.worker import Worker
@@ -102,7 +103,8 @@ class Lockstep(Algorithm):
         if comm.rank in self.ranks:
             average_buffers(comm, worker.state, self.mine.weight, self.ranks)
         if 0 not in self.ranks:
-            comm.broadcast_state(worker.state, self.ranks[0])
+            with evaluation_weights(worker.optimizer):
+                comm.broadcast_state(worker.state, self.ranks[0])
 
 
 def choose(cluster: Cluster, participants: str) -> tuple[DeviceClass, ...]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -39,6 +39,8 @@ from hvd_hetero.worker import Worker
 
 class SyncSGD(Lockstep):
     """One step a round, along the gradient of the joined batch."""
+
+    sparse_gradients: ClassVar[bool] = False
 
     def check(self) -> None:
         super().check()

@@ -17,7 +17,6 @@ from hvd_hetero.comm.finite import summable
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.comm.slots import real_view
 from hvd_hetero.comm.waiting import guarded, wait_until
-from hvd_hetero.errors import ConfigError
 
 
 class Summable(Compressor):
@@ -48,6 +47,24 @@ class OnHost(Compressor):
         return Summable.decompress(tensor, ctx)
 
 
+def _handed_over(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer under a class that hvd.DistributedOptimizer can make anew, as it does, from parameter groups alone.
+
+    What it makes takes over everything that the optimizer holds: its state and what its ``__init__`` was given.
+    """
+    kind, held = type(optimizer), vars(optimizer)
+
+    def take_over(self: Any, params: Any) -> None:
+        vars(self).update(held)
+
+    def step(self: Any, closure: None = None) -> Any:
+        return kind.step(self)
+
+    again = type(kind.__name__, (kind,), {"__init__": take_over, "step": step})
+    made: torch.optim.Optimizer = again(optimizer.param_groups)
+    return made
+
+
 class GradientSum:
     """Replaces each gradient, on every rank of the group, by its sum over the group.
 
@@ -62,23 +79,14 @@ class GradientSum:
         self._travel = OnHost if on_host else Summable
 
     def wrap(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer, made to send each gradient as soon as the backward pass has computed it.
-
-        Raises:
-            ConfigError: Horovod cannot make the optimizer's class again, which it does from the parameter groups alone.
-        """
+        """The optimizer, made to send each gradient as soon as the backward pass has computed it."""
         if len(self._ranks) == 1:
             return optimizer
         named = [(f"gradient.{name}", p) for name, p in model.named_parameters() if p.requires_grad]
         group = self._comm.group(self._ranks)
-        try:
-            wrapped: torch.optim.Optimizer = hvd.DistributedOptimizer(
-                optimizer, named, compression=self._travel, op=hvd.Sum, process_set=group
-            )
-        except TypeError as error:
-            problem = f"hvd.DistributedOptimizer cannot be made of it: {error}"
-            remedy = "give the arguments of its __init__ defaults"
-            raise ConfigError("train.optimizer", type(optimizer).__name__, problem, remedy) from error
+        wrapped: torch.optim.Optimizer = hvd.DistributedOptimizer(
+            _handed_over(optimizer), named, compression=self._travel, op=hvd.Sum, process_set=group
+        )
         return wrapped
 
     def sent(self, backward: Callable[[], Any]) -> None:

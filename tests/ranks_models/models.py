@@ -448,8 +448,8 @@ CASES: dict[str, Case] = {
     "buffers replaced": Case(lambda: Counting(True)),
     "buffers replaced, sync": Case(lambda: Counting(True), settings=SYNC),
     "buffers replaced, delayed": Case(lambda: Counting(True), settings={"aggregation.delayed": True}),
-    "buffers by policy": Case(lambda: Counting(True), local=("mean",), settings={
-        "aggregation.state": {"steps": "sum", "seen": "max", "narrow": "average", "mean": "local", "phase": "average"}}),
+    "buffers by policy": Case(lambda: Counting(True), local=("mean",), settings={"aggregation.state": {
+        "steps": "sum", "seen": "max", "narrow": "average", "mean": "local", "phase": "average"}}),
     "a weight's memory replaced": Case(MaxNorm),
     "a weight's memory replaced, outer": Case(MaxNorm, settings={"aggregation.outer_momentum": 0.5}),
     "a parameter replaced": Case(NewParameter),

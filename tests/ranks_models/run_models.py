@@ -80,7 +80,10 @@ def main(folder: Path, names: list[str]) -> None:
     found: dict[str, Any] = {}
     for number, name in enumerate(names or CASES):
         try:
-            runs = {kind: run(CASES[name], env, folder / f"{kind}{number}", kind == "pieces") for kind in ("whole", "pieces")}
+            runs = {
+                kind: run(CASES[name], env, folder / f"{kind}{number}", kind == "pieces")
+                for kind in ("whole", "pieces")
+            }
         except Exception as error:
             runs = {"error": "".join(traceback.format_exception(error))}
         found[name] = runs

@@ -21,7 +21,7 @@ from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.comm.rendezvous import job_env
 from hvd_hetero.config import device_classes
 from hvd_hetero.schema import AggregationConfig
-from hvd_hetero.store import Store
+from hvd_hetero.store import ShardInfo, Store
 
 WEIGHTS = (0.75, 0.25)
 
@@ -54,7 +54,8 @@ def life(spec: dict[str, Any], number: int, comm: Comm, folder: Path) -> list[st
         average(comm, state, WEIGHTS[comm.rank])
         average_others(comm, state, WEIGHTS[comm.rank], only_new=True)
         after = bits(module)
-        told = [json.loads(text) for text in comm.gather_text(json.dumps([before, changed, after]), f"told.{number}.{turn}")]
+        own = json.dumps([before, changed, after])
+        told = [json.loads(text) for text in comm.gather_text(own, f"told.{number}.{turn}")]
         for name in after:
             check("average: ranks agree", told[0][2][name] == told[1][2][name], name)
             is_trained = name in trained or any(p is q for n, p in module.named_parameters(remove_duplicate=False)
@@ -69,15 +70,13 @@ def life(spec: dict[str, Any], number: int, comm: Comm, folder: Path) -> list[st
             mine = module.get_parameter(name).detach()
             mine = torch.view_as_real(mine) if mine.is_complex() else mine
             tolerance = 4 * torch.finfo(mine.dtype).eps
-            check("average: is the weighted sum", torch.allclose(mine.double(), both[0], rtol=tolerance, atol=tolerance), name)
+            close = torch.allclose(mine.double(), both[0], rtol=tolerance, atol=tolerance)
+            check("average: is the weighted sum", close, name)
     saved = state.state_dict()
     store = Store(folder)
-    store.write_shard(number + 1, comm.rank, saved)
     infos = [json.loads(text) for text in comm.gather_text(
         store.write_shard(number + 1, comm.rank, saved).to_json(), f"infos.{number}")]
     if comm.rank == 0:
-        from hvd_hetero.store import ShardInfo
-
         store.commit(number + 1, [ShardInfo.from_json(json.dumps(info)) for info in infos], passes=0, config_digest="x")
     comm.barrier(f"committed.{number}")
     fresh = build(spec, seed=7777)
@@ -91,7 +90,8 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     env = job_env()
     facts = [RankFacts(rank, "localhost", rank, (), "cpu", (0,)) for rank in range(env.size)]
-    comm = Comm(assign(device_classes({"fast": {"ranks": [0]}, "slow": {"ranks": [1]}}), facts), env.rank, AggregationConfig())
+    cluster = assign(device_classes({"fast": {"ranks": [0]}, "slow": {"ranks": [1]}}), facts)
+    comm = Comm(cluster, env.rank, AggregationConfig())
     trees = json.loads((folder / "trees.json").read_text())
     wrong = [found for i, spec in enumerate(trees) for found in [life(spec, i, comm, folder)]]
     (folder / f"rank{env.rank}.json").write_text(json.dumps(wrong))

@@ -77,7 +77,8 @@ def change(module: nn.Module, seed: int) -> None:
                 if tensor is None or how > 3 or not tensor.numel():
                     continue
                 new = values(tensor.dtype, list(tensor.shape), seed + how)
-                shared = sum(t is tensor for p in module.modules() for h in (p._parameters, p._buffers) for t in h.values())
+                holders = [h for p in module.modules() for h in (p._parameters, p._buffers)]
+                shared = sum(other is tensor for h in holders for other in h.values())
                 if how < 2 and 0 not in tensor.stride():
                     with torch.no_grad():
                         tensor.copy_(new)
