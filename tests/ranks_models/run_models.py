@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from models import CASES, Case
 
-from hvd_hetero import algorithms, components, job, trainer
+from hvd_hetero import algorithms, dry_run, job, trainer
 from hvd_hetero.cluster import Placement, RankFacts, assign
 from hvd_hetero.comm.horovod import hvd
 from hvd_hetero.comm.rendezvous import JobEnv, job_env
@@ -49,7 +49,7 @@ def run(case: Case, env: JobEnv, folder: Path, in_pieces: bool) -> dict[str, Any
         torch.manual_seed(env.rank)  # rank 0's model is where all start
         train, test = case.data()
         given = Given(model=case.model(), train_data=train, test_data=test, **case.given)
-        parts = components.build(config, given)
+        parts = dry_run.build(config, given)
         this = trainer.Trainer(
             job.Job(env, config, parts, cluster, Placement("cpu", 1, None), Watchdog(env)), folder, found
         )
