@@ -27,8 +27,8 @@ from hvd_hetero.errors import (
 )
 from hvd_hetero.files import check_writable
 from hvd_hetero.metrics import check_run_dir
-from hvd_hetero.saving import find
-from hvd_hetero.schema import RESHAPE, Config
+from hvd_hetero.resume import check_samples, find
+from hvd_hetero.schema import Config
 from hvd_hetero.trainer import Trainer
 
 PEER_GONE_SEC = 1.0
@@ -75,8 +75,9 @@ def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | N
             check_run_dir(config.run.dir, config.run.overwrite or config.run.resume is not None)
             check_writable("run.dir", Path(config.run.dir))
             if config.run.resume is not None:
-                digest = config.digest(how_long=False)
-                found = find(Path(config.run.dir), digest, env.size, reshape=config.run.resume == RESHAPE)
+                found = find(Path(config.run.dir), config, env.size)
+                if found is not None:
+                    check_samples(found, len(parts.dataset.train))
         return config, parts
 
     started = job.start(prepare_folder_too)
@@ -91,11 +92,11 @@ def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | N
     except Stopped:
         trainer.close()
         raise
-    except UserError as error:
-        # one rank's own trouble, a broken file for instance: the others are waiting somewhere else
-        raise RuntimeError(str(error)) from error
-    except BaseException:
-        trainer.abandon()
+    except BaseException as error:
+        trainer.abandon(saves=isinstance(error, Exception) and not isinstance(error, PEER_LOST))
+        if isinstance(error, UserError):
+            # one rank's own trouble, a broken file for instance: the others are waiting somewhere else
+            raise RuntimeError(str(error)) from error
         raise
     trainer.close()
     return summary

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hvd_hetero.by_name import PerSample
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.data import Batch, Source
+from hvd_hetero.states import load_state, save_state
 from hvd_hetero.timing import Pace, Stopwatch
 
 
@@ -220,8 +221,8 @@ class Worker:
         return {
             "tensors": [t.detach() for t in self.state.everything()],
             "layout": [str((name, list(p.shape), p.stride())) for name, p in self.model.named_parameters()],
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "optimizer": save_state(self.optimizer),
+            "scheduler": None if self.scheduler is None else save_state(self.scheduler),
             "rates": self._scheduled,
             "generator": self.generator.get_state(),
             "torch": torch.get_rng_state(),
@@ -234,10 +235,10 @@ class Worker:
         """Goes on from what :meth:`state_dict` gave on the same kind of device."""
         for own, saved in zip(self.state.everything(), state["tensors"], strict=True):
             own.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_state(self.optimizer, state["optimizer"], "optimizer")
         self._lay_out_optimizer()
         if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
+            load_state(self.scheduler, state["scheduler"], "scheduler")
         self._scheduled = list(state["rates"])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch"])
