@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.feed import Feed
 from hvd_hetero.limits import Done, check_limits, next_rounds
+from hvd_hetero.process import process_restored
 from hvd_hetero.sampling import Sampler
 from hvd_hetero.schema import AggregationConfig, Config
 from hvd_hetero.timing import Pace, Stopwatch, own_clock
@@ -95,7 +97,10 @@ class Loop:
             check_plain(loaded)
             return loaded, build(loaded, Given(model, train_data, train_data), try_out=False)
 
-        guarded(lambda: self._start(job.start(prepare)))
+        with ExitStack() as after:
+            after.enter_context(process_restored())
+            guarded(lambda: self._start(job.start(prepare)))
+            self._after = after.pop_all()
 
     def _start(self, started: job.Job) -> None:
         config, cluster, self.rank = started.config, started.cluster, started.env.rank
@@ -150,9 +155,13 @@ class Loop:
         yield from self._pace.steps(batches, count)
 
     def close(self) -> None:
-        """Leaves the job together with all other ranks; call it when the model has been saved."""
+        """Leaves the job together with all other ranks; call it when the model has been saved.
+
+        Cores, threads and warnings are as they were before the loop was made, and another one may be made.
+        """
         self._comm.close()
         self._watchdog.stop()
+        self._after.close()
 
 
 def check_plain(config: Config) -> None:

@@ -151,9 +151,10 @@ class Saver:
         if not busy:
             self._settle()
         number = rounds + reached.rounds
+        save = bool(late) and self._write is None
         if spec.every_rounds is not None:  # in partial collectives rounds do not come in the planned numbers
-            late = late or number // spec.every_rounds > max(self._tried, 0) // spec.every_rounds
-        return Agreed(reached, bool(stop), bool(late and self._write is None and number > self._tried))
+            save = save or number // spec.every_rounds > max(self._tried, 0) // spec.every_rounds
+        return Agreed(reached, bool(stop), save and number > self._tried)
 
     def save(self, number: int, passes: int, state: Callable[[], Any], wait: bool, value: float | None = None) -> None:
         """Saves every rank's state; if that cannot be done, the run goes on without, and says so.

@@ -255,6 +255,8 @@ class Trainer:
     def close(self) -> None:
         """Leaves the job together with all other ranks."""
         self.algorithm.close()
+        if self.folder is not None:
+            self.folder.close()
         self.comm.close()
         self.job.watchdog.stop()
 

@@ -17,7 +17,7 @@ FLOORS = [
      "timing"},
     {"comm", "data", "models", "imports", "limits", "sampling", "metrics", "trace", "checkpoint", "store", "simulator",
      "accounts", "by_name", "delays", "partial_counts", "profiles", "stopping", "fingerprint", "watchdog", "describe",
-     "random_state", "states"},
+     "random_state", "states", "process"},
     {"worker", "profiling", "feed", "passes", "saving", "output", "writing", "resume"},
     {"algorithms", "components"},
     {"trainer", "going_on", "job", "speeds"},

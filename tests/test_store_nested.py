@@ -196,7 +196,8 @@ def test_what_has_no_word_in_the_file_is_kept_bit_for_bit_and_shared() -> None:
     wave = torch.view_as_complex(torch.randn(3, 4, 2))
     state = {"wave": wave, "again": wave, "conj": wave.conj(), "turned": wave.t(), "imag": wave.conj().imag,
              "np": wave.numpy(), "scalar": torch.tensor(1 + 2j), "none": torch.empty(0, 3, dtype=torch.complex64),
-             "hole": torch.eye(3).to_sparse(), "twice": torch.sparse_coo_tensor([[0, 0]], [1.0, 2.0], (4,), check_invariants=True)}
+             "hole": torch.eye(3).to_sparse(),
+             "twice": torch.sparse_coo_tensor([[0, 0]], [1.0, 2.0], (4,), check_invariants=True)}  # fmt: skip
     again = around(state)
     assert same(again, state) and torch.equal(again["conj"], wave.conj())
     assert not again["twice"].is_coalesced() and again["twice"].to_dense()[0] == 3

@@ -27,7 +27,7 @@ COLUMNS = "HVD_HETERO_COLUMNS"
 ORPHAN = "HVD_HETERO_ORPHAN_SEC"
 """In the environment: how long a rank goes on without reaching its launcher, if not :attr:`JobEnv.orphan_sec`."""
 TIMEOUT_SEC, BEAT_TIMEOUT_SEC = 30.0, 5.0
-LOOK_SEC, MOST_LOOK_SEC = 0.02, 0.5
+LOOK_SEC, MOST_LOOK_SEC = 0.005, 0.5
 """Between two looks for what another rank says; it grows to a tenth of the time that was waited so far."""
 _numbers: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
 """Exchanges of this process so far, by name: a program may start several jobs, and a job may save several times."""
