@@ -57,6 +57,14 @@ def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
     torch.set_num_threads(1)  # until this rank knows which cores are its own
     env = job_env()
     watchdog = Watchdog(env)
+    try:
+        return _start(env, watchdog, prepare)
+    except BaseException:
+        watchdog.stop()
+        raise
+
+
+def _start(env: JobEnv, watchdog: Watchdog, prepare: Callable[[], tuple[Config, Components]]) -> Job:
     if env.rank > 0:
         warnings.simplefilter("ignore")  # rank 0 has the same ones to say
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from hvd_hetero.errors import ConfigError, RankError, UserError
 from hvd_hetero.feed import Feed
 from hvd_hetero.limits import Done, check_limits, next_rounds
 from hvd_hetero.losses import Numbers, joined, per_sample
+from hvd_hetero.process import process_restored
 from hvd_hetero.random_state import seed_all
 from hvd_hetero.sampling import Sampler
 from hvd_hetero.schema import AggregationConfig, Config
@@ -105,7 +107,10 @@ class Loop:
             check_plain(loaded)
             return loaded, build(loaded, Given(model, train_data, train_data))
 
-        guarded(lambda: self._start(job.start(prepare)))
+        with ExitStack() as after:
+            after.enter_context(process_restored())
+            guarded(lambda: self._start(job.start(prepare)))
+            self._after = after.pop_all()
 
     def _start(self, started: job.Job) -> None:
         config, cluster, self.rank = started.config, started.cluster, started.env.rank
@@ -164,9 +169,13 @@ class Loop:
             yield batch
 
     def close(self) -> None:
-        """Leaves the job together with all other ranks; call it when the model has been saved."""
+        """Leaves the job together with all other ranks; call it when the model has been saved.
+
+        Cores, threads and warnings are as they were before the loop was made, and another one may be made.
+        """
         self._comm.close()
         self._watchdog.stop()
+        self._after.close()
 
 
 def _next(batches: Iterator[Batch]) -> Batch | None:

@@ -19,6 +19,7 @@ from hvd_hetero.losses import Numbers, PerSample, joined, mean_gradient, name_of
 from hvd_hetero.modes import evaluating, set_mode
 from hvd_hetero.random_state import RandomState
 from hvd_hetero.snapshot import snapshot
+from hvd_hetero.states import load_state, save_state
 from hvd_hetero.timing import Pace, Stopwatch
 
 
@@ -234,8 +235,8 @@ class Worker:
         return {
             "model": self.state.state_dict(),
             "extra": extra_state(self.model),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "optimizer": save_state(self.optimizer),
+            "scheduler": None if self.scheduler is None else save_state(self.scheduler),
             "rates": self._scheduled,
             "generator": self.generator.get_state(),
             "random": RandomState.capture(self.device).state_dict(),
@@ -246,10 +247,10 @@ class Worker:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from what :meth:`state_dict` gave on the same kind of device."""
         self.carry_over(state)
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_state(self.optimizer, state["optimizer"], "optimizer")
         self._lay_out_optimizer()
         if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
+            load_state(self.scheduler, state["scheduler"], "scheduler")
         self._scheduled = list(state["rates"])
         self.generator.set_state(state["generator"])
         RandomState.from_state_dict(state["random"], self.device).restore()

@@ -146,7 +146,6 @@ class MadeLater(Wrapped):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("scale", None)
-        self.length = 0
 
     def forward(self, x: Tensor) -> Tensor:
         if self.scale is None:
@@ -155,8 +154,7 @@ class MadeLater(Wrapped):
             self.register_buffer("late", torch.ones(3))
         if self.training:
             self.late += 1
-        self.length += self.length < 5
-        self.register_buffer("cache", torch.arange(float(self.length)), persistent=False)
+        self.register_buffer("cache", torch.arange(min(self.late[0], 5.0)), persistent=False)
         return super().forward(x / self.scale)
 
 

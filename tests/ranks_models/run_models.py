@@ -22,7 +22,7 @@ from hvd_hetero.comm.rendezvous import JobEnv, job_env
 from hvd_hetero.components import Given
 from hvd_hetero.config import device_classes, load
 from hvd_hetero.errors import Stopped
-from hvd_hetero.saving import find
+from hvd_hetero.resume import find
 from hvd_hetero.stopping import StopRequest
 from hvd_hetero.watchdog import Watchdog
 
@@ -58,7 +58,7 @@ def run(case: Case, env: JobEnv, folder: Path, in_pieces: bool) -> dict[str, Any
             summary = this.run()
         except Stopped:
             Stops.asked = False
-            found = find(folder, config.digest(how_long=False), env.size) if env.rank == 0 else None
+            found = find(folder, config, env.size) if env.rank == 0 else None
             if not hvd.broadcast(torch.tensor(float(found is not None)), 0, name="found"):
                 raise RuntimeError("there is no checkpoint to resume from") from None
             continue
