@@ -7,13 +7,14 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import hvd_hetero
 from hvd_hetero.comm.build import build_info
 from hvd_hetero.errors import ConfigError, Plain
-from hvd_hetero.schema import Config
+from hvd_hetero.schema import COURSE, FIGURES, Config
 
 PACKAGE = Path(hvd_hetero.__file__).parent
 TARGETS = ("data.target", "model.target", "train.loss", "train.optimizer", "train.scheduler", "eval.metric")
@@ -30,6 +31,13 @@ def fingerprint(config: Config) -> dict[str, str]:
         "version of torch": torch.__version__.split("+")[0],
         "version of Horovod": f"{horovod['version']} with {', '.join(horovod['fixes']) or 'no fixes'}",
     }
+    found |= sources(config)
+    return found | {key: json.dumps(value) for key, value in plain(config.settings(COURSE)).items()}
+
+
+def sources(config: Config) -> dict[str, str]:
+    """Hashes of the files of the user's modules that settings name, by what they are called."""
+    found = {}
     for key in TARGETS:
         section, name = key.split(".")
         target = getattr(getattr(config, section), name)
@@ -37,8 +45,17 @@ def fingerprint(config: Config) -> dict[str, str]:
         file = None if module is None else getattr(module, "__file__", None)
         if file is not None:
             found[f"source of {key}={target}"] = digest_of(Path(file).parent, [Path(file)])
-    for section, content in config.decisive().items():
-        found |= {f"{section}.{key}": json.dumps(value, default=str) for key, value in content.items()}
+    return found
+
+
+def made_with(config: Config) -> dict[str, Any]:
+    """What a checkpoint remembers of how it was made, as JSON has it: settings by dotted key, and the sources."""
+    return plain(config.settings(FIGURES)) | sources(config)
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they are when they have been through JSON: a text in place of a date, a list in place of a tuple."""
+    found: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return found
 
 

@@ -57,6 +57,14 @@ def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
     torch.set_num_threads(1)  # until this rank knows which cores are its own
     env = job_env()
     watchdog = Watchdog(env)
+    try:
+        return _start(env, watchdog, prepare)
+    except BaseException:
+        watchdog.stop()
+        raise
+
+
+def _start(env: JobEnv, watchdog: Watchdog, prepare: Callable[[], tuple[Config, Components]]) -> Job:
     if env.rank > 0:
         warnings.simplefilter("ignore")  # rank 0 has the same ones to say
     try:
@@ -108,6 +116,7 @@ def make_worker(job: Job, watch: Stopwatch) -> Worker:
         autocast=config.train.autocast == "bf16" and has_bf16(job.placement.device),
         compile_mode=config.train.compile,
         channels_last=config.train.channels_last,
+        state_policies=config.aggregation.state,
     )
 
 
@@ -123,7 +132,7 @@ def check(config: Config, components: Components, cluster: Cluster) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    algorithm = algorithms.build(config, cluster, len(components.dataset.train))
+    algorithm = algorithms.build(config, cluster, len(components.dataset.train), components.least_batch)
     algorithm.check()
     if not algorithm.needs_speeds:
         check_limits(config.train, algorithm.make_plan(None))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from hvd_hetero import algorithms, components, job
+from hvd_hetero import algorithms, dry_run, job
 from hvd_hetero.api import run_dir
 from hvd_hetero.cluster import Cluster, RankFacts, assign, integers, local_facts, parse_hosts
 from hvd_hetero.config import device_classes, load
@@ -21,8 +21,10 @@ from hvd_hetero.files import check_writable
 from hvd_hetero.horovodrun import End, Horovodrun, is_local
 from hvd_hetero.metrics import check_run_dir
 from hvd_hetero.profiles import check_profile, load_profile
+from hvd_hetero.resume import difference
 from hvd_hetero.schema import AUTO, Config
 from hvd_hetero.stopping import STOP
+from hvd_hetero.store import Store
 from hvd_hetero.supervisor import Supervisor, check_options
 
 
@@ -113,7 +115,7 @@ def preflight(config: Config, hosts: Sequence[tuple[str, int]], trains: bool = T
         ConfigError: as :func:`hvd_hetero.job.start`.
     """
     _check_places(config, hosts, trains)
-    parts = components.build(config)
+    parts = dry_run.build(config)
     cluster = expected_cluster(config, hosts)
     if cluster is not None:
         job.check(config, parts, cluster)
@@ -124,9 +126,14 @@ def preflight(config: Config, hosts: Sequence[tuple[str, int]], trains: bool = T
 
 
 def _check_places(config: Config, hosts: Sequence[tuple[str, int]], trains: bool) -> None:
-    """Makes sure that what the job is to write can be written, and that the network interfaces are there."""
+    """Makes sure of what the job is to write and to be resumed from, and that the network interfaces are there."""
     if trains and is_local(hosts[0][0]):  # where rank 0 is
         check_writable("run.dir", run_dir(config))
+    if trains and config.run.resume == AUTO and config.run.dir is not None and is_local(hosts[0][0]):
+        newest = Store(config.run.dir).latest()
+        other = None if newest is None else difference(newest, config, sum(slots for _, slots in hosts))
+        if other is not None:
+            raise other
     if not trains and config.profile.file is not None:
         check_writable("profile.file", Path(config.profile.file).parent)
     wanted, known = config.cluster.network_interface, [name for _, name in socket.if_nameindex()]

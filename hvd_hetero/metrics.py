@@ -106,10 +106,12 @@ class RunFolder:
         return os.fstat(self._rows.fileno()).st_size
 
     def close(self) -> None:
-        self._write_rows()
-        self._rows.close()
-        if self._events is not None:
-            self._events.close()
+        """Closes its files; nothing happens the second time."""
+        if not self._rows.closed:
+            self._write_rows()
+            self._rows.close()
+            if self._events is not None:
+                self._events.close()
 
 
 def to_json(content: Any, indent: int | None = None) -> str:

@@ -10,7 +10,6 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,19 +18,18 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("horovod")
 
 import numpy as np  # noqa: E402
-from store_helpers import DIGEST, OLD, save_round, some_state  # noqa: E402
+from store_helpers import OLD, save_round, some_state  # noqa: E402
 
 from hvd_hetero.cluster import RankFacts, assign  # noqa: E402
 from hvd_hetero.comm.rounds import Counts  # noqa: E402
 from hvd_hetero.config import device_classes, load  # noqa: E402
-from hvd_hetero.errors import EXIT_LOST, ConfigError  # noqa: E402
+from hvd_hetero.errors import EXIT_LOST  # noqa: E402
 from hvd_hetero.horovodrun import End, Horovodrun  # noqa: E402
 from hvd_hetero.metrics import METRICS, RunFolder  # noqa: E402
 from hvd_hetero.output import say_resumed  # noqa: E402
 from hvd_hetero.partial_counts import KINDS  # noqa: E402
 from hvd_hetero.passes import Ongoing  # noqa: E402
 from hvd_hetero.plan import make_plan  # noqa: E402
-from hvd_hetero.saving import check_devices, find  # noqa: E402
 from hvd_hetero.stopping import StopRequest  # noqa: E402
 from hvd_hetero.store import Store  # noqa: E402
 from hvd_hetero.supervisor import Supervisor  # noqa: E402
@@ -106,11 +104,6 @@ def test_what_a_scheduler_counts_by_stays_what_it_is() -> None:
     assert type(own["milestones"]) is Counter and type(own["order"]) is OrderedDict and own["betas"] == (0.9, 0.99)
     milestones[90] += 1
     assert sorted(own["milestones"].elements()) == [30, 60]
-
-
-def test_a_first_checkpoint_that_was_never_finished_is_none(tmp_path: Path) -> None:
-    Store(tmp_path).write_shard(OLD, 0, some_state())
-    assert find(tmp_path, DIGEST, 2) is None
 
 
 class Course:
@@ -199,19 +192,3 @@ def test_what_was_counted_in_a_pass_is_saved_with_it() -> None:
     assert left_out == 3 and counts is not None
     assert counts.tolist()[: len(KINDS) + 3] == [4, 1, 0, 0, 4, 0, 1]
     assert again.count(0, None) == (3, None), "a method without partial collectives"
-
-
-@pytest.mark.parametrize(("was", "now", "others", "fits"), [
-    ("cpu", "cpu", 0.0, True), ("cuda", "cuda", 0.0, True), ("cuda", "cpu", 0.0, False), ("cpu", "cuda", 0.0, False),
-    ("cpu", "cpu", 1.0, False),
-])
-def test_ranks_on_other_devices_end_together(was: str, now: str, others: float, fits: bool) -> None:
-    """Whichever rank it is: the others would go on to train and wait for it."""
-    state = {"worker": {"cuda": None if was == "cpu" else torch.zeros(16, dtype=torch.uint8)}}
-    worker: Any = SimpleNamespace(device=torch.device(now))
-    comm: Any = SimpleNamespace(max=lambda values, name: [max(others, *values)])
-    if fits:
-        check_devices(state, worker, comm)
-        return
-    with pytest.raises(ConfigError, match="run.resume=.*other ranks on GPUs.*reshape"):
-        check_devices(state, worker, comm)

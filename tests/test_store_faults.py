@@ -16,7 +16,7 @@ from subprocess import PIPE
 from typing import Any
 
 import pytest
-from store_helpers import DIGEST, NEW, OLD, save_round, some_state, whole
+from store_helpers import NEW, OLD, save_round, some_state, whole
 
 from hvd_hetero.store import CheckpointError, Files, Store
 
@@ -98,7 +98,7 @@ def old_run(path: Path) -> Path:
     path.mkdir()
     store = Store(path, keep=1)
     save_round(store, OLD - 5, [some_state(1), some_state(2)])
-    store.mark_best(OLD - 5, 0.1)
+    store.mark_best(OLD - 5, 0.1, "accuracy")
     save_round(store, OLD, [some_state(3), some_state(4)])
     (store.folder / "best.json").unlink()
     store.write_shard(OLD + 5, 0, some_state(5))
@@ -243,7 +243,7 @@ def write(number):
     while True:
         states = [{"n": number, "t": torch.full((200_000,), number + rank)} for rank in (0, 1)]
         infos = [store.write_shard(number, rank, state) for rank, state in enumerate(states)]
-        store.commit(number, infos, passes=0, config_digest="c0ffee")
+        store.commit(number, infos, passes=0, made_with={})
         print(number, flush=True)
         number += 1
 
@@ -274,7 +274,7 @@ def test_killed_writers_leave_the_last_one_whole(tmp_path: Path) -> None:
             os.kill(child, signal.SIGKILL)
             lines += iter(nursery.stdout.readline, "gone\n")
             told = max(int(line) for line in lines if line.strip().isdecimal())
-            latest = store.latest(DIGEST, 2, deep=True)
+            latest = store.latest(deep=True)
             assert latest is not None and told <= latest.meta.round <= told + 1
             for rank in range(2):
                 state = latest.load(rank)
