@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hvd_hetero.by_name import accuracy, is_accuracy, metric_by_name, optimizer_maker, per_sample_loss, scheduler_maker
-from hvd_hetero.data import TensorSource
+from hvd_hetero.data import MapSource, TensorSource
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.profiling import Measurement, measure_step
 from hvd_hetero.worker import Worker, forward
@@ -112,6 +112,12 @@ def test_without_a_scheduler_the_rate_stays() -> None:
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_of_fewer_samples_than_were_asked_for_is_refused() -> None:
+    data = MapSource(range(40), collate=lambda items: (torch.zeros(7, 6), torch.zeros(7, dtype=torch.int64)))
+    with pytest.raises(ConfigError, match=r"test data=7 targets: .* the 8 samples \[32, 33, "):
+        worker().evaluate(data, np.arange(32, 40), 8)
 
 
 @pytest.mark.parametrize(("count", "batch"), [(40, 8), (37, 8), (5, 8), (1, 1), (0, 4)])
