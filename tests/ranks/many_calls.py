@@ -67,13 +67,15 @@ def loop() -> str:
     return "done"
 
 
-CALLS = {
+CALLS: dict[str, Any] = {
     "first": lambda: train("first"),
     "refused everywhere": lambda: train("none", train__lr=-1.0),
     "refused between ranks": lambda: train("none", train__lr=0.1 * (RANK + 1)),
     "refused after the start": lambda: train("first", run__resume="auto", cluster__classes=SWAPPED),
     "again": lambda: train("again"),
     "other data": lambda: train("other", shift=3, run__seed=5),
+    "other metric": lambda: train("other", shift=3, run__seed=5, run__resume="auto", train__passes=3,
+                                  eval__metric="none"),
     "eager": lambda: train("eager", algorithm__name="eager_sgd", train__tau=4),
     "no name": lambda: train(None),
     "no name again": lambda: train(None),
