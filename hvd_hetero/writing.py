@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +87,8 @@ class Write:
             infos = [ShardInfo.from_json(other[SHARD]) for other in said]
             self._store.commit(self.number, infos, passes=self._passes, made_with=self._made_with)
         except Exception:
-            self._store.discard(self.number)  # all ranks are done with it, and a full disk is not to be kept full
+            with suppress(Exception):  # what failed first is to be told
+                self._store.discard(self.number)  # all ranks are done with it, and a full disk is not to be kept full
             raise
         if self._best is not None:
             self._store.mark_best(self.number, self._best.value, self._best.metric)
