@@ -34,6 +34,11 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class LaunchConfig:
+    environment: list[str] = _key([])
+
+
+@dataclass(frozen=True)
 class ClassConfig:
     """One device class as the user writes it: a device, and which ranks belong to it."""
 
@@ -168,6 +173,7 @@ class EvalConfig:
 @dataclass(frozen=True)
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -190,7 +196,7 @@ class Config:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def decisive(self, how_long: bool = True) -> dict[str, Any]:
-        """Everything that decides the run, by section; its folder and what is kept there do not.
+        """Everything that decides the run, by section; its folder, what is kept there, and its launch do not.
 
         Args:
             how_long: whether it counts where the run ends.
@@ -199,5 +205,5 @@ class Config:
         for limit in ("passes", "max_fast_steps", "max_samples", "max_train_sec") if not how_long else ():
             del content["train"][limit]
         content["run"] = {"seed": content["run"]["seed"]}
-        del content["checkpoint"]
+        del content["checkpoint"], content["launch"]
         return content
