@@ -17,7 +17,7 @@ FLOORS = [
      "timing"},
     {"comm", "data", "models", "imports", "limits", "sampling", "metrics", "trace", "checkpoint", "store", "simulator",
      "accounts", "by_name", "delays", "partial_counts", "profiles", "stopping", "fingerprint", "watchdog", "describe",
-     "random_state", "modes", "snapshot"},
+     "random_state", "modes", "snapshot", "torchvision_help"},
     {"worker", "profiling", "feed", "passes", "saving", "output", "writing"},
     {"algorithms", "components", "dry_run"},
     {"trainer", "going_on", "job", "speeds"},
