@@ -146,7 +146,8 @@ def sequence(optimizer: Any) -> Any:
 
 
 def chain(optimizer: Any) -> Any:
-    return lr_scheduler.ChainedScheduler([lr_scheduler.StepLR(optimizer, 1), lr_scheduler.ExponentialLR(optimizer, 0.9)])
+    parts = [lr_scheduler.StepLR(optimizer, 1), lr_scheduler.ExponentialLR(optimizer, 0.9)]
+    return lr_scheduler.ChainedScheduler(parts)
 
 
 def groups(params: list[nn.Parameter]) -> Any:
@@ -305,7 +306,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "lazy, and not used": (lambda: Net(nn.LazyLinear(8), run=lambda net, x: net.head(x)), {},
                            "model='Net': layers.0.weight is lazy, and its forward pass does not use it"),
     "lazy, and does not fit": (lambda: Net(nn.LazyConv2d(8, 3)), {}, "model='Net': it has lazy modules, and fails"),
-    "asks for a closure": (linear, {"optimizer": lambda params: Closure(params, 0.1)}, "optimizer='<lambda>': fails in"),
+    "asks for a closure": (linear, {"optimizer": lambda params: Closure(params, 0.1)}, "optimizer='<lambda>': fails"),
     "a parameter in two groups": (
         linear, {"optimizer": lambda params: SGD([{"params": params}, {"params": params[:1]}], 0.1)},
         "optimizer='<lambda>': cannot be made: ValueError: some parameters appear in more than one"),
