@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from hvd_hetero import data, models
 from hvd_hetero.by_name import loss_of_module, metric_by_name, optimizer_maker, per_sample_loss, scheduler_maker
+from hvd_hetero.comm.flat import check_state
 from hvd_hetero.data import Batch, Dataset
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, UserError, nearest
@@ -60,10 +61,6 @@ class Given:
             if name not in names:
                 raise ConfigError(name, _short(value), "is no argument", nearest(name, names))
         return cls(**objects)
-
-
-SUMMED = (torch.float16, torch.float32, torch.float64)
-"""Floating types that Horovod has sums for."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,7 @@ def build(config: Config, given: Given | None = None) -> Components:
         scheduler=given.scheduler or scheduler_maker(train.scheduler, train.scheduler_args),
     )
     _give_shapes(components, origins)
-    _check_types(origins, components.model)
+    check_state(components.model, config.aggregation.state)
     return components
 
 
@@ -192,16 +189,6 @@ def _give_shapes(components: Components, origins: Origins) -> None:
 def _lazy(model: nn.Module) -> list[str]:
     """Return the names of what has no shape yet."""
     return [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if is_lazy(tensor)]
-
-
-def _check_types(origins: Origins, model: nn.Module) -> None:
-    """Raises ConfigError if anything that would be averaged is of a type that Horovod cannot sum."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    for name, tensor in [*trained, *((n, b) for n, b in model.named_buffers() if b.is_floating_point())]:
-        if tensor.dtype not in SUMMED:
-            remedy = "keep it in float32 (train.autocast=bf16 computes in bfloat16 all the same)"
-            problem = f"Horovod cannot sum {tensor.dtype}, the type of {name}"
-            raise ConfigError(*origins.model, problem, remedy)
 
 
 @contextmanager

@@ -7,20 +7,25 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 import hvd_hetero
 from hvd_hetero.comm.build import build_info
 from hvd_hetero.errors import ConfigError, Plain
-from hvd_hetero.schema import Config
+from hvd_hetero.schema import COURSE, FIGURES, Config
 
 PACKAGE = Path(hvd_hetero.__file__).parent
 TARGETS = ("data.target", "model.target", "train.loss", "train.optimizer", "train.scheduler", "eval.metric")
 """Settings that may name a function of the user's own, ``package.module:function``."""
 
 
-def fingerprint(config: Config) -> dict[str, str]:
+MODEL = "tensors of the model's"
+
+
+def fingerprint(config: Config, model: nn.Module) -> dict[str, str]:
     """This rank's, by what each thing is called: causes before their effects."""
     horovod = build_info()
     found = {
@@ -30,6 +35,27 @@ def fingerprint(config: Config) -> dict[str, str]:
         "version of torch": torch.__version__.split("+")[0],
         "version of Horovod": f"{horovod['version']} with {', '.join(horovod['fixes']) or 'no fixes'}",
     }
+    found |= sources(config)
+    found |= {key: json.dumps(value) for key, value in plain(config.settings(COURSE)).items()}
+    return found | shapes(model)
+
+
+def shapes(model: nn.Module) -> dict[str, str]:
+    """Say for each part of a model what tensors it is made of; what values they have does not matter."""
+    parts: dict[str, list[str]] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        learns = "trained" if tensor.requires_grad else ""
+        parts.setdefault(name.partition(".")[0], []).append(f"{name} {list(tensor.shape)} {tensor.dtype} {learns}")
+    return {
+        f"{MODEL} {part}": f"{len(lines)} ({hashlib.sha256(json.dumps(lines).encode()).hexdigest()[:8]})"
+        for part, lines in parts.items()
+    }
+
+
+def sources(config: Config) -> dict[str, str]:
+    """Hashes of the files of the user's modules that settings name, by what they are called."""
+    found = {}
     for key in TARGETS:
         section, name = key.split(".")
         target = getattr(getattr(config, section), name)
@@ -37,8 +63,17 @@ def fingerprint(config: Config) -> dict[str, str]:
         file = None if module is None else getattr(module, "__file__", None)
         if file is not None:
             found[f"source of {key}={target}"] = digest_of(Path(file).parent, [Path(file)])
-    for section, content in config.decisive().items():
-        found |= {f"{section}.{key}": json.dumps(value, default=str) for key, value in content.items()}
+    return found
+
+
+def made_with(config: Config) -> dict[str, Any]:
+    """What a checkpoint remembers of how it was made, as JSON has it: settings by dotted key, and the sources."""
+    return plain(config.settings(FIGURES)) | sources(config)
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they are when they have been through JSON: a text in place of a date, a list in place of a tuple."""
+    found: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return found
 
 
@@ -73,4 +108,6 @@ def _remedy(what: str, host: str, first: str) -> str:
         return f"bring {PACKAGE} on {host} up to date with that on {first}; both call it {hvd_hetero.__version__}"
     if what.startswith("source of "):
         return f"bring its file on {host} up to date with that on {first}"
+    if what.startswith(MODEL):
+        return "make the same model on all ranks, with the same names, shapes and types, and the same parts frozen"
     return f"give all ranks the same configuration files and settings ({host} and {first} have others)"

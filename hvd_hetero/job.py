@@ -57,6 +57,14 @@ def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
     torch.set_num_threads(1)  # until this rank knows which cores are its own
     env = job_env()
     watchdog = Watchdog(env)
+    try:
+        return _start(env, watchdog, prepare)
+    except BaseException:
+        watchdog.stop()
+        raise
+
+
+def _start(env: JobEnv, watchdog: Watchdog, prepare: Callable[[], tuple[Config, Components]]) -> Job:
     if env.rank > 0:
         warnings.simplefilter("ignore")  # rank 0 has the same ones to say
     try:
@@ -67,7 +75,7 @@ def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
     data = components.dataset
     said = _exchange(env, {
         "facts": local_facts(env.rank, env.host, env.local_rank).to_dict(),
-        "fingerprint": fingerprint(config),
+        "fingerprint": fingerprint(config, components.model),
         "data": {"training": facts_of(data.train), "test": facts_of(data.test)} if env.size > 1 else {},
     })
     watchdog.arm(config.run.watchdog_sec)
@@ -108,6 +116,7 @@ def make_worker(job: Job, watch: Stopwatch) -> Worker:
         autocast=config.train.autocast == "bf16" and has_bf16(job.placement.device),
         compile_mode=config.train.compile,
         channels_last=config.train.channels_last,
+        state_policies=config.aggregation.state,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from hvd_hetero import algorithms, job
 from hvd_hetero.algorithms.local import LocalSGD
 from hvd_hetero.api import guarded
-from hvd_hetero.comm.averages import average
+from hvd_hetero.comm.averages import average, average_others
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.components import Components, Given, build
@@ -24,6 +25,7 @@ from hvd_hetero.errors import ConfigError, RankError, UserError
 from hvd_hetero.feed import Feed
 from hvd_hetero.limits import Done, check_limits, next_rounds
 from hvd_hetero.losses import Numbers, joined, per_sample
+from hvd_hetero.process import process_restored
 from hvd_hetero.random_state import seed_all
 from hvd_hetero.sampling import Sampler
 from hvd_hetero.schema import AggregationConfig, Config
@@ -105,14 +107,17 @@ class Loop:
             check_plain(loaded)
             return loaded, build(loaded, Given(model, train_data, train_data))
 
-        guarded(lambda: self._start(job.start(prepare)))
+        with ExitStack() as after:
+            after.enter_context(process_restored())
+            guarded(lambda: self._start(job.start(prepare)))
+            self._after = after.pop_all()
 
     def _start(self, started: job.Job) -> None:
         config, cluster, self.rank = started.config, started.cluster, started.env.rank
         device = started.placement.device
         job.set_precision(config.train.matmul_precision)
         self.model = started.components.model.to(device)
-        self._state = FlatState(self.model)
+        self._state = FlatState(self.model, policies=config.aggregation.state)
         self._source = started.components.dataset.train.to(device)
         self._generator = torch.Generator(device).manual_seed(config.run.seed * 1000003 + self.rank)
         self._comm = Comm(cluster, self.rank, config.aggregation, started.watchdog.pulse)
@@ -152,6 +157,7 @@ class Loop:
                 taken += current.taken
                 left_out = not guarded(partial(average, self._comm, self._state, mine.weight))
                 self._comm.left_out.round += 1
+            guarded(partial(average_others, self._comm, self._state, mine.weight, only_new=True))
             guarded(partial(self._feed.collect, part, joined(taken)[0]))
             done = done.after(part)
 
@@ -163,9 +169,13 @@ class Loop:
             yield batch
 
     def close(self) -> None:
-        """Leaves the job together with all other ranks; call it when the model has been saved."""
+        """Leaves the job together with all other ranks; call it when the model has been saved.
+
+        Cores, threads and warnings are as they were before the loop was made, and another one may be made.
+        """
         self._comm.close()
         self._watchdog.stop()
+        self._after.close()
 
 
 def _next(batches: Iterator[Batch]) -> Batch | None:

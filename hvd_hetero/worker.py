@@ -15,10 +15,12 @@ from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.data import Batch, Source, read
 from hvd_hetero.data.batch import sample_counts
 from hvd_hetero.errors import ConfigError
+from hvd_hetero.extra_state import extra_state, load_extra_state
 from hvd_hetero.losses import Numbers, PerSample, joined, mean_gradient, name_of, per_sample, weighted_sums
 from hvd_hetero.modes import evaluating, set_mode
 from hvd_hetero.random_state import RandomState
 from hvd_hetero.snapshot import snapshot
+from hvd_hetero.states import load_state, save_state
 from hvd_hetero.timing import Pace, Stopwatch
 
 
@@ -37,6 +39,7 @@ class Worker:
         autocast: compute in bfloat16 where PyTorch deems it safe; parameters and gradients stay as they are.
         compile_mode: of ``torch.compile``, which training steps then go through; None: they do not.
         channels_last: keep images and the weights of convolutions with their channels last in memory.
+        state_policies: ``aggregation.state``, what becomes of frozen parameters and buffers that change.
 
     Attributes:
         state: what an aggregation averages.
@@ -60,6 +63,7 @@ class Worker:
         autocast: bool = False,
         compile_mode: str | None = None,
         channels_last: bool = False,
+        state_policies: Mapping[str, str] | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device)
@@ -68,7 +72,7 @@ class Worker:
         self._channels_last = channels_last
         self._compiled_once = False
         self._compiled = None if compile_mode is None else torch.compile(self.model, mode=compile_mode, dynamic=False)
-        self.state = FlatState(self.model, channels_last)
+        self.state = FlatState(self.model, channels_last, state_policies)
         self._params = [p for p in self.model.parameters() if p.requires_grad]
         self._gradients: list[Tensor] = []
         self._make_optimizer, self._make_scheduler = make_optimizer, make_scheduler
@@ -220,7 +224,7 @@ class Worker:
         """Remembers everything that training changes; calling the result puts it back."""
         before = RandomState.capture(self.device)
         put_back = snapshot(
-            self.model, self.optimizer, self.scheduler, self._loss, self.metric, self.generator
+            self.model, self.state, self.optimizer, self.scheduler, self._loss, self.metric, self.generator
         )
 
         def restore() -> None:
@@ -233,10 +237,10 @@ class Worker:
     def state_dict(self) -> dict[str, Any]:
         """Everything of this rank that decides its further steps, between two rounds."""
         return {
-            "tensors": [t.detach() for t in self.state.everything()],
-            "layout": [str((name, list(p.shape), p.stride())) for name, p in self.model.named_parameters()],
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "model": self.state.state_dict(),
+            "extra": extra_state(self.model),
+            "optimizer": save_state(self.optimizer),
+            "scheduler": None if self.scheduler is None else save_state(self.scheduler),
             "rates": self._scheduled,
             "generator": self.generator.get_state(),
             "random": RandomState.capture(self.device).state_dict(),
@@ -246,12 +250,11 @@ class Worker:
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from what :meth:`state_dict` gave on the same kind of device."""
-        for own, saved in zip(self.state.everything(), state["tensors"], strict=True):
-            own.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.carry_over(state)
+        load_state(self.optimizer, state["optimizer"], "optimizer")
         self._lay_out_optimizer()
         if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
+            load_state(self.scheduler, state["scheduler"], "scheduler")
         self._scheduled = list(state["rates"])
         self.generator.set_state(state["generator"])
         RandomState.from_state_dict(state["random"], self.device).restore()
@@ -269,8 +272,9 @@ class Worker:
     @torch.no_grad()
     def carry_over(self, state: Mapping[str, Any]) -> None:
         """Takes the model alone from what another rank's :meth:`state_dict` gave."""
-        for own, saved in zip(self.state.everything(), state["tensors"], strict=True):
-            own.copy_(saved)
+        self.state.load_state_dict(state["model"])
+        self.state.others.remember()
+        load_extra_state(self.model, state["extra"])
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -117,6 +117,12 @@ def test_without_a_scheduler_the_rate_stays() -> None:
 # ---- evaluation -----------------------------------------------------------------------------------------------------
 
 
+def test_evaluation_of_fewer_samples_than_were_asked_for_is_refused() -> None:
+    data = MapSource(range(40), collate=lambda items: (torch.zeros(7, 6), torch.zeros(7, dtype=torch.int64)))
+    with pytest.raises(ConfigError, match=r"test data=7 targets: .* the 8 samples \[32, 33, "):
+        worker().evaluate(data, np.arange(32, 40), 8)
+
+
 @pytest.mark.parametrize(("count", "batch"), [(40, 8), (37, 8), (5, 8), (1, 1), (0, 4)])
 def test_evaluation_sums_over_every_sample(count: int, batch: int) -> None:
     """The last batch is smaller; dropout is off and BatchNorm's statistics are used, not changed."""
@@ -212,7 +218,7 @@ def test_all_random_numbers_go_on_from_a_saved_state() -> None:
 # ---- leaving no trace -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "Adagrad"])
 def test_measuring_leaves_everything_as_it_was(optimizer: str) -> None:
     """The run that follows is bit for bit the one without it: model, BatchNorm, optimizer, random states."""
     measured, plain = worker(optimizer), worker(optimizer)
@@ -222,7 +228,9 @@ def test_measuring_leaves_everything_as_it_was(optimizer: str) -> None:
         if mine is measured:
             assert measure_step(mine, source(), 8, seconds=0.01, warmup_steps=2, ready=lambda: None).step_sec > 0
         mine.local_steps(batches(np.arange(40).reshape(5, 8)), 5)
-        results.append([*mine.state.vectors, mine.state.integers(), *mine.take_losses(), mine.generator.get_state()])
+        state = [value for part in mine.optimizer.state.values() for value in part.values() if value is not None]
+        state += [mine.generator.get_state(), *mine.take_losses()]
+        results.append([*mine.state.tensors(), *state])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

@@ -18,16 +18,18 @@ from hvd_hetero.data.source import MapSource, Source, TensorSource
 from hvd_hetero.errors import ConfigError, Plain
 from hvd_hetero.random_state import seeded
 
-FEW, MANY, QUICK_SEC = 4, 64, 0.004
+FEW, MANY, QUICK_SEC = 4, 32, 0.01
 """So many samples of a split are read, and so many of one whose few take no longer than that."""
 PIECES_OF_TARGETS, PIECES_OF_SAMPLE = 64, 4
 """Of a tensor, whose means are compared where numbers need not be the same to the last bit."""
-MOST_BYTES = 2**25
+MOST_BYTES = 2**24
 """Of targets in memory; of larger ones, so many evenly spread over them are looked at."""
 TOLERANCE = 1e-3
 """Of such means, over the mean magnitude: processors and libraries decode and compute with small differences."""
 COARSE = (torch.uint8, torch.int8, torch.int16)
 """Images and sounds, as inputs."""
+
+UNREAD = "cannot be read:"
 
 Facts = Mapping[str, Any]
 Content = list[Any]
@@ -44,14 +46,17 @@ def facts_of(source: Source) -> dict[str, Any]:
     Returns:
         What :func:`check_alike` compares, fit for JSON.
     """
-    numbers = _sample_numbers(len(source))
+    numbers, reader = _sample_numbers(len(source)), source
+    if isinstance(source, MapSource):  # workers that are to live on start when the rank's cores are known
+        reader = MapSource(source.dataset, min(source.workers, 1), source.collate, source.transform, source.device)
     with seeded(0):
-        first = _contents(source, numbers[:FEW])
+        first = _contents(reader, numbers[:FEW])
         begin = time.perf_counter()
-        again = _contents(source, numbers[:FEW])
+        again = _contents(reader, numbers[:FEW])
         if time.perf_counter() - begin < QUICK_SEC:
-            first, again = (_contents(source, numbers) for _ in range(2))
-    stable = [all(_alike(one[i], other[i]) for one, other in zip(first, again, strict=False)) for i in range(2)]
+            first, again = (_contents(reader, numbers) for _ in range(2))
+    pairs = list(zip(first, again, strict=False))
+    stable = [len(first) == len(again) and all(_alike(one[i], other[i]) for one, other in pairs) for i in range(2)]
     targets = _content(_in_memory(source), PIECES_OF_TARGETS)
     return {"length": len(source), "targets": targets, "numbers": numbers, "samples": first, "stable": stable}
 
@@ -64,23 +69,27 @@ def check_alike(facts: Sequence[Mapping[str, Facts]], hosts: Sequence[str]) -> N
     """
     for split, first in facts[0].items():
         for rank, other in enumerate(facts):
-            found = _difference(first, other[split])
-            if found is not None:
-                what, problem = found
-                problem += f" on rank 0 ({hosts[0]})"
-                raise ConfigError(f"{split} data", Plain(f"{what} on rank {rank} ({hosts[rank]})"), problem, REMEDY)
+            what = _difference(first, other[split])
+            if what is not None:
+                here, there = (f"rank {number} on {hosts[number]}" for number in (rank, 0))
+                problem = f"{here} has read other ones than {there}"
+                if (count := first["length"]) != other[split]["length"]:
+                    problem = f"{here} has read so many, {there} {count}"
+                raise ConfigError(f"{split} data", Plain(what), problem, REMEDY)
 
 
-def _difference(first: Facts, other: Facts) -> tuple[str, str] | None:
+def _difference(first: Facts, other: Facts) -> str | None:
+    """What of the other's is not as the first has it; None if all is."""
     if first["length"] != other["length"]:
-        return f"{other['length']} samples", f"there are {first['length']}"
+        return f"{other['length']} samples"
     if not _alike(first["targets"], other["targets"]):
-        return "targets", "they are other ones"
+        return "targets"
     for i, name in ((1, "target"), (0, "inputs")):
         if first["stable"][i] and other["stable"][i]:
             for number, mine, theirs in zip(first["numbers"], first["samples"], other["samples"], strict=False):
                 if not _alike(mine[i], theirs[i]):
-                    return f"{name} of sample {number}", "there are others"
+                    why = [f" ({digest})" for digest in (theirs[i][0], mine[i][0]) if digest.startswith(UNREAD)]
+                    return f"{name} of sample {number}{''.join(why)}"
     return None
 
 
@@ -112,7 +121,7 @@ def _contents(source: Source, numbers: Sequence[int]) -> list[tuple[Content, Con
         for inputs, targets in source.batches(np.array(numbers, int)[:, None], torch.Generator().manual_seed(0)):
             found.append((_content(inputs, PIECES_OF_SAMPLE, COARSE), _content(targets, PIECES_OF_SAMPLE)))
     except Exception as error:  # where it is the same on all ranks, the run itself comes to it, or never does
-        found.append(([f"cannot be read: {type(error).__name__}", []],) * 2)
+        found.append(([f"{UNREAD} {type(error).__name__}", []],) * 2)
     return found
 
 

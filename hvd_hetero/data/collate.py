@@ -32,6 +32,9 @@ def collate(items: Sequence[Any]) -> Any:
     Raises:
         ConfigError: no batch is made of such entries, or they are not alike; names the entry.
     """
+    for item in items:
+        if entries(item) is None:
+            raise _refused(ITEM, item, "is not inputs and a target")
     return _joined(list(items), ITEM)
 
 
@@ -40,13 +43,13 @@ def _joined(parts: list[Any], path: str) -> Any:
     for other in parts:
         if _kind(other) is not _kind(first):
             raise _refused(path, other, f"{describe(first)} in another sample of the batch")
-    if first is None and path != ITEM:
+    if first is None:
         return None
     if isinstance(first, (str, bytes)):
         return parts
-    if isinstance(first, (Tensor, np.ndarray)):
+    if all(isinstance(part, (Tensor, np.ndarray)) for part in parts):
         return _stacked(parts, path)
-    if isinstance(first, NUMBER) or (path != ITEM and _is_vector(first)):
+    if _kind(first) is NUMBER or (path != ITEM and is_vector(first)):
         return _tensor(parts, path)
     inside = [entries(part) for part in parts]
     names = inside[0]
@@ -60,12 +63,14 @@ def _joined(parts: list[Any], path: str) -> Any:
 
 
 def _kind(value: Any) -> Any:
+    if isinstance(value, (Tensor, np.ndarray)) and not value.ndim:
+        return NUMBER
     return next((kind for kind in KINDS if isinstance(value, kind)), type(value))
 
 
-def _is_vector(value: Any) -> bool:
-    """Whether this is a list of numbers, or of such lists."""
-    return isinstance(value, list) and all(isinstance(part, NUMBER) or _is_vector(part) for part in value)
+def is_vector(value: Any) -> bool:
+    """Say whether this is a list of numbers, or of such lists."""
+    return isinstance(value, list) and all(isinstance(part, NUMBER) or is_vector(part) for part in value)
 
 
 def _tensor(parts: list[Any], path: str) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from hvd_hetero.data.collate import NUMBER
+from hvd_hetero.data.collate import NUMBER, is_vector
 from hvd_hetero.data.source import MapSource, Source, Tensors, TensorSource
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, Plain
@@ -70,14 +70,12 @@ def _is_array(value: Any) -> bool:
     return isinstance(value, Tensor) or (hasattr(value, "__array__") and not isinstance(value, (NUMBER, type)))
 
 
-def _is_column(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(x, NUMBER) for x in value)
-
-
 def _lengths(value: Any) -> Iterator[int | None]:
     """How many samples there are in each array of a structure; None for what is no array."""
-    if _is_array(value) or _is_column(value):
+    if _is_array(value):
         yield len(value) if np.ndim(value) else None
+    elif is_vector(value):
+        yield len(value)
     elif isinstance(value, (tuple, list, Mapping)) and value:
         for part in value.values() if isinstance(value, Mapping) else value:
             yield from _lengths(part)
@@ -90,10 +88,10 @@ def _tensors(key: str, value: Any) -> Tensors:
         return value
     if isinstance(value, Mapping):
         return {name: _tensors(f"{key}[{name!r}]", part) for name, part in value.items()}
-    if isinstance(value, (tuple, list)) and not _is_column(value):
+    if isinstance(value, (tuple, list)) and not is_vector(value):
         return tuple(_tensors(f"{key}[{place}]", part) for place, part in enumerate(value))
     try:
-        if _is_column(value):
+        if is_vector(value):
             return torch.tensor(value)
         array = value if isinstance(value, np.ndarray) else np.array(value)
         return torch.from_numpy(array.copy() if any(stride < 0 for stride in array.strides) else array)
