@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hvd_hetero import algorithms, components, job
+from hvd_hetero import algorithms, dry_run, job
 from hvd_hetero.comm.rendezvous import job_env
 from hvd_hetero.comm.waiting import PEER_LOST
 from hvd_hetero.components import Components, Given
@@ -25,6 +25,7 @@ from hvd_hetero.errors import (
     EXIT_NUMBERS,
     EXIT_STOPPED,
     BadNumbers,
+    RankError,
     Stopped,
     UserError,
 )
@@ -66,7 +67,7 @@ def train(
     """
     def prepare() -> tuple[Config, Components]:
         loaded = load(config, overrides, algorithms.method)
-        return loaded, components.build(loaded, Given.of(given))
+        return loaded, dry_run.build(loaded, Given.of(given))
 
     with ExitStack() as after:
         after.enter_context(process_restored())
@@ -100,6 +101,8 @@ def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | N
         raise
     try:
         trainer.prepare()
+    except RankError:
+        raise
     except UserError:
         trainer.close()  # every rank is here: they judge by the same measurements
         raise
@@ -114,7 +117,7 @@ def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | N
             trainer.close()
         if isinstance(error, UserError):
             # one rank's own trouble, a broken file for instance: the others are waiting somewhere else
-            raise RuntimeError(str(error)) from error
+            raise RankError(str(error)) from error
         raise
     trainer.close()
     return summary
@@ -144,6 +147,8 @@ def guarded(call: Callable[[], Any]) -> Any:
         return call()
     try:
         return call()
+    except RankError as error:
+        _end(EXIT_BAD_INPUT, f"rank {env.rank} on {env.host}: {error}")
     except UserError as error:
         if env.rank == 0:
             print(f"hvd-hetero: error: {error}", file=sys.stderr, flush=True)

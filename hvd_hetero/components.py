@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -11,21 +9,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from hvd_hetero import data, models
-from hvd_hetero.by_name import PerSample, metric_by_name, optimizer_maker, per_sample_loss, scheduler_maker
-from hvd_hetero.data import Dataset
+from hvd_hetero.by_name import loss_of_module, metric_by_name, optimizer_maker, per_sample_loss, scheduler_maker
+from hvd_hetero.comm.flat import check_state
+from hvd_hetero.data import Batch, Dataset
+from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, UserError, nearest
 from hvd_hetero.imports import cause
+from hvd_hetero.losses import IGNORED, PerSample
+from hvd_hetero.modes import evaluating
+from hvd_hetero.random_state import seed_all
 from hvd_hetero.schema import Config, DataConfig, ModelConfig
 from hvd_hetero.worker import forward
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], Any]
-
-MOST_EPOCHS = 1000
-"""So many steps of a scheduler are tried out."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,13 @@ class Given:
         return cls(**objects)
 
 
-SUMMED = (torch.float16, torch.float32, torch.float64)
-"""Floating types that Horovod has sums for."""
-
-
 @dataclass(frozen=True)
 class Components:
-    """Everything a worker is made of."""
+    """Everything a worker is made of.
+
+    Attributes:
+        least_batch: samples that the model needs in a step, as far as the dry run has found out.
+    """
 
     dataset: Dataset
     model: nn.Module
@@ -76,32 +77,71 @@ class Components:
     metric: PerSample | None
     optimizer: MakeOptimizer
     scheduler: MakeScheduler | None
+    least_batch: int = 1
 
 
-def build(config: Config, given: Given | None = None, try_out: bool = True) -> Components:
-    """Loads the data, makes the model and tries both out on two samples, so that mistakes show before a job starts.
+@dataclass(frozen=True)
+class Origins:
+    """What decided on each part: the key and its value, or the argument of a program and its object. For messages."""
 
-    Args:
-        try_out: False for a program that has a loss and a step of its own.
+    data: tuple[str, Any]
+    model: tuple[str, Any]
+    loss: tuple[str, Any]
+    metric: tuple[str, Any]
+    optimizer: tuple[str, Any]
+    scheduler: tuple[str, Any]
+
+    @classmethod
+    def of(cls, config: Config, given: Given | None) -> Origins:
+        """Return those of a configuration and of what a program has given beside it."""
+        given = given or Given()
+        train = config.train
+        return cls(
+            _either("train_data", given.train_data, *_named("data", config.data)),
+            _either("model", given.model, *_named("model", config.model)),
+            _either("loss", given.loss, "train.loss", train.loss),
+            _either("metric", given.metric, "eval.metric", config.eval.metric),
+            _either("optimizer", given.optimizer, "train.optimizer", train.optimizer),
+            _either("scheduler", given.scheduler, "train.scheduler", train.scheduler),
+        )
+
+
+def build(config: Config, given: Given | None = None) -> Components:
+    """Loads the data and makes the model; :func:`hvd_hetero.dry_run.dry_run` tries both out.
 
     Raises:
-        ConfigError: anything of it cannot be made, or the loss is not one number a sample.
+        ConfigError: anything of it cannot be made.
     """
     given = given or Given()
-    train = config.train
-    torch.manual_seed(config.run.seed)
+    train, origins = config.train, Origins.of(config, given)
+    ignored = getattr(given.loss, "ignore_index", train.loss_args.get("ignore_index", IGNORED))
+    seed_all(config.run.seed)  # every rank has to read the same data
+    dataset = _dataset(config, given)
+    seed_all(config.run.seed)  # however much randomness that took
     components = Components(
-        dataset=_dataset(config, given),
+        dataset=dataset,
         model=_model(config, given),
-        loss=given.loss or per_sample_loss(train.loss, train.loss_args),
-        metric=given.metric or metric_by_name(config.eval.metric),
+        loss=per_sample_loss(train.loss, train.loss_args) if given.loss is None else loss_of_module(given.loss),
+        metric=given.metric or metric_by_name(config.eval.metric, ignored),
         optimizer=given.optimizer or optimizer_maker(train.optimizer, train.lr, train.optimizer_args),
         scheduler=given.scheduler or scheduler_maker(train.scheduler, train.scheduler_args),
     )
-    _check_types(config, given, components.model)
-    if try_out:
-        _try_out(components, config, given)
+    _give_shapes(components, origins)
+    check_state(components.model, config.aggregation.state)
     return components
+
+
+def first_samples(dataset: Dataset, count: int, origins: Origins) -> Batch:
+    """Read the first training samples as one batch, fewer than ``count`` where there are not so many.
+
+    Raises:
+        ConfigError: they cannot be read, or a split is empty.
+    """
+    with telling(*origins.data, "its first samples cannot be read", "correct the dataset"):
+        count = min(count, len(dataset.train))
+        if len(dataset.test) == 0 or count == 0:
+            raise ConfigError(*origins.data, "has an empty split", "give it at least one sample")
+        return next(iter(dataset.train.batches(np.arange(count)[None], torch.Generator())))
 
 
 def _dataset(config: Config, given: Given) -> Dataset:
@@ -114,7 +154,7 @@ def _dataset(config: Config, given: Given) -> Dataset:
     splits, remedy = [], "give a map-style dataset or tensors (inputs, targets)"
     for name in ("train_data", "test_data"):
         split = getattr(given, name)
-        with _telling(name, type(split).__name__, "is no split", remedy):
+        with telling(name, type(split).__name__, "is no split", remedy):
             splits.append(data.as_source(name, split, spec.workers))
     return Dataset(*splits)
 
@@ -125,121 +165,34 @@ def _model(config: Config, given: Given) -> nn.Module:
     model: Any = given.model
     remedy = "give a torch.nn.Module, or a function without arguments that makes one"
     if not isinstance(model, nn.Module):
-        with _telling("model", _short(model), "cannot be made", remedy):
+        with telling("model", _short(model), "cannot be made", remedy):
             model = model()
     if not isinstance(model, nn.Module):
         raise ConfigError("model", _short(given.model), f"is no torch.nn.Module but a {type(model).__name__}", remedy)
     return model
 
 
-def _check_types(config: Config, given: Given, model: nn.Module) -> None:
-    """Raises ConfigError if anything that would be averaged is of a type that Horovod cannot sum."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    for name, tensor in [*trained, *((n, b) for n, b in model.named_buffers() if b.is_floating_point())]:
-        if tensor.dtype not in SUMMED:
-            remedy = "keep it in float32 (train.autocast=bf16 computes in bfloat16 all the same)"
-            problem = f"Horovod cannot sum {tensor.dtype}, the type of {name}"
-            raise ConfigError(*_either("model", given.model, *_named("model", config.model)), problem, remedy)
-
-
-def _try_out(components: Components, config: Config, given: Given) -> None:
-    """One forward pass in evaluation mode (no state changes), one optimizer and one scheduler, then forgotten."""
-    state = torch.get_rng_state()
-    components.model.eval()
-    try:
-        with warnings.catch_warnings(record=True) as heard:
-            outputs = _try_model(components, config, given)
-            _try_steps(components, config, given)
-    finally:
-        components.model.train()
-    for warning in heard:  # what fails is said once, by the error
-        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    _check_classes(components.dataset, outputs, config, given)
-    torch.set_rng_state(state)
-
-
-def _try_model(components: Components, config: Config, given: Given) -> Any:
-    """Returns the outputs for the first samples, once loss and metric have been tried on them."""
-    model, source = components.model, components.dataset.train
-    of_data = _either("train_data", given.train_data, *_named("data", config.data))
-    of_model = _either("model", given.model, *_named("model", config.model))
-    of_loss = _either("loss", given.loss, "train.loss", config.train.loss)
-    of_metric = _either("metric", given.metric, "eval.metric", config.eval.metric)
-    with _telling(*of_data, "its first samples cannot be read", "correct the dataset"):
-        count = min(2, len(source))
-        if len(components.dataset.test) == 0 or count == 0:
-            raise ConfigError(*of_data, "has an empty split", "give it at least one sample")
-        inputs, targets = next(iter(source.batches(np.arange(count)[None], torch.Generator())))
-    shapes = f"a batch of {count} (inputs {_shape(inputs)}, targets {_shape(targets)})"
-    with _telling(*of_model, f"the model fails on {shapes}", "make model and data fit together"):
-        outputs = forward(model, inputs)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ConfigError(*of_model, "has no trainable parameters", "leave some to train")
-    what = f"the loss fails on the model's outputs {_shape(outputs)} for {shapes}"
-    with _telling(*of_loss, what, "make model, data, loss and its arguments fit together"):
-        losses = components.loss(outputs, targets)
-    per_sample(*of_loss, losses, count)
-    if losses.isnan().any():
-        raise ConfigError(*of_loss, "is not a number on the first samples", "look at the data and the model's weights")
-    if not losses.requires_grad:
-        problem = "does not depend on the model's parameters, so there is nothing to learn from it"
-        raise ConfigError(*of_loss, problem, "compute it from the outputs, with functions of torch")
-    if components.metric is not None:
-        with _telling(*of_metric, "fails on this model's outputs", "set eval.metric=none or another"), torch.no_grad():
-            values = components.metric(outputs, targets)
-        per_sample(*of_metric, values, count)
-    return outputs
-
-
-def _try_steps(components: Components, config: Config, given: Given) -> None:
-    """Makes the optimizer and the scheduler, and lets the scheduler go through the run's first passes."""
-    params = [p for p in components.model.parameters() if p.requires_grad]
-    train, own = config.train, {id(p) for p in params}
-    key = _either("optimizer", given.optimizer, "train.optimizer", train.optimizer)
-    with _telling(*key, "cannot be made", "give a function of the parameters that makes a torch optimizer"):
-        optimizer = components.optimizer(params)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        problem = f"makes a {type(optimizer).__name__}, no torch optimizer"
-        raise ConfigError(*key, problem, "make a torch.optim.Optimizer")
-    if {id(p) for group in optimizer.param_groups for p in group["params"]} - own:
-        problem = "has parameters that are not the model's"
-        raise ConfigError(*key, problem, "make it from the parameters that it is called with")
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is closure.empty:
-        raise ConfigError(*key, "asks for the loss several times a step", "choose one that steps along a gradient")
-    if isinstance(optimizer, torch.optim.SparseAdam):
-        raise ConfigError(*key, "takes sparse gradients only, and they are summed as dense ones", "choose Adam")
-    if components.scheduler is None:
+def _give_shapes(components: Components, origins: Origins) -> None:
+    """Let lazy modules (``nn.LazyLinear``) make their parameters, by a forward pass, before anything looks at them."""
+    model = components.model
+    if not _lazy(model):
         return
-    key = _either("scheduler", given.scheduler, "train.scheduler", train.scheduler)
-    telling = _telling(*key, "does not last through the passes", "correct its arguments (train.scheduler_args)")
-    with telling, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the optimizer takes no steps meanwhile
-        scheduler = components.scheduler(optimizer)
-        for _ in range(min(train.passes or 2, MOST_EPOCHS) if scheduler is not None else 0):
-            scheduler.step()
+    inputs, _ = first_samples(components.dataset, 2, origins)
+    what = f"it has lazy modules, and fails on a batch of samples (inputs {describe(inputs)})"
+    with telling(*origins.model, what, "make model and data fit together"), evaluating(model), torch.no_grad():
+        forward(model, inputs)
+    for name in _lazy(model):
+        problem = f"{name} is lazy, and its forward pass does not use it"
+        raise ConfigError(*origins.model, problem, "give the layer its sizes, or leave it out")
 
 
-def _check_classes(dataset: Dataset, outputs: Any, config: Config, given: Given) -> None:
-    """Refuses class numbers that the model has no output for, where they are at hand: a run would meet them later."""
-    if given.loss is not None or config.train.loss not in ("cross_entropy", "nll_loss"):
-        return
-    for split, source in (("training", dataset.train), ("test", dataset.test)):
-        holder = source if isinstance(source, data.TensorSource) else getattr(source, "dataset", None)
-        if not isinstance(holder, (data.TensorSource, data.Files)) or holder.targets.dim() != 1:
-            continue
-        if holder.targets.is_floating_point():
-            continue
-        used = holder.targets[holder.targets != config.train.loss_args.get("ignore_index", -100)]
-        if len(used) and not 0 <= int(used.min()) <= int(used.max()) < outputs.shape[1]:
-            where = _either("model", given.model, *_named("model", config.model))
-            found = f"the {split} targets are {used.min()} to {used.max()}"
-            problem = f"has outputs for {outputs.shape[1]} classes, {found}"
-            raise ConfigError(*where, problem, "make its number of classes fit the data")
+def _lazy(model: nn.Module) -> list[str]:
+    """Return the names of what has no shape yet."""
+    return [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if is_lazy(tensor)]
 
 
 @contextmanager
-def _telling(key: str, value: Any, what: str, remedy: str) -> Iterator[None]:
+def telling(key: str, value: Any, what: str, remedy: str) -> Iterator[None]:
     """Whatever a user's own code may raise, as an error that names what it is about."""
     try:
         yield
@@ -262,22 +215,3 @@ def _short(value: Any) -> str:
 def _named(section: str, spec: DataConfig | ModelConfig) -> tuple[str, str | None]:
     """The key that decided, and its value."""
     return (f"{section}.target", spec.target) if spec.target else (f"{section}.name", spec.name)
-
-
-def per_sample(key: str, value: Any, losses: Any, batch: int) -> None:
-    """Checks that a loss or metric is one number a sample: the loss table and the sampling need it.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-    if shape != (batch,):
-        problem = f"is not per sample: a batch of {batch} gives {shape if isinstance(shape, str) else list(shape)}"
-        raise ConfigError(key, value, problem, f"return a tensor [{batch}], for example with reduction='none'")
-
-
-def _shape(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return list(value.shape)
-    parts: Mapping[Any, Any] = value if isinstance(value, Mapping) else dict(enumerate(value))
-    return {name: _shape(part) for name, part in parts.items()}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import hvd_hetero
-from hvd_hetero import algorithms, components, job
+from hvd_hetero import algorithms, dry_run, job
 from hvd_hetero.cluster import RankFacts, assign, local_facts
 from hvd_hetero.comm.build import build_info
 from hvd_hetero.comm.rendezvous import exchange, job_env
@@ -104,7 +104,7 @@ def _configuration(
         elif files or overrides:
             classes = config.cluster.classes
             cluster = assign(classes if classes == AUTO else device_classes(classes), facts)
-            job.check(config, components.build(config), cluster)
+            job.check(config, dry_run.build(config), cluster)
     except UserError as error:
         return str(error)
     return None

@@ -13,7 +13,7 @@ import torch
 
 import hvd_hetero
 from hvd_hetero.comm.build import build_info
-from hvd_hetero.errors import ConfigError
+from hvd_hetero.errors import ConfigError, Plain
 from hvd_hetero.schema import COURSE, FIGURES, Config
 
 PACKAGE = Path(hvd_hetero.__file__).parent
@@ -80,7 +80,7 @@ def check_same(fingerprints: Sequence[Mapping[str, str]], hosts: Sequence[str]) 
             mine, theirs = first.get(what, "nothing"), other.get(what, "nothing")
             if mine != theirs:
                 problem = f"so it is for rank {rank} on {hosts[rank]}, for rank 0 on {hosts[0]} it is {mine}"
-                raise ConfigError(what, _Plain(theirs), problem, _remedy(what, hosts[rank], hosts[0]))
+                raise ConfigError(what, Plain(theirs), problem, _remedy(what, hosts[rank], hosts[0]))
 
 
 def _remedy(what: str, host: str, first: str) -> str:
@@ -91,13 +91,3 @@ def _remedy(what: str, host: str, first: str) -> str:
     if what.startswith("source of "):
         return f"bring its file on {host} up to date with that on {first}"
     return f"give all ranks the same configuration files and settings ({host} and {first} have others)"
-
-
-class _Plain:
-    """A text that a message shows without quotes."""
-
-    def __init__(self, text: Any) -> None:
-        self._text = text
-
-    def __str__(self) -> str:
-        return str(self._text)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from hvd_hetero.comm.rendezvous import COLUMNS
+from hvd_hetero.comm.rendezvous import COLUMNS, JOB
 from hvd_hetero.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAULT,
@@ -45,8 +45,6 @@ GRACE_SEC = 20.0
 """horovodrun gives its ranks 5 s before it kills them."""
 SAVING_SEC = 30.0
 """What a job that was asked to stop has for the round that it is in and for saving; then it is told to end."""
-JOB = "HVD_HETERO_JOB"
-"""In the environment of all of a job's processes, on all hosts: the job's id, by which they are found."""
 KNOWN = (EXIT_FAULT, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_LOST, EXIT_STUCK, EXIT_NUMBERS)
 SSH = ("ssh", "-o", "PasswordAuthentication=no", "-o", "StrictHostKeyChecking=no", "-o", "BatchMode=yes",
        "-o", "ConnectTimeout=5")

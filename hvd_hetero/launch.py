@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from hvd_hetero import algorithms, components, job
+from hvd_hetero import algorithms, dry_run, job
 from hvd_hetero.api import run_dir
 from hvd_hetero.cluster import Cluster, RankFacts, assign, integers, local_facts, parse_hosts
 from hvd_hetero.config import device_classes, load
@@ -115,7 +115,7 @@ def preflight(config: Config, hosts: Sequence[tuple[str, int]], trains: bool = T
         ConfigError: as :func:`hvd_hetero.job.start`.
     """
     _check_places(config, hosts, trains)
-    parts = components.build(config)
+    parts = dry_run.build(config)
     cluster = expected_cluster(config, hosts)
     if cluster is not None:
         job.check(config, parts, cluster)

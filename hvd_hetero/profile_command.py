@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hvd_hetero import algorithms, components, job
+from hvd_hetero import algorithms, dry_run, job
 from hvd_hetero.api import guarded
 from hvd_hetero.comm.rendezvous import job_env
 from hvd_hetero.components import Components
@@ -34,7 +34,7 @@ def profile(files: Sequence[str], overrides: Sequence[str]) -> int:
 def _measure(files: Sequence[str], overrides: Sequence[str]) -> None:
     def prepare() -> tuple[Config, Components]:
         config = load(files, overrides, algorithms.method)
-        return config, components.build(config)
+        return config, dry_run.build(config)
 
     started = job.start(prepare)
     config, cluster = started.config, started.cluster
@@ -43,8 +43,8 @@ def _measure(files: Sequence[str], overrides: Sequence[str]) -> None:
     measurement = measurement_of(started, trainer.worker, trainer.source, trainer.comm)
     names = [c.name for c in cluster.classes]
     batch = per_class("train.batch_size", config.train.batch_size, names)
-    most = len(trainer.source)
-    sizes = [{name: max(1, min(most, int(size * factor))) for name, size in batch.items()} for factor in FACTORS]
+    most, least = len(trainer.source), started.components.least_batch
+    sizes = [{name: max(least, min(most, int(size * factor))) for name, size in batch.items()} for factor in FACTORS]
     together = measurement.classes(batch)
     others = [measurement.classes(size) for size in sizes]
     alone, others_alone = measurement.alone(batch), [measurement.alone(size) for size in sizes]

@@ -115,9 +115,11 @@ def check_fits(state: Any, worker: Worker) -> None:
     Raises:
         ConfigError: it is.
     """
-    saved, own = state["worker"], worker.state_dict()
-    shapes = [[list(tensor.shape) for tensor in one["tensors"]] for one in (saved, own)]
-    if shapes[0] != shapes[1] or saved["layout"] != own["layout"]:
+    saved, own = state["worker"]["model"], worker.state.state_dict()
+    shapes = [[len(vector) for vector in one["vectors"]] for one in (saved, own)]
+    known = own["others"]["tensors"]
+    same = all(known[name].shape == t.shape for name, t in saved["others"]["tensors"].items() if name in known)
+    if shapes[0] != shapes[1] or saved["layout"] != own["layout"] or not same:
         problem = "the checkpoint is of another model"
         remedy = "take the model that it was made with, and the same train.channels_last"
         raise ConfigError("run.resume", RESHAPE, problem, remedy)

@@ -145,6 +145,7 @@ class AggregationConfig:
     outer_momentum: float = _key(0.0, at_least=0, at_most=1)
     outer_nesterov: bool = False
     delayed: bool = False
+    state: dict[str, Any] = _key({})
     nan: str = _key("leave_out", LENGTH, choices=("leave_out", "stop"))
 
 

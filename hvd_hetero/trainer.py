@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hvd_hetero import algorithms
 from hvd_hetero.accounts import Accounts
 from hvd_hetero.checkpoint import FOLDER, MODEL, save_model
@@ -23,9 +21,11 @@ from hvd_hetero.going_on import carry_over, restore, state_of
 from hvd_hetero.job import Job, make_worker
 from hvd_hetero.limits import check_limits, expected_passes, next_rounds
 from hvd_hetero.metrics import Progress, RunFolder, say_missing
-from hvd_hetero.output import note, write_start, write_summary, write_trace
+from hvd_hetero.modes import set_mode
+from hvd_hetero.output import how_good, note, write_start, write_summary, write_trace
 from hvd_hetero.passes import Ongoing, PassFigures, RoundLaps, evaluate, gather_figures, say_taus
 from hvd_hetero.plan import Plan
+from hvd_hetero.random_state import seed_all
 from hvd_hetero.resume import Found, check_fits, check_places
 from hvd_hetero.sampling import Sampler
 from hvd_hetero.saving import Agreed, Saver
@@ -54,8 +54,8 @@ class Trainer:
         self.source = parts.dataset.train.to(job.placement.device)
         self.test = parts.dataset.test.to(job.placement.device)
         self.worker = make_worker(job, self.watch)
-        self.algorithm = algorithms.build(config, job.cluster, len(self.source))
-        torch.manual_seed(config.run.seed * 1000003 + job.env.rank)  # dropout differs from rank to rank
+        self.algorithm = algorithms.build(config, job.cluster, len(self.source), parts.least_batch)
+        seed_all(config.run.seed * 1000003 + job.env.rank)  # dropout differs from rank to rank
         self.run_dir, self.found, self.folder = run_dir, found, None
         if run_dir is not None and job.env.rank == 0:
             kept = () if found is None else (found.state["rank0"][key] for key in ("rows_bytes", "samples_seen"))
@@ -119,6 +119,7 @@ class Trainer:
                     raise self._stopped()
             if self.folder is not None and self.saver is not None:
                 self.saver.stopping.forget()
+        set_mode(self.worker.optimizer, training=False)
         write_trace(self.folder, comm, self.job.cluster, self.recorder)
         if self.folder is None or self.progress is None:
             return None
@@ -183,7 +184,7 @@ class Trainer:
         self.watch.pulse.begin("end of a pass")
         self.ongoing, plan, worked = None, ongoing.plan, ongoing.worked()
         self.algorithm.end_pass(worker, comm)
-        losses = worker.take_losses()
+        losses, weights = worker.take_losses()
         if worked.at is None:
             self.feed.collect(plan, losses)
         else:
@@ -191,7 +192,7 @@ class Trainer:
         self.watch.collective()
         step_sec = RoundLaps(self.watch, self.recorder, ongoing.work_sec).step_sec(worked, self.algorithm.mine.tau)
         left_out, counts = ongoing.count(comm.left_out.take(), self.algorithm.counts())
-        done = gather_figures(comm, self.watch, accounts, plan, worked, losses, step_sec, left_out)
+        done = gather_figures(comm, self.watch, accounts, plan, worked, losses, weights, step_sec, left_out)
         if not self.over:
             self.plan = self._replan(self.plan, done)
         rate = worker.optimizer.param_groups[0]["lr"]
@@ -238,8 +239,7 @@ class Trainer:
         assert self.saver is not None
         self.watch.pulse.begin("checkpoint")
         number = self.accounts.rounds + (0 if ongoing is None else ongoing.reached.rounds)
-        value = None if row is None or "eval_loss" not in row else row.get("eval_accuracy", -row["eval_loss"])
-        self.saver.save(number, self.accounts.passes, lambda: state_of(self, ongoing), wait, value)
+        self.saver.save(number, self.accounts.passes, lambda: state_of(self, ongoing), wait, how_good(row or {}))
         self.watch.skip()
 
     def _stopped(self) -> Stopped:

@@ -125,7 +125,7 @@ OBJECTS: list[tuple[str, dict[str, Any], str, str]] = [
     ("model in bfloat16", {"model": Bfloat16(4, 3).bfloat16()}, "model='Bfloat16'", "keep it in float32"),
     ("model nothing", {"model": nn.Identity()}, "model='Identity'", "some to train"),
     ("model double", {"model": nn.Linear(4, 3).double()}, "model='Linear'", "fit together"),
-    ("model meta", {"model": nn.Linear(4, 3, device="meta")}, "model='Linear'", "fit together"),
+    ("model meta", {"model": nn.Linear(4, 3, device="meta")}, "model='Linear'", "moved and copied"),
     ("model tuple", {"model": nn.LSTM(4, 3)}, "train.loss=", "fit together"),
     ("data number", {"train_data": 3}, "train_data='int'", "map-style"),
     ("data text", {"train_data": "images"}, "data='str'", "numbers or tensors"),

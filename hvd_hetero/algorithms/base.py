@@ -34,12 +34,16 @@ class Algorithm:
         samples: n, size of the training set.
         seed: of what the method draws at random, the same on all ranks.
         too_slow: ``cluster.too_slow``.
+        least_batch: samples that the model needs in a step.
 
     Attributes:
         Options: the keys under ``algorithm`` in the configuration.
         defaults: what the method means by ``sampling.scheme`` and ``aggregation.weights`` where they are not set.
         modes: what ``algorithm.mode`` may be, where the method has variants.
         hands_out: whether ranks get the samples of a pass bit by bit, so that no class has a part of its own.
+        flat_gradients: whether gradients are views into flat vectors, and sparse ones are added up in there.
+        sparse_gradients: whether it does with gradients that stay sparse.
+        batch_varies: whether a rank's batch may become smaller than it is set to be.
         plan: the one followed now, and ``mine``, this rank's part of it; both from :meth:`start` on.
         reason: why :meth:`replan` last changed it, for a person to read.
     """
@@ -48,6 +52,9 @@ class Algorithm:
     defaults: ClassVar[Mapping[str, str]] = {"sampling.scheme": "uniform", "aggregation.weights": "uniform"}
     modes: ClassVar[Sequence[str]] = ()
     hands_out: ClassVar[bool] = False
+    flat_gradients: ClassVar[bool] = False
+    sparse_gradients: ClassVar[bool] = True
+    batch_varies: ClassVar[bool] = False
     reason: str = ""
 
     def __init__(
@@ -59,9 +66,11 @@ class Algorithm:
         samples: int,
         seed: int,
         too_slow: str = ERROR,
+        least_batch: int = 1,
     ) -> None:
         self.options, self.train, self.aggregation = options, train, aggregation
         self.cluster, self.samples, self.seed, self.too_slow = cluster, samples, seed, too_slow
+        self.least_batch = least_batch
         self.batch_size = per_class("train.batch_size", train.batch_size, [c.name for c in cluster.classes])
 
     @property

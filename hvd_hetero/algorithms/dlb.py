@@ -11,8 +11,8 @@ Synchronous SGD whose global batch B stays, while each worker's part follows its
         p_i = (p_i / t_i) / sum_j (p_j / t_j)
 
 Two things that the paper leaves open: nobody gets less than ``algorithm.least`` samples, one or more, so that
-everybody's time can be measured; and the p_i that is divided by t_i is the rounded one, b_i / B, since that is what
-took t_i.
+everybody's time can be measured, nor less than the model can be trained on; and the p_i that is divided by t_i is the
+rounded one, b_i / B, since that is what took t_i.
 ``algorithm.global_batch`` is B; null: what the workers' ``train.batch_size`` add up to.
 """
 
@@ -36,7 +36,7 @@ class DLBOptions(LockstepOptions):
 
     Attributes:
         global_batch: samples of one step of all workers together; None: the sum of their ``train.batch_size``.
-        least: of these samples, what no worker gets less of. BatchNorm cannot train on one.
+        least: of these samples, what no worker gets less of; two where the model cannot train on one (BatchNorm).
     """
 
     global_batch: Optional[int] = field(default=None, metadata={"at_least": 1})  # noqa: UP045
@@ -48,6 +48,7 @@ class DLB(SyncSGD):
     """Batches in proportion to measured speed, the joined batch unchanged."""
 
     Options: ClassVar[type[AlgorithmConfig]] = DLBOptions
+    batch_varies: ClassVar[bool] = True
 
     @cached_property
     def global_batch(self) -> int:
@@ -59,7 +60,7 @@ class DLB(SyncSGD):
     def least(self) -> int:
         """Samples of a step that no worker gets less of."""
         assert isinstance(self.options, DLBOptions)
-        return self.options.least
+        return max(self.options.least, self.least_batch)
 
     @cached_property
     def shares(self) -> list[float]:

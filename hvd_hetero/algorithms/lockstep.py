@@ -14,6 +14,7 @@ from hvd_hetero.comm.finite import finite
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.errors import BadNumbers, ConfigError
 from hvd_hetero.feed import Pass, Worked
+from hvd_hetero.modes import evaluation_weights
 from hvd_hetero.plan import IDLE, Plan, lockstep_plan
 from hvd_hetero.schema import AggregationConfig, AlgorithmConfig
 from hvd_hetero.worker import Worker
@@ -79,6 +80,7 @@ class Lockstep(Algorithm):
 
     def run_pass(self, given: Pass, worker: Worker, comm: Comm) -> Worked:
         worked = super().run_pass(given, worker, comm)
+        worker.state.refresh()
         if self.mine.tau and not finite(worker.state.parameters()):  # a step itself may have gone too far
             raise BadNumbers(comm.left_out.round, self.ranks, everybody=True)
         return worked
@@ -88,6 +90,7 @@ class Lockstep(Algorithm):
         self._kept = [buffers.clone() for buffers in worker.state.buffers()]
 
     def put_buffers_back(self, worker: Worker) -> None:
+        worker.state.refresh()
         for buffers, kept in zip(worker.state.buffers(), self._kept, strict=True):
             buffers.copy_(kept)
 
@@ -100,7 +103,8 @@ class Lockstep(Algorithm):
         if comm.rank in self.ranks:
             average_buffers(comm, worker.state, self.mine.weight, self.ranks)
         if 0 not in self.ranks:
-            comm.broadcast_state(worker.state, self.ranks[0])
+            with evaluation_weights(worker.optimizer):
+                comm.broadcast_state(worker.state, self.ranks[0])
 
 
 def choose(cluster: Cluster, participants: str) -> tuple[DeviceClass, ...]:

@@ -13,9 +13,22 @@ from torch import Tensor, nn
 
 from hvd_hetero.cluster import Cluster
 from hvd_hetero.comm.build import build_info
+from hvd_hetero.comm.finite import summable
 from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.comm.slots import real_view
 from hvd_hetero.comm.waiting import guarded, wait_until
-from hvd_hetero.errors import ConfigError
+
+
+class Summable(Compressor):
+    """Lets gradients travel in a type that Horovod sums: complex ones as pairs of real numbers, bfloat16 as float32."""
+
+    @staticmethod
+    def compress(tensor: Tensor) -> tuple[Tensor, Any]:
+        return summable(real_view(tensor)), tensor
+
+    @staticmethod
+    def decompress(tensor: Tensor, ctx: Any) -> Tensor:
+        return (torch.view_as_complex(tensor) if ctx.is_complex() else tensor).to(ctx)
 
 
 class OnHost(Compressor):
@@ -26,11 +39,30 @@ class OnHost(Compressor):
 
     @staticmethod
     def compress(tensor: Tensor) -> tuple[Tensor, Any]:
-        return tensor.cpu(), tensor.device
+        travels, ctx = Summable.compress(tensor)
+        return travels.cpu(), ctx
 
     @staticmethod
     def decompress(tensor: Tensor, ctx: Any) -> Tensor:
-        return tensor.to(ctx)
+        return Summable.decompress(tensor, ctx)
+
+
+def _handed_over(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer under a class that hvd.DistributedOptimizer can make anew, as it does, from parameter groups alone.
+
+    What it makes takes over everything that the optimizer holds: its state and what its ``__init__`` was given.
+    """
+    kind, held = type(optimizer), vars(optimizer)
+
+    def take_over(self: Any, params: Any) -> None:
+        vars(self).update(held)
+
+    def step(self: Any, closure: None = None) -> Any:
+        return kind.step(self)
+
+    again = type(kind.__name__, (kind,), {"__init__": take_over, "step": step})
+    made: torch.optim.Optimizer = again(optimizer.param_groups)
+    return made
 
 
 class GradientSum:
@@ -44,26 +76,17 @@ class GradientSum:
         self._comm, self._ranks = comm, ranks
         devices = {cluster.class_of(rank).device for rank in ranks}
         on_host = len(devices) > 1 or (devices == {"cuda"} and not build_info()["nccl"])
-        self._travel = OnHost if on_host else hvd.Compression.none
+        self._travel = OnHost if on_host else Summable
 
     def wrap(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer, made to send each gradient as soon as the backward pass has computed it.
-
-        Raises:
-            ConfigError: Horovod cannot make the optimizer's class again, which it does from the parameter groups alone.
-        """
+        """The optimizer, made to send each gradient as soon as the backward pass has computed it."""
         if len(self._ranks) == 1:
             return optimizer
         named = [(f"gradient.{name}", p) for name, p in model.named_parameters() if p.requires_grad]
         group = self._comm.group(self._ranks)
-        try:
-            wrapped: torch.optim.Optimizer = hvd.DistributedOptimizer(
-                optimizer, named, compression=self._travel, op=hvd.Sum, process_set=group
-            )
-        except TypeError as error:
-            problem = f"hvd.DistributedOptimizer cannot be made of it: {error}"
-            remedy = "give the arguments of its __init__ defaults"
-            raise ConfigError("train.optimizer", type(optimizer).__name__, problem, remedy) from error
+        wrapped: torch.optim.Optimizer = hvd.DistributedOptimizer(
+            _handed_over(optimizer), named, compression=self._travel, op=hvd.Sum, process_set=group
+        )
         return wrapped
 
     def sent(self, backward: Callable[[], Any]) -> None:

@@ -22,6 +22,8 @@ from typing import Any
 from hvd_hetero.errors import ConfigError
 
 SCOPE = "hvd_hetero"
+JOB = "HVD_HETERO_JOB"
+"""In the environment of all processes of a launched job, on all hosts: the job's id, by which they are found."""
 COLUMNS = "HVD_HETERO_COLUMNS"
 """Set by the launcher to the width of its terminal: ranks themselves never see one."""
 ORPHAN = "HVD_HETERO_ORPHAN_SEC"
@@ -41,6 +43,7 @@ class JobEnv:
         store: address of the job's key-value store, if it has one.
         columns: width of the terminal that shows rank 0's output, if it is one.
         orphan_sec: how long it goes on without reaching the store.
+        launched: by ``hvd-hetero launch``, which has tried out beforehand what the job is made of.
     """
 
     rank: int = 0
@@ -50,6 +53,7 @@ class JobEnv:
     store: str | None = None
     columns: int | None = None
     orphan_sec: float = 30.0
+    launched: bool = False
 
 
 def job_env() -> JobEnv:
@@ -73,6 +77,7 @@ def job_env() -> JobEnv:
         store=f"http://{address}:{port}/{SCOPE}" if address else None,
         columns=int(env[COLUMNS]) if COLUMNS in env else None,
         orphan_sec=float(env.get(ORPHAN, JobEnv.orphan_sec)),
+        launched=JOB in env,
     )
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hvd_hetero import algorithms, components, job
+from hvd_hetero import algorithms, dry_run, job
 from hvd_hetero.compare.spec import Comparison, Row
 from hvd_hetero.components import Components
 from hvd_hetero.errors import ConfigError
@@ -50,12 +50,12 @@ def _check_row(row: Row, comparison: Comparison, built: dict[str, Components]) -
         hosts = job_hosts(config)
         key = _content(config)
         if key not in built:
-            built[key] = components.build(config)
+            built[key] = dry_run.build(config)
         cluster = expected_cluster(config, hosts)
         if cluster is None:
             return Checked(row, config, None)
         job.check(config, built[key], cluster)
-        method = algorithms.build(config, cluster, len(built[key].dataset.train))
+        method = algorithms.build(config, cluster, len(built[key].dataset.train), built[key].least_batch)
         if method.needs_speeds:
             return Checked(row, config, int(config.train.tau))  # derived: tau is the fastest class's
         plan = method.make_plan(None)
