@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -157,19 +153,3 @@ def test_a_saved_model_is_plain_tensors(tmp_path: object) -> None:
         assert torch.equal(loaded[name], tensor), name
         assert loaded[name].untyped_storage().nbytes() == tensor.numel() * tensor.element_size(), name
     assert [file.name for file in path.parent.iterdir()] == ["model.pt"], "nothing half-written is left"
-
-
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSPC])
-def test_a_model_that_cannot_be_synced_is_saved_and_one_that_cannot_be_written_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    def refuse(file: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    if number == errno.EINVAL:
-        assert torch.load(save_model(tmp_path, nn.Linear(1, 1)), weights_only=True)
-        return
-    with pytest.raises(OSError, match="No space"):
-        save_model(tmp_path, nn.Linear(1, 1))
-    assert not list(tmp_path.iterdir())
