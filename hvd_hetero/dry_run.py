@@ -8,10 +8,13 @@ model, loss and metric, and the random generators.
 from __future__ import annotations
 
 import inspect
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,7 +29,8 @@ from hvd_hetero.config import device_classes
 from hvd_hetero.data import Batch, Dataset
 from hvd_hetero.data.batch import to_device
 from hvd_hetero.describe import describe
-from hvd_hetero.errors import ConfigError
+from hvd_hetero.errors import ConfigError, UserError
+from hvd_hetero.imports import Place, cause
 from hvd_hetero.loss_checks import Batched, try_loss, try_metric
 from hvd_hetero.losses import IGNORED, Numbers
 from hvd_hetero.modes import has_modes
@@ -41,6 +45,7 @@ T = TypeVar("T")
 SAMPLES = 2
 MOST_EPOCHS = 1000
 """So many steps of a scheduler are tried out."""
+FRAME = re.compile(r'File "(.+?)", line ([0-9]+)')
 QUICK_SEC = 0.1
 """A step that takes less is followed by a second one: what a module has kept of the first may be in its way."""
 
@@ -94,7 +99,6 @@ class _DryRun:
         self._method = algorithms.get(config.algorithm.name)
         self._read(SAMPLES)
         self._outputs: Any = None
-        self._stepped = False
 
     def forgotten(self, call: Callable[[], T]) -> T:
         """Call something, and put back whatever it has changed."""
@@ -147,7 +151,7 @@ class _DryRun:
     def _read(self, count: int) -> None:
         inputs, targets = first_samples(self._parts.dataset, count, self._origins)
         self._batch: Batch = (to_device(inputs, self._device), to_device(targets, self._device))
-        self._count = min(count, len(self._parts.dataset.train))
+        self._count, self._stepped = min(count, len(self._parts.dataset.train)), False
 
     def _worker(self) -> Worker:
         parts, train = self._parts, self._config.train
@@ -196,31 +200,43 @@ class _DryRun:
             return self._parts.scheduler(optimizer)
 
     def _evaluate(self, worker: Worker) -> None:
-        what = f"the model fails in evaluation on {self._shapes}"
+        what = f"the model fails on {self._told(training=False)}"
         with telling(*self._origins.model, what, "make model and data fit together"):
             worker.evaluate(_OneBatch(self._batch), np.arange(self._count), self._count)
 
     def _step(self, worker: Worker) -> None:
-        self._gradient(worker)
-        self._check_sparse(worker.model)
-        what, remedy = "fails in its first step", "choose one that steps along a gradient"
+        with _counted(worker.model) as times:
+            self._gradient(worker)
+        self._check_gradients(worker.model, times)
+        what, remedy = "fails in a step", "choose one that steps along a gradient"
         with telling(*self._origins.optimizer, what, remedy):
             worker.apply()
         self._stepped = True
 
     def _gradient(self, worker: Worker) -> None:
-        what = f"the model fails in training on {self._shapes}"
-        with telling(*self._origins.model, what, "make model and data fit together"):
+        try:
             worker.gradient(*self._batch)
+        except UserError:
+            raise
+        except Exception as error:
+            made = _forward_places(lambda: worker.gradient(*self._batch))
+            problem = f"the model fails on {self._told(training=True)}: {cause(error, made)}"
+            raise ConfigError(*self._origins.model, problem, "make model and data fit together") from error
 
-    def _check_sparse(self, model: nn.Module) -> None:
+    def _check_gradients(self, model: nn.Module, times: Mapping[str, int]) -> None:
+        """Refuse gradients that the method, or their clipping, cannot deal with."""
+        norm, method = self._config.train.clip_norm, self._config.algorithm.name
         for name, param in model.named_parameters():
+            if self._method.sends_at_once and times.get(name, 0) > 1:
+                problem = f"the gradient of {name} is made in {times[name]} pieces, and {method} sends the first one"
+                remedy = "checkpoint it with use_reentrant=False, or choose another method"
+                raise ConfigError(*self._origins.model, problem, remedy)
             if param.grad is None or not param.grad.is_sparse:
                 continue
-            if not self._method.sparse_gradients:
-                problem = f"{name} has sparse gradients, and {self._config.algorithm.name} sums dense ones"
+            if self._method.sends_at_once:
+                problem = f"{name} has sparse gradients, and {method} sums dense ones"
                 raise ConfigError(*self._origins.model, problem, "make it with sparse=False, or choose another method")
-            if (norm := self._config.train.clip_norm) is not None:
+            if norm is not None:
                 problem = f"{name} has sparse gradients, which cannot be clipped"
                 raise ConfigError("train.clip_norm", norm, problem, "make it with sparse=False, or leave it null")
 
@@ -233,8 +249,8 @@ class _DryRun:
                 worker.end_epoch()
 
     def _save(self, worker: Worker) -> None:
-        spec = self._config.checkpoint
-        if spec.every_sec is None and spec.every_rounds is None:
+        keys = [key for key in ("every_sec", "every_rounds") if getattr(self._config.checkpoint, key) is not None]
+        if not keys:
             return
         try:
             split(worker.state_dict())
@@ -242,26 +258,26 @@ class _DryRun:
             of_part = {"optimizer": self._origins.optimizer, "scheduler": self._origins.scheduler}
             path = str(error.file).removeprefix("the state's ")
             key = of_part.get(path.partition(".")[0], self._origins.model)
-            remedy = f"{error.remedy}, or set checkpoint.every_sec=null"
+            remedy = f"{error.remedy}, or set {' '.join(f'checkpoint.{key}=null' for key in keys)}"
             raise ConfigError(*key, f"no checkpoint can hold {path}, {error.problem}", remedy) from error
 
     # ---- what a user's functions give -------------------------------------------------------------------------------
 
-    @property
-    def _shapes(self) -> str:
+    def _told(self, training: bool) -> str:
         inputs, targets = self._batch
-        return f"a batch of {self._count} (inputs {describe(inputs)}, targets {describe(targets)})"
+        mode = "training" if training else "evaluation"
+        return f"a batch of {self._count} in {mode} (inputs {describe(inputs)}, targets {describe(targets)})"
 
     def _loss(self, outputs: Any, targets: Any) -> Numbers:
-        self._outputs, key = outputs, self._origins.loss
-        what = f"the loss fails on the model's outputs {describe(outputs)} for {self._shapes}"
+        self._outputs, key, training = outputs, self._origins.loss, torch.is_grad_enabled()
+        what = f"the loss fails on the model's outputs {describe(outputs)} for {self._told(training)}"
         with telling(*key, what, "make model, data, loss and its arguments fit together"):
             losses, weights = try_loss(*key, self._parts.loss, self._config.train.loss_args, self._batched(targets))
         counting = losses if weights is None else losses[weights > 0]
         if counting.isnan().any() and not self._stepped:  # a first step may be too long, which is another matter
             problem = "is not a number on the first samples"
             raise ConfigError(*key, problem, "look at the data and the model's weights")
-        if torch.is_grad_enabled() and not losses.requires_grad:
+        if training and not losses.requires_grad:
             problem = "does not depend on the model's parameters, so there is nothing to learn from it"
             raise ConfigError(*key, problem, "compute it from the outputs, with functions of torch")
         return losses, weights
@@ -275,6 +291,32 @@ class _DryRun:
         sizes = self._config.train.batch_size
         batch = max(sizes.values()) if isinstance(sizes, Mapping) else sizes
         return Batched(self._outputs, targets, self._count, batch)
+
+
+@contextmanager
+def _counted(model: nn.Module) -> Iterator[dict[str, int]]:
+    """Count how often a backward pass adds to the gradient of each parameter, by name."""
+    times: dict[str, int] = {}
+
+    def count(name: str, param: Tensor) -> None:
+        times[name] = times.get(name, 0) + 1
+
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(partial(count, name)) for name, p in trained]
+    try:
+        yield times
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _forward_places(step: Callable[[], Any]) -> list[Place]:
+    """Return the lines that made what a backward pass fails on: its own traceback ends in torch."""
+    with warnings.catch_warnings(record=True) as heard, suppress(Exception):
+        warnings.simplefilter("always")
+        with torch.autograd.detect_anomaly(check_nan=False):
+            step()
+    return [(file, int(line)) for said in heard for file, line in FRAME.findall(str(said.message))]
 
 
 class _OneBatch:

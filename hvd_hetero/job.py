@@ -75,7 +75,7 @@ def _start(env: JobEnv, watchdog: Watchdog, prepare: Callable[[], tuple[Config, 
     data = components.dataset
     said = _exchange(env, {
         "facts": local_facts(env.rank, env.host, env.local_rank).to_dict(),
-        "fingerprint": fingerprint(config),
+        "fingerprint": fingerprint(config, components.model),
         "data": {"training": facts_of(data.train), "test": facts_of(data.test)} if env.size > 1 else {},
     })
     watchdog.arm(config.run.watchdog_sec)

@@ -44,14 +44,19 @@ def per_sample(key: str, value: Any, returned: Any, samples: Collection[int]) ->
     values, weights = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
     for part in (values,) if weights is None else (values, weights):
         if not _is_per_sample(part, samples):
-            shape = list(part.shape) if isinstance(part, Tensor) else type(part).__name__
-            number = " or ".join(map(str, sorted(samples))) or "B"
-            problem = f"is not per sample: a batch of {number} gives {shape}"
-            raise ConfigError(key, value, problem, f"return a tensor [{number}], for example with reduction='none'")
+            raise _refused(key, value, part, " or ".join(map(str, sorted(samples))) or "B")
     if values.dtype not in (torch.float32, torch.float64):
         values = values.float()
     values = values.reshape(-1)
     return values, None if weights is None else weights.reshape(-1).to(values)
+
+
+def _refused(key: str, value: Any, part: Any, samples: str) -> ConfigError:
+    shape = list(part.shape) if isinstance(part, Tensor) else type(part).__name__
+    remedy = f"return a tensor [{samples}], for example with reduction='none'"
+    if isinstance(part, Tensor) and part.dim() > 1:
+        remedy += " and each sample's mean over what counts of it"
+    return ConfigError(key, value, f"is not per sample: a batch of {samples} gives {shape}", remedy)
 
 
 def _is_per_sample(part: Any, samples: Collection[int]) -> bool:

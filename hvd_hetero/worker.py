@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.data import Batch, Source, read
 from hvd_hetero.data.batch import sample_counts
+from hvd_hetero.errors import ConfigError
 from hvd_hetero.extra_state import extra_state, load_extra_state
 from hvd_hetero.losses import Numbers, PerSample, joined, mean_gradient, name_of, per_sample, weighted_sums
 from hvd_hetero.modes import evaluating, set_mode
@@ -137,6 +138,9 @@ class Worker:
             for param in self._params:
                 param.grad = None
         (losses, weights), _ = self._losses_of(inputs, targets, model)
+        if not losses.requires_grad:
+            problem = "does not depend on the model's parameters in this batch"
+            raise ConfigError("train.loss", name_of(self._loss), problem, "compute it from the outputs, always")
         losses.backward(mean_gradient(losses, weights, weight))  # their mean's gradient, without the mean
         return losses.detach(), weights
 
