@@ -73,9 +73,6 @@ def difference(checkpoint: Checkpoint, config: Config, world_size: int) -> UserE
     if meta.world_size != world_size:
         problem = f"was saved by {meta.world_size} ranks, and this job has {world_size}"
         return CheckpointError(path, problem, f"start {meta.world_size} ranks, {REMEDY}")
-    if meta.made_with is None:
-        problem = "was saved by an earlier version of hvd-hetero, which did not keep its settings"
-        return CheckpointError(path, problem, f"start anew, {REMEDY}")
     built_in, changed = plain(config.built_in()), {}
     for key, value in plain(config.settings(NUMBERS)).items():
         before = meta.made_with.get(key, built_in[key])  # a key that was not there had the effect that it has built in
@@ -92,9 +89,8 @@ def difference(checkpoint: Checkpoint, config: Config, world_size: int) -> UserE
 
 def changed_sources(meta: Meta, config: Config) -> list[str]:
     """Say which of the user's own files are not what they were when a checkpoint was made."""
-    before = meta.made_with or {}
     return [f"{what} has changed since the checkpoint of round {meta.round} was made: start anew, unless it does the "
-            "same as before" for what, digest in sources(config).items() if before.get(what, digest) != digest]
+            "same as before" for what, digest in sources(config).items() if meta.made_with.get(what, digest) != digest]
 
 
 def check_samples(found: Found, samples: int) -> None:

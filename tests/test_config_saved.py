@@ -51,7 +51,8 @@ DECIDES = {
         train.matmul_precision train.channels_last sampling.scheme sampling.high_loss_ratio sampling.bias_to
         aggregation.weights aggregation.mode aggregation.sync_every aggregation.max_lag aggregation.patience_sec
         aggregation.optimizer_state aggregation.outer_lr aggregation.outer_momentum aggregation.outer_nesterov
-        aggregation.delayed algorithm.name algorithm.mode algorithm.participants algorithm.global_batch algorithm.least
+        aggregation.delayed aggregation.state algorithm.name algorithm.mode algorithm.participants
+        algorithm.global_batch algorithm.least
         algorithm.partition_bytes""",
     LENGTH: "train.passes train.max_fast_steps train.max_samples train.max_train_sec aggregation.nan",
     FIGURES: """

@@ -20,6 +20,7 @@ pytest.importorskip("horovod")
 import numpy as np  # noqa: E402
 from store_helpers import NEW, OLD, save_round, some_state  # noqa: E402
 
+from hvd_hetero.checkpoint import save_model  # noqa: E402
 from hvd_hetero.cluster import RankFacts, assign  # noqa: E402
 from hvd_hetero.comm.rendezvous import JobEnv  # noqa: E402
 from hvd_hetero.comm.rounds import Counts  # noqa: E402
@@ -248,3 +249,19 @@ def test_what_was_counted_in_a_pass_is_saved_with_it() -> None:
     assert left_out == 3 and counts is not None
     assert counts.tolist()[: len(KINDS) + 3] == [4, 1, 0, 0, 4, 0, 1]
     assert again.count(0, None) == (3, None), "a method without partial collectives"
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSPC])
+def test_a_model_that_cannot_be_synced_is_saved_and_one_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(file: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if number == errno.EINVAL:
+        assert torch.load(save_model(tmp_path, torch.nn.Linear(1, 1)), weights_only=True)
+        return
+    with pytest.raises(OSError, match="No space"):
+        save_model(tmp_path, torch.nn.Linear(1, 1))
+    assert not list(tmp_path.iterdir())

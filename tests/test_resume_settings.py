@@ -92,13 +92,6 @@ def test_a_key_that_a_checkpoint_does_not_know_had_its_built_in_value(tmp_path: 
         find(tmp_path, configured(run__resume="auto", train__clip_norm=1.0), 2)
 
 
-def test_what_did_not_keep_its_settings_is_taken_as_a_start_for_others_only(tmp_path: Path) -> None:
-    save_round(Store(tmp_path), OLD, [{}, {}], None)
-    with pytest.raises(UserError, match="earlier version of hvd-hetero.*run.resume=reshape"):
-        find(tmp_path, configured(run__resume="auto"), 2)
-    assert find(tmp_path, configured(run__resume="reshape"), 2)
-
-
 def test_what_is_damaged_is_passed_over_and_told(source: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(source, tmp_path / "run"))
     (run / "checkpoints" / "000020" / "rank0001.json").write_bytes(b"")
