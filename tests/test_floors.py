@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hvd_hetero"
 FLOORS = [
     {"errors", "checking", "config", "files", "schema", "pacing", "cluster", "plan", "taus", "pulse",
-     "timing", "overrides"},
+     "timing", "overrides", "cgroups"},
     {"comm", "data", "models", "imports", "limits", "sampling", "metrics", "trace", "checkpoint", "store", "simulator",
      "accounts", "by_name", "delays", "partial_counts", "profiles", "stopping", "fingerprint", "watchdog",
      "environment"},
