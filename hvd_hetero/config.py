@@ -264,4 +264,6 @@ def _type(item: dataclasses.Field[Any]) -> str:
     if item.type == "Any":
         return "plain YAML: a number, a text, a list or a mapping"
     text = str(item.type)
+    if text.startswith("list"):
+        return "a list, [A, B]"
     return f"a value of type {text.removeprefix('Optional[').removesuffix(']') if 'Optional' in text else text}"

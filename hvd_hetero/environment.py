@@ -59,7 +59,12 @@ def for_ranks(config: Config) -> dict[str, str]:
         return NAME.fullmatch(name) is not None and (name in wanted or (listed and not is_secret(name, value)))
 
     given = {name: value for name, value in os.environ.items() if passes(name, value)}
-    return {HASH_SEED: str(config.run.seed), **given}
+    return {**given, HASH_SEED: given.get(HASH_SEED) or str(config.run.seed)}
+
+
+def hidden(config: Config) -> list[str]:
+    """Return the names of the variables that are set here and that ranks do not get."""
+    return sorted(os.environ.keys() - for_ranks(config).keys())
 
 
 def check_secrets(config: Config) -> None:
@@ -85,6 +90,7 @@ def as_ranks(config: Config) -> Iterator[None]:
         UserError: that of the block.
     """
     before, given, plain = dict(os.environ), for_ranks(config), type(os.environ)
+    absent = hidden(config)
     missed: dict[str, bool] = {}
 
     class Watched(os._Environ[str]):
@@ -92,7 +98,7 @@ def as_ranks(config: Config) -> Iterator[None]:
             try:
                 return super().__getitem__(name)
             except KeyError:
-                if name in before and name not in given:
+                if name in absent:
                     missed[name] = missed.get(name, False) or _is_users()
                 raise
 

@@ -8,13 +8,14 @@ import shutil
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 
 from hvd_hetero import algorithms, dry_run, job
 from hvd_hetero.api import run_dir
-from hvd_hetero.cluster import Cluster, RankFacts, assign, integers, local_facts, parse_hosts
+from hvd_hetero.cluster import Cluster, RankFacts, assign, integers, limit_threads, local_facts, parse_hosts
 from hvd_hetero.config import device_classes, load
 from hvd_hetero.environment import as_ranks, check_secrets, for_ranks
 from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_STOPPED, ConfigError, nearest
@@ -129,6 +130,7 @@ def preflight(config: Config, hosts: Sequence[tuple[str, int]], trains: bool = T
         ConfigError: as :func:`hvd_hetero.job.start`.
     """
     _check_places(config, hosts, trains)
+    limit_threads()
     local = all(is_local(host) for host, _ in hosts)
     if not local:
         check_secrets(config)
@@ -172,7 +174,7 @@ def expected_cluster(config: Config, hosts: Sequence[tuple[str, int]]) -> Cluste
     for host, slots in hosts:
         # What a remote host has is found out by its own ranks; here it is given the benefit of the doubt.
         gpus = here.gpus if is_local(host) else ("unknown",) * slots
-        facts += [RankFacts(len(facts) + i, host, i, gpus, here.cpu, here.cores) for i in range(slots)]
+        facts += [replace(here, rank=len(facts) + i, host=host, local_rank=i, gpus=gpus) for i in range(slots)]
     if config.cluster.classes == AUTO and not all(is_local(host) for host, _ in hosts):
         return None
     classes = AUTO if config.cluster.classes == AUTO else device_classes(config.cluster.classes)

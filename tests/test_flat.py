@@ -87,7 +87,8 @@ def test_every_tensor_and_gradient_begins_where_a_cache_line_does() -> None:
     for vector in (single, double, *gradients):
         assert vector.data_ptr() % 64 == 0
     params = [p for p in model.parameters() if p.requires_grad]
-    tensors = [*params, *(p.grad for p in params), model.norm.running_mean, model.norm.running_var, model.running_offset]
+    statistics = [model.norm.running_mean, model.norm.running_var, model.running_offset]
+    tensors = [*params, *(p.grad for p in params), *statistics]
     assert len({t.data_ptr() for t in tensors}) == len(tensors)
     assert all(t.data_ptr() % 64 == 0 for t in tensors)
 

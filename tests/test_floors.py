@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hvd_hetero"
 FLOORS = [
     {"errors", "checking", "overrides", "config", "files", "schema", "pacing", "cluster", "plan", "taus", "pulse",
-     "timing"},
+     "timing", "cgroups"},
     {"comm", "data", "models", "imports", "limits", "sampling", "metrics", "trace", "checkpoint", "store", "simulator",
      "accounts", "by_name", "delays", "extra_state", "partial_counts", "profiles", "stopping", "fingerprint", "process",
      "watchdog", "describe", "random_state", "modes", "snapshot", "losses", "loss_checks", "states", "environment",

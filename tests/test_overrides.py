@@ -11,9 +11,9 @@ from hvd_hetero.config import load
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.overrides import is_setting, parse_override
 
-ODD = ["/data/a=b/c#d", "/x y", " /x", "a #b", "#5", "007", "1e-3", "1:30", "~", "~/x", "a: b", "*.txt", "&a x", "a, b",
-       "it's", 'say "x"', "数据", "a\\b", "$HOME `x` ; |", "two\nlines", "x\n y", "- x", "> x", "%x", "@x", "<<",
-       "[1] x"]
+ODD = ["/data/a=b/c#d", "/x y", " /x", "a #b", "#5", "007", "1e-3", "1:30", "~", "~/x", "a: b", "*.txt", "&a x",
+       "a, b", "it's", 'say "x"', "数据", "a\\b", "$HOME `x` ; |", "two\nlines", "x\n y", "- x", "> x", "%x", "@x",
+       "<<", "[1] x"]
 """Texts in which YAML sees something else."""
 
 
