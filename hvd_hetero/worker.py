@@ -81,7 +81,7 @@ class Worker:
         """Makes optimizer and scheduler anew, for methods that put something around the optimizer before training."""
         made = self._make_optimizer(self._params)
         self.optimizer = made if wrap is None else wrap(made)
-        set_mode(self.optimizer, training=True)
+        self._steps = False
         self.scheduler = None if self._make_scheduler is None else self._make_scheduler(self.optimizer)
         self._scheduled = [group["lr"] for group in self.optimizer.param_groups]
 
@@ -91,6 +91,20 @@ class Worker:
         return self._gradients
 
     # ---- training ---------------------------------------------------------------------------------------------------
+
+    def rest(self) -> None:
+        """Lets the parameters be what is evaluated, averaged and saved, until the next gradient or step.
+
+        They are something else only while an optimizer steps that has modes, see :mod:`hvd_hetero.modes`.
+        """
+        if self._steps:
+            self._steps = False
+            set_mode(self.optimizer, training=False)
+
+    def _end_rest(self) -> None:
+        if not self._steps:
+            self._steps = True
+            set_mode(self.optimizer, training=True)
 
     def local_steps(self, batches: Iterator[Batch], count: int, stop: Callable[[], bool] | None = None) -> int:
         """``count`` local steps on the next batches, fewer if ``stop`` says so after one; returns how many."""
@@ -110,6 +124,7 @@ class Worker:
         Returns:
             The per-sample losses ``[B]``, on the device; they are also kept for :meth:`take_losses`.
         """
+        self._end_rest()
         try:
             losses = self._backward(self._compiled or self.model, inputs, targets, weight)
         except Exception as error:
@@ -145,6 +160,7 @@ class Worker:
 
     def apply(self) -> None:
         """One optimizer step along the gradient at hand."""
+        self._end_rest()
         if self._clip_norm is not None:
             nn.utils.clip_grad_norm_(self._params, self._clip_norm)
         self.optimizer.step()
@@ -184,7 +200,8 @@ class Worker:
         """Sums of loss and metric over the given samples of a source; all modes are left as they were."""
         total = torch.zeros(2, dtype=torch.float64)
         whole = len(indices) // batch_size * batch_size
-        with evaluating(self.model, self.optimizer):
+        self.rest()
+        with evaluating(self.model):
             for rows in (indices[:whole].reshape(-1, batch_size), indices[whole:].reshape(1, -1)):
                 for inputs, targets in source.batches(rows, self.generator) if rows.size else ():
                     self.watch.pulse.begin("evaluation")
@@ -198,7 +215,7 @@ class Worker:
 
     def snapshot(self) -> Callable[[], None]:
         """Remembers everything that training changes; calling the result puts it back."""
-        before = RandomState.capture(self.device)
+        before, steps = RandomState.capture(self.device), self._steps
         put_back = snapshot(
             self.model, self.optimizer, self.scheduler, self._loss, self._metric, self.generator
         )
@@ -206,12 +223,13 @@ class Worker:
         def restore() -> None:
             put_back()
             before.restore()
-            self._losses = []
+            self._losses, self._steps = [], steps
 
         return restore
 
     def state_dict(self) -> dict[str, Any]:
         """Everything of this rank that decides its further steps, between two rounds."""
+        self.rest()  # which mode an optimizer is in is not always in its own state
         return {
             "tensors": [t.detach() for t in self.state.everything()],
             "layout": [str((name, list(p.shape), p.stride())) for name, p in self.model.named_parameters()],
