@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,13 +25,16 @@ from hvd_hetero.errors import (
     EXIT_NUMBERS,
     EXIT_STOPPED,
     BadNumbers,
+    RankError,
     Stopped,
     UserError,
 )
 from hvd_hetero.files import check_writable
 from hvd_hetero.metrics import check_run_dir
-from hvd_hetero.saving import find
-from hvd_hetero.schema import RESHAPE, Config
+from hvd_hetero.process import process_restored
+from hvd_hetero.random_state import RandomState
+from hvd_hetero.resume import check_samples, find
+from hvd_hetero.schema import Config
 from hvd_hetero.trainer import Trainer
 
 PEER_GONE_SEC = 1.0
@@ -42,6 +48,9 @@ def train(
 ) -> dict[str, Any] | None:
     """Trains one model on all ranks of the job; every rank calls it.
 
+    A program may call it again, with whatever else: the calls know nothing of each other. What it changes in the
+    process (cores, threads, random numbers, warnings) is as before when it returns or raises.
+
     Args:
         config: a YAML file or several, merged in order; None is the built-in default.
         overrides: dotted keys and their values, ``{"train.passes": 10}``, or ``key=value`` texts.
@@ -52,7 +61,7 @@ def train(
 
     Raises:
         UserError: something given cannot be used; with more than one rank, rank 0 says so and the job ends with
-            status 2 instead.
+            status 2 instead: every rank raises SystemExit, which a program that goes on has to catch on all of them.
         Stopped: the run was asked to stop, and has saved; with more than one rank, the job ends with status 3 instead.
         BadNumbers: no rank's numbers are good any more; with more than one rank, the job ends with status 6 instead.
     """
@@ -60,7 +69,11 @@ def train(
         loaded = load(config, overrides, algorithms.method)
         return loaded, dry_run.build(loaded, Given.of(given))
 
-    return guarded(lambda: _run(prepare))
+    with ExitStack() as after:
+        after.enter_context(process_restored())
+        after.callback(RandomState.capture().restore)
+        after.callback(gc.collect)  # a next call needs the memory, and data workers end
+        return guarded(lambda: _run(prepare))
 
 
 def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | None:
@@ -75,14 +88,21 @@ def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | N
             check_run_dir(config.run.dir, config.run.overwrite or config.run.resume is not None)
             check_writable("run.dir", Path(config.run.dir))
             if config.run.resume is not None:
-                digest = config.digest(how_long=False)
-                found = find(Path(config.run.dir), digest, env.size, reshape=config.run.resume == RESHAPE)
+                found = find(Path(config.run.dir), config, env.size)
+                if found is not None:
+                    check_samples(found, len(parts.dataset.train))
         return config, parts
 
     started = job.start(prepare_folder_too)
-    trainer = Trainer(started, run_dir(started.config), found)
+    try:
+        trainer = Trainer(started, run_dir(started.config), found)
+    except BaseException:
+        started.watchdog.stop()
+        raise
     try:
         trainer.prepare()
+    except RankError:
+        raise
     except UserError:
         trainer.close()  # every rank is here: they judge by the same measurements
         raise
@@ -91,23 +111,30 @@ def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | N
     except Stopped:
         trainer.close()
         raise
-    except UserError as error:
-        # one rank's own trouble, a broken file for instance: the others are waiting somewhere else
-        raise RuntimeError(str(error)) from error
-    except BaseException:
-        trainer.abandon()
+    except BaseException as error:
+        trainer.abandon(saves=isinstance(error, Exception) and not isinstance(error, PEER_LOST))
+        if env.size == 1:  # nobody has to be told, and the program may go on
+            trainer.close()
+        if isinstance(error, UserError):
+            # one rank's own trouble, a broken file for instance: the others are waiting somewhere else
+            raise RankError(str(error)) from error
         raise
     trainer.close()
     return summary
 
 
 def run_dir(config: Config) -> Path:
-    """Where the run is kept: as configured, else a new folder under ``runs/`` named after what is trained, and when."""
+    """Where the run is kept: as configured, else a new folder under ``runs/`` named after what is trained, and when.
+
+    A program may train several times in a second.
+    """
     if config.run.dir is not None:
         return Path(config.run.dir)
     what = ((part.target or part.name or "").rpartition(":")[2] for part in (config.data, config.model))
     name = config.run.name or "-".join(filter(None, (config.algorithm.name, *what)))
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    first = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+    return next(folder for folder in itertools.chain([first], others) if not folder.exists())
 
 
 def guarded(call: Callable[[], Any]) -> Any:
@@ -120,6 +147,8 @@ def guarded(call: Callable[[], Any]) -> Any:
         return call()
     try:
         return call()
+    except RankError as error:
+        _end(EXIT_BAD_INPUT, f"rank {env.rank} on {env.host}: {error}")
     except UserError as error:
         if env.rank == 0:
             print(f"hvd-hetero: error: {error}", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,46 +11,65 @@ from torch import Tensor, nn
 
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.imports import import_target
+from hvd_hetero.losses import IGNORED, Numbers, PerSample, mean_of_targets, named_loss, with_arguments
 
-PerSample = Callable[[Any, Tensor], Tensor]
+ACCURACY = "accuracy"
 
 
 def per_sample_loss(name: str, args: Mapping[str, Any]) -> PerSample:
-    """The loss by name (a function of ``torch.nn.functional``) or import path, reduced to one number a sample.
+    """Make a loss by its name (a function of ``torch.nn.functional``) or import path.
 
     Raises:
-        ConfigError: there is no such loss.
+        ConfigError: there is no such loss, or it cannot take its arguments.
     """
     if ":" in name:
-        target = import_target("train.loss", name)
-    else:
-        target = getattr(nn.functional, name, None)  # type: ignore[assignment]
-        if not callable(target):
-            raise ConfigError("train.loss", name, "is no function of torch.nn.functional",
-                              "give one, for example cross_entropy, or package.module:function")
-        args = {"reduction": "none", **args}
+        own = loss_of_module(import_target("train.loss", name))
+        return with_arguments(own, args) if args else own
+    function = getattr(nn.functional, name, None)
+    if not callable(function):
+        raise ConfigError("train.loss", name, "is no function of torch.nn.functional",
+                          "give one, for example cross_entropy, or package.module:function")
+    return named_loss(name, function, args)
 
-    def loss(outputs: Any, targets: Tensor) -> Tensor:
-        losses: Tensor = target(outputs, targets, **args)
-        return losses.flatten(1).mean(1) if isinstance(losses, Tensor) and losses.dim() > 1 else losses
 
+def loss_of_module(loss: PerSample) -> PerSample:
+    """Take the losses of ``torch.nn`` that know class weights and ignored targets as what they are; others as given."""
+    if type(loss) is nn.CrossEntropyLoss and loss.reduction == "none":
+        args = {"weight": loss.weight, "ignore_index": loss.ignore_index, "label_smoothing": loss.label_smoothing}
+        return named_loss("cross_entropy", nn.functional.cross_entropy, args)
+    if type(loss) is nn.NLLLoss and loss.reduction == "none":
+        args = {"weight": loss.weight, "ignore_index": loss.ignore_index}
+        return named_loss("nll_loss", nn.functional.nll_loss, args)
     return loss
 
 
-def metric_by_name(name: str | None) -> PerSample | None:
-    """``accuracy``, None, or the user's ``package.module:function`` giving one number a sample."""
+def metric_by_name(name: str | None, ignored: int = IGNORED) -> PerSample | None:
+    """Return ``accuracy``, None, or the user's ``package.module:function`` giving one number a sample.
+
+    Args:
+        ignored: the class number that does not count.
+    """
     if name is None or name == "none":
         return None
     if ":" in name:
         return import_target("eval.metric", name)
-    if name != "accuracy":
+    if name != ACCURACY:
         raise ConfigError("eval.metric", name, "is not known", "give accuracy, none or package.module:function")
-    return accuracy
+    return partial(accuracy, ignored=ignored)
 
 
-def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """1 where the highest logit is the target's; ``[B, C]`` and ``[B]`` to ``[B]``."""
-    return (outputs.argmax(1) == targets).float()
+def accuracy(outputs: Tensor, targets: Tensor, ignored: int = IGNORED) -> Numbers:
+    """Return the share of a sample's targets that have the highest logit; of ``[B, C, ...]`` and ``[B, ...]``.
+
+    NaN is never right: a model that has diverged would have the accuracy of its first class.
+    """
+    right = (outputs.argmax(1) == targets) & ~outputs.isnan().any(1)
+    return mean_of_targets(right.float(), targets, ignored)
+
+
+def is_accuracy(metric: PerSample | None) -> bool:
+    """Say whether a metric is the one by the name of ``accuracy``."""
+    return getattr(metric, "func", metric) is accuracy
 
 
 def optimizer_maker(

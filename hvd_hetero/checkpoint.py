@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 FOLDER = "checkpoint"
 MODEL = "model.pt"
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether ``torch.load(weights_only=True)`` will read it."""
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    if type(value) in (dict, OrderedDict):
+        return all(_is_plain(part) for item in value.items() for part in item)
+    return value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str, bytes)
 
 
 def save_model(run_dir: Path, model: nn.Module) -> Path:
@@ -17,8 +29,15 @@ def save_model(run_dir: Path, model: nn.Module) -> Path:
     folder = run_dir / FOLDER
     folder.mkdir(exist_ok=True)
     part, path = folder / f".{MODEL}.part", folder / MODEL
-    # clone: a view into the flat vector would take the whole vector's storage along, once for each tensor
-    weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    weights = {}
+    for name, value in model.state_dict().items():
+        # clone: a view into the flat vector would take the whole vector's storage along, once for each tensor
+        value = value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+        if _is_plain(value):
+            weights[name] = value
+        else:  # what a module returns from get_extra_state
+            problem = f"a {type(value).__name__}, which only pickle could save"
+            warnings.warn(f"{path}: {name} is not in it: {problem}", RuntimeWarning, stacklevel=2)
     with part.open("wb") as file:
         torch.save(weights, file)
         file.flush()

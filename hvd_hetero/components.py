@@ -13,12 +13,15 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from hvd_hetero import data, models
-from hvd_hetero.by_name import PerSample, metric_by_name, optimizer_maker, per_sample_loss, scheduler_maker
+from hvd_hetero.by_name import loss_of_module, metric_by_name, optimizer_maker, per_sample_loss, scheduler_maker
+from hvd_hetero.comm.flat import check_state
 from hvd_hetero.data import Batch, Dataset
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, UserError, nearest
 from hvd_hetero.imports import cause
+from hvd_hetero.losses import IGNORED, PerSample
 from hvd_hetero.modes import evaluating
+from hvd_hetero.random_state import seed_all
 from hvd_hetero.schema import Config, DataConfig, ModelConfig
 from hvd_hetero.worker import forward
 
@@ -58,10 +61,6 @@ class Given:
             if name not in names:
                 raise ConfigError(name, _short(value), "is no argument", nearest(name, names))
         return cls(**objects)
-
-
-SUMMED = (torch.float16, torch.float32, torch.float64)
-"""Floating types that Horovod has sums for."""
 
 
 @dataclass(frozen=True)
@@ -115,17 +114,20 @@ def build(config: Config, given: Given | None = None) -> Components:
     """
     given = given or Given()
     train, origins = config.train, Origins.of(config, given)
-    torch.manual_seed(config.run.seed)
+    ignored = getattr(given.loss, "ignore_index", train.loss_args.get("ignore_index", IGNORED))
+    seed_all(config.run.seed)  # every rank has to read the same data
+    dataset = _dataset(config, given)
+    seed_all(config.run.seed)  # however much randomness that took
     components = Components(
-        dataset=_dataset(config, given),
+        dataset=dataset,
         model=_model(config, given),
-        loss=given.loss or per_sample_loss(train.loss, train.loss_args),
-        metric=given.metric or metric_by_name(config.eval.metric),
+        loss=per_sample_loss(train.loss, train.loss_args) if given.loss is None else loss_of_module(given.loss),
+        metric=given.metric or metric_by_name(config.eval.metric, ignored),
         optimizer=given.optimizer or optimizer_maker(train.optimizer, train.lr, train.optimizer_args),
         scheduler=given.scheduler or scheduler_maker(train.scheduler, train.scheduler_args),
     )
     _give_shapes(components, origins)
-    _check_types(origins, components.model)
+    check_state(components.model, config.aggregation.state)
     return components
 
 
@@ -187,16 +189,6 @@ def _give_shapes(components: Components, origins: Origins) -> None:
 def _lazy(model: nn.Module) -> list[str]:
     """Return the names of what has no shape yet."""
     return [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if is_lazy(tensor)]
-
-
-def _check_types(origins: Origins, model: nn.Module) -> None:
-    """Raises ConfigError if anything that would be averaged is of a type that Horovod cannot sum."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    for name, tensor in [*trained, *((n, b) for n, b in model.named_buffers() if b.is_floating_point())]:
-        if tensor.dtype not in SUMMED:
-            remedy = "keep it in float32 (train.autocast=bf16 computes in bfloat16 all the same)"
-            problem = f"Horovod cannot sum {tensor.dtype}, the type of {name}"
-            raise ConfigError(*origins.model, problem, remedy)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,10 +26,12 @@ from hvd_hetero.comm.rendezvous import job_env
 from hvd_hetero.components import Components, Given, Origins, first_samples, telling
 from hvd_hetero.config import device_classes
 from hvd_hetero.data import Batch, Dataset
-from hvd_hetero.data.source import to_device
+from hvd_hetero.data.batch import to_device
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.imports import Place, cause
+from hvd_hetero.loss_checks import Batched, try_loss, try_metric
+from hvd_hetero.losses import IGNORED, Numbers
 from hvd_hetero.modes import has_modes
 from hvd_hetero.random_state import RandomState
 from hvd_hetero.schema import AUTO, AggregationConfig, Config
@@ -44,8 +45,8 @@ SAMPLES = 2
 MOST_EPOCHS = 1000
 """So many steps of a scheduler are tried out."""
 FRAME = re.compile(r'File "(.+?)", line ([0-9]+)')
-QUICK_SEC = 0.1
-"""A step that takes less is followed by a second one: what a module has kept of the first may be in its way."""
+SMALL = 10_000_000
+"""Parameters. Models that have no more take a second step: what a module has kept of the first may be in its way."""
 
 
 def build(config: Config, given: Given | None = None) -> Components:
@@ -120,9 +121,7 @@ class _DryRun:
         worker = self._worker()
         self._evaluate(worker)
         _check_classes(self._parts.dataset, self._outputs, self._config, self._given, self._origins)
-        began = time.perf_counter()
-        self._step(worker)
-        if time.perf_counter() - began < QUICK_SEC:
+        for _ in range(2 if sum(p.numel() for p in worker.model.parameters()) <= SMALL else 1):
             self._step(worker)
         self._epochs(worker)
         self._save(worker)
@@ -148,8 +147,8 @@ class _DryRun:
 
     def _read(self, count: int) -> None:
         inputs, targets = first_samples(self._parts.dataset, count, self._origins)
-        self._batch: Batch = (to_device(inputs, self._device), targets.to(self._device))
-        self._count, self._stepped = len(targets), False
+        self._batch: Batch = (to_device(inputs, self._device), to_device(targets, self._device))
+        self._count, self._stepped = min(count, len(self._parts.dataset.train)), False
 
     def _worker(self) -> Worker:
         parts, train = self._parts, self._config.train
@@ -266,26 +265,29 @@ class _DryRun:
         mode = "training" if training else "evaluation"
         return f"a batch of {self._count} in {mode} (inputs {describe(inputs)}, targets {describe(targets)})"
 
-    def _loss(self, outputs: Any, targets: Tensor) -> Tensor:
+    def _loss(self, outputs: Any, targets: Any) -> Numbers:
         self._outputs, key, training = outputs, self._origins.loss, torch.is_grad_enabled()
         what = f"the loss fails on the model's outputs {describe(outputs)} for {self._told(training)}"
         with telling(*key, what, "make model, data, loss and its arguments fit together"):
-            losses = self._parts.loss(outputs, targets)
-        per_sample(*key, losses, self._count)
-        if losses.isnan().any() and not self._stepped:  # a first step may be too long, which is another matter
+            losses, weights = try_loss(*key, self._parts.loss, self._config.train.loss_args, self._batched(targets))
+        counting = losses if weights is None else losses[weights > 0]
+        if counting.isnan().any() and not self._stepped:  # a first step may be too long, which is another matter
             problem = "is not a number on the first samples"
             raise ConfigError(*key, problem, "look at the data and the model's weights")
         if training and not losses.requires_grad:
             problem = "does not depend on the model's parameters, so there is nothing to learn from it"
             raise ConfigError(*key, problem, "compute it from the outputs, with functions of torch")
-        return losses
+        return losses, weights
 
-    def _metric(self, outputs: Any, targets: Tensor) -> Tensor:
+    def _metric(self, outputs: Any, targets: Any) -> Numbers:
         assert self._parts.metric is not None
         with telling(*self._origins.metric, "fails on this model's outputs", "set eval.metric=none or another"):
-            values = self._parts.metric(outputs, targets)
-        per_sample(*self._origins.metric, values, self._count)
-        return values
+            return try_metric(*self._origins.metric, self._parts.metric, self._batched(targets))
+
+    def _batched(self, targets: Any) -> Batched:
+        sizes = self._config.train.batch_size
+        batch = max(sizes.values()) if isinstance(sizes, Mapping) else sizes
+        return Batched(self._outputs, targets, self._count, batch)
 
 
 @contextmanager
@@ -330,18 +332,6 @@ class _OneBatch:
         yield self._batch
 
 
-def per_sample(key: str, value: Any, losses: Any, batch: int) -> None:
-    """Check that a loss or metric is one number a sample: the loss table and the sampling need it.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if not isinstance(losses, Tensor) or tuple(losses.shape) != (batch,):
-        found = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        problem = f"is not per sample: a batch of {batch} gives {found}"
-        raise ConfigError(key, value, problem, f"return a tensor [{batch}], for example with reduction='none'")
-
-
 def _warn_of_evaluation_mode(model: nn.Module) -> None:
     """Tell of what stays in evaluation mode and has something to learn: it may not be meant."""
     if not model.training:
@@ -362,11 +352,10 @@ def _check_classes(dataset: Dataset, outputs: Any, config: Config, given: Given 
         return
     for name, source in (("training", dataset.train), ("test", dataset.test)):
         holder = source if isinstance(source, data.TensorSource) else getattr(source, "dataset", None)
-        if not isinstance(holder, (data.TensorSource, data.Files)) or holder.targets.dim() != 1:
+        targets = holder.targets if isinstance(holder, (data.TensorSource, data.Files)) else None
+        if not isinstance(targets, Tensor) or targets.is_floating_point():
             continue
-        if holder.targets.is_floating_point():
-            continue
-        used = holder.targets[holder.targets != config.train.loss_args.get("ignore_index", -100)]
+        used = targets[targets != config.train.loss_args.get("ignore_index", IGNORED)]
         if len(used) and not 0 <= int(used.min()) <= int(used.max()) < outputs.shape[1]:
             found = f"the {name} targets are {used.min()} to {used.max()}"
             problem = f"has outputs for {outputs.shape[1]} classes, {found}"

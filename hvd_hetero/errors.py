@@ -34,12 +34,27 @@ class ConfigError(UserError):
     """
 
     def __init__(self, key: str, value: Any, problem: str, remedy: str) -> None:
-        super().__init__(" ".join(f"{key}={_short(value)}: {problem}; {remedy}".split()))  # one line, whatever is in it
+        text = f"{key}={shortened(value)}: {problem}; {remedy}"
+        super().__init__(" ".join(text.split()))  # one line, whatever is in it
         self.key, self.value, self.problem, self.remedy = key, value, problem, remedy
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[Any, ...]]:
         # data workers send what they raise to their parent
         return type(self), (self.key, self.value, self.problem, self.remedy)
+
+
+class Plain:
+    """A text that a message shows without quotes: it describes the value."""
+
+    def __init__(self, text: Any) -> None:
+        self._text = text
+
+    def __str__(self) -> str:
+        return str(self._text)
+
+
+class RankError(UserError):
+    """As its base, but met by a rank alone, in mid-run: the others wait for it elsewhere, and end because it does."""
 
 
 class Stopped(Exception):
@@ -77,6 +92,7 @@ def nearest(word: Any, words: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known) or 'none'}"
 
 
-def _short(value: Any, limit: int = 200) -> str:
+def shortened(value: Any, limit: int = 200) -> str:
+    """A value as messages show it."""
     text = repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.data import Batch
+from hvd_hetero.errors import ConfigError, Plain
 from hvd_hetero.plan import Plan
 from hvd_hetero.sampling import Sampler, in_order, newest_last
 
@@ -116,7 +117,7 @@ class Feed:
         """As :meth:`collect`, where each rank says itself what it trained on, and when.
 
         Args:
-            losses: ``[steps * B]``, in training order.
+            losses: ``[steps * B]``, in training order; -inf for samples that do not count.
         """
         assert worked.rows is not None and worked.at is not None
         shape = torch.tensor([worked.steps, worked.rows.shape[1]])
@@ -124,6 +125,7 @@ class Feed:
         sizes = [steps * batch for steps, batch in shapes]
         rows = torch.from_numpy(np.ascontiguousarray(worked.rows.reshape(-1))).to(self._dtype)
         indices = self._comm.gather(rows, "pass.rows", sizes)
+        check_number(len(losses), sizes[self._comm.rank])
         at = self._comm.gather(torch.from_numpy(worked.at), "pass.at", [steps for steps, _ in shapes])
         gathered = self._comm.gather(losses, "pass.losses", sizes)
         if self.sampler is not None:
@@ -132,7 +134,9 @@ class Feed:
 
     def collect(self, plan: Plan, losses: Tensor) -> None:
         """Takes this rank's losses ``[rounds * tau * B]`` of the pass, in training order, into rank 0's table."""
-        gathered = self._comm.gather(losses, "pass.losses", self._sizes(plan))
+        sizes = self._sizes(plan)
+        check_number(len(losses), sizes[self._comm.rank])
+        gathered = self._comm.gather(losses, "pass.losses", sizes)
         if self.sampler is not None:
             tau = {rank: c.tau for rank, c in enumerate(plan.by_rank())}
             values = {rank: part.numpy() for rank, part in enumerate(gathered)}
@@ -141,3 +145,14 @@ class Feed:
     @staticmethod
     def _sizes(plan: Plan) -> list[int]:
         return [plan.rounds * c.tau * c.batch_size for c in plan.by_rank()]
+
+
+def check_number(losses: int, samples: int) -> None:
+    """Refuse losses of another number than there were samples: batches do not always tell how many they have.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    if losses != samples:
+        remedy = "return one number for each sample of a batch"
+        raise ConfigError("train.loss", Plain(f"{losses} losses"), f"there were {samples} samples in the pass", remedy)

@@ -13,8 +13,8 @@ import torch
 
 import hvd_hetero
 from hvd_hetero.comm.build import build_info
-from hvd_hetero.errors import ConfigError
-from hvd_hetero.schema import Config
+from hvd_hetero.errors import ConfigError, Plain
+from hvd_hetero.schema import COURSE, FIGURES, Config
 
 PACKAGE = Path(hvd_hetero.__file__).parent
 TARGETS = ("data.target", "model.target", "train.loss", "train.optimizer", "train.scheduler", "eval.metric")
@@ -31,6 +31,13 @@ def fingerprint(config: Config) -> dict[str, str]:
         "version of torch": torch.__version__.split("+")[0],
         "version of Horovod": f"{horovod['version']} with {', '.join(horovod['fixes']) or 'no fixes'}",
     }
+    found |= sources(config)
+    return found | {key: json.dumps(value) for key, value in plain(config.settings(COURSE)).items()}
+
+
+def sources(config: Config) -> dict[str, str]:
+    """Hashes of the files of the user's modules that settings name, by what they are called."""
+    found = {}
     for key in TARGETS:
         section, name = key.split(".")
         target = getattr(getattr(config, section), name)
@@ -38,8 +45,17 @@ def fingerprint(config: Config) -> dict[str, str]:
         file = None if module is None else getattr(module, "__file__", None)
         if file is not None:
             found[f"source of {key}={target}"] = digest_of(Path(file).parent, [Path(file)])
-    for section, content in config.decisive().items():
-        found |= {f"{section}.{key}": json.dumps(value, default=str) for key, value in content.items()}
+    return found
+
+
+def made_with(config: Config) -> dict[str, Any]:
+    """What a checkpoint remembers of how it was made, as JSON has it: settings by dotted key, and the sources."""
+    return plain(config.settings(FIGURES)) | sources(config)
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they are when they have been through JSON: a text in place of a date, a list in place of a tuple."""
+    found: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return found
 
 
@@ -64,7 +80,7 @@ def check_same(fingerprints: Sequence[Mapping[str, str]], hosts: Sequence[str]) 
             mine, theirs = first.get(what, "nothing"), other.get(what, "nothing")
             if mine != theirs:
                 problem = f"so it is for rank {rank} on {hosts[rank]}, for rank 0 on {hosts[0]} it is {mine}"
-                raise ConfigError(what, _Plain(theirs), problem, _remedy(what, hosts[rank], hosts[0]))
+                raise ConfigError(what, Plain(theirs), problem, _remedy(what, hosts[rank], hosts[0]))
 
 
 def _remedy(what: str, host: str, first: str) -> str:
@@ -75,13 +91,3 @@ def _remedy(what: str, host: str, first: str) -> str:
     if what.startswith("source of "):
         return f"bring its file on {host} up to date with that on {first}"
     return f"give all ranks the same configuration files and settings ({host} and {first} have others)"
-
-
-class _Plain:
-    """A text that a message shows without quotes."""
-
-    def __init__(self, text: Any) -> None:
-        self._text = text
-
-    def __str__(self) -> str:
-        return str(self._text)

@@ -12,10 +12,12 @@ from hvd_hetero.accounts import Accounts
 from hvd_hetero.algorithms.base import Algorithm
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.feed import Feed
+from hvd_hetero.job import Job
 from hvd_hetero.metrics import RunFolder
 from hvd_hetero.output import RESHAPED, say_resumed
 from hvd_hetero.passes import Ongoing
 from hvd_hetero.plan import Plan
+from hvd_hetero.resume import places
 from hvd_hetero.saving import Saver
 from hvd_hetero.timing import Stopwatch
 from hvd_hetero.worker import Worker
@@ -26,6 +28,7 @@ PARTS = ("worker", "algorithm", "accounts")
 class Run(Protocol):
     """A run, as far as it is saved and goes on: see :class:`hvd_hetero.trainer.Trainer`."""
 
+    job: Job
     worker: Worker
     algorithm: Algorithm
     accounts: Accounts
@@ -47,7 +50,7 @@ def state_of(run: Run, ongoing: Ongoing | None) -> dict[str, Any]:
     """Everything that decides how this rank goes on, in a pass under way or between two."""
     state: dict[str, Any] = {name: getattr(run, name).state_dict() for name in PARTS}
     state |= {"plan": run.plan.to_dict(), "best": run.best, "wall_sec": time.perf_counter() - run.begin,
-              "path": run.comm.path}  # fmt: skip
+              "path": run.comm.path, "classes": places(run.job.cluster)}  # fmt: skip
     if ongoing is not None:
         ongoing.count(run.comm.left_out.take(), run.algorithm.counts())
         state["ongoing"] = ongoing.state_dict()

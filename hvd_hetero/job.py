@@ -15,6 +15,7 @@ from hvd_hetero.cluster import Cluster, Placement, RankFacts, assign, has_bf16, 
 from hvd_hetero.comm.rendezvous import JobEnv, exchange, job_env
 from hvd_hetero.components import Components
 from hvd_hetero.config import device_classes
+from hvd_hetero.data.alike import check_alike, facts_of
 from hvd_hetero.delays import check_delays
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.files import own_files
@@ -56,6 +57,14 @@ def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
     torch.set_num_threads(1)  # until this rank knows which cores are its own
     env = job_env()
     watchdog = Watchdog(env)
+    try:
+        return _start(env, watchdog, prepare)
+    except BaseException:
+        watchdog.stop()
+        raise
+
+
+def _start(env: JobEnv, watchdog: Watchdog, prepare: Callable[[], tuple[Config, Components]]) -> Job:
     if env.rank > 0:
         warnings.simplefilter("ignore")  # rank 0 has the same ones to say
     try:
@@ -63,13 +72,17 @@ def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
     except UserError as error:
         _exchange(env, {"error": str(error)})
         raise
+    data = components.dataset
     said = _exchange(env, {
         "facts": local_facts(env.rank, env.host, env.local_rank).to_dict(),
         "fingerprint": fingerprint(config),
+        "data": {"training": facts_of(data.train), "test": facts_of(data.test)} if env.size > 1 else {},
     })
     watchdog.arm(config.run.watchdog_sec)
     facts = [RankFacts.from_dict(other["facts"]) for other in said]
-    check_same([other["fingerprint"] for other in said], [fact.host for fact in facts])
+    hosts = [fact.host for fact in facts]
+    check_same([other["fingerprint"] for other in said], hosts)
+    check_alike([other["data"] for other in said], hosts)
     classes = config.cluster.classes
     cluster = assign(classes if classes == AUTO else device_classes(classes), facts)
     check(config, components, cluster)
@@ -103,6 +116,7 @@ def make_worker(job: Job, watch: Stopwatch) -> Worker:
         autocast=config.train.autocast == "bf16" and has_bf16(job.placement.device),
         compile_mode=config.train.compile,
         channels_last=config.train.channels_last,
+        state_policies=config.aggregation.state,
     )
 
 

@@ -16,13 +16,16 @@ from hvd_hetero import algorithms, dry_run, job
 from hvd_hetero.api import run_dir
 from hvd_hetero.cluster import Cluster, RankFacts, assign, integers, local_facts, parse_hosts
 from hvd_hetero.config import device_classes, load
+from hvd_hetero.environment import as_ranks, check_secrets, for_ranks
 from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_STOPPED, ConfigError, nearest
 from hvd_hetero.files import check_writable
 from hvd_hetero.horovodrun import End, Horovodrun, is_local
 from hvd_hetero.metrics import check_run_dir
 from hvd_hetero.profiles import check_profile, load_profile
+from hvd_hetero.resume import difference
 from hvd_hetero.schema import AUTO, Config
 from hvd_hetero.stopping import STOP
+from hvd_hetero.store import Store
 from hvd_hetero.supervisor import Supervisor, check_options
 
 
@@ -39,7 +42,7 @@ def launch(
     Raises:
         ConfigError: found wrong before any worker was started.
     """
-    config = load(files, overrides, algorithms.method)
+    config = read(files, overrides)
     hosts = job_hosts(config)
     check_options(max_restarts, min_ranks, sum(slots for _, slots in hosts))
     folder = run_dir(config)
@@ -53,14 +56,14 @@ def launch(
     saves = config.checkpoint.every_sec is not None or config.checkpoint.every_rounds is not None
 
     def start(settings: Sequence[str]) -> End:
-        again = load(files, [*chosen, *settings], algorithms.method)
+        again = read(files, [*chosen, *settings])
         here = job_hosts(again)
         if settings:
             preflight(again, here)
         if not settings:
             (folder / STOP).unlink(missing_ok=True)
         command = horovodrun_line(again, here, ["train", *files, *chosen, *settings])
-        return _run(command, here, folder / STOP if saves else None)
+        return _run(again, command, here, folder / STOP if saves else None)
 
     return Supervisor(start, config, hosts, folder, max_restarts, min_ranks).run()
 
@@ -71,14 +74,25 @@ def run_job(command: str, files: Sequence[str], overrides: Sequence[str]) -> int
     Raises:
         ConfigError: as :func:`launch`.
     """
-    config = load(files, overrides, algorithms.method)
+    config = read(files, overrides)
     hosts = job_hosts(config)
     preflight(config, hosts, trains=False)
-    return _run(horovodrun_line(config, hosts, [command, *files, *overrides]), hosts).status
+    return _run(config, horovodrun_line(config, hosts, [command, *files, *overrides]), hosts).status
 
 
-def _run(command: Sequence[str], hosts: Sequence[tuple[str, int]], stop: Path | None = None) -> End:
-    end = Horovodrun(command, hosts, stop).wait()
+def read(files: Sequence[str], overrides: Sequence[str]) -> Config:
+    """The configuration as ranks will read it, with no more of the environment than they have.
+
+    Raises:
+        ConfigError: as :func:`hvd_hetero.config.load`.
+    """
+    config = load(files, overrides, algorithms.method)
+    with as_ranks(config):
+        return load(files, overrides, algorithms.method)
+
+
+def _run(config: Config, line: Sequence[str], hosts: Sequence[tuple[str, int]], stop: Path | None = None) -> End:
+    end = Horovodrun(line[1:], hosts, for_ranks(config), stop).wait()
     if end.status not in (0, EXIT_BAD_INPUT, EXIT_STOPPED):
         print(f"hvd-hetero: error: the job failed: {end.cause}", file=sys.stderr, flush=True)
     return end
@@ -106,6 +120,8 @@ def job_hosts(config: Config) -> list[tuple[str, int]]:
 def preflight(config: Config, hosts: Sequence[tuple[str, int]], trains: bool = True) -> None:
     """Tries out, on this machine, what every rank will do before it connects, so that mistakes cost no start.
 
+    It sees of the environment what ranks will see.
+
     Args:
         trains: whether the job is to train, and so to find the files that it needs for that.
 
@@ -113,20 +129,29 @@ def preflight(config: Config, hosts: Sequence[tuple[str, int]], trains: bool = T
         ConfigError: as :func:`hvd_hetero.job.start`.
     """
     _check_places(config, hosts, trains)
-    parts = dry_run.build(config)
-    cluster = expected_cluster(config, hosts)
-    if cluster is not None:
-        job.check(config, parts, cluster)
-        if trains and config.profile.file is not None:
-            profile = load_profile(Path(config.profile.file))
-            if all(is_local(host) for host, _ in hosts):  # else only the hosts themselves can say whether it fits
-                check_profile(profile, config, cluster)
+    local = all(is_local(host) for host, _ in hosts)
+    if not local:
+        check_secrets(config)
+    with as_ranks(config):
+        parts = dry_run.build(config)
+        cluster = expected_cluster(config, hosts)
+        if cluster is not None:
+            job.check(config, parts, cluster)
+            if trains and config.profile.file is not None:
+                profile = load_profile(Path(config.profile.file))
+                if local:  # else only the hosts themselves can say whether it fits
+                    check_profile(profile, config, cluster)
 
 
 def _check_places(config: Config, hosts: Sequence[tuple[str, int]], trains: bool) -> None:
-    """Makes sure that what the job is to write can be written, and that the network interfaces are there."""
+    """Makes sure of what the job is to write and to be resumed from, and that the network interfaces are there."""
     if trains and is_local(hosts[0][0]):  # where rank 0 is
         check_writable("run.dir", run_dir(config))
+    if trains and config.run.resume == AUTO and config.run.dir is not None and is_local(hosts[0][0]):
+        newest = Store(config.run.dir).latest()
+        other = None if newest is None else difference(newest, config, sum(slots for _, slots in hosts))
+        if other is not None:
+            raise other
     if not trains and config.profile.file is not None:
         check_writable("profile.file", Path(config.profile.file).parent)
     wanted, known = config.cluster.network_interface, [name for _, name in socket.if_nameindex()]

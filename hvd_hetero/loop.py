@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,15 +15,18 @@ from torch import Tensor, nn
 from hvd_hetero import algorithms, job
 from hvd_hetero.algorithms.local import LocalSGD
 from hvd_hetero.api import guarded
-from hvd_hetero.comm.averages import average
+from hvd_hetero.comm.averages import average, average_others
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.components import Components, Given, build
 from hvd_hetero.config import load
-from hvd_hetero.data import Batch
-from hvd_hetero.errors import ConfigError
+from hvd_hetero.data import Batch, read
+from hvd_hetero.errors import ConfigError, RankError, UserError
 from hvd_hetero.feed import Feed
 from hvd_hetero.limits import Done, check_limits, next_rounds
+from hvd_hetero.losses import Numbers, joined, per_sample
+from hvd_hetero.process import process_restored
+from hvd_hetero.random_state import seed_all
 from hvd_hetero.sampling import Sampler
 from hvd_hetero.schema import AggregationConfig, Config
 from hvd_hetero.timing import Pace, Stopwatch, own_clock
@@ -36,16 +40,24 @@ class Round:
             optimizer's state, which is yours, should be cleared, ``optimizer.state.clear()``.
     """
 
-    def __init__(self, batches: Iterator[Batch], left_out: bool = False) -> None:
-        self._batches, self.left_out = batches, left_out
-        self.taken: list[Tensor] = []
+    def __init__(self, batches: Iterator[Batch], batch_size: int, left_out: bool = False) -> None:
+        self._batches, self._batch_size, self.left_out = batches, batch_size, left_out
+        self.taken: list[Numbers] = []
 
     def __iter__(self) -> Iterator[Batch]:
         return self._batches
 
-    def losses(self, losses: Tensor) -> None:
-        """Takes the per-sample losses ``[B]`` of the batch just trained on; the next passes' sampling goes by them."""
-        self.taken.append(losses.detach())
+    def losses(self, losses: Tensor, weights: Tensor | None = None) -> None:
+        """Takes the per-sample losses ``[B]`` of the batch just trained on; the next passes' sampling goes by them.
+
+        Args:
+            weights: ``[B]``, 0 for samples that do not count: they keep the losses that they had.
+
+        Raises:
+            ConfigError: they are not one number a sample.
+        """
+        values, weights = per_sample("round.losses", "losses", (losses, weights), {self._batch_size})
+        self.taken.append((values.detach(), weights))
 
 
 class Loop:
@@ -95,14 +107,17 @@ class Loop:
             check_plain(loaded)
             return loaded, build(loaded, Given(model, train_data, train_data))
 
-        guarded(lambda: self._start(job.start(prepare)))
+        with ExitStack() as after:
+            after.enter_context(process_restored())
+            guarded(lambda: self._start(job.start(prepare)))
+            self._after = after.pop_all()
 
     def _start(self, started: job.Job) -> None:
         config, cluster, self.rank = started.config, started.cluster, started.env.rank
         device = started.placement.device
         job.set_precision(config.train.matmul_precision)
         self.model = started.components.model.to(device)
-        self._state = FlatState(self.model)
+        self._state = FlatState(self.model, policies=config.aggregation.state)
         self._source = started.components.dataset.train.to(device)
         self._generator = torch.Generator(device).manual_seed(config.run.seed * 1000003 + self.rank)
         self._comm = Comm(cluster, self.rank, config.aggregation, started.watchdog.pulse)
@@ -119,6 +134,7 @@ class Loop:
         self._watch = Stopwatch(own_clock=clock, pulse=started.watchdog.pulse)
         self._pace = Pace(self._watch, cluster.class_of(self.rank).slowdown, self._synchronize)
         self._watchdog = started.watchdog
+        seed_all(config.run.seed * 1000003 + self.rank)  # dropout differs from rank to rank
 
     def _synchronize(self) -> None:
         if self._generator.device.type == "cuda":
@@ -130,29 +146,48 @@ class Loop:
         while rounds := next_rounds(self._train, self.plan, done):
             part = replace(self.plan, rounds=rounds)
             rows = guarded(partial(self._feed.deal, part, self.plan))
-            batches = iter(self._source.batches(rows, self._generator))
-            taken: list[Tensor] = []
+            batches = read(self._source, rows, self._generator)
+            taken: list[Numbers] = []
             for _ in range(rounds):
-                current = Round(self._steps(batches, mine.tau), left_out)
+                current = Round(self._steps(batches, mine.tau), mine.batch_size, left_out)
                 yield current
-                if sum(map(len, current.taken)) != mine.tau * mine.batch_size:
+                if len(current.taken) != mine.tau:
                     problem = f"a round has {mine.tau} batches of {mine.batch_size}, got losses of {len(current.taken)}"
                     raise RuntimeError(f"{problem}: go through the whole round and call round.losses for each batch")
                 taken += current.taken
                 left_out = not guarded(partial(average, self._comm, self._state, mine.weight))
                 self._comm.left_out.round += 1
-            guarded(partial(self._feed.collect, part, torch.cat(taken).float().cpu()))
+            guarded(partial(average_others, self._comm, self._state, mine.weight, only_new=True))
+            guarded(partial(self._feed.collect, part, joined(taken)[0]))
             done = done.after(part)
 
     def _steps(self, batches: Iterator[Batch], count: int) -> Iterator[Batch]:
         # What was between two rounds, an average and the user's own, is no part of a step that is to be stretched.
         self._watch.skip()
-        yield from self._pace.steps(batches, count)
+        steps = self._pace.steps(batches, count)
+        while (batch := guarded(partial(_next, steps))) is not None:
+            yield batch
 
     def close(self) -> None:
-        """Leaves the job together with all other ranks; call it when the model has been saved."""
+        """Leaves the job together with all other ranks; call it when the model has been saved.
+
+        Cores, threads and warnings are as they were before the loop was made, and another one may be made.
+        """
         self._comm.close()
         self._watchdog.stop()
+        self._after.close()
+
+
+def _next(batches: Iterator[Batch]) -> Batch | None:
+    """The next batch; None after the last one.
+
+    Raises:
+        RankError: it cannot be read, while other ranks wait for this one.
+    """
+    try:
+        return next(batches, None)
+    except UserError as error:
+        raise RankError(str(error)) from error
 
 
 def check_plain(config: Config) -> None:

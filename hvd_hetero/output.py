@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -92,5 +93,14 @@ def note(best: dict[str, float | None], row: Mapping[str, Any]) -> None:
     """Takes an evaluation into the figures that the summary has of them."""
     best["final_loss"] = row["eval_loss"]
     best["final_accuracy"] = accuracy = row.get("eval_accuracy")
-    if accuracy is not None:
+    if accuracy is not None and not math.isnan(accuracy):
         best["best_accuracy"] = max(accuracy, best["best_accuracy"] or 0.0)
+
+
+def how_good(row: Mapping[str, Any]) -> float | None:
+    """Return what an evaluation is compared with others by, more is better: the accuracy, else the loss.
+
+    None without an evaluation, and for a model whose loss is NaN: whatever else is said of it cannot be right.
+    """
+    loss = row.get("eval_loss")
+    return None if loss is None or math.isnan(loss) else row.get("eval_accuracy", -loss)

@@ -11,10 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from hvd_hetero.accounts import Accounts
+from hvd_hetero.by_name import is_accuracy
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.comm.rounds import Counts
-from hvd_hetero.data import Batch, Source
+from hvd_hetero.data import Batch, Source, read
 from hvd_hetero.feed import Worked
+from hvd_hetero.losses import mean, weighted_sums
 from hvd_hetero.pacing import settled_step_sec
 from hvd_hetero.partial_counts import NUMBERS, to_numbers
 from hvd_hetero.plan import Plan, apportion
@@ -36,36 +38,38 @@ class PassFigures:
 
 def gather_figures(
     comm: Comm, watch: Stopwatch, accounts: Accounts, plan: Plan, worked: Worked, losses: torch.Tensor,
-    step_sec: float, left_out: int,
+    weights: torch.Tensor, step_sec: float, left_out: int,
 ) -> PassFigures:  # fmt: skip
     """Gathers what all ranks did in a pass and where their time went, and enters it into the accounts.
 
     Args:
-        losses: of this rank, ``step_sec``, seconds of one of its steps, and ``left_out``, rounds it was left out of.
+        losses: of this rank, with their ``weights``.
+        step_sec: seconds of one of its steps, and ``left_out``, rounds it was left out of.
     """
     kinds, collectives = watch.take()
-    loss = float(losses.double().sum())
-    figures = [*(kinds[kind] for kind in KINDS), loss, worked.steps, step_sec, left_out, *collectives]
+    sums = weighted_sums(losses.double(), weights.double()).tolist()
+    figures = [*(kinds[kind] for kind in KINDS), *sums, worked.steps, step_sec, left_out, *collectives]
     rows = [row.tolist() for row in comm.gather(torch.tensor(figures, dtype=torch.float64), "pass.times")]
     count = len(KINDS)
-    steps = [int(row[count + 1]) for row in rows]
+    loss = mean(sum(row[count] for row in rows), sum(row[count + 1] for row in rows))
+    steps = [int(row[count + 2]) for row in rows]
     spent = [dict(zip(KINDS, row, strict=False)) for row in rows]
     before = accounts.samples_seen
-    seconds = accounts.enter(plan, worked.rounds, steps, spent, [row[count + 4 :] for row in rows],
-                             [int(row[count + 3]) for row in rows])
+    seconds = accounts.enter(plan, worked.rounds, steps, spent, [row[count + 5 :] for row in rows],
+                             [int(row[count + 4]) for row in rows])
     samples = accounts.samples_seen - before
-    return PassFigures(seconds, samples, sum(row[count] for row in rows) / samples, [r[count + 2] for r in rows])
+    return PassFigures(seconds, samples, loss, [row[count + 3] for row in rows])
 
 
 def evaluate(comm: Comm, worker: Worker, test: Source, plan: Plan, spec: EvalConfig) -> dict[str, float | None]:
     """Loss and metric on the test set; every rank does a part in proportion to its speed, so that all end together."""
     counts = apportion(len(test), [c.speed for c in plan.by_rank()])
     start = sum(counts[: comm.rank])
-    sums = worker.evaluate(test, np.arange(start, start + counts[comm.rank]), spec.batch_size)
-    loss, metric = comm.sum(sums, "evaluation")
-    name = "eval_accuracy" if spec.metric == "accuracy" else "eval_metric"
-    figures: dict[str, float | None] = {"eval_loss": loss / len(test)}
-    return figures | ({name: metric / len(test)} if worker.has_metric else {})
+    mine = worker.evaluate(test, np.arange(start, start + counts[comm.rank]), spec.batch_size)
+    sums = comm.sum(mine.tolist(), "evaluation")
+    name = "eval_accuracy" if is_accuracy(worker.metric) else "eval_metric"
+    figures: dict[str, float | None] = {"eval_loss": mean(*sums[:2])}
+    return figures | ({} if worker.metric is None else {name: mean(*sums[2:])})
 
 
 @dataclass(frozen=True)
@@ -152,13 +156,12 @@ class Ongoing:
     def batches(self, source: Source, rows: NDArray[Any], generator: torch.Generator) -> Iterator[Batch]:
         """The batches of a stretch. Where ranks have their own, one iterator serves the pass, and may read ahead."""
         if self._handed_out:
-            return iter(source.batches(rows, generator))
+            return read(source, rows, generator)
         if self._batches is None:
             resumed = generator.get_state() if self._row else None
             if resumed is not None:
                 generator.set_state(self._generator)
-            start = (self._row,) if self._row else ()  # a source of the user's own may know of none
-            self._batches = iter(source.batches(self.rows, generator, *start))
+            self._batches = read(source, self.rows, generator, self._row)
             if resumed is not None:
                 generator.set_state(resumed)
         return self._batches

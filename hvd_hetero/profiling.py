@@ -15,8 +15,8 @@ import torch
 from hvd_hetero.cluster import Cluster
 from hvd_hetero.comm.averages import average
 from hvd_hetero.comm.horovod import Comm
-from hvd_hetero.data import Source
-from hvd_hetero.errors import UserError
+from hvd_hetero.data import Source, read
+from hvd_hetero.errors import RankError, UserError
 from hvd_hetero.worker import Worker
 
 CHUNK_SEC, CHUNKS = 0.1, 10
@@ -52,7 +52,7 @@ def measure_step(
 
     def steps(count: int) -> None:
         rows = rng.integers(len(source), size=(count, batch_size))
-        worker.local_steps(source.batches(rows, worker.generator), count)
+        worker.local_steps(read(source, rows, worker.generator), count)
         worker.take_losses()
 
     steps(max(warmup_steps, 1))
@@ -83,7 +83,7 @@ def measure_step(
 class Measurement:
     """What all measurements of a job share; every rank takes part in each of them.
 
-    A rank that cannot take a step raises RuntimeError, while the others wait for it.
+    A rank whose own data cannot be used raises RankError, while the others wait for it.
 
     Attributes:
         seconds: of each measurement.
@@ -121,7 +121,7 @@ class Measurement:
         try:
             return measure_step(self.worker, self.source, batch_size, self.seconds, self.warmup_steps, ready)
         except UserError as error:  # one rank's own trouble, a broken file for instance
-            raise RuntimeError(str(error)) from error
+            raise RankError(str(error)) from error
 
     def choose_path(self) -> dict[str, float]:
         """Lets averages go the way that is fastest here; returns the seconds of each. The model stays as it is."""

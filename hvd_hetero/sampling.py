@@ -88,8 +88,14 @@ class Sampler:
 
         Args:
             indices: ``[K]`` sample indices, ordered by (round, step, rank).
-            losses: ``[K]`` their losses. NaN counts as +inf: a sample whose loss blew up is a hard one.
+            losses: ``[K]`` their losses. NaN counts as +inf: a sample whose loss blew up is a hard one. -inf: the
+                sample did not count, keeps the loss that it had, and is none of the hard ones if it never had one.
         """
+        counted = ~np.isneginf(losses)
+        if not counted.all():
+            without = indices[~counted]
+            self.losses[without] = np.where(np.isposinf(self.losses[without]), -np.inf, self.losses[without])
+            indices, losses = indices[counted], losses[counted]
         # numpy assigns repeated indices one after the other, so the newest loss is the one left behind
         self.losses[indices] = np.where(np.isnan(losses), np.float32(np.inf), losses)
 

@@ -1,4 +1,4 @@
-"""Saving a job, and taking up one that was saved; all ranks take part in both.
+"""Saving a job, and reading what was saved of one; all ranks take part in both.
 
 A pass is worked off in stretches of rounds. After each one all ranks agree, in one small collective, on how far they
 are, on whether somebody was asked to stop, and on whether to save. What is saved is copied first, and written by a
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,94 +17,27 @@ from typing import Any
 
 import torch
 
+from hvd_hetero.cluster import Cluster
 from hvd_hetero.comm.horovod import Comm
-from hvd_hetero.errors import ConfigError, UserError
+from hvd_hetero.comm.rendezvous import JobEnv
+from hvd_hetero.errors import UserError
+from hvd_hetero.fingerprint import made_with
 from hvd_hetero.passes import Reached
 from hvd_hetero.plan import Plan
-from hvd_hetero.schema import AUTO, RESHAPE, CheckpointConfig
+from hvd_hetero.resume import Found, places
+from hvd_hetero.schema import RESHAPE, Config
 from hvd_hetero.stopping import StopRequest
 from hvd_hetero.store import CheckpointError, Store
-from hvd_hetero.worker import Worker
-from hvd_hetero.writing import Write, copied
+from hvd_hetero.writing import Best, Write, copied
 
 NONE = -1
 PATH_BYTES = 4096
 LOCKSTEP, DRAINING = (1.0, 1), (30.0, 64)
 """How many seconds ranks work on between two agreements, and how many rounds the first time."""
+LAST_SEC = 30.0
+"""What a checkpoint that is on its way gets, where the job fails meanwhile."""
 GROWTH = 4
 """By how much a stretch may be longer than the one before: the first rounds of a job are slow."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """A checkpoint to go on from: its round, rank 0's state, and whether it is of another configuration or ranks."""
-
-    round: int
-    state: Any
-    reshaped: bool = False
-
-
-def find(run_dir: Path, digest: str, world_size: int, reshape: bool = False) -> Found | None:
-    """The newest checkpoint of a run, if there is one; an older one where it is damaged.
-
-    Args:
-        digest: of the configuration.
-        reshape: take one of another configuration or number of ranks too.
-
-    Raises:
-        CheckpointError: there are checkpoints, but none that this run can go on from.
-    """
-    first: CheckpointError | None = None
-    damaged: list[CheckpointError] = []
-    wanted = (None, None) if reshape else (digest, world_size)
-    for candidate in Store(run_dir).candidates(*wanted):
-        try:
-            if candidate.checkpoint is not None:
-                candidate.checkpoint.verify()
-                meta = candidate.checkpoint.meta
-                other = (meta.config_digest, meta.world_size) != (digest, world_size)
-                found = Found(candidate.round, candidate.checkpoint.load(0), other)
-                for error in damaged:
-                    warnings.warn(str(error), RuntimeWarning, stacklevel=2)
-                return found
-        except CheckpointError as error:
-            damaged.append(error)
-            first = first or error
-            continue
-        if not candidate.unfinished:
-            first = first or candidate.error
-    if first is not None:
-        raise first
-    return None
-
-
-def check_fits(state: Any, worker: Worker, samples: int) -> None:
-    """Refuses to carry a checkpoint over to something else than what it is of.
-
-    Raises:
-        ConfigError: another model, or another number of samples.
-    """
-    saved, own = state["worker"], worker.state_dict()
-    shapes = [[list(tensor.shape) for tensor in one["tensors"]] for one in (saved, own)]
-    if shapes[0] != shapes[1] or saved["layout"] != own["layout"]:
-        problem = "the checkpoint is of another model"
-        remedy = "take the model that it was made with, and the same train.channels_last"
-        raise ConfigError("run.resume", RESHAPE, problem, remedy)
-    if (known := len(state["rank0"]["sampler"]["losses"])) != samples:
-        problem = f"the checkpoint is of {known} training samples, and these are {samples}"
-        raise ConfigError("run.resume", RESHAPE, problem, "take the data that it was made with")
-
-
-def check_devices(state: Any, worker: Worker, comm: Comm) -> None:
-    """Refuses to go on with ranks on other kinds of devices, whose random numbers are others; all ranks call it.
-
-    Raises:
-        ConfigError: on all ranks.
-    """
-    was_on_gpu = state["worker"]["cuda"] is not None
-    if comm.max([float(was_on_gpu != (worker.device.type == "cuda"))], "checkpoint.device")[0]:
-        problem = "the checkpoint was made with other ranks on GPUs"
-        raise ConfigError("run.resume", AUTO, problem, "give the ranks the devices that they had, or set it to reshape")
 
 
 @dataclass(frozen=True)
@@ -122,20 +54,20 @@ class Saver:
 
     Args:
         run_dir: on rank 0, which tells the others.
-        digest: of the configuration, without what says how long the run goes on.
         drains: whether the method has to come to rest before all ranks can meet.
 
     Attributes:
         saved_round: that is on the disk, or is gone on from.
     """
 
-    def __init__(self, run_dir: str | Path, spec: CheckpointConfig, digest: str, comm: Comm, drains: bool) -> None:
-        self._spec, self._digest, self._comm = spec, digest, comm
+    def __init__(self, run_dir: str | Path, config: Config, env: JobEnv, comm: Comm, drains: bool) -> None:
+        self._config, self._spec, self._env, self._comm = config, config.checkpoint, env, comm
+        self._made_with = made_with(config)
         self._stretch_sec, self._stretch = DRAINING if drains else LOCKSTEP
         path = str(Path(run_dir).resolve()).encode().ljust(PATH_BYTES) if comm.rank == 0 else bytes(PATH_BYTES)
         told = comm.broadcast(torch.tensor(list(path), dtype=torch.uint8), "checkpoint.path")
         self._run_dir = Path(bytes(told.tolist()).decode().rstrip())
-        self._store = Store(self._run_dir, spec.keep)
+        self._store = Store(self._run_dir, self._spec.keep)
         self.stopping = StopRequest(self._run_dir)
         self._began = time.monotonic()
         self._saved_at, self._tried, self.saved_round = time.monotonic(), NONE, NONE
@@ -147,7 +79,7 @@ class Saver:
         """Whether anything is saved before the run ends."""
         return self._spec.every_sec is not None or self._spec.every_rounds is not None
 
-    def load(self, found: Found | None) -> tuple[Any, bool]:
+    def load(self, found: Found | None, cluster: Cluster) -> tuple[Any, bool]:
         """What to go on from, and whether it is of another configuration or number of ranks.
 
         It is this rank's state in the checkpoint that rank 0 has found, rank 0's where it is reshaped; None where there
@@ -156,7 +88,10 @@ class Saver:
         Raises:
             UserError: on all ranks, if one of them cannot read its part.
         """
-        told = torch.tensor([NONE, 0] if found is None else [found.round, int(found.reshaped)])
+        told = torch.tensor([NONE, 0])
+        if found is not None:
+            elsewhere = self._config.run.resume == RESHAPE and found.state.get("classes") != places(cluster)
+            told = torch.tensor([found.round, int(found.reshaped or elsewhere)])
         number, reshaped = (int(x) for x in self._comm.broadcast(told, "checkpoint.found"))
         if number == NONE:
             problem = ""
@@ -174,9 +109,12 @@ class Saver:
             state = saved.load(0 if reshaped else self._comm.rank)
             if reshaped:  # rank 0 may have had no part in the training
                 state["worker"] = saved.load(min(Plan.from_dict(state["plan"]).training[0].ranks))["worker"]
+            metric = (saved.meta.made_with or {}).get("eval.metric", self._config.eval.metric)
+            if metric != self._config.eval.metric:
+                state["best"]["best_accuracy"] = None
             if self._comm.rank == 0:
                 self._store.rewind(number)
-                self._best = self._store.best_value()
+                self._best = self._store.best_value(self._config.eval.metric)
         except CheckpointError as error:
             problem = f"rank {self._comm.rank}: {error}"
             print(f"hvd-hetero: error: {problem}", file=sys.stderr, flush=True)
@@ -210,12 +148,13 @@ class Saver:
                 lead and max(1, min(worth, GROWTH * length))]
         reached, (stop, busy, late, stretch) = reached.agreed(self._comm, said)
         self._stretch = int(stretch)
-        if self._write is not None and not busy:
-            self._go_on()
+        if not busy:
+            self._settle()
         number = rounds + reached.rounds
+        save = bool(late) and self._write is None
         if spec.every_rounds is not None:  # in partial collectives rounds do not come in the planned numbers
-            late = late or number // spec.every_rounds > max(self._tried, 0) // spec.every_rounds
-        return Agreed(reached, bool(stop), bool(late and self._write is None and number > self._tried))
+            save = save or number // spec.every_rounds > max(self._tried, 0) // spec.every_rounds
+        return Agreed(reached, bool(stop), save and number > self._tried)
 
     def save(self, number: int, passes: int, state: Callable[[], Any], wait: bool, value: float | None = None) -> None:
         """Saves every rank's state; if that cannot be done, the run goes on without, and says so.
@@ -228,33 +167,40 @@ class Saver:
         """
         self._finish()
         if number > self.saved_round:  # one that could not be saved is tried again, where the job ends
-            content = state()
-            self._write = Write(self._store, number, passes, self._digest, self._comm,
-                                content if wait else copied(content), self._is_best(value))
+            best = Best(value, self._config.eval.metric) if value is not None and self._is_best(value) else None
+            self._write = Write(self._store, self._env, number, passes, self._made_with,
+                                state if wait else lambda: copied(state()), best)
             self._saved_at, self._tried = time.monotonic(), number
             if wait:
                 self._finish()
+
+    def abandon(self) -> None:
+        """Lets a checkpoint that is on its way come to its end, where this rank fails and would take it along."""
+        if self._write is not None:
+            self._write.join(LAST_SEC)
 
     def newest(self) -> int | None:
         """Round of the newest checkpoint, if there is one."""
         latest = self._store.latest()
         return None if latest is None else latest.meta.round
 
-    def _is_best(self, value: float | None) -> float | None:
-        if value is None or math.isnan(value) or (self._best is not None and value <= self._best):
-            return None
-        self._best = value
-        return value
+    def _is_best(self, value: float) -> bool:
+        better = not math.isnan(value) and (self._best is None or value > self._best)
+        self._best = value if better else self._best
+        return better
 
     def _finish(self) -> None:
-        while self._write is not None:
+        if self._write is not None:
             self._write.join()
-            if not self._comm.max([float(self._write.busy)], "checkpoint.wait")[0]:
-                self._go_on()
+            self._settle()
 
-    def _go_on(self) -> None:
-        assert self._write is not None
-        if not self._write.go_on():
-            if self._write.done:
-                self.saved_round = self._write.number
-            self._write = None
+    def _settle(self) -> None:
+        """Takes note of what has become of a checkpoint that no rank is busy with any more."""
+        if self._write is None:
+            return
+        problem = self._write.problem
+        if problem and (self._comm.rank == 0 or problem.startswith(f"rank {self._comm.rank}:")):
+            print(f"no checkpoint at round {self._write.number}: {problem}", flush=True)
+        if not self._comm.max([float(bool(problem))], "checkpoint.done")[0]:
+            self.saved_round = self._write.number
+        self._write = None

@@ -6,7 +6,9 @@ import copy
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, Optional
 
 from omegaconf import OmegaConf
@@ -15,22 +17,46 @@ AUTO = "auto"
 RESHAPE = "reshape"
 
 
-def _key(default: Any, **limits: Any) -> Any:
-    """A schema field with its limits: ``at_least``, ``above``, ``at_most``, ``choices``."""
+class Decides(IntEnum):
+    """What a key decides. The same is asked of two configurations for different ends, see :meth:`Config.settings`."""
+
+    NUMBERS = 0
+    """What the model becomes, up to rounding: a checkpoint is resumed with the same value only."""
+    LENGTH = 1
+    """Where the run ends."""
+    FIGURES = 2
+    """How fast the run is, and what is measured of it."""
+    COURSE = 3
+    """Nothing in the result, but all ranks go by it."""
+    NOTHING = 4
+    """Where things are: every rank may have a value of its own."""
+
+
+NUMBERS, LENGTH, FIGURES, COURSE, NOTHING = Decides
+
+
+def _key(default: Any, decides: Decides = NUMBERS, **limits: Any) -> Any:
+    """A schema field with what it decides, and its limits: ``at_least``, ``above``, ``at_most``, ``choices``."""
+    metadata = {"decides": decides, **limits}
     if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: copy.deepcopy(default), metadata=limits)
-    return field(default=default, metadata=limits)
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    dir: Optional[str] = None  # noqa: UP045 (OmegaConf reads the annotations at run time)
+    dir: Optional[str] = _key(None, NOTHING)  # noqa: UP045 (OmegaConf reads the annotations at run time)
     seed: int = _key(0, at_least=0, at_most=2**32 - 1)
-    overwrite: bool = False
-    resume: Optional[str] = _key(None, choices=(AUTO, RESHAPE))  # noqa: UP045
-    name: Optional[str] = None  # noqa: UP045
-    trace_rounds: int = _key(8, at_least=0)
-    watchdog_sec: Optional[float] = _key(600.0, above=0)  # noqa: UP045
+    overwrite: bool = _key(False, NOTHING)
+    resume: Optional[str] = _key(None, NOTHING, choices=(AUTO, RESHAPE))  # noqa: UP045
+    name: Optional[str] = _key(None, NOTHING)  # noqa: UP045
+    trace_rounds: int = _key(8, COURSE, at_least=0)
+    watchdog_sec: Optional[float] = _key(600.0, COURSE, above=0)  # noqa: UP045
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    environment: list[str] = _key([], NOTHING)
 
 
 @dataclass(frozen=True)
@@ -47,26 +73,27 @@ class ClassConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    hosts: Optional[str] = None  # noqa: UP045
+    hosts: Optional[str] = _key(None, FIGURES)  # noqa: UP045
     classes: Any = _key(
-        {"fast": {"device": "cpu", "ranks": [0]}, "slow": {"device": "cpu", "ranks": [1], "slowdown": 8.0}}
+        {"fast": {"device": "cpu", "ranks": [0]}, "slow": {"device": "cpu", "ranks": [1], "slowdown": 8.0}},
+        FIGURES,
     )
-    affinity: bool = True
-    gpu_cores: int = _key(2, at_least=1)
-    network_interface: Optional[str] = None  # noqa: UP045
-    start_timeout_sec: int = _key(60, at_least=1)
-    gloo_timeout_sec: int = _key(120, at_least=1)
-    cycle_time_ms: float = _key(1.0, above=0)
+    affinity: bool = _key(True, FIGURES)
+    gpu_cores: int = _key(2, FIGURES, at_least=1)
+    network_interface: Optional[str] = _key(None, FIGURES)  # noqa: UP045
+    start_timeout_sec: int = _key(60, COURSE, at_least=1)
+    gloo_timeout_sec: int = _key(120, COURSE, at_least=1)
+    cycle_time_ms: float = _key(1.0, FIGURES, above=0)
     too_slow: str = _key("error", choices=("error", "shrink_batch", "wait_avoiding", "leave_out"))
 
 
 @dataclass(frozen=True)
 class DataConfig:
     name: Optional[str] = "digits"  # noqa: UP045
-    root: Optional[str] = None  # noqa: UP045
+    root: Optional[str] = _key(None, NOTHING)  # noqa: UP045
     target: Optional[str] = None  # noqa: UP045
     args: dict[str, Any] = _key({})
-    workers: int = _key(0, at_least=0, at_most=256)
+    workers: int = _key(0, FIGURES, at_least=0, at_most=256)
 
 
 @dataclass(frozen=True)
@@ -79,10 +106,10 @@ class ModelConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     batch_size: Any = 4
-    passes: Optional[int] = _key(40, at_least=1)  # noqa: UP045
-    max_fast_steps: Optional[int] = _key(None, at_least=1)  # noqa: UP045
-    max_samples: Optional[int] = _key(None, at_least=1)  # noqa: UP045
-    max_train_sec: Optional[float] = _key(None, above=0)  # noqa: UP045
+    passes: Optional[int] = _key(40, LENGTH, at_least=1)  # noqa: UP045
+    max_fast_steps: Optional[int] = _key(None, LENGTH, at_least=1)  # noqa: UP045
+    max_samples: Optional[int] = _key(None, LENGTH, at_least=1)  # noqa: UP045
+    max_train_sec: Optional[float] = _key(None, LENGTH, above=0)  # noqa: UP045
     epoch: str = _key("pass", choices=("pass", "fast_steps"))
     tau: Any = 128
     tau_margin: float = _key(0.1, at_least=0, at_most=0.5)
@@ -99,7 +126,7 @@ class TrainConfig:
     autocast: Any = False
     matmul_precision: str = _key("highest", choices=("highest", "high", "medium"))
     channels_last: bool = False
-    compile: Optional[str] = _key(None, choices=("default", "reduce-overhead", "max-autotune"))  # noqa: UP045
+    compile: Optional[str] = _key(None, FIGURES, choices=("default", "reduce-overhead", "max-autotune"))  # noqa: UP045
 
 
 @dataclass(frozen=True)
@@ -116,14 +143,15 @@ class AggregationConfig:
     sync_every: int = _key(32, at_least=1)
     max_lag: int = _key(32, at_least=1)
     patience_sec: float = _key(0.05, at_least=0)
-    path: str = _key(AUTO, choices=(AUTO, "flat", "hierarchical", "measured"))
-    chunk_mb: Optional[float] = _key(None, at_least=0.01)  # noqa: UP045
+    path: str = _key(AUTO, FIGURES, choices=(AUTO, "flat", "hierarchical", "measured"))
+    chunk_mb: Optional[float] = _key(None, FIGURES, at_least=0.01)  # noqa: UP045
     optimizer_state: str = _key("local", choices=("local", "average", "reset"))
     outer_lr: float = _key(1.0, above=0)
     outer_momentum: float = _key(0.0, at_least=0, at_most=1)
     outer_nesterov: bool = False
     delayed: bool = False
-    nan: str = _key("leave_out", choices=("leave_out", "stop"))
+    state: dict[str, Any] = _key({})
+    nan: str = _key("leave_out", LENGTH, choices=("leave_out", "stop"))
 
 
 @dataclass(frozen=True)
@@ -136,38 +164,39 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    seconds: float = _key(2.0, above=0)
-    warmup_steps: int = _key(5, at_least=0)
-    reuse: bool = True
-    file: Optional[str] = None  # noqa: UP045
+    seconds: float = _key(2.0, FIGURES, above=0)
+    warmup_steps: int = _key(5, FIGURES, at_least=0)
+    reuse: bool = _key(True, FIGURES)
+    file: Optional[str] = _key(None, FIGURES)  # noqa: UP045
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every_sec: Optional[float] = _key(60.0, at_least=0)  # noqa: UP045
-    every_rounds: Optional[int] = _key(None, at_least=1)  # noqa: UP045
-    keep: int = _key(2, at_least=1)
+    every_sec: Optional[float] = _key(60.0, COURSE, at_least=0)  # noqa: UP045
+    every_rounds: Optional[int] = _key(None, COURSE, at_least=1)  # noqa: UP045
+    keep: int = _key(2, COURSE, at_least=1)
 
 
 @dataclass(frozen=True)
 class DelaysConfig:
-    distribution: Optional[str] = _key(None, choices=("random_ranks", "lognormal", "linear_skew"))  # noqa: UP045
-    seed: Optional[int] = _key(None, at_least=0)  # noqa: UP045
-    sec: float = _key(0.32, at_least=0)
-    ranks: int = _key(2, at_least=1)
-    sigma: float = _key(1.0, at_least=0)
+    distribution: Optional[str] = _key(None, FIGURES, choices=("random_ranks", "lognormal", "linear_skew"))  # noqa: UP045
+    seed: Optional[int] = _key(None, FIGURES, at_least=0)  # noqa: UP045
+    sec: float = _key(0.32, FIGURES, at_least=0)
+    ranks: int = _key(2, FIGURES, at_least=1)
+    sigma: float = _key(1.0, FIGURES, at_least=0)
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    every_passes: int = _key(1, at_least=1)
-    batch_size: int = _key(256, at_least=1)
-    metric: str = "accuracy"
+    every_passes: int = _key(1, FIGURES, at_least=1)
+    batch_size: int = _key(256, FIGURES, at_least=1)
+    metric: str = _key("accuracy", FIGURES)
 
 
 @dataclass(frozen=True)
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -184,20 +213,26 @@ class Config:
         """The resolved configuration as YAML, fit to be given to another run."""
         return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(self)))
 
-    def digest(self, how_long: bool = True) -> str:
-        """A hash of :meth:`decisive`."""
-        text = json.dumps(self.decisive(how_long), sort_keys=True, default=str)
+    def digest(self) -> str:
+        """A hash of all that decides what a run is, its figures included."""
+        text = json.dumps(self.settings(FIGURES), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def decisive(self, how_long: bool = True) -> dict[str, Any]:
-        """Everything that decides the run, by section; its folder and what is kept there do not.
+    def settings(self, up_to: Decides) -> dict[str, Any]:
+        """The values by dotted key, of those keys that decide as much or more: ``{"train.lr": 0.02}``."""
+        return {key: getattr(section, item.name) for key, section, item in self._keys() if decides(item) <= up_to}
 
-        Args:
-            how_long: whether it counts where the run ends.
-        """
-        content = dataclasses.asdict(self)
-        for limit in ("passes", "max_fast_steps", "max_samples", "max_train_sec") if not how_long else ():
-            del content["train"][limit]
-        content["run"] = {"seed": content["run"]["seed"]}
-        del content["checkpoint"]
-        return content
+    def built_in(self) -> dict[str, Any]:
+        """The built-in values by dotted key, of this method's options too."""
+        return {key: getattr(type(section)(), item.name) for key, section, item in self._keys()}
+
+    def _keys(self) -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+        for part in dataclasses.fields(self):
+            section = getattr(self, part.name)
+            for item in dataclasses.fields(section):
+                yield f"{part.name}.{item.name}", section, item
+
+
+def decides(item: dataclasses.Field[Any]) -> Decides:
+    """What a schema's key decides; the numbers, if it does not say."""
+    return Decides(item.metadata.get("decides", NUMBERS))

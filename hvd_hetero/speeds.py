@@ -29,7 +29,7 @@ def first_plan(job: Job, algorithm: Algorithm, worker: Worker, source: Source, c
 
     Raises:
         ConfigError: the measured speeds allow no plan; the same on all ranks.
-        RuntimeError: this rank cannot take a step, while the others wait for it.
+        RankError: this rank cannot take a step, while the others wait for it.
     """
     cluster = job.cluster
     choose_path(algorithm, measurement(job, worker, source, comm))

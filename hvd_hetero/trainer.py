@@ -10,11 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hvd_hetero import algorithms
 from hvd_hetero.accounts import Accounts
-from hvd_hetero.checkpoint import save_model
+from hvd_hetero.checkpoint import FOLDER, MODEL, save_model
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.delays import delays
 from hvd_hetero.errors import Stopped
@@ -22,12 +20,14 @@ from hvd_hetero.feed import Feed, Pass
 from hvd_hetero.going_on import carry_over, restore, state_of
 from hvd_hetero.job import Job, make_worker
 from hvd_hetero.limits import check_limits, expected_passes, next_rounds
-from hvd_hetero.metrics import Progress, RunFolder
-from hvd_hetero.output import note, write_start, write_summary, write_trace
+from hvd_hetero.metrics import Progress, RunFolder, say_missing
+from hvd_hetero.output import how_good, note, write_start, write_summary, write_trace
 from hvd_hetero.passes import Ongoing, PassFigures, RoundLaps, evaluate, gather_figures, say_taus
 from hvd_hetero.plan import Plan
+from hvd_hetero.random_state import seed_all
+from hvd_hetero.resume import Found, check_fits, check_places
 from hvd_hetero.sampling import Sampler
-from hvd_hetero.saving import Agreed, Found, Saver, check_devices, check_fits
+from hvd_hetero.saving import Agreed, Saver
 from hvd_hetero.speeds import first_plan, start_together
 from hvd_hetero.timing import Stopwatch, own_clock
 from hvd_hetero.trace import Recorder
@@ -41,7 +41,7 @@ class Trainer:
 
     Args:
         run_dir: the run's folder, written by rank 0; None for no run, but measurements.
-        found: what rank 0 has found to go on from, see :func:`hvd_hetero.saving.find`.
+        found: what rank 0 has found to go on from, see :func:`hvd_hetero.resume.find`.
     """
 
     def __init__(self, job: Job, run_dir: str | Path | None, found: Found | None = None) -> None:
@@ -54,7 +54,7 @@ class Trainer:
         self.test = parts.dataset.test.to(job.placement.device)
         self.worker = make_worker(job, self.watch)
         self.algorithm = algorithms.build(config, job.cluster, len(self.source), parts.least_batch)
-        torch.manual_seed(config.run.seed * 1000003 + job.env.rank)  # dropout differs from rank to rank
+        seed_all(config.run.seed * 1000003 + job.env.rank)  # dropout differs from rank to rank
         self.run_dir, self.found, self.folder = run_dir, found, None
         if run_dir is not None and job.env.rank == 0:
             kept = () if found is None else (found.state["rank0"][key] for key in ("rows_bytes", "samples_seen"))
@@ -72,15 +72,14 @@ class Trainer:
         state, reshaped = None, False
         self.saver: Saver | None = None
         if self.run_dir is not None:
-            digest = config.digest(how_long=False)
-            self.saver = Saver(self.run_dir, config.checkpoint, digest, self.comm, self.algorithm.drains)
-            state, reshaped = self.saver.load(self.found)
+            self.saver = Saver(self.run_dir, config, self.job.env, self.comm, self.algorithm.drains)
+            state, reshaped = self.saver.load(self.found, self.job.cluster)
         if state is not None and reshaped:
-            check_fits(state, self.worker, len(self.source))
+            check_fits(state, self.worker)
             self.worker.carry_over(state["worker"])
         known = None
         if state is not None and not reshaped:
-            check_devices(state, self.worker, self.comm)
+            check_places(state, self.job.cluster)
             known = Plan.from_dict(state["plan"])
             self.comm.take(state["path"])
         self.plan = known or first_plan(self.job, self.algorithm, self.worker, self.source, self.comm)
@@ -123,7 +122,10 @@ class Trainer:
         if self.folder is None or self.progress is None:
             return None
         self.progress.close()
-        save_model(self.folder.path, self.worker.model)
+        try:
+            save_model(self.folder.path, self.worker.model)
+        except Exception as error:  # whatever a model's own state_dict or the disk may raise: the figures come next
+            say_missing(self.folder.path / FOLDER / MODEL, error)
         cluster, path = self.job.cluster, comm.path
         return write_summary(self.folder, config, cluster, self.plan, accounts, path, self.best, self.begin)
 
@@ -180,7 +182,7 @@ class Trainer:
         self.watch.pulse.begin("end of a pass")
         self.ongoing, plan, worked = None, ongoing.plan, ongoing.worked()
         self.algorithm.end_pass(worker, comm)
-        losses = worker.take_losses()
+        losses, weights = worker.take_losses()
         if worked.at is None:
             self.feed.collect(plan, losses)
         else:
@@ -188,7 +190,7 @@ class Trainer:
         self.watch.collective()
         step_sec = RoundLaps(self.watch, self.recorder, ongoing.work_sec).step_sec(worked, self.algorithm.mine.tau)
         left_out, counts = ongoing.count(comm.left_out.take(), self.algorithm.counts())
-        done = gather_figures(comm, self.watch, accounts, plan, worked, losses, step_sec, left_out)
+        done = gather_figures(comm, self.watch, accounts, plan, worked, losses, weights, step_sec, left_out)
         if not self.over:
             self.plan = self._replan(self.plan, done)
         rate = worker.optimizer.param_groups[0]["lr"]
@@ -235,8 +237,7 @@ class Trainer:
         assert self.saver is not None
         self.watch.pulse.begin("checkpoint")
         number = self.accounts.rounds + (0 if ongoing is None else ongoing.reached.rounds)
-        value = None if row is None or "eval_loss" not in row else row.get("eval_accuracy", -row["eval_loss"])
-        self.saver.save(number, self.accounts.passes, lambda: state_of(self, ongoing), wait, value)
+        self.saver.save(number, self.accounts.passes, lambda: state_of(self, ongoing), wait, how_good(row or {}))
         self.watch.skip()
 
     def _stopped(self) -> Stopped:
@@ -255,9 +256,18 @@ class Trainer:
     def close(self) -> None:
         """Leaves the job together with all other ranks."""
         self.algorithm.close()
+        if self.folder is not None:
+            self.folder.close()
         self.comm.close()
         self.job.watchdog.stop()
 
-    def abandon(self) -> None:
-        """Ends what runs in the background, when this rank leaves alone."""
+    def abandon(self, saves: bool) -> None:
+        """Ends what runs in the background, when this rank leaves alone.
+
+        Args:
+            saves: a checkpoint that is on its way may come to its end first.
+        """
+        if saves and self.saver is not None:
+            self.watch.pulse.begin("checkpoint")
+            self.saver.abandon()
         self.algorithm.close()

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any, NoReturn
 
-from hvd_hetero.comm.rendezvous import JobEnv, get_beat, put_beat
+from hvd_hetero.comm.rendezvous import BEAT_TIMEOUT_SEC, JobEnv, get_beat, put_beat
 from hvd_hetero.errors import EXIT_LOST, EXIT_STUCK
 from hvd_hetero.pulse import PREPARING, Pulse
 
@@ -68,8 +68,9 @@ class Watchdog:
         self._still_sec = self._unreached_sec = 0.0
         self._ticked = time.monotonic()
         self._sights = {rank: Sight() for rank in range(env.size) if rank != env.rank}
+        self._thread = threading.Thread(target=self._run, name="hvd_hetero.watchdog", daemon=True)
         if env.store is not None:
-            threading.Thread(target=self._run, name="hvd_hetero.watchdog", daemon=True).start()
+            self._thread.start()
 
     def arm(self, limit_sec: float | None) -> None:
         """From now on ranks are looked at: all of them have reported.
@@ -82,8 +83,11 @@ class Watchdog:
         self._wake.set()  # else it would say nothing for what may be longer than the others wait for it
 
     def stop(self) -> None:
+        """Ends the watching; the thread has ended when this returns, unless the store does not answer it."""
         self._stopped.set()
         self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(BEAT_TIMEOUT_SEC)
 
     def _run(self) -> None:
         while not self._stopped.is_set():

@@ -11,12 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hvd_hetero.by_name import PerSample
 from hvd_hetero.comm.flat import FlatState
-from hvd_hetero.data import Batch, Source
+from hvd_hetero.data import Batch, Source, read
+from hvd_hetero.data.batch import sample_counts
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.extra_state import extra_state, load_extra_state
+from hvd_hetero.losses import Numbers, PerSample, joined, mean_gradient, name_of, per_sample, weighted_sums
 from hvd_hetero.modes import evaluating, set_mode
 from hvd_hetero.random_state import RandomState
 from hvd_hetero.snapshot import snapshot
+from hvd_hetero.states import load_state, save_state
 from hvd_hetero.timing import Pace, Stopwatch
 
 
@@ -25,19 +29,21 @@ class Worker:
 
     Args:
         model: moved to the device, and its parameters into flat vectors.
-        loss: ``loss(outputs, targets) -> [B]``, see :func:`per_sample_loss`.
+        loss: ``loss(outputs, targets)``, one number a sample, see :mod:`hvd_hetero.losses`.
         make_optimizer: makes the optimizer from the parameters.
         make_scheduler: makes a learning-rate scheduler from the optimizer, or None.
         slowdown: emulate a device this many times slower: each local step is stretched by sleeping.
         watch: books the rank's time.
-        metric: ``metric(outputs, targets) -> [B]``, the figure that evaluation averages beside the loss.
+        metric: as the loss; the figure that evaluation averages beside it.
         clip_norm: gradients whose joint norm is above this are scaled down to it, before the optimizer's step.
         autocast: compute in bfloat16 where PyTorch deems it safe; parameters and gradients stay as they are.
         compile_mode: of ``torch.compile``, which training steps then go through; None: they do not.
         channels_last: keep images and the weights of convolutions with their channels last in memory.
+        state_policies: ``aggregation.state``, what becomes of frozen parameters and buffers that change.
 
     Attributes:
         state: what an aggregation averages.
+        metric: the argument.
         generator: on the device; the only source of the augmentation's randomness.
     """
 
@@ -57,6 +63,7 @@ class Worker:
         autocast: bool = False,
         compile_mode: str | None = None,
         channels_last: bool = False,
+        state_policies: Mapping[str, str] | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device)
@@ -65,7 +72,7 @@ class Worker:
         self._channels_last = channels_last
         self._compiled_once = False
         self._compiled = None if compile_mode is None else torch.compile(self.model, mode=compile_mode, dynamic=False)
-        self.state = FlatState(self.model, channels_last)
+        self.state = FlatState(self.model, channels_last, state_policies)
         self._params = [p for p in self.model.parameters() if p.requires_grad]
         self._gradients: list[Tensor] = []
         self._make_optimizer, self._make_scheduler = make_optimizer, make_scheduler
@@ -73,9 +80,10 @@ class Worker:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.watch = watch or Stopwatch()
         self.pace = Pace(self.watch, slowdown, self._synchronize)
-        self._loss, self._metric, self.has_metric = loss, metric, metric is not None
+        self._loss = loss.to(self.device) if isinstance(loss, nn.Module) else loss
+        self.metric = metric
         self._clip_norm, self._autocast = clip_norm, autocast
-        self._losses: list[Tensor] = []
+        self._losses: list[Numbers] = []
 
     def make_optimizer(self, wrap: Callable[[torch.optim.Optimizer], torch.optim.Optimizer] | None = None) -> None:
         """Makes optimizer and scheduler anew, for methods that put something around the optimizer before training."""
@@ -126,27 +134,30 @@ class Worker:
         """
         self._end_rest()
         try:
-            losses = self._backward(self._compiled or self.model, inputs, targets, weight)
+            numbers = self._backward(self._compiled or self.model, inputs, targets, weight)
         except Exception as error:
             if self._compiled is None or self._compiled_once:
                 raise
             reason = str(error).strip().splitlines() or [type(error).__name__]
             warnings.warn(f"train.compile: goes on without it, it fails here: {reason[0]}", stacklevel=2)
             self._compiled = None
-            losses = self._backward(self.model, inputs, targets, weight)
+            numbers = self._backward(self.model, inputs, targets, weight)
         self._compiled_once = True
-        self._losses.append(losses)
-        return losses
+        self._losses.append(numbers)
+        return numbers[0]
 
-    def _backward(self, model: Callable[..., Any], inputs: Any, targets: Tensor, weight: float) -> Tensor:
+    def _backward(self, model: Callable[..., Any], inputs: Any, targets: Tensor, weight: float) -> Numbers:
         for gradient in self._gradients:
             gradient.zero_()
         if not self._gradients:
             for param in self._params:
                 param.grad = None
-        losses = self._losses_of(inputs, targets, model)[0]
-        losses.backward(torch.full_like(losses, weight / len(losses)))  # their mean's gradient, without the mean
-        return losses.detach()
+        (losses, weights), _ = self._losses_of(inputs, targets, model)
+        if not losses.requires_grad:
+            problem = "does not depend on the model's parameters in this batch"
+            raise ConfigError("train.loss", name_of(self._loss), problem, "compute it from the outputs, always")
+        losses.backward(mean_gradient(losses, weights, weight))  # their mean's gradient, without the mean
+        return losses.detach(), weights
 
     def gradients(self) -> list[Tensor]:
         """The gradients at hand, of those parameters that have one."""
@@ -154,9 +165,9 @@ class Worker:
 
     def gradient_again(self, inputs: Any, targets: Tensor, weight: float) -> list[Tensor]:
         """The gradient once more, of those parameters that have one at hand, beside it; no hook is called."""
-        losses = self._losses_of(inputs, targets)[0]
-        params = [p for p in self._params if p.grad is not None]
-        return list(torch.autograd.grad(losses.mean() * weight, params, allow_unused=True, materialize_grads=True))
+        (losses, weights), _ = self._losses_of(inputs, targets)
+        params, along = [p for p in self._params if p.grad is not None], mean_gradient(losses, weights, weight)
+        return list(torch.autograd.grad(losses, params, along, allow_unused=True, materialize_grads=True))
 
     def apply(self) -> None:
         """One optimizer step along the gradient at hand."""
@@ -166,20 +177,24 @@ class Worker:
         self.optimizer.step()
 
     def _losses_of(
-        self, inputs: Any, targets: Tensor, model: Callable[..., Any] | None = None
-    ) -> tuple[Tensor, Any]:
+        self, inputs: Any, targets: Any, model: Callable[..., Any] | None = None
+    ) -> tuple[Numbers, Any]:
+        """Return the losses of a batch, and the model's outputs."""
         if self._channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         # entering a context that is switched off takes a tenth of a tiny model's step
         with torch.autocast(self.device.type, torch.bfloat16) if self._autocast else nullcontext():
             outputs = forward(model or self.model, inputs)
-            return self._loss(outputs, targets), outputs
+            returned = self._loss(outputs, targets)
+        return per_sample("train.loss", name_of(self._loss), returned, sample_counts(targets)), outputs
 
-    def take_losses(self) -> Tensor:
-        """The losses ``[K]`` of all samples since the last call, in the order of training, on the host."""
-        taken = torch.cat(self._losses).cpu() if self._losses else torch.empty(0)
-        self._losses = []
-        return taken.float()
+    def take_losses(self) -> tuple[Tensor, Tensor]:
+        """Return losses and weights ``[K]`` of all samples since the last call, in the order of training.
+
+        They are on the host, in float32. A sample that does not count has the loss -inf, and weight 0.
+        """
+        taken, self._losses = joined(self._losses), []
+        return taken
 
     def warm_up(self, factor: float) -> None:
         """Scales the scheduled learning rate, in (0, 1], until the next call."""
@@ -195,21 +210,30 @@ class Worker:
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
-    def evaluate(self, source: Source, indices: np.ndarray[Any, Any], batch_size: int) -> tuple[float, float]:
-        """Sums of loss and metric over the given samples of a source; all modes are left as they were."""
-        total = torch.zeros(2, dtype=torch.float64)
+    @torch.no_grad()  # and not inference_mode: what a module keeps of an evaluation, it may use in training
+    def evaluate(self, source: Source, indices: np.ndarray[Any, Any], batch_size: int) -> Tensor:
+        """Evaluate the model on some samples of a source; modes and random numbers are left as they were.
+
+        Returns:
+            ``[4]``: sums of losses and of their weights, then of the metric's values and of theirs.
+        """
+        random, generator = RandomState.capture(self.device), self.generator.get_state()
+        sums = torch.zeros(4, dtype=torch.float64)
         whole = len(indices) // batch_size * batch_size
         self.rest()
         with evaluating(self.model):
             for rows in (indices[:whole].reshape(-1, batch_size), indices[whole:].reshape(1, -1)):
-                for inputs, targets in source.batches(rows, self.generator) if rows.size else ():
+                for inputs, targets in read(source, rows, self.generator, split="test") if rows.size else ():
                     self.watch.pulse.begin("evaluation")
                     losses, outputs = self._losses_of(inputs, targets)
-                    total[0] += losses.sum().cpu()
-                    if self._metric is not None:
-                        total[1] += self._metric(outputs, targets).sum().cpu()
-        return float(total[0]), float(total[1])
+                    sums[:2] += weighted_sums(*losses)
+                    if self.metric is not None:
+                        returned, name = self.metric(outputs, targets), name_of(self.metric)
+                        values = per_sample("eval.metric", name, returned, sample_counts(targets))
+                        sums[2:] += weighted_sums(*values)
+        random.restore()
+        self.generator.set_state(generator)
+        return sums
 
     # ---- saving and putting back ------------------------------------------------------------------------------------
 
@@ -217,7 +241,7 @@ class Worker:
         """Remembers everything that training changes; calling the result puts it back."""
         before, steps = RandomState.capture(self.device), self._steps
         put_back = snapshot(
-            self.model, self.optimizer, self.scheduler, self._loss, self._metric, self.generator
+            self.model, self.state, self.optimizer, self.scheduler, self._loss, self.metric, self.generator
         )
 
         def restore() -> None:
@@ -231,32 +255,29 @@ class Worker:
         """Everything of this rank that decides its further steps, between two rounds."""
         self.rest()  # which mode an optimizer is in is not always in its own state
         return {
-            "tensors": [t.detach() for t in self.state.everything()],
-            "layout": [str((name, list(p.shape), p.stride())) for name, p in self.model.named_parameters()],
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "model": self.state.state_dict(),
+            "extra": extra_state(self.model),
+            "optimizer": save_state(self.optimizer),
+            "scheduler": None if self.scheduler is None else save_state(self.scheduler),
             "rates": self._scheduled,
             "generator": self.generator.get_state(),
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            "losses": torch.cat(self._losses).cpu() if self._losses else torch.empty(0),
+            "random": RandomState.capture(self.device).state_dict(),
+            "losses": joined(self._losses),
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from what :meth:`state_dict` gave on the same kind of device."""
-        for own, saved in zip(self.state.everything(), state["tensors"], strict=True):
-            own.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.carry_over(state)
+        load_state(self.optimizer, state["optimizer"], "optimizer")
         self._lay_out_optimizer()
         if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
+            load_state(self.scheduler, state["scheduler"], "scheduler")
         self._scheduled = list(state["rates"])
         self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch"])
-        if state["cuda"] is not None:
-            torch.cuda.set_rng_state(state["cuda"], self.device)
-        self._losses = [state["losses"].to(self.device)]
+        RandomState.from_state_dict(state["random"], self.device).restore()
+        losses, weights = state["losses"]
+        self._losses = [(losses.to(self.device), weights.to(self.device))]
 
     def _lay_out_optimizer(self) -> None:
         """Lays out its tensors as their parameters are: files keep no strides, and fused optimizers ask for none."""
@@ -269,8 +290,9 @@ class Worker:
     @torch.no_grad()
     def carry_over(self, state: Mapping[str, Any]) -> None:
         """Takes the model alone from what another rank's :meth:`state_dict` gave."""
-        for own, saved in zip(self.state.everything(), state["tensors"], strict=True):
-            own.copy_(saved)
+        self.state.load_state_dict(state["model"])
+        self.state.others.remember()
+        load_extra_state(self.model, state["extra"])
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -278,7 +300,10 @@ class Worker:
 
 
 def forward(model: Callable[..., Any], inputs: Any) -> Any:
-    """Calls the model: a tuple of inputs as positional arguments, a dict as keyword arguments."""
-    if isinstance(inputs, dict):
+    """Calls the model: a tuple of inputs as positional arguments, a mapping as keyword arguments, all else as one.
+
+    A named tuple, such as a packed sequence, is one argument; so is a list.
+    """
+    if isinstance(inputs, Mapping):
         return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    return model(*inputs) if type(inputs) is tuple else model(inputs)

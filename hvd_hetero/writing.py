@@ -2,90 +2,102 @@
 
 from __future__ import annotations
 
-import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
+from hvd_hetero.comm.rendezvous import JobEnv, exchange
+from hvd_hetero.store import ShardInfo, Store, join, split
 
-from hvd_hetero.comm.horovod import Comm
-from hvd_hetero.store import ShardInfo, Store
+TIMEOUT_SEC = 1800.0
+"""What a rank may take to write its shard."""
+SHARD, PROBLEM = "shard", "problem"
+
+
+@dataclass(frozen=True)
+class Best:
+    """That a checkpoint is the best so far, by this value of this metric."""
+
+    value: float
+    metric: str
 
 
 class Write:
     """One checkpoint on its way to the disk: every rank writes its shard, then rank 0 the manifest.
 
+    A thread does it on each rank. They tell each other through the job's key-value store what has become of it, so that
+    no rank's own thread has a part in it: a job that fails in the next round has its checkpoint all the same. All ranks
+    make a Write for the same round at the same place.
+
+    Args:
+        made_with: see :meth:`hvd_hetero.store.Store.commit`.
+        state: makes what this rank saves, at once.
+        best: if it is the best one so far.
+
     Attributes:
         number: its round.
-        done: whether it is on the disk; the same on all ranks.
+        problem: why it is not on the disk, as far as this rank knows; empty if it is.
     """
 
     def __init__(
-        self, store: Store, number: int, passes: int, digest: str, comm: Comm, state: Any, best: float | None
-    ) -> None:
-        self._store, self.number, self._passes, self._digest, self._comm = store, number, passes, digest, comm
-        self._best, self.done = best, False
-        self._text, self._problem = b"", ""
-        self._committing = False
-        self._start(lambda: self._shard(state))
+        self, store: Store, env: JobEnv, number: int, passes: int, made_with: Mapping[str, Any],
+        state: Callable[[], Any], best: Best | None,
+    ) -> None:  # fmt: skip
+        self._store, self._env, self.number, self._passes, self._made_with = store, env, number, passes, made_with
+        self._best, self.problem = best, ""
+        content = self._try(state)
+        self._thread = threading.Thread(
+            target=self._try, args=(lambda: self._run(content),), name="hvd_hetero.checkpoint", daemon=True
+        )
+        self._thread.start()
 
     @property
     def busy(self) -> bool:
         return self._thread.is_alive()
 
-    def join(self) -> None:
-        self._thread.join()
+    def join(self, timeout_sec: float | None = None) -> None:
+        self._thread.join(timeout_sec)
 
-    def go_on(self) -> bool:
-        """The next thing to be done, once no rank is busy any more; False if that was all."""
-        if self._committing:
-            if self._problem:
-                print(f"no checkpoint at round {self.number}: {self._problem}", flush=True)
-            self.done = not self._comm.max([float(bool(self._problem))], "checkpoint.done")[0]
-            return False
-        self._committing = True
-        sizes = [int(size) for size in self._comm.gather(torch.tensor([len(self._text)]), "checkpoint.sizes")]
-        mine = torch.tensor(list(self._text), dtype=torch.uint8)
-        shards = self._comm.gather(mine, "checkpoint.shards", sizes)
-        if self._comm.rank == 0 and all(sizes):
-            self._start(lambda: self._commit([bytes(shard.tolist()).decode() for shard in shards]))
-        elif self._comm.rank == 0:
-            self._problem = self._problem or "a rank could not write its part"
-        return True
-
-    def _start(self, call: Callable[[], None]) -> None:
-        self._thread = threading.Thread(target=self._told, args=(call,), name="hvd_hetero.checkpoint")
-        self._thread.start()
-
-    def _told(self, call: Callable[[], None]) -> None:
+    def _try(self, call: Callable[[], Any]) -> Any:
         try:
-            call()
+            return call()
         except Exception as error:  # whatever it is, the training goes on
-            self._problem = f"rank {self._comm.rank}: {error}"
+            self.problem = self.problem or f"rank {self._env.rank}: {error}"
 
-    def _shard(self, state: Any) -> None:
-        self._text = self._store.write_shard(self.number, self._comm.rank, state).to_json().encode()
+    def _run(self, content: Any) -> None:
+        info = None if self.problem else self._try(
+            lambda: self._store.write_shard(self.number, self._env.rank, content).to_json()
+        )
+        said = self._tell({PROBLEM: self.problem} if info is None else {SHARD: info})
+        if self._env.rank == 0:
+            self._try(lambda: self._commit(said))
+        outcome = self._tell({PROBLEM: self.problem})[0]
+        self.problem = self.problem or outcome[PROBLEM]
 
-    def _commit(self, shards: list[str]) -> None:
-        infos = [ShardInfo.from_json(text) for text in shards]
-        self._store.commit(self.number, infos, passes=self._passes, config_digest=self._digest)
+    def _tell(self, content: dict[str, Any]) -> list[dict[str, Any]]:
+        return exchange(self._env, "checkpoint", content, TIMEOUT_SEC)
+
+    def _commit(self, said: list[dict[str, Any]]) -> None:
+        problems = [other[PROBLEM] for other in said if SHARD not in other]
+        try:
+            if problems:
+                raise RuntimeError(problems[0])
+            infos = [ShardInfo.from_json(other[SHARD]) for other in said]
+            self._store.commit(self.number, infos, passes=self._passes, made_with=self._made_with)
+        except Exception:
+            with suppress(Exception):  # what failed first is to be told
+                self._store.discard(self.number)  # all ranks are done with it, and a full disk is not to be kept full
+            raise
         if self._best is not None:
-            self._store.mark_best(self.number, self._best)
+            self._store.mark_best(self.number, self._best.value, self._best.metric)
 
 
 def copied(state: Any) -> Any:
-    """The same content in memory of its own, on the host."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, np.ndarray):
-        return state.copy()
-    if isinstance(state, dict):
-        own = copy.copy(state)  # of the same kind: a Counter is none of another
-        for key, part in state.items():
-            own[key] = copied(part)
-        return own
-    if type(state) in (list, tuple):
-        return type(state)(copied(part) for part in state)
-    return state
+    """The same content in memory of its own, on the host.
+
+    Raises:
+        CheckpointError: a part of it could only be saved by pickle.
+    """
+    return join(*split(state))

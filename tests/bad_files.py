@@ -21,6 +21,7 @@ from store_helpers import save_round
 
 from hvd_hetero import algorithms
 from hvd_hetero.config import load
+from hvd_hetero.fingerprint import made_with
 from hvd_hetero.store import Store
 
 AGAIN = "fetch the file again"
@@ -222,15 +223,14 @@ OTHERS = [
 
 
 def saved(
-    damage: Callable[[Path], Any] = lambda folder: None, ranks: int = 1, digest: str | None = None
+    damage: Callable[[Path], Any] = lambda folder: None, ranks: int = 1, **others: Any
 ) -> Callable[[Path], None]:
     """A checkpoint of the run that ``RESUMED`` is, then damaged."""
 
     def make(tmp: Path) -> None:
         (tmp / "run").mkdir()
         config = load((), [*ALONE, f"run.dir={tmp}/run"], algorithms.method)
-        own = config.digest(how_long=False) if digest is None else digest
-        save_round(Store(tmp / "run"), 10, [{"w": torch.ones(9)}] * ranks, own)
+        save_round(Store(tmp / "run"), 10, [{"w": torch.ones(9)}] * ranks, {**made_with(config), **others})
         damage(tmp / "run" / "checkpoints" / "000010")
 
     return make
@@ -264,8 +264,9 @@ CHECKPOINTS = [
          RESUMED, AT, ANEW),
     Case("checkpoint foreign", saved(lambda f: (f / "manifest.json").write_text("{}")), RESUMED, AT, ANEW),
     Case("checkpoint format", saved(lambda f: (f / "manifest.json").write_text(
-        (f / "manifest.json").read_text().replace('"format": 3', '"format": 1'))), RESUMED, AT, "use hvd-hetero"),
-    Case("checkpoint of another configuration", saved(digest="other"), RESUMED, AT, "run.resume=reshape"),
+        (f / "manifest.json").read_text().replace('"format": 4', '"format": 1'))), RESUMED, AT, "use hvd-hetero"),
+    Case("checkpoint of another setting", saved(**{"train.lr": 7.5}), RESUMED,
+         "train.lr=0.02: the checkpoint of round 10 was made with 7.5", "run.resume=reshape"),
     Case("checkpoint of other ranks", saved(ranks=2), RESUMED, AT, "start 2 ranks"),
     Case("checkpoints elsewhere", lambda tmp: ((tmp / "run").mkdir(), (tmp / "run" / "checkpoints").symlink_to(tmp)),
          RESUMED,

@@ -11,6 +11,7 @@ import yaml
 
 from hvd_hetero import algorithms
 from hvd_hetero.config import Config, device_classes, load
+from hvd_hetero.schema import COURSE, FIGURES, LENGTH, NOTHING, NUMBERS, Decides
 
 DEFAULT = Path(__file__).parent.parent / "configs" / "default.yaml"
 
@@ -33,11 +34,47 @@ def test_a_saved_configuration_reads_back_the_same(tmp_path: Path, overrides: di
     assert again.digest() == config.digest()
 
 
-def test_digest_is_of_what_decides_the_run() -> None:
+def test_digest_is_of_what_decides_the_run_and_its_figures() -> None:
     base = load()
-    assert load(overrides={"run.dir": "elsewhere", "run.overwrite": True}).digest() == base.digest()
-    for override in ("run.seed=1", "train.lr=0.2", "cluster.classes.slow.slowdown=9", "train.tau=31"):
+    for override in ("run.dir=elsewhere", "run.overwrite=true", "checkpoint.keep=9", "data.root=/else"):
+        assert load(overrides=[override]).digest() == base.digest(), override
+    for override in ("run.seed=1", "train.lr=0.2", "cluster.classes.slow.slowdown=9", "train.tau=31", "train.passes=3",
+                     "eval.metric=none", "delays.sec=9"):
         assert load(overrides=[override]).digest() != base.digest(), override
+
+
+DECIDES = {
+    NUMBERS: """
+        run.seed cluster.too_slow data.name data.target data.args model.name model.target model.args train.batch_size
+        train.epoch train.tau train.tau_margin train.adapt_tau train.loss train.loss_args train.optimizer train.lr
+        train.optimizer_args train.scheduler train.scheduler_args train.warmup_rounds train.clip_norm train.autocast
+        train.matmul_precision train.channels_last sampling.scheme sampling.high_loss_ratio sampling.bias_to
+        aggregation.weights aggregation.mode aggregation.sync_every aggregation.max_lag aggregation.patience_sec
+        aggregation.optimizer_state aggregation.outer_lr aggregation.outer_momentum aggregation.outer_nesterov
+        aggregation.delayed algorithm.name algorithm.mode algorithm.participants algorithm.global_batch algorithm.least
+        algorithm.partition_bytes""",
+    LENGTH: "train.passes train.max_fast_steps train.max_samples train.max_train_sec aggregation.nan",
+    FIGURES: """
+        cluster.hosts cluster.classes cluster.affinity cluster.gpu_cores cluster.network_interface cluster.cycle_time_ms
+        data.workers train.compile aggregation.path aggregation.chunk_mb profile.seconds profile.warmup_steps
+        profile.reuse profile.file eval.every_passes eval.batch_size eval.metric delays.distribution delays.seed
+        delays.sec delays.ranks delays.sigma""",
+    COURSE: """
+        run.trace_rounds run.watchdog_sec cluster.start_timeout_sec cluster.gloo_timeout_sec checkpoint.every_sec
+        checkpoint.every_rounds checkpoint.keep""",
+    NOTHING: "run.dir run.overwrite run.resume run.name data.root",
+}
+"""A new key has to be thought of here: who resumes with another value of it gets another model, or not."""
+
+
+def test_what_every_key_decides_is_said() -> None:
+    found: dict[str, Decides] = {}
+    for name in algorithms.REGISTRY:
+        config = load((), {"algorithm.name": name}, algorithms.method)
+        for level in reversed(Decides):
+            found |= dict.fromkeys(config.settings(level), level)
+    said = {key: level for level, keys in DECIDES.items() for key in keys.split()}
+    assert found == said
 
 
 def test_default_yaml_names_every_key_with_its_built_in_value() -> None:

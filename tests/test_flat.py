@@ -121,30 +121,21 @@ def test_training_goes_on_in_the_vector(optimizer: str) -> None:
     assert torch.equal(double[double != 0], torch.cat([Mixed().wide.detach(), Mixed().offset]))
 
 
-def test_integers_go_and_come_back() -> None:
+def test_what_no_vector_holds_stays_where_it_is() -> None:
     model = Mixed()
     state = FlatState(model)
-    values = state.integers()
-    assert values is not None and values.dtype == torch.int64
-    assert sorted(values.tolist()) == [0, 0, 1, 3, 4]
-    state.set_integers(values + 1)
-    assert model.seen.tolist() == [[4, 5]] and model.seen.dtype == torch.int32
-    assert int(model.norm.num_batches_tracked) == 1
-    assert model.flag.tolist() == [True, True]
-
-
-def test_a_model_without_integers_or_buffers() -> None:
+    assert sorted(state.others.tensors()) == ["flag", "frozen", "norm.num_batches_tracked", "seen"]
     state = FlatState(nn.Linear(2, 1))
-    assert state.integers() is None
+    assert not state.others.tensors()
     assert [v.numel() for v in state.vectors] == state.params and not state.buffers()
 
 
-def test_everything_covers_the_whole_state() -> None:
+def test_all_tensors_are_the_whole_state() -> None:
     model, other = Mixed(), Mixed()
     with torch.no_grad():
         for tensor in other.state_dict().values():
             tensor.copy_(torch.zeros_like(tensor))
-    for mine, theirs in zip(FlatState(other).everything(), FlatState(model).everything(), strict=True):
+    for mine, theirs in zip(FlatState(other).tensors(), FlatState(model).tensors(), strict=True):
         mine.copy_(theirs)
     for (name, mine), theirs in zip(other.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs), name

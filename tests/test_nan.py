@@ -27,7 +27,7 @@ from hvd_hetero.accounts import Accounts  # noqa: E402
 from hvd_hetero.algorithms import REGISTRY, get  # noqa: E402
 from hvd_hetero.algorithms.local import LocalSGD  # noqa: E402
 from hvd_hetero.cluster import Cluster, DeviceClass, RankFacts  # noqa: E402
-from hvd_hetero.comm.finite import SPARE, LeftOut, finite, mark, scale_  # noqa: E402
+from hvd_hetero.comm.finite import FLAG_SLOTS, LeftOut, finite, mark, scale_  # noqa: E402
 from hvd_hetero.comm.flat import FlatState  # noqa: E402
 from hvd_hetero.errors import EXIT_NUMBERS, BadNumbers  # noqa: E402
 from hvd_hetero.metrics import METRICS, to_json  # noqa: E402
@@ -178,12 +178,12 @@ def test_what_is_finite(dtype: torch.dtype) -> None:
 
 
 def test_a_bad_rank_sends_its_weight_and_nothing_else() -> None:
-    vectors = [torch.full((3 + SPARE,), math.nan), torch.ones(2 + SPARE, dtype=torch.float64)]
+    vectors = [torch.full((3 + FLAG_SLOTS,), math.nan), torch.ones(2 + FLAG_SLOTS, dtype=torch.float64)]
     mark(vectors, good=False, share=0.25)
-    assert [v.tolist() for v in vectors] == [[0, 0, 0, 0, 0.25], [0, 0, 0, 0.25]]
+    assert [v.tolist() for v in vectors] == [[0, 0, 0, 0, 0.25, 0], [0, 0, 0, 0.25, 0]]
     vectors[0].fill_(7)
-    mark(vectors, good=True)
-    assert [v.tolist() for v in vectors] == [[7, 7, 7, 1, 0], [0, 0, 1, 0]]
+    mark(vectors, good=True, news=True)
+    assert [v.tolist() for v in vectors] == [[7, 7, 7, 1, 0, 1], [0, 0, 1, 0, 1]]
 
 
 def test_a_mask_of_infinities_is_no_bad_number() -> None:
@@ -192,7 +192,7 @@ def test_a_mask_of_infinities_is_no_bad_number() -> None:
     net.register_buffer("mask", torch.full((2, 2), -math.inf).triu(1))
     state = FlatState(net)
     assert finite(state.vectors) and state.vectors[0].numel() == without
-    assert net.get_buffer("mask").data_ptr() in [t.data_ptr() for t in state.everything()]
+    assert net.get_buffer("mask").data_ptr() in [t.data_ptr() for t in state.others.tensors().values()]
 
 
 def test_it_is_said_now_and_then(capfd: pytest.CaptureFixture[str]) -> None:

@@ -193,7 +193,7 @@ def on_another_path(folder: Path) -> None:
     states = [found.load(rank) | {"path": "hierarchical"} for rank in range(meta.world_size)]
     shutil.rmtree(found.path)
     infos = [store.write_shard(number, rank, state) for rank, state in enumerate(states)]
-    store.commit(number, infos, passes=meta.passes, config_digest=meta.config_digest)
+    store.commit(number, infos, passes=meta.passes, made_with=meta.made_with)
 
 
 def test_on_another_number_of_ranks(copy: Path) -> None:

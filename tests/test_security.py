@@ -21,10 +21,10 @@ from hvd_hetero import algorithms, data, models  # noqa: E402
 from hvd_hetero.api import run_dir  # noqa: E402
 from hvd_hetero.cli import main  # noqa: E402
 from hvd_hetero.config import load  # noqa: E402
+from hvd_hetero.environment import FORWARDED, without_passwords  # noqa: E402
 from hvd_hetero.errors import ConfigError  # noqa: E402
 from hvd_hetero.files import check_no_links, check_writable, own_files, write_text  # noqa: E402
-from hvd_hetero.horovodrun import FORWARDED  # noqa: E402
-from hvd_hetero.metrics import RunFolder, without_passwords  # noqa: E402
+from hvd_hetero.metrics import RunFolder  # noqa: E402
 from hvd_hetero.profiles import load_profile  # noqa: E402
 from hvd_hetero.report.write import slug  # noqa: E402
 from hvd_hetero.store import CheckpointError, Store  # noqa: E402

@@ -16,7 +16,7 @@ from subprocess import PIPE
 from typing import Any
 
 import pytest
-from store_helpers import DIGEST, NEW, OLD, save_round, some_state, whole
+from store_helpers import NEW, OLD, save_round, some_state, whole
 
 from hvd_hetero.store import CheckpointError, Files, Store
 
@@ -98,7 +98,7 @@ def old_run(path: Path) -> Path:
     path.mkdir()
     store = Store(path, keep=1)
     save_round(store, OLD - 5, [some_state(1), some_state(2)])
-    store.mark_best(OLD - 5, 0.1)
+    store.mark_best(OLD - 5, 0.1, "accuracy")
     save_round(store, OLD, [some_state(3), some_state(4)])
     (store.folder / "best.json").unlink()
     store.write_shard(OLD + 5, 0, some_state(5))
@@ -143,6 +143,27 @@ def test_a_fault_at_any_operation_leaves_the_old_one_or_the_new_one(tmp_path: Pa
         assert whole(store) == NEW + 10
         assert [path.name for path in store.folder.iterdir()] == ["000030"] and not list(store.folder.rglob(".*"))
         shutil.rmtree(run)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES])
+@pytest.mark.parametrize("what", ["sync", "sync_folder"])
+def test_what_cannot_be_synced_is_saved_all_the_same(tmp_path: Path, number: int, what: str) -> None:
+    """Network file systems and FUSE sync no folders; whether a sync that can be done has failed is another thing."""
+
+    def refuse(*args: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    files = Files()
+    setattr(files, what, refuse)
+    save_round(Store(old_run(tmp_path / "run"), 1, files), NEW, [some_state(6), some_state(7)])
+    assert whole(Store(tmp_path / "run")) == NEW
+
+
+def test_room_is_asked_for_where_there_is_none(tmp_path: Path) -> None:
+    for number, asked in ((errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EIO, False), (errno.EROFS, False)):
+        with pytest.raises(CheckpointError) as caught:
+            Store(tmp_path, files=Faulty(2, number)).write_shard(NEW, 0, some_state())
+        assert ("make room" in caught.value.remedy) == asked and "choose another run.dir" in caught.value.remedy
 
 
 def test_short_writes_are_gone_on_with(tmp_path: Path) -> None:
@@ -243,7 +264,7 @@ def write(number):
     while True:
         states = [{"n": number, "t": torch.full((200_000,), number + rank)} for rank in (0, 1)]
         infos = [store.write_shard(number, rank, state) for rank, state in enumerate(states)]
-        store.commit(number, infos, passes=0, config_digest="c0ffee")
+        store.commit(number, infos, passes=0, made_with={})
         print(number, flush=True)
         number += 1
 
@@ -274,7 +295,7 @@ def test_killed_writers_leave_the_last_one_whole(tmp_path: Path) -> None:
             os.kill(child, signal.SIGKILL)
             lines += iter(nursery.stdout.readline, "gone\n")
             told = max(int(line) for line in lines if line.strip().isdecimal())
-            latest = store.latest(DIGEST, 2, deep=True)
+            latest = store.latest(deep=True)
             assert latest is not None and told <= latest.meta.round <= told + 1
             for rank in range(2):
                 state = latest.load(rank)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import random
 from collections.abc import Callable, Iterator
 from itertools import chain, cycle, islice, repeat
 from types import SimpleNamespace
@@ -12,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hvd_hetero.by_name import accuracy, metric_by_name, optimizer_maker, per_sample_loss, scheduler_maker
-from hvd_hetero.data import TensorSource
+from hvd_hetero.by_name import accuracy, is_accuracy, metric_by_name, optimizer_maker, per_sample_loss, scheduler_maker
+from hvd_hetero.data import MapSource, TensorSource
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.profiling import Measurement, measure_step
+from hvd_hetero.random_state import seed_all
 from hvd_hetero.worker import Worker, forward
 
 
@@ -60,19 +63,20 @@ def test_local_steps_are_those_of_a_plain_loop() -> None:
         losses.mean().backward()
         optimizer.step()
         expected.append(losses.detach())
-    losses = mine.take_losses()
+    losses, weights = mine.take_losses()
     assert losses.shape == (40,) and losses.dtype == torch.float32
+    assert torch.equal(weights, torch.ones(40))
     assert torch.allclose(losses, torch.cat(expected), rtol=1e-5)
     for (name, a), b in zip(mine.model.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6), name
-    assert mine.take_losses().numel() == 0
+    assert mine.take_losses()[0].numel() == 0
 
 
 def test_local_steps_take_their_batches_and_no_more() -> None:
     mine, stream = worker(), batches(np.arange(40).reshape(5, 8))
     mine.local_steps(stream, 2)
     mine.local_steps(stream, 2)
-    assert mine.take_losses().shape == (32,)
+    assert mine.take_losses()[0].shape == (32,)
     assert len(list(stream)) == 1
 
 
@@ -113,6 +117,12 @@ def test_without_a_scheduler_the_rate_stays() -> None:
 # ---- evaluation -----------------------------------------------------------------------------------------------------
 
 
+def test_evaluation_of_fewer_samples_than_were_asked_for_is_refused() -> None:
+    data = MapSource(range(40), collate=lambda items: (torch.zeros(7, 6), torch.zeros(7, dtype=torch.int64)))
+    with pytest.raises(ConfigError, match=r"test data=7 targets: .* the 8 samples \[32, 33, "):
+        worker().evaluate(data, np.arange(32, 40), 8)
+
+
 @pytest.mark.parametrize(("count", "batch"), [(40, 8), (37, 8), (5, 8), (1, 1), (0, 4)])
 def test_evaluation_sums_over_every_sample(count: int, batch: int) -> None:
     """The last batch is smaller; dropout is off and BatchNorm's statistics are used, not changed."""
@@ -120,7 +130,7 @@ def test_evaluation_sums_over_every_sample(count: int, batch: int) -> None:
     mine.local_steps(batches(np.arange(40).reshape(5, 8)), 5)
     before = [v.clone() for v in mine.state.vectors]
     order = np.random.default_rng(0).permutation(40)[:count]
-    loss, correct = mine.evaluate(data, order, batch)
+    loss, counted, correct, judged = mine.evaluate(data, order, batch).tolist()
     mine.model.eval()
     with torch.no_grad():
         outputs = mine.model(data.inputs[order])
@@ -128,6 +138,7 @@ def test_evaluation_sums_over_every_sample(count: int, batch: int) -> None:
     mine.model.train()
     assert loss == pytest.approx(float(expected), rel=1e-5)
     assert correct == int((outputs.argmax(1) == data.targets[order]).sum())
+    assert counted == judged == count
     assert all(torch.equal(a, b) for a, b in zip(mine.state.vectors, before, strict=True))
 
 
@@ -136,6 +147,72 @@ def test_evaluation_leaves_the_model_training() -> None:
     mine.evaluate(source(), np.arange(8), 4)
     assert mine.model.training
     mine.local_steps(batches([[0, 1, 2, 3]]), 1)  # tensors made in inference mode would fail here
+
+
+class Noisy(nn.Module):
+    """Draws from all generators, in training and in evaluation; keeps what it has made in the first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.kept = network(), list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.kept:
+            self.kept.append(x.new_ones(3) * 2)
+        noise = torch.rand(len(x), 1) + float(np.random.rand()) + random.random()
+        return self.inner(x) * (self.kept[0] + noise)
+
+
+class NoisyRows:
+    """Items with noise of numpy's."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return torch.from_numpy(np.random.rand(6)).float(), i % 3
+
+
+def test_evaluating_more_often_changes_no_random_number() -> None:
+    """Not in the data either, whose batches are drawn from the worker's generator."""
+    data, found = MapSource(NoisyRows()), []
+    for often in (False, True):
+        mine = Worker(Noisy(), per_sample_loss("cross_entropy", {}), optimizer_maker("SGD", 0.1, {}), None)
+        seed_all(7)
+        for rows in np.arange(40).reshape(5, 1, 8):
+            mine.local_steps(data.batches(rows, mine.generator), 1)
+            if often:
+                mine.evaluate(data, np.arange(20), 8)
+        found.append([*mine.state.vectors, *mine.take_losses()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_what_a_module_keeps_of_an_evaluation_can_be_trained_with() -> None:
+    model = Noisy()
+    scaled = nn.Sequential(model, nn.Linear(3, 3))
+    mine = Worker(scaled, per_sample_loss("cross_entropy", {}), optimizer_maker("SGD", 0.1, {}), None)
+    mine.evaluate(source(), np.arange(8), 4)
+    assert model.kept and not model.kept[0].is_inference()
+    mine.local_steps(batches([[0, 1, 2, 3]]), 1)
+
+
+def test_all_random_numbers_go_on_from_a_saved_state() -> None:
+    """And the losses of the steps before it, with their weights."""
+    def made() -> Worker:
+        loss = per_sample_loss("cross_entropy", {"ignore_index": 2})
+        return Worker(Noisy(), loss, optimizer_maker("SGD", 0.1, {}), None)
+
+    whole, again = made(), made()
+    seed_all(7)
+    whole.local_steps(batches(np.arange(16).reshape(2, 8)), 2)
+    state = copy.deepcopy(whole.state_dict())
+    whole.local_steps(batches(np.arange(16).reshape(2, 8)), 2)
+    seed_all(8)
+    again.load_state_dict(state)
+    again.local_steps(batches(np.arange(16).reshape(2, 8)), 2)
+    for ours, theirs in zip([*again.state.vectors, *again.take_losses()],
+                            [*whole.state.vectors, *whole.take_losses()], strict=True):  # fmt: skip
+        assert torch.equal(ours, theirs)
 
 
 # ---- leaving no trace -----------------------------------------------------------------------------------------------
@@ -152,8 +229,8 @@ def test_measuring_leaves_everything_as_it_was(optimizer: str) -> None:
             assert measure_step(mine, source(), 8, seconds=0.01, warmup_steps=2, ready=lambda: None).step_sec > 0
         mine.local_steps(batches(np.arange(40).reshape(5, 8)), 5)
         state = [value for part in mine.optimizer.state.values() for value in part.values() if value is not None]
-        state += [mine.generator.get_state(), mine.take_losses()]
-        results.append([*mine.state.vectors, mine.state.integers(), *state])
+        state += [mine.generator.get_state(), *mine.take_losses()]
+        results.append([*mine.state.vectors, *mine.state.tensors(), *state])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -231,18 +308,19 @@ def test_forward_by_position_and_by_keyword() -> None:
 
 def test_losses_are_one_number_a_sample() -> None:
     outputs, targets = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
-    losses = per_sample_loss("mse_loss", {})(outputs, targets)
+    losses, _ = per_sample_loss("mse_loss", {})(outputs, targets)
     assert torch.allclose(losses, (outputs - targets).square().mean(dim=(1, 2)))
     smooth = per_sample_loss("cross_entropy", {"label_smoothing": 0.1})
     logits, classes = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
     assert torch.allclose(
-        smooth(logits, classes), nn.functional.cross_entropy(logits, classes, label_smoothing=0.1, reduction="none")
+        smooth(logits, classes)[0], nn.functional.cross_entropy(logits, classes, label_smoothing=0.1, reduction="none")
     )
 
 
 def test_accuracy_and_no_metric() -> None:
-    assert accuracy(torch.tensor([[0.1, 0.9], [2.0, 1.0]]), torch.tensor([1, 1])).tolist() == [1.0, 0.0]
-    assert metric_by_name("accuracy") is accuracy
+    outputs, targets = torch.tensor([[0.1, 0.9], [2.0, 1.0]]), torch.tensor([1, 1])
+    assert accuracy(outputs, targets)[0].tolist() == [1.0, 0.0]
+    assert is_accuracy(metric_by_name("accuracy")) and not is_accuracy(metric_by_name("none"))
     assert metric_by_name("none") is None and metric_by_name(None) is None
 
 

@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar, final
 
 from hvd_hetero.algorithms.lockstep import FAST, Lockstep, LockstepOptions
-from hvd_hetero.comm.averages import settle
-from hvd_hetero.comm.finite import finite, mark
+from hvd_hetero.comm.finite import finite, mark, summable
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.comm.servers import Servers
+from hvd_hetero.comm.weighted_sums import settle
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.plan import SERVER, Plan
@@ -69,19 +69,24 @@ class BytePS(Lockstep):
         self.vectors = worker.state.padded_gradients  # a server's only tell how long they are
 
     def run_round(self, worker: Worker, batches: Iterator[Batch], comm: Comm) -> None:
+        sums = [summable(vector) for vector in self.vectors]
         if self.mine.role == SERVER:
-            self.servers.sum_(self.vectors, "gradient")
+            self.servers.sum_(sums, "gradient")
             worker.watch.collective()
             return
         for inputs, targets in worker.pace.steps(batches, 1):
             self.keep_buffers(worker)
             worker.gradient(inputs, targets, self.mine.weight)
             good = finite(self.gradients)
-            mark(self.vectors, good, share=self.mine.weight)
+            sums = [summable(vector) for vector in self.vectors]
+            mark(sums, good, share=self.mine.weight)
             worker.pace.pause()
-            self.servers.sum_(self.vectors, "gradient")
+            self.servers.sum_(sums, "gradient")
             worker.watch.collective()
-            settle(comm, self.vectors, good, "gradient", self.ranks)
+            settle(comm, sums, good, "gradient", self.ranks)
+            for gradient, total in zip(self.vectors, sums, strict=True):
+                if gradient is not total:
+                    gradient.copy_(total)
             if not good:
                 self.leave_out(worker, comm)
             worker.apply()

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from hvd_hetero.comm.averages import average_tensors
 from hvd_hetero.comm.finite import finite
 from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.comm.weighted_sums import average_tensors
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.schema import AggregationConfig
 from hvd_hetero.taus import WAIT_AVOIDING
@@ -69,6 +69,7 @@ class Delayed:
         """Sends what the model is now; what was sent before has been taken in."""
         assert not self._on_its_way
         state = self._worker.state
+        state.refresh()  # what it finds is agreed on where all ranks meet
         self._sent = [v.clone() for v in state.vectors]
         self._mean = [v.clone() for v in state.vectors]
         self._good = finite(self._sent)

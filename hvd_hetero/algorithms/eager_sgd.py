@@ -111,6 +111,7 @@ class EagerSGD(Lockstep):
                 self._apply(partial.take(patience_sec=0), worker, given, first)
         for results in partial.finish():
             self._apply(results, worker, given, first)
+        worker.state.refresh()
         check_partial(comm, worker.state.parameters(), self._averages)
         taken = np.stack(rows) if rows else np.empty((0, self.mine.batch_size), dtype=np.int64)
         return Worked(self._averages, len(rows), taken, np.array(at, dtype=np.int64), self._used)

@@ -8,13 +8,12 @@ from dataclasses import replace
 from typing import Any
 from warnings import warn
 
-import torch
-
 from hvd_hetero.algorithms.base import Algorithm
 from hvd_hetero.algorithms.delayed import Delayed, check_delayed
 from hvd_hetero.algorithms.merging import Merging, check_merging
-from hvd_hetero.algorithms.outer import Outer, average_optimizer
-from hvd_hetero.comm.averages import average
+from hvd_hetero.algorithms.optimizer_average import OptimizerAverage
+from hvd_hetero.algorithms.outer import Outer
+from hvd_hetero.comm.averages import average, average_others
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.comm.rounds import Counts
 from hvd_hetero.config import per_class
@@ -111,6 +110,8 @@ class LocalSGD(Algorithm):
     def start(self, plan: Plan, worker: Worker, comm: Comm) -> None:
         super().start(plan, worker, comm)
         spec = self.aggregation
+        trained = [p for p in worker.model.parameters() if p.requires_grad]
+        self.optimizer_average = OptimizerAverage(trained, comm)
         self.outer = Outer(worker.state, spec.outer_lr, spec.outer_momentum, spec.outer_nesterov)
         measured = {
             c.name: c.step_sec * self.batch_size[c.name] / c.batch_size for c in plan.classes if c.step_sec is not None
@@ -162,10 +163,7 @@ class LocalSGD(Algorithm):
         return worked
 
     def end_pass(self, worker: Worker, comm: Comm) -> None:
-        integers = worker.state.integers()
-        if self.merging is not None and integers is not None:
-            most = comm.max(integers.tolist(), "integers")
-            worker.state.set_integers(torch.tensor(most).round().to(integers.dtype))
+        average_others(comm, worker.state, self.mine.weight, only_new=self.merging is None)
 
     def counts(self) -> Counts | None:
         return None if self.merging is None else self.merging.counts()
@@ -192,7 +190,7 @@ class LocalSGD(Algorithm):
         worker.rest()
         good, kept = average(comm, worker.state, self.mine.weight), self.aggregation.optimizer_state
         if kept == "average":
-            average_optimizer(worker.optimizer, self.mine.weight, comm, good)
+            self.optimizer_average.average(worker.optimizer, self.mine.weight, good)
         worker.watch.collective()
         if kept == "reset" or (kept == "local" and not good):
             worker.optimizer.state.clear()

@@ -79,6 +79,7 @@ class Lockstep(Algorithm):
 
     def run_pass(self, given: Pass, worker: Worker, comm: Comm) -> Worked:
         worked = super().run_pass(given, worker, comm)
+        worker.state.refresh()
         if self.mine.tau and not finite(worker.state.parameters()):  # a step itself may have gone too far
             raise BadNumbers(comm.left_out.round, self.ranks, everybody=True)
         return worked
@@ -88,6 +89,7 @@ class Lockstep(Algorithm):
         self._kept = [buffers.clone() for buffers in worker.state.buffers()]
 
     def put_buffers_back(self, worker: Worker) -> None:
+        worker.state.refresh()
         for buffers, kept in zip(worker.state.buffers(), self._kept, strict=True):
             buffers.copy_(kept)
 

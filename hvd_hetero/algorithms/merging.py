@@ -138,6 +138,7 @@ class Merging:
     @torch.no_grad()
     def _contribute(self, steps: float) -> bool:
         """Gives what this rank has come to since it last did; False if its numbers have gone bad, and it goes back."""
+        self._worker.state.refresh()
         if not finite([*self._params, *self._buffers]):
             self._set(self._common if self._ahead is None else self._common + self._ahead.to(self._common))
             for vector, kept in zip(self._buffers, self._kept, strict=True):

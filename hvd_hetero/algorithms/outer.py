@@ -1,4 +1,4 @@
-"""What may follow an average of models: an outer optimizer, and the average of the inner optimizers' state."""
+"""What may follow an average of models: an outer optimizer."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from typing import Any
 
 import torch
 
-from hvd_hetero.comm.averages import average_tensors
-from hvd_hetero.comm.finite import finite
 from hvd_hetero.comm.flat import FlatState
-from hvd_hetero.comm.horovod import Comm
 
 
 class Outer:
@@ -66,41 +63,3 @@ class Outer:
         """As :meth:`load_state_dict`, from a job that may have had no outer momentum; this one may have none either."""
         if self._velocity and "velocity" in state:
             self.load_state_dict(state)
-
-
-@torch.no_grad()
-def average_optimizer(optimizer: torch.optim.Optimizer, weight: float, comm: Comm, good: bool = True) -> None:
-    """Replaces the optimizer's floating state (momentum) by its weighted average over all ranks; counts by the maximum.
-
-    ``step`` is a count, whatever its type: bias corrections go by the rank that has taken the most steps.
-
-    Args:
-        good: whether this rank's model was; if not, its state has no part in the average either.
-
-    Raises:
-        BadNumbers: as :func:`hvd_hetero.comm.averages.average`.
-    """
-    params = [p for group in optimizer.param_groups for p in group["params"] if p in optimizer.state]
-    entries = [(optimizer.state[p], key) for p in params for key in sorted(optimizer.state[p])]
-    entries = [(own, key) for own, key in entries if isinstance(own[key], (torch.Tensor, int, float))]
-    counts = [(own, key) for own, key in entries if key == "step" or not _floating(own[key])]
-    tensors = [own[key] for own, key in entries if key != "step" and _floating(own[key])]
-    # NAdam, for one, keeps a number on the host beside the moments on the device
-    together = [tensor.to(params[0].device) for tensor in tensors]
-    fit = good and finite(together)
-    average_tensors(comm, together, fit, "optimizer", weight=weight)
-    for tensor, average in zip(tensors, together, strict=True):
-        if tensor is not average:
-            tensor.copy_(average)
-    if good and not fit:
-        comm.left_out.note()
-    most = comm.max([float(own[key]) for own, key in counts], "optimizer.counts") if counts else []
-    for (own, key), value in zip(counts, most, strict=True):
-        if isinstance(own[key], torch.Tensor):
-            own[key].fill_(value)
-        else:
-            own[key] = type(own[key])(value)
-
-
-def _floating(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()

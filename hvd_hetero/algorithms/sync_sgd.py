@@ -27,10 +27,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from hvd_hetero.algorithms.lockstep import Lockstep
-from hvd_hetero.comm.averages import average_tensors
 from hvd_hetero.comm.finite import finite
 from hvd_hetero.comm.gradients import GradientSum
 from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.comm.weighted_sums import average_tensors
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.plan import Plan
@@ -70,11 +70,10 @@ class SyncSGD(Lockstep):
 
     def _sum_again(self, worker: Worker, inputs: Any, targets: Tensor, comm: Comm) -> None:
         """Sums the gradients of the ranks whose own are good; all ranks of the group see that the first sum was not."""
-        integers = worker.state.integers()
+        others = worker.state.others.copy()
         self.put_buffers_back(worker)
         own = worker.gradient_again(inputs, targets, self.mine.weight)
-        if integers is not None:
-            worker.state.set_integers(integers)
+        worker.state.others.load_state_dict(others)
         good = finite(own)
         average_tensors(comm, own, good, "gradient.again", share=self.mine.weight, ranks=self.ranks)
         for gradient, again in zip(worker.gradients(), own, strict=True):

@@ -6,22 +6,23 @@ weighted sum stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from hvd_hetero.comm.finite import SPARE, finite, mark, scale_
+from hvd_hetero.comm.finite import FLAG_SLOTS, finite, scale_, summable
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.comm.other_averages import OtherAverages
 from hvd_hetero.comm.paths import FLAT
+from hvd_hetero.comm.weighted_sums import sum_good_
 from hvd_hetero.errors import BadNumbers
 
 
 def average(comm: Comm, state: FlatState, weight: float, name: str = "average") -> bool:
     """Replaces every rank's model by sum_i w_i x_i (paper, eq. 4) over the good ranks.
 
-    Integer buffers take the maximum over all.
+    What is in no flat vector follows its policy, see :mod:`hvd_hetero.comm.other_state`.
 
     Args:
         weight: w of this rank; the weights of all ranks sum to 1 and are equal within a class.
@@ -31,80 +32,75 @@ def average(comm: Comm, state: FlatState, weight: float, name: str = "average") 
 
     Raises:
         BadNumbers: on all ranks, if no rank's model is good, or if a bad one is to stop the job.
+        UserError: a tensor is not what it was, so that it cannot be averaged.
     """
+    news = state.refresh()
+    vectors = [summable(vector) for vector in state.padded]
+    contents = [vector[:-FLAG_SLOTS] for vector in vectors]
+    own_weight = weight
     if comm.path == FLAT:
-        good, weight, share = scale_(state.vectors, weight), 1.0, weight
+        good, weight, share = scale_(contents, weight), 1.0, weight
     else:
-        good, share = finite(state.vectors), 1.0
-    finish = _begin_integers(comm, state, name)
-    _sum_good_(comm, state.padded, good, name, weight=weight, share=share)
-    finish()
+        good, share = finite(contents), 1.0
+    others = OtherAverages(comm, state.others, own_weight, good, f"{name}.others")
+    others.begin()
+    news = sum_good_(comm, vectors, good, name, weight=weight, share=share, news=news)
+    for own, total in zip(state.padded, vectors, strict=True):
+        if own is not total:
+            own.copy_(total)
+    others.finish()
+    if news:
+        others.agree()
     if not good:
         comm.left_out.note()
     return good
 
 
 def average_buffers(comm: Comm, state: FlatState, weight: float, ranks: tuple[int, ...], name: str = "buffers") -> None:
-    """Replaces the buffers alone, on the given ranks; integer buffers take the maximum.
+    """Replaces everything but the trainable parameters, on the given ranks.
 
     Args:
         weight: of this rank; may differ within a class.
         ranks: all ranks, or those of one class.
 
     Raises:
-        BadNumbers: as :func:`average`.
+        BadNumbers, UserError: as :func:`average`.
     """
+    state.refresh()
     good = finite(state.buffers())
-    for buffers in state.buffers():
-        buffers.mul_(weight)
-    finish = _begin_integers(comm, state, name, ranks)
-    _sum_good_(comm, state.padded_buffers(), good, name, share=weight, ranks=ranks)
-    finish()
+    vectors = [summable(vector) for vector in state.padded_buffers()]
+    for vector in vectors:
+        vector[:-FLAG_SLOTS].mul_(weight)
+    others = OtherAverages(comm, state.others, weight, good, f"{name}.others", ranks)
+    others.begin()
+    sum_good_(comm, vectors, good, name, share=weight, ranks=ranks)
+    for own, total in zip(state.padded_buffers(), vectors, strict=True):
+        if own is not total:
+            own.copy_(total)
+    others.finish()
+    others.look()
     if not good:
         comm.left_out.note()
 
 
-def average_tensors(
-    comm: Comm, tensors: Sequence[Tensor], good: bool, name: str, *,
-    weight: float = 1.0, share: float = 1.0, ranks: tuple[int, ...] | None = None,
-) -> None:  # fmt: skip
-    """Replaces tensors, of the same shapes and types on all ranks, by their weighted sums over the good ranks.
+def average_others(
+    comm: Comm, state: FlatState, weight: float, name: str = "others", only_new: bool = False
+) -> None:
+    """Replaces what is in no flat vector, on all ranks, after a thorough look at what has changed.
 
     Args:
-        good: whether this rank is one.
-        weight: that they are to be multiplied with, equal within a class; ``share``: what is in them already.
-        ranks: those that take part: all, or one class.
+        weight: of this rank.
+        only_new: leave alone what is known to change: it has just been averaged.
 
     Raises:
-        BadNumbers: as :func:`average`.
+        UserError: as :func:`average`.
     """
-    groups = [[t for t in tensors if t.dtype == dtype] for dtype in dict.fromkeys(t.dtype for t in tensors)]
-    vectors = [torch.cat([*(t.reshape(-1) for t in group), group[0].new_empty(SPARE)]) for group in groups]
-    _sum_good_(comm, vectors, good, name, weight=weight, share=share, ranks=ranks)
-    for vector, group in zip(vectors, groups, strict=True):
-        for tensor, part in zip(group, vector[:-SPARE].split([t.numel() for t in group]), strict=True):
-            tensor.copy_(part.view_as(tensor))
-
-
-def settle(comm: Comm, vectors: Sequence[Tensor], good: bool, name: str, ranks: tuple[int, ...] | None = None) -> None:
-    """Makes an average of sums to which not all ranks may have contributed; the same on all of them.
-
-    Args:
-        vectors: ``[P + SPARE]``, marked before they were summed.
-        good: whether this rank has contributed.
-
-    Raises:
-        BadNumbers: as :func:`average`.
-    """
-    for vector in vectors:
-        kept, lost = vector[-SPARE:].tolist()
-        if lost and (not kept or comm.left_out.stops):
-            said = torch.zeros(comm.size, dtype=torch.float64)
-            said[comm.rank] = float(not good)
-            comm.weighted_sum_(said, 1.0, f"{name}.bad", ranks)
-            raise BadNumbers(comm.left_out.round, [r for r, bad in enumerate(said.tolist()) if bad], bool(not kept))
-        if lost:
-            vector.mul_(1 / kept)  # devices differ in how they divide by a number, and do not in how they multiply
+    state.refresh()
+    others = OtherAverages(comm, state.others, weight, True, name)
+    if not only_new:
+        others.begin()
+        others.finish()
+    others.look()
 
 
 def check_partial(comm: Comm, parameters: Sequence[Tensor], averages: int) -> None:
@@ -119,33 +115,3 @@ def check_partial(comm: Comm, parameters: Sequence[Tensor], averages: int) -> No
     """
     if not finite(parameters) or (not averages and comm.max([-float(comm.left_out.since)], "partial.bad")[0] < 0):
         raise BadNumbers(comm.left_out.round, range(comm.size), everybody=True)
-
-
-def _sum_good_(
-    comm: Comm, vectors: Sequence[Tensor], good: bool, name: str, *,
-    weight: float = 1.0, share: float = 1.0, ranks: tuple[int, ...] | None = None,
-) -> None:  # fmt: skip
-    mark(vectors, good, share)
-    for i, vector in enumerate(vectors):
-        comm.weighted_sum_(vector, weight, f"{name}.{i}", ranks)
-    settle(comm, vectors, good, name, ranks)
-
-
-def _begin_integers(
-    comm: Comm, state: FlatState, name: str, ranks: tuple[int, ...] | None = None
-) -> Callable[[], None]:
-    """Begins to take the maxima of integer buffers; the result waits for them.
-
-    They travel beside the sums: one collective after the other would wait for slow ranks to wake up once more. Where
-    the sums fail, they are left on their way, and no more is sent: the rank ends.
-    """
-    integers = state.integers()
-    if integers is None:
-        return lambda: None
-    finish = comm.max_async_(integers, f"{name}.integers", ranks)
-
-    def put_back() -> None:
-        finish()
-        state.set_integers(integers)
-
-    return put_back

@@ -1,8 +1,9 @@
 """Numbers gone bad (NaN, Inf): how they are found, how a sum says that a rank was left out of it, and who has been.
 
-Every vector that is summed has two spare elements at its end. A good rank puts its weight into the first of them and 0
+Every vector that is summed has elements for flags at its end. A good rank puts its weight into the first of them and 0
 into the second; a bad one sends nothing but its weight in the second. So the sum itself tells all ranks, exactly,
-whether anybody was left out and whether anybody was not, without a further collective.
+whether anybody was left out and whether anybody was not, without a further collective. The third tells them in the same
+way that a rank has something for all to agree on.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hvd_hetero.comm.slots import real_view
 from hvd_hetero.errors import BadNumbers
 
-SPARE = 2
+FLAG_SLOTS = 3
+SUMMED = (torch.float16, torch.float32, torch.float64)
+"""Floating types that Horovod has sums for."""
 CHUNK, PIECE = 1 << 26, 1 << 18
 """Elements: cuBLAS takes no longer vectors than 2**31, and a core's cache holds about a megabyte."""
 
 
 def finite(tensors: Sequence[Tensor]) -> bool:
     """Whether there is no NaN and no Inf in tensors of one device."""
-    parts = [part for tensor in tensors for part in tensor.detach().reshape(-1).split(CHUNK)]
+    parts = [part for tensor in tensors for part in real_view(tensor.detach()).reshape(-1).split(CHUNK)]
     if not parts:
         return True
     squares = [torch.dot(part, part) for part in parts]
@@ -52,17 +56,29 @@ def _has_finite_extremes(tensors: Sequence[Tensor]) -> bool:
     return all(bool(torch.stack(torch.aminmax(t)).isfinite().all()) for t in tensors if t.numel())
 
 
-def mark(vectors: Sequence[Tensor], good: bool, share: float = 1.0) -> None:
+def sum_type(dtype: torch.dtype) -> torch.dtype:
+    """The type in which tensors of a real floating type are summed: itself, or float32 where Horovod lacks it."""
+    return dtype if dtype in SUMMED else torch.float32
+
+
+def summable(vector: Tensor) -> Tensor:
+    """The vector itself, or a copy in a type that Horovod sums."""
+    return vector.to(sum_type(vector.dtype))
+
+
+def mark(vectors: Sequence[Tensor], good: bool, share: float = 1.0, news: bool = False) -> None:
     """Makes ready what a rank is about to send.
 
     Args:
-        vectors: ``[P + SPARE]``, of which a bad rank sends zeros.
+        vectors: ``[P + FLAG_SLOTS]``, of which a bad rank sends zeros.
         share: of this rank, as far as it is in the numbers already.
+        news: whether this rank has something for all to agree on.
     """
     for vector in vectors:
         if not good:
             vector.zero_()
-        vector[-SPARE:] = torch.tensor([share, 0.0] if good else [0.0, share], dtype=vector.dtype)
+        flags = [share if good else 0.0, 0.0 if good else share, float(news)]
+        vector[-FLAG_SLOTS:] = torch.tensor(flags, dtype=vector.dtype)
 
 
 class LeftOut:

@@ -13,8 +13,22 @@ from torch import Tensor, nn
 
 from hvd_hetero.cluster import Cluster
 from hvd_hetero.comm.build import build_info
+from hvd_hetero.comm.finite import summable
 from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.comm.slots import real_view
 from hvd_hetero.comm.waiting import guarded, wait_until
+
+
+class Summable(Compressor):
+    """Lets gradients travel in a type that Horovod sums: complex ones as pairs of real numbers, bfloat16 as float32."""
+
+    @staticmethod
+    def compress(tensor: Tensor) -> tuple[Tensor, Any]:
+        return summable(real_view(tensor)), tensor
+
+    @staticmethod
+    def decompress(tensor: Tensor, ctx: Any) -> Tensor:
+        return (torch.view_as_complex(tensor) if ctx.is_complex() else tensor).to(ctx)
 
 
 class OnHost(Compressor):
@@ -25,11 +39,12 @@ class OnHost(Compressor):
 
     @staticmethod
     def compress(tensor: Tensor) -> tuple[Tensor, Any]:
-        return tensor.cpu(), tensor.device
+        travels, ctx = Summable.compress(tensor)
+        return travels.cpu(), ctx
 
     @staticmethod
     def decompress(tensor: Tensor, ctx: Any) -> Tensor:
-        return tensor.to(ctx)
+        return Summable.decompress(tensor, ctx)
 
 
 def _handed_over(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -61,7 +76,7 @@ class GradientSum:
         self._comm, self._ranks = comm, ranks
         devices = {cluster.class_of(rank).device for rank in ranks}
         on_host = len(devices) > 1 or (devices == {"cuda"} and not build_info()["nccl"])
-        self._travel = OnHost if on_host else hvd.Compression.none
+        self._travel = OnHost if on_host else Summable
 
     def wrap(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer, made to send each gradient as soon as the backward pass has computed it."""

@@ -7,6 +7,8 @@ a different number of times.
 from __future__ import annotations
 
 import copy
+import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ from hvd_hetero.comm.build import check_gpu_sums, check_mixed_hosts
 from hvd_hetero.comm.finite import LeftOut
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.comm.paths import FLAT, paths_of
+from hvd_hetero.comm.slots import as_bytes
 from hvd_hetero.comm.waiting import begin, finished
 from hvd_hetero.pulse import Pulse
 from hvd_hetero.schema import AggregationConfig
@@ -162,35 +165,73 @@ class Comm:
 
     # ---- everything else --------------------------------------------------------------------------------------------
 
-    def broadcast(self, tensor: Tensor, name: str, root: int = 0) -> Tensor:
+    def broadcast(self, tensor: Tensor, name: str, root: int = 0, ranks: tuple[int, ...] | None = None) -> Tensor:
         """Gives every rank the root's tensor; shape and dtype are the same on all, the contents only matter on root.
 
         Tensors travel through the host: CPU and CUDA ranks cannot meet in one call otherwise. A tensor that lies there
         already is overwritten.
+
+        Args:
+            ranks: those that take part: all, or one class.
         """
-        if self.size == 1:
+        ranks = ranks or tuple(range(self.size))
+        if len(ranks) == 1:
             return tensor
         host = tensor.detach().cpu().contiguous()
-        self._call(hvd.broadcast_async_, host, root, name=name)
+        self._call(hvd.broadcast_async_, host, root, process_set=self.group(ranks), name=name)
         return host
 
     def broadcast_state(self, state: FlatState, root: int = 0) -> None:
-        """Gives every rank the root's model."""
-        for i, tensor in enumerate(state.everything()):
-            with torch.no_grad():
-                tensor.copy_(self.broadcast(tensor, f"model.{i}", root).view(tensor.shape))
+        """Gives every rank the root's model, bit by bit, whatever types its tensors have."""
+        state.refresh()
+        with torch.no_grad():
+            for i, vector in enumerate(state.vectors):
+                told = self.broadcast(vector.view(torch.uint8), f"model.{i}", root)
+                vector.view(torch.uint8).copy_(told)
+        kinds = json.loads(self.broadcast_text(json.dumps(state.others.kinds()), "model.kinds", root))
+        own = [as_bytes(tensor).cpu() for tensor in state.others.tensors().values()]
+        size = sum(math.prod(shape) * getattr(torch, kind).itemsize for _, kind, shape, *_ in kinds)
+        data = torch.cat(own) if own and self.rank == root else torch.empty(size, dtype=torch.uint8)
+        if size:
+            state.others.receive(kinds, self.broadcast(data, "model.others", root))
+        state.others.remember()
 
-    def gather(self, tensor: Tensor, name: str, sizes: Sequence[int] | None = None) -> list[Tensor]:
+    def broadcast_text(self, text: str, name: str, root: int = 0) -> str:
+        """Gives every rank the root's text."""
+        own = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        size = int(self.broadcast(torch.tensor([len(own)]), f"{name}.size", root))
+        told = self.broadcast(own if self.rank == root else torch.empty(size, dtype=torch.uint8), name, root)
+        return bytes(told.tolist()).decode()
+
+    def gather(
+        self, tensor: Tensor, name: str, sizes: Sequence[int] | None = None, ranks: tuple[int, ...] | None = None
+    ) -> list[Tensor]:
         """Gives every rank the tensors of all ranks, by rank.
 
         Args:
             tensor: ``[K]`` on the host.
             sizes: K of every rank, if they are not the same.
+            ranks: those that take part: all, or one class.
         """
-        if self.size == 1:
+        ranks = ranks or tuple(range(self.size))
+        if len(ranks) == 1:
             return [tensor]
-        whole = self._call(hvd.allgather_async, tensor, name=name)
+        whole = self._call(hvd.allgather_async, tensor, process_set=self.group(ranks), name=name)
         return list(whole.split(list(sizes) if sizes is not None else len(tensor)))
+
+    def gather_text(self, text: str, name: str, ranks: tuple[int, ...] | None = None) -> list[str]:
+        """Gives every rank the texts of all ranks, by rank.
+
+        Args:
+            ranks: those that take part: all, or one class.
+        """
+        own = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        sizes = [int(size) for size in self.gather(torch.tensor([len(own)]), f"{name}.sizes", ranks=ranks)]
+        return [bytes(part.tolist()).decode() for part in self.gather(own, name, sizes, ranks)]
+
+    def sum_(self, tensor: Tensor, name: str, ranks: tuple[int, ...] | None = None) -> None:
+        """Adds up a host tensor over all ranks, or those of one class, in place."""
+        self._sum_(tensor, ranks or tuple(range(self.size)), name)
 
     def sum(self, values: Sequence[float], name: str) -> list[float]:
         """The sums over all ranks of a few numbers."""

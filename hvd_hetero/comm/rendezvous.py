@@ -7,12 +7,15 @@ complaint, so that bad input ends all ranks with one message and nobody waits in
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
 import time
 import urllib.error
 import urllib.request
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +29,10 @@ COLUMNS = "HVD_HETERO_COLUMNS"
 ORPHAN = "HVD_HETERO_ORPHAN_SEC"
 """In the environment: how long a rank goes on without reaching its launcher, if not :attr:`JobEnv.orphan_sec`."""
 TIMEOUT_SEC, BEAT_TIMEOUT_SEC = 30.0, 5.0
+LOOK_SEC, MOST_LOOK_SEC = 0.005, 0.5
+"""Between two looks for what another rank says; it grows to a tenth of the time that was waited so far."""
+_numbers: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+"""Exchanges of this process so far, by name: a program may start several jobs, and a job may save several times."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ def exchange(env: JobEnv, name: str, content: dict[str, Any], timeout_sec: float
     """Gives every rank what every rank said, by rank. Rank 0 collects and publishes.
 
     Args:
-        name: of this exchange, unique in the job.
+        name: of this exchange. The first one of that name meets the first ones of the other ranks, and so on.
         content: fit for JSON.
 
     Raises:
@@ -86,7 +93,7 @@ def exchange(env: JobEnv, name: str, content: dict[str, Any], timeout_sec: float
     """
     if env.size == 1 or env.store is None:
         return [content]
-    deadline = time.monotonic() + timeout_sec
+    deadline, name = time.monotonic() + timeout_sec, f"{name}.{next(_numbers[name])}"
     if env.rank > 0:
         _put(f"{env.store}/{name}.{env.rank}", content)
         return _get(f"{env.store}/{name}.all", deadline, "rank 0")
@@ -121,12 +128,14 @@ def _put(url: str, content: Any, timeout_sec: float = TIMEOUT_SEC) -> None:
 
 
 def _get(url: str, deadline: float, who: str) -> Any:
+    began = time.monotonic()
     while True:
         if (content := _look(url)) is not None:
             return content
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{who} did not report in time: it may still be reading its data, or be gone")
-        time.sleep(0.02)
+        now = time.monotonic()
+        if now > deadline:
+            raise TimeoutError(f"{who} did not report in time: it may still be at work on its data, or be gone")
+        time.sleep(min(MOST_LOOK_SEC, max(LOOK_SEC, (now - began) / 10)))
 
 
 def _look(url: str, timeout_sec: float = TIMEOUT_SEC) -> Any:

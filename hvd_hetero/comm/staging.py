@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hvd_hetero.comm.flat import joined
+from hvd_hetero.comm.slots import real_view
 
 
 class HostGradients:
@@ -30,7 +31,8 @@ class HostGradients:
             if param.grad is None:
                 continue
             host = places[param.grad.untyped_storage().data_ptr()]
-            part = host.as_strided(param.shape, param.grad.stride(), param.grad.storage_offset())
+            own = real_view(param.grad)
+            part = host.as_strided(own.shape, own.stride(), own.storage_offset())
             self._parts[param] = part
             param.register_post_accumulate_grad_hook(partial(self._copy, part))
         self._left = set(self._parts)
@@ -41,7 +43,7 @@ class HostGradients:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(param.device))
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            part.copy_(param.grad, non_blocking=True)
+            part.copy_(real_view(param.grad), non_blocking=True)
 
     @torch.no_grad()
     def take(self) -> Tensor:

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import TensorDataset
 
 from hvd_hetero.data import cifar, images, photos, text
-from hvd_hetero.data.source import Batch, MapSource, Source, TensorSource, Transform
+from hvd_hetero.data.batch import Batch
+from hvd_hetero.data.own import as_source
+from hvd_hetero.data.source import MapSource, Source, TensorSource, Transform, read
 from hvd_hetero.data.split import Decode, Files, Split, Splits, adapt
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.imports import call, check_arguments, choose, import_target
 
-__all__ = ["DATASETS", "Batch", "Dataset", "Files", "MapSource", "Source", "TensorSource", "as_source", "load"]
+__all__ = [
+    "DATASETS", "Batch", "Dataset", "Files", "MapSource", "Source", "TensorSource", "as_source", "load", "read",
+]  # fmt: skip
 
 DATASETS: Mapping[str, Callable[..., Splits]] = {
     "digits": images.digits,
@@ -80,42 +81,15 @@ def load(name: str | None, root: str | None, target: str | None, args: Mapping[s
                    _named_source(splits.test, splits.test_transform, splits.decode, workers))
 
 
-def as_source(key: str, data: Any, workers: int = 0) -> Source:
-    """Wrap a user's split: tensors (or arrays) (inputs, targets), a map-style dataset, or a source already.
-
-    Raises:
-        ConfigError: it is none of these.
-    """
-    if hasattr(data, "batches"):
-        return data
-    if isinstance(data, TensorDataset):
-        *inputs, targets = data.tensors
-        return TensorSource(inputs[0] if len(inputs) == 1 else tuple(inputs), targets)
-    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], (Tensor, np.ndarray)):
-        return TensorSource(_tensors(data[0]), torch.as_tensor(data[1]))
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        return MapSource(data, workers)
-    remedy = "give a map-style dataset or tensors (inputs, targets)"
-    raise ConfigError(key, type(data).__name__, "not a split", remedy)
-
-
-def _tensors(inputs: Any) -> Any:
-    if isinstance(inputs, dict):
-        return {name: torch.as_tensor(part) for name, part in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(torch.as_tensor(part) for part in inputs)
-    return torch.as_tensor(inputs)
-
-
 def _load_target(target: str, args: Mapping[str, Any], workers: int) -> Dataset:
     result = call("data.args", import_target("data.target", target), args)
     if isinstance(result, Dataset):
-        return result
+        result = result.train, result.test
     if not isinstance(result, (tuple, list)) or len(result) != 2:
         problem = f"returned {type(result).__name__}, not two splits"
         raise ConfigError("data.target", target, problem, "return (train, test)")
-    train, test = (as_source("data.target", split, workers) for split in result)
-    return Dataset(train, test)
+    names = ("data.target training split", "data.target test split")
+    return Dataset(*(as_source(name, split, workers) for name, split in zip(names, result, strict=True)))
 
 
 def _named_source(split: Split, transform: Transform | None, decode: Decode | None, workers: int) -> Source:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from hvd_hetero.errors import ConfigError
+from hvd_hetero.data.batch import Batch, pinned, sample_counts, split_target, to_device
+from hvd_hetero.data.collate import collate as default_collate
+from hvd_hetero.describe import describe
+from hvd_hetero.errors import ConfigError, Plain, shortened
+from hvd_hetero.random_state import seeded
 
-Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
-Batch = tuple[Inputs, Tensor]
+Tensors = Tensor | tuple["Tensors", ...] | Mapping[str, "Tensors"]
+"""Tensors ``[N, ...]`` of so many samples, as a model or a loss takes them."""
 Indices = np.ndarray | Tensor
 Transform = Callable[[Any, torch.Generator], Any]
 
@@ -30,7 +33,7 @@ class Source(Protocol):
         """Return a source whose batches lie on ``device``; data that sits in memory moves there."""
 
     def batches(self, indices: Indices, generator: torch.Generator, start: int = 0) -> Iterator[Batch]:
-        """Yield one batch for each row of ``indices`` ``[steps, B]``.
+        """Yield one batch, (inputs, targets), for each row of ``indices`` ``[steps, B]``.
 
         Args:
             indices: which samples; integers.
@@ -41,12 +44,43 @@ class Source(Protocol):
         """
 
 
+def read(source: Source, indices: Indices, generator: torch.Generator, start: int = 0, *,
+         split: str = "training") -> Iterator[Batch]:
+    """Yield a source's batches, as :meth:`Source.batches` does, and make sure that they hold what was asked for.
+
+    Args:
+        split: its name, for messages.
+
+    Raises:
+        ConfigError: a batch is of another number of samples than its row, is no batch, or does not come.
+    """
+    batches = source.batches(indices, generator, *([start] if start else []))  # a user's own may know of no start
+    return _checked(iter(batches), indices[start:], split)
+
+
+def _checked(batches: Iterator[Batch], rows: Indices, split: str) -> Iterator[Batch]:
+    for number, row in enumerate(rows):
+        batch = next(batches, None)
+        if batch is None:
+            problem = f"{len(rows)} were asked for"
+            raise ConfigError(f"{split} data", Plain(f"{number} batches"), problem, "yield a batch for every row")
+        if not isinstance(batch, tuple) or len(batch) != 2:
+            raise ConfigError(f"{split} data", Plain(describe(batch)), "no batch", "yield (inputs, targets)")
+        counts = sample_counts(batch[1])
+        if counts and len(row) not in counts:
+            found = f"{' or '.join(map(str, sorted(counts)))} targets"
+            problem = f"they came back for the batch of the {len(row)} samples {row.tolist()}"
+            remedy = "return each sample that is asked for, once; leave those that cannot be read out of the dataset"
+            raise ConfigError(f"{split} data", Plain(found), problem, remedy)
+        yield batch
+
+
 class TensorSource:
     """Samples that sit in memory: a batch is one ``index_select`` and one transform of the whole batch.
 
     Args:
-        inputs: tensor, tuple of tensors or dict of tensors, each ``[N, ...]``.
-        targets: ``[N, ...]``.
+        inputs: tensor ``[N, ...]``, or a tuple or dict of them.
+        targets: likewise.
         transform: ``transform(batch, generator) -> batch``, applied to the selected inputs on their device;
             one that holds tensors has a method ``to(device)`` that returns it moved.
 
@@ -54,43 +88,57 @@ class TensorSource:
         ConfigError: inputs and targets differ in length.
     """
 
-    def __init__(self, inputs: Inputs, targets: Tensor, transform: Transform | None = None) -> None:
-        for part in _parts(inputs):
-            if len(part) != len(targets):
-                problem = f"{len(part)} inputs but {len(targets)} targets"
-                raise ConfigError("data", tuple(part.shape), problem, "give one target for each sample")
+    def __init__(self, inputs: Tensors, targets: Tensors, transform: Transform | None = None) -> None:
+        parts = [*_tensors(targets), *_tensors(inputs)]
+        self._first = parts[0]
+        for part in parts:
+            if not part.dim():
+                raise ConfigError("data", Plain(describe(part)), "is no tensor of samples", "give tensors [N, ...]")
+            if len(part) != len(self._first):
+                problem = f"{len(part)} inputs but {len(self._first)} targets"
+                raise ConfigError("data", Plain(describe(part)), problem, "give one target for each sample")
         self.inputs, self.targets, self.transform = inputs, targets, transform
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self._first)
 
     def to(self, device: torch.device | str) -> TensorSource:
         """Return the same samples on ``device``."""
         move = getattr(self.transform, "to", None)
         transform = move(device) if move else self.transform
-        return TensorSource(to_device(self.inputs, device), self.targets.to(device), transform)
+        return TensorSource(to_device(self.inputs, device), to_device(self.targets, device), transform)
 
     def batches(self, indices: Indices, generator: torch.Generator, start: int = 0) -> Iterator[Batch]:
         """Yield one batch for each row of ``indices`` ``[steps, B]``."""
-        inputs, targets, transform = self.inputs, self.targets, self.transform
         # The whole plan moves at once: a step of a tiny model takes less time than a transfer to a GPU.
-        for row in torch.as_tensor(indices, dtype=torch.int64, device=targets.device)[start:].unbind(0):
-            if isinstance(inputs, Tensor):
-                batch: Inputs = inputs.index_select(0, row)
-            elif isinstance(inputs, dict):
-                batch = {name: part.index_select(0, row) for name, part in inputs.items()}
-            else:
-                batch = tuple(part.index_select(0, row) for part in inputs)
-            if transform is not None:
-                batch = transform(batch, generator)
-            yield batch, targets.index_select(0, row)
+        for row in torch.as_tensor(indices, dtype=torch.int64, device=self._first.device)[start:].unbind(0):
+            inputs = _select(self.inputs, row)
+            if self.transform is not None:
+                inputs = self.transform(inputs, generator)
+            yield inputs, _select(self.targets, row)
+
+
+def _tensors(value: Tensors) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value
+    return [tensor for part in parts for tensor in _tensors(part)]
+
+
+def _select(value: Tensors, row: Tensor) -> Any:
+    if isinstance(value, Tensor):
+        return value.index_select(0, row)
+    if isinstance(value, Mapping):
+        return {name: _select(part, row) for name, part in value.items()}
+    return tuple(_select(part, row) for part in value)
 
 
 class MapSource:
     """Samples of any map-style dataset, read by a ``DataLoader`` in the order of the index rows.
 
-    An item is a tuple whose last element is the target, or a dict with the target under ``labels`` or
-    ``label``; the rest are the inputs. Randomness inside the dataset (of torch, numpy or Python) is seeded
+    What items may be made of, :func:`~hvd_hetero.data.collate.collate` tells, and what of them is the target,
+    :func:`~hvd_hetero.data.batch.split_target`: the last part of a tuple, ``labels`` or ``label`` of a dict. Randomness
+    inside the dataset (of torch, numpy or Python) is seeded
     anew for each batch from the generator, so that batches do not depend on the number of workers.
 
     A call of ``batches`` ends the iteration that an earlier call began: it owns the workers, which live on
@@ -99,7 +147,7 @@ class MapSource:
     Args:
         dataset: has ``__len__`` and ``__getitem__``.
         workers: worker processes that read ahead, in order; 0 reads in the calling process.
-        collate: makes a batch of a list of items; torch's default otherwise.
+        collate: makes a batch of a list of items, of as many samples; as ``collate`` does otherwise.
         transform: as for :class:`TensorSource`.
         device: where the batches go.
     """
@@ -140,14 +188,25 @@ class MapSource:
 
     def _read(self, rows: list[tuple[int, list[int]]], generator: torch.Generator) -> Iterator[Batch]:
         self._plan.rows = rows
-        for item in self._loader:
-            if isinstance(item, _Failure):
-                raise ConfigError(item.key, item.value, item.problem, item.remedy)
-            inputs, targets = split_target(item)
-            inputs = to_device(inputs, self.device)
+        for found in self._loader:
+            if isinstance(found, _Failure):
+                raise ConfigError(found.key, Plain(found.value), found.problem, found.remedy)
+            inputs = to_device(found.inputs, self.device)
             if self.transform is not None:
                 inputs = self.transform(inputs, generator)
-            yield inputs, targets.to(self.device, non_blocking=True)
+            yield inputs, to_device(found.targets, self.device)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A batch on its way out of a worker."""
+
+    inputs: Any
+    targets: Any
+
+    def pin_memory(self) -> _Read:
+        """Called by the loader, which by itself would make lists of tuples."""
+        return _Read(pinned(self.inputs), pinned(self.targets))
 
 
 @dataclass(frozen=True)
@@ -179,56 +238,13 @@ class _BatchDataset(Dataset[Any]):
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
         self.dataset, self.collate = dataset, collate
 
-    def __getitem__(self, batch: tuple[int, list[int]]) -> Any:
+    def __getitem__(self, batch: tuple[int, list[int]]) -> _Read | _Failure:
         seed, row = batch
-        python_state, numpy_state = random.getstate(), np.random.get_state()
-        torch_state = torch.get_rng_state()
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.default_generator.manual_seed(seed)
         try:
-            read_many = getattr(self.dataset, "__getitems__", None)
-            items = read_many(row) if read_many else [self.dataset[i] for i in row]
-            return self.collate(items)
+            with seeded(seed):
+                read_many = getattr(self.dataset, "__getitems__", None)
+                items = read_many(row) if read_many else [self.dataset[i] for i in row]
+                return _Read(*split_target(self.collate(items)))
         except ConfigError as error:
-            return _Failure(error.key, str(error.value), error.problem, error.remedy)
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-            torch.set_rng_state(torch_state)
-
-
-def split_target(item: Any) -> Batch:
-    """Take a collated item apart into inputs and target.
-
-    Raises:
-        ConfigError: it is neither a tuple of at least two nor a dict with ``labels`` or ``label``.
-    """
-    if isinstance(item, dict):
-        for key in ("labels", "label"):
-            if key in item:
-                return {name: part for name, part in item.items() if name != key}, item[key]
-        raise ConfigError("data", sorted(item), "no target in a dict item", "name it 'labels' or 'label'")
-    if not isinstance(item, Sequence) or len(item) < 2:
-        problem = f"an item is a {type(item).__name__}, not inputs and target"
-        raise ConfigError("data", type(item).__name__, problem, "return (input, ..., target) or a dict")
-    *inputs, target = item
-    if not isinstance(target, Tensor):
-        problem = f"the targets of a batch come as a {type(target).__name__}, not as a tensor"
-        raise ConfigError("data", type(target).__name__, problem, "return numbers or tensors as targets")
-    return (inputs[0] if len(inputs) == 1 else tuple(inputs)), target
-
-
-def to_device(inputs: Inputs, device: torch.device | str) -> Inputs:
-    """Move every tensor of a batch."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device, non_blocking=True)
-    if isinstance(inputs, dict):
-        return {name: cast(Tensor, to_device(part, device)) for name, part in inputs.items()}
-    return tuple(cast(Tensor, to_device(part, device)) for part in inputs)
-
-
-def _parts(inputs: Inputs) -> list[Tensor]:
-    if isinstance(inputs, Tensor):
-        return [inputs]
-    return list(inputs.values() if isinstance(inputs, dict) else inputs)
+            problem = f"{error.problem}, in the batch of the samples {shortened(row, 60)}"
+            return _Failure(error.key, shortened(error.value), problem, error.remedy)

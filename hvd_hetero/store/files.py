@@ -6,12 +6,15 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 CHUNK = 1 << 22
 """Bytes written and hashed at a time: hashing finds them in the cache."""
+NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM, errno.EBADF,
+           errno.EISDIR, errno.EROFS)  # fmt: skip
+"""How a file system says that it does not sync such a thing: network file systems and FUSE do so of folders."""
 
 
 class Files:
@@ -88,7 +91,8 @@ def write_whole(files: Files, path: Path, pieces: Iterable[bytes | memoryview]) 
                     digest.update(rest[:taken])
                     size += taken
                     rest = rest[taken:]
-            files.sync(file)
+            with _if_it_can():
+                files.sync(file)
         finally:
             files.close(file)
         files.rename(part, path)
@@ -96,8 +100,28 @@ def write_whole(files: Files, path: Path, pieces: Iterable[bytes | memoryview]) 
         with contextlib.suppress(OSError):  # a full disk is not to be kept full; but what failed first is to be told
             files.remove(part)
         raise
-    files.sync_folder(path.parent)
+    sync_folder(files, path.parent)
     return FileInfo(size, digest.hexdigest())
+
+
+def sync_folder(files: Files, path: Path) -> None:
+    """Syncs a folder where that can be done; elsewhere the file system alone says when a name is on the disk.
+
+    Raises:
+        OSError: it can be done, and failed.
+    """
+    with _if_it_can():
+        files.sync_folder(path)
+
+
+@contextlib.contextmanager
+def _if_it_can() -> Iterator[None]:
+    """Lets pass that something cannot be synced, but not that the sync failed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
 
 
 def read_info(path: Path) -> FileInfo:

@@ -65,8 +65,7 @@ class Checkpoint:
             raise CheckpointError(self.path, problem, f"start {self.meta.world_size} ranks")
 
     def _older(self) -> int | None:
-        mine = candidates(self.path.parent, self.meta.config_digest, self.meta.world_size)
-        return next((c.round for c in mine if c.checkpoint and c.round < self.meta.round), None)
+        return next((c.round for c in candidates(self.path.parent) if c.checkpoint and c.round < self.meta.round), None)
 
 
 @dataclass(frozen=True)
@@ -83,14 +82,10 @@ class Candidate:
     unfinished: bool = False
 
 
-def candidates(
-    folder: Path, config_digest: str | None = None, world_size: int | None = None, deep: bool = False
-) -> list[Candidate]:
+def candidates(folder: Path, deep: bool = False) -> list[Candidate]:
     """All that is there, newest first.
 
     Args:
-        config_digest: refuses checkpoints of another one.
-        world_size: refuses checkpoints of another number of ranks.
         deep: reads all files to check them; else goes by their sizes.
 
     Raises:
@@ -100,7 +95,7 @@ def candidates(
     older: int | None = None
     for number in rounds(folder):
         try:
-            checkpoint = _look(folder / folder_name(number), number, config_digest, world_size)
+            checkpoint = _look(folder / folder_name(number), number)
             checkpoint._compare(range(checkpoint.meta.world_size), whole=deep)
             found.append(Candidate(number, checkpoint, None))
             older = number
@@ -125,18 +120,12 @@ def folder_name(number: int) -> str:
     return f"{number:06d}"
 
 
-def _look(path: Path, number: int, config_digest: str | None, world_size: int | None) -> Checkpoint:
+def _look(path: Path, number: int) -> Checkpoint:
     manifest = path / MANIFEST
     meta, files = read_manifest(manifest)
     if meta.round != number:
         raise CheckpointError(manifest, f"is of round {meta.round}, and its folder of round {number}",
                               "give the folder its name back")
-    if world_size is not None and meta.world_size != world_size:
-        raise CheckpointError(path, f"was saved by {meta.world_size} ranks, and this job has {world_size}",
-                              f"start {meta.world_size} ranks")
-    if config_digest is not None and meta.config_digest != config_digest:
-        raise CheckpointError(path, f"was saved under another configuration (digest {meta.config_digest}, now "
-                              f"{config_digest})", "use that one again, or set run.resume=reshape")
     return Checkpoint(path, meta, files)
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from hvd_hetero.store.errors import CheckpointError
 from hvd_hetero.store.files import FileInfo, Files, read_info, write_whole
-from hvd_hetero.store.nested import join, split
+from hvd_hetero.store.nested import join
 from hvd_hetero.store.tensors import to_pieces
 
 
@@ -39,14 +39,14 @@ def shard_names(rank: int) -> tuple[str, str]:
     return f"rank{rank:04d}.safetensors", f"rank{rank:04d}.json"
 
 
-def write_shard(files: Files, folder: Path, round: int, rank: int, state: Any) -> ShardInfo:
-    """Writes both files.
+def write_shard(
+    files: Files, folder: Path, round: int, rank: int, tensors: Mapping[str, torch.Tensor], plain: Any
+) -> ShardInfo:
+    """Writes both files, of a state that was split.
 
     Raises:
-        CheckpointError: the state has parts that cannot be saved; nothing is written.
         OSError: a file could not be written.
     """
-    tensors, plain = split(state)
     text = json.dumps({"round": round, "rank": rank, "state": plain}, allow_nan=False).encode() + b"\n"
     large, small = shard_names(rank)
     infos = {large: write_whole(files, folder / large, to_pieces(tensors))}

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import re
 import time
 import warnings
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import hvd_hetero
 from hvd_hetero.store.errors import CheckpointError
-from hvd_hetero.store.files import Files, write_whole
+from hvd_hetero.store.files import Files, sync_folder, write_whole
 from hvd_hetero.store.manifest import MANIFEST, Meta, to_text
+from hvd_hetero.store.nested import split
 from hvd_hetero.store.reading import Candidate, Checkpoint, candidates, folder_name, rounds
 from hvd_hetero.store.shards import ShardInfo, check_file, write_shard
 
@@ -53,16 +55,20 @@ class Store:
         folder = self.folder / folder_name(round)
         if (folder / MANIFEST).exists():
             raise CheckpointError(folder, "is finished, and is not written to again", "rewind the checkpoints first")
+        tensors, plain = split(state)
         with self._telling(folder):
             self._files.make_folder(self.folder)
             self._files.make_folder(folder)
-            return write_shard(self._files, folder, round, rank, state)
+            return write_shard(self._files, folder, round, rank, tensors, plain)
 
-    def commit(self, round: int, infos: Sequence[ShardInfo], *, passes: int, config_digest: str) -> Checkpoint:
+    def commit(
+        self, round: int, infos: Sequence[ShardInfo], *, passes: int, made_with: Mapping[str, Any]
+    ) -> Checkpoint:
         """Makes the shards a checkpoint, and removes what is no longer wanted.
 
         Args:
             infos: of all ranks, in any order.
+            made_with: settings and the like, as JSON has them; the caller's own.
 
         Raises:
             CheckpointError: the disk does not take the manifest, a shard cannot be seen, or there are newer
@@ -83,10 +89,10 @@ class Store:
                 remedy = "run.dir has to be on a file system that the hosts of all ranks share"
                 raise CheckpointError(error.file, f"{error.problem}, as rank 0 sees it", remedy) from error
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        meta = Meta(round, passes, len(infos), config_digest, hvd_hetero.__version__, now)
+        meta = Meta(round, passes, len(infos), made_with, hvd_hetero.__version__, now)
         with self._telling(folder):
             for above in (self._run_dir, self.folder):  # the folders were made by whichever rank came first
-                self._files.sync_folder(above)
+                sync_folder(self._files, above)
             write_whole(self._files, folder / MANIFEST, [to_text(meta, files).encode()])
         try:
             self._tidy(round, files)
@@ -94,44 +100,50 @@ class Store:
             warnings.warn(f"{self.folder}: old checkpoints cannot be removed: {error}", RuntimeWarning, stacklevel=2)
         return Checkpoint(folder, meta, files)
 
-    def candidates(
-        self, config_digest: str | None = None, world_size: int | None = None, deep: bool = False
-    ) -> list[Candidate]:
+    def discard(self, round: int) -> None:
+        """Removes what was written of a round that has not become a checkpoint; no rank is at it any more.
+
+        Raises:
+            CheckpointError: the disk does not let go.
+        """
+        with self._telling(self.folder):
+            if round in rounds(self.folder) and not self._finished(round):
+                self._remove(round)
+            self._remove_if_empty(self.folder)
+
+    def candidates(self, deep: bool = False) -> list[Candidate]:
         """All rounds that have a folder, newest first, with a checkpoint or the reason why there is none.
 
-        Any rank may call it. What is given must be the same in the checkpoint; ``deep`` reads all files to check them.
+        Any rank may call it. ``deep`` reads all files to check them.
         """
-        return candidates(self.folder, config_digest, world_size, deep)
+        return candidates(self.folder, deep)
 
-    def latest(
-        self, config_digest: str | None = None, world_size: int | None = None, deep: bool = False
-    ) -> Checkpoint | None:
+    def latest(self, deep: bool = False) -> Checkpoint | None:
         """The newest that is valid, if there is one; see :meth:`candidates`."""
-        found = self.candidates(config_digest, world_size, deep)
-        return next((c.checkpoint for c in found if c.checkpoint is not None), None)
+        return next((c.checkpoint for c in self.candidates(deep) if c.checkpoint is not None), None)
 
-    def at(self, round: int, config_digest: str | None = None, world_size: int | None = None) -> Checkpoint:
+    def at(self, round: int) -> Checkpoint:
         """The checkpoint of a round, for ranks that were told which.
 
         Raises:
             CheckpointError: there is none, or why it is not valid.
         """
-        for candidate in self.candidates(config_digest, world_size):
+        for candidate in self.candidates():
             if candidate.round == round and candidate.checkpoint is not None:
                 return candidate.checkpoint
             if candidate.round == round and candidate.error is not None:
                 raise candidate.error
         raise CheckpointError(self.folder / folder_name(round), "is missing", "name a round that has a checkpoint")
 
-    def mark_best(self, round: int, value: float) -> None:
-        """Keeps a round's checkpoint until another is the best; ``value`` is for who reads the file.
+    def mark_best(self, round: int, value: float, metric: str) -> None:
+        """Keeps a round's checkpoint until another is the best, by a value of this metric.
 
         Raises:
             CheckpointError: there is no such checkpoint, or the disk does not take it.
         """
         self.at(round)
         with self._telling(self.folder / BEST):
-            text = json.dumps({"best": round, "value": value}) + "\n"
+            text = json.dumps({"best": round, "value": value, "metric": metric}) + "\n"
             write_whole(self._files, self.folder / BEST, [text.encode()])
 
     def best(self) -> Checkpoint | None:
@@ -141,12 +153,13 @@ class Store:
             return None if number is None else self.at(number)
         return None
 
-    def best_value(self) -> float | None:
-        """What was said of the checkpoint marked as the best, if there is one."""
+    def best_value(self, metric: str) -> float | None:
+        """What was said of the checkpoint marked as the best, if there is one; a value of another metric is none."""
         if self.best() is None:
             return None
-        value = json.loads((self.folder / BEST).read_bytes()).get("value")
-        return float(value) if isinstance(value, (int, float)) else None
+        content = json.loads((self.folder / BEST).read_bytes())
+        value = content.get("value")
+        return float(value) if content.get("metric", metric) == metric and isinstance(value, (int, float)) else None
 
     def rewind(self, round: int | None) -> None:
         """Removes everything newer than the checkpoint that a run goes on from, or everything if it starts anew.
@@ -166,6 +179,7 @@ class Store:
             for number in reversed(rounds(self.folder)):
                 if round is None or number > round:
                     self._remove(number)
+            self._remove_if_empty(self.folder)
 
     def _tidy(self, current: int, files: Container[str]) -> None:
         """Removes checkpoints beyond those to keep, and what interrupted writes left; newer rounds go on."""
@@ -191,10 +205,13 @@ class Store:
         folder = self.folder / folder_name(number)
         if self._finished(number):  # first, and for good: from here on it is no checkpoint
             self._files.remove(folder / MANIFEST)
-            self._files.sync_folder(folder)
+            sync_folder(self._files, folder)
         for path in self._ours(number):
             self._files.remove(path)
-        if not any(folder.iterdir()):
+        self._remove_if_empty(folder)
+
+    def _remove_if_empty(self, folder: Path) -> None:
+        if folder.exists() and not any(folder.iterdir()):
             self._files.remove_folder(folder)
 
     def _ours(self, number: int) -> list[Path]:
@@ -225,5 +242,6 @@ class Store:
             with contextlib.suppress(CheckpointError):
                 latest = self.latest()
             whole = "there is no checkpoint" if latest is None else f"round {latest.meta.round} is whole"
-            remedy = f"make room for it or choose another run.dir; {whole}"
+            room = "make room for it or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            remedy = f"{room}choose another run.dir; {whole}"
             raise CheckpointError(error.filename or where, f"cannot be written: {error.strerror}", remedy) from error

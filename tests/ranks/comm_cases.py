@@ -89,9 +89,11 @@ def main(folder: Path, hosts: str) -> None:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)).to(dtype)
         frozen = net[2].bias.requires_grad_(False).clone()
-        net.register_buffer("counts", torch.tensor([[10 + env.rank, 10 - env.rank], [0, -1]], dtype=torch.int32))
+        net.register_buffer("counts", torch.zeros(2, 2, dtype=torch.int32))
+        state = FlatState(net, policies={"counts": "max"})
+        comm.broadcast_state(state)
+        net.counts = torch.tensor([[10 + env.rank, 10 - env.rank], [0, -1]], dtype=torch.int32)
         net[1].num_batches_tracked.fill_(5 + env.rank)
-        state = FlatState(net)
         norm = net[1]
         tensors = (*net[0].parameters(), *norm.parameters(), net[2].weight, norm.running_mean, norm.running_var)
         counts = [t.numel() for t in tensors]

@@ -22,7 +22,8 @@ from hvd_hetero.comm.rendezvous import JobEnv, job_env
 from hvd_hetero.components import Given
 from hvd_hetero.config import device_classes, load
 from hvd_hetero.errors import Stopped
-from hvd_hetero.saving import Saver, find
+from hvd_hetero.resume import find
+from hvd_hetero.saving import Saver
 from hvd_hetero.stopping import StopRequest
 from hvd_hetero.watchdog import Watchdog
 
@@ -52,7 +53,7 @@ def run(case: Case, env: JobEnv, folder: Path, every: int) -> tuple[int, dict[st
             this.run()
         except Stopped:
             stops += 1
-            found = find(folder, config.digest(how_long=False), env.size) if env.rank == 0 else None
+            found = find(folder, config, env.size) if env.rank == 0 else None
             continue
         finally:
             this.algorithm.close()

@@ -1,0 +1,85 @@
+"""Weighted sums over ranks into which no NaN and no Inf goes, of any tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hvd_hetero.comm.finite import FLAG_SLOTS, mark, sum_type
+from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.comm.slots import real_view
+from hvd_hetero.errors import BadNumbers
+
+
+def average_tensors(
+    comm: Comm, tensors: Sequence[Tensor], good: bool, name: str, *,
+    weight: float = 1.0, share: float = 1.0, ranks: tuple[int, ...] | None = None,
+) -> None:  # fmt: skip
+    """Replaces tensors, of the same shapes and types on all ranks, by their weighted sums over the good ranks.
+
+    Args:
+        good: whether this rank is one.
+        weight: that they are to be multiplied with, equal within a class; ``share``: what is in them already.
+        ranks: those that take part: all, or one class.
+
+    Raises:
+        BadNumbers: as :func:`average`.
+    """
+    types = dict.fromkeys(sum_type(real_view(t).dtype) for t in tensors)
+    groups = [[t for t in tensors if sum_type(real_view(t).dtype) == dtype] for dtype in types]
+    vectors = []
+    for dtype, group in zip(types, groups, strict=True):
+        flags = torch.empty(FLAG_SLOTS, dtype=dtype, device=group[0].device)
+        vectors.append(torch.cat([*(real_view(t).reshape(-1).to(dtype) for t in group), flags]))
+    sum_good_(comm, vectors, good, name, weight=weight, share=share, ranks=ranks)
+    for vector, group in zip(vectors, groups, strict=True):
+        reals = [real_view(t) for t in group]
+        for tensor, part in zip(reals, vector[:-FLAG_SLOTS].split([t.numel() for t in reals]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def settle(comm: Comm, vectors: Sequence[Tensor], good: bool, name: str, ranks: tuple[int, ...] | None = None) -> bool:
+    """Makes an average of sums to which not all ranks may have contributed; the same on all of them.
+
+    Args:
+        vectors: ``[P + FLAG_SLOTS]``, marked before they were summed.
+        good: whether this rank has contributed.
+
+    Returns:
+        Whether a rank has something for all to agree on.
+
+    Raises:
+        BadNumbers: as :func:`average`.
+    """
+    if not vectors:
+        return False
+    # all vectors have the same flags, the widest the most exact ones
+    kept, lost, news = max(vectors, key=lambda v: v.element_size())[-FLAG_SLOTS:].tolist()
+    if lost and (not kept or comm.left_out.stops):
+        said = torch.zeros(comm.size, dtype=torch.float64)
+        said[comm.rank] = float(not good)
+        comm.weighted_sum_(said, 1.0, f"{name}.bad", ranks)
+        raise BadNumbers(comm.left_out.round, [r for r, bad in enumerate(said.tolist()) if bad], bool(not kept))
+    for vector in vectors if lost else ():
+        vector.mul_(1 / kept)  # devices differ in how they divide by a number, and do not in how they multiply
+    return bool(news)
+
+
+def sum_good_(
+    comm: Comm, vectors: Sequence[Tensor], good: bool, name: str, *,
+    weight: float = 1.0, share: float = 1.0, ranks: tuple[int, ...] | None = None, news: bool = False,
+) -> bool:  # fmt: skip
+    """Replaces marked vectors by their weighted sums over the good ranks; see :func:`average_tensors`.
+
+    Args:
+        news: whether this rank has something for all to agree on.
+
+    Returns:
+        Whether any rank has.
+    """
+    mark(vectors, good, share, news)
+    for i, vector in enumerate(vectors):
+        comm.weighted_sum_(vector, weight, f"{name}.{i}", ranks)
+    return settle(comm, vectors, good, name, ranks)

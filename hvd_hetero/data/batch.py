@@ -1,0 +1,145 @@
+"""Batches, whatever they are made of: taken apart into inputs and targets, moved, pinned, and their samples counted."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hvd_hetero.describe import describe
+from hvd_hetero.errors import ConfigError, Plain
+
+Batch = tuple[Any, Any]
+"""Inputs, as :func:`hvd_hetero.worker.forward` takes them, and targets, as the loss does."""
+TARGETS = ("labels", "label")
+"""By these names targets are found among named entries."""
+
+
+def split_target(batch: Any) -> Batch:
+    """Take a batch apart into inputs and targets.
+
+    A tuple or list ends with its targets; of a named tuple they may also be the entry ``labels`` or ``label``. In a
+    mapping or a dataclass they are; its other entries become a dict of inputs.
+
+    Raises:
+        ConfigError: it has no targets.
+    """
+    known = entries(batch)
+    if known is None or (isinstance(batch, (tuple, list)) and len(batch) < 2):
+        remedy = f"return (input, ..., target), or a dict with the target under {TARGETS[0]!r}"
+        raise ConfigError("data", Plain(describe(batch)), "not a batch of inputs and targets", remedy)
+    if isinstance(batch, (tuple, list)):
+        names = getattr(batch, "_fields", ())
+        at = next((names.index(name) for name in TARGETS if name in names), len(batch) - 1)
+        inputs = (*batch[:at], *batch[at + 1 :])
+        return inputs[0] if len(inputs) == 1 else inputs, _as_tensor(batch[at])
+    for target in TARGETS:
+        if target in known:
+            return {name: part for name, part in known.items() if name != target}, _as_tensor(known[target])
+    remedy = f"name it {' or '.join(map(repr, TARGETS))}"
+    raise ConfigError("data", Plain(describe(batch)), "no target among a batch's entries", remedy)
+
+
+def _as_tensor(targets: Any) -> Any:
+    return torch.as_tensor(targets) if isinstance(targets, np.ndarray) and targets.dtype.kind in "biufc" else targets
+
+
+# ---- containers -----------------------------------------------------------------------------------------------------
+
+
+def entries(value: Any) -> dict[Any, Any] | None:
+    """Return what is in a mapping, dataclass, tuple or list, by name or place; None for anything else."""
+    if isinstance(value, Mapping):
+        return dict(value.items())
+    if isinstance(value, (tuple, list)):
+        return dict(enumerate(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return None
+
+
+def with_entries(value: Any, parts: Mapping[Any, Any]) -> Any:
+    """Return a container of the same class with other entries, which are as :func:`entries` has them."""
+    if isinstance(value, MutableMapping):
+        changed = copy.copy(value)  # a mapping may hold more than its entries
+        changed.update(parts)
+        return changed
+    if hasattr(value, "_fields"):
+        return type(value)(*parts.values())
+    if isinstance(value, (Mapping, tuple, list)):
+        return type(value)(parts if isinstance(value, Mapping) else parts.values())  # type: ignore[call-arg]
+    changed = copy.copy(value)
+    for name, part in parts.items():
+        object.__setattr__(changed, name, part)  # it may be frozen
+    return changed
+
+
+def _applied(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Change a value, or what is in it where ``change`` returns NotImplemented; what has no parts stays as it is."""
+    changed = change(value)
+    if changed is not NotImplemented:
+        return changed
+    parts = entries(value)
+    if parts is None:
+        return value
+    new = {name: _applied(part, change) for name, part in parts.items()}
+    return value if all(new[name] is part for name, part in parts.items()) else with_entries(value, new)
+
+
+# ---- devices --------------------------------------------------------------------------------------------------------
+
+
+def to_device(value: Any, device: torch.device | str) -> Any:
+    """Return a batch, or a part of one, on a device: what has a method ``to`` is moved, the rest stays as it is."""
+
+    def move(part: Any) -> Any:
+        return part.to(device, non_blocking=True) if isinstance(part, Tensor) else _called(part, "to", device)
+
+    return _applied(value, move)
+
+
+def pinned(value: Any) -> Any:
+    """Return a batch, or a part of one, in page-locked memory, from where a GPU reads while it computes."""
+
+    def pin(part: Any) -> Any:
+        if not isinstance(part, Tensor):
+            return _called(part, "pin_memory")
+        return part.pin_memory() if part.device.type == "cpu" and part.layout == torch.strided else part
+
+    return _applied(value, pin)
+
+
+def _called(value: Any, method: str, *args: Any) -> Any:
+    """Call a method of an object, which may return the object or nothing; NotImplemented if it has none."""
+    own = None if isinstance(value, type) else getattr(value, method, None)
+    if not callable(own):
+        return NotImplemented
+    result = own(*args)
+    return value if result is None else result
+
+
+# ---- samples --------------------------------------------------------------------------------------------------------
+
+
+def sample_counts(targets: Any) -> set[int]:
+    """Return the numbers of samples that targets may be of; empty where they do not tell.
+
+    A list may hold one target a sample, or several targets of all samples; both are counted.
+    """
+    if isinstance(targets, (Tensor, np.ndarray)):
+        return {len(targets)} if targets.ndim else set()
+    parts = entries(targets)
+    if parts is None:
+        return set()
+    inside = _common(sample_counts(part) for part in parts.values())
+    return inside | {len(parts)} if type(targets) in (tuple, list) else inside
+
+
+def _common(counts: Iterable[set[int]]) -> set[int]:
+    told = [count for count in counts if count]
+    return set.intersection(*told) if told else set()
