@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -46,8 +45,8 @@ SAMPLES = 2
 MOST_EPOCHS = 1000
 """So many steps of a scheduler are tried out."""
 FRAME = re.compile(r'File "(.+?)", line ([0-9]+)')
-QUICK_SEC = 0.1
-"""A step that takes less is followed by a second one: what a module has kept of the first may be in its way."""
+SMALL = 10_000_000
+"""Parameters. Models that have no more take a second step: what a module has kept of the first may be in its way."""
 
 
 def build(config: Config, given: Given | None = None) -> Components:
@@ -122,9 +121,7 @@ class _DryRun:
         worker = self._worker()
         self._evaluate(worker)
         _check_classes(self._parts.dataset, self._outputs, self._config, self._given, self._origins)
-        began = time.perf_counter()
-        self._step(worker)
-        if time.perf_counter() - began < QUICK_SEC:
+        for _ in range(2 if sum(p.numel() for p in worker.model.parameters()) <= SMALL else 1):
             self._step(worker)
         self._epochs(worker)
         self._save(worker)

@@ -21,7 +21,6 @@ from hvd_hetero.going_on import carry_over, restore, state_of
 from hvd_hetero.job import Job, make_worker
 from hvd_hetero.limits import check_limits, expected_passes, next_rounds
 from hvd_hetero.metrics import Progress, RunFolder, say_missing
-from hvd_hetero.modes import set_mode
 from hvd_hetero.output import how_good, note, write_start, write_summary, write_trace
 from hvd_hetero.passes import Ongoing, PassFigures, RoundLaps, evaluate, gather_figures, say_taus
 from hvd_hetero.plan import Plan
@@ -119,7 +118,6 @@ class Trainer:
                     raise self._stopped()
             if self.folder is not None and self.saver is not None:
                 self.saver.stopping.forget()
-        set_mode(self.worker.optimizer, training=False)
         write_trace(self.folder, comm, self.job.cluster, self.recorder)
         if self.folder is None or self.progress is None:
             return None
