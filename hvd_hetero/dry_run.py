@@ -118,6 +118,9 @@ class _DryRun:
         worker = self._worker()
         self._evaluate(worker)
         _check_classes(self._parts.dataset, self._outputs, self._config, self._given, self._origins)
+        self._read(SAMPLES, "test")
+        self._evaluate(worker)
+        self._read(SAMPLES)
         began = time.perf_counter()
         self._step(worker)
         if time.perf_counter() - began < QUICK_SEC:
@@ -144,10 +147,12 @@ class _DryRun:
 
     # ---- its parts --------------------------------------------------------------------------------------------------
 
-    def _read(self, count: int) -> None:
-        inputs, targets = first_samples(self._parts.dataset, count, self._origins)
+    def _read(self, count: int, split: str = "training") -> None:
+        dataset = self._parts.dataset
+        source = dataset.train if split == "training" else dataset.test
+        inputs, targets = first_samples(source, count, self._origins, split)
         self._batch: Batch = (to_device(inputs, self._device), to_device(targets, self._device))
-        self._count = min(count, len(self._parts.dataset.train))
+        self._count = min(count, len(source))
 
     def _worker(self) -> Worker:
         parts, train = self._parts, self._config.train
