@@ -84,7 +84,7 @@ def is_vector(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(part, NUMBER) or is_vector(part) for part in value)
 
 
-def _tensor(parts: list[Any], path: str) -> Tensor:
+def _tensor(parts: Sequence[Any], path: str) -> Tensor:
     try:
         # numpy's own numbers keep their types
         return torch.as_tensor(np.array(parts)) if isinstance(parts[0], np.generic) else torch.tensor(parts)
@@ -92,7 +92,7 @@ def _tensor(parts: list[Any], path: str) -> Tensor:
         raise _refused(path, parts[0], f"the samples of a batch make no tensor: {cause(error)}") from error
 
 
-def _stacked(parts: list[Any], path: str) -> Any:
+def _stacked(parts: Sequence[Any], path: str) -> Any:
     for other in parts:
         if other.shape != parts[0].shape:
             raise _refused(path, other, f"{describe(parts[0])} in another sample of the batch")
