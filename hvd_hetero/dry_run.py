@@ -67,8 +67,21 @@ def build(config: Config, given: Given | None = None) -> Components:
     if device is None:
         return parts
     if not tried:
-        run.forgotten(run.whole)
+        _try(run)
     return replace(parts, least_batch=run.forgotten(run.least_batch)) if one else parts
+
+
+def _try(run: _DryRun) -> None:
+    """Try a few samples, and as many as a step really has before it is refused: a queue takes batches of one size."""
+    try:
+        run.forgotten(run.whole)
+    except ConfigError as error:
+        if not run.read_whole_batch():
+            raise
+        try:
+            run.forgotten(run.whole)
+        except ConfigError:
+            raise error from error.__cause__
 
 
 def _device(config: Config, local_rank: int) -> str | None:
@@ -149,6 +162,14 @@ class _DryRun:
         inputs, targets = first_samples(self._parts.dataset, count, self._origins)
         self._batch: Batch = (to_device(inputs, self._device), to_device(targets, self._device))
         self._count, self._stepped = min(count, len(self._parts.dataset.train)), False
+
+    def read_whole_batch(self) -> bool:
+        """Take as many samples as the smallest step has; False if these are no more than there were."""
+        sizes = self._config.train.batch_size
+        smallest = min(sizes.values()) if isinstance(sizes, Mapping) else sizes
+        before = self._count
+        self._read(max(smallest, SAMPLES))
+        return self._count > before
 
     def _worker(self) -> Worker:
         parts, train = self._parts, self._config.train
