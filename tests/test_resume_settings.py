@@ -78,8 +78,10 @@ def test_the_launcher_finds_it_before_it_starts_anything(launched: Any, tmp_path
     run = tmp_path / "run"
     run.mkdir()
     save_round(Store(run), OLD, [{}, {}], made_with(load((), {}, algorithms.method)))
-    for setting, said in (("train.lr=0.5", "train.lr=0.5: the checkpoint of round 10 was made with 0.02"),
-                          ("cluster.classes.slow.ranks=[1, 2]", "was saved by 2 ranks, and this job has 3")):  # fmt: skip
+    for setting, said in {
+        "train.lr=0.5": "train.lr=0.5: the checkpoint of round 10 was made with 0.02",
+        "cluster.classes.slow.ranks=[1, 2]": "was saved by 2 ranks, and this job has 3",
+    }.items():
         status, _, error = launched(f"run.dir={run}", "run.resume=auto", setting)
         assert status == 2 and said in error and len(error.splitlines()) == 1
 
