@@ -57,7 +57,11 @@ def facts_of(source: Source) -> dict[str, Any]:
             first, again = (_contents(reader, numbers) for _ in range(2))
     pairs = list(zip(first, again, strict=False))
     stable = [len(first) == len(again) and all(_alike(one[i], other[i]) for one, other in pairs) for i in range(2)]
-    targets = _content(_in_memory(source), PIECES_OF_TARGETS)
+    try:
+        targets = _in_memory(source)
+    except Exception:  # of an attribute that only has this name
+        targets = None
+    targets = _content(targets, PIECES_OF_TARGETS)
     return {"length": len(source), "targets": targets, "numbers": numbers, "samples": first, "stable": stable}
 
 
@@ -101,7 +105,7 @@ def _alike(one: Content, other: Content) -> bool:
 def _close(one: Sequence[float], other: Sequence[float]) -> bool:
     """Whether means are the same, up to what they may differ; the first of each is that of the magnitudes."""
     within = TOLERANCE * max(one[0], other[0])
-    return all(abs(a - b) <= within for a, b in zip(one, other, strict=True))
+    return all(a == b or abs(a - b) <= within for a, b in zip(one, other, strict=True))
 
 
 # ---- what is looked at ----------------------------------------------------------------------------------------------
@@ -178,6 +182,8 @@ class _Content:
             value = torch.from_numpy(np.array(value))
         if isinstance(value, Tensor):
             self._tensor(value.detach().cpu())
+        elif isinstance(value, np.ndarray):  # of texts or objects
+            self._add(value.tolist())
         elif isinstance(value, str):
             self._same(value.rpartition("/")[2])  # data may lie in another folder on another host
         elif value is None or isinstance(value, (bytes, int)):
