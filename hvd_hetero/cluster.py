@@ -14,6 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from hvd_hetero.cgroups import cpu_limit
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.schema import AUTO, ClassConfig
 
@@ -25,6 +26,7 @@ class RankFacts:
     Attributes:
         gpus: names of the GPUs that the rank's host shows, by index.
         cores: the CPU cores that the rank's process may run on, NUMA node by NUMA node.
+        cpus: so many of them at once, with all that runs in its container; None: all.
     """
 
     rank: int
@@ -33,6 +35,12 @@ class RankFacts:
     gpus: tuple[str, ...]
     cpu: str
     cores: tuple[int, ...]
+    cpus: float | None = None
+
+    @property
+    def usable(self) -> int:
+        """For how many threads there are CPUs at once, one at least: more would be halted all together."""
+        return len(self.cores) if self.cpus is None else max(1, int(self.cpus))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -98,7 +106,22 @@ def local_facts(rank: int, host: str, local_rank: int) -> RankFacts:
     nodes = numa_nodes()
     gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     cores = sorted(os.sched_getaffinity(0), key=lambda core: (nodes.get(core, -1), core))
-    return RankFacts(rank, host, local_rank, gpus, _cpu_model(), tuple(cores))
+    limit = cpu_limit()
+    cpus = limit.value if limit is not None and limit.value < len(cores) else None
+    return RankFacts(rank, host, local_rank, gpus, _cpu_model(), tuple(cores), cpus)
+
+
+def usable_cores() -> int:
+    """For how many threads of this process there are CPUs at once."""
+    cores, limit = len(os.sched_getaffinity(0)), cpu_limit()
+    return cores if limit is None else max(1, min(cores, int(limit.value)))
+
+
+def limit_threads() -> None:
+    """Lets torch compute in no more threads than there are CPUs for at once; by itself it looks at cores alone."""
+    import torch
+
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
 
 
 def assign(classes: Any, facts: Sequence[RankFacts]) -> Cluster:
@@ -143,14 +166,16 @@ def place(cluster: Cluster, rank: int, gpu_cores: int, affinity: bool) -> Placem
     Where there are no CPU ranks, GPU ranks share all of them.
 
     A rank's cores follow one another in the order of the host's NUMA nodes, so that few ranks have cores of two. No two
-    ranks share a core where there are enough; with more ranks than cores each gets one thread and no fixed core.
+    ranks share a core where there are enough; with more ranks than cores each gets one thread and no fixed core. Where
+    a container may have only some of its cores at once, so many are divided, and none is fixed: other containers of the
+    host would choose the same ones.
     """
     mine = cluster.class_of(rank)
     fact = cluster.facts[rank]
     local = cluster.on_host(fact.host)
     gpu_ranks = [r for r in local if cluster.class_of(r).device == "cuda"]
     device = f"cuda:{gpu_index(cluster, rank)}" if mine.device == "cuda" else "cpu"
-    cores = list(fact.cores)
+    cores = list(fact.cores)[: fact.usable]
     if len(local) > len(cores):
         return Placement(device, mine.threads or 1, None)
     cpu_ranks = [r for r in local if r not in gpu_ranks]
@@ -160,7 +185,7 @@ def place(cluster: Cluster, rank: int, gpu_cores: int, affinity: bool) -> Placem
     shares = {r: for_gpu for r in gpu_ranks} | {r: for_cpu + (i < spare) for i, r in enumerate(cpu_ranks)}
     start = sum(shares[r] for r in [*gpu_ranks, *cpu_ranks][: [*gpu_ranks, *cpu_ranks].index(rank)])
     own = tuple(cores[start : start + shares[rank]])
-    return Placement(device, mine.threads or len(own), own if affinity else None)
+    return Placement(device, mine.threads or len(own), own if affinity and len(cores) == len(fact.cores) else None)
 
 
 def parse_hosts(text: str) -> list[tuple[str, int]]:

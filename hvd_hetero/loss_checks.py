@@ -26,6 +26,7 @@ from hvd_hetero.losses import OF_CLASSES, Numbers, PerSample, per_sample, tensor
 OTHERWISE_SHAPED = (*OF_CLASSES, "multi_margin_loss")
 """Functions of torch.nn.functional whose targets have another shape than the outputs; all others go by elements."""
 FIT = "make model, data, loss and its arguments fit together"
+ONE_SHAPE = "give both one shape, by squeeze() or unsqueeze()"
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def _check_named(name: str, args: Mapping[str, Any], given: Batched) -> None:
         return
     if outputs.shape != targets.shape:
         problem = f"goes by elements, and {given.shapes} differ in shape, so that they would be broadcast"
-        raise ConfigError("train.loss", name, problem, f"{FIT}, for example outputs.squeeze(1) or targets.unsqueeze(1)")
+        raise ConfigError("train.loss", name, problem, f"{FIT}: {ONE_SHAPE}")
     for argument, value in args.items():
         if isinstance(value, list) and np.size(value) > 1 and not _fits(np.shape(value), outputs.shape[1:]):
             problem = f"is of shape {list(np.shape(value))}, and a sample's outputs are of {list(outputs.shape[1:])}"
@@ -162,7 +163,7 @@ def _check_pairs(key: str, value: Any, function: PerSample, given: Batched) -> N
     if pairs.made:
         shapes = f"outputs {given.shape(found[0])} and targets {given.shape(given.targets)}"
         problem = f"broadcasts {shapes} against each other, so that every sample meets the targets of all others"
-        raise ConfigError(key, value, problem, "give both one shape, for example outputs[:, 0] or targets[:, None]")
+        raise ConfigError(key, value, problem, ONE_SHAPE)
 
 
 def _may_broadcast(one: torch.Size, other: torch.Size) -> bool:

@@ -44,14 +44,20 @@ def per_sample(key: str, value: Any, returned: Any, samples: Collection[int]) ->
     values, weights = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
     for part in (values,) if weights is None else (values, weights):
         if not _is_per_sample(part, samples):
-            shape = list(part.shape) if isinstance(part, Tensor) else type(part).__name__
-            number = " or ".join(map(str, sorted(samples))) or "B"
-            problem = f"is not per sample: a batch of {number} gives {shape}"
-            raise ConfigError(key, value, problem, f"return a tensor [{number}], for example with reduction='none'")
+            raise _refused(key, value, part, " or ".join(map(str, sorted(samples))) or "B")
     if values.dtype not in (torch.float32, torch.float64):
         values = values.float()
-    values = values.reshape(-1)
+    if values.dim() != 1:
+        values = values.reshape(-1)
     return values, None if weights is None else weights.reshape(-1).to(values)
+
+
+def _refused(key: str, value: Any, part: Any, samples: str) -> ConfigError:
+    shape = list(part.shape) if isinstance(part, Tensor) else type(part).__name__
+    remedy = f"return a tensor [{samples}], for example with reduction='none'"
+    if isinstance(part, Tensor) and part.dim() > 1:
+        remedy += " and each sample's mean over what counts of it"
+    return ConfigError(key, value, f"is not per sample: a batch of {samples} gives {shape}", remedy)
 
 
 def _is_per_sample(part: Any, samples: Collection[int]) -> bool:
@@ -112,24 +118,24 @@ def named_loss(name: str, function: Callable[..., Tensor], args: Mapping[str, An
         problem = f"reduction={args['reduction']} gives one number a batch, and each sample's own is needed"
         raise ConfigError("train.loss", name, problem, "leave it out of train.loss_args, which means reduction='none'")
     arguments = _arguments(function, {**args, "reduction": "none"})
-    of_classes = name in OF_CLASSES
-    if of_classes:
-        _check_class_weights(args.get("weight"))
+    of_classes, ignored = name in OF_CLASSES, args.get("ignore_index", IGNORED)
+    weighs = of_classes and args.get("weight") is not None
+    if weighs:
+        _check_class_weights(args["weight"])
 
     def loss(outputs: Any, targets: Any) -> Numbers:
         given = arguments(outputs)
         losses = function(outputs, targets, **given)
-        if not of_classes or targets.is_floating_point():  # numbers or probabilities: all count, as in PyTorch's mean
-            return _mean(losses), None
-        return mean_of_targets(losses, targets, given.get("ignore_index", IGNORED), given.get("weight"))
+        # numbers and probabilities all count, as in PyTorch's mean
+        if not of_classes or targets.is_floating_point() or (not weighs and _surely_count(targets, ignored)):
+            return losses if losses.dim() < 2 else losses.flatten(1).mean(1), None
+        return mean_of_targets(losses, targets, ignored, given["weight"] if weighs else None)
 
     loss.__qualname__ = name
     return loss
 
 
 def _check_class_weights(weights: Any) -> None:
-    if weights is None:
-        return
     if torch.as_tensor(weights).lt(0).any() or not torch.as_tensor(weights).any():
         problem = "a mean is taken with these weights, and some are negative, or all are 0"
         raise ConfigError("train.loss_args.weight", weights, problem, "give 0 or more for each class")
@@ -144,8 +150,6 @@ def mean_of_targets(values: Tensor, targets: Tensor, ignored: int, of_class: Ten
         ignored: the class number that does not count.
         of_class: weights ``[C]``; None: 1. A class of weight 0 does not count either.
     """
-    if of_class is None and _surely_count(targets, ignored):
-        return _mean(values), None
     targets = targets.long()
     counts = targets != ignored
     weights = counts.to(values) if of_class is None else of_class[targets.where(counts, 0)] * counts
@@ -156,11 +160,7 @@ def mean_of_targets(values: Tensor, targets: Tensor, ignored: int, of_class: Ten
 
 def _surely_count(targets: Tensor, ignored: int) -> bool:
     """Say whether all targets are known to count, in a microsecond: a GPU would have to be waited for."""
-    return targets.device.type == "cpu" and ignored < 0 and targets.numel() > 0 and int(targets.min()) >= 0
-
-
-def _mean(values: Tensor) -> Tensor:
-    return values.flatten(1).mean(1) if values.dim() > 1 else values
+    return targets.is_cpu and ignored < 0 and targets.numel() > 0 and targets.min().item() >= 0
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------

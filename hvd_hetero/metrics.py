@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hvd_hetero.cluster import Cluster
+from hvd_hetero.environment import without_passwords
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.files import check_no_links, write_text
 from hvd_hetero.trace import TRACE
@@ -57,9 +57,15 @@ class RunFolder:
         self._unwritten = b""
 
     def write(self, name: str, content: Mapping[str, Any] | str) -> None:
-        """Writes a text or a JSON file whole: a reader sees the old one or the new one."""
+        """Writes a text or a JSON file whole: a reader sees the old one or the new one.
+
+        What the disk does not take is told, and costs neither the training nor the files that are still to be written.
+        """
         text = content if isinstance(content, str) else to_json(content, indent=2)
-        write_text(self.path / name, text)
+        try:
+            write_text(self.path / name, text)
+        except OSError as error:
+            say_missing(self.path / name, error)
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Appends a row to ``metrics.jsonl``, and its numbers to TensorBoard, by samples seen.
@@ -112,6 +118,12 @@ class RunFolder:
             self._rows.close()
             if self._events is not None:
                 self._events.close()
+
+
+def say_missing(path: Path, error: Exception) -> None:
+    """Tells that a file of the result could not be written; the run goes on to what else there is."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
+    print(f"hvd-hetero: error: {path} is missing or old: {reason}", file=sys.stderr, flush=True)
 
 
 def to_json(content: Any, indent: int | None = None) -> str:
@@ -207,12 +219,6 @@ def environment(cluster: Cluster, horovod: Mapping[str, Any]) -> dict[str, Any]:
         "git_revision": _git_revision(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def without_passwords(word: str) -> str:
-    """A word of a command line without what stands before the @ of a URL, and without values of keys named after it."""
-    word = re.sub(r"(?<=://)[^/@\s]+(?=@)", "***", word)
-    return re.sub(r"(?i)((?:token|secret|passw(?:or)?d|api_?key)['\"]?\s*[=:]\s*)[^\s,&}]+", r"\1***", word)
 
 
 def _version(package: str) -> str | None:

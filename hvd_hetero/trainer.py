@@ -12,7 +12,7 @@ from typing import Any
 
 from hvd_hetero import algorithms
 from hvd_hetero.accounts import Accounts
-from hvd_hetero.checkpoint import save_model
+from hvd_hetero.checkpoint import FOLDER, MODEL, save_model
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.delays import delays
 from hvd_hetero.errors import Stopped
@@ -20,8 +20,7 @@ from hvd_hetero.feed import Feed, Pass
 from hvd_hetero.going_on import carry_over, restore, state_of
 from hvd_hetero.job import Job, make_worker
 from hvd_hetero.limits import check_limits, expected_passes, next_rounds
-from hvd_hetero.metrics import Progress, RunFolder
-from hvd_hetero.modes import set_mode
+from hvd_hetero.metrics import Progress, RunFolder, say_missing
 from hvd_hetero.output import how_good, note, write_start, write_summary, write_trace
 from hvd_hetero.passes import Ongoing, PassFigures, RoundLaps, evaluate, gather_figures, say_taus
 from hvd_hetero.plan import Plan
@@ -119,12 +118,14 @@ class Trainer:
                     raise self._stopped()
             if self.folder is not None and self.saver is not None:
                 self.saver.stopping.forget()
-        set_mode(self.worker.optimizer, training=False)
         write_trace(self.folder, comm, self.job.cluster, self.recorder)
         if self.folder is None or self.progress is None:
             return None
         self.progress.close()
-        save_model(self.folder.path, self.worker.model)
+        try:
+            save_model(self.folder.path, self.worker.model)
+        except Exception as error:  # whatever a model's own state_dict or the disk may raise: the figures come next
+            say_missing(self.folder.path / FOLDER / MODEL, error)
         cluster, path = self.job.cluster, comm.path
         return write_summary(self.folder, config, cluster, self.plan, accounts, path, self.best, self.begin)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.data import Batch, Source, read
 from hvd_hetero.data.batch import sample_counts
+from hvd_hetero.errors import ConfigError
 from hvd_hetero.extra_state import extra_state, load_extra_state
 from hvd_hetero.losses import Numbers, PerSample, joined, mean_gradient, name_of, per_sample, weighted_sums
 from hvd_hetero.modes import evaluating, set_mode
@@ -88,7 +89,7 @@ class Worker:
         """Makes optimizer and scheduler anew, for methods that put something around the optimizer before training."""
         made = self._make_optimizer(self._params)
         self.optimizer = made if wrap is None else wrap(made)
-        set_mode(self.optimizer, training=True)
+        self._steps = False
         self.scheduler = None if self._make_scheduler is None else self._make_scheduler(self.optimizer)
         self._scheduled = [group["lr"] for group in self.optimizer.param_groups]
 
@@ -98,6 +99,20 @@ class Worker:
         return self._gradients
 
     # ---- training ---------------------------------------------------------------------------------------------------
+
+    def rest(self) -> None:
+        """Lets the parameters be what is evaluated, averaged and saved, until the next gradient or step.
+
+        They are something else only while an optimizer steps that has modes, see :mod:`hvd_hetero.modes`.
+        """
+        if self._steps:
+            self._steps = False
+            set_mode(self.optimizer, training=False)
+
+    def _end_rest(self) -> None:
+        if not self._steps:
+            self._steps = True
+            set_mode(self.optimizer, training=True)
 
     def local_steps(self, batches: Iterator[Batch], count: int, stop: Callable[[], bool] | None = None) -> int:
         """``count`` local steps on the next batches, fewer if ``stop`` says so after one; returns how many."""
@@ -117,6 +132,7 @@ class Worker:
         Returns:
             The per-sample losses ``[B]``, on the device; they are also kept for :meth:`take_losses`.
         """
+        self._end_rest()
         try:
             numbers = self._backward(self._compiled or self.model, inputs, targets, weight)
         except Exception as error:
@@ -137,6 +153,9 @@ class Worker:
             for param in self._params:
                 param.grad = None
         (losses, weights), _ = self._losses_of(inputs, targets, model)
+        if not losses.requires_grad:
+            problem = "does not depend on the model's parameters in this batch"
+            raise ConfigError("train.loss", name_of(self._loss), problem, "compute it from the outputs, always")
         losses.backward(mean_gradient(losses, weights, weight))  # their mean's gradient, without the mean
         return losses.detach(), weights
 
@@ -152,6 +171,7 @@ class Worker:
 
     def apply(self) -> None:
         """One optimizer step along the gradient at hand."""
+        self._end_rest()
         if self._clip_norm is not None:
             nn.utils.clip_grad_norm_(self._params, self._clip_norm)
         self.optimizer.step()
@@ -200,7 +220,8 @@ class Worker:
         random, generator = RandomState.capture(self.device), self.generator.get_state()
         sums = torch.zeros(4, dtype=torch.float64)
         whole = len(indices) // batch_size * batch_size
-        with evaluating(self.model, self.optimizer):
+        self.rest()
+        with evaluating(self.model):
             for rows in (indices[:whole].reshape(-1, batch_size), indices[whole:].reshape(1, -1)):
                 for inputs, targets in read(source, rows, self.generator, split="test") if rows.size else ():
                     self.watch.pulse.begin("evaluation")
@@ -218,7 +239,7 @@ class Worker:
 
     def snapshot(self) -> Callable[[], None]:
         """Remembers everything that training changes; calling the result puts it back."""
-        before = RandomState.capture(self.device)
+        before, steps = RandomState.capture(self.device), self._steps
         put_back = snapshot(
             self.model, self.state, self.optimizer, self.scheduler, self._loss, self.metric, self.generator
         )
@@ -226,12 +247,13 @@ class Worker:
         def restore() -> None:
             put_back()
             before.restore()
-            self._losses = []
+            self._losses, self._steps = [], steps
 
         return restore
 
     def state_dict(self) -> dict[str, Any]:
         """Everything of this rank that decides its further steps, between two rounds."""
+        self.rest()  # which mode an optimizer is in is not always in its own state
         return {
             "model": self.state.state_dict(),
             "extra": extra_state(self.model),

@@ -35,6 +35,10 @@ SETTINGS: list[tuple[list[str], str, str, str]] = [
     (["cluster.hosts=localhost"], "cluster.classes.slow.ranks", "[1]", "start 2 ranks"),
     (["cluster.hosts=localhost:x"], "cluster.hosts", "'localhost:x'", "node1:2"),
     (["cluster.classes.slow.slowdown=0.5"], "cluster.classes.slow.slowdown", "0.5", "1.0 or more"),
+    (["aggregation.state={'*': mean}"], "aggregation.state.*", "'mean'", "average, root, max"),
+    (["aggregation.state={'*': root}"], "aggregation.state.*", "'root'", "frozen parameters or buffers"),
+    (["aggregation.state={queue: root}"], "aggregation.state.queue", "'root'", "fits no tensor"),
+    (["aggregation.state=root"], "aggregation.state", "'root'", "dict[str, Any]"),
     # sampling and method
     (["sampling.high_loss_ratio=1.5"], "sampling.high_loss_ratio", "1.5", "1 or less"),
     (["sampling.high_loss_ratio=-1"], "sampling.high_loss_ratio", "-1", "0 or more"),

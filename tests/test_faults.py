@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hvd_hetero.horovodrun import lines_of, meaning_of
+from hvd_hetero.horovodrun import meaning_of
 
 RANKS = Path(__file__).parent / "ranks"
 
@@ -86,12 +86,3 @@ def test_bad_input_that_one_rank_meets_in_mid_run_ends_all(
 ])
 def test_how_a_rank_ended(code: int, text: str) -> None:
     assert meaning_of(code) == text
-
-
-def test_lines_are_passed_on_as_they_come() -> None:
-    """Also those of a progress bar, which end with a carriage return, and a last one that does not end."""
-    reader, writer = os.pipe()
-    os.write(writer, "one\ntw\u00f6\rthree\r\nend".encode())
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        assert "".join(lines_of(pipe)) == "one\ntw\u00f6\rthree\r\nend"

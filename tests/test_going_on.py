@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict, deque
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("horovod")
 
 import numpy as np  # noqa: E402
-from store_helpers import OLD, save_round, some_state  # noqa: E402
+from store_helpers import NEW, OLD, save_round, some_state  # noqa: E402
 
+from hvd_hetero.checkpoint import save_model  # noqa: E402
 from hvd_hetero.cluster import RankFacts, assign  # noqa: E402
+from hvd_hetero.comm.rendezvous import JobEnv  # noqa: E402
 from hvd_hetero.comm.rounds import Counts  # noqa: E402
 from hvd_hetero.config import device_classes, load  # noqa: E402
 from hvd_hetero.errors import EXIT_LOST  # noqa: E402
@@ -31,9 +33,9 @@ from hvd_hetero.partial_counts import KINDS  # noqa: E402
 from hvd_hetero.passes import Ongoing  # noqa: E402
 from hvd_hetero.plan import make_plan  # noqa: E402
 from hvd_hetero.stopping import StopRequest  # noqa: E402
-from hvd_hetero.store import Store  # noqa: E402
+from hvd_hetero.store import Files, Store  # noqa: E402
 from hvd_hetero.supervisor import Supervisor  # noqa: E402
-from hvd_hetero.writing import copied  # noqa: E402
+from hvd_hetero.writing import Best, Write, copied  # noqa: E402
 
 ROWS = [{"pass": number, "samples_seen": 100 * number, "train_loss": 1.0} for number in range(1, 7)]
 
@@ -104,6 +106,61 @@ def test_what_a_scheduler_counts_by_stays_what_it_is() -> None:
     assert type(own["milestones"]) is Counter and type(own["order"]) is OrderedDict and own["betas"] == (0.9, 0.99)
     milestones[90] += 1
     assert sorted(own["milestones"].elements()) == [30, 60]
+
+
+def test_what_is_copied_is_of_its_own_whatever_it_is_kept_in() -> None:
+    """A thread writes it while the training changes the rest."""
+    state = {"set": {1}, "deque": deque([torch.zeros(2)], 3), "table": defaultdict(list, a=[1]), "array": np.zeros(2)}
+    own = copied(state)
+    state["set"].add(2)
+    state["deque"][0] += 1
+    state["deque"].append(5)
+    state["table"]["a"].append(2)
+    state["array"] += 1
+    assert own["set"] == {1} and own["deque"][0].tolist() == [0, 0] and len(own["deque"]) == 1
+    assert own["table"] == {"a": [1]} and own["array"].tolist() == [0, 0]
+
+
+def written_checkpoint(run: Path, number: int, state: Any, files: Files | None = None) -> Write:
+    """Of a job of one rank; the real thing, which has nobody to tell."""
+    write = Write(Store(run, files=files), JobEnv(), number, 1, {"train.lr": 0.1}, lambda: state() if callable(state)
+                  else state, Best(0.5, "accuracy"))  # fmt: skip
+    write.join()
+    return write
+
+
+def test_a_checkpoint_is_written_with_what_it_was_made_with(tmp_path: Path) -> None:
+    assert written_checkpoint(tmp_path, OLD, some_state()).problem == ""
+    best = Store(tmp_path).best()
+    assert best is not None and best.meta.made_with == {"train.lr": 0.1} and best.load(0)["n"] == 0
+
+
+class Full(Files):
+    """A disk that takes shards and no manifest."""
+
+    def open(self, path: Path) -> int:
+        if "manifest" in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().open(path)
+
+
+def raises() -> Any:
+    raise KeyError("state of the user's own")
+
+
+@pytest.mark.parametrize(("state", "files", "said"), [
+    ({"a": {"b": object()}}, Files(), "the state's a.b: a builtins.object"),
+    (raises, Files(), "state of the user's own"),
+    ({}, Full(), "No space left on device; make room for it or choose another run.dir; round 10 is whole"),
+])
+def test_what_cannot_be_saved_is_told_and_leaves_nothing(tmp_path: Path, state: Any, files: Files, said: str) -> None:
+    written_checkpoint(tmp_path, OLD, some_state())
+    write = written_checkpoint(tmp_path, NEW, state, files)
+    assert write.problem.startswith("rank 0: ") and said in write.problem
+    assert [path.name for path in sorted(Store(tmp_path).folder.iterdir())] == ["000010", "best.json"]
+    first = tmp_path / "first"
+    first.mkdir()
+    assert written_checkpoint(first, NEW, state, files).problem and not list(first.iterdir()), "no empty folder is left"
 
 
 class Course:
@@ -192,3 +249,19 @@ def test_what_was_counted_in_a_pass_is_saved_with_it() -> None:
     assert left_out == 3 and counts is not None
     assert counts.tolist()[: len(KINDS) + 3] == [4, 1, 0, 0, 4, 0, 1]
     assert again.count(0, None) == (3, None), "a method without partial collectives"
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSPC])
+def test_a_model_that_cannot_be_synced_is_saved_and_one_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(file: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if number == errno.EINVAL:
+        assert torch.load(save_model(tmp_path, torch.nn.Linear(1, 1)), weights_only=True)
+        return
+    with pytest.raises(OSError, match="No space"):
+        save_model(tmp_path, torch.nn.Linear(1, 1))
+    assert not list(tmp_path.iterdir())

@@ -201,9 +201,11 @@ def test_hard_samples_are_dealt_evenly(scheme: str) -> None:
 @given(st.lists(st.tuples(st.integers(0, 6), st.floats(width=32)), max_size=60))
 def test_the_newest_loss_stays(entries: list[tuple[int, float]]) -> None:
     made = Sampler(7, "separate", 0.5, FAST, 0)
-    expected = [math.inf] * 7
+    without = {index for index, loss in entries if loss == -math.inf}  # it did not count
+    expected = [-math.inf if index in without else math.inf for index in range(7)]
     for index, loss in entries:
-        expected[index] = math.inf if math.isnan(loss) else loss
+        if loss != -math.inf:
+            expected[index] = math.inf if math.isnan(loss) else loss
     made.record(np.array([i for i, _ in entries], np.int32), np.array([x for _, x in entries], np.float32))
     assert made.losses.tolist() == expected
 
@@ -214,6 +216,16 @@ def test_a_newer_lower_loss_replaces_a_higher_one_and_the_other_way_round() -> N
     made.record(np.array([0, 1]), np.array([0.5, 4.0], np.float32))
     assert made.losses.tolist() == [0.5, 4.0, 3.0]
     assert made.draw({FAST: 1})[FAST].tolist() == [1]
+
+
+def test_a_sample_that_does_not_count_keeps_its_loss_and_is_none_of_the_hard_ones() -> None:
+    made = Sampler(6, "separate", 1.0, FAST, 0)
+    made.record(np.array([0, 1]), np.array([0.5, 0.75], np.float32))
+    made.record(np.array([2, 1, 3, 0, 3]), np.array([-np.inf, 0.25, 2.0, -np.inf, -np.inf], np.float32))
+    assert made.losses.tolist() == [0.5, 0.25, -np.inf, 2.0, np.inf, np.inf]
+    assert set(made.draw({FAST: 5})[FAST].tolist()) == {0, 1, 3, 4, 5}
+    made.record(np.array([2]), np.array([0.125], np.float32))
+    assert made.losses[2] == 0.125
 
 
 def test_a_loss_that_blew_up_is_a_hard_sample() -> None:

@@ -145,6 +145,27 @@ def test_a_fault_at_any_operation_leaves_the_old_one_or_the_new_one(tmp_path: Pa
         shutil.rmtree(run)
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES])
+@pytest.mark.parametrize("what", ["sync", "sync_folder"])
+def test_what_cannot_be_synced_is_saved_all_the_same(tmp_path: Path, number: int, what: str) -> None:
+    """Network file systems and FUSE sync no folders; whether a sync that can be done has failed is another thing."""
+
+    def refuse(*args: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    files = Files()
+    setattr(files, what, refuse)
+    save_round(Store(old_run(tmp_path / "run"), 1, files), NEW, [some_state(6), some_state(7)])
+    assert whole(Store(tmp_path / "run")) == NEW
+
+
+def test_room_is_asked_for_where_there_is_none(tmp_path: Path) -> None:
+    for number, asked in ((errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EIO, False), (errno.EROFS, False)):
+        with pytest.raises(CheckpointError) as caught:
+            Store(tmp_path, files=Faulty(2, number)).write_shard(NEW, 0, some_state())
+        assert ("make room" in caught.value.remedy) == asked and "choose another run.dir" in caught.value.remedy
+
+
 def test_short_writes_are_gone_on_with(tmp_path: Path) -> None:
     class Short(Files):
         def write(self, file: int, data: bytes | memoryview) -> int:

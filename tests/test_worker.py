@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import random
 from collections.abc import Callable, Iterator
 from itertools import chain, cycle, islice, repeat
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from hvd_hetero.by_name import accuracy, is_accuracy, metric_by_name, optimizer_
 from hvd_hetero.data import MapSource, TensorSource
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.profiling import Measurement, measure_step
+from hvd_hetero.random_state import seed_all
 from hvd_hetero.worker import Worker, forward
 
 
@@ -146,10 +149,76 @@ def test_evaluation_leaves_the_model_training() -> None:
     mine.local_steps(batches([[0, 1, 2, 3]]), 1)  # tensors made in inference mode would fail here
 
 
+class Noisy(nn.Module):
+    """Draws from all generators, in training and in evaluation; keeps what it has made in the first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.kept = network(), list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.kept:
+            self.kept.append(x.new_ones(3) * 2)
+        noise = torch.rand(len(x), 1) + float(np.random.rand()) + random.random()
+        return self.inner(x) * (self.kept[0] + noise)
+
+
+class NoisyRows:
+    """Items with noise of numpy's."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return torch.from_numpy(np.random.rand(6)).float(), i % 3
+
+
+def test_evaluating_more_often_changes_no_random_number() -> None:
+    """Not in the data either, whose batches are drawn from the worker's generator."""
+    data, found = MapSource(NoisyRows()), []
+    for often in (False, True):
+        mine = Worker(Noisy(), per_sample_loss("cross_entropy", {}), optimizer_maker("SGD", 0.1, {}), None)
+        seed_all(7)
+        for rows in np.arange(40).reshape(5, 1, 8):
+            mine.local_steps(data.batches(rows, mine.generator), 1)
+            if often:
+                mine.evaluate(data, np.arange(20), 8)
+        found.append([*mine.state.vectors, *mine.take_losses()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_what_a_module_keeps_of_an_evaluation_can_be_trained_with() -> None:
+    model = Noisy()
+    scaled = nn.Sequential(model, nn.Linear(3, 3))
+    mine = Worker(scaled, per_sample_loss("cross_entropy", {}), optimizer_maker("SGD", 0.1, {}), None)
+    mine.evaluate(source(), np.arange(8), 4)
+    assert model.kept and not model.kept[0].is_inference()
+    mine.local_steps(batches([[0, 1, 2, 3]]), 1)
+
+
+def test_all_random_numbers_go_on_from_a_saved_state() -> None:
+    """And the losses of the steps before it, with their weights."""
+    def made() -> Worker:
+        loss = per_sample_loss("cross_entropy", {"ignore_index": 2})
+        return Worker(Noisy(), loss, optimizer_maker("SGD", 0.1, {}), None)
+
+    whole, again = made(), made()
+    seed_all(7)
+    whole.local_steps(batches(np.arange(16).reshape(2, 8)), 2)
+    state = copy.deepcopy(whole.state_dict())
+    whole.local_steps(batches(np.arange(16).reshape(2, 8)), 2)
+    seed_all(8)
+    again.load_state_dict(state)
+    again.local_steps(batches(np.arange(16).reshape(2, 8)), 2)
+    for ours, theirs in zip([*again.state.vectors, *again.take_losses()],
+                            [*whole.state.vectors, *whole.take_losses()], strict=True):  # fmt: skip
+        assert torch.equal(ours, theirs)
+
+
 # ---- leaving no trace -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "Adagrad"])
 def test_measuring_leaves_everything_as_it_was(optimizer: str) -> None:
     """The run that follows is bit for bit the one without it: model, BatchNorm, optimizer, random states."""
     measured, plain = worker(optimizer), worker(optimizer)
@@ -159,7 +228,9 @@ def test_measuring_leaves_everything_as_it_was(optimizer: str) -> None:
         if mine is measured:
             assert measure_step(mine, source(), 8, seconds=0.01, warmup_steps=2, ready=lambda: None).step_sec > 0
         mine.local_steps(batches(np.arange(40).reshape(5, 8)), 5)
-        results.append([*mine.state.vectors, *mine.state.tensors(), *mine.take_losses(), mine.generator.get_state()])
+        state = [value for part in mine.optimizer.state.values() for value in part.values() if value is not None]
+        state += [mine.generator.get_state(), *mine.take_losses()]
+        results.append([*mine.state.tensors(), *state])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

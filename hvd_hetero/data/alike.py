@@ -73,7 +73,7 @@ def check_alike(facts: Sequence[Mapping[str, Facts]], hosts: Sequence[str]) -> N
     """
     for split, first in facts[0].items():
         for rank, other in enumerate(facts):
-            what = _difference(first, other[split])
+            what = difference(first, other[split])
             if what is not None:
                 here, there = (f"rank {number} on {hosts[number]}" for number in (rank, 0))
                 problem = f"{here} has read other ones than {there}"
@@ -82,8 +82,8 @@ def check_alike(facts: Sequence[Mapping[str, Facts]], hosts: Sequence[str]) -> N
                 raise ConfigError(f"{split} data", Plain(what), problem, REMEDY)
 
 
-def _difference(first: Facts, other: Facts) -> str | None:
-    """What of the other's is not as the first has it; None if all is."""
+def difference(first: Facts, other: Facts) -> str | None:
+    """Say what of another split is not as the first has it, ``targets`` for instance; None if all is."""
     if first["length"] != other["length"]:
         return f"{other['length']} samples"
     if not _alike(first["targets"], other["targets"]):

@@ -1,6 +1,6 @@
-"""Every rank of a job runs this: trains again and again in one program, and writes what it was like to FOLDER/rankN.json.
+"""Every rank of a job runs this: trains again and again in one program.
 
-``many_calls.py FOLDER``
+``many_calls.py FOLDER`` writes what it was like to ``FOLDER/rank{N}.json``.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ import hvd_hetero
 
 FOLDER, RANK = Path(sys.argv[1]), int(os.environ["HOROVOD_RANK"])
 SWAPPED = {"fast": {"ranks": [1]}, "slow": {"ranks": [0]}}
-COMMON = {"train.passes": 2, "train.batch_size": 4, "train.tau": {"fast": 4, "slow": 2}, "train.loss_args": {},
-          "cluster.classes": {"fast": {"ranks": [0]}, "slow": {"ranks": [1]}}, "checkpoint.every_rounds": 1}  # fmt: skip
+COMMON = {
+    "train.passes": 2, "train.batch_size": 4, "train.tau": {"fast": 4, "slow": 2}, "train.loss_args": {},
+    "cluster.classes": {"fast": {"ranks": [0]}, "slow": {"ranks": [1]}}, "checkpoint.every_rounds": 1,
+}  # fmt: skip
 
 
 def model() -> nn.Module:
@@ -31,12 +33,19 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 4), nn.Dropout(0.3), nn.Linear(4, 2))
 
 
+class Unsaved(nn.Linear):
+    """Fails where its weights are to be saved, after the training."""
+
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        raise KeyError("no weights today")
+
+
 def data(shift: int = 0) -> tuple[Tensor, Tensor]:
     x = torch.randn(48, 8, generator=torch.Generator().manual_seed(shift))
     return x, (x[:, 0] > 0).long()
 
 
-def train(name: str | None, shift: int = 0, **settings: Any) -> str:
+def train(name: str | None, shift: int = 0, model: Any = model, **settings: Any) -> str:
     folder = {} if name is None else {"run.dir": str(FOLDER / name)}
     settings = {key.replace("__", "."): value for key, value in settings.items()}
     test = data(9)
@@ -58,17 +67,20 @@ def loop() -> str:
     return "done"
 
 
-CALLS = {
+CALLS: dict[str, Any] = {
     "first": lambda: train("first"),
     "refused everywhere": lambda: train("none", train__lr=-1.0),
     "refused between ranks": lambda: train("none", train__lr=0.1 * (RANK + 1)),
     "refused after the start": lambda: train("first", run__resume="auto", cluster__classes=SWAPPED),
     "again": lambda: train("again"),
     "other data": lambda: train("other", shift=3, run__seed=5),
+    "other metric": lambda: train("other", shift=3, run__seed=5, run__resume="auto", train__passes=3,
+                                  eval__metric="none"),
     "eager": lambda: train("eager", algorithm__name="eager_sgd", train__tau=4),
     "no name": lambda: train(None),
     "no name again": lambda: train(None),
     "loop": loop,
+    "unsaved": lambda: train("unsaved", model=lambda: Unsaved(8, 2)),
     "last": lambda: train("last", train__matmul_precision="high"),
 }
 

@@ -18,6 +18,11 @@ def norm_net(width: int = 24) -> nn.Module:
     )
 
 
+def of_any_width() -> nn.Module:
+    """As wide as chance has it on each rank, whatever is seeded."""
+    return norm_net(8 + 2 * RANK)
+
+
 def model_unless_rank_1() -> Any:
     return norm_net() if RANK != 1 else "no model"
 
