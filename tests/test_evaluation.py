@@ -87,6 +87,8 @@ def test_the_best_accuracy_is_never_nan() -> None:
     for accuracy in (math.nan, 0.5, math.nan, 0.25):
         note(best, {"eval_loss": 1.0, "eval_accuracy": accuracy})
     assert best["best_accuracy"] == 0.5 and best["final_accuracy"] == 0.25
+    note(best, {"eval_loss": 1.0, "eval_accuracy": math.nan})
+    assert best["best_accuracy"] == 0.5 and best["final_accuracy"] is None
 
 
 def test_losses_of_another_number_than_there_were_samples() -> None:
