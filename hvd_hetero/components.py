@@ -36,9 +36,9 @@ class Given:
     Attributes:
         model: a module, or a function without arguments that makes one.
         train_data: a map-style dataset, or a tuple (inputs, targets) of tensors; ``test_data`` the same.
-        loss: ``loss(outputs, targets) -> [B]``.
+        loss: ``loss(outputs, targets) -> [B]``, or that and weights ``[B]``, see :mod:`hvd_hetero.losses`.
         optimizer: ``optimizer(parameters)`` makes a torch optimizer; ``scheduler(optimizer)`` a scheduler.
-        metric: ``metric(outputs, targets) -> [B]``.
+        metric: ``metric(outputs, targets)``, likewise.
     """
 
     model: nn.Module | Callable[[], nn.Module] | None = None

@@ -153,9 +153,11 @@ def mean_of_targets(values: Tensor, targets: Tensor, ignored: int, of_class: Ten
     targets = targets.long()
     counts = targets != ignored
     weights = counts.to(values) if of_class is None else of_class[targets.where(counts, 0)] * counts
-    sums = [part.reshape(len(targets), -1).sum(1) for part in (values.where(counts, 0.0), weights, weights > 0)]
-    number = sums[2].clamp(min=1)
-    return sums[0] / number, sums[1] / number
+    values = values.where(counts, 0.0)
+    if targets.dim() == 1:
+        return values, weights
+    number, total, weight = (part.flatten(1).sum(1) for part in (weights > 0, values, weights))
+    return total / number.clamp(min=1), weight / number.clamp(min=1)
 
 
 def _surely_count(targets: Tensor, ignored: int) -> bool:
@@ -183,7 +185,7 @@ def with_arguments(function: Callable[..., Any], args: Mapping[str, Any]) -> Per
 
 def _arguments(function: Callable[..., Any], args: Mapping[str, Any]) -> Callable[[Any], Mapping[str, Any]]:
     """Return what gives the arguments for some outputs: tensors are on their device, and of their type."""
-    tensors = {name: _tensor(name, args[name]) for name in _names_of_tensors(function) if args.get(name) is not None}
+    tensors = {name: _tensor(name, args[name]) for name in _tensors_among(function, args)}
     if not tensors:
         return lambda outputs: args
 
@@ -201,13 +203,19 @@ def _arguments(function: Callable[..., Any], args: Mapping[str, Any]) -> Callabl
     return arguments
 
 
-def _names_of_tensors(function: Callable[..., Any]) -> list[str]:
-    """Return the names of the parameters that are declared as tensors."""
+def _tensors_among(function: Callable[..., Any], args: Mapping[str, Any]) -> list[str]:
+    """Return the names of the arguments that a function declares as tensors, and takes as nothing else."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # some built-in functions have none
         return []
-    return [name for name, parameter in parameters.items() if "Tensor" in str(parameter.annotation)]
+    declared = {name: str(parameters[name].annotation) for name in args if name in parameters}
+    return [name for name, kind in declared.items() if "Tensor" in kind and not _is_taken(args[name], kind)]
+
+
+def _is_taken(value: Any, declared: str) -> bool:
+    """Say whether an argument is of what is declared beside a tensor."""
+    return value is None or (isinstance(value, (int, float)) and ("float" in declared or "int" in declared))
 
 
 def _tensor(name: str, value: Any) -> Tensor:
