@@ -22,10 +22,12 @@ from hvd_hetero.errors import (
     EXIT_NUMBERS,
     EXIT_STOPPED,
     BadNumbers,
+    MidRunError,
     Stopped,
     UserError,
 )
 from hvd_hetero.files import check_writable
+from hvd_hetero.imports import in_a_line
 from hvd_hetero.metrics import check_run_dir
 from hvd_hetero.saving import find
 from hvd_hetero.schema import RESHAPE, Config
@@ -33,6 +35,8 @@ from hvd_hetero.trainer import Trainer
 
 PEER_GONE_SEC = 1.0
 """A survivor leaves so much later than the rank that failed, so that the launcher sees that one end first."""
+KILLED_SEC = 0.2
+"""When horovodrun ends a rank it kills its data workers first: what fails for that only is not to be reported."""
 
 
 def train(
@@ -93,7 +97,7 @@ def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | N
         raise
     except UserError as error:
         # one rank's own trouble, a broken file for instance: the others are waiting somewhere else
-        raise RuntimeError(str(error)) from error
+        raise MidRunError(error) from error
     except BaseException:
         trainer.abandon()
         raise
@@ -117,13 +121,18 @@ def guarded(call: Callable[[], Any]) -> Any:
     """
     env = job_env()
     if env.size == 1:
-        return call()
+        try:
+            return call()
+        except MidRunError as met:
+            raise met.error from None
     try:
         return call()
     except UserError as error:
         if env.rank == 0:
             print(f"hvd-hetero: error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)
+    except MidRunError as met:
+        _end(EXIT_BAD_INPUT, f"rank {env.rank} on {env.host} failed: {met.error}")
     except BadNumbers as error:
         if env.rank != error.ranks[0]:
             time.sleep(PEER_GONE_SEC)  # the rank that has the say ends first
@@ -137,8 +146,9 @@ def guarded(call: Callable[[], Any]) -> Any:
         time.sleep(PEER_GONE_SEC)
         _end(EXIT_LOST, f"rank {env.rank} on {env.host} stops: {error}")
     except Exception as error:
+        time.sleep(KILLED_SEC)
         traceback.print_exc()
-        _end(EXIT_FAULT, f"rank {env.rank} on {env.host} failed: {type(error).__name__}: {error}")
+        _end(EXIT_FAULT, f"rank {env.rank} on {env.host} failed: {in_a_line(error)}")
 
 
 def _end(status: int, message: str) -> NoReturn:

@@ -42,6 +42,20 @@ class ConfigError(UserError):
         return type(self), (self.key, self.value, self.problem, self.remedy)
 
 
+class MidRunError(Exception):
+    """One rank alone has met something that the user gave and that cannot be used, while the others wait for it.
+
+    It ends at once, and the job with it, with status 2.
+
+    Attributes:
+        error: what it has met.
+    """
+
+    def __init__(self, error: UserError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class Stopped(Exception):
     """The run was asked to stop; it has saved, and ended on all ranks.
 

@@ -156,7 +156,9 @@ class Horovodrun:
         known = EXIT_LOST if lost else number if number in KNOWN else EXIT_FAULT
         error, last = self._said.errors.get(rank, ""), self._said.last(rank)
         cause = f"rank {rank} on {host} ended first, {meaning}"
-        if last and not error:
+        if error:
+            cause += f"; it said: {error.removeprefix(f'rank {rank} on {host} failed: ')}"
+        elif last:
             cause += f"; its last line: {last}"
         return End(known, self._job, cause, error, self._signalled)
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from hvd_hetero.errors import ConfigError, UserError, nearest
 
 T = TypeVar("T")
+WORKERS_TRACEBACK = "\nOriginal Traceback (most recent call last):\n"
 PACKAGE = os.path.dirname(__file__) + os.sep
 LIBRARIES = re.compile(rf"/(site|dist)-packages/|{re.escape(os.path.dirname(os.__file__))}|^{re.escape(PACKAGE)}|^<")
 """Files in which nobody looks for a mistake of their own."""
@@ -102,9 +103,17 @@ def call(key: str, function: Callable[..., T], args: Mapping[str, Any]) -> T:
 
 def cause(error: BaseException) -> str:
     """An exception in one line, with the last place of the user's own in its traceback."""
-    said = " ".join(f"{type(error).__name__}: {error}".split())
+    said = in_a_line(error)
     places = [frame for frame in traceback.extract_tb(error.__traceback__) if not LIBRARIES.search(frame.filename)]
     return f"{said} ({os.path.basename(places[-1].filename)}, line {places[-1].lineno})" if places else said
+
+
+def in_a_line(error: BaseException) -> str:
+    """An exception's type and text in one line; the original's, where a data worker has made a traceback of it."""
+    text = f"{type(error).__name__}: {error}"
+    if WORKERS_TRACEBACK in text:
+        text = text.rstrip().splitlines()[-1]
+    return " ".join(text.split())
 
 
 def check_arguments(key: str, function: Callable[..., Any], args: Mapping[str, Any],

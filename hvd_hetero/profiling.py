@@ -16,7 +16,7 @@ from hvd_hetero.cluster import Cluster
 from hvd_hetero.comm.averages import average
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.data import Source
-from hvd_hetero.errors import UserError
+from hvd_hetero.errors import MidRunError, UserError
 from hvd_hetero.worker import Worker
 
 CHUNK_SEC, CHUNKS = 0.1, 10
@@ -121,7 +121,7 @@ class Measurement:
         try:
             return measure_step(self.worker, self.source, batch_size, self.seconds, self.warmup_steps, ready)
         except UserError as error:  # one rank's own trouble, a broken file for instance
-            raise RuntimeError(str(error)) from error
+            raise MidRunError(error) from error
 
     def choose_path(self) -> dict[str, float]:
         """Lets averages go the way that is fastest here; returns the seconds of each. The model stays as it is."""
