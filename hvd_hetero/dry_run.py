@@ -372,17 +372,21 @@ def _warn_of_evaluation_mode(model: nn.Module) -> None:
 
 
 def _check_classes(dataset: Dataset, outputs: Any, config: Config, given: Given | None, origins: Origins) -> None:
-    """Refuse class numbers that the model has no output for, where they are at hand: a run would meet them later."""
+    """Refuse class numbers of which none counts or that the model has no output for, where they are at hand."""
     own_loss = given is not None and given.loss is not None
     if own_loss or config.train.loss not in ("cross_entropy", "nll_loss") or not isinstance(outputs, Tensor):
         return
+    ignored = config.train.loss_args.get("ignore_index", IGNORED)
     for name, source in (("training", dataset.train), ("test", dataset.test)):
         holder = source if isinstance(source, data.TensorSource) else getattr(source, "dataset", None)
         targets = holder.targets if isinstance(holder, (data.TensorSource, data.Files)) else None
-        if not isinstance(targets, Tensor) or targets.is_floating_point():
+        if not isinstance(targets, Tensor) or targets.is_floating_point() or not targets.numel():
             continue
-        used = targets[targets != config.train.loss_args.get("ignore_index", IGNORED)]
-        if len(used) and not 0 <= int(used.min()) <= int(used.max()) < outputs.shape[1]:
+        used = targets if ignored < int(targets.min()) else targets[targets != ignored]
+        if not len(used):
+            problem = f"none of the {name} targets counts: all are {ignored}, which is ignored"
+            raise ConfigError(*origins.data, problem, "correct the targets, or train.loss_args.ignore_index")
+        if not 0 <= int(used.min()) <= int(used.max()) < outputs.shape[1]:
             found = f"the {name} targets are {used.min()} to {used.max()}"
             problem = f"has outputs for {outputs.shape[1]} classes, {found}"
             raise ConfigError(*origins.model, problem, "make its number of classes fit the data")

@@ -54,6 +54,24 @@ def number_loss(outputs: Tensor, targets: Tensor) -> float:
     return 1.0
 
 
+def column() -> nn.Module:
+    """One number a sample, ``[B, 1]``, where targets are ``[B]``."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
+
+
+def all_pairs(outputs: Tensor, targets: Tensor) -> Tensor:
+    return ((outputs - targets) ** 2).mean(1)
+
+
+def first_column(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs[:, 0] - targets) ** 2
+
+
+def tokens_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A number for each of several targets, of which some may not count."""
+    return nn.functional.cross_entropy(outputs, targets, reduction="none")[:, None].expand(-1, 7)
+
+
 class fails_on_rank_1:  # noqa: N801 (called like a function)
     """A loss that raises on rank 1 in mid-run; the tried batch and the first steps go well."""
 
