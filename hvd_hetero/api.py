@@ -33,7 +33,7 @@ from hvd_hetero.files import check_writable
 from hvd_hetero.metrics import check_run_dir
 from hvd_hetero.process import process_restored
 from hvd_hetero.random_state import RandomState
-from hvd_hetero.resume import check_samples, find
+from hvd_hetero.resume import check_data, find
 from hvd_hetero.schema import Config
 from hvd_hetero.trainer import Trainer
 
@@ -90,7 +90,7 @@ def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | N
             if config.run.resume is not None:
                 found = find(Path(config.run.dir), config, env.size)
                 if found is not None:
-                    check_samples(found, len(parts.dataset.train))
+                    check_data(found, parts.dataset.train)
         return config, parts
 
     started = job.start(prepare_folder_too)

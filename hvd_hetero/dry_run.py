@@ -109,7 +109,8 @@ class _DryRun:
         self._parts, self._config, self._given, self._device = parts, config, given, device
         self._origins = Origins.of(config, given)
         self._method = algorithms.get(config.algorithm.name)
-        self._read(SAMPLES)
+        self._samples = SAMPLES
+        self._read()
         self._outputs: Any = None
 
     def forgotten(self, call: Callable[[], T]) -> T:
@@ -134,6 +135,9 @@ class _DryRun:
         worker = self._worker()
         self._evaluate(worker)
         _check_classes(self._parts.dataset, self._outputs, self._config, self._given, self._origins)
+        self._read("test")
+        self._evaluate(worker)
+        self._read()
         for _ in range(2 if sum(p.numel() for p in worker.model.parameters()) <= SMALL else 1):
             self._step(worker)
         self._epochs(worker)
@@ -146,7 +150,7 @@ class _DryRun:
             ConfigError: it cannot, and a class is to do so.
         """
         worker, sizes = self._worker(), self._config.train.batch_size
-        self._read(1)
+        self._read(count=1)
         try:
             self._gradient(worker)
         except ConfigError as error:
@@ -158,17 +162,18 @@ class _DryRun:
 
     # ---- its parts --------------------------------------------------------------------------------------------------
 
-    def _read(self, count: int) -> None:
-        inputs, targets = first_samples(self._parts.dataset, count, self._origins)
+    def _read(self, split: str = "training", count: int | None = None) -> None:
+        dataset, count = self._parts.dataset, count or self._samples
+        source = dataset.train if split == "training" else dataset.test
+        inputs, targets = first_samples(source, count, self._origins, split)
         self._batch: Batch = (to_device(inputs, self._device), to_device(targets, self._device))
-        self._count, self._stepped = min(count, len(self._parts.dataset.train)), False
+        self._count, self._stepped = min(count, len(source)), False
 
     def read_whole_batch(self) -> bool:
         """Take as many samples as the smallest step has; False if these are no more than there were."""
-        sizes = self._config.train.batch_size
-        smallest = min(sizes.values()) if isinstance(sizes, Mapping) else sizes
-        before = self._count
-        self._read(max(smallest, SAMPLES))
+        sizes, before = self._config.train.batch_size, self._count
+        self._samples = max(min(sizes.values()) if isinstance(sizes, Mapping) else sizes, SAMPLES)
+        self._read()
         return self._count > before
 
     def _worker(self) -> Worker:

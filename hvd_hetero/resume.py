@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hvd_hetero.cluster import Cluster
+from hvd_hetero.data import Source, alike
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.fingerprint import plain, sources
 from hvd_hetero.schema import AUTO, NUMBERS, RESHAPE, Config
@@ -93,16 +94,21 @@ def changed_sources(meta: Meta, config: Config) -> list[str]:
             "same as before" for what, digest in sources(config).items() if meta.made_with.get(what, digest) != digest]
 
 
-def check_samples(found: Found, samples: int) -> None:
-    """Refuse to resume with other data, as far as can be told by how many there are.
+def check_data(found: Found, source: Source) -> None:
+    """Refuse to resume with other training data than a checkpoint was made with.
 
     Raises:
-        ConfigError: another number of samples.
+        ConfigError: another number of samples, or other ones, as far as a look at some of them can tell.
     """
-    if (known := len(found.state["rank0"]["sampler"]["losses"])) != samples:
-        problem = f"the checkpoint is of {known} training samples, and these are {samples}"
-        remedy = "take the data that it was made with"
+    saved, remedy = found.state["rank0"], "take the data that it was made with"
+    if (known := len(saved["sampler"]["losses"])) != len(source):
+        problem = f"the checkpoint is of {known} training samples, and these are {len(source)}"
         raise ConfigError("run.resume", RESHAPE if found.reshaped else AUTO, problem, remedy)
+    if saved["data"] is not None and not found.reshaped:
+        what = alike.difference(saved["data"], alike.facts_of(source))
+        if what is not None:
+            problem = f"the training data have other {what} than those that the checkpoint was made with"
+            raise ConfigError("run.resume", AUTO, problem, f"{remedy}, {REMEDY}")
 
 
 def check_fits(state: Any, worker: Worker) -> None:

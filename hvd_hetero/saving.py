@@ -199,7 +199,7 @@ class Saver:
         if self._write is None:
             return
         problem = self._write.problem
-        if problem and (self._comm.rank == 0 or problem.startswith(f"rank {self._comm.rank}:")):
+        if problem.startswith(f"rank {self._comm.rank}:"):  # the others' they say themselves
             print(f"no checkpoint at round {self._write.number}: {problem}", flush=True)
         if not self._comm.max([float(bool(problem))], "checkpoint.done")[0]:
             self.saved_round = self._write.number

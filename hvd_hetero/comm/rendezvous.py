@@ -15,8 +15,9 @@ import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
 
 from hvd_hetero.errors import ConfigError
@@ -93,12 +94,16 @@ def exchange(env: JobEnv, name: str, content: dict[str, Any], timeout_sec: float
     """
     if env.size == 1 or env.store is None:
         return [content]
-    deadline, name = time.monotonic() + timeout_sec, f"{name}.{next(_numbers[name])}"
+    deadline, where = time.monotonic() + timeout_sec, f"{env.store}/{name}.{next(_numbers[name])}"
+
+    def get(key: object, rank: int) -> Any:
+        return _patiently(lambda: _look(f"{where}.{key}"), deadline, f"rank {rank}")
+
     if env.rank > 0:
-        _put(f"{env.store}/{name}.{env.rank}", content)
-        return _get(f"{env.store}/{name}.all", deadline, "rank 0")
-    said = [content, *(_get(f"{env.store}/{name}.{r}", deadline, f"rank {r}") for r in range(1, env.size))]
-    _put(f"{env.store}/{name}.all", said)
+        _patiently(lambda: _put(f"{where}.{env.rank}", content), deadline, "the launcher")
+        return get("all", 0)
+    said = [content, *(get(rank, rank) for rank in range(1, env.size))]
+    _patiently(lambda: _put(f"{where}.all", said), deadline, "the launcher")
     return said
 
 
@@ -121,20 +126,26 @@ def get_beat(env: JobEnv, rank: int) -> dict[str, Any] | None:
     return beat
 
 
-def _put(url: str, content: Any, timeout_sec: float = TIMEOUT_SEC) -> None:
+def _put(url: str, content: Any, timeout_sec: float = TIMEOUT_SEC) -> int:
+    """Puts it under a key; returns the store's status."""
     request = urllib.request.Request(url, data=json.dumps(content).encode(), method="PUT")
-    with _open(request, timeout_sec):
-        pass
+    with _open(request, timeout_sec) as answer:
+        return int(answer.status)
 
 
-def _get(url: str, deadline: float, who: str) -> Any:
-    began = time.monotonic()
+def _patiently(call: Callable[[], Any], deadline: float, who: str) -> Any:
+    """Calls until there is an answer. The store may fail once; where it fails for long, the watchdog sees to it."""
+    began, problem = time.monotonic(), None
     while True:
-        if (content := _look(url)) is not None:
-            return content
+        try:
+            if (answer := call()) is not None:
+                return answer
+        except (OSError, HTTPException) as error:
+            problem = error
         now = time.monotonic()
         if now > deadline:
-            raise TimeoutError(f"{who} did not report in time: it may still be at work on its data, or be gone")
+            why = f" ({problem})" if problem else ""
+            raise TimeoutError(f"{who} did not answer in time: it may still be at work on its data, or be gone{why}")
         time.sleep(min(MOST_LOOK_SEC, max(LOOK_SEC, (now - began) / 10)))
 
 

@@ -57,7 +57,11 @@ def facts_of(source: Source) -> dict[str, Any]:
             first, again = (_contents(reader, numbers) for _ in range(2))
     pairs = list(zip(first, again, strict=False))
     stable = [len(first) == len(again) and all(_alike(one[i], other[i]) for one, other in pairs) for i in range(2)]
-    targets = _content(_in_memory(source), PIECES_OF_TARGETS)
+    try:
+        targets = _in_memory(source)
+    except Exception:  # of an attribute that only has this name
+        targets = None
+    targets = _content(targets, PIECES_OF_TARGETS)
     return {"length": len(source), "targets": targets, "numbers": numbers, "samples": first, "stable": stable}
 
 
@@ -69,7 +73,7 @@ def check_alike(facts: Sequence[Mapping[str, Facts]], hosts: Sequence[str]) -> N
     """
     for split, first in facts[0].items():
         for rank, other in enumerate(facts):
-            what = _difference(first, other[split])
+            what = difference(first, other[split])
             if what is not None:
                 here, there = (f"rank {number} on {hosts[number]}" for number in (rank, 0))
                 problem = f"{here} has read other ones than {there}"
@@ -78,8 +82,8 @@ def check_alike(facts: Sequence[Mapping[str, Facts]], hosts: Sequence[str]) -> N
                 raise ConfigError(f"{split} data", Plain(what), problem, REMEDY)
 
 
-def _difference(first: Facts, other: Facts) -> str | None:
-    """What of the other's is not as the first has it; None if all is."""
+def difference(first: Facts, other: Facts) -> str | None:
+    """Say what of another split is not as the first has it, ``targets`` for instance; None if all is."""
     if first["length"] != other["length"]:
         return f"{other['length']} samples"
     if not _alike(first["targets"], other["targets"]):
@@ -101,7 +105,7 @@ def _alike(one: Content, other: Content) -> bool:
 def _close(one: Sequence[float], other: Sequence[float]) -> bool:
     """Whether means are the same, up to what they may differ; the first of each is that of the magnitudes."""
     within = TOLERANCE * max(one[0], other[0])
-    return all(abs(a - b) <= within for a, b in zip(one, other, strict=True))
+    return all(a == b or abs(a - b) <= within for a, b in zip(one, other, strict=True))
 
 
 # ---- what is looked at ----------------------------------------------------------------------------------------------
@@ -178,6 +182,8 @@ class _Content:
             value = torch.from_numpy(np.array(value))
         if isinstance(value, Tensor):
             self._tensor(value.detach().cpu())
+        elif isinstance(value, np.ndarray):  # of texts or objects
+            self._add(value.tolist())
         elif isinstance(value, str):
             self._same(value.rpartition("/")[2])  # data may lie in another folder on another host
         elif value is None or isinstance(value, (bytes, int)):
