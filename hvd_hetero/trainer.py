@@ -14,6 +14,7 @@ from hvd_hetero import algorithms
 from hvd_hetero.accounts import Accounts
 from hvd_hetero.checkpoint import FOLDER, MODEL, save_model
 from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.components import telling
 from hvd_hetero.delays import delays
 from hvd_hetero.errors import Stopped
 from hvd_hetero.feed import Feed, Pass
@@ -194,7 +195,9 @@ class Trainer:
         if not self.over:
             self.plan = self._replan(self.plan, done)
         rate = worker.optimizer.param_groups[0]["lr"]
-        worker.end_epoch()
+        what = f"fails after {accounts.passes} passes"
+        with telling("train.scheduler", type(worker.scheduler).__name__, what, "let it last as long as the run"):
+            worker.end_epoch()
         row = accounts.row(plan)
         row |= {"wall_sec": time.perf_counter() - self.begin, "train_loss": done.loss, "lr": rate,
                 "samples_per_sec": done.samples / done.seconds}  # fmt: skip

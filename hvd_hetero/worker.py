@@ -160,13 +160,16 @@ class Worker:
         return losses.detach(), weights
 
     def gradients(self) -> list[Tensor]:
-        """The gradients at hand, of those parameters that have one."""
-        return [p.grad for p in self._params if p.grad is not None]
+        """The gradients at hand, of those parameters that the optimizer steps along and that have one."""
+        return [p.grad for p in self._stepped() if p.grad is not None]
+
+    def _stepped(self) -> Iterator[Tensor]:
+        return (p for group in self.optimizer.param_groups for p in group["params"])
 
     def gradient_again(self, inputs: Any, targets: Tensor, weight: float) -> list[Tensor]:
-        """The gradient once more, of those parameters that have one at hand, beside it; no hook is called."""
+        """The gradient once more, as :meth:`gradients` gives it, beside it; no hook is called."""
         (losses, weights), _ = self._losses_of(inputs, targets)
-        params, along = [p for p in self._params if p.grad is not None], mean_gradient(losses, weights, weight)
+        params, along = [p for p in self._stepped() if p.grad is not None], mean_gradient(losses, weights, weight)
         return list(torch.autograd.grad(losses, params, along, allow_unused=True, materialize_grads=True))
 
     def apply(self) -> None:

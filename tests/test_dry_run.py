@@ -346,6 +346,20 @@ def test_what_a_norm_needs_is_found_out_where_it_matters(settings: dict[str, Any
     assert tried(linear, settings).least_batch == 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_what_needs_a_gpu_is_not_tried_where_there_is_none() -> None:
+    """Data are read all the same. Where one class is on CPUs, the model has to work there."""
+    def run(net: Net, x: Tensor) -> Any:
+        raise RuntimeError("this kernel is for GPUs")
+
+    on_gpu = {name: {**ranks, "device": "cuda"} for name, ranks in TWO.items()}
+    tried(linear(run=run), {"cluster.classes": on_gpu})
+    with pytest.raises(ConfigError, match="for GPUs"):
+        tried(linear(run=run), {"cluster.classes": {**on_gpu, "slow": TWO["slow"]}})
+    with pytest.raises(ConfigError, match="empty split"):
+        tried(linear(run=run), {"cluster.classes": on_gpu}, data=(X[:0], Y[:0]))
+
+
 # ---- modes ----------------------------------------------------------------------------------------------------------
 
 

@@ -97,7 +97,7 @@ def _stacked(parts: Sequence[Any], path: str) -> Any:
         if other.shape != parts[0].shape:
             raise _refused(path, other, f"{describe(parts[0])} in another sample of the batch")
     try:
-        return default_collate(parts)  # in a worker process it stacks into shared memory
+        return default_collate(list(parts))  # in a worker process it stacks into shared memory
     except (TypeError, RuntimeError) as error:
         raise _refused(path, parts[0], f"the samples of a batch make no tensor: {cause(error)}") from error
 
