@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -46,8 +45,8 @@ SAMPLES = 2
 MOST_EPOCHS = 1000
 """So many steps of a scheduler are tried out."""
 FRAME = re.compile(r'File "(.+?)", line ([0-9]+)')
-QUICK_SEC = 0.1
-"""A step that takes less is followed by a second one: what a module has kept of the first may be in its way."""
+SMALL = 10_000_000
+"""Parameters. Models that have no more take a second step: what a module has kept of the first may be in its way."""
 
 
 def build(config: Config, given: Given | None = None) -> Components:
@@ -68,8 +67,21 @@ def build(config: Config, given: Given | None = None) -> Components:
     if device is None:
         return parts
     if not tried:
-        run.forgotten(run.whole)
+        _try(run)
     return replace(parts, least_batch=run.forgotten(run.least_batch)) if one else parts
+
+
+def _try(run: _DryRun) -> None:
+    """Try a few samples, and as many as a step really has before it is refused: a queue takes batches of one size."""
+    try:
+        run.forgotten(run.whole)
+    except ConfigError as error:
+        if not run.read_whole_batch():
+            raise
+        try:
+            run.forgotten(run.whole)
+        except ConfigError:
+            raise error from error.__cause__
 
 
 def _device(config: Config, local_rank: int) -> str | None:
@@ -97,7 +109,8 @@ class _DryRun:
         self._parts, self._config, self._given, self._device = parts, config, given, device
         self._origins = Origins.of(config, given)
         self._method = algorithms.get(config.algorithm.name)
-        self._read(SAMPLES)
+        self._samples = SAMPLES
+        self._read()
         self._outputs: Any = None
 
     def forgotten(self, call: Callable[[], T]) -> T:
@@ -122,9 +135,10 @@ class _DryRun:
         worker = self._worker()
         self._evaluate(worker)
         _check_classes(self._parts.dataset, self._outputs, self._config, self._given, self._origins)
-        began = time.perf_counter()
-        self._step(worker)
-        if time.perf_counter() - began < QUICK_SEC:
+        self._read("test")
+        self._evaluate(worker)
+        self._read()
+        for _ in range(2 if sum(p.numel() for p in worker.model.parameters()) <= SMALL else 1):
             self._step(worker)
         self._epochs(worker)
         self._save(worker)
@@ -136,7 +150,7 @@ class _DryRun:
             ConfigError: it cannot, and a class is to do so.
         """
         worker, sizes = self._worker(), self._config.train.batch_size
-        self._read(1)
+        self._read(count=1)
         try:
             self._gradient(worker)
         except ConfigError as error:
@@ -148,10 +162,19 @@ class _DryRun:
 
     # ---- its parts --------------------------------------------------------------------------------------------------
 
-    def _read(self, count: int) -> None:
-        inputs, targets = first_samples(self._parts.dataset, count, self._origins)
+    def _read(self, split: str = "training", count: int | None = None) -> None:
+        dataset, count = self._parts.dataset, count or self._samples
+        source = dataset.train if split == "training" else dataset.test
+        inputs, targets = first_samples(source, count, self._origins, split)
         self._batch: Batch = (to_device(inputs, self._device), to_device(targets, self._device))
-        self._count, self._stepped = min(count, len(self._parts.dataset.train)), False
+        self._count, self._stepped = min(count, len(source)), False
+
+    def read_whole_batch(self) -> bool:
+        """Take as many samples as the smallest step has; False if these are no more than there were."""
+        sizes, before = self._config.train.batch_size, self._count
+        self._samples = max(min(sizes.values()) if isinstance(sizes, Mapping) else sizes, SAMPLES)
+        self._read()
+        return self._count > before
 
     def _worker(self) -> Worker:
         parts, train = self._parts, self._config.train
@@ -349,17 +372,21 @@ def _warn_of_evaluation_mode(model: nn.Module) -> None:
 
 
 def _check_classes(dataset: Dataset, outputs: Any, config: Config, given: Given | None, origins: Origins) -> None:
-    """Refuse class numbers that the model has no output for, where they are at hand: a run would meet them later."""
+    """Refuse class numbers of which none counts or that the model has no output for, where they are at hand."""
     own_loss = given is not None and given.loss is not None
     if own_loss or config.train.loss not in ("cross_entropy", "nll_loss") or not isinstance(outputs, Tensor):
         return
+    ignored = config.train.loss_args.get("ignore_index", IGNORED)
     for name, source in (("training", dataset.train), ("test", dataset.test)):
         holder = source if isinstance(source, data.TensorSource) else getattr(source, "dataset", None)
         targets = holder.targets if isinstance(holder, (data.TensorSource, data.Files)) else None
-        if not isinstance(targets, Tensor) or targets.is_floating_point():
+        if not isinstance(targets, Tensor) or targets.is_floating_point() or not targets.numel():
             continue
-        used = targets[targets != config.train.loss_args.get("ignore_index", IGNORED)]
-        if len(used) and not 0 <= int(used.min()) <= int(used.max()) < outputs.shape[1]:
+        used = targets if ignored < int(targets.min()) else targets[targets != ignored]
+        if not len(used):
+            problem = f"none of the {name} targets counts: all are {ignored}, which is ignored"
+            raise ConfigError(*origins.data, problem, "correct the targets, or train.loss_args.ignore_index")
+        if not 0 <= int(used.min()) <= int(used.max()) < outputs.shape[1]:
             found = f"the {name} targets are {used.min()} to {used.max()}"
             problem = f"has outputs for {outputs.shape[1]} classes, {found}"
             raise ConfigError(*origins.model, problem, "make its number of classes fit the data")

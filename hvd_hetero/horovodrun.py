@@ -59,7 +59,7 @@ class End:
         status: of the job, one of :mod:`hvd_hetero.errors`.
         job: its id.
         cause: which rank ended first, and how; empty if none failed.
-        error: what that rank said of it, if anything.
+        error: what that rank said of it, if anything; of bad input, what any rank said.
         asked: whether the job was asked to end, by a signal to this process.
     """
 
@@ -152,9 +152,14 @@ class Horovodrun:
             meaning = "and its host does not answer any more" if host in silent else "killed by a signal"
         lost = (cut or killed_by(number) is not None) and not self._signalled
         known = EXIT_LOST if lost else number if number in KNOWN else EXIT_FAULT
-        error, last = self._said.errors.get(rank, ""), self._said.last(rank)
+        errors, last = self._said.errors, self._said.last(rank)
+        error = errors.get(rank, "")
+        if number == EXIT_BAD_INPUT:  # which ranks find together, and one of them says
+            error = error or next(iter(errors.values()), "")
         cause = f"rank {rank} on {host} ended first, {meaning}"
-        if last and not error:
+        if error:
+            cause += f"; it said: {error.removeprefix(f'rank {rank} on {host} failed: ')}"
+        elif last:
             cause += f"; its last line: {last}"
         return End(known, self._job, cause, error, self._signalled)
 

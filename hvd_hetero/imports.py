@@ -22,6 +22,7 @@ from hvd_hetero.errors import ConfigError, UserError, nearest
 T = TypeVar("T")
 Place = tuple[str, int | None]
 """A file and a line in it."""
+WORKERS_TRACEBACK = "\nOriginal Traceback (most recent call last):\n"
 PACKAGE = os.path.dirname(__file__) + os.sep
 LIBRARIES = re.compile(rf"/(site|dist)-packages/|{re.escape(os.path.dirname(os.__file__))}|^{re.escape(PACKAGE)}|^<")
 """Files in which nobody looks for a mistake of their own."""
@@ -110,11 +111,19 @@ def cause(error: BaseException, made: Iterable[Place] = ()) -> str:
     Args:
         made: where else to look, if there is none: the places that made what an exception is about.
     """
-    said = " ".join(f"{type(error).__name__}: {error}".split())
+    said = in_a_line(error)
     said = said if len(said) <= LONGEST else f"{said[:LONGEST]}..."
     trace = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     own = [(file, line) for file, line in [*made, *trace] if not LIBRARIES.search(file)]
     return f"{said} ({os.path.basename(own[-1][0])}, line {own[-1][1]})" if own else said
+
+
+def in_a_line(error: BaseException) -> str:
+    """An exception's type and text in one line; the original's, where a data worker has made a traceback of it."""
+    text = f"{type(error).__name__}: {error}"
+    if WORKERS_TRACEBACK in text:
+        text = text.rstrip().splitlines()[-1]
+    return " ".join(text.split())
 
 
 def check_arguments(key: str, function: Callable[..., Any], args: Mapping[str, Any],

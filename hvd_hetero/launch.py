@@ -94,7 +94,7 @@ def read(files: Sequence[str], overrides: Sequence[str]) -> Config:
 
 def _run(config: Config, line: Sequence[str], hosts: Sequence[tuple[str, int]], stop: Path | None = None) -> End:
     end = Horovodrun(line[1:], hosts, for_ranks(config), stop).wait()
-    if end.status not in (0, EXIT_BAD_INPUT, EXIT_STOPPED):
+    if end.status not in (0, EXIT_BAD_INPUT, EXIT_STOPPED) or (end.status == EXIT_BAD_INPUT and not end.error):
         print(f"hvd-hetero: error: the job failed: {end.cause}", file=sys.stderr, flush=True)
     return end
 

@@ -69,12 +69,15 @@ class RankOutput:
         """Pass on what has no end.
 
         Args:
-            failed: whether a rank was ended, so that the last word may be its shell's about that; it is told otherwise.
+            failed: whether a rank was ended: the last word may be its shell's about that, which is told otherwise, on a
+                line of its own.
         """
         for source, rest in self._rests.items():
             self._put(source[0], b"".join(self._parts(source, rest)) if rest else b"")
         for source, line in self._held.items() if not failed else ():
             self._put(source[0], self._named(source, line))
+        for stream, rank in self._unended.items() if failed else ():
+            self._put(stream, b"" if rank is None else b"\n")
 
     def _parts(self, source: Source, line: bytes) -> Iterator[bytes]:
         stream, rank = source

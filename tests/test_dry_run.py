@@ -22,7 +22,7 @@ from hvd_hetero.components import Components, Given  # noqa: E402
 from hvd_hetero.config import load  # noqa: E402
 from hvd_hetero.dry_run import build  # noqa: E402
 from hvd_hetero.errors import ConfigError  # noqa: E402
-from hvd_hetero.random_state import RandomState  # noqa: E402
+from hvd_hetero.random_state import RandomState, seed_all  # noqa: E402
 
 X = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.arange(24 * 4).reshape(24, 4) % 20
@@ -222,15 +222,14 @@ def test_what_trains_is_taken_and_left_as_it_was(name: str) -> None:
 
 
 def test_random_generators_are_left_as_they_were() -> None:
-    """Python's and numpy's too; torch's is the seed's, with what the model's weights have drawn from it."""
-    random.seed(1), np.random.seed(1)
-    python, numbers = random.getstate(), np.random.get_state(legacy=False)
-    tried(Keeps)
+    """They are the seed's, with what the model's weights have drawn from it."""
+    tried(Keeps, {"run.seed": 3})
     state = RandomState.capture()
-    assert state.python == python and str(state.numpy) == str(numbers)
-    torch.manual_seed(0)
+    seed_all(3)
     Keeps()
-    assert torch.equal(state.cpu, torch.get_rng_state())
+    expected = RandomState.capture()
+    assert state.python == expected.python and str(state.numpy) == str(expected.numpy)
+    assert torch.equal(state.cpu, expected.cpu)
 
 
 def test_lazy_modules_get_the_same_weights_everywhere() -> None:
@@ -345,6 +344,20 @@ def test_what_cannot_be_saved_is_no_matter_where_nothing_is() -> None:
 def test_what_a_norm_needs_is_found_out_where_it_matters(settings: dict[str, Any], least: int) -> None:
     assert tried(lambda: Net(nn.BatchNorm1d(8)), settings).least_batch == least
     assert tried(linear, settings).least_batch == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_what_needs_a_gpu_is_not_tried_where_there_is_none() -> None:
+    """Data are read all the same. Where one class is on CPUs, the model has to work there."""
+    def run(net: Net, x: Tensor) -> Any:
+        raise RuntimeError("this kernel is for GPUs")
+
+    on_gpu = {name: {**ranks, "device": "cuda"} for name, ranks in TWO.items()}
+    tried(linear(run=run), {"cluster.classes": on_gpu})
+    with pytest.raises(ConfigError, match="for GPUs"):
+        tried(linear(run=run), {"cluster.classes": {**on_gpu, "slow": TWO["slow"]}})
+    with pytest.raises(ConfigError, match="empty split"):
+        tried(linear(run=run), {"cluster.classes": on_gpu}, data=(X[:0], Y[:0]))
 
 
 # ---- modes ----------------------------------------------------------------------------------------------------------

@@ -69,11 +69,11 @@ def test_words_and_variables_reach_ranks_unchanged(hvd_hetero: Callable[..., Any
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "ssh").write_text(SSH)
     (tmp_path / "bin" / "ssh").chmod(0o755)
-    path = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    other = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOME": str(tmp_path)}  # it keeps which hosts answer
     set_ = {**variables, "HF_TOKEN": "hunter2", "YOUR_TEXT": "x", "PYTHONHASHSEED": ""}
     done = together(
         lambda: hvd_hetero(words, cwd=here, env=set_),
-        lambda: hvd_hetero([*words, "cluster.hosts=127.0.0.2:2"], cwd=there, env=set_ | path),
+        lambda: hvd_hetero([*words, "cluster.hosts=127.0.0.2:2"], cwd=there, env=set_ | other),
     )
     for each, place in zip(done, (here, there), strict=True):
         assert each.returncode == 0, each.stdout + each.stderr

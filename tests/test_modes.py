@@ -1,4 +1,4 @@
-"""Evaluation mode for a while: every submodule, and an optimizer, is back in its own mode afterwards."""
+"""Evaluation mode for a while: every submodule is back in its own mode afterwards. Which optimizers have modes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hvd_hetero.modes import evaluating, has_modes
+from hvd_hetero.modes import evaluating, has_modes, set_mode
 
 
 class Merges(nn.Linear):
@@ -38,13 +38,11 @@ class AlwaysEvaluates(nn.Module):
 
 
 class Free(torch.optim.SGD):
-    mode = "none"
-
     def train(self) -> None:
-        self.mode = "train"
+        """As schedule-free ones do."""
 
     def eval(self) -> None:
-        self.mode = "eval"
+        """As schedule-free ones do."""
 
 
 def modes(model: nn.Module) -> list[bool]:
@@ -64,16 +62,15 @@ def test_every_submodule_is_back_in_its_mode(fails: bool) -> None:
     made = model()
     before, merged = modes(made), [made[0][2].merged, made[1].merged]
     assert True in before and False in before and merged == [1, 0]
-    optimizer = Free(made.parameters(), 0.1)
     try:
-        with evaluating(made, optimizer):
-            assert not any(modes(made)) and optimizer.mode == "eval"
+        with evaluating(made):
+            assert not any(modes(made))
             assert [made[0][2].merged, made[1].merged] == [1, 1]
             if fails:
                 raise OSError("in evaluation")
     except OSError:
         assert fails
-    assert modes(made) == before and optimizer.mode == "train"
+    assert modes(made) == before
     assert [made[0][2].merged, made[1].merged] == merged, "their own train() was called, no more often than it must be"
 
 
@@ -90,4 +87,4 @@ def test_a_train_method_that_does_nothing_does_no_harm() -> None:
 def test_which_optimizers_have_modes() -> None:
     params = nn.Linear(2, 2).parameters()
     assert has_modes(Free(params, 0.1)) and not has_modes(torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1))
-    assert not has_modes(None)
+    set_mode(torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1), training=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -14,10 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_hetero.comm.horovodrun import BLOCK_BYTES, HEADER, STDERR, STDOUT
-from hvd_hetero.errors import EXIT_FAULT
-from hvd_hetero.horovodrun import End, Horovodrun
-from hvd_hetero.rank_output import LINE_BYTES, RankOutput, write_all
+pytest.importorskip("horovod", reason="Horovod is not installed: run scripts/setup")
+
+from hvd_hetero import launch  # noqa: E402
+from hvd_hetero.comm.horovodrun import BLOCK_BYTES, HEADER, STDERR, STDOUT  # noqa: E402
+from hvd_hetero.config import load  # noqa: E402
+from hvd_hetero.errors import EXIT_BAD_INPUT  # noqa: E402
+from hvd_hetero.horovodrun import End  # noqa: E402
+from hvd_hetero.rank_output import LINE_BYTES, RankOutput, write_all  # noqa: E402
 
 # ---- real ranks -----------------------------------------------------------------------------------------------------
 
@@ -45,17 +50,16 @@ if "fail" in sys.argv:
     sys.stdout.flush()
     if rank == 1:
         sys.stderr.buffer.write(b"its last word \\xff")
-        sys.exit(9)
+        sys.exit(2)
     time.sleep(60)
 """
 
 
 def loud(tmp_path: Path, *words: str) -> End:
-    pytest.importorskip("horovod", reason="Horovod is not installed: run scripts/setup")
     script = tmp_path / "loud.py"
     script.write_text(LOUD)
-    line = ["--gloo", "-np", "2", "-H", "localhost:2", sys.executable, str(script), *words]
-    return Horovodrun(line, [("localhost", 2)], dict(os.environ)).wait()
+    line = ["horovodrun", "--gloo", "-np", "2", "-H", "localhost:2", sys.executable, str(script), *words]
+    return launch._run(load(), line, [("localhost", 2)])
 
 
 def test_every_byte_of_every_rank(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
@@ -82,11 +86,14 @@ def test_every_byte_of_every_rank(tmp_path: Path, capfdbinary: pytest.CaptureFix
 
 
 def test_the_last_words_of_a_rank_that_fails(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    """Bad input of which no rank says anything is no silent end either."""
     end = loud(tmp_path, "fail")
     out, err = capfdbinary.readouterr()
-    assert (end.status, end.error) == (EXIT_FAULT, "")
-    assert end.cause == "rank 1 on localhost ended first, with status 9; its last line: its last word \ufffd"
-    assert b"rank 1: its last word \xff" in err and b"Process 1 exit" not in out + err
+    assert (end.status, end.error) == (EXIT_BAD_INPUT, "")
+    assert err.endswith(b"rank 1: its last word \xff\nhvd-hetero: error: the job failed: " + end.cause.encode() + b"\n")
+    cause = "rank 1 on localhost ended first, with status 2; its last line: "
+    assert re.fullmatch(f"{cause}(its last word \ufffd|an end without a newline)", end.cause)
+    assert b"Process 1 exit" not in out + err
 
 
 # ---- how lines are put together -------------------------------------------------------------------------------------

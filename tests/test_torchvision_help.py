@@ -19,8 +19,8 @@ import sys, hvd_hetero
 assert "torch" not in sys.modules and "torchvision" not in sys.modules
 {first}
 import torchvision
-assert type(torchvision.__loader__).__name__ == "SourceFileLoader"
-assert torchvision.__spec__.loader is torchvision.__loader__
+loader = torchvision.__loader__
+assert type(loader).__name__ == "SourceFileLoader" and torchvision.__spec__.loader is loader
 {then}
 """
 
