@@ -15,7 +15,8 @@ import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any
@@ -107,6 +108,26 @@ def exchange(env: JobEnv, name: str, content: dict[str, Any], timeout_sec: float
     return said
 
 
+def forget_addresses(env: JobEnv, hosts: Iterable[str], local_ranks: Iterable[int]) -> None:
+    """Removes from the job's store the addresses at which ranks met in Horovod's init, so that it can be called again.
+
+    Horovod's server counts the ranks that are done with a scope, but forgets all counts when one scope is complete. So
+    a scope may stay, and the next init of these processes would connect to where nobody listens any more. One rank
+    calls it, when all have left init and none has shut down. A store that does not answer is left alone.
+    """
+    if env.store is None:
+        return
+    server = env.store.rpartition("/")[0]
+    scopes = ["global", *(f"local_{host}" for host in hosts), *(f"cross_{rank}" for rank in local_ranks)]
+    with suppress(OSError, HTTPException):
+        for url in (f"{server}/{scope}/0" for scope in scopes):
+            for _ in range(env.size):  # so many are counted at most until the scope is complete
+                if not _is_there(url):
+                    break
+                with _open(urllib.request.Request(url, method="DELETE"), BEAT_TIMEOUT_SEC):
+                    pass
+
+
 def put_beat(env: JobEnv, beat: dict[str, Any]) -> None:
     """Says what this rank is doing, fit for JSON.
 
@@ -147,6 +168,15 @@ def _patiently(call: Callable[[], Any], deadline: float, who: str) -> Any:
             why = f" ({problem})" if problem else ""
             raise TimeoutError(f"{who} did not answer in time: it may still be at work on its data, or be gone{why}")
         time.sleep(min(MOST_LOOK_SEC, max(LOOK_SEC, (now - began) / 10)))
+
+
+def _is_there(url: str) -> bool:
+    try:
+        with _open(urllib.request.Request(url), BEAT_TIMEOUT_SEC):
+            return True
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code != 404
 
 
 def _look(url: str, timeout_sec: float = TIMEOUT_SEC) -> Any:
