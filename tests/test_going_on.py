@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
-import threading
 import time
 from collections import Counter, OrderedDict, defaultdict, deque
 from pathlib import Path
@@ -26,7 +24,7 @@ from hvd_hetero.comm.rendezvous import JobEnv  # noqa: E402
 from hvd_hetero.comm.rounds import Counts  # noqa: E402
 from hvd_hetero.config import device_classes, load  # noqa: E402
 from hvd_hetero.errors import EXIT_LOST  # noqa: E402
-from hvd_hetero.horovodrun import End, Horovodrun  # noqa: E402
+from hvd_hetero.horovodrun import End  # noqa: E402
 from hvd_hetero.metrics import METRICS, RunFolder  # noqa: E402
 from hvd_hetero.output import say_resumed  # noqa: E402
 from hvd_hetero.partial_counts import KINDS  # noqa: E402
@@ -209,33 +207,6 @@ def test_a_stop_file_that_cannot_be_looked_at_is_none(tmp_path: Path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", stale)
         assert not stop()
-
-
-def test_ranks_are_heard_to_the_end_though_nobody_reads_on() -> None:
-    """As of ``launch | head``: a pipe that nobody empties would stop the ranks at its 64 KiB."""
-
-    class Closed(io.StringIO):
-        def write(self, text: str) -> int:
-            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-
-    near, far = os.pipe()
-    job = Horovodrun.__new__(Horovodrun)
-    job._own, job._errors, job._last = [], {}, {}
-
-    def ranks() -> None:
-        with os.fdopen(far, "wb") as out:
-            for number in range(20000):
-                out.write(f"[1]<stdout>:line {number}\n".encode())
-            out.write(b"horovodrun's own\n")
-
-    both = (threading.Thread(target=job._forward, args=(os.fdopen(near, "rb"), Closed()), daemon=True),
-            threading.Thread(target=ranks, daemon=True))  # fmt: skip
-    for thread in both:
-        thread.start()
-    for thread in both:
-        thread.join(timeout=20)
-        assert not thread.is_alive()
-    assert job._last[1] == "line 19999" and job._own == ["horovodrun's own"]
 
 
 def test_what_was_counted_in_a_pass_is_saved_with_it() -> None:
