@@ -201,6 +201,29 @@ def test_a_cuda_torch_of_the_system_is_used(tmp_path: Path, toolkit: Path) -> No
     assert "torch==2.13.0" in setup_in(tmp_path, "--print-plan", PYTHONPATH=site).stdout, "too old"
 
 
+def test_a_cuda_torch_of_the_environment_that_it_is_started_in(
+    tmp_path: Path, toolkit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new environment sees that one's packages, also when it is made ready again from elsewhere."""
+    other, venv = torches.packages_of(tmp_path / "other"), tmp_path / "venv"
+    (other / "torch").mkdir(parents=True)
+    (other / "torch" / "__init__.py").touch()
+    (other / "torch" / "version.py").write_text("__version__ = '2.11.0+cu130'\ncuda: Optional[str] = '13.0'\n")
+    monkeypatch.setenv("HVD_HETERO_VENV", str(venv))
+    monkeypatch.setenv("HVD_HETERO_SETUP_FROM", str(tmp_path / "other"))
+    settings = main.parse([])
+    found = torches.system_cuda_torch(main.other_packages(settings))
+    assert found is not None and (found.version, found.packages) == ("2.11.0+cu130", other)
+    torches.packages_of(venv).mkdir(parents=True)
+    (venv / "pyvenv.cfg").touch()
+    monkeypatch.setattr(Steps, "run", lambda *arguments, **rest: None)
+    main.make_venv(settings, Steps(tmp_path), found)
+    assert (torches.packages_of(venv) / main.OTHER_PACKAGES).read_text().strip() == str(other)
+    for again in (str(venv), ""):
+        monkeypatch.setenv("HVD_HETERO_SETUP_FROM", again)
+        assert torches.system_cuda_torch(main.other_packages(settings)) == found
+
+
 # --- what is remembered ---
 
 
