@@ -154,6 +154,11 @@ class Worker:
         params, along = [p for p in self._params if p.grad is not None], mean_gradient(losses, weights, weight)
         return list(torch.autograd.grad(losses, params, along, allow_unused=True, materialize_grads=True))
 
+    def try_gradient(self, inputs: Any, targets: Tensor) -> None:
+        """Goes forward and backward over a batch, and keeps nothing of it: no gradient, no losses; no hook is called."""
+        (losses, weights), _ = self._losses_of(inputs, targets)
+        torch.autograd.grad(losses, self._params, mean_gradient(losses, weights, 1.0), allow_unused=True)
+
     def apply(self) -> None:
         """One optimizer step along the gradient at hand."""
         if self._clip_norm is not None:

@@ -98,7 +98,9 @@ def test_a_gpu_too_few() -> None:
 def test_a_gpu_is_shared_where_that_is_asked_for() -> None:
     """By ranks of different classes or of one, on two hosts; refused otherwise, with the key for it."""
     facts = ranks_on(("one", 3), ("two", 1), gpus=["big"])
-    classes = {"quick": {"device": "cuda", "ranks": [0, 3]}, "slow": {"device": "cuda", "ranks": [1]}, "c": {"ranks": 2}}
+    classes = {
+        "quick": {"device": "cuda", "ranks": [0, 3]}, "slow": {"device": "cuda", "ranks": [1]}, "c": {"ranks": 2},
+    }
     with pytest.raises(ConfigError, match="slow.device=.*shows 1 GPU.*want 2.*cluster.share_gpus=true"):
         made(classes, facts)
     cluster = assign(device_classes(classes), facts, share_gpus=True)
