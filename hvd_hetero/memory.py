@@ -29,8 +29,8 @@ def on_device(source: Source, device: str, split: str) -> Source:
     free = torch.cuda.mem_get_info(torch.device(device))[0]
     if source.nbytes <= DATA_SHARE * free:
         return source.to(device)
-    print(f"{split} data: {gigabytes(source.nbytes)} stay in the host's memory, of {device} {gigabytes(free)} are free; "
-          "batches go there one by one", flush=True)
+    print(f"{split} data: {gigabytes(source.nbytes)} stay on the host, {device} has {gigabytes(free)} free; batches go "
+          "there one by one", flush=True)
     return source.fed_to(device)
 
 
@@ -54,14 +54,15 @@ def told_by_class(name: str, batch_size: int, fitting: Callable[[], int | None])
     try:
         yield
         return
-    except torch.OutOfMemoryError as error:
-        said = " ".join(str(error).split(". ")[:2])
-        traceback.clear_frames(error.__traceback__)  # which hold what the step had made so far
+    except torch.OutOfMemoryError as missing:
+        said = " ".join(str(missing).split(". ")[:2])
+        traceback.clear_frames(missing.__traceback__)  # which hold what the step had made so far
     fit = fitting()
     estimate = "" if fit is None else f", by estimate {fit} samples would fit" if fit else ", not even one sample fits"
     problem = f"class {name} is out of GPU memory ({said}){estimate}"
-    remedy = f"set a smaller one, for this class alone train.batch_size={{{name}: {fit or 1}, ...}}, or train.autocast=bf16"
-    raise RankError(str(ConfigError("train.batch_size", batch_size, problem, remedy)))
+    alone = f"for this class alone train.batch_size={{{name}: {fit or 1}, ...}}"
+    error = ConfigError("train.batch_size", batch_size, problem, f"set a smaller one, {alone}, or train.autocast=bf16")
+    raise RankError(str(error))
 
 
 def batch_that_fits(step: Callable[[Tensor], None], device: torch.device, most: int) -> int | None:
