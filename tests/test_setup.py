@@ -218,7 +218,11 @@ def test_a_cuda_torch_of_the_environment_that_it_is_started_in(
     (venv / "pyvenv.cfg").touch()
     monkeypatch.setattr(Steps, "run", lambda *arguments, **rest: None)
     main.make_venv(settings, Steps(tmp_path), found)
-    assert (torches.packages_of(venv) / main.OTHER_PACKAGES).read_text().strip() == str(other)
+    (other / "shim.pth").write_text(f"{tmp_path / 'shim'}\n")
+    (tmp_path / "shim").mkdir()
+    see = f"import site, sys; site.addsitedir({str(torches.packages_of(venv))!r}); print(*sys.path)"
+    seen = subprocess.run([sys.executable, "-c", see], capture_output=True, text=True, check=True).stdout.split()
+    assert {str(other), str(tmp_path / "shim")} <= set(seen), "with what its own .pth files ask for"
     for again in (str(venv), ""):
         monkeypatch.setenv("HVD_HETERO_SETUP_FROM", again)
         assert torches.system_cuda_torch(main.other_packages(settings)) == found

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+from ast import literal_eval
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,7 @@ def other_packages(settings: Settings) -> Path | None:
     prefix, seen = os.environ.get("HVD_HETERO_SETUP_FROM"), torches.packages_of(settings.venv) / OTHER_PACKAGES
     if prefix and Path(prefix).resolve() != settings.venv.resolve():
         return torches.packages_of(Path(prefix))
-    return Path(seen.read_text().strip()) if seen.exists() else None
+    return Path(literal_eval(seen.read_text().partition("addsitedir(")[2].strip()[:-1])) if seen.exists() else None
 
 
 def requirements() -> tuple[list[str], dict[str, list[str]]]:
@@ -241,8 +242,9 @@ def make_venv(settings: Settings, steps: Steps, system_torch: torches.Torch | No
     steps.run("make environment", command, remedy=f"Is {venv.parent} writable? Has this Python venv?")
     if system_torch is not None and system_torch.packages is not None:
         steps.say(f"the environment sees {system_torch.packages}, where torch is")
-        if not steps.dry_run:
-            (torches.packages_of(venv) / OTHER_PACKAGES).write_text(f"{system_torch.packages}\n")
+        if not steps.dry_run:  # with what its own .pth files do: setuptools has one for the distutils that Horovod imports
+            line = f"import site; site.addsitedir({str(system_torch.packages)!r})\n"
+            (torches.packages_of(venv) / OTHER_PACKAGES).write_text(line)
 
 
 def install_base(

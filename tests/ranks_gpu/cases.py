@@ -59,11 +59,11 @@ ORACLE: Mapping[str, Case] = {
     "NaN, sync": mixed("sync_sgd", {**UNEVEN, "train.clip_norm": 0.3}, **BAD),
 }
 DIGITS: Mapping[str, Case] = {
-    name: Case(name, {"profile.seconds": 0.2, "cluster.too_slow": "shrink_batch", **BATCHNORM.get(name, {})},
+    f"digits, {name}": Case(name, {"profile.seconds": 0.2, "cluster.too_slow": "shrink_batch", **BATCHNORM.get(name, {})},
                model="digits", **BESIDE)
     for name in REGISTRY
 } | {
-    "bf16": Case("biased_local_sgd", {"train.autocast": "bf16", "train.tau": {"fast": 8, "slow": 2}}, model="digits",
+    "digits, bf16": Case("biased_local_sgd", {"train.autocast": "bf16", "train.tau": {"fast": 8, "slow": 2}}, model="digits",
                  **BESIDE),
 }  # fmt: skip
 SHARED: Mapping[str, Case] = {
@@ -104,7 +104,7 @@ class Group:
 
 GROUPS = {
     "oracle": Group(ORACLE, [0], ("biased", "sync", "NaN, biased", "outer, Nesterov, BatchNorm")),
-    "digits": Group(DIGITS, [0], ("biased_local_sgd",)),
+    "digits": Group(DIGITS, [0], ("digits, biased_local_sgd",)),
     "shared": Group(SHARED, [0, 1], ("two classes, biased",), slowdown=4.0),
     "all on one": Group(ALL_ON_ONE, [0, 1, 2], ("one class, sync",)),
 }
