@@ -32,7 +32,7 @@ from hvd_hetero.data import read
 from hvd_hetero.watchdog import Watchdog
 
 PLAIN = runpy.run_path(str(Path(__file__).with_name("plain")))
-SIZES = {"1.1 MB": 1_100_000, "100 MB": 100_000_000}
+MEGABYTES = (1.1, 100)
 TURNS = 9
 STEPS, ROUNDS = 50, 10
 ROUND = "end of a round"
@@ -66,8 +66,8 @@ class Bench:
         """Trains; with a cluster of rank 0 alone, only that calls it. The summary is rank 0's."""
         words = [word for word in self.config if "=" in word]
         files = [word for word in self.config if "=" not in word]
-        chosen = dict(word.split("=", 1) for word in words) | {"run.trace_rounds": 0, **settings}
-        config = load(files, chosen, algorithms.method)
+        words += [f"{key}={json.dumps(value)}" for key, value in {"run.trace_rounds": 0, **settings}.items()]
+        config = load(files, words, algorithms.method)
         env = self.env if cluster is None else replace(self.env, size=1)
         if cluster is None:
             cluster = assign(device_classes(config.cluster.classes), self.facts, share_gpus=True)
@@ -144,8 +144,8 @@ def average(bench: Bench) -> dict[str, Any]:
     cluster = assign(device_classes(bench.classes(1)), bench.facts)
     comm, result = Comm(cluster, bench.env.rank), {}
     device = "cuda" if bench.on_gpu and bench.env.rank == 0 else "cpu"
-    for name, size in SIZES.items():
-        vector = torch.randn(size // 4, device=device)
+    for megabytes in MEGABYTES if bench.on_gpu else MEGABYTES[:1]:
+        name, vector = f"{megabytes} MB", torch.randn(int(megabytes * 1e6) // 4, device=device)
         pinned = torch.empty(vector.shape, pin_memory=device == "cuda")
 
         def there_and_back() -> None:

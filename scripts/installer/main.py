@@ -242,7 +242,7 @@ def make_venv(settings: Settings, steps: Steps, system_torch: torches.Torch | No
     steps.run("make environment", command, remedy=f"Is {venv.parent} writable? Has this Python venv?")
     if system_torch is not None and system_torch.packages is not None:
         steps.say(f"the environment sees {system_torch.packages}, where torch is")
-        if not steps.dry_run:  # with what its own .pth files do: setuptools has one for the distutils that Horovod imports
+        if not steps.dry_run:  # its own .pth files count too: by one of them setuptools gives Horovod its distutils
             line = f"import site; site.addsitedir({str(system_torch.packages)!r})\n"
             (torches.packages_of(venv) / OTHER_PACKAGES).write_text(line)
 

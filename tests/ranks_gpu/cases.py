@@ -59,13 +59,16 @@ ORACLE: Mapping[str, Case] = {
     "NaN, sync": mixed("sync_sgd", {**UNEVEN, "train.clip_norm": 0.3}, **BAD),
 }
 DIGITS: Mapping[str, Case] = {
-    f"digits, {name}": Case(name, {"profile.seconds": 0.2, "cluster.too_slow": "shrink_batch", **BATCHNORM.get(name, {})},
-               model="digits", **BESIDE)
+    f"digits, {name}": Case(
+        name, {"profile.seconds": 0.2, "cluster.too_slow": "shrink_batch", **BATCHNORM.get(name, {})},
+        model="digits", **BESIDE,
+    )
     for name in REGISTRY
 } | {
-    "digits, bf16": Case("biased_local_sgd", {"train.autocast": "bf16", "train.tau": {"fast": 8, "slow": 2}}, model="digits",
-                 **BESIDE),
-}  # fmt: skip
+    "digits, bf16": Case(
+        "biased_local_sgd", {"train.autocast": "bf16", "train.tau": {"fast": 8, "slow": 2}}, model="digits", **BESIDE
+    ),
+}
 SHARED: Mapping[str, Case] = {
     "two classes, biased": Case("biased_local_sgd", THREE, "three classes"),
     "two classes, sync": Case("sync_sgd", SHORT, "three classes"),
