@@ -34,7 +34,7 @@ from hvd_hetero.watchdog import Watchdog
 PLAIN = runpy.run_path(str(Path(__file__).with_name("plain")))
 MEGABYTES = (1.1, 100)
 TURNS = 9
-STEPS, ROUNDS = 50, 10
+ROUNDS = 10
 ROUND = "end of a round"
 WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")
 SPEED_ONLY = {"train.passes": None, "eval.every_passes": 10**6, "checkpoint.every_sec": None, "profile.reuse": False,
@@ -82,27 +82,34 @@ class Bench:
 
     def alone(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The summary of the GPU rank's own run, while the others wait."""
-        summary = {}
-        if self.env.rank == 0:
-            classes = {"gpu": {"device": self.device, "ranks": [0]}}
-            one = assign(device_classes(classes), self.facts[:1])
-            summary = self.trained(name, {**settings, "cluster.classes": classes}, one)[1]
-        meet("alone")
-        return summary
+        classes = {"gpu": {"device": self.device, "ranks": [0]}}
+        one = assign(device_classes(classes), self.facts[:1])
+        return self.on_rank_0(lambda: self.trained(name, {**settings, "cluster.classes": classes}, one)[1]) or {}
 
     def plain(self, *more: str) -> float:
         """Samples per second of the plain loop, while the others wait."""
-        rate = PLAIN["plain_loop"]([*self.config, *more], self.seconds, self.device) if self.env.rank == 0 else 0.0
-        meet("plain")
-        return float(rate)
+        return self.on_rank_0(lambda: PLAIN["plain_loop"]([*self.config, *more], self.seconds, self.device)) or 0.0
+
+    def on_rank_0(self, call: Callable[[], Any]) -> Any:
+        """What a call gives there, None on the others, who wait; if it fails, all of them raise."""
+        result = error = None
+        if self.env.rank == 0:
+            try:
+                result = call()
+            except Exception as problem:
+                error = problem
+        if agreed("rank_0", float(error is not None)):
+            raise error or RuntimeError("rank 0 has failed")
+        return result
 
     @property
     def on_gpu(self) -> bool:
         return self.device == "cuda"
 
 
-def meet(name: str) -> None:
-    finished(begin(hvd.allreduce_async, torch.zeros(1), name=f"bench.{name}"))
+def agreed(name: str, value: float = 0.0) -> float:
+    """The largest of all ranks' values, when all have come."""
+    return float(finished(begin(hvd.allreduce_async, torch.tensor(value), op=hvd.Max, name=f"bench.{name}")))
 
 
 def rate(summary: Mapping[str, Any], what: str = "samples") -> float:
@@ -168,7 +175,7 @@ def average(bench: Bench) -> dict[str, Any]:
 
 
 def clock(call: Callable[[], Any]) -> float:
-    meet("turn")
+    agreed("turn")
     start = time.perf_counter()
     call()
     if torch.cuda.is_initialized():
@@ -191,14 +198,15 @@ def trace(bench: Bench) -> dict[str, Any]:
         ends = sorted(e.time_range.end for e in events if e.name == ROUND)
         result = {"rounds": ROUNDS, "idle_fraction": idle(events, ends[2], ends[2 + ROUNDS])}
         worker, source = made.worker, made.source
-        rows = np.random.default_rng(0).integers(len(source), size=(STEPS, 128 if bench.on_gpu else 2))
-        worker.local_steps(read(source, rows, worker.generator), STEPS)
+        steps, batch = (50, 128) if bench.on_gpu else (5, 2)
+        rows = np.random.default_rng(0).integers(len(source), size=(steps, batch))
+        worker.local_steps(read(source, rows, worker.generator), steps)
         with profiled(bench) as prof:
-            worker.local_steps(read(source, rows, worker.generator), STEPS)
+            worker.local_steps(read(source, rows, worker.generator), steps)
         names = [e.name for e in prof.events() or []]
-        result |= {"steps": STEPS, "waits": sum(name in WAITS for name in names),
+        result |= {"steps": steps, "waits": sum(name in WAITS for name in names),
                    "items": sum(name == "aten::_local_scalar_dense" for name in names)}  # fmt: skip
-    meet("trace")
+    agreed("trace")
     return result
 
 
@@ -301,7 +309,7 @@ def main(folder: str, out: str, device: str, seconds: str, target: str, rows: st
         except Exception as error:
             traceback.print_exc()
             result = {"error": f"{type(error).__name__}: {error}"}
-        failed = finished(begin(hvd.allreduce_async, torch.tensor(float("error" in result)), name=f"row.{name}"))
+        failed = agreed(f"row.{name}", float("error" in result))
         if env.rank == 0:
             result |= {"error": "another rank has failed"} if failed and "error" not in result else {}
             with open(out, "a") as file:
