@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hvd_hetero import torchvision_help
+
 if TYPE_CHECKING:
     from hvd_hetero.api import train
     from hvd_hetero.loop import Loop
 
 __all__ = ["Loop", "__version__", "train"]
 __version__ = "0.1.0"
+
+torchvision_help.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -30,15 +30,18 @@ from hvd_hetero.errors import (
     UserError,
 )
 from hvd_hetero.files import check_writable
+from hvd_hetero.imports import in_a_line
 from hvd_hetero.metrics import check_run_dir
 from hvd_hetero.process import process_restored
 from hvd_hetero.random_state import RandomState
-from hvd_hetero.resume import check_samples, find
+from hvd_hetero.resume import check_data, find
 from hvd_hetero.schema import Config
 from hvd_hetero.trainer import Trainer
 
 PEER_GONE_SEC = 1.0
 """A survivor leaves so much later than the rank that failed, so that the launcher sees that one end first."""
+KILLED_SEC = 0.2
+"""When horovodrun ends a rank it kills its data workers first: what fails for that only is not to be reported."""
 
 
 def train(
@@ -90,7 +93,7 @@ def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | N
             if config.run.resume is not None:
                 found = find(Path(config.run.dir), config, env.size)
                 if found is not None:
-                    check_samples(found, len(parts.dataset.train))
+                    check_data(found, parts.dataset.train)
         return config, parts
 
     started = job.start(prepare_folder_too)
@@ -166,8 +169,9 @@ def guarded(call: Callable[[], Any]) -> Any:
         time.sleep(PEER_GONE_SEC)
         _end(EXIT_LOST, f"rank {env.rank} on {env.host} stops: {error}")
     except Exception as error:
+        time.sleep(KILLED_SEC)
         traceback.print_exc()
-        _end(EXIT_FAULT, f"rank {env.rank} on {env.host} failed: {type(error).__name__}: {error}")
+        _end(EXIT_FAULT, f"rank {env.rank} on {env.host} failed: {in_a_line(error)}")
 
 
 def _end(status: int, message: str) -> NoReturn:

@@ -11,6 +11,7 @@ from hvd_hetero.errors import ConfigError, nearest
 from hvd_hetero.schema import Config
 
 RUN_NAME, CLASS_NAME = re.compile(r"\w[\w .+-]*"), re.compile(r"\w[\w+-]*")
+VARIABLES = re.compile(r"[A-Za-z0-9_*?\[\]!-]+")
 """The name of a run becomes that of a folder; the name of a class stands in dotted keys and in ``CLASS=NUMBER,...``."""
 
 
@@ -72,6 +73,10 @@ def check_together(config: Config) -> None:
     for key, text in (("run.dir", config.run.dir), ("profile.file", config.profile.file)):
         if text is not None and (not text.strip() or "\0" in text):
             raise ConfigError(key, text, "is no path", "give one, or null")
+    for pattern in config.launch.environment:
+        if VARIABLES.fullmatch(pattern) is None:
+            remedy = "give names or patterns (MY_*); values are taken from where it is launched"
+            raise ConfigError("launch.environment", pattern, "is no variable's name", remedy)
     if config.run.resume is not None and config.run.dir is None:
         raise ConfigError("run.resume", config.run.resume, "names no run to go on from", "set run.dir to its folder")
     if config.run.name is not None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hvd_hetero.store.files import if_it_can
 
 FOLDER = "checkpoint"
 MODEL = "model.pt"
@@ -27,7 +30,6 @@ def _is_plain(value: Any) -> bool:
 def save_model(run_dir: Path, model: nn.Module) -> Path:
     """Writes the model's weights under ``checkpoint/``; after a crash the old file is there or the new one, whole."""
     folder = run_dir / FOLDER
-    folder.mkdir(exist_ok=True)
     part, path = folder / f".{MODEL}.part", folder / MODEL
     weights = {}
     for name, value in model.state_dict().items():
@@ -38,9 +40,17 @@ def save_model(run_dir: Path, model: nn.Module) -> Path:
         else:  # what a module returns from get_extra_state
             problem = f"a {type(value).__name__}, which only pickle could save"
             warnings.warn(f"{path}: {name} is not in it: {problem}", RuntimeWarning, stacklevel=2)
-    with part.open("wb") as file:
-        torch.save(weights, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    folder.mkdir(exist_ok=True)
+    try:
+        with part.open("wb") as file:
+            torch.save(weights, file)
+            file.flush()
+            with if_it_can():
+                os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        with suppress(OSError):  # a full disk is not to be kept full, nor an empty folder left
+            part.unlink(missing_ok=True)
+            folder.rmdir()
+        raise
     return path

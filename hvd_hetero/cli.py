@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import hvd_hetero
 from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_NUMBERS, EXIT_STOPPED, BadNumbers, Stopped, UserError
 from hvd_hetero.files import own_files
+from hvd_hetero.overrides import is_setting
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,8 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if later and (not hasattr(args, "config") or any(word.startswith("-") for word in later)):
         parser.error(f"unrecognized arguments: {' '.join(later)}")
     words = [*getattr(args, "config", []), *later]  # argparse leaves over what follows an option
-    files = [word for word in words if "=" not in word]
-    overrides = [word for word in words if "=" in word]
+    files = [word for word in words if not is_setting(word)]
+    overrides = [word for word in words if is_setting(word)]
     own_files()
     try:
         return int(args.run(args, files, overrides) or 0)

@@ -14,6 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from hvd_hetero.cgroups import cpu_limit
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.schema import AUTO, ClassConfig
 
@@ -25,7 +26,8 @@ class RankFacts:
     Attributes:
         gpus: names of the GPUs that the rank's host shows, by index.
         cores: the CPU cores that the rank's process may run on, NUMA node by NUMA node.
-        gpu_cores: of these, those on each GPU's own NUMA node, by GPU; none where that is not known.
+        cpus: so many of them at once, with all that runs in its container; None: all.
+        gpu_cores: of its cores, those on each GPU's own NUMA node, by GPU; none where that is not known.
         gpu_problem: why no GPU can be used, as PyTorch says it.
     """
 
@@ -35,8 +37,14 @@ class RankFacts:
     gpus: tuple[str, ...]
     cpu: str
     cores: tuple[int, ...]
+    cpus: float | None = None
     gpu_cores: tuple[tuple[int, ...], ...] = ()
     gpu_problem: str = ""
+
+    @property
+    def usable(self) -> int:
+        """For how many threads there are CPUs at once, one at least: more would be halted all together."""
+        return len(self.cores) if self.cpus is None else max(1, int(self.cpus))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,7 +111,9 @@ def local_facts(rank: int, host: str, local_rank: int) -> RankFacts:
     beside = [pci_node(gpu.pci_domain_id, gpu.pci_bus_id, gpu.pci_device_id) for gpu in gpus]
     gpu_cores = tuple(tuple(c for c in cores if node is not None and nodes.get(c) == node) for node in beside)
     names = tuple(gpu.name for gpu in gpus)
-    return RankFacts(rank, host, local_rank, names, _cpu_model(), tuple(cores), gpu_cores, problem)
+    limit = cpu_limit()
+    cpus = limit.value if limit is not None and limit.value < len(cores) else None
+    return RankFacts(rank, host, local_rank, names, _cpu_model(), tuple(cores), cpus, gpu_cores, problem)
 
 
 def _gpus() -> tuple[list[Any], str]:
@@ -117,6 +127,19 @@ def _gpus() -> tuple[list[Any], str]:
     except RuntimeError as error:
         return [], str(error).strip().splitlines()[0]
     return [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())], ""
+
+
+def usable_cores() -> int:
+    """For how many threads of this process there are CPUs at once."""
+    cores, limit = len(os.sched_getaffinity(0)), cpu_limit()
+    return cores if limit is None else max(1, min(cores, int(limit.value)))
+
+
+def limit_threads() -> None:
+    """Lets torch compute in no more threads than there are CPUs for at once; by itself it looks at cores alone."""
+    import torch
+
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
 
 
 def assign(classes: Any, facts: Sequence[RankFacts], share_gpus: bool = False) -> Cluster:
@@ -172,14 +195,15 @@ def place(cluster: Cluster, rank: int, gpu_cores: int, affinity: bool) -> Placem
 
     A rank's cores follow one another in the order of the host's NUMA nodes, so that few ranks have cores of two; a GPU
     rank is given those first that are on its GPU's node. No two ranks share a core where there are enough; with more
-    ranks than cores each gets one thread and no fixed core.
+    ranks than cores each gets one thread and no fixed core. Where a container may have only some of its cores at once,
+    so many are divided, and none is fixed: other containers of the host would choose the same ones.
     """
     mine = cluster.class_of(rank)
     fact = cluster.facts[rank]
     local = cluster.on_host(fact.host)
     gpu_ranks = _gpu_ranks(cluster, fact.host)
     device = f"cuda:{gpu_index(cluster, rank)}" if mine.device == "cuda" else "cpu"
-    cores = list(fact.cores)
+    cores = list(fact.cores)[: fact.usable]
     if len(local) > len(cores):
         return Placement(device, mine.threads or 1, None)
     cpu_ranks = [r for r in local if r not in gpu_ranks]
@@ -187,6 +211,7 @@ def place(cluster: Cluster, rank: int, gpu_cores: int, affinity: bool) -> Placem
     for_gpu = min(gpu_cores, for_gpu) if cpu_ranks else for_gpu
     for_cpu, spare = divmod(len(cores) - for_gpu * len(gpu_ranks), len(cpu_ranks)) if cpu_ranks else (0, 0)
     shares = {r: for_gpu for r in gpu_ranks} | {r: for_cpu + (i < spare) for i, r in enumerate(cpu_ranks)}
+    fixed = affinity and len(cores) == len(fact.cores)
     own: tuple[int, ...] = ()
     for other, share in shares.items():
         near = fact.gpu_cores[gpu_index(cluster, other)] if other in gpu_ranks and fact.gpu_cores else ()
@@ -194,7 +219,7 @@ def place(cluster: Cluster, rank: int, gpu_cores: int, affinity: bool) -> Placem
         if other == rank:
             break
         cores = [core for core in cores if core not in own]
-    return Placement(device, mine.threads or len(own), own if affinity else None)
+    return Placement(device, mine.threads or len(own), own if fixed else None)
 
 
 def parse_hosts(text: str) -> list[tuple[str, int]]:

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from hvd_hetero import data, models
 from hvd_hetero.by_name import loss_of_module, metric_by_name, optimizer_maker, per_sample_loss, scheduler_maker
 from hvd_hetero.comm.flat import check_state
-from hvd_hetero.data import Batch, Dataset
+from hvd_hetero.data import Batch, Dataset, Source
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, UserError, nearest
 from hvd_hetero.imports import cause
@@ -36,9 +36,9 @@ class Given:
     Attributes:
         model: a module, or a function without arguments that makes one.
         train_data: a map-style dataset, or a tuple (inputs, targets) of tensors; ``test_data`` the same.
-        loss: ``loss(outputs, targets) -> [B]``.
+        loss: ``loss(outputs, targets) -> [B]``, or that and weights ``[B]``, see :mod:`hvd_hetero.losses`.
         optimizer: ``optimizer(parameters)`` makes a torch optimizer; ``scheduler(optimizer)`` a scheduler.
-        metric: ``metric(outputs, targets) -> [B]``.
+        metric: ``metric(outputs, targets)``, likewise.
     """
 
     model: nn.Module | Callable[[], nn.Module] | None = None
@@ -131,17 +131,17 @@ def build(config: Config, given: Given | None = None) -> Components:
     return components
 
 
-def first_samples(dataset: Dataset, count: int, origins: Origins) -> Batch:
-    """Read the first training samples as one batch, fewer than ``count`` where there are not so many.
+def first_samples(source: Source, count: int, origins: Origins, split: str = "training") -> Batch:
+    """Read the first samples of a split as one batch, fewer than ``count`` where there are not so many.
 
     Raises:
-        ConfigError: they cannot be read, or a split is empty.
+        ConfigError: they cannot be read, or there are none.
     """
-    with telling(*origins.data, "its first samples cannot be read", "correct the dataset"):
-        count = min(count, len(dataset.train))
-        if len(dataset.test) == 0 or count == 0:
+    with telling(*origins.data, f"its first {split} samples cannot be read", "correct the dataset"):
+        count = min(count, len(source))
+        if count == 0:
             raise ConfigError(*origins.data, "has an empty split", "give it at least one sample")
-        return next(iter(dataset.train.batches(np.arange(count)[None], torch.Generator())))
+        return next(data.read(source, np.arange(count)[None], torch.Generator(), split=split))
 
 
 def _dataset(config: Config, given: Given) -> Dataset:
@@ -177,7 +177,7 @@ def _give_shapes(components: Components, origins: Origins) -> None:
     model = components.model
     if not _lazy(model):
         return
-    inputs, _ = first_samples(components.dataset, 2, origins)
+    inputs, _ = first_samples(components.dataset.train, 2, origins)
     what = f"it has lazy modules, and fails on a batch of samples (inputs {describe(inputs)})"
     with telling(*origins.model, what, "make model and data fit together"), evaluating(model), torch.no_grad():
         forward(model, inputs)

@@ -22,6 +22,7 @@ from yaml import YAMLError
 
 from hvd_hetero.checking import CLASS_NAME, check_integer, check_limits, check_name, check_together
 from hvd_hetero.errors import ConfigError, nearest
+from hvd_hetero.overrides import parse_override
 from hvd_hetero.schema import AUTO, AlgorithmConfig, ClassConfig, Config
 
 ARGUMENTS_OF = dict.fromkeys(("data.name", "data.target", "model.name", "model.target"), "args") | {
@@ -193,25 +194,6 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return OmegaConf.to_container(content)  # type: ignore[return-value]
 
 
-def parse_override(text: str) -> tuple[str, Any]:
-    """The key and the value of ``key=value``.
-
-    Raises:
-        ConfigError: it is not that, or the value is no YAML.
-    """
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError("argument", text, "is not key=value", "write for example train.passes=10")
-    try:
-        parsed: Any = OmegaConf.create(f"value: {value}").value if value else None
-    except YAMLError as error:
-        raise ConfigError(key, value, "is not a YAML value", "quote it, or correct its brackets") from error
-    except OmegaConfBaseException as error:
-        problem = f"cannot be resolved: {str(error).splitlines()[0]}"
-        raise ConfigError(key, value, problem, "correct what stands in ${...}, or quote it") from error
-    return key, OmegaConf.to_container(parsed) if OmegaConf.is_config(parsed) else parsed
-
-
 def _merge(schema: Any, target: dict[str, Any], layer: Mapping[str, Any], prefix: str) -> None:
     names = [item.name for item in dataclasses.fields(schema)]
     for name, value in layer.items():
@@ -282,4 +264,6 @@ def _type(item: dataclasses.Field[Any]) -> str:
     if item.type == "Any":
         return "plain YAML: a number, a text, a list or a mapping"
     text = str(item.type)
+    if text.startswith("list"):
+        return "a list, [A, B]"
     return f"a value of type {text.removeprefix('Optional[').removesuffix(']') if 'Optional' in text else text}"

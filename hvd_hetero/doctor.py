@@ -10,17 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 import hvd_hetero
 from hvd_hetero import algorithms, dry_run, job
-from hvd_hetero.cluster import RankFacts, assign, local_facts
+from hvd_hetero.cgroups import cpu_limit, memory_limit
+from hvd_hetero.cluster import RankFacts, assign, limit_threads, local_facts
 from hvd_hetero.comm.build import build_info
 from hvd_hetero.comm.rendezvous import exchange, job_env
 from hvd_hetero.config import device_classes, load
+from hvd_hetero.environment import for_ranks, hidden
 from hvd_hetero.errors import EXIT_BAD_INPUT, UserError
 from hvd_hetero.launch import job_hosts, preflight, thread_variables
-from hvd_hetero.schema import AUTO
+from hvd_hetero.schema import AUTO, Config
 
 TIMEOUT_SEC = 60.0
 MIN_SHARED_MEMORY_BYTES = 64 * 2**20
@@ -28,6 +31,7 @@ MIN_SHARED_MEMORY_BYTES = 64 * 2**20
 
 def doctor(files: Sequence[str], overrides: Sequence[str]) -> int:
     """Prints the findings; returns 0 if all is well (and the configuration, if one is given, can run), else 2."""
+    limit_threads()
     env = job_env()
     if env.size > 1:
         own = local_facts(env.rank, env.host, env.local_rank)
@@ -42,6 +46,7 @@ def doctor(files: Sequence[str], overrides: Sequence[str]) -> int:
         print(f"{name:16} {text}")
         if problem:
             problems.append(f"{name}: {problem}")
+    print(f"{'environment':16} {_environment(files, overrides)}")
     if files or overrides:
         problem = _configuration(files, overrides)
         print(f"{'configuration':16} {'can run here' if problem is None else 'cannot run here'}")
@@ -69,7 +74,8 @@ def _machine() -> dict[str, tuple[str, str | None]]:
         ),
         "gpus": (gpus, _gpu_problem(facts, horovod)),
         "cpu": (facts.cpu, None),
-        "cores": (f"{len(facts.cores)} of {os.cpu_count()}: {_ranges(facts.cores)}", None),
+        "cores": (_cores(facts), None),
+        "memory": (_memory(), None),
         "threads": (_thread_settings(), None),
         "shared memory": _shared_memory(),
         "horovodrun": _program("horovodrun", "install Horovod with scripts/setup", beside=True),
@@ -83,7 +89,8 @@ def _rank_line(facts: RankFacts) -> dict[str, Any]:
     horovod = build_info()
     parts = [
         f"host {facts.host}, local rank {facts.local_rank}",
-        f"{len(facts.cores)} cores ({_ranges(facts.cores)})",
+        f"cores {_cores(facts)}",
+        f"memory {_memory()}",
         f"gpus {gpus}",
         f"python {platform.python_version()}, torch {torch.__version__}",
         f"horovod {horovod['version']} with {', '.join(horovod['fixes']) or 'no fixes'}",
@@ -111,12 +118,34 @@ def _configuration(
     return None
 
 
+def _environment(files: Sequence[str], overrides: Sequence[str]) -> str:
+    """Which of the variables that are set here ranks get from launch; names alone, since values may be secrets."""
+    try:
+        config = load(files, overrides, algorithms.method)
+    except UserError:
+        config = Config()
+    given, kept = ", ".join(sorted(for_ranks(config))), ", ".join(hidden(config))
+    return f"ranks get {given}; they do not get {kept or 'any other'}"
+
+
 def _gpu_problem(facts: RankFacts, horovod: dict[str, Any]) -> str | None:
     if facts.gpu_problem:
         return facts.gpu_problem
     if facts.gpus and not horovod["nccl"]:
         return "Horovod was built without NCCL, so no class can have several GPU ranks: run scripts/setup where nvcc is"
     return None
+
+
+def _cores(facts: RankFacts) -> str:
+    text, limit = f"{len(facts.cores)} of {os.cpu_count()}: {_ranges(facts.cores)}", cpu_limit()
+    if limit is None or facts.cpus is None:
+        return text
+    return f"{text}; at most {limit.value:g} at once ({limit.file}), so {facts.usable} in use, no rank bound to its own"
+
+
+def _memory() -> str:
+    text, limit = f"{psutil.virtual_memory().total / 2**30:.1f} GiB", memory_limit()
+    return text if limit is None else f"{text}; at most {limit.value / 2**30:.2g} ({limit.file})"
 
 
 def _thread_settings() -> str:

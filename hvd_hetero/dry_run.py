@@ -8,10 +8,12 @@ model, loss and metric, and the random generators.
 from __future__ import annotations
 
 import inspect
-import time
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,7 +28,8 @@ from hvd_hetero.config import device_classes
 from hvd_hetero.data import Batch, Dataset
 from hvd_hetero.data.batch import to_device
 from hvd_hetero.describe import describe
-from hvd_hetero.errors import ConfigError
+from hvd_hetero.errors import ConfigError, UserError
+from hvd_hetero.imports import Place, cause
 from hvd_hetero.loss_checks import Batched, try_loss, try_metric
 from hvd_hetero.losses import IGNORED, Numbers
 from hvd_hetero.modes import has_modes
@@ -41,8 +44,9 @@ T = TypeVar("T")
 SAMPLES = 2
 MOST_EPOCHS = 1000
 """So many steps of a scheduler are tried out."""
-QUICK_SEC = 0.1
-"""A step that takes less is followed by a second one: what a module has kept of the first may be in its way."""
+FRAME = re.compile(r'File "(.+?)", line ([0-9]+)')
+SMALL = 10_000_000
+"""Parameters. Models that have no more take a second step: what a module has kept of the first may be in its way."""
 
 
 def build(config: Config, given: Given | None = None) -> Components:
@@ -63,8 +67,21 @@ def build(config: Config, given: Given | None = None) -> Components:
     if device is None:
         return parts
     if not tried:
-        run.forgotten(run.whole)
+        _try(run)
     return replace(parts, least_batch=run.forgotten(run.least_batch)) if one else parts
+
+
+def _try(run: _DryRun) -> None:
+    """Try a few samples, and as many as a step really has before it is refused: a queue takes batches of one size."""
+    try:
+        run.forgotten(run.whole)
+    except ConfigError as error:
+        if not run.read_whole_batch():
+            raise
+        try:
+            run.forgotten(run.whole)
+        except ConfigError:
+            raise error from error.__cause__
 
 
 def _device(config: Config, local_rank: int) -> str | None:
@@ -92,9 +109,9 @@ class _DryRun:
         self._parts, self._config, self._given, self._device = parts, config, given, device
         self._origins = Origins.of(config, given)
         self._method = algorithms.get(config.algorithm.name)
-        self._read(SAMPLES)
+        self._samples = SAMPLES
+        self._read()
         self._outputs: Any = None
-        self._stepped = False
 
     def forgotten(self, call: Callable[[], T]) -> T:
         """Call something, and put back whatever it has changed."""
@@ -118,9 +135,10 @@ class _DryRun:
         worker = self._worker()
         self._evaluate(worker)
         _check_classes(self._parts.dataset, self._outputs, self._config, self._given, self._origins)
-        began = time.perf_counter()
-        self._step(worker)
-        if time.perf_counter() - began < QUICK_SEC:
+        self._read("test")
+        self._evaluate(worker)
+        self._read()
+        for _ in range(2 if sum(p.numel() for p in worker.model.parameters()) <= SMALL else 1):
             self._step(worker)
         self._epochs(worker)
         self._save(worker)
@@ -132,7 +150,7 @@ class _DryRun:
             ConfigError: it cannot, and a class is to do so.
         """
         worker, sizes = self._worker(), self._config.train.batch_size
-        self._read(1)
+        self._read(count=1)
         try:
             self._gradient(worker)
         except ConfigError as error:
@@ -144,10 +162,19 @@ class _DryRun:
 
     # ---- its parts --------------------------------------------------------------------------------------------------
 
-    def _read(self, count: int) -> None:
-        inputs, targets = first_samples(self._parts.dataset, count, self._origins)
+    def _read(self, split: str = "training", count: int | None = None) -> None:
+        dataset, count = self._parts.dataset, count or self._samples
+        source = dataset.train if split == "training" else dataset.test
+        inputs, targets = first_samples(source, count, self._origins, split)
         self._batch: Batch = (to_device(inputs, self._device), to_device(targets, self._device))
-        self._count = min(count, len(self._parts.dataset.train))
+        self._count, self._stepped = min(count, len(source)), False
+
+    def read_whole_batch(self) -> bool:
+        """Take as many samples as the smallest step has; False if these are no more than there were."""
+        sizes, before = self._config.train.batch_size, self._count
+        self._samples = max(min(sizes.values()) if isinstance(sizes, Mapping) else sizes, SAMPLES)
+        self._read()
+        return self._count > before
 
     def _worker(self) -> Worker:
         parts, train = self._parts, self._config.train
@@ -196,31 +223,43 @@ class _DryRun:
             return self._parts.scheduler(optimizer)
 
     def _evaluate(self, worker: Worker) -> None:
-        what = f"the model fails in evaluation on {self._shapes}"
+        what = f"the model fails on {self._told(training=False)}"
         with telling(*self._origins.model, what, "make model and data fit together"):
             worker.evaluate(_OneBatch(self._batch), np.arange(self._count), self._count)
 
     def _step(self, worker: Worker) -> None:
-        self._gradient(worker)
-        self._check_sparse(worker.model)
-        what, remedy = "fails in its first step", "choose one that steps along a gradient"
+        with _counted(worker.model) as times:
+            self._gradient(worker)
+        self._check_gradients(worker.model, times)
+        what, remedy = "fails in a step", "choose one that steps along a gradient"
         with telling(*self._origins.optimizer, what, remedy):
             worker.apply()
         self._stepped = True
 
     def _gradient(self, worker: Worker) -> None:
-        what = f"the model fails in training on {self._shapes}"
-        with telling(*self._origins.model, what, "make model and data fit together"):
+        try:
             worker.gradient(*self._batch)
+        except UserError:
+            raise
+        except Exception as error:
+            made = _forward_places(lambda: worker.gradient(*self._batch))
+            problem = f"the model fails on {self._told(training=True)}: {cause(error, made)}"
+            raise ConfigError(*self._origins.model, problem, "make model and data fit together") from error
 
-    def _check_sparse(self, model: nn.Module) -> None:
+    def _check_gradients(self, model: nn.Module, times: Mapping[str, int]) -> None:
+        """Refuse gradients that the method, or their clipping, cannot deal with."""
+        norm, method = self._config.train.clip_norm, self._config.algorithm.name
         for name, param in model.named_parameters():
+            if self._method.sends_at_once and times.get(name, 0) > 1:
+                problem = f"the gradient of {name} is made in {times[name]} pieces, and {method} sends the first one"
+                remedy = "checkpoint it with use_reentrant=False, or choose another method"
+                raise ConfigError(*self._origins.model, problem, remedy)
             if param.grad is None or not param.grad.is_sparse:
                 continue
-            if not self._method.sparse_gradients:
-                problem = f"{name} has sparse gradients, and {self._config.algorithm.name} sums dense ones"
+            if self._method.sends_at_once:
+                problem = f"{name} has sparse gradients, and {method} sums dense ones"
                 raise ConfigError(*self._origins.model, problem, "make it with sparse=False, or choose another method")
-            if (norm := self._config.train.clip_norm) is not None:
+            if norm is not None:
                 problem = f"{name} has sparse gradients, which cannot be clipped"
                 raise ConfigError("train.clip_norm", norm, problem, "make it with sparse=False, or leave it null")
 
@@ -233,8 +272,8 @@ class _DryRun:
                 worker.end_epoch()
 
     def _save(self, worker: Worker) -> None:
-        spec = self._config.checkpoint
-        if spec.every_sec is None and spec.every_rounds is None:
+        keys = [key for key in ("every_sec", "every_rounds") if getattr(self._config.checkpoint, key) is not None]
+        if not keys:
             return
         try:
             split(worker.state_dict())
@@ -242,26 +281,26 @@ class _DryRun:
             of_part = {"optimizer": self._origins.optimizer, "scheduler": self._origins.scheduler}
             path = str(error.file).removeprefix("the state's ")
             key = of_part.get(path.partition(".")[0], self._origins.model)
-            remedy = f"{error.remedy}, or set checkpoint.every_sec=null"
+            remedy = f"{error.remedy}, or set {' '.join(f'checkpoint.{key}=null' for key in keys)}"
             raise ConfigError(*key, f"no checkpoint can hold {path}, {error.problem}", remedy) from error
 
     # ---- what a user's functions give -------------------------------------------------------------------------------
 
-    @property
-    def _shapes(self) -> str:
+    def _told(self, training: bool) -> str:
         inputs, targets = self._batch
-        return f"a batch of {self._count} (inputs {describe(inputs)}, targets {describe(targets)})"
+        mode = "training" if training else "evaluation"
+        return f"a batch of {self._count} in {mode} (inputs {describe(inputs)}, targets {describe(targets)})"
 
     def _loss(self, outputs: Any, targets: Any) -> Numbers:
-        self._outputs, key = outputs, self._origins.loss
-        what = f"the loss fails on the model's outputs {describe(outputs)} for {self._shapes}"
+        self._outputs, key, training = outputs, self._origins.loss, torch.is_grad_enabled()
+        what = f"the loss fails on the model's outputs {describe(outputs)} for {self._told(training)}"
         with telling(*key, what, "make model, data, loss and its arguments fit together"):
             losses, weights = try_loss(*key, self._parts.loss, self._config.train.loss_args, self._batched(targets))
         counting = losses if weights is None else losses[weights > 0]
         if counting.isnan().any() and not self._stepped:  # a first step may be too long, which is another matter
             problem = "is not a number on the first samples"
             raise ConfigError(*key, problem, "look at the data and the model's weights")
-        if torch.is_grad_enabled() and not losses.requires_grad:
+        if training and not losses.requires_grad:
             problem = "does not depend on the model's parameters, so there is nothing to learn from it"
             raise ConfigError(*key, problem, "compute it from the outputs, with functions of torch")
         return losses, weights
@@ -275,6 +314,32 @@ class _DryRun:
         sizes = self._config.train.batch_size
         batch = max(sizes.values()) if isinstance(sizes, Mapping) else sizes
         return Batched(self._outputs, targets, self._count, batch)
+
+
+@contextmanager
+def _counted(model: nn.Module) -> Iterator[dict[str, int]]:
+    """Count how often a backward pass adds to the gradient of each parameter, by name."""
+    times: dict[str, int] = {}
+
+    def count(name: str, param: Tensor) -> None:
+        times[name] = times.get(name, 0) + 1
+
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(partial(count, name)) for name, p in trained]
+    try:
+        yield times
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _forward_places(step: Callable[[], Any]) -> list[Place]:
+    """Return the lines that made what a backward pass fails on: its own traceback ends in torch."""
+    with warnings.catch_warnings(record=True) as heard, suppress(Exception):
+        warnings.simplefilter("always")
+        with torch.autograd.detect_anomaly(check_nan=False):
+            step()
+    return [(file, int(line)) for said in heard for file, line in FRAME.findall(str(said.message))]
 
 
 class _OneBatch:
@@ -307,17 +372,21 @@ def _warn_of_evaluation_mode(model: nn.Module) -> None:
 
 
 def _check_classes(dataset: Dataset, outputs: Any, config: Config, given: Given | None, origins: Origins) -> None:
-    """Refuse class numbers that the model has no output for, where they are at hand: a run would meet them later."""
+    """Refuse class numbers of which none counts or that the model has no output for, where they are at hand."""
     own_loss = given is not None and given.loss is not None
     if own_loss or config.train.loss not in ("cross_entropy", "nll_loss") or not isinstance(outputs, Tensor):
         return
+    ignored = config.train.loss_args.get("ignore_index", IGNORED)
     for name, source in (("training", dataset.train), ("test", dataset.test)):
         holder = source if isinstance(source, data.TensorSource) else getattr(source, "dataset", None)
         targets = holder.targets if isinstance(holder, (data.TensorSource, data.Files)) else None
-        if not isinstance(targets, Tensor) or targets.is_floating_point():
+        if not isinstance(targets, Tensor) or targets.is_floating_point() or not targets.numel():
             continue
-        used = targets[targets != config.train.loss_args.get("ignore_index", IGNORED)]
-        if len(used) and not 0 <= int(used.min()) <= int(used.max()) < outputs.shape[1]:
+        used = targets if ignored < int(targets.min()) else targets[targets != ignored]
+        if not len(used):
+            problem = f"none of the {name} targets counts: all are {ignored}, which is ignored"
+            raise ConfigError(*origins.data, problem, "correct the targets, or train.loss_args.ignore_index")
+        if not 0 <= int(used.min()) <= int(used.max()) < outputs.shape[1]:
             found = f"the {name} targets are {used.min()} to {used.max()}"
             problem = f"has outputs for {outputs.shape[1]} classes, {found}"
             raise ConfigError(*origins.model, problem, "make its number of classes fit the data")

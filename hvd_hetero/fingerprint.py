@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import hvd_hetero
 from hvd_hetero.comm.build import build_info
@@ -21,7 +22,10 @@ TARGETS = ("data.target", "model.target", "train.loss", "train.optimizer", "trai
 """Settings that may name a function of the user's own, ``package.module:function``."""
 
 
-def fingerprint(config: Config) -> dict[str, str]:
+MODEL = "tensors of the model's"
+
+
+def fingerprint(config: Config, model: nn.Module) -> dict[str, str]:
     """This rank's, by what each thing is called: causes before their effects."""
     horovod = build_info()
     found = {
@@ -32,7 +36,21 @@ def fingerprint(config: Config) -> dict[str, str]:
         "version of Horovod": f"{horovod['version']} with {', '.join(horovod['fixes']) or 'no fixes'}",
     }
     found |= sources(config)
-    return found | {key: json.dumps(value) for key, value in plain(config.settings(COURSE)).items()}
+    found |= {key: json.dumps(value) for key, value in plain(config.settings(COURSE)).items()}
+    return found | shapes(model)
+
+
+def shapes(model: nn.Module) -> dict[str, str]:
+    """Say for each part of a model what tensors it is made of; what values they have does not matter."""
+    parts: dict[str, list[str]] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        learns = "trained" if tensor.requires_grad else ""
+        parts.setdefault(name.partition(".")[0], []).append(f"{name} {list(tensor.shape)} {tensor.dtype} {learns}")
+    return {
+        f"{MODEL} {part}": f"{len(lines)} ({hashlib.sha256(json.dumps(lines).encode()).hexdigest()[:8]})"
+        for part, lines in parts.items()
+    }
 
 
 def sources(config: Config) -> dict[str, str]:
@@ -90,4 +108,6 @@ def _remedy(what: str, host: str, first: str) -> str:
         return f"bring {PACKAGE} on {host} up to date with that on {first}; both call it {hvd_hetero.__version__}"
     if what.startswith("source of "):
         return f"bring its file on {host} up to date with that on {first}"
+    if what.startswith(MODEL):
+        return "make the same model on all ranks, with the same names, shapes and types, and the same parts frozen"
     return f"give all ranks the same configuration files and settings ({host} and {first} have others)"

@@ -56,7 +56,8 @@ def state_of(run: Run, ongoing: Ongoing | None) -> dict[str, Any]:
         state["ongoing"] = ongoing.state_dict()
         state["watch"] = run.watch.state_dict()
     if run.folder is not None and run.feed.sampler is not None:
-        kept = {"rows_bytes": run.folder.rows_bytes, "samples_seen": run.accounts.samples_seen}
+        kept = {"rows_bytes": run.folder.rows_bytes, "samples_seen": run.accounts.samples_seen,
+                "data": run.job.data.get("training")}  # fmt: skip
         state["rank0"] = {**kept, "sampler": run.feed.sampler.state_dict(), "feed": run.feed.state_dict()}
     return state
 

@@ -13,13 +13,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from errno import E2BIG
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from hvd_hetero.comm.horovodrun import STDERR, STDOUT
 from hvd_hetero.comm.rendezvous import COLUMNS, JOB
 from hvd_hetero.errors import (
     EXIT_BAD_INPUT,
@@ -30,16 +32,7 @@ from hvd_hetero.errors import (
     EXIT_STUCK,
     ConfigError,
 )
-
-FORWARDED = re.compile(
-    r"(?!.*(?:TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY))"
-    r"(?:PATH|HOME|USER|LOGNAME|SHELL|TMPDIR|TZ|LANG|LC_.*|TERM|VIRTUAL_ENV|LD_LIBRARY_PATH|LD_PRELOAD|PYTHON.*|"
-    r"HVD_HETERO_.*|HOROVOD_.*|NCCL_.*|CUDA_.*|CUBLAS_WORKSPACE_CONFIG|NVIDIA_TF32_OVERRIDE|OMP_.*|MKL_.*|KMP_.*|"
-    r"GOMP_.*|TORCH_.*|PYTORCH_.*|TORCHINDUCTOR_CACHE_DIR|TRITON_CACHE_DIR|CC|CXX|HF_.*OFFLINE|SSH_AUTH_SOCK)"
-)
-"""Variables that workers get. horovodrun writes them all into command lines that every user of a host can read, so
-nothing else of the environment (tokens, passwords) goes along."""
-
+from hvd_hetero.rank_output import RankOutput
 
 GRACE_SEC = 20.0
 """horovodrun gives its ranks 5 s before it kills them."""
@@ -56,9 +49,6 @@ REAP_TIMES, REAP_PAUSE_SEC = 20, 0.1
 
 Host = tuple[str, int]
 """A host and its slots."""
-ERROR = "hvd-hetero: error: "
-SHELLS_WORDS = frozenset(signal.strsignal(number) for number in signal.valid_signals())
-"""What the shell around a rank says of its end: ``Killed``."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +59,7 @@ class End:
         status: of the job, one of :mod:`hvd_hetero.errors`.
         job: its id.
         cause: which rank ended first, and how; empty if none failed.
-        error: what that rank said of it, if anything.
+        error: what that rank said of it, if anything; of bad input, what any rank said.
         asked: whether the job was asked to end, by a signal to this process.
     """
 
@@ -91,34 +81,41 @@ class Horovodrun:
     horovodrun itself exits with 1 and a traceback whatever happened; the traceback is kept back.
 
     Args:
+        arguments: of horovodrun, which runs as :mod:`hvd_hetero.comm.horovodrun`.
         hosts: and slots, in the order of the ranks.
+        env: the environment of ranks.
         stop: the file that asks the job to save and to end, if it can.
     """
 
-    def __init__(self, command: Sequence[str], hosts: Sequence[Host], stop: Path | None = None) -> None:
+    def __init__(
+        self, arguments: Sequence[str], hosts: Sequence[Host], env: Mapping[str, str], stop: Path | None = None
+    ) -> None:
         self._hosts, self._stop = list(hosts), stop
         self._job = secrets.token_hex(8)
-        env = {name: value for name, value in os.environ.items() if FORWARDED.fullmatch(name)}
-        env[JOB] = self._job
+        env = {**env, JOB: self._job}
         if sys.stderr.isatty():
-            env[COLUMNS] = str(shutil.get_terminal_size().columns - len("[0]<stderr>:"))
+            env[COLUMNS] = str(shutil.get_terminal_size().columns)
         self._own: list[str] = []
-        self._last: dict[int, str] = {}
-        self._errors: dict[int, str] = {}
+        self._said = RankOutput({STDOUT: sys.stdout, STDERR: sys.stderr})
         self._signalled = self._asked = False
+        reading, writing = os.pipe()
         try:
             # In a session of its own: a terminal's Ctrl-C would reach it beside the signal that is passed on, and
             # horovodrun's handlers deadlock when a second signal interrupts the first one's.
             self._process = subprocess.Popen(
-                command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-            )
+                [sys.executable, "-m", "hvd_hetero.comm.horovodrun", str(writing), *arguments], env=env,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[writing],
+            )  # fmt: skip
         except OSError as error:
+            os.close(reading)
             problem = f"cannot be started: {error.strerror}"
-            raise ConfigError("horovodrun", command[0], problem, "install Horovod with scripts/setup") from error
-        assert self._process.stdout is not None and self._process.stderr is not None
+            remedy = "make what it is given shorter" if error.errno == E2BIG else "install Horovod with scripts/setup"
+            raise ConfigError("horovodrun", shlex.join(arguments), problem, remedy) from error
+        finally:
+            os.close(writing)
         self._readers = [
-            threading.Thread(target=self._forward, args=pipe, daemon=True)
-            for pipe in ((self._process.stdout, sys.stdout), (self._process.stderr, sys.stderr))
+            threading.Thread(target=self._read_ranks, args=(reading,), daemon=True),
+            threading.Thread(target=self._read_own, daemon=True),
         ]
 
     def wait(self) -> End:
@@ -136,6 +133,7 @@ class Horovodrun:
         silent = reap(self._job, [host for host, _ in self._hosts]) if status != 0 else []
         for reader in self._readers:
             reader.join()
+        self._said.end(failed=status != 0)
         return End(0, self._job) if status == 0 else self._judge(status, silent)
 
     def _judge(self, status: int, silent: Sequence[str]) -> End:
@@ -154,9 +152,14 @@ class Horovodrun:
             meaning = "and its host does not answer any more" if host in silent else "killed by a signal"
         lost = (cut or killed_by(number) is not None) and not self._signalled
         known = EXIT_LOST if lost else number if number in KNOWN else EXIT_FAULT
-        error, last = self._errors.get(rank, ""), self._last.get(rank, "")
+        errors, last = self._said.errors, self._said.last(rank)
+        error = errors.get(rank, "")
+        if number == EXIT_BAD_INPUT:  # which ranks find together, and one of them says
+            error = error or next(iter(errors.values()), "")
         cause = f"rank {rank} on {host} ended first, {meaning}"
-        if last and not error:
+        if error:
+            cause += f"; it said: {error.removeprefix(f'rank {rank} on {host} failed: ')}"
+        elif last:
             cause += f"; its last line: {last}"
         return End(known, self._job, cause, error, self._signalled)
 
@@ -188,35 +191,15 @@ class Horovodrun:
         timer.daemon = True
         timer.start()
 
-    def _forward(self, pipe: IO[bytes], stream: Any) -> None:
-        """Passes on the ranks' lines: rank 0's bare, others' with their rank; keeps horovodrun's own."""
-        for line in lines_of(pipe):
-            match = re.match(r"\[(\d+)\]<std(?:out|err)>:", line)
-            if match is None:
-                self._own.append(line.rstrip())
-                continue
-            text = line[match.end() :]
-            shells = text.split(" (")[0].strip() in SHELLS_WORDS
-            if text.startswith(ERROR):
-                self._errors[int(match[1])] = text.removeprefix(ERROR).strip()
-            elif text.strip() and not shells:
-                self._last[int(match[1])] = text.strip()
-            if shells and stream is sys.stderr:  # how the rank ended is told in our own words
-                continue
-            with suppress(OSError, ValueError):  # nobody reads any more; the ranks must not wait for that
-                stream.write(text if match[1] == "0" or text.startswith("hvd-hetero: ") else f"rank {match[1]}: {text}")
-                stream.flush()
-        pipe.close()
+    def _read_ranks(self, pipe: int) -> None:
+        with os.fdopen(pipe, "rb") as file:
+            self._said.read(file)
 
-
-def lines_of(pipe: IO[bytes]) -> Iterator[str]:
-    """Lines as they come, ended by newline or by carriage return (a progress bar's)."""
-    rest = ""
-    while block := os.read(pipe.fileno(), 4096):
-        *whole, rest = re.split(r"(?<=[\r\n])", rest + block.decode(errors="replace"))
-        yield from whole
-    if rest:
-        yield rest
+    def _read_own(self) -> None:
+        """Keeps what horovodrun itself says."""
+        assert self._process.stdout is not None
+        with self._process.stdout as pipe:
+            self._own += [line.decode(errors="replace").rstrip() for line in pipe]
 
 
 def killed_by(code: int) -> str | None:

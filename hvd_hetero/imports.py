@@ -20,9 +20,14 @@ from typing import Any, TypeVar
 from hvd_hetero.errors import ConfigError, UserError, nearest
 
 T = TypeVar("T")
+Place = tuple[str, int | None]
+"""A file and a line in it."""
+WORKERS_TRACEBACK = "\nOriginal Traceback (most recent call last):\n"
 PACKAGE = os.path.dirname(__file__) + os.sep
 LIBRARIES = re.compile(rf"/(site|dist)-packages/|{re.escape(os.path.dirname(os.__file__))}|^{re.escape(PACKAGE)}|^<")
 """Files in which nobody looks for a mistake of their own."""
+LONGEST = 400
+"""Characters of what an exception says: some list all that torch has."""
 
 
 def import_target(key: str, spec: str) -> Callable[..., Any]:
@@ -100,11 +105,25 @@ def call(key: str, function: Callable[..., T], args: Mapping[str, Any]) -> T:
         raise ConfigError(key, dict(args), f"{name} fails: {cause(error)}", remedy) from error
 
 
-def cause(error: BaseException) -> str:
-    """An exception in one line, with the last place of the user's own in its traceback."""
-    said = " ".join(f"{type(error).__name__}: {error}".split())
-    places = [frame for frame in traceback.extract_tb(error.__traceback__) if not LIBRARIES.search(frame.filename)]
-    return f"{said} ({os.path.basename(places[-1].filename)}, line {places[-1].lineno})" if places else said
+def cause(error: BaseException, made: Iterable[Place] = ()) -> str:
+    """An exception in one line, with the last place of the user's own in its traceback.
+
+    Args:
+        made: where else to look, if there is none: the places that made what an exception is about.
+    """
+    said = in_a_line(error)
+    said = said if len(said) <= LONGEST else f"{said[:LONGEST]}..."
+    trace = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    own = [(file, line) for file, line in [*made, *trace] if not LIBRARIES.search(file)]
+    return f"{said} ({os.path.basename(own[-1][0])}, line {own[-1][1]})" if own else said
+
+
+def in_a_line(error: BaseException) -> str:
+    """An exception's type and text in one line; the original's, where a data worker has made a traceback of it."""
+    text = f"{type(error).__name__}: {error}"
+    if WORKERS_TRACEBACK in text:
+        text = text.rstrip().splitlines()[-1]
+    return " ".join(text.split())
 
 
 def check_arguments(key: str, function: Callable[..., Any], args: Mapping[str, Any],
@@ -164,28 +183,6 @@ def _fits(value: Any, hint: Any) -> bool:
     return True
 
 
-def import_torchvision() -> types.ModuleType:
-    """Import torchvision, and help it where it was built for another torch.
-
-    A build for CUDA beside a CPU torch cannot load its operators, yet at import it describes two of them to
-    torch and fails because they do not exist. Nothing here uses them: declared by name alone, they let the
-    import pass.
-    """
-    try:
-        return importlib.import_module("torchvision")
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-    import torch  # at floor 0 only those who need it pay for it
-
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]  # half imported
-    for operator in ("nms", "qnms"):
-        schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        torch.library.define(f"torchvision::{operator}", schema)
-    return importlib.import_module("torchvision")
-
-
 def import_transformers(key: str, value: str) -> Any:
     """Import the transformers library.
 
@@ -195,6 +192,4 @@ def import_transformers(key: str, value: str) -> Any:
     if find_spec("transformers") is None:
         problem = "needs the package transformers, which is not installed"
         raise ConfigError(key, value, problem, "pip install 'hvd-hetero[nlp]'")
-    if find_spec("torchvision") is not None:  # transformers imports it if it is there, even for text
-        import_torchvision()
     return importlib.import_module("transformers")

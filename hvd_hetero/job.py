@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,7 +33,11 @@ PREPARE_TIMEOUT_SEC = 1800.0
 
 @dataclass(frozen=True)
 class Job:
-    """One rank's view of a job that is about to start; Horovod is not initialized yet."""
+    """One rank's view of a job that is about to start; Horovod is not initialized yet.
+
+    Attributes:
+        data: what this rank has read, by split, see :func:`hvd_hetero.data.alike.facts_of`; nothing of a rank alone.
+    """
 
     env: JobEnv
     config: Config
@@ -41,6 +45,7 @@ class Job:
     cluster: Cluster
     placement: Placement
     watchdog: Watchdog
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
@@ -75,7 +80,7 @@ def _start(env: JobEnv, watchdog: Watchdog, prepare: Callable[[], tuple[Config, 
     data = components.dataset
     said = _exchange(env, {
         "facts": local_facts(env.rank, env.host, env.local_rank).to_dict(),
-        "fingerprint": fingerprint(config),
+        "fingerprint": fingerprint(config, components.model),
         "data": {"training": facts_of(data.train), "test": facts_of(data.test)} if env.size > 1 else {},
     })
     watchdog.arm(config.run.watchdog_sec)
@@ -96,7 +101,7 @@ def _start(env: JobEnv, watchdog: Watchdog, prepare: Callable[[], tuple[Config, 
     if placement.device != "cpu":
         torch.cuda.set_device(torch.device(placement.device))
         warnings.filterwarnings("default", "train.compile")  # what fails on a GPU may go well on rank 0
-    return Job(env, config, components, cluster, placement, watchdog)
+    return Job(env, config, components, cluster, placement, watchdog, said[env.rank]["data"])
 
 
 def make_worker(job: Job, watch: Stopwatch) -> Worker:

@@ -8,14 +8,16 @@ import shutil
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 
 from hvd_hetero import algorithms, dry_run, job
 from hvd_hetero.api import run_dir
-from hvd_hetero.cluster import Cluster, RankFacts, assign, integers, local_facts, parse_hosts
+from hvd_hetero.cluster import Cluster, RankFacts, assign, integers, limit_threads, local_facts, parse_hosts
 from hvd_hetero.config import device_classes, load
+from hvd_hetero.environment import as_ranks, check_secrets, for_ranks
 from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_STOPPED, ConfigError, nearest
 from hvd_hetero.files import check_writable
 from hvd_hetero.horovodrun import End, Horovodrun, is_local
@@ -41,7 +43,7 @@ def launch(
     Raises:
         ConfigError: found wrong before any worker was started.
     """
-    config = load(files, overrides, algorithms.method)
+    config = read(files, overrides)
     hosts = job_hosts(config)
     check_options(max_restarts, min_ranks, sum(slots for _, slots in hosts))
     folder = run_dir(config)
@@ -55,14 +57,14 @@ def launch(
     saves = config.checkpoint.every_sec is not None or config.checkpoint.every_rounds is not None
 
     def start(settings: Sequence[str]) -> End:
-        again = load(files, [*chosen, *settings], algorithms.method)
+        again = read(files, [*chosen, *settings])
         here = job_hosts(again)
         if settings:
             preflight(again, here)
         if not settings:
             (folder / STOP).unlink(missing_ok=True)
         command = horovodrun_line(again, here, ["train", *files, *chosen, *settings])
-        return _run(command, here, folder / STOP if saves else None)
+        return _run(again, command, here, folder / STOP if saves else None)
 
     return Supervisor(start, config, hosts, folder, max_restarts, min_ranks).run()
 
@@ -73,15 +75,26 @@ def run_job(command: str, files: Sequence[str], overrides: Sequence[str]) -> int
     Raises:
         ConfigError: as :func:`launch`.
     """
-    config = load(files, overrides, algorithms.method)
+    config = read(files, overrides)
     hosts = job_hosts(config)
     preflight(config, hosts, trains=False)
-    return _run(horovodrun_line(config, hosts, [command, *files, *overrides]), hosts).status
+    return _run(config, horovodrun_line(config, hosts, [command, *files, *overrides]), hosts).status
 
 
-def _run(command: Sequence[str], hosts: Sequence[tuple[str, int]], stop: Path | None = None) -> End:
-    end = Horovodrun(command, hosts, stop).wait()
-    if end.status not in (0, EXIT_BAD_INPUT, EXIT_STOPPED):
+def read(files: Sequence[str], overrides: Sequence[str]) -> Config:
+    """The configuration as ranks will read it, with no more of the environment than they have.
+
+    Raises:
+        ConfigError: as :func:`hvd_hetero.config.load`.
+    """
+    config = load(files, overrides, algorithms.method)
+    with as_ranks(config):
+        return load(files, overrides, algorithms.method)
+
+
+def _run(config: Config, line: Sequence[str], hosts: Sequence[tuple[str, int]], stop: Path | None = None) -> End:
+    end = Horovodrun(line[1:], hosts, for_ranks(config), stop).wait()
+    if end.status not in (0, EXIT_BAD_INPUT, EXIT_STOPPED) or (end.status == EXIT_BAD_INPUT and not end.error):
         print(f"hvd-hetero: error: the job failed: {end.cause}", file=sys.stderr, flush=True)
     return end
 
@@ -108,6 +121,8 @@ def job_hosts(config: Config) -> list[tuple[str, int]]:
 def preflight(config: Config, hosts: Sequence[tuple[str, int]], trains: bool = True) -> None:
     """Tries out, on this machine, what every rank will do before it connects, so that mistakes cost no start.
 
+    It sees of the environment what ranks will see.
+
     Args:
         trains: whether the job is to train, and so to find the files that it needs for that.
 
@@ -115,14 +130,19 @@ def preflight(config: Config, hosts: Sequence[tuple[str, int]], trains: bool = T
         ConfigError: as :func:`hvd_hetero.job.start`.
     """
     _check_places(config, hosts, trains)
-    parts = dry_run.build(config)
-    cluster = expected_cluster(config, hosts)
-    if cluster is not None:
-        job.check(config, parts, cluster)
-        if trains and config.profile.file is not None:
-            profile = load_profile(Path(config.profile.file))
-            if all(is_local(host) for host, _ in hosts):  # else only the hosts themselves can say whether it fits
-                check_profile(profile, config, cluster)
+    limit_threads()
+    local = all(is_local(host) for host, _ in hosts)
+    if not local:
+        check_secrets(config)
+    with as_ranks(config):
+        parts = dry_run.build(config)
+        cluster = expected_cluster(config, hosts)
+        if cluster is not None:
+            job.check(config, parts, cluster)
+            if trains and config.profile.file is not None:
+                profile = load_profile(Path(config.profile.file))
+                if local:  # else only the hosts themselves can say whether it fits
+                    check_profile(profile, config, cluster)
 
 
 def _check_places(config: Config, hosts: Sequence[tuple[str, int]], trains: bool) -> None:
@@ -154,7 +174,7 @@ def expected_cluster(config: Config, hosts: Sequence[tuple[str, int]]) -> Cluste
     for host, slots in hosts:
         # What a remote host has is found out by its own ranks; here it is given the benefit of the doubt.
         gpus = here.gpus if is_local(host) else ("unknown",) * slots
-        facts += [RankFacts(len(facts) + i, host, i, gpus, here.cpu, here.cores) for i in range(slots)]
+        facts += [replace(here, rank=len(facts) + i, host=host, local_rank=i, gpus=gpus) for i in range(slots)]
     if config.cluster.classes == AUTO and not all(is_local(host) for host, _ in hosts):
         return None
     classes = AUTO if config.cluster.classes == AUTO else device_classes(config.cluster.classes)

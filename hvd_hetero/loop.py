@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,8 @@ from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.components import Components, Given, build
 from hvd_hetero.config import load
 from hvd_hetero.data import Batch, read
-from hvd_hetero.errors import ConfigError, RankError, UserError
+from hvd_hetero.describe import describe
+from hvd_hetero.errors import ConfigError, Plain, RankError, UserError
 from hvd_hetero.feed import Feed
 from hvd_hetero.limits import Done, check_limits, next_rounds
 from hvd_hetero.losses import Numbers, joined, per_sample
@@ -55,9 +56,10 @@ class Round:
             weights: ``[B]``, 0 for samples that do not count: they keep the losses that they had.
 
         Raises:
-            ConfigError: they are not one number a sample.
+            RankError: they are not one number a sample; of several ranks, the job ends with status 2 instead.
         """
-        values, weights = per_sample("round.losses", "losses", (losses, weights), {self._batch_size})
+        take = partial(per_sample, "round.losses", Plain(describe(losses)), (losses, weights), {self._batch_size})
+        values, weights = guarded(partial(_alone, take))
         self.taken.append((values.detach(), weights))
 
 
@@ -166,7 +168,7 @@ class Loop:
         # What was between two rounds, an average and the user's own, is no part of a step that is to be stretched.
         self._watch.skip()
         steps = self._pace.steps(batches, count)
-        while (batch := guarded(partial(_next, steps))) is not None:
+        while (batch := guarded(partial(_alone, partial(next, steps, None)))) is not None:
             yield batch
 
     def close(self) -> None:
@@ -179,14 +181,14 @@ class Loop:
         self._after.close()
 
 
-def _next(batches: Iterator[Batch]) -> Batch | None:
-    """The next batch; None after the last one.
+def _alone(call: Callable[[], Any]) -> Any:
+    """Call what goes wrong on one rank alone, while others wait for it.
 
     Raises:
-        RankError: it cannot be read, while other ranks wait for this one.
+        RankError: it has.
     """
     try:
-        return next(batches, None)
+        return call()
     except UserError as error:
         raise RankError(str(error)) from error
 

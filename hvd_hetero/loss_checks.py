@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, product
 from typing import Any
 
 import numpy as np
@@ -150,10 +150,9 @@ def _check_pairs(key: str, value: Any, function: PerSample, given: Batched) -> N
     as no other dimension has, and must not combine both to ``[..., B, ..., B, ...]``. Functions that pair samples on
     purpose (contrastive ones) pair outputs with outputs, or get outputs and targets of shapes that fit.
     """
-    if not isinstance(given.targets, Tensor):
-        return
-    found = [part for part in tensors_in(given.outputs) if _may_broadcast(part.shape, given.targets.shape)]
-    if not found:
+    tensors = product(*(list(tensors_in(part)) for part in given.both))
+    found = next((pair for pair in tensors if _may_broadcast(*(part.shape for part in pair))), None)
+    if found is None:
         return
     sizes = {size for tensor in tensors_in(given.both) for size in tensor.shape}
     samples = next(number for number in count(3) if number not in sizes)
@@ -161,7 +160,7 @@ def _check_pairs(key: str, value: Any, function: PerSample, given: Batched) -> N
     with _Pairs(samples, *repeated) as pairs, suppress(Exception):  # it may need another number of samples
         function(*repeated)
     if pairs.made:
-        shapes = f"outputs {given.shape(found[0])} and targets {given.shape(given.targets)}"
+        shapes = f"outputs {given.shape(found[0])} and targets {given.shape(found[1])}"
         problem = f"broadcasts {shapes} against each other, so that every sample meets the targets of all others"
         raise ConfigError(key, value, problem, ONE_SHAPE)
 

@@ -47,7 +47,8 @@ def per_sample(key: str, value: Any, returned: Any, samples: Collection[int]) ->
             raise _refused(key, value, part, " or ".join(map(str, sorted(samples))) or "B")
     if values.dtype not in (torch.float32, torch.float64):
         values = values.float()
-    values = values.reshape(-1)
+    if values.dim() != 1:
+        values = values.reshape(-1)
     return values, None if weights is None else weights.reshape(-1).to(values)
 
 
@@ -117,24 +118,24 @@ def named_loss(name: str, function: Callable[..., Tensor], args: Mapping[str, An
         problem = f"reduction={args['reduction']} gives one number a batch, and each sample's own is needed"
         raise ConfigError("train.loss", name, problem, "leave it out of train.loss_args, which means reduction='none'")
     arguments = _arguments(function, {**args, "reduction": "none"})
-    of_classes = name in OF_CLASSES
-    if of_classes:
-        _check_class_weights(args.get("weight"))
+    of_classes, ignored = name in OF_CLASSES, args.get("ignore_index", IGNORED)
+    weighs = of_classes and args.get("weight") is not None
+    if weighs:
+        _check_class_weights(args["weight"])
 
     def loss(outputs: Any, targets: Any) -> Numbers:
         given = arguments(outputs)
         losses = function(outputs, targets, **given)
-        if not of_classes or targets.is_floating_point():  # numbers or probabilities: all count, as in PyTorch's mean
-            return _mean(losses), None
-        return mean_of_targets(losses, targets, given.get("ignore_index", IGNORED), given.get("weight"))
+        # numbers and probabilities all count, as in PyTorch's mean
+        if not of_classes or targets.is_floating_point() or (not weighs and _surely_count(targets, ignored)):
+            return losses if losses.dim() < 2 else losses.flatten(1).mean(1), None
+        return mean_of_targets(losses, targets, ignored, given["weight"] if weighs else None)
 
     loss.__qualname__ = name
     return loss
 
 
 def _check_class_weights(weights: Any) -> None:
-    if weights is None:
-        return
     if torch.as_tensor(weights).lt(0).any() or not torch.as_tensor(weights).any():
         problem = "a mean is taken with these weights, and some are negative, or all are 0"
         raise ConfigError("train.loss_args.weight", weights, problem, "give 0 or more for each class")
@@ -149,23 +150,19 @@ def mean_of_targets(values: Tensor, targets: Tensor, ignored: int, of_class: Ten
         ignored: the class number that does not count.
         of_class: weights ``[C]``; None: 1. A class of weight 0 does not count either.
     """
-    if of_class is None and _surely_count(targets, ignored):
-        return _mean(values), None
     targets = targets.long()
     counts = targets != ignored
     weights = counts.to(values) if of_class is None else of_class[targets.where(counts, 0)] * counts
-    sums = [part.reshape(len(targets), -1).sum(1) for part in (values.where(counts, 0.0), weights, weights > 0)]
-    number = sums[2].clamp(min=1)
-    return sums[0] / number, sums[1] / number
+    values = values.where(counts, 0.0)
+    if targets.dim() == 1:
+        return values, weights
+    number, total, weight = (part.flatten(1).sum(1) for part in (weights > 0, values, weights))
+    return total / number.clamp(min=1), weight / number.clamp(min=1)
 
 
 def _surely_count(targets: Tensor, ignored: int) -> bool:
     """Say whether all targets are known to count, in a microsecond: a GPU would have to be waited for."""
-    return targets.device.type == "cpu" and ignored < 0 and targets.numel() > 0 and int(targets.min()) >= 0
-
-
-def _mean(values: Tensor) -> Tensor:
-    return values.flatten(1).mean(1) if values.dim() > 1 else values
+    return targets.is_cpu and ignored < 0 and targets.numel() > 0 and targets.min().item() >= 0
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------
@@ -188,7 +185,7 @@ def with_arguments(function: Callable[..., Any], args: Mapping[str, Any]) -> Per
 
 def _arguments(function: Callable[..., Any], args: Mapping[str, Any]) -> Callable[[Any], Mapping[str, Any]]:
     """Return what gives the arguments for some outputs: tensors are on their device, and of their type."""
-    tensors = {name: _tensor(name, args[name]) for name in _names_of_tensors(function) if args.get(name) is not None}
+    tensors = {name: _tensor(name, args[name]) for name in _tensors_among(function, args)}
     if not tensors:
         return lambda outputs: args
 
@@ -206,13 +203,19 @@ def _arguments(function: Callable[..., Any], args: Mapping[str, Any]) -> Callabl
     return arguments
 
 
-def _names_of_tensors(function: Callable[..., Any]) -> list[str]:
-    """Return the names of the parameters that are declared as tensors."""
+def _tensors_among(function: Callable[..., Any], args: Mapping[str, Any]) -> list[str]:
+    """Return the names of the arguments that a function declares as tensors, and takes as nothing else."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # some built-in functions have none
         return []
-    return [name for name, parameter in parameters.items() if "Tensor" in str(parameter.annotation)]
+    declared = {name: str(parameters[name].annotation) for name in args if name in parameters}
+    return [name for name, kind in declared.items() if "Tensor" in kind and not _is_taken(args[name], kind)]
+
+
+def _is_taken(value: Any, declared: str) -> bool:
+    """Say whether an argument is of what is declared beside a tensor."""
+    return value is None or (isinstance(value, (int, float)) and ("float" in declared or "int" in declared))
 
 
 def _tensor(name: str, value: Any) -> Tensor:

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from hvd_hetero.cluster import Cluster
+from hvd_hetero.environment import without_passwords
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.files import check_no_links, write_text
 from hvd_hetero.trace import TRACE
@@ -219,12 +219,6 @@ def environment(cluster: Cluster, horovod: Mapping[str, Any]) -> dict[str, Any]:
         "git_revision": _git_revision(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def without_passwords(word: str) -> str:
-    """A word of a command line without what stands before the @ of a URL, and without values of keys named after it."""
-    word = re.sub(r"(?<=://)[^/@\s]+(?=@)", "***", word)
-    return re.sub(r"(?i)((?:token|secret|passw(?:or)?d|api_?key)['\"]?\s*[=:]\s*)[^\s,&}]+", r"\1***", word)
 
 
 def _version(package: str) -> str | None:

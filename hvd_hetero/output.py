@@ -92,9 +92,10 @@ def write_summary(
 def note(best: dict[str, float | None], row: Mapping[str, Any]) -> None:
     """Takes an evaluation into the figures that the summary has of them."""
     best["final_loss"] = row["eval_loss"]
-    best["final_accuracy"] = accuracy = row.get("eval_accuracy")
-    if accuracy is not None and not math.isnan(accuracy):
-        best["best_accuracy"] = max(accuracy, best["best_accuracy"] or 0.0)
+    accuracy = row.get("eval_accuracy")
+    best["final_accuracy"] = None if accuracy is None or math.isnan(accuracy) else accuracy
+    if best["final_accuracy"] is not None:
+        best["best_accuracy"] = max(best["final_accuracy"], best["best_accuracy"] or 0.0)
 
 
 def how_good(row: Mapping[str, Any]) -> float | None:

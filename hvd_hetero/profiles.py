@@ -119,7 +119,7 @@ def key_of(config: Config, cluster: Cluster) -> dict[str, Any]:
         "hosts": sorted(len(cluster.on_host(host)) for host in {f.host for f in cluster.facts}),
         "affinity": config.cluster.affinity,
         "threads": {c.name: c.threads for c in cluster.classes},
-        "cores": {c.name: len(facts[c.name].cores) for c in cluster.classes},
+        "cores": {c.name: facts[c.name].cpus or len(facts[c.name].cores) for c in cluster.classes},
         "slowdown": {c.name: c.slowdown for c in cluster.classes},
         "versions": {name: _version(name) for name in PACKAGES},
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hvd_hetero.cluster import Cluster
+from hvd_hetero.data import Source, alike
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.fingerprint import plain, sources
 from hvd_hetero.schema import AUTO, NUMBERS, RESHAPE, Config
@@ -73,9 +74,6 @@ def difference(checkpoint: Checkpoint, config: Config, world_size: int) -> UserE
     if meta.world_size != world_size:
         problem = f"was saved by {meta.world_size} ranks, and this job has {world_size}"
         return CheckpointError(path, problem, f"start {meta.world_size} ranks, {REMEDY}")
-    if meta.made_with is None:
-        problem = "was saved by an earlier version of hvd-hetero, which did not keep its settings"
-        return CheckpointError(path, problem, f"start anew, {REMEDY}")
     built_in, changed = plain(config.built_in()), {}
     for key, value in plain(config.settings(NUMBERS)).items():
         before = meta.made_with.get(key, built_in[key])  # a key that was not there had the effect that it has built in
@@ -92,21 +90,25 @@ def difference(checkpoint: Checkpoint, config: Config, world_size: int) -> UserE
 
 def changed_sources(meta: Meta, config: Config) -> list[str]:
     """Say which of the user's own files are not what they were when a checkpoint was made."""
-    before = meta.made_with or {}
     return [f"{what} has changed since the checkpoint of round {meta.round} was made: start anew, unless it does the "
-            "same as before" for what, digest in sources(config).items() if before.get(what, digest) != digest]
+            "same as before" for what, digest in sources(config).items() if meta.made_with.get(what, digest) != digest]
 
 
-def check_samples(found: Found, samples: int) -> None:
-    """Refuse to resume with other data, as far as can be told by how many there are.
+def check_data(found: Found, source: Source) -> None:
+    """Refuse to resume with other training data than a checkpoint was made with.
 
     Raises:
-        ConfigError: another number of samples.
+        ConfigError: another number of samples, or other ones, as far as a look at some of them can tell.
     """
-    if (known := len(found.state["rank0"]["sampler"]["losses"])) != samples:
-        problem = f"the checkpoint is of {known} training samples, and these are {samples}"
-        remedy = "take the data that it was made with"
+    saved, remedy = found.state["rank0"], "take the data that it was made with"
+    if (known := len(saved["sampler"]["losses"])) != len(source):
+        problem = f"the checkpoint is of {known} training samples, and these are {len(source)}"
         raise ConfigError("run.resume", RESHAPE if found.reshaped else AUTO, problem, remedy)
+    if saved["data"] is not None and not found.reshaped:
+        what = alike.difference(saved["data"], alike.facts_of(source))
+        if what is not None:
+            problem = f"the training data have other {what} than those that the checkpoint was made with"
+            raise ConfigError("run.resume", AUTO, problem, f"{remedy}, {REMEDY}")
 
 
 def check_fits(state: Any, worker: Worker) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hvd_hetero.cluster import usable_cores
 
 Indices = NDArray[np.integer[Any]]
 Losses = NDArray[np.float32]
@@ -170,7 +171,7 @@ def _permuted(rng: np.random.Generator, items: Indices) -> Indices:
 
 def _threads() -> int:
     """One for each core that the process may use; in the background, where the rank trains meanwhile, one."""
-    return len(os.sched_getaffinity(0)) if threading.current_thread() is threading.main_thread() else 1
+    return usable_cores() if threading.current_thread() is threading.main_thread() else 1
 
 
 def _dealt(rng: np.random.Generator, items: Indices) -> list[Indices]:

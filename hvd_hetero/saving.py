@@ -109,7 +109,7 @@ class Saver:
             state = saved.load(0 if reshaped else self._comm.rank)
             if reshaped:  # rank 0 may have had no part in the training
                 state["worker"] = saved.load(min(Plan.from_dict(state["plan"]).training[0].ranks))["worker"]
-            metric = (saved.meta.made_with or {}).get("eval.metric", self._config.eval.metric)
+            metric = saved.meta.made_with.get("eval.metric", self._config.eval.metric)
             if metric != self._config.eval.metric:
                 state["best"]["best_accuracy"] = None
             if self._comm.rank == 0:
@@ -199,7 +199,7 @@ class Saver:
         if self._write is None:
             return
         problem = self._write.problem
-        if problem and (self._comm.rank == 0 or problem.startswith(f"rank {self._comm.rank}:")):
+        if problem.startswith(f"rank {self._comm.rank}:"):  # the others' they say themselves
             print(f"no checkpoint at round {self._write.number}: {problem}", flush=True)
         if not self._comm.max([float(bool(problem))], "checkpoint.done")[0]:
             self.saved_round = self._write.number

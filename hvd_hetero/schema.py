@@ -55,6 +55,11 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class LaunchConfig:
+    environment: list[str] = _key([], NOTHING)
+
+
+@dataclass(frozen=True)
 class ClassConfig:
     """One device class as the user writes it: a device, and which ranks belong to it."""
 
@@ -192,6 +197,7 @@ class EvalConfig:
 @dataclass(frozen=True)
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

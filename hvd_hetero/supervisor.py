@@ -35,7 +35,7 @@ class Restarts:
 
     most: int
     made: int = 0
-    _failed_at: list[object] = field(default_factory=list)
+    _failed: list[tuple[object, str]] = field(default_factory=list)
 
     def why_not(self, end: End, newest: object) -> str | None:
         """Why the job is not started again after this end; None: it is.
@@ -47,11 +47,12 @@ class Restarts:
             return "it was told to end"
         if end.status not in MENDABLE:
             return "it would end the same way again"
+        if self._failed and newest == self._failed[-1][0]:
+            again = f", and failed in the same way: {end.why}" if end.why == self._failed[-1][1] else ""
+            return f"it came to no newer checkpoint since it failed the last time{again}"
         if self.made == self.most:
             return f"it was restarted {self.most} times"
-        if self._failed_at and newest == self._failed_at[-1]:
-            return "it came to no newer checkpoint since it failed the last time"
-        self._failed_at.append(newest)
+        self._failed.append((newest, end.why))
         self.made += 1
         return None
 

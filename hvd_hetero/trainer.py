@@ -17,6 +17,7 @@ from hvd_hetero import algorithms
 from hvd_hetero.accounts import Accounts
 from hvd_hetero.checkpoint import FOLDER, MODEL, save_model
 from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.components import telling
 from hvd_hetero.data import read
 from hvd_hetero.delays import delays
 from hvd_hetero.errors import Stopped
@@ -26,7 +27,6 @@ from hvd_hetero.job import Job, make_worker
 from hvd_hetero.limits import check_limits, expected_passes, next_rounds
 from hvd_hetero.memory import batch_that_fits, on_device, peak_bytes, told_by_class
 from hvd_hetero.metrics import Progress, RunFolder, say_missing
-from hvd_hetero.modes import set_mode
 from hvd_hetero.output import how_good, note, write_start, write_summary, write_trace
 from hvd_hetero.passes import Ongoing, PassFigures, RoundLaps, evaluate, gather_figures, say_taus
 from hvd_hetero.plan import Plan
@@ -125,7 +125,6 @@ class Trainer:
                     raise self._stopped()
             if self.folder is not None and self.saver is not None:
                 self.saver.stopping.forget()
-        set_mode(self.worker.optimizer, training=False)
         write_trace(self.folder, comm, self.job.cluster, self.recorder)
         peaks = comm.gather(torch.tensor([peak_bytes(self.worker.device)]), "peaks")
         if self.folder is None or self.progress is None:
@@ -207,7 +206,9 @@ class Trainer:
         if not self.over:
             self.plan = self._replan(self.plan, done)
         rate = worker.optimizer.param_groups[0]["lr"]
-        worker.end_epoch()
+        what = f"fails after {accounts.passes} passes"
+        with telling("train.scheduler", type(worker.scheduler).__name__, what, "let it last as long as the run"):
+            worker.end_epoch()
         row = accounts.row(plan)
         row |= {"wall_sec": time.perf_counter() - self.begin, "train_loss": done.loss, "lr": rate,
                 "samples_per_sec": done.samples / done.seconds}  # fmt: skip

@@ -153,7 +153,7 @@ class Watchdog:
         anyway.daemon = True
         anyway.start()
         with suppress(OSError):
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode(errors="replace"))
         os._exit(status)
 
 

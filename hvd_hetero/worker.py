@@ -89,7 +89,7 @@ class Worker:
         """Makes optimizer and scheduler anew, for methods that put something around the optimizer before training."""
         made = self._make_optimizer(self._params)
         self.optimizer = made if wrap is None else wrap(made)
-        set_mode(self.optimizer, training=True)
+        self._steps = False
         self.scheduler = None if self._make_scheduler is None else self._make_scheduler(self.optimizer)
         self._scheduled = [group["lr"] for group in self.optimizer.param_groups]
 
@@ -99,6 +99,20 @@ class Worker:
         return self._gradients
 
     # ---- training ---------------------------------------------------------------------------------------------------
+
+    def rest(self) -> None:
+        """Lets the parameters be what is evaluated, averaged and saved, until the next gradient or step.
+
+        They are something else only while an optimizer steps that has modes, see :mod:`hvd_hetero.modes`.
+        """
+        if self._steps:
+            self._steps = False
+            set_mode(self.optimizer, training=False)
+
+    def _end_rest(self) -> None:
+        if not self._steps:
+            self._steps = True
+            set_mode(self.optimizer, training=True)
 
     def local_steps(self, batches: Iterator[Batch], count: int, stop: Callable[[], bool] | None = None) -> int:
         """``count`` local steps on the next batches, fewer if ``stop`` says so after one; returns how many."""
@@ -118,6 +132,7 @@ class Worker:
         Returns:
             The per-sample losses ``[B]``, on the device; they are also kept for :meth:`take_losses`.
         """
+        self._end_rest()
         try:
             numbers = self._backward(self._compiled or self.model, inputs, targets, weight)
         except Exception as error:
@@ -148,13 +163,16 @@ class Worker:
         return losses.detach(), weights
 
     def gradients(self) -> list[Tensor]:
-        """The gradients at hand, of those parameters that have one."""
-        return [p.grad for p in self._params if p.grad is not None]
+        """The gradients at hand, of those parameters that the optimizer steps along and that have one."""
+        return [p.grad for p in self._stepped() if p.grad is not None]
+
+    def _stepped(self) -> Iterator[Tensor]:
+        return (p for group in self.optimizer.param_groups for p in group["params"])
 
     def gradient_again(self, inputs: Any, targets: Tensor, weight: float) -> list[Tensor]:
-        """The gradient once more, of those parameters that have one at hand, beside it; no hook is called."""
+        """The gradient once more, as :meth:`gradients` gives it, beside it; no hook is called."""
         (losses, weights), _ = self._losses_of(inputs, targets)
-        params, along = [p for p in self._params if p.grad is not None], mean_gradient(losses, weights, weight)
+        params, along = [p for p in self._stepped() if p.grad is not None], mean_gradient(losses, weights, weight)
         return list(torch.autograd.grad(losses, params, along, allow_unused=True, materialize_grads=True))
 
     def try_gradient(self, inputs: Any, targets: Tensor) -> None:
@@ -164,6 +182,7 @@ class Worker:
 
     def apply(self) -> None:
         """One optimizer step along the gradient at hand."""
+        self._end_rest()
         if self._clip_norm is not None:
             nn.utils.clip_grad_norm_(self._params, self._clip_norm)
         self.optimizer.step()
@@ -212,7 +231,8 @@ class Worker:
         random, generator = RandomState.capture(self.device), self.generator.get_state()
         sums = torch.zeros(4, dtype=torch.float64)
         whole = len(indices) // batch_size * batch_size
-        with evaluating(self.model, self.optimizer):
+        self.rest()
+        with evaluating(self.model):
             for rows in (indices[:whole].reshape(-1, batch_size), indices[whole:].reshape(1, -1)):
                 for inputs, targets in read(source, rows, self.generator, split="test") if rows.size else ():
                     self.watch.pulse.begin("evaluation")
@@ -230,7 +250,7 @@ class Worker:
 
     def snapshot(self) -> Callable[[], None]:
         """Remembers everything that training changes; calling the result puts it back."""
-        before = RandomState.capture(self.device)
+        before, steps = RandomState.capture(self.device), self._steps
         put_back = snapshot(
             self.model, self.state, self.optimizer, self.scheduler, self._loss, self.metric, self.generator
         )
@@ -238,12 +258,13 @@ class Worker:
         def restore() -> None:
             put_back()
             before.restore()
-            self._losses = []
+            self._losses, self._steps = [], steps
 
         return restore
 
     def state_dict(self) -> dict[str, Any]:
         """Everything of this rank that decides its further steps, between two rounds."""
+        self.rest()  # which mode an optimizer is in is not always in its own state
         return {
             "model": self.state.state_dict(),
             "extra": extra_state(self.model),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from hvd_hetero.comm.rendezvous import JobEnv, exchange
-from hvd_hetero.store import ShardInfo, Store, join, split
+from hvd_hetero.store import CheckpointError, ShardInfo, Store, join, split
 
 TIMEOUT_SEC = 1800.0
 """What a rank may take to write its shard."""
 SHARD, PROBLEM = "shard", "problem"
+_numbers = itertools.count()
+"""Of the checkpoints that this process has begun, in whichever run: by it ranks know of which one they tell."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,9 @@ class Write:
         state: Callable[[], Any], best: Best | None,
     ) -> None:  # fmt: skip
         self._store, self._env, self.number, self._passes, self._made_with = store, env, number, passes, made_with
-        self._best, self.problem = best, ""
+        self._best, self.problem, self._name = best, "", f"checkpoint.{next(_numbers)}"
         content = self._try(state)
-        self._thread = threading.Thread(
-            target=self._try, args=(lambda: self._run(content),), name="hvd_hetero.checkpoint", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, args=(content,), name="hvd_hetero.checkpoint", daemon=True)
         self._thread.start()
 
     @property
@@ -70,28 +71,32 @@ class Write:
         info = None if self.problem else self._try(
             lambda: self._store.write_shard(self.number, self._env.rank, content).to_json()
         )
-        said = self._tell({PROBLEM: self.problem} if info is None else {SHARD: info})
-        if self._env.rank == 0:
-            self._try(lambda: self._commit(said))
-        outcome = self._tell({PROBLEM: self.problem})[0]
-        self.problem = self.problem or outcome[PROBLEM]
+        said = self._tell("shards", {PROBLEM: self.problem} if info is None else {SHARD: info})
+        if self._env.rank == 0 and said is not None:
+            self._commit(said)
+        outcome = self._tell("end", {PROBLEM: self.problem})
+        self.problem = self.problem or (outcome[0][PROBLEM] if outcome else "")
 
-    def _tell(self, content: dict[str, Any]) -> list[dict[str, Any]]:
-        return exchange(self._env, "checkpoint", content, TIMEOUT_SEC)
+    def _tell(self, what: str, content: dict[str, Any]) -> list[dict[str, Any]] | None:
+        """What all ranks tell; None where this one does not hear it, which is a problem."""
+        told: list[dict[str, Any]] | None = self._try(
+            lambda: exchange(self._env, f"{self._name}.{what}", content, TIMEOUT_SEC)
+        )
+        return told
 
     def _commit(self, said: list[dict[str, Any]]) -> None:
-        problems = [other[PROBLEM] for other in said if SHARD not in other]
-        try:
-            if problems:
-                raise RuntimeError(problems[0])
+        self.problem = next((other[PROBLEM] for other in said if SHARD not in other), "")
+        if not self.problem:
             infos = [ShardInfo.from_json(other[SHARD]) for other in said]
-            self._store.commit(self.number, infos, passes=self._passes, made_with=self._made_with)
-        except Exception:
-            with suppress(Exception):  # what failed first is to be told
-                self._store.discard(self.number)  # all ranks are done with it, and a full disk is not to be kept full
-            raise
-        if self._best is not None:
-            self._store.mark_best(self.number, self._best.value, self._best.metric)
+            number, passes, made_with = self.number, self._passes, self._made_with
+            self._try(lambda: self._store.commit(number, infos, passes=passes, made_with=made_with))
+        try:
+            if self.problem:  # all ranks are done with it, and a full disk is not to be kept full
+                self._store.discard(self.number)
+            elif self._best is not None:
+                self._store.mark_best(self.number, self._best.value, self._best.metric)
+        except CheckpointError as error:
+            warnings.warn(str(error), RuntimeWarning, stacklevel=2)
 
 
 def copied(state: Any) -> Any:

@@ -105,13 +105,6 @@ class Items(Dataset[Any]):
         return self.item(index)
 
 
-class Bfloat16(nn.Linear):
-    """Takes and gives float32, and has parameters of another type."""
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return super().forward(inputs.bfloat16()).float()
-
-
 def raises(*args: Any) -> Any:
     raise OSError("no such thing")
 
@@ -122,23 +115,24 @@ OBJECTS: list[tuple[str, dict[str, Any], str, str]] = [
     ("model function", {"model": lambda: 3}, "model=", "torch.nn.Module"),
     ("model raises", {"model": raises}, "model='raises'", "without arguments"),
     ("model frozen", {"model": nn.Linear(4, 3).requires_grad_(False)}, "model='Linear'", "some to train"),
-    ("model in bfloat16", {"model": Bfloat16(4, 3).bfloat16()}, "model='Bfloat16'", "keep it in float32"),
     ("model nothing", {"model": nn.Identity()}, "model='Identity'", "some to train"),
     ("model double", {"model": nn.Linear(4, 3).double()}, "model='Linear'", "fit together"),
-    ("model meta", {"model": nn.Linear(4, 3, device="meta")}, "model='Linear'", "moved and copied"),
+    ("model meta", {"model": nn.Linear(4, 3, device="meta")}, "model='weight': this parameter", "load or initialize"),
     ("model tuple", {"model": nn.LSTM(4, 3)}, "train.loss=", "fit together"),
-    ("data number", {"train_data": 3}, "train_data='int'", "map-style"),
-    ("data text", {"train_data": "images"}, "data='str'", "numbers or tensors"),
+    ("data number", {"train_data": 3}, "train_data=3", "map-style"),
+    ("data text", {"train_data": "images"}, "train_data='images'", "map-style"),
     ("data without test", {"test_data": None}, "test_data=None", "give both"),
     ("data without train", {"train_data": None}, "train_data=None", "give both"),
-    ("data uneven", {"train_data": (X, Y[:3])}, "data=(64, 4)", "one target for each"),
+    ("data uneven", {"train_data": (X, Y[:3])}, "train_data=[64, 4] float32", "one target for each"),
     ("data empty", {"train_data": (X[:0], Y[:0])}, "train_data='tuple'", "one sample"),
-    ("data scalar", {"train_data": (X, torch.tensor(3))}, "train_data='tuple'", "map-style"),
+    ("data scalar", {"train_data": (X, torch.tensor(3))}, "train_data=[] int64", "tensors [N, ...]"),
     ("data raises", {"train_data": Items(raises)}, "train_data='Items'", "correct the dataset"),
-    ("data alone", {"train_data": Items(lambda i: X[i])}, "data='Tensor'", "(input, ..., target)"),
-    ("data texts", {"train_data": Items(lambda i: (X[i], "cat"))}, "data='list'", "numbers or tensors"),
-    ("data dict", {"train_data": Items(lambda i: {"x": X[i]})}, "data=['x']", "'labels'"),
-    ("data ragged", {"train_data": Items(lambda i: (X[i][: 1 + i], 1))}, "train_data='Items'", "correct the dataset"),
+    ("data alone", {"train_data": Items(lambda i: X[i])}, "data item=[4] float32", "MapSource(dataset, collate=...)"),
+    ("data texts", {"train_data": Items(lambda i: (X[i], "cat"))},
+     "train.loss='cross_entropy'", "make model, data, loss"),
+    ("data dict", {"train_data": Items(lambda i: {"x": X[i]})}, "data={x: [2, 4] float32}", "'labels'"),
+    ("data ragged", {"train_data": Items(lambda i: (X[i][: 1 + i], 1))},
+     "data item[0]=[2] float32", "make the items alike"),
     ("labels late", {"train_data": (X, torch.cat([Y[1:], Y[:1] + 7]))}, "model=", "number of classes"),
     ("labels of the test", {"test_data": (X, Y + 1)}, "model=", "number of classes"),
     ("labels float", {"train_data": (X, Y.float())}, "train.loss=", "fit together"),

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Any, cast
 import pytest
 import torch
 from horovod.common.exceptions import HorovodInternalError
+from horovod.runner.common.util.hosts import SlotInfo
+from horovod.runner.http.http_server import RendezvousServer
 from ranks.comm_cases import LAYOUTS, TAUS, cases
 
 from hvd_hetero.cluster import Cluster, DeviceClass, RankFacts
@@ -22,7 +26,7 @@ from hvd_hetero.comm.build import check_gpu_sums, check_mixed_hosts
 from hvd_hetero.comm.gradients import GradientSum, OnHost, Summable
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.comm.paths import paths_of
-from hvd_hetero.comm.rendezvous import JobEnv, exchange, job_env
+from hvd_hetero.comm.rendezvous import SCOPE, JobEnv, exchange, forget_addresses, job_env
 from hvd_hetero.comm.waiting import PeerLost, guarded
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.schema import AggregationConfig
@@ -232,3 +236,34 @@ def test_place_in_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
                         "GLOO_RENDEZVOUS_ADDR": "10.0.0.1", "GLOO_RENDEZVOUS_PORT": "99"}.items():
         monkeypatch.setenv(f"HOROVOD_{name}", value)
     assert job_env() == JobEnv(3, 4, 1, "two", "http://10.0.0.1:99/hvd_hetero")
+
+
+def test_addresses_of_one_init_are_gone_before_the_next() -> None:
+    """Horovod's own server, told in the order in which it loses count: one rank is through before another is done."""
+    server = RendezvousServer()
+    port = server.start()
+    server.init([SlotInfo("localhost", rank, rank, 0, 2, 2, 1) for rank in range(2)])
+    url = f"http://localhost:{port}"
+    try:
+        for number in range(3):
+            for scope, rank in [("global", 0), ("global", 1), ("local_localhost", 0), ("local_localhost", 1),
+                                ("cross_0", 0), ("cross_1", 0)]:  # fmt: skip
+                request(f"{url}/{scope}/{rank}", "PUT", b"address %d" % number)
+            for scope, rank in [("global", 0), ("global", 1), ("local_localhost", 0), ("cross_0", 0),
+                                ("local_localhost", 1), ("cross_1", 0)]:  # fmt: skip
+                request(f"{url}/{scope}/{rank}", "DELETE")
+            assert request(f"{url}/local_localhost/0", "GET") == 200, "else there is nothing to be mended"
+            forget_addresses(JobEnv(size=2, store=f"{url}/{SCOPE}"), ["localhost"], [0, 1])
+            for scope in ("global", "local_localhost", "cross_0", "cross_1"):
+                assert request(f"{url}/{scope}/0", "GET") == 404, scope
+    finally:
+        server.stop()
+    forget_addresses(JobEnv(size=2, store=f"{url}/{SCOPE}"), ["localhost"], [0])  # nobody answers, and nobody minds
+
+
+def request(url: str, method: str, data: bytes | None = None) -> int:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data=data, method=method), timeout=5) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code

@@ -51,7 +51,8 @@ DECIDES = {
         train.matmul_precision train.channels_last sampling.scheme sampling.high_loss_ratio sampling.bias_to
         aggregation.weights aggregation.mode aggregation.sync_every aggregation.max_lag aggregation.patience_sec
         aggregation.optimizer_state aggregation.outer_lr aggregation.outer_momentum aggregation.outer_nesterov
-        aggregation.delayed algorithm.name algorithm.mode algorithm.participants algorithm.global_batch algorithm.least
+        aggregation.delayed aggregation.state algorithm.name algorithm.mode algorithm.participants
+        algorithm.global_batch algorithm.least
         algorithm.partition_bytes""",
     LENGTH: "train.passes train.max_fast_steps train.max_samples train.max_train_sec aggregation.nan",
     FIGURES: """
@@ -63,7 +64,7 @@ DECIDES = {
     COURSE: """
         run.trace_rounds run.watchdog_sec cluster.start_timeout_sec cluster.gloo_timeout_sec checkpoint.every_sec
         checkpoint.every_rounds checkpoint.keep""",
-    NOTHING: "run.dir run.overwrite run.resume run.name data.root",
+    NOTHING: "run.dir run.overwrite run.resume run.name launch.environment data.root",
 }
 """A new key has to be thought of here: who resumes with another value of it gets another model, or not."""
 

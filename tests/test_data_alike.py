@@ -70,6 +70,7 @@ class Custom:
 
 
 ONE = 1 << 60
+ITEMS = list(zip(X, Y.tolist(), strict=True))
 CHANGED = Y.clone()
 CHANGED[100] = 6 - CHANGED[100]
 FLIPPED = X.flip(0)
@@ -86,12 +87,15 @@ UNSEEDED = np.random.default_rng()
     ((X, {"a": Y, "b": Y}), (X, {"a": Y, "b": CHANGED}), "targets"),
     (({"a": X, "b": Y}, Y), ({"b": Y, "a": X}, Y), "inputs of sample 0"),
     (TensorDataset(X, Y), TensorDataset(X, CHANGED), "targets"),
-    (Subset(TensorDataset(X, Y), range(100)), Subset(TensorDataset(X, Y), range(1, 101)), "targets"),
+    (Subset(TensorDataset(X, Y), range(100)), Subset(TensorDataset(X, Y), range(1, 101)), "indices"),
     (ConcatDataset([TensorDataset(X, Y), TensorDataset(X, Y)]), ConcatDataset([TensorDataset(X, Y)] * 2), None),
     (ConcatDataset([TensorDataset(X, Y)] * 2), ConcatDataset([TensorDataset(X, CHANGED), TensorDataset(X, Y)]),
-     "targets"),
+     "dataset1.targets"),
+    (ITEMS, [*ITEMS[:100], (X[100], 3), *ITEMS[101:]], "targets"),
+    (Rows(lambda i: (X[i], 0), y=Y), Rows(lambda i: (X[i], 0), y=CHANGED), "y: rank 2"),
+    (Rows(len, dataset=Rows(len, y=Y)), Rows(len, dataset=Rows(len, y=CHANGED)), "dataset.y: rank 2"),
     (Rows(lambda i: (X[i], 0), targets=Y), Rows(lambda i: (X[i], 0), targets=CHANGED), "targets"),
-    (Rows(lambda i: (X[i], 0), labels=Y.tolist()), Rows(lambda i: (X[i], 0), labels=CHANGED.tolist()), "targets"),
+    (Rows(lambda i: (X[i], 0), labels=Y.tolist()), Rows(lambda i: (X[i], 0), labels=CHANGED.tolist()), "labels"),
     (Rows(lambda i: (X[i], i % 7)), Rows(lambda i: (X[i], (i + 1) % 7)), "target of sample 0"),
     (Rows(lambda i: (X[i], i % 7)), Rows(lambda i: (X[-1 - i], i % 7)), "inputs of sample 0"),
     (Rows(lambda i: (i, 0.5)), Rows(lambda i: (i, 0.6)), "target of sample 0"),

@@ -350,6 +350,12 @@ def test_a_batch_that_is_not_what_was_asked_for(source: Any, problem: str) -> No
     assert str(caught.value).startswith("training data=") and problem in str(caught.value)
 
 
+def test_a_collate_that_fails_is_named_with_the_samples() -> None:
+    said = r"data collate=drop_none: makes no batch of \[None, None\]: IndexError: .*, in the batch of the samples \[3"
+    with pytest.raises(ConfigError, match=said):
+        next(read(MapSource([None] * 10, collate=drop_none), ROWS, generator()))
+
+
 def test_it_is_seen_at_that_very_batch() -> None:
     """What was read before is good, with worker processes that have read ahead too."""
     items = [None if i == 7 else (torch.ones(1) * i, i) for i in range(10)]

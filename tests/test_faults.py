@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
-from hvd_hetero.horovodrun import lines_of, meaning_of
+from hvd_hetero.errors import EXIT_BAD_INPUT
+from hvd_hetero.horovodrun import meaning_of
+from hvd_hetero.imports import in_a_line
 
 RANKS = Path(__file__).parent / "ranks"
 
@@ -35,7 +38,9 @@ def test_a_fault_on_one_rank_ends_the_job(hvd_hetero: Callable[..., Any], tmp_pa
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("hvd-hetero: error: ")]
     assert "hvd-hetero: error: rank 1 on localhost failed: RuntimeError: the disk of rank 1 is on fire" in errors
-    assert errors[-1] == "hvd-hetero: error: the job failed: rank 1 on localhost ended first, with status 1"
+    assert errors[-1] == ("hvd-hetero: error: the job failed: rank 1 on localhost ended first, with status 1; it said: "
+                          "RuntimeError: the disk of rank 1 is on fire")
+    assert done.stderr.count("Traceback (most recent call last)") == 1 and "rank 1: Traceback" in done.stderr
     assert (folder / "metrics.jsonl").read_text(), "it was in mid-run"
     assert not (folder / "summary.json").exists()
     assert processes_with(str(tmp_path)) == []
@@ -62,22 +67,43 @@ def data():
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("command", "tau"), [
-    ("launch", "{fast: 16, slow: 4}"), ("launch", "16"), ("profile", "16")
+@pytest.mark.parametrize(("words", "tau"), [
+    (["launch", "--max-restarts", "3"], "{fast: 16, slow: 4}"),
+    pytest.param(["launch"], "16", marks=pytest.mark.slow), pytest.param(["profile"], "16", marks=pytest.mark.slow),
 ], ids=["training", "profiling", "profile"])
 def test_bad_input_that_one_rank_meets_in_mid_run_ends_all(
-    hvd_hetero: Callable[..., Any], tmp_path: Path, command: str, tau: str
+    hvd_hetero: Callable[..., Any], tmp_path: Path, words: list[str], tau: str
 ) -> None:
-    """A file that only one rank reads: the others wait in another collective, so nobody may wait for them."""
+    """A file that only one rank reads: the others wait in another collective, so nobody may wait for them.
+
+    It would be met again, so that the job is not started again.
+    """
     (tmp_path / "broken.py").write_text(BROKEN)
     settings = ["data.target=broken:data", "model.args={in_features: 8}", f"train.tau={tau}", "profile.seconds=0.2"]
-    done = hvd_hetero([command, f"run.dir={tmp_path / 'run'}", *settings], cwd=tmp_path, timeout=60)
-    assert done.returncode == 2
+    done = hvd_hetero([*words, f"run.dir={tmp_path / 'run'}", *settings], cwd=tmp_path, timeout=120)
+    assert done.returncode == EXIT_BAD_INPUT, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("hvd-hetero: error: rank 1 on localhost: ")]
     assert len(errors) == 1 and "is corrupt, in the batch of the samples [" in errors[0]
     assert "replace it" in errors[0]
+    assert "Traceback" not in done.stderr and "restart" not in done.stderr
     assert processes_with(str(tmp_path)) == []
+
+
+class Raises(Dataset):  # type: ignore[type-arg]
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> None:
+        raise KeyError(f"image {index}\nis not there")
+
+
+def test_what_a_data_worker_raises_is_told_in_a_line() -> None:
+    """The loader makes a text of several lines of it, whose last one is the cause."""
+    for workers in (0, 1):
+        with pytest.raises(KeyError) as caught:
+            next(iter(DataLoader(Raises(), num_workers=workers)))
+        assert in_a_line(caught.value) == "KeyError: 'image 0\\nis not there'"
+    assert in_a_line(RuntimeError("one\n  two")) == "RuntimeError: one two"
 
 
 @pytest.mark.parametrize(("code", "text"), [
@@ -86,12 +112,3 @@ def test_bad_input_that_one_rank_meets_in_mid_run_ends_all(
 ])
 def test_how_a_rank_ended(code: int, text: str) -> None:
     assert meaning_of(code) == text
-
-
-def test_lines_are_passed_on_as_they_come() -> None:
-    """Also those of a progress bar, which end with a carriage return, and a last one that does not end."""
-    reader, writer = os.pipe()
-    os.write(writer, "one\ntw\u00f6\rthree\r\nend".encode())
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        assert "".join(lines_of(pipe)) == "one\ntw\u00f6\rthree\r\nend"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -14,9 +15,11 @@ import pytest
 
 pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
 
+from torch import nn  # noqa: E402
+
 from hvd_hetero.config import load  # noqa: E402
 from hvd_hetero.errors import ConfigError  # noqa: E402
-from hvd_hetero.fingerprint import PACKAGE, check_same, digest_of, fingerprint  # noqa: E402
+from hvd_hetero.fingerprint import PACKAGE, check_same, digest_of, fingerprint, shapes  # noqa: E402
 
 UNLIKE = Path(__file__).parent / "ranks" / "unlike.py"
 PREFIX = "hvd-hetero: error: "
@@ -41,11 +44,13 @@ def said_once(done: subprocess.CompletedProcess[str]) -> str:
         "train.lr=0.3: so it is for rank 1 on localhost, for rank 0 on localhost it is 0.02", "same",
         marks=pytest.mark.slow,
     ),
+    ("run.name=x", ["model.target=own_parts:of_any_width"], "tensors of the model's 1=", "make the same model"),
 ])
 def test_ranks_that_are_not_alike(
     horovodrun: Callable[..., Any], tmp_path: Path, unlike: str, words: list[str], begins: str, remedy: str
 ) -> None:
-    done = horovodrun(2, [sys.executable, UNLIKE, unlike, tmp_path, "train", *words, f"run.dir={tmp_path / 'run'}"])
+    done = horovodrun(2, [sys.executable, UNLIKE, unlike, tmp_path, "train", *words, f"run.dir={tmp_path / 'run'}"],
+                      env={"PYTHONPATH": os.pathsep.join([str(UNLIKE.parent), os.environ.get("PYTHONPATH", "")])})
     message = said_once(done)
     assert message.startswith(begins) and "for rank 1 on localhost" in message and remedy in message
     assert not (tmp_path / "run").exists()
@@ -70,12 +75,23 @@ def test_no_clock_is_compared_with_that_of_another_host() -> None:
 
 
 def test_what_is_compared() -> None:
-    found = fingerprint(load((), {"train.loss": "json:dumps"}))
+    found = fingerprint(load((), {"train.loss": "json:dumps"}), nn.Sequential(nn.Linear(2, 1)))
+    assert found["tensors of the model's 0"].startswith("2 (")
     for what in ("version of hvd-hetero", "source of hvd-hetero", "version of Python", "version of torch",
                  "version of Horovod", "source of train.loss=json:dumps", "train.lr", "cluster.classes", "run.seed"):
         assert found[what]
     assert found["checkpoint.every_rounds"] == "null", "ranks meet by it"
     assert "run.dir" not in found and "data.root" not in found, "hosts may have things where they like"
+
+
+def test_models_are_compared_by_their_parts() -> None:
+    def made(width: int, freeze: bool = False) -> dict[str, str]:
+        return shapes(nn.ModuleDict({"body": nn.Linear(2, 4), "head": nn.Linear(4, width).requires_grad_(not freeze)}))
+
+    assert made(3) == made(3) and made(3).keys() == {"tensors of the model's body", "tensors of the model's head"}
+    for other in (made(2), made(3, freeze=True)):
+        with pytest.raises(ConfigError, match="head=.*for rank 1 on b.*make the same model"):
+            check_same([made(3), other], ["a", "b"])
 
 
 def test_the_first_difference_is_told_with_rank_host_and_both_values() -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
 from hvd_hetero.checkpoint import save_model
-from hvd_hetero.comm.flat import FlatState
+from hvd_hetero.comm.flat import FlatState, check_state
+from hvd_hetero.comm.other_state import default_policy
+from hvd_hetero.comm.slots import overlapping, slots_of
+from hvd_hetero.errors import ConfigError, UserError
 
 
 class Mixed(nn.Module):
@@ -23,7 +29,7 @@ class Mixed(nn.Module):
         self.shared.weight = self.first.weight
         self.wide = nn.Parameter(torch.randn(3, dtype=torch.float64))
         self.frozen = nn.Parameter(torch.randn(5), requires_grad=False)
-        self.register_buffer("offset", torch.randn(2, dtype=torch.float64))
+        self.register_buffer("running_offset", torch.randn(2, dtype=torch.float64))
         self.register_buffer("seen", torch.tensor([[3, 4]], dtype=torch.int32))
         self.register_buffer("flag", torch.tensor([True, False]))
 
@@ -66,7 +72,8 @@ def test_one_vector_a_dtype_with_parameters_first() -> None:
     first, last = single[: count[torch.float32]], single[count[torch.float32] :]
     assert all(inside(p, first) for p in singles(model))
     assert inside(model.norm.running_mean, last) and inside(model.norm.running_var, last)
-    assert inside(model.wide, double[: count[torch.float64]]) and inside(model.offset, double[count[torch.float64] :])
+    assert inside(model.wide, double[: count[torch.float64]])
+    assert inside(model.running_offset, double[count[torch.float64] :])
     held = [*singles(model), model.norm.running_mean, model.norm.running_var]
     assert int((single != 0).sum()) == sum(int((p != 0).sum()) for p in held), "a shared weight is there once"
     assert not inside(model.frozen, single), "frozen parameters are not averaged"
@@ -80,7 +87,8 @@ def test_every_tensor_and_gradient_begins_where_a_cache_line_does() -> None:
     for vector in (single, double, *gradients):
         assert vector.data_ptr() % 64 == 0
     params = [p for p in model.parameters() if p.requires_grad]
-    tensors = [*params, *(p.grad for p in params), model.norm.running_mean, model.norm.running_var, model.offset]
+    statistics = [model.norm.running_mean, model.norm.running_var, model.running_offset]
+    tensors = [*params, *(p.grad for p in params), *statistics]
     assert len({t.data_ptr() for t in tensors}) == len(tensors)
     assert all(t.data_ptr() % 64 == 0 for t in tensors)
 
@@ -118,7 +126,7 @@ def test_training_goes_on_in_the_vector(optimizer: str) -> None:
     assert torch.equal(single[single != 0], torch.cat([p.detach()[p != 0] for p in parts])), "and zeros in between"
     model.load_state_dict(Mixed().state_dict())
     assert inside(model.first.weight, single)
-    assert torch.equal(double[double != 0], torch.cat([Mixed().wide.detach(), Mixed().offset]))
+    assert torch.equal(double[double != 0], torch.cat([Mixed().wide.detach(), Mixed().running_offset]))
 
 
 def test_what_no_vector_holds_stays_where_it_is() -> None:
@@ -153,3 +161,92 @@ def test_a_saved_model_is_plain_tensors(tmp_path: object) -> None:
         assert torch.equal(loaded[name], tensor), name
         assert loaded[name].untyped_storage().nbytes() == tensor.numel() * tensor.element_size(), name
     assert [file.name for file in path.parent.iterdir()] == ["model.pt"], "nothing half-written is left"
+
+
+# ---- what modules do to their tensors -------------------------------------------------------------------------------
+
+
+def test_what_is_replaced_is_taken_over() -> None:
+    model = Mixed()
+    state, single, _ = flat(model)
+    state.others.remember()
+    assert not state.refresh()
+    kept = model.first.weight
+    model.norm.running_mean = torch.full((4,), 3.0)
+    model.first.weight.data = torch.full((4, 4), 5.0)
+    model.convolution.weight = nn.Parameter(torch.full_like(model.convolution.weight, 7.0))
+    model.frozen.data = torch.zeros(5)
+    assert state.refresh(), "a frozen parameter has changed for the first time"
+    assert model.first.weight is kept and model.shared.weight is kept
+    for tensor, value in ((model.norm.running_mean, 3), (kept, 5), (model.convolution.weight, 7)):
+        assert inside(tensor, single) and bool((tensor == value).all())
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (lambda m: setattr(m.norm, "running_mean", torch.zeros(5)), "buffer norm.running_mean was [4] float32 and is [5]"),
+    (lambda m: setattr(m.norm, "running_mean", torch.zeros(4).double()), "is [4] float64 now"),
+    (lambda m: setattr(m.norm, "running_mean", None), "buffer norm.running_mean was removed"),
+    (lambda m: setattr(m.shared, "weight", nn.Parameter(torch.zeros(4, 4))), "shared one tensor with first.weight"),
+])
+def test_what_cannot_be_taken_over_is_named(change: Callable[[Mixed], None], says: str) -> None:
+    model = Mixed()
+    state = FlatState(model)
+    change(model)
+    with pytest.raises(UserError, match=re.escape(says)):
+        state.refresh()
+
+
+def with_buffer(tensor: torch.Tensor) -> nn.Module:
+    model = nn.Linear(2, 2)
+    model.register_buffer("odd", tensor)
+    return model
+
+
+def overlapped() -> nn.Module:
+    model = nn.Linear(4, 4)
+    model.register_parameter("row", nn.Parameter(model.weight.data[0]))
+    return model
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyLinear(2))
+
+
+@pytest.mark.parametrize(("make", "policies", "names"), [
+    (lambda: with_buffer(torch.eye(3).to_sparse()), {}, ("odd", "sparse")),
+    (lambda: with_buffer(torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)), {}, ("odd", "quantized")),
+    (lambda: with_buffer(torch.ones(2, device="meta")), {}, ("odd", "meta")),
+    (lazy, {}, ("0.weight", "not initialized")),
+    (overlapped, {}, ("row", "shares a part of its memory with weight")),
+    (lambda: nn.Linear(2, 2).to(torch.float8_e4m3fn), {}, ("weight", "float8_e4m3fn")),
+    (lambda: with_buffer(torch.arange(3)), {"odd": "average"}, ("aggregation.state.odd", "int64", "no average")),
+    (lambda: with_buffer(torch.tensor([True])), {"o*": "sum"}, ("aggregation.state.o*", "bool", "no sum")),
+    (lambda: with_buffer(torch.ones(1, dtype=torch.complex64)), {"odd": "max"}, ("complex64", "no max")),
+    (lambda: with_buffer(torch.ones(1)), {"old": "root"}, ("aggregation.state.old", "fits no tensor", "odd")),
+    (lambda: with_buffer(torch.ones(1)), {"weight": "local"}, ("aggregation.state.weight", "trained")),
+])
+def test_what_cannot_be_kept_equal_is_refused(
+    make: Callable[[], nn.Module], policies: dict[str, str], names: tuple[str, ...]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_state(make(), policies)
+    assert all(name in str(caught.value) for name in names), str(caught.value)
+
+
+def test_what_becomes_of_which_tensor() -> None:
+    """Running statistics and frozen parameters are averaged; nothing is known of anything else."""
+    model = Mixed()
+    model.register_buffer("running_max", torch.zeros(2))
+    others = [slot for slot in slots_of(model) if not slot.is_parameter or slot.name == "frozen"]
+    assert {slot.name: default_policy(slot) for slot in others} == {
+        "running_offset": "average", "seen": "root", "flag": "root", "running_max": "average", "frozen": "average",
+        "norm.running_mean": "average", "norm.running_var": "average", "norm.num_batches_tracked": "max",
+    }  # fmt: skip
+
+
+def test_which_tensors_overlap() -> None:
+    whole = torch.randn(6, 8)
+    assert not overlapping([("left", whole[:, :4]), ("right", whole[:, 4:])]), "columns lie between each other"
+    assert not overlapping([("one", whole), ("same", whole)]), "one view"
+    assert overlapping([("left", whole[:, :4]), ("turned", whole.t())]) == [("left", "turned")]
+    assert not overlapping([("empty", whole[:0]), ("other", torch.empty(0))])

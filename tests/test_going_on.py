@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
-import threading
 import time
 from collections import Counter, OrderedDict, defaultdict, deque
 from pathlib import Path
@@ -20,12 +18,13 @@ pytest.importorskip("horovod")
 import numpy as np  # noqa: E402
 from store_helpers import NEW, OLD, save_round, some_state  # noqa: E402
 
+from hvd_hetero.checkpoint import save_model  # noqa: E402
 from hvd_hetero.cluster import RankFacts, assign  # noqa: E402
 from hvd_hetero.comm.rendezvous import JobEnv  # noqa: E402
 from hvd_hetero.comm.rounds import Counts  # noqa: E402
 from hvd_hetero.config import device_classes, load  # noqa: E402
 from hvd_hetero.errors import EXIT_LOST  # noqa: E402
-from hvd_hetero.horovodrun import End, Horovodrun  # noqa: E402
+from hvd_hetero.horovodrun import End  # noqa: E402
 from hvd_hetero.metrics import METRICS, RunFolder  # noqa: E402
 from hvd_hetero.output import say_resumed  # noqa: E402
 from hvd_hetero.partial_counts import KINDS  # noqa: E402
@@ -210,33 +209,6 @@ def test_a_stop_file_that_cannot_be_looked_at_is_none(tmp_path: Path, monkeypatc
         assert not stop()
 
 
-def test_ranks_are_heard_to_the_end_though_nobody_reads_on() -> None:
-    """As of ``launch | head``: a pipe that nobody empties would stop the ranks at its 64 KiB."""
-
-    class Closed(io.StringIO):
-        def write(self, text: str) -> int:
-            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
-
-    near, far = os.pipe()
-    job = Horovodrun.__new__(Horovodrun)
-    job._own, job._errors, job._last = [], {}, {}
-
-    def ranks() -> None:
-        with os.fdopen(far, "wb") as out:
-            for number in range(20000):
-                out.write(f"[1]<stdout>:line {number}\n".encode())
-            out.write(b"horovodrun's own\n")
-
-    both = (threading.Thread(target=job._forward, args=(os.fdopen(near, "rb"), Closed()), daemon=True),
-            threading.Thread(target=ranks, daemon=True))  # fmt: skip
-    for thread in both:
-        thread.start()
-    for thread in both:
-        thread.join(timeout=20)
-        assert not thread.is_alive()
-    assert job._last[1] == "line 19999" and job._own == ["horovodrun's own"]
-
-
 def test_what_was_counted_in_a_pass_is_saved_with_it() -> None:
     cluster = assign(device_classes({"fast": {"ranks": [0]}, "slow": {"ranks": [1]}}),
                      [RankFacts(rank, "here", rank, (), "cpu", (0, 1)) for rank in range(2)])  # fmt: skip
@@ -248,3 +220,19 @@ def test_what_was_counted_in_a_pass_is_saved_with_it() -> None:
     assert left_out == 3 and counts is not None
     assert counts.tolist()[: len(KINDS) + 3] == [4, 1, 0, 0, 4, 0, 1]
     assert again.count(0, None) == (3, None), "a method without partial collectives"
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSPC])
+def test_a_model_that_cannot_be_synced_is_saved_and_one_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(file: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if number == errno.EINVAL:
+        assert torch.load(save_model(tmp_path, torch.nn.Linear(1, 1)), weights_only=True)
+        return
+    with pytest.raises(OSError, match="No space"):
+        save_model(tmp_path, torch.nn.Linear(1, 1))
+    assert not list(tmp_path.iterdir())

@@ -112,7 +112,7 @@ BROADCAST: list[tuple[str, Callable[[Any, Tensor], Tensor], Shape, Shape]] = [
     ("binary", lambda o, y: -(y * F.logsigmoid(o) + (1 - y) * F.logsigmoid(-o)).mean(1), (2, 1), (2,)),
     ("chosen", lambda o, y: torch.where(y > 0.5, o, 1 - o).sum(1), (2, 1), (2,)),
     ("weights of samples", weighted, (2, 1), (2,)),
-    ("among others", lambda o, y: ((o["mean"][0] - y) ** 2).mean(1), (2, 1), (2,)),
+    ("among others", lambda o, y: ((o["mean"][0] - y["y"]) ** 2).mean(1), (2, 1), (2,)),
 ]
 
 
@@ -121,7 +121,9 @@ BROADCAST: list[tuple[str, Callable[[Any, Tensor], Tensor], Shape, Shape]] = [
 @pytest.mark.filterwarnings("ignore:Using a target size")
 def test_what_pairs_all_samples_unnoticed_is_refused(own: Any, outputs: Shape, targets: Shape) -> None:
     first, second = numbers(outputs, targets)
-    given: Any = {"mean": (first,), "name": "head", "none": None} if own is BROADCAST[-1][1] else first
+    given: Any = first
+    if own is BROADCAST[-1][1]:
+        given, second = {"mean": (first,), "name": "head", "none": None}, {"y": second, "names": ["a", "b"]}  # type: ignore
     for call in (lambda: tried(own, given, second), lambda: try_metric("metric", "own", own, batched(given, second))):
         with pytest.raises(ConfigError) as caught:
             call()

@@ -257,6 +257,12 @@ def test_numbers_and_lists_become_tensors_of_the_outputs_kind() -> None:
             torch.testing.assert_close(losses.mean(), expected)
 
 
+def test_a_number_stays_one_where_a_function_takes_numbers_too() -> None:
+    outputs, targets = torch.randn(3, 2), torch.randn(3, 2)
+    losses, _ = per_sample("", "", per_sample_loss("gaussian_nll_loss", {"var": 0.5})(outputs, targets), {3})
+    torch.testing.assert_close(losses.mean(), F.gaussian_nll_loss(outputs, targets, 0.5))
+
+
 def test_a_function_of_the_users_own_gets_tensors_where_it_declares_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def own(outputs: Any, targets: Tensor, scale: Tensor, names: Any = None) -> Tensor:
         assert isinstance(scale, Tensor) and scale.dtype == torch.float64 and names == [1, 2]

@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def said(horovodrun: Callable[..., Any], folder: Path) -> str:
-    done = horovodrun(2, [sys.executable, SCRIPT, folder], cwd=folder)
+    done = horovodrun(2, [sys.executable, SCRIPT, folder], cwd=folder, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return str(done.stdout + done.stderr)
 

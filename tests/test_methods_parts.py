@@ -61,9 +61,10 @@ def test_dlb_weights_gradients_by_batch() -> None:
     assert made.plan.pass_samples() == {"fast": sum(batches(made)[:2]) * 76, "slow": sum(batches(made)[2:]) * 76}
 
 
-@pytest.mark.parametrize("least", [1, 2])
-def test_dlb_gives_everybody_a_sample_or_as_many_as_are_wanted(least: int) -> None:
-    made = dlb(global_batch=20, least=least)
+@pytest.mark.parametrize(("wanted", "needed", "least"), [(1, 1, 1), (2, 1, 2), (1, 2, 2), (3, 2, 3)])
+def test_dlb_gives_everybody_as_many_samples_as_are_wanted_or_needed(wanted: int, needed: int, least: int) -> None:
+    made = dlb(global_batch=20, least=wanted)
+    made.least_batch = needed
     for _ in range(3):
         made.replan([1e-3, 1e-3, 1.0, 1.0, 1.0])
     assert sum(batches(made)) == 20 and min(batches(made)) == least

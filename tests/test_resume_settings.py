@@ -13,14 +13,17 @@ import pytest
 
 pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
 
-from store_helpers import NEW, OLD, save_round  # noqa: E402
+import torch  # noqa: E402
+from store_helpers import NEW, OLD, around, save_round  # noqa: E402
 
 from hvd_hetero import algorithms  # noqa: E402
 from hvd_hetero.cluster import RankFacts, assign  # noqa: E402
 from hvd_hetero.config import device_classes, load  # noqa: E402
+from hvd_hetero.data.alike import facts_of  # noqa: E402
+from hvd_hetero.data.source import TensorSource  # noqa: E402
 from hvd_hetero.errors import ConfigError, UserError  # noqa: E402
 from hvd_hetero.fingerprint import made_with  # noqa: E402
-from hvd_hetero.resume import Found, check_places, check_samples, find, places  # noqa: E402
+from hvd_hetero.resume import Found, check_data, check_places, find, places  # noqa: E402
 from hvd_hetero.schema import RESHAPE, Config  # noqa: E402
 from hvd_hetero.store import Store  # noqa: E402
 
@@ -71,6 +74,18 @@ def test_what_does_decide_is_named_with_both_values(source: Path, key: str, valu
     assert found is not None and found.reshaped
 
 
+def test_the_launcher_finds_it_before_it_starts_anything(launched: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    save_round(Store(run), OLD, [{}, {}], made_with(load((), {}, algorithms.method)))
+    for setting, said in {
+        "train.lr=0.5": "train.lr=0.5: the checkpoint of round 10 was made with 0.02",
+        "cluster.classes.slow.ranks=[1, 2]": "was saved by 2 ranks, and this job has 3",
+    }.items():
+        status, _, error = launched(f"run.dir={run}", "run.resume=auto", setting)
+        assert status == 2 and said in error and len(error.splitlines()) == 1
+
+
 def test_another_method_is_named_as_such_and_the_rest_counted(source: Path) -> None:
     with pytest.raises(ConfigError, match=r"algorithm.name='sync_sgd': .*'biased_local_sgd' \(.*sampling.scheme.*too"):
         find(source, configured(run__resume="auto", algorithm__name="sync_sgd"), 2)
@@ -90,13 +105,6 @@ def test_a_key_that_a_checkpoint_does_not_know_had_its_built_in_value(tmp_path: 
     assert find(tmp_path, configured(run__resume="auto"), 2)
     with pytest.raises(ConfigError, match="train.clip_norm=1.0: .*made with None"):
         find(tmp_path, configured(run__resume="auto", train__clip_norm=1.0), 2)
-
-
-def test_what_did_not_keep_its_settings_is_taken_as_a_start_for_others_only(tmp_path: Path) -> None:
-    save_round(Store(tmp_path), OLD, [{}, {}], None)
-    with pytest.raises(UserError, match="earlier version of hvd-hetero.*run.resume=reshape"):
-        find(tmp_path, configured(run__resume="auto"), 2)
-    assert find(tmp_path, configured(run__resume="reshape"), 2)
 
 
 def test_what_is_damaged_is_passed_over_and_told(source: Path, tmp_path: Path) -> None:
@@ -129,11 +137,20 @@ def test_files_of_the_users_own_that_have_changed_are_said(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("resume", ["auto", "reshape"])
-def test_other_data_is_told_by_its_number(resume: str) -> None:
-    found = Found(3, {"rank0": {"sampler": {"losses": np.zeros(64)}}}, resume == RESHAPE)
-    check_samples(found, 64)
+def test_other_data_is_told_by_its_number_and_by_a_look_at_it(resume: str) -> None:
+    def made(count: int = 64, shift: float = 0.0) -> TensorSource:
+        return TensorSource(torch.arange(count * 2.0).reshape(count, 2) + shift, torch.arange(count))
+
+    saved = {"data": around(facts_of(made())), "sampler": {"losses": np.zeros(64)}}
+    found = Found(3, {"rank0": saved}, resume == RESHAPE)
+    check_data(found, made())
     with pytest.raises(ConfigError, match=f"run.resume='{resume}': .* 64 training samples, and these are 65"):
-        check_samples(found, 65)
+        check_data(found, made(65))
+    if found.reshaped:
+        check_data(found, made(shift=9.0))
+        return
+    with pytest.raises(ConfigError, match="training data have other inputs of sample 0 than .*run.resume=reshape"):
+        check_data(found, made(shift=9.0))
 
 
 def test_the_same_ranks_in_the_same_classes_wherever_their_hosts_are() -> None:

@@ -30,6 +30,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def begin(*words: Any, **variables: str) -> subprocess.Popen[str]:
         secrets = dict.fromkeys(("AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "HVD_HETERO_TOKEN"), SECRET)
+        secrets["HTTPS_PROXY"] = f"http://me:{SECRET}@proxy"
         started.append(subprocess.Popen(
             [sys.executable, *map(str, words)], env={**os.environ, **secrets, **variables}, umask=0, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path, start_new_session=True,
@@ -44,25 +45,30 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 def is_store(process: Any) -> bool:
     """horovodrun itself, which keeps the job's key-value store."""
-    return any(word.endswith("/horovodrun") for word in process.cmdline()[:2])
+    words = process.cmdline()
+    return any(word.endswith("/horovodrun") for word in words[:2]) or "hvd_hetero.comm.horovodrun" in words[:3]
 
 
 def test_strangers_at_the_store_and_secrets_in_the_environment(start: Start, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "mine"
-    job = start("-m", "hvd_hetero", "launch", f"run.dir={run}", *QUICK)
+    job = start("-m", "hvd_hetero", "launch", f"run.dir={run}", *QUICK, 'launch.environment=[WANDB_API_KEY, "*"]')
     with Strangers(job.pid, is_store) as strangers:
         assert job.stdout is not None
-        said, ports = "", None
+        said, ports, variables = "", None, list[dict[str, str]]()
         for line in job.stdout:
             said += line
             if line.startswith("class fast") and ports is None and ": ranks" in line:
                 ranks = [p for p in family(job.pid) if not is_store(p) and "train" in p.cmdline()]
                 ports = [address for p in ranks for address in listening(p)]
+                variables = [p.environ() for p in ranks if p.environ().get("HOROVOD_RANK")]
         status = job.wait(timeout=120)
     assert status == 0, said
     assert len(strangers.visits) == 1 and sum(strangers.visits.values()) > 50, strangers.visits
     assert ports == [], "once it runs, no rank can be connected to"
     assert "Traceback" not in said
+    assert len(variables) >= 2
+    assert all(each["WANDB_API_KEY"] == SECRET for each in variables), "it was asked for by name"
+    assert not [each for each in variables if list(each.values()).count(SECRET) > 1 or "HTTPS_PROXY" in each]
 
     seen = [line for line in strangers.lines if "hvd_hetero" in line]
     assert len(seen) >= 3, "the launcher, horovodrun, and ranks"

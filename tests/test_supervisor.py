@@ -95,7 +95,8 @@ def test_no_progress_between_two_failures_gives_up(hvd_hetero: Callable[..., Any
     said = [line for line in done.stderr.splitlines() if line.startswith("hvd-hetero: restart ")]
     assert said == ["hvd-hetero: restart 1 of 3 in 1 s, from the start: rank 1 on localhost failed: RuntimeError: "
                     "the disk of rank 1 is on fire"]
-    assert "hvd-hetero: gives up: it came to no newer checkpoint since it failed the last time" in done.stderr
+    assert ("hvd-hetero: gives up: it came to no newer checkpoint since it failed the last time, and failed in the "
+            "same way: rank 1 on localhost failed: RuntimeError: the disk of rank 1 is on fire") in done.stderr
 
 
 # ---- when not to start again ----------------------------------------------------------------------------------------
@@ -126,6 +127,14 @@ def test_two_failures_with_nothing_saved_between_them_are_enough() -> None:
         assert restarts.why_not(End(EXIT_LOST), newest) is None
         assert restarts.why_not(End(EXIT_LOST), newest) is not None
     assert restarts.why_not(End(EXIT_LOST), 8) is None, "it has come further"
+
+
+def test_the_same_failure_twice_is_told_as_such() -> None:
+    for causes, same in ((("a", "a"), True), (("a", "b"), False)):
+        restarts = Restarts(1)
+        assert restarts.why_not(End(EXIT_FAULT, cause=causes[0]), 7) is None
+        reason = restarts.why_not(End(EXIT_FAULT, cause=causes[1]), 7)
+        assert reason is not None and ("and failed in the same way: a" in reason) == same
 
 
 @pytest.mark.parametrize(("most", "least"), [(-1, None), (3, 0), (3, 5), (0, 2)])

@@ -53,6 +53,14 @@ def test_a_shrunk_batch_fits_into_a_round_and_weighs_as_much_as_its_samples() ->
     assert [c.weight for c in plan.classes] == pytest.approx([s / (2 * 1024 + 256 + 20) for s in samples])
 
 
+def test_no_batch_becomes_smaller_than_the_model_can_be_trained_on() -> None:
+    """Others wait for it then. A batch that was smaller from the start stays as it is."""
+    step_sec, batch = {"fast": 0.01, "slow": 0.5}, {"fast": 16, "slow": 2}
+    assert shrink_batches(25, step_sec, batch) == {"fast": 16, "slow": 1}
+    assert shrink_batches(25, step_sec, batch, least_batch=2) == batch
+    assert shrink_batches(25, step_sec, {"fast": 16, "slow": 8}, least_batch=2) == {"fast": 16, "slow": 4}
+
+
 def test_not_even_one_sample_fits() -> None:
     with pytest.raises(ConfigError, match=r"cluster\.too_slow.*not even a batch of one"):
         shrink_batches(32, {"fast": 0.01, "slow": 20.0}, {"fast": 32, "slow": 32})

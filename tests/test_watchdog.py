@@ -34,11 +34,11 @@ def test_a_rank_that_hangs_in_the_users_code_is_named_with_its_stack(
     hvd_hetero: Callable[..., Any], tmp_path: Path
 ) -> None:
     done = hvd_hetero(["launch", *ENDLESS, f"run.dir={tmp_path / 'run'}", "run.watchdog_sec=5",
-                       "model.target=hangs:sleeper", "model.args={at: 300}"], cwd=RANKS)
+                       "model.target=hangs:writer", "model.args={at: 300}"], cwd=RANKS)
     assert done.returncode == EXIT_STUCK, done.stdout + done.stderr
     assert "hvd-hetero: error: rank 1 on localhost has made no progress for 5 s in local step\n" in done.stderr
-    assert "time.sleep(3600)" in done.stderr and "in forward" in done.stderr, "its stack"
-    assert "hvd-hetero: error: the job failed: rank 1 on localhost ended first, with status 5\n" in done.stderr
+    assert "os.write(pipe, bytes(4096))" in done.stderr and "in forward" in done.stderr, "its stack"
+    assert "hvd-hetero: error: the job failed: rank 1 on localhost ended first, with status 5; it said: " in done.stderr
     assert processes_with(str(tmp_path)) == []
 
 

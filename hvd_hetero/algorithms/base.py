@@ -42,7 +42,7 @@ class Algorithm:
         modes: what ``algorithm.mode`` may be, where the method has variants.
         hands_out: whether ranks get the samples of a pass bit by bit, so that no class has a part of its own.
         flat_gradients: whether gradients are views into flat vectors, and sparse ones are added up in there.
-        sparse_gradients: whether it does with gradients that stay sparse.
+        sends_at_once: whether each gradient is sent as soon as the backward pass has made it, dense and in one piece.
         batch_varies: whether a rank's batch may become smaller than it is set to be.
         plan: the one followed now, and ``mine``, this rank's part of it; both from :meth:`start` on.
         reason: why :meth:`replan` last changed it, for a person to read.
@@ -53,7 +53,7 @@ class Algorithm:
     modes: ClassVar[Sequence[str]] = ()
     hands_out: ClassVar[bool] = False
     flat_gradients: ClassVar[bool] = False
-    sparse_gradients: ClassVar[bool] = True
+    sends_at_once: ClassVar[bool] = False
     batch_varies: ClassVar[bool] = False
     reason: str = ""
 

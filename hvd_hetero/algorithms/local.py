@@ -20,7 +20,6 @@ from hvd_hetero.config import per_class
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.feed import Pass, Worked
-from hvd_hetero.modes import evaluation_weights
 from hvd_hetero.pacing import Pacing
 from hvd_hetero.plan import Plan, check_least_round, make_plan
 from hvd_hetero.taus import ERROR, LEAVE_OUT, SHRINK, WAIT_AVOIDING, derive_tau, shrink_batches, too_slow_classes
@@ -188,14 +187,14 @@ class LocalSGD(Algorithm):
 
     def _average(self, worker: Worker, comm: Comm) -> None:
         """Averages the models that are here now, and takes the outer step."""
-        with evaluation_weights(worker.optimizer):
-            good, kept = average(comm, worker.state, self.mine.weight), self.aggregation.optimizer_state
-            if kept == "average":
-                self.optimizer_average.average(worker.optimizer, self.mine.weight, good)
-            worker.watch.collective()
-            if kept == "reset" or (kept == "local" and not good):
-                worker.optimizer.state.clear()
-            self.outer.step()
+        worker.rest()
+        good, kept = average(comm, worker.state, self.mine.weight), self.aggregation.optimizer_state
+        if kept == "average":
+            self.optimizer_average.average(worker.optimizer, self.mine.weight, good)
+        worker.watch.collective()
+        if kept == "reset" or (kept == "local" and not good):
+            worker.optimizer.state.clear()
+        self.outer.step()
 
     def state_dict(self) -> dict[str, Any]:
         merged = {} if self.merging is None else {"round": self.merging.version}

@@ -14,7 +14,6 @@ from hvd_hetero.comm.finite import finite
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.errors import BadNumbers, ConfigError
 from hvd_hetero.feed import Pass, Worked
-from hvd_hetero.modes import evaluation_weights
 from hvd_hetero.plan import IDLE, Plan, lockstep_plan
 from hvd_hetero.schema import AggregationConfig, AlgorithmConfig
 from hvd_hetero.worker import Worker
@@ -100,11 +99,11 @@ class Lockstep(Algorithm):
         comm.left_out.note()
 
     def end_pass(self, worker: Worker, comm: Comm) -> None:
+        worker.rest()
         if comm.rank in self.ranks:
             average_buffers(comm, worker.state, self.mine.weight, self.ranks)
         if 0 not in self.ranks:
-            with evaluation_weights(worker.optimizer):
-                comm.broadcast_state(worker.state, self.ranks[0])
+            comm.broadcast_state(worker.state, self.ranks[0])
 
 
 def choose(cluster: Cluster, participants: str) -> tuple[DeviceClass, ...]:

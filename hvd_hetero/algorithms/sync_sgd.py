@@ -40,7 +40,7 @@ from hvd_hetero.worker import Worker
 class SyncSGD(Lockstep):
     """One step a round, along the gradient of the joined batch."""
 
-    sparse_gradients: ClassVar[bool] = False
+    sends_at_once: ClassVar[bool] = True
 
     def check(self) -> None:
         super().check()

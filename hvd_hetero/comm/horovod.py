@@ -21,6 +21,7 @@ from hvd_hetero.comm.build import check_gpu_sums, check_mixed_hosts, sums_on_gpu
 from hvd_hetero.comm.finite import LeftOut
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.comm.paths import FLAT, paths_of
+from hvd_hetero.comm.rendezvous import forget_addresses, job_env
 from hvd_hetero.comm.slots import as_bytes
 from hvd_hetero.comm.waiting import begin, finished
 from hvd_hetero.pulse import Pulse
@@ -58,6 +59,7 @@ class Comm:
         self.left_out = LeftOut(rank, spec.nan == STOP)
         mine = cluster.class_of(rank)
         self._peers = mine.ranks
+        self._hosts, self._local_ranks = {f.host for f in cluster.facts}, {f.local_rank for f in cluster.facts}
         self._leaders = tuple(sorted(c.ranks[0] for c in cluster.classes))
         self.paths = paths_of(spec, cluster)
         self.path = self.paths[0]
@@ -306,6 +308,8 @@ class Comm:
 
     def close(self) -> None:
         """Waits for all ranks, then leaves: a rank that leaves early takes the others down with it."""
+        if self.rank == 0:
+            forget_addresses(job_env(), self._hosts, self._local_ranks)
         self.barrier("close")
         hvd.shutdown()
 

@@ -278,7 +278,7 @@ def check_policies(policies: Mapping[str, Any], names: Mapping[str, Tensor], tra
     """
     for pattern, policy in policies.items():
         if policy not in POLICIES:
-            raise ConfigError(f"{KEY}.{pattern}", policy, "is no policy", nearest(str(policy), POLICIES))
+            raise ConfigError(f"{KEY}.{pattern}", policy, "is no policy", f"choose {', '.join(POLICIES)}")
         fitting = [name for name in names if fnmatchcase(name, pattern)]
         if not fitting:
             own = [name for name in trained if fnmatchcase(name, pattern)]

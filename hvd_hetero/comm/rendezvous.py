@@ -15,8 +15,10 @@ import time
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
 
 from hvd_hetero.errors import ConfigError
@@ -93,13 +95,37 @@ def exchange(env: JobEnv, name: str, content: dict[str, Any], timeout_sec: float
     """
     if env.size == 1 or env.store is None:
         return [content]
-    deadline, name = time.monotonic() + timeout_sec, f"{name}.{next(_numbers[name])}"
+    deadline, where = time.monotonic() + timeout_sec, f"{env.store}/{name}.{next(_numbers[name])}"
+
+    def get(key: object, rank: int) -> Any:
+        return _patiently(lambda: _look(f"{where}.{key}"), deadline, f"rank {rank}")
+
     if env.rank > 0:
-        _put(f"{env.store}/{name}.{env.rank}", content)
-        return _get(f"{env.store}/{name}.all", deadline, "rank 0")
-    said = [content, *(_get(f"{env.store}/{name}.{r}", deadline, f"rank {r}") for r in range(1, env.size))]
-    _put(f"{env.store}/{name}.all", said)
+        _patiently(lambda: _put(f"{where}.{env.rank}", content), deadline, "the launcher")
+        return get("all", 0)
+    said = [content, *(get(rank, rank) for rank in range(1, env.size))]
+    _patiently(lambda: _put(f"{where}.all", said), deadline, "the launcher")
     return said
+
+
+def forget_addresses(env: JobEnv, hosts: Iterable[str], local_ranks: Iterable[int]) -> None:
+    """Removes from the job's store the addresses at which ranks met in Horovod's init, so that it can be called again.
+
+    Horovod's server counts the ranks that are done with a scope, but forgets all counts when one scope is complete. So
+    a scope may stay, and the next init of these processes would connect to where nobody listens any more. One rank
+    calls it, when all have left init and none has shut down. A store that does not answer is left alone.
+    """
+    if env.store is None:
+        return
+    server = env.store.rpartition("/")[0]
+    scopes = ["global", *(f"local_{host}" for host in hosts), *(f"cross_{rank}" for rank in local_ranks)]
+    with suppress(OSError, HTTPException):
+        for url in (f"{server}/{scope}/0" for scope in scopes):
+            for _ in range(env.size):  # so many are counted at most until the scope is complete
+                if not _is_there(url):
+                    break
+                with _open(urllib.request.Request(url, method="DELETE"), BEAT_TIMEOUT_SEC):
+                    pass
 
 
 def put_beat(env: JobEnv, beat: dict[str, Any]) -> None:
@@ -121,21 +147,36 @@ def get_beat(env: JobEnv, rank: int) -> dict[str, Any] | None:
     return beat
 
 
-def _put(url: str, content: Any, timeout_sec: float = TIMEOUT_SEC) -> None:
+def _put(url: str, content: Any, timeout_sec: float = TIMEOUT_SEC) -> int:
+    """Puts it under a key; returns the store's status."""
     request = urllib.request.Request(url, data=json.dumps(content).encode(), method="PUT")
-    with _open(request, timeout_sec):
-        pass
+    with _open(request, timeout_sec) as answer:
+        return int(answer.status)
 
 
-def _get(url: str, deadline: float, who: str) -> Any:
-    began = time.monotonic()
+def _patiently(call: Callable[[], Any], deadline: float, who: str) -> Any:
+    """Calls until there is an answer. The store may fail once; where it fails for long, the watchdog sees to it."""
+    began, problem = time.monotonic(), None
     while True:
-        if (content := _look(url)) is not None:
-            return content
+        try:
+            if (answer := call()) is not None:
+                return answer
+        except (OSError, HTTPException) as error:
+            problem = error
         now = time.monotonic()
         if now > deadline:
-            raise TimeoutError(f"{who} did not report in time: it may still be at work on its data, or be gone")
+            why = f" ({problem})" if problem else ""
+            raise TimeoutError(f"{who} did not answer in time: it may still be at work on its data, or be gone{why}")
         time.sleep(min(MOST_LOOK_SEC, max(LOOK_SEC, (now - began) / 10)))
+
+
+def _is_there(url: str) -> bool:
+    try:
+        with _open(urllib.request.Request(url), BEAT_TIMEOUT_SEC):
+            return True
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code != 404
 
 
 def _look(url: str, timeout_sec: float = TIMEOUT_SEC) -> Any:

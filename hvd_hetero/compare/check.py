@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from hvd_hetero import algorithms, dry_run, job
 from hvd_hetero.compare.spec import Comparison, Row
 from hvd_hetero.components import Components
+from hvd_hetero.environment import as_ranks
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.launch import expected_cluster, job_hosts
 from hvd_hetero.limits import check_limits, fast_steps
@@ -50,7 +51,8 @@ def _check_row(row: Row, comparison: Comparison, built: dict[str, Components]) -
         hosts = job_hosts(config)
         key = _content(config)
         if key not in built:
-            built[key] = dry_run.build(config)
+            with as_ranks(config):
+                built[key] = dry_run.build(config)
         cluster = expected_cluster(config, hosts)
         if cluster is None:
             return Checked(row, config, None)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 from hvd_hetero import algorithms
-from hvd_hetero.config import load, parse_override, read_mapping, typed
+from hvd_hetero.config import load, read_mapping, typed
 from hvd_hetero.errors import ConfigError, nearest
+from hvd_hetero.overrides import parse_override
 from hvd_hetero.report.write import slug
 from hvd_hetero.schema import Config
 

@@ -11,19 +11,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Subset, TensorDataset
+from torch.utils.data import TensorDataset
 
-from hvd_hetero.data.batch import entries
+from hvd_hetero.data.batch import entries, split_target
 from hvd_hetero.data.source import MapSource, Source, TensorSource
 from hvd_hetero.errors import ConfigError, Plain
 from hvd_hetero.random_state import seeded
 
 FEW, MANY, QUICK_SEC = 4, 32, 0.01
 """So many samples of a split are read, and so many of one whose few take no longer than that."""
-PIECES_OF_TARGETS, PIECES_OF_SAMPLE = 64, 4
+PIECES_OF_ALL, PIECES_OF_SAMPLE = 64, 4
 """Of a tensor, whose means are compared where numbers need not be the same to the last bit."""
-MOST_BYTES = 2**24
-"""Of targets in memory; of larger ones, so many evenly spread over them are looked at."""
+MOST_BYTES, MOST_ITEMS = 2**24, 4096
+"""Of targets in memory, and of a list of samples; of more, so many evenly spread over them are looked at."""
+DEPTH = 4
+"""Of datasets in datasets."""
 TOLERANCE = 1e-3
 """Of such means, over the mean magnitude: processors and libraries decode and compute with small differences."""
 COARSE = (torch.uint8, torch.int8, torch.int16)
@@ -33,12 +35,13 @@ UNREAD = "cannot be read:"
 
 Facts = Mapping[str, Any]
 Content = list[Any]
+NOTHING: Content = ["", []]
 REMEDY = ("every rank has to read the same samples in the same order, as each is dealt its own by number: seed what "
           "shuffles or splits them, sort lists of files, and give each rank all of them")
 
 
 def facts_of(source: Source) -> dict[str, Any]:
-    """Look at a split: its length, its targets where they lie in memory, and a few samples, the same on all ranks.
+    """Look at a split: its length, what of it lies in memory, and a few samples, the same on all ranks.
 
     Samples are read twice under one seed. What is not the same both times has randomness of its own, and is not
     compared. Random states are left as they were.
@@ -46,6 +49,7 @@ def facts_of(source: Source) -> dict[str, Any]:
     Returns:
         What :func:`check_alike` compares, fit for JSON.
     """
+    kept = _kept(source)  # before samples are read, of which a dataset may keep something
     numbers, reader = _sample_numbers(len(source)), source
     if isinstance(source, MapSource):  # workers that are to live on start when the rank's cores are known
         reader = MapSource(source.dataset, min(source.workers, 1), source.collate, source.transform, source.device)
@@ -57,8 +61,7 @@ def facts_of(source: Source) -> dict[str, Any]:
             first, again = (_contents(reader, numbers) for _ in range(2))
     pairs = list(zip(first, again, strict=False))
     stable = [len(first) == len(again) and all(_alike(one[i], other[i]) for one, other in pairs) for i in range(2)]
-    targets = _content(_in_memory(source), PIECES_OF_TARGETS)
-    return {"length": len(source), "targets": targets, "numbers": numbers, "samples": first, "stable": stable}
+    return {"length": len(source), "kept": kept, "numbers": numbers, "samples": first, "stable": stable}
 
 
 def check_alike(facts: Sequence[Mapping[str, Facts]], hosts: Sequence[str]) -> None:
@@ -69,7 +72,7 @@ def check_alike(facts: Sequence[Mapping[str, Facts]], hosts: Sequence[str]) -> N
     """
     for split, first in facts[0].items():
         for rank, other in enumerate(facts):
-            what = _difference(first, other[split])
+            what = difference(first, other[split])
             if what is not None:
                 here, there = (f"rank {number} on {hosts[number]}" for number in (rank, 0))
                 problem = f"{here} has read other ones than {there}"
@@ -78,12 +81,13 @@ def check_alike(facts: Sequence[Mapping[str, Facts]], hosts: Sequence[str]) -> N
                 raise ConfigError(f"{split} data", Plain(what), problem, REMEDY)
 
 
-def _difference(first: Facts, other: Facts) -> str | None:
-    """What of the other's is not as the first has it; None if all is."""
+def difference(first: Facts, other: Facts) -> str | None:
+    """Say what of another split is not as the first has it, ``targets`` for instance; None if all is."""
     if first["length"] != other["length"]:
         return f"{other['length']} samples"
-    if not _alike(first["targets"], other["targets"]):
-        return "targets"
+    for name in first["kept"] | other["kept"]:
+        if not _alike(first["kept"].get(name, NOTHING), other["kept"].get(name, NOTHING)):
+            return name
     for i, name in ((1, "target"), (0, "inputs")):
         if first["stable"][i] and other["stable"][i]:
             for number, mine, theirs in zip(first["numbers"], first["samples"], other["samples"], strict=False):
@@ -101,7 +105,7 @@ def _alike(one: Content, other: Content) -> bool:
 def _close(one: Sequence[float], other: Sequence[float]) -> bool:
     """Whether means are the same, up to what they may differ; the first of each is that of the magnitudes."""
     within = TOLERANCE * max(one[0], other[0])
-    return all(abs(a - b) <= within for a, b in zip(one, other, strict=True))
+    return all(a == b or abs(a - b) <= within for a, b in zip(one, other, strict=True))
 
 
 # ---- what is looked at ----------------------------------------------------------------------------------------------
@@ -125,25 +129,41 @@ def _contents(source: Source, numbers: Sequence[int]) -> list[tuple[Content, Con
     return found
 
 
-def _in_memory(source: Any) -> Any:
-    """The targets of a split, and which samples of another one it has, as far as they are at hand."""
-    if isinstance(source, MapSource):
-        return _in_memory(source.dataset)
-    if isinstance(source, Subset):
-        return [np.asarray(source.indices), _in_memory(source.dataset)]
-    if isinstance(source, ConcatDataset):
-        return [_in_memory(part) for part in source.datasets]
-    if isinstance(source, TensorDataset):
-        return source.tensors[-1]
-    if isinstance(source, TensorSource):
-        return source.targets
-    for name in ("targets", "labels"):
-        known = getattr(source, name, None)
-        if isinstance(known, (list, tuple)) and known and isinstance(known[0], (int, float)):
-            known = np.asarray(known)
-        if isinstance(known, (Tensor, np.ndarray)) and len(known) == len(source):
-            return known
-    return None
+def _kept(source: Source) -> dict[str, Content]:
+    """What is in memory, by name."""
+    try:
+        found = _in_memory(source.dataset if isinstance(source, MapSource) else source)
+    except Exception:  # of a class that has nothing to look into
+        return {}
+    coarse = {name: COARSE if getattr(value, "ndim", 0) > 1 else () for name, value in found.items()}
+    return {name: _content(value, PIECES_OF_ALL, coarse[name]) for name, value in found.items()}
+
+
+def _in_memory(data: Any, name: str = "", depth: int = 0) -> dict[str, Any]:
+    """What of a split is at hand, by name: its targets, and all numbers that it keeps for each sample."""
+    if isinstance(data, (list, tuple)):
+        return {f"{name}targets": [split_target(item)[1] for item in data[:: -(-len(data) // MOST_ITEMS)]]}
+    if isinstance(data, TensorSource):
+        return {f"{name}targets": data.targets}
+    if isinstance(data, TensorDataset):
+        return {f"{name}targets": data.tensors[-1]}
+    held = vars(data)
+    arrays = {f"{name}{key}": _array(value) for key, value in held.items()}
+    found = {key: array for key, array in arrays.items() if array is not None and len(array) == len(data)}
+    inner = [held.get("dataset"), *held.get("datasets", ())]  # of a Subset, a ConcatDataset, a wrapper of one's own
+    for number, part in enumerate(inner):
+        if part is not None and depth < DEPTH:
+            found |= _in_memory(part, f"{name}dataset{number or ''}.", depth + 1)
+    return found
+
+
+def _array(value: Any) -> Tensor | np.ndarray[Any, Any] | None:
+    """A tensor or array of numbers, as such, if it is one and of no great size; a list of numbers is one too."""
+    if isinstance(value, (list, range)) and len(value) and isinstance(value[0], (int, float)):
+        value = np.asarray(value)
+    if not isinstance(value, (Tensor, np.ndarray)) or isinstance(value, np.memmap):
+        return None
+    return value if value.ndim and value.nbytes <= MOST_BYTES else None
 
 
 # ---- contents -------------------------------------------------------------------------------------------------------
@@ -178,6 +198,8 @@ class _Content:
             value = torch.from_numpy(np.array(value))
         if isinstance(value, Tensor):
             self._tensor(value.detach().cpu())
+        elif isinstance(value, np.ndarray):  # of texts or objects
+            self._add(value.tolist())
         elif isinstance(value, str):
             self._same(value.rpartition("/")[2])  # data may lie in another folder on another host
         elif value is None or isinstance(value, (bytes, int)):

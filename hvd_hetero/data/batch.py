@@ -54,10 +54,10 @@ def _as_tensor(targets: Any) -> Any:
 
 def entries(value: Any) -> dict[Any, Any] | None:
     """Return what is in a mapping, dataclass, tuple or list, by name or place; None for anything else."""
-    if isinstance(value, Mapping):
-        return dict(value.items())
     if isinstance(value, (tuple, list)):
         return dict(enumerate(value))
+    if isinstance(value, Mapping):
+        return dict(value.items())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     return None

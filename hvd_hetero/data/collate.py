@@ -32,34 +32,45 @@ def collate(items: Sequence[Any]) -> Any:
     Raises:
         ConfigError: no batch is made of such entries, or they are not alike; names the entry.
     """
-    for item in items:
+    for item in {type(item): item for item in items}.values():
         if entries(item) is None:
             raise _refused(ITEM, item, "is not inputs and a target")
     return _joined(list(items), ITEM)
 
 
-def _joined(parts: list[Any], path: str) -> Any:
-    first = parts[0]
-    for other in parts:
+def _joined(parts: Sequence[Any], path: str) -> Any:
+    first, alike = parts[0], len(set(map(type, parts))) == 1
+    for other in () if alike else parts:
         if _kind(other) is not _kind(first):
             raise _refused(path, other, f"{describe(first)} in another sample of the batch")
     if first is None:
         return None
     if isinstance(first, (str, bytes)):
-        return parts
-    if all(isinstance(part, (Tensor, np.ndarray)) for part in parts):
+        return list(parts)
+    if all(isinstance(part, (Tensor, np.ndarray)) for part in (parts[:1] if alike else parts)):
         return _stacked(parts, path)
     if _kind(first) is NUMBER or (path != ITEM and is_vector(first)):
         return _tensor(parts, path)
-    inside = [entries(part) for part in parts]
-    names = inside[0]
-    if names is None:
+    return with_entries(first, {
+        name: _joined(column, _below(path, first, name)) for name, column in _columns(parts, path).items()
+    })  # fmt: skip
+
+
+def _columns(parts: Sequence[Any], path: str) -> dict[Any, Sequence[Any]]:
+    """What containers have in each of their entries."""
+    first = parts[0]
+    if isinstance(first, (tuple, list)):
+        for part in parts:
+            if len(part) != len(first):
+                raise _refused(path, part, f"{describe(first)} in another sample of the batch")
+        return dict(enumerate(zip(*parts, strict=True)))
+    inside = [entries(part) or {} for part in parts]
+    if not inside[0]:
         raise _refused(path, first, "no batch is made of such objects")
-    for part, other in zip(parts, inside, strict=True):
-        if other is None or other.keys() != names.keys():
+    for part, names in zip(parts, inside, strict=True):
+        if names.keys() != inside[0].keys():
             raise _refused(path, part, f"{describe(first)} in another sample of the batch")
-    joined = {name: _joined([other[name] for other in inside if other], _below(path, first, name)) for name in names}
-    return with_entries(first, joined)
+    return {name: [names[name] for names in inside] for name in inside[0]}
 
 
 def _kind(value: Any) -> Any:
@@ -73,7 +84,7 @@ def is_vector(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(part, NUMBER) or is_vector(part) for part in value)
 
 
-def _tensor(parts: list[Any], path: str) -> Tensor:
+def _tensor(parts: Sequence[Any], path: str) -> Tensor:
     try:
         # numpy's own numbers keep their types
         return torch.as_tensor(np.array(parts)) if isinstance(parts[0], np.generic) else torch.tensor(parts)
@@ -81,12 +92,12 @@ def _tensor(parts: list[Any], path: str) -> Tensor:
         raise _refused(path, parts[0], f"the samples of a batch make no tensor: {cause(error)}") from error
 
 
-def _stacked(parts: list[Any], path: str) -> Any:
+def _stacked(parts: Sequence[Any], path: str) -> Any:
     for other in parts:
         if other.shape != parts[0].shape:
             raise _refused(path, other, f"{describe(parts[0])} in another sample of the batch")
     try:
-        return default_collate(parts)  # in a worker process it stacks into shared memory
+        return default_collate(list(parts))  # in a worker process it stacks into shared memory
     except (TypeError, RuntimeError) as error:
         raise _refused(path, parts[0], f"the samples of a batch make no tensor: {cause(error)}") from error
 

@@ -41,9 +41,9 @@ def as_source(key: str, data: Any, workers: int = 0) -> Source:
         *inputs, targets = data.tensors
         if not inputs:
             raise ConfigError(key, Plain(describe(targets)), "has no targets", "give TensorDataset(inputs, targets)")
-        return TensorSource(inputs[0] if len(inputs) == 1 else tuple(inputs), targets)
+        return _in_memory(key, inputs[0] if len(inputs) == 1 else tuple(inputs), targets)
     if _is_pair(data):
-        return TensorSource(_tensors(f"{key} inputs", data[0]), _tensors(f"{key} targets", data[1]))
+        return _in_memory(key, _tensors(f"{key} inputs", data[0]), _tensors(f"{key} targets", data[1]))
     if (kind := _mistaken(data)) is not None:
         raise ConfigError(key, Plain(describe(data)), *kind)
     try:
@@ -52,6 +52,13 @@ def as_source(key: str, data: Any, workers: int = 0) -> Source:
         problem = f"the length of this {type(data).__name__} cannot be told: {cause(error)}"
         raise ConfigError(key, type(data).__name__, problem, "let __len__ return the number of its samples") from error
     return MapSource(data, workers)
+
+
+def _in_memory(key: str, inputs: Tensors, targets: Tensors) -> TensorSource:
+    try:
+        return TensorSource(inputs, targets)
+    except ConfigError as error:
+        raise ConfigError(key, error.value, error.problem, error.remedy) from error
 
 
 # ---- pairs of arrays ------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from hvd_hetero.data.batch import Batch, pinned, sample_counts, split_target, to
 from hvd_hetero.data.collate import collate as default_collate
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, Plain, shortened
+from hvd_hetero.imports import cause
 from hvd_hetero.random_state import seeded
 
 Tensors = Tensor | tuple["Tensors", ...] | Mapping[str, "Tensors"]
@@ -263,7 +264,17 @@ class _BatchDataset(Dataset[Any]):
             with seeded(seed):
                 read_many = getattr(self.dataset, "__getitems__", None)
                 items = read_many(row) if read_many else [self.dataset[i] for i in row]
-                return _Read(*split_target(self.collate(items)))
+                return _Read(*split_target(self._batch_of(items)))
         except ConfigError as error:
             problem = f"{error.problem}, in the batch of the samples {shortened(row, 60)}"
             return _Failure(error.key, shortened(error.value), problem, error.remedy)
+
+    def _batch_of(self, items: list[Any]) -> Any:
+        try:
+            return self.collate(items)
+        except ConfigError:
+            raise
+        except Exception as error:  # of a user's function, which none of these samples is to stop
+            problem = f"makes no batch of {describe(items)}: {cause(error)}"
+            name = getattr(self.collate, "__qualname__", type(self.collate).__name__)
+            raise ConfigError("data collate", Plain(name), problem, "correct it, or the dataset") from error

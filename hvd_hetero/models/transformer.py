@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.imports import import_torchvision, import_transformers
+from hvd_hetero.imports import import_transformers
 from hvd_hetero.models.checks import positive
 from hvd_hetero.models.weights import load_weights
 
@@ -42,7 +42,6 @@ def vit(image_size: int = 224, patch_size: int = 16, layers: int = 12, heads: in
     if hidden_dim % heads:
         remedy = f"give a divisor of {hidden_dim}"
         raise ConfigError("model.args.heads", heads, "does not divide hidden_dim", remedy)
-    import_torchvision()
     transformer = importlib.import_module("torchvision.models.vision_transformer").VisionTransformer
     model: nn.Module = transformer(
         image_size=image_size, patch_size=patch_size, num_layers=layers, num_heads=heads,

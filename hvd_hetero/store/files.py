@@ -91,7 +91,7 @@ def write_whole(files: Files, path: Path, pieces: Iterable[bytes | memoryview]) 
                     digest.update(rest[:taken])
                     size += taken
                     rest = rest[taken:]
-            with _if_it_can():
+            with if_it_can():
                 files.sync(file)
         finally:
             files.close(file)
@@ -110,12 +110,12 @@ def sync_folder(files: Files, path: Path) -> None:
     Raises:
         OSError: it can be done, and failed.
     """
-    with _if_it_can():
+    with if_it_can():
         files.sync_folder(path)
 
 
 @contextlib.contextmanager
-def _if_it_can() -> Iterator[None]:
+def if_it_can() -> Iterator[None]:
     """Lets pass that something cannot be synced, but not that the sync failed."""
     try:
         yield

@@ -16,8 +16,6 @@ MANIFEST = "manifest.json"
 KIND = "hvd-hetero checkpoint"
 FORMAT = 4
 """Goes up when older versions of the package could not read what is written."""
-WITHOUT_SETTINGS = 3
-"""The format before, which is read too: it had a hash in place of the settings."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Meta:
         round: rounds done.
         passes: passes done.
         world_size: ranks, each of which has a shard.
-        made_with: settings and the like by name, as JSON has them; the caller's own. None: they were not kept.
+        made_with: settings and the like by name, as JSON has them; the caller's own.
         version: of the package that wrote it.
         time: when, as in ``2026-01-31T12:00:00+0000``.
     """
@@ -36,7 +34,7 @@ class Meta:
     round: int
     passes: int
     world_size: int
-    made_with: Mapping[str, Any] | None
+    made_with: Mapping[str, Any]
     version: str
     time: str
 
@@ -74,15 +72,13 @@ def read_manifest(path: Path) -> tuple[Meta, dict[str, FileInfo]]:
         raise CheckpointError(path, "is damaged: not JSON", "") from error
     if not isinstance(content, dict) or content.get("kind") != KIND:
         raise CheckpointError(path, "is not a manifest of hvd-hetero", "")
-    if content.get("format") not in (FORMAT, WITHOUT_SETTINGS):
+    if content.get("format") != FORMAT:
         problem = f"has format {content.get('format')}, this version reads {FORMAT}"
         raise CheckpointError(path, problem, f"use hvd-hetero {content.get('version')}, which wrote it")
     digest = content.pop("sha256", None)
     # the very bytes, so that no change goes unseen, not even one between two words
     if digest != _digest(content) or _dump({**content, "sha256": digest}).encode() != text:
         raise CheckpointError(path, "is damaged: its checksum differs", "")
-    if content["format"] == WITHOUT_SETTINGS:
-        content["made_with"] = None
     names = ("round", "pass", "world_size", "made_with", "version", "time")
     try:
         files = {name: FileInfo(int(info["bytes"]), str(info["sha256"])) for name, info in content["files"].items()}

@@ -18,8 +18,41 @@ def norm_net(width: int = 24) -> nn.Module:
     )
 
 
+def of_any_width() -> nn.Module:
+    """As wide as chance has it on each rank, whatever is seeded."""
+    return norm_net(8 + 2 * RANK)
+
+
 def model_unless_rank_1() -> Any:
     return norm_net() if RANK != 1 else "no model"
+
+
+class AuxiliaryNet(nn.Module):
+    """Has a second output, in training mode alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat, self.out, self.second = nn.Flatten(), nn.Linear(64, 10), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.flat(x)
+        return (self.out(x), self.second(x)) if self.training else self.out(x)
+
+
+class InPlaceNet(AuxiliaryNet):
+    """Overwrites what its backward pass needs."""
+
+    def forward(self, x: Tensor) -> Any:
+        hidden = torch.sigmoid(self.out(self.flat(x)))
+        hidden *= 2
+        return hidden
+
+
+class Onlooker(torch.optim.SGD):
+    """Cannot step."""
+
+    def step(self, closure: Any = None) -> Any:
+        raise NotImplementedError("it only looks on")
 
 
 def no_parameters() -> nn.Module:
@@ -47,6 +80,24 @@ def mean_loss(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def number_loss(outputs: Tensor, targets: Tensor) -> float:
     return 1.0
+
+
+def column() -> nn.Module:
+    """One number a sample, ``[B, 1]``, where targets are ``[B]``."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
+
+
+def all_pairs(outputs: Tensor, targets: Tensor) -> Tensor:
+    return ((outputs - targets) ** 2).mean(1)
+
+
+def first_column(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs[:, 0] - targets) ** 2
+
+
+def tokens_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A number for each of several targets, of which some may not count."""
+    return nn.functional.cross_entropy(outputs, targets, reduction="none")[:, None].expand(-1, 7)
 
 
 class fails_on_rank_1:  # noqa: N801 (called like a function)

@@ -43,7 +43,8 @@ class Case:
         method: its name.
         settings: beyond :data:`BASE`.
         classes: key of :data:`CLASSES`.
-        model: ``mlp``, or ``norm``, which has BatchNorm; ``digits``: the built-in default problem in place of these.
+        model: ``mlp``, or ``norm``, which has BatchNorm, or ``noisy``, which draws from all generators; ``digits``: the
+            built-in default problem in place of these.
         path: how weighted sums travel.
         poisoned: samples of which a number is NaN.
     """
@@ -143,12 +144,13 @@ CASES: dict[str, Case] = {
 
 RESUMED = {name: CASES[name] for name in (
     "sync, fast", "sync, rank 0 idle", "byteps, one server", "byteps, more servers than partitions", "balanced",
-    "biased", "biased, hierarchical", "unbalanced, separate", "unified, to fast", "outer, Nesterov, BatchNorm",
+    "biased", "biased, hierarchical", "unified, to fast", "outer, Nesterov, BatchNorm",
     "momentum averaged", "AdamW",
 )}  # fmt: skip
 RESUMED["sync, fast, warm-up and cosine"] = Case(
     "sync_sgd", {**CASES["sync, warm-up and cosine"].settings, "algorithm.participants": "fast"}
 )
+RESUMED["unbalanced, separate, noisy"] = Case("unbalanced_local_sgd", {**TAU31, **SEPARATE}, model="noisy")
 """Interrupted again and again they come to the same, to the last bit. (Horovod joins the gradients of synchronous SGD
 as they come: from three ranks on their sums are rounded differently from run to run.)"""
 RESUMED_SLOW = ("sync, rank 0 idle", "byteps, more servers than partitions", "biased, hierarchical", "unified, to fast",
@@ -219,9 +221,16 @@ def data(poisoned: tuple[int, ...] = ()) -> Any:
 
 def model(name: str) -> Any:
     """The same weights each time."""
+    import random
+
+    import numpy as np
     import torch
     from torch import nn
 
+    class Noise(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + random.random() + float(np.random.rand()) + torch.rand_like(x)
+
     torch.manual_seed(3)
-    norm = [nn.BatchNorm1d(6)] if name == "norm" else []
-    return nn.Sequential(nn.Linear(FEATURES, 6), *norm, nn.Tanh(), nn.Linear(6, TARGETS)).double()
+    more = {"norm": [nn.BatchNorm1d(6)], "noisy": [Noise()]}.get(name, [])
+    return nn.Sequential(nn.Linear(FEATURES, 6), *more, nn.Tanh(), nn.Linear(6, TARGETS)).double()

@@ -1,0 +1,60 @@
+"""horovodrun as ``hvd-hetero launch`` starts it: ``python -m hvd_hetero.comm.horovodrun PIPE ARGUMENT...``.
+
+horovodrun decodes what ranks say. Bytes that are no UTF-8 end the thread that reads them, and with nobody to read it
+the rank blocks in a write; a line is gathered whole, however long. Here ranks' output goes through a pipe of its own,
+byte for byte. horovodrun writes all variables into ranks' command lines, too: secrets only go where they are inherited.
+And it writes the working directory into the command of a remote host as it is, blanks or not.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import struct
+import sys
+import threading
+from contextlib import suppress
+from typing import Any
+
+from hvd_hetero.environment import is_secret
+
+HEADER = struct.Struct("!BII")
+"""Before each block in the pipe: 1 for standard output or 2 for standard error, the rank, the length of the block."""
+STDOUT, STDERR = 1, 2
+BLOCK_BYTES = 1 << 16
+
+
+def main() -> None:
+    """Run horovodrun with what this module says in place of its own."""
+    from horovod.runner import gloo_run, launch
+    from horovod.runner.common.util import env, safe_shell_exec
+
+    pipe, lock = open(int(sys.argv.pop(1)), "wb"), threading.Lock()  # noqa: SIM115 (open to the end of the process)
+    os.set_inheritable(pipe.fileno(), False)
+    forward_text, is_exportable, remote_command = (
+        safe_shell_exec.prefix_connection, env.is_exportable, gloo_run.get_remote_command
+    )
+
+    def forward(source: Any, stream: Any, name: str, index: int | None, timestamp: bool) -> None:
+        if index is None:  # what horovodrun itself has asked for, and reads
+            forward_text(source, stream, name, index, timestamp)
+            return
+        while block := os.read(source.fileno(), BLOCK_BYTES):
+            with lock, suppress(OSError):  # where nobody reads any more, ranks must not wait for that
+                pipe.write(HEADER.pack(STDERR if name == "stderr" else STDOUT, index, len(block)) + block)
+                pipe.flush()
+        source.close()
+
+    def on_host(local_command: str, *args: Any, **options: Any) -> Any:
+        (script,), here = shlex.split(local_command), os.getcwd()
+        script = script.replace(f"cd {here} ", f"cd {shlex.quote(here)} ", 1)
+        return remote_command(shlex.quote(script), *args, **options)
+
+    safe_shell_exec.prefix_connection = forward
+    env.is_exportable = lambda name: is_exportable(name) and not is_secret(name, os.environ.get(name, ""))
+    gloo_run.get_remote_command = on_host
+    launch.run_commandline()
+
+
+if __name__ == "__main__":
+    main()
