@@ -27,6 +27,8 @@ class RankFacts:
         gpus: names of the GPUs that the rank's host shows, by index.
         cores: the CPU cores that the rank's process may run on, NUMA node by NUMA node.
         cpus: so many of them at once, with all that runs in its container; None: all.
+        gpu_cores: of its cores, those on each GPU's own NUMA node, by GPU; none where that is not known.
+        gpu_problem: why no GPU can be used, as PyTorch says it.
     """
 
     rank: int
@@ -36,6 +38,8 @@ class RankFacts:
     cpu: str
     cores: tuple[int, ...]
     cpus: float | None = None
+    gpu_cores: tuple[tuple[int, ...], ...] = ()
+    gpu_problem: str = ""
 
     @property
     def usable(self) -> int:
@@ -47,7 +51,8 @@ class RankFacts:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> RankFacts:
-        return cls(**{**content, "gpus": tuple(content["gpus"]), "cores": tuple(content["cores"])})
+        lists = {name: tuple(content[name]) for name in ("gpus", "cores")}
+        return cls(**{**content, **lists, "gpu_cores": tuple(map(tuple, content["gpu_cores"]))})
 
 
 @dataclass(frozen=True)
@@ -101,14 +106,27 @@ class Cluster:
 
 def local_facts(rank: int, host: str, local_rank: int) -> RankFacts:
     """Looks at this machine: its GPUs (without claiming one), its CPU model, the cores this process may use."""
-    import torch
-
-    nodes = numa_nodes()
-    gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    nodes, (gpus, problem) = numa_nodes(), _gpus()
     cores = sorted(os.sched_getaffinity(0), key=lambda core: (nodes.get(core, -1), core))
+    beside = [pci_node(gpu.pci_domain_id, gpu.pci_bus_id, gpu.pci_device_id) for gpu in gpus]
+    gpu_cores = tuple(tuple(c for c in cores if node is not None and nodes.get(c) == node) for node in beside)
+    names = tuple(gpu.name for gpu in gpus)
     limit = cpu_limit()
     cpus = limit.value if limit is not None and limit.value < len(cores) else None
-    return RankFacts(rank, host, local_rank, gpus, _cpu_model(), tuple(cores), cpus)
+    return RankFacts(rank, host, local_rank, names, _cpu_model(), tuple(cores), cpus, gpu_cores, problem)
+
+
+def _gpus() -> tuple[list[Any], str]:
+    """The properties of each GPU here, or why there is none to be used, where there may be one."""
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        return [], ""
+    try:
+        torch.cuda.init()  # the driver may be missing, or too old for this PyTorch; counting GPUs does not show that
+    except RuntimeError as error:
+        return [], str(error).strip().splitlines()[0]
+    return [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())], ""
 
 
 def usable_cores() -> int:
@@ -124,12 +142,13 @@ def limit_threads() -> None:
     torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
 
 
-def assign(classes: Any, facts: Sequence[RankFacts]) -> Cluster:
+def assign(classes: Any, facts: Sequence[RankFacts], share_gpus: bool = False) -> Cluster:
     """Gives every rank its device class.
 
     Args:
         classes: :data:`AUTO` or a mapping of class name to :class:`ClassConfig`.
         facts: one entry a rank, in rank order.
+        share_gpus: several ranks may have one GPU, where a host has more GPU ranks than GPUs.
 
     Raises:
         ConfigError: a rank is in two classes or in none, does not exist, or wants a GPU that its host lacks.
@@ -149,15 +168,24 @@ def assign(classes: Any, facts: Sequence[RankFacts]) -> Cluster:
         raise ConfigError("cluster.classes", given, f"rank {left[0]} of {len(facts)} belongs to no class", remedy)
     used = tuple(item for item in chosen if item.ranks)
     cluster = Cluster(used, tuple(facts), tuple(item.name for item in chosen if not item.ranks))
-    for item in used:
-        for rank in item.ranks if item.device == "cuda" else ():
-            fact = facts[rank]
-            if gpu_index(cluster, rank) >= len(fact.gpus):
-                wanted = len([r for r in cluster.on_host(fact.host) if cluster.class_of(r).device == "cuda"])
-                problem = f"host {fact.host} shows {len(fact.gpus)} GPU(s), its ranks want {wanted}"
-                remedy = "set device: cpu, or install a CUDA build of PyTorch and Horovod on a machine with GPUs"
-                raise ConfigError(f"cluster.classes.{item.name}.device", "cuda", problem, remedy)
+    for host in dict.fromkeys(fact.host for fact in facts):
+        _check_gpus(cluster, host, share_gpus)
     return cluster
+
+
+def _check_gpus(cluster: Cluster, host: str, share_gpus: bool) -> None:
+    ranks = _gpu_ranks(cluster, host)
+    gpus = len(cluster.facts[ranks[0]].gpus) if ranks else 0
+    if len(ranks) <= gpus or (gpus and share_gpus):
+        return
+    item, why = cluster.class_of(ranks[gpus]), cluster.facts[ranks[0]].gpu_problem  # the first rank without a GPU
+    problem = f"host {host} shows {gpus} GPU(s), its ranks want {len(ranks)}{f' ({why})' if why else ''}"
+    remedy = "set device: cpu, or install a CUDA build of PyTorch and Horovod on a machine with GPUs"
+    if gpus:
+        remedy = "set device: cpu, or cluster.share_gpus=true to let several ranks have one GPU"
+    elif why:
+        remedy = "set device: cpu, or install a driver and a PyTorch that fit together"
+    raise ConfigError(f"cluster.classes.{item.name}.device", "cuda", problem, remedy)
 
 
 def place(cluster: Cluster, rank: int, gpu_cores: int, affinity: bool) -> Placement:
@@ -165,15 +193,15 @@ def place(cluster: Cluster, rank: int, gpu_cores: int, affinity: bool) -> Placem
 
     Where there are no CPU ranks, GPU ranks share all of them.
 
-    A rank's cores follow one another in the order of the host's NUMA nodes, so that few ranks have cores of two. No two
-    ranks share a core where there are enough; with more ranks than cores each gets one thread and no fixed core. Where
-    a container may have only some of its cores at once, so many are divided, and none is fixed: other containers of the
-    host would choose the same ones.
+    A rank's cores follow one another in the order of the host's NUMA nodes, so that few ranks have cores of two; a GPU
+    rank is given those first that are on its GPU's node. No two ranks share a core where there are enough; with more
+    ranks than cores each gets one thread and no fixed core. Where a container may have only some of its cores at once,
+    so many are divided, and none is fixed: other containers of the host would choose the same ones.
     """
     mine = cluster.class_of(rank)
     fact = cluster.facts[rank]
     local = cluster.on_host(fact.host)
-    gpu_ranks = [r for r in local if cluster.class_of(r).device == "cuda"]
+    gpu_ranks = _gpu_ranks(cluster, fact.host)
     device = f"cuda:{gpu_index(cluster, rank)}" if mine.device == "cuda" else "cpu"
     cores = list(fact.cores)[: fact.usable]
     if len(local) > len(cores):
@@ -183,9 +211,15 @@ def place(cluster: Cluster, rank: int, gpu_cores: int, affinity: bool) -> Placem
     for_gpu = min(gpu_cores, for_gpu) if cpu_ranks else for_gpu
     for_cpu, spare = divmod(len(cores) - for_gpu * len(gpu_ranks), len(cpu_ranks)) if cpu_ranks else (0, 0)
     shares = {r: for_gpu for r in gpu_ranks} | {r: for_cpu + (i < spare) for i, r in enumerate(cpu_ranks)}
-    start = sum(shares[r] for r in [*gpu_ranks, *cpu_ranks][: [*gpu_ranks, *cpu_ranks].index(rank)])
-    own = tuple(cores[start : start + shares[rank]])
-    return Placement(device, mine.threads or len(own), own if affinity and len(cores) == len(fact.cores) else None)
+    fixed = affinity and len(cores) == len(fact.cores)
+    own: tuple[int, ...] = ()
+    for other, share in shares.items():
+        near = fact.gpu_cores[gpu_index(cluster, other)] if other in gpu_ranks and fact.gpu_cores else ()
+        own = tuple(sorted(cores, key=lambda core: core not in near)[:share])
+        if other == rank:
+            break
+        cores = [core for core in cores if core not in own]
+    return Placement(device, mine.threads or len(own), own if fixed else None)
 
 
 def parse_hosts(text: str) -> list[tuple[str, int]]:
@@ -256,9 +290,23 @@ def _automatic(facts: Sequence[RankFacts]) -> list[DeviceClass]:
 
 
 def gpu_index(cluster: Cluster, rank: int) -> int:
-    """The index of a rank's GPU, which is the rank's among the host's GPU ranks: local_rank counts CPU ranks too."""
-    on_host = cluster.on_host(cluster.facts[rank].host)
-    return [r for r in on_host if cluster.class_of(r).device == "cuda"].index(rank)
+    """The index of a rank's GPU: the rank's among the host's GPU ranks, since local_rank counts CPU ranks too.
+
+    Where there are more of them than GPUs, they begin with the first GPU again.
+    """
+    fact = cluster.facts[rank]
+    place = _gpu_ranks(cluster, fact.host).index(rank)
+    return place % len(fact.gpus) if fact.gpus else place
+
+
+def shares_a_gpu(cluster: Cluster, ranks: Sequence[int]) -> bool:
+    """Whether two of these GPU ranks have the same GPU, so that NCCL refuses to sum among them."""
+    places = [(cluster.facts[rank].host, gpu_index(cluster, rank)) for rank in ranks]
+    return len(set(places)) < len(places)
+
+
+def _gpu_ranks(cluster: Cluster, host: str) -> list[int]:
+    return [rank for rank in cluster.on_host(host) if cluster.class_of(rank).device == "cuda"]
 
 
 def _slug(text: str) -> str:
@@ -283,6 +331,13 @@ def numa_nodes(system: Path = Path("/sys/devices/system/node")) -> dict[int, int
             first, _, last = part.partition("-")
             nodes.update(dict.fromkeys(range(int(first), int(last or first) + 1), int(path.parent.name[4:])))
     return nodes
+
+
+def pci_node(domain: int, bus: int, device: int, system: Path = Path("/sys/bus/pci/devices")) -> int | None:
+    """The NUMA node that a PCI device is on; None where the kernel does not tell."""
+    path = system / f"{domain:04x}:{bus:02x}:{device:02x}.0" / "numa_node"
+    node = int(path.read_text()) if path.exists() else -1
+    return node if node >= 0 else None
 
 
 def _cpu_model() -> str:

@@ -110,7 +110,8 @@ def _configuration(
             preflight(config, job_hosts(config))
         elif files or overrides:
             classes = config.cluster.classes
-            cluster = assign(classes if classes == AUTO else device_classes(classes), facts)
+            classes = classes if classes == AUTO else device_classes(classes)
+            cluster = assign(classes, facts, config.cluster.share_gpus)
             job.check(config, dry_run.build(config), cluster)
     except UserError as error:
         return str(error)
@@ -128,6 +129,8 @@ def _environment(files: Sequence[str], overrides: Sequence[str]) -> str:
 
 
 def _gpu_problem(facts: RankFacts, horovod: dict[str, Any]) -> str | None:
+    if facts.gpu_problem:
+        return facts.gpu_problem
     if facts.gpus and not horovod["nccl"]:
         return "Horovod was built without NCCL, so no class can have several GPU ranks: run scripts/setup where nvcc is"
     return None

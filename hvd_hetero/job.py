@@ -89,7 +89,8 @@ def _start(env: JobEnv, watchdog: Watchdog, prepare: Callable[[], tuple[Config, 
     check_same([other["fingerprint"] for other in said], hosts)
     check_alike([other["data"] for other in said], hosts)
     classes = config.cluster.classes
-    cluster = assign(classes if classes == AUTO else device_classes(classes), facts)
+    classes = classes if classes == AUTO else device_classes(classes)
+    cluster = assign(classes, facts, config.cluster.share_gpus)
     check(config, components, cluster)
     for name in cluster.empty:
         warnings.warn(f"class {name} matches no rank and is left out", stacklevel=2)

@@ -178,7 +178,7 @@ def expected_cluster(config: Config, hosts: Sequence[tuple[str, int]]) -> Cluste
     if config.cluster.classes == AUTO and not all(is_local(host) for host, _ in hosts):
         return None
     classes = AUTO if config.cluster.classes == AUTO else device_classes(config.cluster.classes)
-    return assign(classes, facts)
+    return assign(classes, facts, config.cluster.share_gpus)
 
 
 def horovodrun_line(config: Config, hosts: Sequence[tuple[str, int]], arguments: Sequence[str]) -> list[str]:

@@ -26,6 +26,7 @@ from hvd_hetero.errors import ConfigError, Plain, RankError, UserError
 from hvd_hetero.feed import Feed
 from hvd_hetero.limits import Done, check_limits, next_rounds
 from hvd_hetero.losses import Numbers, joined, per_sample
+from hvd_hetero.memory import on_device
 from hvd_hetero.process import process_restored
 from hvd_hetero.random_state import seed_all
 from hvd_hetero.sampling import Sampler
@@ -120,7 +121,7 @@ class Loop:
         job.set_precision(config.train.matmul_precision)
         self.model = started.components.model.to(device)
         self._state = FlatState(self.model, policies=config.aggregation.state)
-        self._source = started.components.dataset.train.to(device)
+        self._source = on_device(started.components.dataset.train, device, "training")
         self._generator = torch.Generator(device).manual_seed(config.run.seed * 1000003 + self.rank)
         self._comm = Comm(cluster, self.rank, config.aggregation, started.watchdog.pulse)
         self._comm.broadcast_state(self._state)

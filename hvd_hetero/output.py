@@ -60,7 +60,7 @@ def write_summary(
     folder: RunFolder,
     config: Config,
     cluster: Cluster,
-    plan: Plan,
+    classes: list[dict[str, Any]],
     accounts: Accounts,
     path: str,
     evaluated: Mapping[str, Any],
@@ -80,7 +80,7 @@ def write_summary(
         "train_sec": accounts.train_sec,
         "path": path,
         "eval": dict(evaluated),
-        "classes": accounts.classes(plan),
+        "classes": classes,
     }
     if accounts.partial.ranks:
         summary["partial"] = accounts.partial.to_dict()

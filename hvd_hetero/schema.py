@@ -80,6 +80,7 @@ class ClusterConfig:
     )
     affinity: bool = _key(True, FIGURES)
     gpu_cores: int = _key(2, FIGURES, at_least=1)
+    share_gpus: bool = _key(False, FIGURES)
     network_interface: Optional[str] = _key(None, FIGURES)  # noqa: UP045
     start_timeout_sec: int = _key(60, COURSE, at_least=1)
     gloo_timeout_sec: int = _key(120, COURSE, at_least=1)

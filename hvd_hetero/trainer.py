@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from hvd_hetero import algorithms
 from hvd_hetero.accounts import Accounts
 from hvd_hetero.checkpoint import FOLDER, MODEL, save_model
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.components import telling
+from hvd_hetero.data import read
 from hvd_hetero.delays import delays
 from hvd_hetero.errors import Stopped
 from hvd_hetero.feed import Feed, Pass
 from hvd_hetero.going_on import carry_over, restore, state_of
 from hvd_hetero.job import Job, make_worker
 from hvd_hetero.limits import check_limits, expected_passes, next_rounds
+from hvd_hetero.memory import batch_that_fits, on_device, peak_bytes, told_by_class
 from hvd_hetero.metrics import Progress, RunFolder, say_missing
 from hvd_hetero.output import how_good, note, write_start, write_summary, write_trace
 from hvd_hetero.passes import Ongoing, PassFigures, RoundLaps, evaluate, gather_figures, say_taus
@@ -51,8 +56,8 @@ class Trainer:
         slowdown = job.cluster.class_of(job.env.rank).slowdown
         clock = own_clock(job.placement.device, job.placement.threads)
         self.watch = Stopwatch(own_clock=clock if slowdown > 1 else None, pulse=job.watchdog.pulse)
-        self.source = parts.dataset.train.to(job.placement.device)
-        self.test = parts.dataset.test.to(job.placement.device)
+        self.source = on_device(parts.dataset.train, job.placement.device, "training")
+        self.test = on_device(parts.dataset.test, job.placement.device, "test")
         self.worker = make_worker(job, self.watch)
         self.algorithm = algorithms.build(config, job.cluster, len(self.source), parts.least_batch)
         seed_all(config.run.seed * 1000003 + job.env.rank)  # dropout differs from rank to rank
@@ -83,7 +88,8 @@ class Trainer:
             check_places(state, self.job.cluster)
             known = Plan.from_dict(state["plan"])
             self.comm.take(state["path"])
-        self.plan = known or first_plan(self.job, self.algorithm, self.worker, self.source, self.comm)
+        with self._memory_told():
+            self.plan = known or first_plan(self.job, self.algorithm, self.worker, self.source, self.comm)
         check_limits(config.train, self.plan)
         self.comm.agree(self.plan.digest(), "plan", "plan")
         start_together(self.algorithm, self.plan, self.worker, self.comm)
@@ -120,6 +126,7 @@ class Trainer:
             if self.folder is not None and self.saver is not None:
                 self.saver.stopping.forget()
         write_trace(self.folder, comm, self.job.cluster, self.recorder)
+        peaks = comm.gather(torch.tensor([peak_bytes(self.worker.device)]), "peaks")
         if self.folder is None or self.progress is None:
             return None
         self.progress.close()
@@ -128,7 +135,10 @@ class Trainer:
         except Exception as error:  # whatever a model's own state_dict or the disk may raise: the figures come next
             say_missing(self.folder.path / FOLDER / MODEL, error)
         cluster, path = self.job.cluster, comm.path
-        return write_summary(self.folder, config, cluster, self.plan, accounts, path, self.best, self.begin)
+        classes = accounts.classes(self.plan)
+        for item, own in zip(cluster.classes, classes, strict=True):
+            own["peak_gpu_bytes"] = max(int(peaks[r]) for r in item.ranks) if item.device == "cuda" else None
+        return write_summary(self.folder, config, cluster, classes, accounts, path, self.best, self.begin)
 
     # ---- a pass -----------------------------------------------------------------------------------------------------
 
@@ -161,7 +171,8 @@ class Trainer:
                 partial(self._warm_up, rounds), laps.end_round,
                 saver.stopping if saver is not None and active else lambda: False,
             )  # fmt: skip
-            worked = self.algorithm.run_pass(given, self.worker, self.comm)
+            with self._memory_told():
+                worked = self.algorithm.run_pass(given, self.worker, self.comm)
             reached = ongoing.reach(worked, tau)
             if saver is None or not active:
                 ongoing.add(worked, reached)
@@ -216,6 +227,16 @@ class Trainer:
     def _sampler(self) -> Sampler:
         spec, biased = self.config.sampling, self.plan.biased(self.config.sampling.bias_to)
         return Sampler(len(self.source), str(spec.scheme), spec.high_loss_ratio, biased, self.config.run.seed)
+
+    def _memory_told(self) -> AbstractContextManager[None]:
+        """What a class without enough memory for its steps ends with."""
+        worker, name = self.worker, self.job.cluster.class_of(self.comm.rank).name
+        batch_size = self.algorithm.batch_size[name]
+
+        def step(rows: Tensor) -> None:
+            worker.try_gradient(*next(read(self.source, rows.view(1, -1), worker.generator)))
+
+        return told_by_class(name, batch_size, lambda: batch_that_fits(step, worker.device, batch_size))
 
     def _warm_up(self, before: int, number: int) -> None:
         """Sets number and learning rate of a round: so many in earlier passes, and its number in this one."""

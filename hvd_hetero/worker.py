@@ -143,6 +143,9 @@ class Worker:
             self._compiled = None
             numbers = self._backward(self.model, inputs, targets, weight)
         self._compiled_once = True
+        if self._compiled is not None:  # a loss may be the model's own output, which a CUDA graph writes to again
+            losses, weights = numbers
+            numbers = losses.clone(), None if weights is None else weights.clone()
         self._losses.append(numbers)
         return numbers[0]
 
@@ -171,6 +174,11 @@ class Worker:
         (losses, weights), _ = self._losses_of(inputs, targets)
         params, along = [p for p in self._stepped() if p.grad is not None], mean_gradient(losses, weights, weight)
         return list(torch.autograd.grad(losses, params, along, allow_unused=True, materialize_grads=True))
+
+    def try_gradient(self, inputs: Any, targets: Tensor) -> None:
+        """Goes forward and backward over a batch and keeps nothing: no gradient, no losses; no hook is called."""
+        (losses, weights), _ = self._losses_of(inputs, targets)
+        torch.autograd.grad(losses, self._params, mean_gradient(losses, weights, 1.0), allow_unused=True)
 
     def apply(self) -> None:
         """One optimizer step along the gradient at hand."""

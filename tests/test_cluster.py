@@ -11,7 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_hetero.cluster import Cluster, RankFacts, assign, integers, local_facts, numa_nodes, parse_hosts, place
+from hvd_hetero.cluster import (
+    Cluster,
+    RankFacts,
+    assign,
+    integers,
+    local_facts,
+    numa_nodes,
+    parse_hosts,
+    pci_node,
+    place,
+    shares_a_gpu,
+)
 from hvd_hetero.config import device_classes
 from hvd_hetero.errors import ConfigError
 
@@ -84,6 +95,28 @@ def test_a_gpu_too_few() -> None:
         made({"g": {"device": "cuda", "ranks": "0-2"}}, facts)
 
 
+def test_a_gpu_is_shared_where_that_is_asked_for() -> None:
+    """By ranks of different classes or of one, on two hosts; refused otherwise, with the key for it."""
+    facts = ranks_on(("one", 3), ("two", 1), gpus=["big"])
+    classes = {
+        "quick": {"device": "cuda", "ranks": [0, 3]}, "slow": {"device": "cuda", "ranks": [1]}, "c": {"ranks": 2},
+    }
+    with pytest.raises(ConfigError, match="slow.device=.*shows 1 GPU.*want 2.*cluster.share_gpus=true"):
+        made(classes, facts)
+    cluster = assign(device_classes(classes), facts, share_gpus=True)
+    assert [place(cluster, rank, 2, True).device for rank in range(4)] == ["cuda:0", "cuda:0", "cpu", "cuda:0"]
+    assert not shares_a_gpu(cluster, (0, 3)), "they are on different hosts"
+    assert shares_a_gpu(cluster, (0, 1))
+    with pytest.raises(ConfigError, match="shows 0 GPU.*install a CUDA build"):
+        assign(device_classes({"g": {"device": "cuda", "ranks": "0-2"}}), ranks_on(("one", 3)), share_gpus=True)
+
+
+def test_why_no_gpu_can_be_used_is_told() -> None:
+    facts = [RankFacts(0, "one", 0, (), "cpu", (0,), gpu_problem="The NVIDIA driver on your system is too old")]
+    with pytest.raises(ConfigError, match="shows 0 GPU.*driver on your system is too old.*that fit together"):
+        made({"g": {"device": "cuda", "ranks": 0}}, facts)
+
+
 def test_auto_gives_every_gpu_a_rank_and_the_rest_to_the_cpu() -> None:
     mixed = [*ranks_on(("one", 3), gpus=["H200", "H200"])]
     assert [(c.name, c.device, c.ranks) for c in assign("auto", mixed).classes] == [
@@ -135,6 +168,13 @@ def test_gpu_ranks_keep_cores_and_cpu_ranks_share_the_rest() -> None:
     facts = ranks_on(("one", 3), gpus=["g"], cores=9)
     places = placed({"c": {"ranks": [0, 2]}, "g": {"device": "cuda", "ranks": [1]}}, facts, gpu_cores=3)
     assert places == [("cpu", 3, (3, 4, 5)), ("cuda:0", 3, (0, 1, 2)), ("cpu", 3, (6, 7, 8))]
+
+
+def test_gpu_ranks_are_given_the_cores_of_their_gpus_node() -> None:
+    """GPU 0 is on the second node, GPU 1 on the first."""
+    facts = [RankFacts(r, "one", r, ("g", "g"), "cpu", tuple(range(8)), ((4, 5, 6, 7), (0, 1, 2, 3))) for r in range(3)]
+    places = placed({"c": {"ranks": [0]}, "g": {"device": "cuda", "ranks": [1, 2]}}, facts)
+    assert places == [("cpu", 4, (2, 3, 6, 7)), ("cuda:0", 2, (4, 5)), ("cuda:1", 2, (0, 1))]
 
 
 def test_gpu_ranks_alone_share_all_cores() -> None:
@@ -215,6 +255,13 @@ def test_facts_survive_the_trip_between_ranks() -> None:
 def test_on_host() -> None:
     cluster: Cluster = assign(device_classes({"a": {"ranks": "0-3"}}), ranks_on(("one", 1), ("two", 3)))
     assert (cluster.on_host("one"), cluster.on_host("two"), cluster.size) == ([0], [1, 2, 3], 4)
+
+
+def test_the_numa_node_of_a_pci_device(tmp_path: Path) -> None:
+    for address, node in (("0000:3b:00.0", "1\n"), ("0000:af:00.0", "-1\n")):
+        (tmp_path / address).mkdir()
+        (tmp_path / address / "numa_node").write_text(node)
+    assert [pci_node(0, bus, 0, tmp_path) for bus in (0x3B, 0xAF, 0xB0)] == [1, None, None]
 
 
 def test_cores_of_one_numa_node_follow_one_another(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ from horovod.runner.http.http_server import RendezvousServer
 from ranks.comm_cases import LAYOUTS, TAUS, cases
 
 from hvd_hetero.cluster import Cluster, DeviceClass, RankFacts
-from hvd_hetero.comm import build
+from hvd_hetero.comm import build, gradients
 from hvd_hetero.comm.build import check_gpu_sums, check_mixed_hosts
+from hvd_hetero.comm.gradients import GradientSum, OnHost, Summable
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.comm.paths import paths_of
 from hvd_hetero.comm.rendezvous import SCOPE, JobEnv, exchange, forget_addresses, job_env
@@ -169,6 +171,18 @@ def test_several_gpu_ranks_need_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
         check_gpu_sums(Cluster(together, tuple(facts(2))))
     monkeypatch.setattr(build, "build_info", lambda: {"nccl": True})
     check_gpu_sums(Cluster(together, tuple(facts(2))))
+
+
+def test_ranks_that_share_a_gpu_do_not_sum_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their sums go through the host, for which no NCCL is needed."""
+    monkeypatch.setattr(build, "build_info", lambda: {"nccl": False})
+    one_gpu = [replace(fact, gpus=("gpu",)) for fact in facts(2)]
+    cluster = Cluster((DeviceClass("a", "cuda", (0, 1)),), tuple(one_gpu))
+    check_gpu_sums(cluster)
+    assert GradientSum(cast(Any, None), (0, 1), cluster)._travel is OnHost
+    monkeypatch.setattr(gradients, "build_info", lambda: {"nccl": True})
+    two_gpus = Cluster(cluster.classes, tuple(replace(fact, gpus=("gpu", "gpu")) for fact in facts(2)))
+    assert GradientSum(cast(Any, None), (0, 1), two_gpus)._travel is Summable
 
 
 @pytest.mark.parametrize(("sets", "slots", "trap"), [

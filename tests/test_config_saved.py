@@ -56,7 +56,8 @@ DECIDES = {
         algorithm.partition_bytes""",
     LENGTH: "train.passes train.max_fast_steps train.max_samples train.max_train_sec aggregation.nan",
     FIGURES: """
-        cluster.hosts cluster.classes cluster.affinity cluster.gpu_cores cluster.network_interface cluster.cycle_time_ms
+        cluster.hosts cluster.classes cluster.affinity cluster.gpu_cores cluster.share_gpus cluster.network_interface
+        cluster.cycle_time_ms
         data.workers train.compile aggregation.path aggregation.chunk_mb profile.seconds profile.warmup_steps
         profile.reuse profile.file eval.every_passes eval.batch_size eval.metric delays.distribution delays.seed
         delays.sec delays.ranks delays.sigma""",

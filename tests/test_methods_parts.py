@@ -6,6 +6,7 @@ import copy
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
@@ -169,6 +170,25 @@ def test_the_outer_optimizer_resumes_where_it_was() -> None:
     second[1].load_state_dict(copy.deepcopy(first[1].state_dict()))
     round_of(*second, 3)
     assert torch.equal(second[0].vectors[0], whole[0].vectors[0])
+
+
+@pytest.mark.parametrize(("lr", "momentum", "nesterov"), [(0.7, 0.0, False), (0.7, 0.9, False), (0.7, 0.9, True)])
+def test_an_outer_step_rounds_as_it_is_written(lr: float, momentum: float, nesterov: bool) -> None:
+    """Every product and every sum to float32, so that CPUs and GPUs come to the same bits."""
+    torch.manual_seed(0)
+    state = FlatState(nn.Linear(40, 25))
+    outer = Outer(state, lr, momentum, nesterov)
+    outer.remember()
+    vector = state.parameters()[0]
+    before = vector.numpy().copy()
+    vector.add_(torch.randn_like(vector))
+    average = vector.numpy().copy()
+    outer.step()
+    d, f = before - average, np.float32
+    expected = average + f(1 - lr) * d if nesterov or not momentum else average + d
+    if momentum:
+        expected -= f(lr * momentum if nesterov else lr) * d  # the first velocity
+    assert np.array_equal(vector.numpy(), expected)
 
 
 def test_a_plain_average_costs_nothing_more() -> None:

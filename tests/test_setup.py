@@ -201,6 +201,33 @@ def test_a_cuda_torch_of_the_system_is_used(tmp_path: Path, toolkit: Path) -> No
     assert "torch==2.13.0" in setup_in(tmp_path, "--print-plan", PYTHONPATH=site).stdout, "too old"
 
 
+def test_a_cuda_torch_of_the_environment_that_it_is_started_in(
+    tmp_path: Path, toolkit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new environment sees that one's packages, also when it is made ready again from elsewhere."""
+    other, venv = torches.packages_of(tmp_path / "other"), tmp_path / "venv"
+    (other / "torch").mkdir(parents=True)
+    (other / "torch" / "__init__.py").touch()
+    (other / "torch" / "version.py").write_text("__version__ = '2.11.0+cu130'\ncuda: Optional[str] = '13.0'\n")
+    monkeypatch.setenv("HVD_HETERO_VENV", str(venv))
+    monkeypatch.setenv("HVD_HETERO_SETUP_FROM", str(tmp_path / "other"))
+    settings = main.parse([])
+    found = torches.system_cuda_torch(main.other_packages(settings))
+    assert found is not None and (found.version, found.packages) == ("2.11.0+cu130", other)
+    torches.packages_of(venv).mkdir(parents=True)
+    (venv / "pyvenv.cfg").touch()
+    monkeypatch.setattr(Steps, "run", lambda *arguments, **rest: None)
+    main.make_venv(settings, Steps(tmp_path), found)
+    (other / "shim.pth").write_text(f"{tmp_path / 'shim'}\n")
+    (tmp_path / "shim").mkdir()
+    see = f"import site, sys; site.addsitedir({str(torches.packages_of(venv))!r}); print(*sys.path)"
+    seen = subprocess.run([sys.executable, "-c", see], capture_output=True, text=True, check=True).stdout.split()
+    assert {str(other), str(tmp_path / "shim")} <= set(seen), "with what its own .pth files ask for"
+    for again in (str(venv), ""):
+        monkeypatch.setenv("HVD_HETERO_SETUP_FROM", again)
+        assert torches.system_cuda_torch(main.other_packages(settings)) == found
+
+
 # --- what is remembered ---
 
 

@@ -45,12 +45,13 @@ class Outer:
         for i, (average, d) in enumerate(zip(self._params, self._moved, strict=True)):
             d.sub_(average)
             # x = average + d, and a part of lr * d is taken back: exact where lr is 1
+            # and each operation rounds once: a factor given to add_ may be rounded or not, as the device likes
             if not momentum:
-                average.add_(d, alpha=1 - lr)
+                average.add_(d.mul_(1 - lr))
                 continue
             v = self._velocity[i].mul_(momentum).add_(d)
-            average.add_(d, alpha=1 - lr if self._nesterov else 1)
-            average.sub_(v, alpha=lr * momentum if self._nesterov else lr)
+            average.add_(d.mul_(1 - lr) if self._nesterov else d)
+            average.sub_(torch.mul(v, lr * momentum if self._nesterov else lr, out=d))
 
     def state_dict(self) -> dict[str, Any]:
         return {"velocity": self._velocity} if self._velocity else {}

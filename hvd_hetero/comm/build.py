@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hvd_hetero.cluster import Cluster, RankFacts
+from hvd_hetero.cluster import Cluster, RankFacts, shares_a_gpu
 from hvd_hetero.errors import ConfigError
 
 MIXED_HOSTS = "mixed-hosts"
@@ -42,10 +42,16 @@ def check_gpu_sums(cluster: Cluster) -> None:
         ConfigError: naming the class.
     """
     for item in cluster.classes:
-        if item.device == "cuda" and len(item.ranks) > 1 and not build_info()["nccl"]:
+        if sums_on_gpus(cluster, item.ranks) and not build_info()["nccl"]:
             problem = f"its {len(item.ranks)} GPU ranks sum among themselves, and this Horovod was built without NCCL"
             remedy = "run scripts/setup where nvcc is, or give each GPU a class of its own"
             raise ConfigError(f"cluster.classes.{item.name}", list(item.ranks), problem, remedy)
+
+
+def sums_on_gpus(cluster: Cluster, ranks: Sequence[int]) -> bool:
+    """Whether these ranks are to sum among themselves on their GPUs: several ranks, and each has a GPU of its own."""
+    on_gpus = all(cluster.class_of(rank).device == "cuda" for rank in ranks)
+    return len(ranks) > 1 and on_gpus and not shares_a_gpu(cluster, ranks)
 
 
 def fixes() -> tuple[str, ...]:

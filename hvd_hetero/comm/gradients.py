@@ -12,7 +12,7 @@ from horovod.torch.compression import Compressor
 from torch import Tensor, nn
 
 from hvd_hetero.cluster import Cluster
-from hvd_hetero.comm.build import build_info
+from hvd_hetero.comm.build import build_info, sums_on_gpus
 from hvd_hetero.comm.finite import summable
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.comm.slots import real_view
@@ -74,9 +74,9 @@ class GradientSum:
 
     def __init__(self, comm: Comm, ranks: tuple[int, ...], cluster: Cluster) -> None:
         self._comm, self._ranks = comm, ranks
-        devices = {cluster.class_of(rank).device for rank in ranks}
-        on_host = len(devices) > 1 or (devices == {"cuda"} and not build_info()["nccl"])
-        self._travel = OnHost if on_host else Summable
+        on_cpus = all(cluster.class_of(rank).device == "cpu" for rank in ranks)
+        as_they_are = on_cpus or (sums_on_gpus(cluster, ranks) and build_info()["nccl"])
+        self._travel = Summable if as_they_are else OnHost
 
     def wrap(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
         """The optimizer, made to send each gradient as soon as the backward pass has computed it."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hvd_hetero.cluster import Cluster
-from hvd_hetero.comm.build import check_gpu_sums, check_mixed_hosts
+from hvd_hetero.comm.build import check_gpu_sums, check_mixed_hosts, sums_on_gpus
 from hvd_hetero.comm.finite import LeftOut
 from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.comm.paths import FLAT, paths_of
@@ -72,6 +72,7 @@ class Comm:
             hvd.init(process_sets=list(sets.values()))
         sets[tuple(range(self.size))] = hvd.global_process_set
         self._sets = sets
+        self._sums_on_gpus = sums_on_gpus(cluster, mine.ranks)
         self._staging: dict[tuple[torch.dtype, int], Tensor] = {}
         self._copying: torch.cuda.Stream | None = None
 
@@ -87,9 +88,15 @@ class Comm:
         Args:
             vector: ``[P]``, on the rank's own device.
             weight: equal within a class.
-            ranks: those that take part: all, or one class.
+            ranks: those that take part: all, or one class. GPU ranks of a class that share a GPU go through the host,
+                since NCCL refuses them.
         """
         ranks = ranks or tuple(range(self.size))
+        if vector.device.type != "cpu" and len(self._peers) > 1 and not self._sums_on_gpus:
+            host = self.on_host(vector)
+            self.weighted_sum_(host, weight, name, ranks)
+            vector.copy_(host)
+            return
         if self.path == FLAT or len(ranks) < self.size or self.size == 1:
             if weight != 1:
                 vector.mul_(weight)

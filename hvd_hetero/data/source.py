@@ -82,14 +82,16 @@ class TensorSource:
     Args:
         inputs: tensor ``[N, ...]``, or a tuple or dict of them.
         targets: likewise.
-        transform: ``transform(batch, generator) -> batch``, applied to the selected inputs on their device;
-            one that holds tensors has a method ``to(device)`` that returns it moved.
+        transform: ``transform(batch, generator) -> batch``, applied to the selected inputs on the device of the
+            batches; one that holds tensors has a method ``to(device)`` that returns it moved.
+        device: where the batches go; None: they stay where the samples are.
 
     Raises:
         ConfigError: inputs and targets differ in length.
     """
 
-    def __init__(self, inputs: Tensors, targets: Tensors, transform: Transform | None = None) -> None:
+    def __init__(self, inputs: Tensors, targets: Tensors, transform: Transform | None = None,
+                 device: torch.device | str | None = None) -> None:
         parts = [*_tensors(targets), *_tensors(inputs)]
         self._first = parts[0]
         for part in parts:
@@ -98,25 +100,42 @@ class TensorSource:
             if len(part) != len(self._first):
                 problem = f"{len(part)} inputs but {len(self._first)} targets"
                 raise ConfigError("data", Plain(describe(part)), problem, "give one target for each sample")
-        self.inputs, self.targets, self.transform = inputs, targets, transform
+        self.inputs, self.targets, self.transform, self._device = inputs, targets, transform, device
 
     def __len__(self) -> int:
         return len(self._first)
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all samples."""
+        return sum(tensor.nbytes for tensor in (*_tensors(self.inputs), *_tensors(self.targets)))
+
     def to(self, device: torch.device | str) -> TensorSource:
         """Return the same samples on ``device``."""
+        return TensorSource(to_device(self.inputs, device), to_device(self.targets, device), self._transform_on(device))
+
+    def fed_to(self, device: torch.device | str) -> TensorSource:
+        """Return the same samples where they are, whose batches go to ``device`` one by one."""
+        return TensorSource(self.inputs, self.targets, self._transform_on(device), device)
+
+    def _transform_on(self, device: torch.device | str) -> Transform | None:
         move = getattr(self.transform, "to", None)
-        transform = move(device) if move else self.transform
-        return TensorSource(to_device(self.inputs, device), to_device(self.targets, device), transform)
+        return move(device) if move else self.transform
 
     def batches(self, indices: Indices, generator: torch.Generator, start: int = 0) -> Iterator[Batch]:
         """Yield one batch for each row of ``indices`` ``[steps, B]``."""
         # The whole plan moves at once: a step of a tiny model takes less time than a transfer to a GPU.
         for row in torch.as_tensor(indices, dtype=torch.int64, device=self._first.device)[start:].unbind(0):
-            inputs = _select(self.inputs, row)
+            inputs, targets = _select(self.inputs, row), _select(self.targets, row)
+            if self._device is not None:
+                inputs, targets = self._fed(inputs), self._fed(targets)
             if self.transform is not None:
                 inputs = self.transform(inputs, generator)
-            yield inputs, _select(self.targets, row)
+            yield inputs, targets
+
+    def _fed(self, part: Any) -> Any:
+        assert self._device is not None
+        return to_device(part if torch.device(self._device).type == "cpu" else pinned(part), self._device)
 
 
 def _tensors(value: Tensors) -> list[Tensor]:

@@ -14,7 +14,8 @@ STAMPS = {SLOWED: "EMULATED slow devices", DELAYED: "INJECTED delays"}
 def closing_table(summary: Mapping[str, Any]) -> str:
     """The table that ends a run: a row a device class, then the run's own figures."""
     head = ["class", "device", "ranks", "tau", "batch", "weight", "step ms", "steps", "samples"]
-    rows = [[*head, *(f"{kind} s" for kind in KINDS)]]
+    on_gpus = any(c.get("peak_gpu_bytes") is not None for c in summary["classes"])
+    rows = [[*head, *(f"{kind} s" for kind in KINDS), *(["GPU GB"] if on_gpus else [])]]
     for c in summary["classes"]:
         total = sum(c["time_sec"].values()) or 1.0
         times = [f"{c['time_sec'][k]:.2f} ({100 * c['time_sec'][k] / total:.1f}%)" for k in KINDS]
@@ -22,6 +23,9 @@ def closing_table(summary: Mapping[str, Any]) -> str:
         step = "-" if c["step_sec"] is None else f"{1e3 * c['step_sec']:.3g}"
         rows.append([name, c["device"], ",".join(map(str, c["ranks"])), str(c["tau"]), str(c["batch_size"]),
                      f"{c['weight']:.4f}", step, str(c["steps"]), str(c["samples"]), *times])
+        if on_gpus:
+            peak = c.get("peak_gpu_bytes")
+            rows[-1].append("-" if peak is None else f"{peak / 1e9:.2f}")
     result = summary["eval"]
     figures = [
         f"{summary['algorithm']}: {summary['passes']} passes, {summary['rounds']} rounds",

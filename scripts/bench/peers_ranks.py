@@ -110,7 +110,8 @@ def plain_step(parts: components.Components, model: torch.nn.Module, optimizer: 
                backward: Callable[[torch.Tensor], None] = torch.Tensor.backward) -> Step:
     def step(inputs: Any, targets: torch.Tensor) -> None:
         optimizer.zero_grad()
-        backward(parts.loss(model(inputs), targets).mean())
+        returned = parts.loss(model(inputs), targets)
+        backward((returned[0] if isinstance(returned, tuple) else returned).mean())
         optimizer.step()
 
     return step

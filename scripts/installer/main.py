@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import tempfile
+from ast import literal_eval
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from installer.steps import StepFailed, Steps
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STAMP = "hvd-hetero-setup.json"
+OTHER_PACKAGES = "hvd-hetero-torch.pth"
 # Horovod's build and horovodrun want these; pip's isolation is off, so that it compiles against our torch.
 BUILD_TOOLS = ["pip>=23.1", "setuptools>=77.0.3,<82"]
 BUILD_TOOLS += ["wheel", "packaging", "cffi", "pyyaml", "psutil", "cloudpickle"]
@@ -92,6 +94,14 @@ def parse(arguments: Sequence[str]) -> Settings:
     )
 
 
+def other_packages(settings: Settings) -> Path | None:
+    """The folder of packages of the environment that scripts/setup was started in, now or when ours was made."""
+    prefix, seen = os.environ.get("HVD_HETERO_SETUP_FROM"), torches.packages_of(settings.venv) / OTHER_PACKAGES
+    if prefix and Path(prefix).resolve() != settings.venv.resolve():
+        return torches.packages_of(Path(prefix))
+    return Path(literal_eval(seen.read_text().partition("addsitedir(")[2].strip()[:-1])) if seen.exists() else None
+
+
 def requirements() -> tuple[list[str], dict[str, list[str]]]:
     """What setup.cfg says the package needs: always, and for each extra."""
     parser = configparser.ConfigParser(comment_prefixes=("#",), inline_comment_prefixes=(" #",))
@@ -141,7 +151,7 @@ def main(arguments: Sequence[str]) -> int:
     settings = parse(arguments)
     steps = Steps(settings.cache / "logs" / digest(str(settings.venv)), settings.dry_run)
     may_use_cuda = settings.cuda_mode != "off" and torches.find_toolkit() is not None
-    system_torch = torches.system_cuda_torch() if may_use_cuda else None
+    system_torch = torches.system_cuda_torch(other_packages(settings)) if may_use_cuda else None
     try:
         if up_to_date(settings, system_torch):
             steps.say(f"environment {settings.venv}: nothing to do")
@@ -190,7 +200,7 @@ def install(settings: Settings, steps: Steps, system_torch: torches.Torch | None
         tools.check_venv()
         if not list(settings.cache.glob(f"wheels/horovod-*-{sys.implementation.cache_tag}-*/*.whl")):
             tools.check_build_tools()  # now, and not after minutes of downloads
-        make_venv(settings, steps, system_torch is not None)
+        make_venv(settings, steps, system_torch)
         done.clear()
         finish("interpreter")
     if done.get("base") != wanted["base"]:
@@ -213,8 +223,8 @@ def install(settings: Settings, steps: Steps, system_torch: torches.Torch | None
         steps.say(f"ready: {settings.venv}/bin/hvd-hetero")
 
 
-def make_venv(settings: Settings, steps: Steps, see_system: bool) -> None:
-    """Makes the environment, in place of a broken or outdated one.
+def make_venv(settings: Settings, steps: Steps, system_torch: torches.Torch | None) -> None:
+    """Makes the environment, in place of a broken or outdated one; it sees the packages beside a torch that is there.
 
     Raises:
         StepFailed: the folder holds something that is not an environment.
@@ -227,9 +237,14 @@ def make_venv(settings: Settings, steps: Steps, see_system: bool) -> None:
             "Name another folder in HVD_HETERO_VENV, or remove this one.",
         )
     command: list[str | Path] = [sys.executable, "-m", "venv", "--clear", venv]
-    if see_system:
+    if system_torch is not None:
         command.append("--system-site-packages")
     steps.run("make environment", command, remedy=f"Is {venv.parent} writable? Has this Python venv?")
+    if system_torch is not None and system_torch.packages is not None:
+        steps.say(f"the environment sees {system_torch.packages}, where torch is")
+        if not steps.dry_run:  # its own .pth files count too: by one of them setuptools gives Horovod its distutils
+            line = f"import site; site.addsitedir({str(system_torch.packages)!r})\n"
+            (torches.packages_of(venv) / OTHER_PACKAGES).write_text(line)
 
 
 def install_base(

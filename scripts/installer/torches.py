@@ -7,8 +7,9 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
-from importlib.util import find_spec
+import sys
+from dataclasses import dataclass, replace
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from installer.steps import StepFailed
@@ -32,11 +33,13 @@ class Torch:
         version: with its local part, as `2.13.0+cpu`.
         cuda: the CUDA version it was built for, or None.
         nccl: the folder with the NCCL headers and library that came with it, or None.
+        packages: the folder of packages that it lies in, if that is another environment's.
     """
 
     version: str
     cuda: str | None
     nccl: Path | None = None
+    packages: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,23 @@ def torchvision_for(torch_version: str) -> str:
     return TORCHVISION_OF[".".join(torch_version.split(".")[:2])]
 
 
-def system_cuda_torch() -> Torch | None:
-    """The CUDA torch of the Python that runs this, if it has one in our range; found without importing it."""
-    spec = find_spec("torch")
+def packages_of(environment: Path) -> Path:
+    """The folder of an environment's packages."""
+    return environment / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+
+
+def system_cuda_torch(packages: Path | None = None) -> Torch | None:
+    """Find the CUDA torch that is there already, if there is one in our range, without importing it.
+
+    Args:
+        packages: a folder to look in before those of the Python that runs this.
+    """
+    if packages is not None and (there := _cuda_torch(PathFinder.find_spec("torch", [str(packages)]))) is not None:
+        return replace(there, packages=packages)
+    return _cuda_torch(PathFinder.find_spec("torch"))
+
+
+def _cuda_torch(spec: ModuleSpec | None) -> Torch | None:
     if spec is None or spec.origin is None:
         return None
     text = Path(spec.origin).with_name("version.py").read_text()

@@ -18,6 +18,8 @@ CLASSES: dict[str, dict[str, list[int]]] = {
     "alone": {"fast": [0], "slow": [1, 2, 3]},
     "of three": {"fast": [0, 1], "slow": [2]},
     "of two": {"fast": [0], "slow": [1]},
+    "one beside two": {"fast": [0], "slow": [1, 2]},
+    "three classes": {"fast": [0], "slow": [1], "other": [2]},
 }
 SAMPLES, FEATURES, TARGETS = 120, 5, 3
 BASE: dict[str, Any] = {

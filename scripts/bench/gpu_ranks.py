@@ -1,0 +1,321 @@
+"""What each of the three ranks of scripts/bench/gpu does.
+
+``gpu_ranks.py FOLDER OUT DEVICE SECONDS TARGET ROWS CONFIG...``
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from hvd_hetero import algorithms, components, job, passes, trainer
+from hvd_hetero.cluster import Cluster, RankFacts, assign, local_facts, place
+from hvd_hetero.comm.horovod import Comm, hvd
+from hvd_hetero.comm.rendezvous import JobEnv, exchange, job_env
+from hvd_hetero.comm.waiting import begin, finished
+from hvd_hetero.config import device_classes, load
+from hvd_hetero.data import read
+from hvd_hetero.watchdog import Watchdog
+
+PLAIN = runpy.run_path(str(Path(__file__).with_name("plain")))
+MEGABYTES = (1.1, 100)
+TURNS = 9
+ROUNDS = 10
+ROUND = "end of a round"
+WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")
+SPEED_ONLY = {"train.passes": None, "eval.every_passes": 10**6, "checkpoint.every_sec": None, "profile.reuse": False,
+              "cluster.too_slow": "shrink_batch"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the rows share. Methods that are given a folder's name are called by all ranks, as is each row."""
+
+    env: JobEnv
+    facts: list[RankFacts]
+    folder: Path
+    device: str
+    seconds: float
+    target: float
+    config: list[str]
+
+    def classes(self, gpus: int, slowdown: float = 1.0) -> dict[str, Any]:
+        """``cluster.classes``: the first ranks are on the GPU, of which all but one are slow; the others on the CPU."""
+        ranks = {"gpu": [0], "slow": list(range(1, gpus)), "cpu": list(range(gpus, 3))}
+        made = {name: {"device": "cpu" if name == "cpu" else self.device, "ranks": own} for name, own in ranks.items()}
+        made["slow"]["slowdown"] = slowdown
+        return {name: c for name, c in made.items() if c["ranks"]}
+
+    def trained(
+        self, name: str, settings: Mapping[str, Any], cluster: Cluster | None = None
+    ) -> tuple[trainer.Trainer, dict[str, Any]]:
+        """Trains; with a cluster of rank 0 alone, only that calls it. The summary is rank 0's."""
+        words = [word for word in self.config if "=" in word]
+        files = [word for word in self.config if "=" not in word]
+        words += [f"{key}={json.dumps(value)}" for key, value in {"run.trace_rounds": 0, **settings}.items()]
+        config = load(files, words, algorithms.method)
+        env = self.env if cluster is None else replace(self.env, size=1)
+        if cluster is None:
+            cluster = assign(device_classes(config.cluster.classes), self.facts, share_gpus=True)
+        parts = components.build(config)
+        job.check(config, parts, cluster)
+        placement = replace(place(cluster, env.rank, config.cluster.gpu_cores, affinity=False), threads=1)
+        made = trainer.Trainer(job.Job(env, config, parts, cluster, placement, Watchdog(env)), self.folder / name)
+        made.prepare()
+        summary = made.run()
+        made.algorithm.close()
+        return made, summary or {}
+
+    def alone(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The summary of the GPU rank's own run, while the others wait."""
+        classes = {"gpu": {"device": self.device, "ranks": [0]}}
+        one = assign(device_classes(classes), self.facts[:1])
+        return self.on_rank_0(lambda: self.trained(name, {**settings, "cluster.classes": classes}, one)[1]) or {}
+
+    def plain(self, *more: str) -> float:
+        """Samples per second of the plain loop, while the others wait."""
+        return self.on_rank_0(lambda: PLAIN["plain_loop"]([*self.config, *more], self.seconds, self.device)) or 0.0
+
+    def on_rank_0(self, call: Callable[[], Any]) -> Any:
+        """What a call gives there, None on the others, who wait; if it fails, all of them raise."""
+        result = error = None
+        if self.env.rank == 0:
+            try:
+                result = call()
+            except Exception as problem:
+                error = problem
+        if agreed("rank_0", float(error is not None)):
+            raise error or RuntimeError("rank 0 has failed")
+        return result
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device == "cuda"
+
+
+def agreed(name: str, value: float = 0.0) -> float:
+    """The largest of all ranks' values, when all have come."""
+    return float(finished(begin(hvd.allreduce_async, torch.tensor(value), op=hvd.Max, name=f"bench.{name}")))
+
+
+def rate(summary: Mapping[str, Any], what: str = "samples") -> float:
+    """Samples or steps per second of the GPU rank."""
+    return float(summary["classes"][0][what] / summary["train_sec"]) if summary else 0.0
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+def speed(bench: Bench) -> dict[str, Any]:
+    limits = {**SPEED_ONLY, "train.max_train_sec": bench.seconds}
+    plain, alone = bench.plain(), bench.alone("alone", limits)
+    beside = bench.trained("beside", {**limits, "train.max_train_sec": 2 * bench.seconds,
+                                      "cluster.classes": bench.classes(1)})[1]  # fmt: skip
+    if not beside:
+        return {}
+    gpu, cpu = beside["classes"]
+    return {
+        "plain_samples_per_sec": plain, "alone_samples_per_sec": rate(alone), "over_plain": rate(alone) / plain,
+        "beside_over_alone": rate(beside, "steps") / rate(alone, "steps"), "tau": [gpu["tau"], cpu["tau"]],
+        "blocked_fraction": gpu["blocked_fraction"], "step_ms": [1e3 * gpu["step_sec"], 1e3 * cpu["step_sec"]],
+        "comm_fraction": gpu["time_sec"]["comm"] / sum(gpu["time_sec"].values()),
+        "average_ms": 1e3 * gpu["time_sec"]["comm"] / beside["rounds"], "peak_gpu_bytes": gpu["peak_gpu_bytes"],
+    }  # fmt: skip
+
+
+def graphs(bench: Bench) -> dict[str, Any]:
+    fast = {"train.channels_last": True, "train.compile": "reduce-overhead" if bench.on_gpu else None,
+            "train.optimizer_args": {"momentum": 0.9, "fused": True}}  # fmt: skip
+    small = {"train.batch_size": 32}
+    plain = bench.plain("train.batch_size=32")
+    limits = {**SPEED_ONLY, **small, "train.max_train_sec": bench.seconds}
+    eager, made = bench.alone("eager", limits), bench.alone("graphs", {**limits, **fast})
+    return {"plain_samples_per_sec": plain, "eager_over_plain": rate(eager) / plain, "over_plain": rate(made) / plain}
+
+
+def average(bench: Bench) -> dict[str, Any]:
+    cluster = assign(device_classes(bench.classes(1)), bench.facts)
+    comm, result = Comm(cluster, bench.env.rank), {}
+    device = "cuda" if bench.on_gpu and bench.env.rank == 0 else "cpu"
+    for megabytes in MEGABYTES if bench.on_gpu else MEGABYTES[:1]:
+        name, vector = f"{megabytes} MB", torch.randn(int(megabytes * 1e6) // 4, device=device)
+        pinned = torch.empty(vector.shape, pin_memory=device == "cuda")
+
+        def there_and_back() -> None:
+            pinned.copy_(vector, non_blocking=True)  # noqa: B023
+            vector.copy_(pinned, non_blocking=True)  # noqa: B023
+
+        def own_copies() -> None:
+            host = comm.on_host(vector)  # noqa: B023
+            if host is not vector:  # noqa: B023
+                vector.copy_(host)  # noqa: B023
+
+        times = {what: [clock(call) for _ in range(TURNS)] for what, call in (
+            ("pinned", there_and_back), ("copies", own_copies),
+            ("whole", lambda: comm.weighted_sum_(vector, 1 / 3, f"bench.{name}")),  # noqa: B023
+        )}  # fmt: skip
+        medians = {what: 1e3 * statistics.median(seconds) for what, seconds in times.items()}
+        result[name] = {f"{what}_ms": ms for what, ms in medians.items()}
+        result[name]["pinned_over_copies"] = medians["pinned"] / medians["copies"]
+    return result
+
+
+def clock(call: Callable[[], Any]) -> float:
+    agreed("turn")
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def trace(bench: Bench) -> dict[str, Any]:
+    """Ten rounds with delayed averages; then steps without any."""
+    settings = {**SPEED_ONLY, "aggregation.delayed": True, "cluster.classes": bench.classes(1),
+                "train.tau": {"gpu": 16, "cpu": 1}, "train.batch_size": {"gpu": 128, "cpu": 2}}  # fmt: skip
+    if not bench.on_gpu:
+        settings |= {"train.tau": {"gpu": 1, "cpu": 1}, "train.batch_size": 2}
+    tau = settings["train.tau"]["gpu"]
+    with profiled(bench) as prof, marked_rounds():
+        made, _ = bench.trained("delayed", {**settings, "train.max_fast_steps": tau * (ROUNDS + 4)})
+    result: dict[str, Any] = {}
+    if bench.env.rank == 0:
+        events = list(prof.events() or [])
+        ends = sorted(e.time_range.end for e in events if e.name == ROUND)
+        result = {"rounds": ROUNDS, "idle_fraction": idle(events, ends[2], ends[2 + ROUNDS])}
+        worker, source = made.worker, made.source
+        steps, batch = (50, 128) if bench.on_gpu else (5, 2)
+        rows = np.random.default_rng(0).integers(len(source), size=(steps, batch))
+        worker.local_steps(read(source, rows, worker.generator), steps)
+        with profiled(bench) as prof:
+            worker.local_steps(read(source, rows, worker.generator), steps)
+        names = [e.name for e in prof.events() or []]
+        result |= {"steps": steps, "waits": sum(name in WAITS for name in names),
+                   "items": sum(name == "aten::_local_scalar_dense" for name in names)}  # fmt: skip
+    agreed("trace")
+    return result
+
+
+def profiled(bench: Bench) -> Any:
+    return profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.on_gpu else [])])
+
+
+@contextmanager
+def marked_rounds() -> Iterator[None]:
+    """Marks the end of each round in the trace."""
+    end_round = passes.RoundLaps.end_round
+
+    def marked(self: passes.RoundLaps) -> None:
+        with record_function(ROUND):
+            end_round(self)
+
+    passes.RoundLaps.end_round = marked  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        passes.RoundLaps.end_round = end_round  # type: ignore[method-assign]
+
+
+def idle(events: list[Any], begin_us: float, end_us: float) -> float | None:
+    """The share of the time between in which nothing runs on the GPU; None without one."""
+    spans = sorted((e.time_range.start, e.time_range.end) for e in events if e.device_type == DeviceType.CUDA)
+    busy, reached = 0.0, begin_us
+    for start, end in spans:
+        start, end = max(start, reached), min(end, end_us)
+        if end > start:
+            busy, reached = busy + end - start, end
+    return 1 - busy / (end_us - begin_us) if spans else None
+
+
+def accuracy(bench: Bench) -> dict[str, Any]:
+    limits = {"train.passes": None, "train.max_train_sec": bench.seconds, "checkpoint.every_sec": None,
+              "profile.reuse": False, "cluster.too_slow": "shrink_batch", "train.lr": 0.1, "train.scheduler": None}
+    result: dict[str, Any] = {"target": bench.target}
+    for name, gpus in (("gpu and 2 cpus", 1), ("two classes on the gpu", 2)):
+        bench.trained(name, {**limits, "cluster.classes": bench.classes(gpus, slowdown=4.0)})
+        result[name] = reached(bench, name)
+    bench.alone("gpu alone", limits)
+    result["gpu alone"] = reached(bench, "gpu alone")
+    return result
+
+
+def question(bench: Bench) -> dict[str, Any]:
+    """Three ranks on the GPU, of which two are emulated to be eight times slower."""
+    limits = {"train.passes": None, "train.max_train_sec": bench.seconds, "checkpoint.every_sec": None,
+              "profile.reuse": False, "cluster.too_slow": "shrink_batch", "train.lr": 0.1, "train.scheduler": None,
+              "cluster.classes": bench.classes(3, slowdown=8.0)}  # fmt: skip
+    biased = {"algorithm.name": "biased_local_sgd"}
+    uniform = {"aggregation.weights": "uniform"}
+    plain = {"sampling.scheme": "uniform"}
+    runs: dict[str, dict[str, Any]] = {
+        "fast alone": {"algorithm.name": "sync_sgd", "algorithm.participants": "fast"},
+        "dlb": {"algorithm.name": "dlb"},
+    } | {
+        f"{name}, tau {tau}": {**biased, **more, "train.tau": tau}
+        for tau in (4, 32)
+        for name, more in (("both biases", {}), ("weights by steps", plain), ("uniform", {**plain, **uniform}))
+    }
+    result = {}
+    for name, settings in runs.items():
+        bench.trained(name, {**limits, **settings})
+        result[name] = reached(bench, name)
+    return result
+
+
+def reached(bench: Bench, name: str) -> dict[str, Any] | None:
+    """The last accuracy of a run, its passes, and the seconds of training after which it had the target."""
+    if bench.env.rank:
+        return None
+    rows = [json.loads(line) for line in (bench.folder / name / "metrics.jsonl").read_text().splitlines()]
+    tested = [row for row in rows if row.get("eval_accuracy") is not None]
+    first = next((row["train_sec"] for row in tested if row["eval_accuracy"] >= bench.target), None)
+    last = tested[-1] if tested else {}
+    return {"seconds": first, "accuracy": last.get("eval_accuracy"), "passes": rows[-1]["pass"],
+            "train_sec": rows[-1]["train_sec"]}  # fmt: skip
+
+
+ROWS = {call.__name__: call for call in (speed, graphs, average, trace, accuracy, question)}
+
+
+def main(folder: str, out: str, device: str, seconds: str, target: str, rows: str, *config: str) -> None:
+    env = job_env()
+    said = exchange(env, "bench", local_facts(env.rank, "localhost", env.local_rank).to_dict(), 120)
+    facts = [RankFacts.from_dict(other) for other in said]
+    torch.set_num_threads(1)
+    job.set_precision("highest")
+    if device == "cuda":
+        torch.cuda.set_device(0)
+    hvd.init(process_sets=[hvd.ProcessSet([0, 1]), hvd.ProcessSet([1, 2])])  # leaders of two classes, and the others
+    bench = Bench(env, facts, Path(folder), device, float(seconds), float(target), list(config))
+    card = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    for name in rows.split(","):
+        start, result = time.time(), dict[str, Any]()
+        try:
+            result = ROWS[name](bench)
+        except Exception as error:
+            traceback.print_exc()
+            result = {"error": f"{type(error).__name__}: {error}"}
+        failed = agreed(f"row.{name}", float("error" in result))
+        if env.rank == 0:
+            result |= {"error": "another rank has failed"} if failed and "error" not in result else {}
+            with open(out, "a") as file:
+                file.write(json.dumps({"row": name, "device": card, "took_sec": time.time() - start, **result}) + "\n")
+    hvd.shutdown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

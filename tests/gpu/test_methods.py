@@ -1,0 +1,75 @@
+"""Every method on one GPU rank beside two CPU ranks: equal to its single-process oracle, and the same on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ranks_gpu.cases import DIGITS, ORACLE
+from ranks_gpu.kinds import COMPILED, KINDS
+from ranks_methods import oracle
+from ranks_methods.cases import Case
+
+from hvd_hetero.algorithms import get
+from hvd_hetero.algorithms.lockstep import Lockstep
+
+GROUPS = ("oracle", "digits", "kinds")
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
+Ran = Callable[..., Any]
+
+
+def expected(case: Case, dealt: dict[int, list[torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """In float64, from what the ranks were dealt."""
+    if issubclass(get(case.method), Lockstep):
+        return (oracle.normalized if case.model == "norm" else oracle.joined)(case, dealt)
+    return (oracle.delayed if case.settings.get("aggregation.delayed") else oracle.local)(case, dealt)
+
+
+def assert_same(found: list[dict[str, Any]], ranks: list[int]) -> None:
+    """Bit for bit."""
+    for rank in ranks:
+        for name, value in found[ranks[0]]["model"].items():
+            own = found[rank]["model"][name]
+            assert torch.equal(own, value), f"{name} of rank {rank}: {(own.float() - value.float()).abs().max()} apart"
+
+
+def training(found: list[dict[str, Any]]) -> list[int]:
+    return [rank for rank, mine in enumerate(found) if any(rows.numel() for rows in mine["dealt"])]
+
+
+@pytest.mark.parametrize("name", ORACLE)
+def test_as_in_one_process_and_the_same_on_all_ranks(ran: Ran, name: str) -> None:
+    found, case = ran(*GROUPS).of(name), ORACLE[name]
+    assert_same(found, training(found))
+    wanted = expected(case, {rank: mine["dealt"] for rank, mine in enumerate(found)})
+    for tensor, value in found[training(found)[0]]["model"].items():
+        torch.testing.assert_close(value.double(), wanted[tensor].double(), **TOLERANCE, msg=lambda m: f"{name}: {m}")
+    assert bool(case.poisoned) == any(mine["left_out"] for mine in found)
+    if case.poisoned:
+        assert found[0]["left_out"], "the GPU rank was given a bad sample"
+
+
+@pytest.mark.parametrize("name", DIGITS)
+def test_it_trains_on_digits(ran: Ran, name: str) -> None:
+    found = ran(*GROUPS).of(name)
+    assert found[0]["summary"]["eval"]["final_accuracy"] > 0.8
+    assert_same(found, [0, *training(found)])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds_of_models_and_settings(ran: Ran, name: str) -> None:
+    found = ran(*GROUPS).of(name)
+    assert_same(found, [0, 1, 2])
+    if KINDS[name].resumed:
+        for tensor, value in found[0]["model"].items():
+            assert torch.equal(value, found[0]["pieces"][tensor]), f"{tensor} after being stopped and resumed"
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_steps_are_compiled_once_and_in_one_graph(ran: Ran, name: str) -> None:
+    mine = ran(*GROUPS).of(name)[0]
+    assert mine["is_compiled"], "it went on without"
+    assert mine["graphs"][-1]["breaks"] == 0
+    assert mine["graphs"][0]["graphs"] == mine["graphs"][-1]["graphs"] > 0, "nothing is compiled after the first pass"
