@@ -144,6 +144,8 @@ def graphs(bench: Bench) -> dict[str, Any]:
     plain = bench.plain("train.batch_size=32")
     limits = {**SPEED_ONLY, **small, "train.max_train_sec": bench.seconds}
     eager, made = bench.alone("eager", limits), bench.alone("graphs", {**limits, **fast})
+    if not made:
+        return {}
     return {"plain_samples_per_sec": plain, "eager_over_plain": rate(eager) / plain, "over_plain": rate(made) / plain}
 
 
