@@ -188,7 +188,7 @@ def clock(call: Callable[[], Any]) -> float:
 def trace(bench: Bench) -> dict[str, Any]:
     """Ten rounds with delayed averages; then steps without any."""
     settings = {**SPEED_ONLY, "aggregation.delayed": True, "cluster.classes": bench.classes(1),
-                "train.tau": {"gpu": 16, "cpu": 1}, "train.batch_size": {"gpu": 128, "cpu": 2}}  # fmt: skip
+                "train.tau": {"gpu": 8, "cpu": 1}, "train.batch_size": {"gpu": 128, "cpu": 2}}  # fmt: skip
     if not bench.on_gpu:
         settings |= {"train.tau": {"gpu": 1, "cpu": 1}, "train.batch_size": 2}
     tau = settings["train.tau"]["gpu"]
