@@ -297,7 +297,8 @@ class _DryRun:
         with telling(*key, what, "make model, data, loss and its arguments fit together"):
             losses, weights = try_loss(*key, self._parts.loss, self._config.train.loss_args, self._batched(targets))
         counting = losses if weights is None else losses[weights > 0]
-        if counting.isnan().any() and not self._stepped:  # a first step may be too long, which is another matter
+        # a first step may be too long, and statistics may make sense only then: both are another matter
+        if training and not self._stepped and counting.isnan().any():
             problem = "is not a number on the first samples"
             raise ConfigError(*key, problem, "look at the data and the model's weights")
         if training and not losses.requires_grad:

@@ -38,6 +38,8 @@ GRACE_SEC = 20.0
 """horovodrun gives its ranks 5 s before it kills them."""
 SAVING_SEC = 30.0
 """What a job that was asked to stop has for the round that it is in and for saving; then it is told to end."""
+LEAST_SIGNAL = 128
+"""From there on a status tells of a signal, which horovodrun may have sent."""
 KNOWN = (EXIT_FAULT, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_LOST, EXIT_STUCK, EXIT_NUMBERS)
 SSH = ("ssh", "-o", "PasswordAuthentication=no", "-o", "StrictHostKeyChecking=no", "-o", "BatchMode=yes",
        "-o", "ConnectTimeout=5")
@@ -145,6 +147,10 @@ class Horovodrun:
             lost = "could not connect to some hosts via ssh" in said
             return End(EXIT_LOST if lost else EXIT_FAULT, self._job, cause, asked=self._signalled)
         number, rank = int(code[1]), int(name[1])
+        if number == EXIT_LOST:  # because of another one, whose end is seen later where data workers outlive it
+            ends = re.findall(r"^Process (\d+) exit with status code (\d+)", said, re.M)
+            own = ((int(end), int(other)) for other, end in ends if int(end) < LEAST_SIGNAL)
+            number, rank = next((end for end in own if end[0] != EXIT_LOST), (number, rank))
         host = [host for host, slots in self._hosts for _ in range(slots)][rank]
         cut = number == SSH_LOST and not is_local(host)
         meaning = meaning_of(number)

@@ -136,8 +136,19 @@ def _tensor(tensor: Tensor, kept: dict[Any, Any]) -> tuple[list[Any], list[Undo]
     if memory.nbytes() and not tensor.is_meta and ("memory", memory.data_ptr()) not in kept:
         kept["memory", memory.data_ptr()] = memory
         numbers = memory.clone() if memory.device.type == "cpu" else memory.cpu()
-        undos.append(lambda: memory.copy_(numbers))
+        undos.append(partial(_put_back, memory, numbers))
     return [grad, vars(tensor)], undos
+
+
+def _put_back(memory: torch.UntypedStorage, before: torch.UntypedStorage) -> None:
+    """Write only where something has changed: a file that is mapped may not be written to."""
+    if memory.nbytes() != before.nbytes():
+        memory.resize_(before.nbytes())
+    elif memory.device.type == "cpu":
+        now, then = (torch.empty(0, dtype=torch.uint8).set_(storage) for storage in (memory, before))
+        if torch.equal(now, then):
+            return
+    memory.copy_(before)
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

@@ -45,7 +45,7 @@ def same(a: Any, b: Any) -> bool:
 
 def memory(tensor: torch.Tensor) -> list[bytes]:
     odd = tensor.is_complex() or tensor.dtype not in DTYPES
-    flat = tensor.resolve_conj().reshape(-1).contiguous().view(torch.uint8) if odd else tensor
+    flat = tensor.resolve_conj().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8) if odd else tensor
     return [bytes(piece) for piece in to_pieces({"x": flat})]
 
 

@@ -165,11 +165,10 @@ def test_plain_horovodrun_says_it_once(
 
 
 def test_the_launcher_starts_nothing(tmp_path: Path) -> None:
-    """The real one, beside which stands a horovodrun that would tell."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "horovodrun").write_text(f"#!/bin/sh\ntouch {tmp_path / 'was-started'}\n")
-    (tmp_path / "bin" / "horovodrun").chmod(0o755)
-    code = f"import sys; sys.executable = '{tmp_path}/bin/python'; from hvd_hetero.cli import main; sys.exit(main())"
+    """The real one, with a Python to run horovodrun by that would tell."""
+    (tmp_path / "python").write_text(f"#!/bin/sh\ntouch {tmp_path / 'was-started'}\n")
+    (tmp_path / "python").chmod(0o755)
+    code = f"import sys; sys.executable = '{tmp_path}/python'; from hvd_hetero.cli import main; sys.exit(main())"
     for words, status in ((["data.args={train_limit: 0}"], 2), ([], 0)):
         done = subprocess.run([sys.executable, "-c", code, "launch", f"run.dir={tmp_path / 'run'}", *words],
                               capture_output=True, text=True, timeout=120)

@@ -38,7 +38,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[...,
 
     def make(average: Callable[[list[torch.Tensor]], None]) -> delayed.Delayed:
         monkeypatch.setattr(delayed, "average_tensors", lambda comm, mean, good, name, weight: average(mean))
-        state = SimpleNamespace(vectors=[torch.zeros(4)], params=[4])
+        state = SimpleNamespace(vectors=[torch.zeros(4)], params=[4], refresh=lambda: False)
         cpu = torch.device("cpu")
         worker: Any = SimpleNamespace(device=cpu, state=state, optimizer=SimpleNamespace(state={}))
         comm: Any = SimpleNamespace(beside=lambda: None, pulse=Pulse())

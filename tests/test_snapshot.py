@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import threading
+import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,6 +77,19 @@ def test_tensors_keep_their_memory_and_all_that_hangs_on_them() -> None:
     assert weight.requires_grad and weight.note == "kept" and all(p.grad is None for p in model.parameters())
     assert not model[1].running_mean.requires_grad
     assert all(torch.equal(a, part["sum"]) for a, part in zip(sums, optimizer.state.values(), strict=True))
+
+
+def test_a_file_that_is_mapped_is_not_written_to(tmp_path: Path) -> None:
+    """It would end the process."""
+    np.arange(4.0).tofile(tmp_path / "numbers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch knows no arrays that cannot be written to
+        table = torch.from_numpy(np.memmap(tmp_path / "numbers", mode="r", dtype=np.float64))
+    other = torch.zeros(2)
+    put_back = snapshot(Holder(table=table, other=other))
+    other.add_(1).resize_(5)
+    put_back()
+    assert table.tolist() == [0, 1, 2, 3] and other.tolist() == [0, 0]
 
 
 def test_random_generators_and_arrays() -> None:

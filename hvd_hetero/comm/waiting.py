@@ -55,7 +55,7 @@ def guarded(call: Callable[[], Any]) -> Any:
     try:
         return call()
     except HorovodInternalError as error:
-        raise PeerLost(f"another rank is gone ({str(error).splitlines()[0]})") from error
+        raise PeerLost(f"another rank is gone ({str(error).splitlines()[0].partition('. ')[0]})") from error
     except ValueError as error:
         # what Horovod says of a set that it gave up after a member died
         if "Process set provided does not exist" in str(error):

@@ -177,7 +177,7 @@ class _Splitter:
             name = f"{base}~{count}"
         own = tensor.detach().resolve_neg()
         if tensor.dtype in AS_BITS:
-            own = own.resolve_conj().reshape(-1).contiguous().view(torch.uint8)
+            own = own.resolve_conj().contiguous().as_strided((own.numel(),), (1,)).view(torch.uint8)
         self.tensors[name] = own
         self._names[same] = name
         return name
