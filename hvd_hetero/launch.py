@@ -21,6 +21,7 @@ from hvd_hetero.environment import as_ranks, check_secrets, for_ranks
 from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_STOPPED, ConfigError, nearest
 from hvd_hetero.files import check_writable
 from hvd_hetero.horovodrun import End, Horovodrun, is_local
+from hvd_hetero.memory import release
 from hvd_hetero.metrics import check_run_dir
 from hvd_hetero.profiles import check_profile, load_profile
 from hvd_hetero.resume import difference
@@ -93,6 +94,7 @@ def read(files: Sequence[str], overrides: Sequence[str]) -> Config:
 
 
 def _run(config: Config, line: Sequence[str], hosts: Sequence[tuple[str, int]], stop: Path | None = None) -> End:
+    release()  # what the dry run had on a GPU is for the ranks
     end = Horovodrun(line[1:], hosts, for_ranks(config), stop).wait()
     if end.status not in (0, EXIT_BAD_INPUT, EXIT_STOPPED) or (end.status == EXIT_BAD_INPUT and not end.error):
         print(f"hvd-hetero: error: the job failed: {end.cause}", file=sys.stderr, flush=True)

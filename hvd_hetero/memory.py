@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,13 @@ def on_device(source: Source, device: str, split: str) -> Source:
     print(f"{split} data: {gigabytes(source.nbytes)} stay on the host, {device} has {gigabytes(free)} free; batches go "
           "there one by one", flush=True)
     return source.fed_to(device)
+
+
+def release() -> None:
+    """Give back to the GPU what this process has no use for any more; its context stays."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def peak_bytes(device: torch.device) -> int:

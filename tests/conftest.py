@@ -74,8 +74,15 @@ def hvd_hetero() -> Callable[..., Done]:
 
 
 @pytest.fixture
+def without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process finds no GPU, wherever it runs."""
+    monkeypatch.setattr("hvd_hetero.cluster._gpus", lambda: ([], ""))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+@pytest.fixture
 def launched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], without_gpus: None
 ) -> Callable[..., tuple[int, str, str]]:
     """``launched(key=value, ...)``: status, stdout and stderr of ``hvd-hetero launch``; starting a process fails."""
 

@@ -9,11 +9,13 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
+
+from hvd_hetero import cluster
 
 OWN = Path(__file__).parent / "ranks"
 PREFIX = "hvd-hetero: error: "
@@ -31,12 +33,25 @@ def assert_one_message(err: str, key: str, value: str, remedy: str) -> None:
 # ---- settings -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_cuda_where_there_is_none(launched: Callable[..., tuple[int, str, str]]) -> None:
     status, _, err = launched("cluster.classes.fast.device=cuda")
     assert status == 2
     assert_one_message(err, "cluster.classes.fast.device", "'cuda'", "device: cpu")
     assert "shows 0 GPU(s)" in err
+
+
+def test_one_gpu_for_two_ranks(
+    launched: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused with the key for it; with it, there is nothing to complain of but a driver that is not here."""
+    gpu = SimpleNamespace(name="one", pci_domain_id=0, pci_bus_id=999, pci_device_id=0)
+    monkeypatch.setattr(cluster, "_gpus", lambda: ([gpu], ""))
+    classes = "cluster.classes={quick: {device: cuda, ranks: [0]}, slow: {device: cuda, ranks: [1]}, c: {ranks: [2]}}"
+    status, _, err = launched(classes)
+    assert status == 2
+    assert_one_message(err, "cluster.classes.slow.device", "'cuda'", "cluster.share_gpus=true")
+    with pytest.raises(pytest.fail.Exception, match="a process was started"):
+        launched(classes, "cluster.share_gpus=true")
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

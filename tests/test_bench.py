@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
 PROGRAMS = sorted(path.name for path in BENCH.iterdir() if path.is_file() and not path.suffix)
@@ -49,9 +48,9 @@ def test_without_a_lab_nothing_is_measured(bench: Run, name: str) -> None:
     assert said.startswith(f"scripts/bench/{name}: needs --lab") and "nothing was measured" in said
 
 
-def test_without_a_gpu_nothing_is_measured(bench: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
+def test_without_a_gpu_nothing_is_measured(
+    bench: Run, capsys: pytest.CaptureFixture[str], without_gpus: None
+) -> None:
     assert bench("gpu", "--seconds", "1") == 2
     assert "there is no GPU here" in capsys.readouterr().err
 

@@ -172,7 +172,8 @@ def test_gpu_ranks_keep_cores_and_cpu_ranks_share_the_rest() -> None:
 
 def test_gpu_ranks_are_given_the_cores_of_their_gpus_node() -> None:
     """GPU 0 is on the second node, GPU 1 on the first."""
-    facts = [RankFacts(r, "one", r, ("g", "g"), "cpu", tuple(range(8)), ((4, 5, 6, 7), (0, 1, 2, 3))) for r in range(3)]
+    facts = [RankFacts(r, "one", r, ("g", "g"), "cpu", tuple(range(8)), gpu_cores=((4, 5, 6, 7), (0, 1, 2, 3)))
+             for r in range(3)]
     places = placed({"c": {"ranks": [0]}, "g": {"device": "cuda", "ranks": [1, 2]}}, facts)
     assert places == [("cpu", 4, (2, 3, 6, 7)), ("cuda:0", 2, (4, 5)), ("cuda:1", 2, (0, 1))]
 

@@ -346,8 +346,7 @@ def test_what_a_norm_needs_is_found_out_where_it_matters(settings: dict[str, Any
     assert tried(linear, settings).least_batch == 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_what_needs_a_gpu_is_not_tried_where_there_is_none() -> None:
+def test_what_needs_a_gpu_is_not_tried_where_there_is_none(without_gpus: None) -> None:
     """Data are read all the same. Where one class is on CPUs, the model has to work there."""
     def run(net: Net, x: Tensor) -> Any:
         raise RuntimeError("this kernel is for GPUs")

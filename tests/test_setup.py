@@ -216,8 +216,12 @@ def test_a_cuda_torch_of_the_environment_that_it_is_started_in(
     assert found is not None and (found.version, found.packages) == ("2.11.0+cu130", other)
     torches.packages_of(venv).mkdir(parents=True)
     (venv / "pyvenv.cfg").touch()
-    monkeypatch.setattr(Steps, "run", lambda *arguments, **rest: None)
+    made: list[list[str]] = []
+    monkeypatch.setattr(Steps, "run", lambda self, name, command, remedy: made.append([str(word) for word in command]))
     main.make_venv(settings, Steps(tmp_path), found)
+    (other / "pip").mkdir()
+    main.make_venv(settings, Steps(tmp_path), found)
+    assert ["--without-pip" in command for command in made] == [False, True], "the other's pip is there too"
     (other / "shim.pth").write_text(f"{tmp_path / 'shim'}\n")
     (tmp_path / "shim").mkdir()
     see = f"import site, sys; site.addsitedir({str(torches.packages_of(venv))!r}); print(*sys.path)"

@@ -144,6 +144,8 @@ def graphs(bench: Bench) -> dict[str, Any]:
     plain = bench.plain("train.batch_size=32")
     limits = {**SPEED_ONLY, **small, "train.max_train_sec": bench.seconds}
     eager, made = bench.alone("eager", limits), bench.alone("graphs", {**limits, **fast})
+    if not made:
+        return {}
     return {"plain_samples_per_sec": plain, "eager_over_plain": rate(eager) / plain, "over_plain": rate(made) / plain}
 
 
@@ -186,7 +188,7 @@ def clock(call: Callable[[], Any]) -> float:
 def trace(bench: Bench) -> dict[str, Any]:
     """Ten rounds with delayed averages; then steps without any."""
     settings = {**SPEED_ONLY, "aggregation.delayed": True, "cluster.classes": bench.classes(1),
-                "train.tau": {"gpu": 16, "cpu": 1}, "train.batch_size": {"gpu": 128, "cpu": 2}}  # fmt: skip
+                "train.tau": {"gpu": 8, "cpu": 1}, "train.batch_size": {"gpu": 128, "cpu": 2}}  # fmt: skip
     if not bench.on_gpu:
         settings |= {"train.tau": {"gpu": 1, "cpu": 1}, "train.batch_size": 2}
     tau = settings["train.tau"]["gpu"]

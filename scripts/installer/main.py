@@ -197,7 +197,7 @@ def install(settings: Settings, steps: Steps, system_torch: torches.Torch | None
 
     steps.say(f"environment {settings.venv}, Python {sys.version.split()[0]}, logs in {steps.log_dir}")
     if done.get("interpreter") != wanted["interpreter"]:
-        tools.check_venv()
+        tools.check_venv(wants_pip=system_torch is None or not system_torch.brings_pip)
         if not list(settings.cache.glob(f"wheels/horovod-*-{sys.implementation.cache_tag}-*/*.whl")):
             tools.check_build_tools()  # now, and not after minutes of downloads
         make_venv(settings, steps, system_torch)
@@ -238,7 +238,7 @@ def make_venv(settings: Settings, steps: Steps, system_torch: torches.Torch | No
         )
     command: list[str | Path] = [sys.executable, "-m", "venv", "--clear", venv]
     if system_torch is not None:
-        command.append("--system-site-packages")
+        command += ["--system-site-packages", *(["--without-pip"] if system_torch.brings_pip else [])]
     steps.run("make environment", command, remedy=f"Is {venv.parent} writable? Has this Python venv?")
     if system_torch is not None and system_torch.packages is not None:
         steps.say(f"the environment sees {system_torch.packages}, where torch is")

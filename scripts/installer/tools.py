@@ -17,13 +17,16 @@ CMAKE_LEAST = (3, 13)
 PACKAGES = "Debian, Ubuntu: apt-get install {0}; Fedora: dnf install {1}; without root: conda install {2}"
 
 
-def check_venv() -> None:
+def check_venv(wants_pip: bool = True) -> None:
     """Some systems ship Python without the part that makes environments.
+
+    Args:
+        wants_pip: whether the environment has to be given a pip.
 
     Raises:
         StepFailed: there is no venv or no pip to put into it.
     """
-    if find_spec("venv") is None or find_spec("ensurepip") is None:
+    if find_spec("venv") is None or (wants_pip and find_spec("ensurepip") is None):
         raise StepFailed(
             "check Python",
             "this Python cannot make environments: venv or ensurepip is missing",

@@ -41,6 +41,11 @@ class Torch:
     nccl: Path | None = None
     packages: Path | None = None
 
+    @property
+    def brings_pip(self) -> bool:
+        """Whether an environment that sees its packages has a pip with them."""
+        return self.packages is not None and (self.packages / "pip").is_dir()
+
 
 @dataclass(frozen=True)
 class Cuda:
