@@ -61,7 +61,8 @@ def _machine() -> dict[str, tuple[str, str | None]]:
     facts = local_facts(0, "localhost", 0)
     horovod = build_info()
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    gpus = ", ".join(f"{i}: {name}" for i, name in enumerate(facts.gpus)) or "none"
+    why_none = f"none ({facts.gpu_problem})" if facts.gpu_problem else "none"  # a CPU host may have a torch for GPUs
+    gpus = ", ".join(f"{i}: {name}" for i, name in enumerate(facts.gpus)) or why_none
     built = ", ".join(name for name in ("gloo", "mpi", "nccl") if horovod[name]) or "nothing"
     fixes = f"with this project's changes: {', '.join(horovod['fixes']) or 'none'}"
     found: dict[str, tuple[str, str | None]] = {
@@ -129,8 +130,6 @@ def _environment(files: Sequence[str], overrides: Sequence[str]) -> str:
 
 
 def _gpu_problem(facts: RankFacts, horovod: dict[str, Any]) -> str | None:
-    if facts.gpu_problem:
-        return facts.gpu_problem
     if facts.gpus and not horovod["nccl"]:
         return "Horovod was built without NCCL, so no class can have several GPU ranks: run scripts/setup where nvcc is"
     return None

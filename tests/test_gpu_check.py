@@ -55,6 +55,14 @@ def test_a_check_that_takes_too_long_is_ended_with_what_it_has_started(parts: di
     pytest.fail(f"process {pid} runs on")
 
 
+@pytest.mark.parametrize(("says", "ok"), [(" passed", False), (" skipped", True)])
+def test_tests_that_were_all_skipped_show_nothing(
+    parts: dict[str, Any], tmp_path: Path, says: str, ok: bool
+) -> None:
+    check = parts["Check"]("x", "tests", ["echo", "49 skipped in 3 s"], 60.0, says=says)
+    assert parts["run"](check, 60.0, dict(os.environ), tmp_path / "log")["ok"] is ok
+
+
 def test_the_report_has_each_row_at_once(parts: dict[str, Any], tmp_path: Path) -> None:
     report = parts["Report"](tmp_path / "report.json", {"gpus": []})
     for number in range(2):

@@ -24,7 +24,7 @@ RANKS = Path(__file__).parent / "ranks"
 DEFAULT = ROOT / "configs" / "default.yaml"
 CLASS_KEYS = {"left_out",
     "name", "device", "ranks", "tau", "batch_size", "weight", "slowdown", "step_sec", "steps", "samples", "time_sec",
-    "blocked_fraction",
+    "blocked_fraction", "peak_gpu_bytes",
 }
 SUMMARY_KEYS = {
     "algorithm", "world_size", "seed", "emulated", "emulation", "rounds", "passes", "samples_seen", "wall_sec",
