@@ -33,7 +33,8 @@ from hvd_hetero.extra_state import load_extra_state
 from hvd_hetero.imports import Place, cause
 from hvd_hetero.loss_checks import Batched, try_loss, try_metric
 from hvd_hetero.losses import IGNORED, Numbers
-from hvd_hetero.modes import has_modes
+from hvd_hetero.modes import has_modes, warn_of_evaluation_mode
+from hvd_hetero.own_attributes import attributes_of, warn_of_changes
 from hvd_hetero.random_state import RandomState
 from hvd_hetero.schema import AUTO, AggregationConfig, Config
 from hvd_hetero.snapshot import snapshot
@@ -132,15 +133,17 @@ class _DryRun:
 
     def whole(self) -> None:
         """Evaluate, train, go through the epochs, save."""
-        _warn_of_evaluation_mode(self._parts.model)
+        warn_of_evaluation_mode(self._parts.model)
         worker = self._worker()
         self._evaluate(worker)
         _check_classes(self._parts.dataset, self._outputs, self._config, self._given, self._origins)
         self._read("test")
         self._evaluate(worker)
         self._read()
+        before = attributes_of(worker.model)
         for _ in range(2 if sum(p.numel() for p in worker.model.parameters()) <= SMALL else 1):
             self._step(worker)
+        warn_of_changes(before, worker.model)
         self._epochs(worker)
         self._save(worker)
 
@@ -363,19 +366,6 @@ class _OneBatch:
 
     def batches(self, indices: Any, generator: torch.Generator, start: int = 0) -> Iterator[Batch]:
         yield self._batch
-
-
-def _warn_of_evaluation_mode(model: nn.Module) -> None:
-    """Tell of what stays in evaluation mode and has something to learn: it may not be meant."""
-    if not model.training:
-        return  # all of it is put into training mode
-    inside: set[int] = set()
-    for name, module in model.named_modules():
-        if id(module) in inside or module.training or not any(p.requires_grad for p in module.parameters()):
-            continue
-        inside |= {id(part) for part in module.modules()}
-        warnings.warn(f"{name} is in evaluation mode and has trainable parameters: it is trained in that mode, as it "
-                      "was given; call its train() if that is not meant", stacklevel=2)
 
 
 def _check_classes(dataset: Dataset, outputs: Any, config: Config, given: Given | None, origins: Origins) -> None:

@@ -6,6 +6,7 @@ then one set of weights while it steps, and another one that is evaluated, avera
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,3 +38,16 @@ def set_mode(optimizer: Any, training: bool) -> None:
     """Call the optimizer's ``train()`` or ``eval()`` where it has them."""
     if has_modes(optimizer):
         (optimizer.train if training else optimizer.eval)()
+
+
+def warn_of_evaluation_mode(model: nn.Module) -> None:
+    """Tell of what stays in evaluation mode and has something to learn: it may not be meant."""
+    if not model.training:
+        return  # all of it is put into training mode
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) in inside or module.training or not any(p.requires_grad for p in module.parameters()):
+            continue
+        inside |= {id(part) for part in module.modules()}
+        warnings.warn(f"{name} is in evaluation mode and has trainable parameters: it is trained in that mode, as it "
+                      "was given; call its train() if that is not meant", stacklevel=2)

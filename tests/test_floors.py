@@ -18,7 +18,7 @@ FLOORS = [
     {"comm", "data", "models", "imports", "limits", "sampling", "metrics", "trace", "checkpoint", "store", "simulator",
      "accounts", "by_name", "delays", "extra_state", "partial_counts", "profiles", "stopping", "fingerprint",
      "watchdog", "describe", "random_state", "modes", "snapshot", "losses", "loss_checks", "states", "process",
-     "environment", "torchvision_help", "memory"},
+     "environment", "own_attributes", "torchvision_help", "memory"},
     {"worker", "profiling", "feed", "passes", "saving", "output", "writing", "resume"},
     {"algorithms", "components", "dry_run"},
     {"trainer", "going_on", "job", "speeds"},

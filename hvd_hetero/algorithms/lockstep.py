@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from hvd_hetero.algorithms.base import Algorithm
 from hvd_hetero.cluster import Cluster, DeviceClass
-from hvd_hetero.comm.averages import average_buffers
+from hvd_hetero.comm.averages import average_buffers, average_unlike_parameters
 from hvd_hetero.comm.finite import finite
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.errors import BadNumbers, ConfigError
@@ -102,6 +102,7 @@ class Lockstep(Algorithm):
         worker.rest()
         if comm.rank in self.ranks:
             average_buffers(comm, worker.state, self.mine.weight, self.ranks)
+            average_unlike_parameters(comm, worker.state, self.mine.weight, self.ranks)
         if 0 not in self.ranks:
             comm.broadcast_state(worker.state, self.ranks[0])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from hvd_hetero.comm.finite import FLAG_SLOTS, finite, scale_, summable
@@ -15,7 +16,8 @@ from hvd_hetero.comm.flat import FlatState
 from hvd_hetero.comm.horovod import Comm
 from hvd_hetero.comm.other_averages import OtherAverages
 from hvd_hetero.comm.paths import FLAT
-from hvd_hetero.comm.weighted_sums import sum_good_
+from hvd_hetero.comm.slots import digest
+from hvd_hetero.comm.weighted_sums import average_tensors, sum_good_
 from hvd_hetero.errors import BadNumbers
 
 
@@ -81,6 +83,27 @@ def average_buffers(comm: Comm, state: FlatState, weight: float, ranks: tuple[in
     others.look()
     if not good:
         comm.left_out.note()
+
+
+def average_unlike_parameters(comm: Comm, state: FlatState, weight: float, ranks: tuple[int, ...]) -> None:
+    """Replaces trained parameters that synchronous replicas should share, where some rank's have become others.
+
+    Steps along one gradient keep them equal; a module that writes to its own parameters from its batch does not.
+
+    Args:
+        weight: of this rank; those of the given ranks sum to 1.
+        ranks: all ranks, or those of one class.
+
+    Raises:
+        BadNumbers: as :func:`average`.
+    """
+    mine = torch.tensor([digest(part)[-1] for part in state.parameters()])
+    first, *others = comm.gather(mine, "parameters.digest", ranks=ranks)
+    if not all(torch.equal(first, other) for other in others):
+        parts = [part.clone() for part in state.parameters()]
+        average_tensors(comm, parts, finite(parts), "parameters", weight=weight, ranks=ranks)
+        for own, average in zip(state.parameters(), parts, strict=True):
+            own.copy_(average)
 
 
 def average_others(

@@ -81,7 +81,7 @@ class OtherAverages:
             kinds = [each[name][0] if name in each else "missing" for each in said]
             for rank, kind in zip(self._ranks, kinds, strict=True):
                 if kind != kinds[0]:
-                    problem = f"buffer {name} is {kinds[0]} on rank {self._ranks[0]} and {kind} on rank {rank}"
+                    problem = f"the model's {name} is {kinds[0]} on rank {self._ranks[0]} and {kind} on rank {rank}"
                     raise UserError(f"{problem}; keep its shape the same on all ranks, or set {KEY}.{name}=local")
         self._others.keep_local(caches)
         self._others.activate(fresh)

@@ -229,6 +229,23 @@ class InitializedByData(Wrapped):
         return super().forward(x / self.scale)
 
 
+class WritesParameters(Wrapped):
+    """Keeps averages of its weights in parameters that count as trained, and one that follows each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ema = copy.deepcopy(self.net)
+        self.center = nn.Parameter(torch.zeros(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.center.lerp_(x.mean(0), 0.1)
+                for own, other in zip(self.ema.parameters(), self.net.parameters(), strict=True):
+                    own.lerp_(other, 0.5)
+        return super().forward(x - self.center.detach()) + 0 * self.ema(x).detach()
+
+
 class Tied(nn.Module):
     """Weights shared as one parameter, and as one memory under two."""
 
@@ -503,6 +520,9 @@ CASES: dict[str, Case] = {
     "a teacher through .data": Case(lambda: Teacher(True)),
     "a teacher, sync": Case(Teacher, settings=SYNC),
     "a module replaced": Case(Renewed),
+    "parameters written in forward": Case(WritesParameters),
+    "parameters written in forward, sync": Case(WritesParameters, settings=SYNC),
+    "parameters written in forward, partial gradients": Case(WritesParameters, settings=EAGER),
     "a scale taken from data": Case(InitializedByData),
     "a scale taken from data, sync": Case(InitializedByData, settings=SYNC),
     "counted, sync": Case(lambda: Counting(False), settings={
@@ -553,6 +573,9 @@ CASES: dict[str, Case] = {
     "partial gradients, complex": Case(Complex, settings=EAGER),
 }  # fmt: skip
 
-NOT_REPEATABLE = ("partial rounds, buffers replaced", "partial rounds, bfloat16", "partial gradients, complex")
+NOT_REPEATABLE = (
+    "parameters written in forward, partial gradients", "partial rounds, buffers replaced", "partial rounds, bfloat16",
+    "partial gradients, complex",
+)  # fmt: skip
 """Which rank joins which round is decided by the clock there: resumed is not the same bit by bit."""
 
