@@ -134,7 +134,7 @@ class Worker:
         """
         self._end_rest()
         try:
-            model = self.model if self._compiled is None else self._compiled  # a module may be as false as an empty list
+            model = self.model if self._compiled is None else self._compiled  # a module may be false
             numbers = self._backward(model, inputs, targets, weight)
         except Exception as error:
             if self._compiled is None or self._compiled_once:
