@@ -29,6 +29,7 @@ from hvd_hetero.data import Batch, Dataset
 from hvd_hetero.data.batch import to_device
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, UserError
+from hvd_hetero.extra_state import load_extra_state
 from hvd_hetero.imports import Place, cause
 from hvd_hetero.loss_checks import Batched, try_loss, try_metric
 from hvd_hetero.losses import IGNORED, Numbers
@@ -36,7 +37,7 @@ from hvd_hetero.modes import has_modes
 from hvd_hetero.random_state import RandomState
 from hvd_hetero.schema import AUTO, AggregationConfig, Config
 from hvd_hetero.snapshot import snapshot
-from hvd_hetero.store import CheckpointError, split
+from hvd_hetero.store import CheckpointError, join, split
 from hvd_hetero.taus import SHRINK, WAIT_AVOIDING
 from hvd_hetero.worker import Worker
 
@@ -276,13 +277,18 @@ class _DryRun:
         if not keys:
             return
         try:
-            split(worker.state_dict())
+            state = worker.state_dict()
+            saved = join(*split(state["extra"]))
+            split(state)
         except CheckpointError as error:
             of_part = {"optimizer": self._origins.optimizer, "scheduler": self._origins.scheduler}
             path = str(error.file).removeprefix("the state's ")
             key = of_part.get(path.partition(".")[0], self._origins.model)
             remedy = f"{error.remedy}, or set {' '.join(f'checkpoint.{key}=null' for key in keys)}"
             raise ConfigError(*key, f"no checkpoint can hold {path}, {error.problem}", remedy) from error
+        what, remedy = "what get_extra_state returns cannot be restored", "correct its set_extra_state"
+        with telling(*self._origins.model, what, remedy):
+            load_extra_state(worker.model, saved)
 
     # ---- what a user's functions give -------------------------------------------------------------------------------
 

@@ -58,8 +58,12 @@ class Round:
         Raises:
             RankError: they are not one number a sample; of several ranks, the job ends with status 2 instead.
         """
-        take = partial(per_sample, "round.losses", Plain(describe(losses)), (losses, weights), {self._batch_size})
-        values, weights = guarded(partial(_alone, take))
+        try:
+            values, weights = per_sample("round.losses", Plain(""), (losses, weights), {self._batch_size})
+        except UserError:
+            told = Plain(describe(losses))
+            guarded(partial(_alone, partial(per_sample, "round.losses", told, (losses, weights), {self._batch_size})))
+            raise
         self.taken.append((values.detach(), weights))
 
 
@@ -168,7 +172,14 @@ class Loop:
         # What was between two rounds, an average and the user's own, is no part of a step that is to be stretched.
         self._watch.skip()
         steps = self._pace.steps(batches, count)
-        while (batch := guarded(partial(_alone, partial(next, steps, None)))) is not None:
+        while True:
+            try:
+                batch = next(steps, None)
+            except Exception as error:  # what looks after that costs more than a small step
+                guarded(partial(_alone, partial(_raise, error)))
+                raise
+            if batch is None:
+                return
             yield batch
 
     def close(self) -> None:
@@ -179,6 +190,10 @@ class Loop:
         self._comm.close()
         self._watchdog.stop()
         self._after.close()
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _alone(call: Callable[[], Any]) -> Any:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.utils.data import Dataset
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 CODE = (type, types.ModuleType, types.BuiltinFunctionType)
@@ -29,9 +30,9 @@ def snapshot(*roots: Any) -> Callable[[], None]:
     """Remember everything that is reached from some objects; calling the result puts it back, bit for bit.
 
     Reached are the attributes of objects, the items of containers, what functions have captured, and of tensors their
-    memory and their gradients. Not looked into are classes, modules of Python, and what the standard library has
-    (threads, files, loggers): what happens there cannot be undone. Only what has changed is touched. What is in a GPU's
-    memory is kept in the host's.
+    memory and their gradients. Not looked into are classes, modules of Python, datasets, which may be large, and what
+    the standard library has (threads, files, loggers): what happens there cannot be undone. Only what has changed is
+    touched. What is in a GPU's memory is kept in the host's.
     """
     kept: dict[Any, Any] = {}  # by id; kept alive, since an id is given to another object later
     undos: list[Undo] = []
@@ -62,8 +63,10 @@ def _other(value: Any) -> tuple[list[Any], list[Undo]]:
     if isinstance(value, (tuple, frozenset)):
         return list(value), []
     if isinstance(value, np.ndarray):
+        if not value.flags.writeable or isinstance(value, np.memmap):
+            return [], []
         numbers = value.copy()
-        return [], [lambda: np.copyto(value, numbers)] if value.flags.writeable else []
+        return [], [lambda: np.copyto(value, numbers)]
     if isinstance(value, (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)):
         return [], [_generator(value)]
     if isinstance(value, types.MethodType):
@@ -71,7 +74,7 @@ def _other(value: Any) -> tuple[list[Any], list[Undo]]:
     if isinstance(value, types.FunctionType):
         return [vars(value), *_captured(value)], []
     of_python = type(value).__module__.partition(".")[0] in sys.stdlib_module_names
-    if isinstance(value, CODE) or (of_python and not isinstance(value, types.SimpleNamespace)):
+    if isinstance(value, (*CODE, Dataset)) or (of_python and not isinstance(value, types.SimpleNamespace)):
         return [], []
     return [vars(value)] if hasattr(value, "__dict__") else [], []
 

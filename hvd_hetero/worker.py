@@ -198,7 +198,7 @@ class Worker:
         with torch.autocast(self.device.type, torch.bfloat16) if self._autocast else nullcontext():
             outputs = forward(self.model if model is None else model, inputs)
             returned = self._loss(outputs, targets)
-        return per_sample("train.loss", name_of(self._loss), returned, sample_counts(targets)), outputs
+        return _numbers("train.loss", self._loss, returned, inputs, targets), outputs
 
     def take_losses(self) -> tuple[Tensor, Tensor]:
         """Return losses and weights ``[K]`` of all samples since the last call, in the order of training.
@@ -240,9 +240,8 @@ class Worker:
                     losses, outputs = self._losses_of(inputs, targets)
                     sums[:2] += weighted_sums(*losses)
                     if self.metric is not None:
-                        returned, name = self.metric(outputs, targets), name_of(self.metric)
-                        values = per_sample("eval.metric", name, returned, sample_counts(targets))
-                        sums[2:] += weighted_sums(*values)
+                        returned = self.metric(outputs, targets)
+                        sums[2:] += weighted_sums(*_numbers("eval.metric", self.metric, returned, inputs, targets))
         random.restore()
         self.generator.set_state(generator)
         return sums
@@ -280,7 +279,7 @@ class Worker:
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from what :meth:`state_dict` gave on the same kind of device."""
-        self.carry_over(state)
+        self._load_model(state)
         load_state(self.optimizer, state["optimizer"], "optimizer")
         self._lay_out_optimizer()
         if self.scheduler is not None:
@@ -302,13 +301,30 @@ class Worker:
     @torch.no_grad()
     def carry_over(self, state: Mapping[str, Any]) -> None:
         """Takes the model alone from what another rank's :meth:`state_dict` gave."""
-        self.state.load_state_dict(state["model"])
+        self._load_model(state)
         self.state.others.remember()
+
+    def _load_model(self, state: Mapping[str, Any]) -> None:
+        self.state.load_state_dict(state["model"])
         load_extra_state(self.model, state["extra"])
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # not what averages and gradients travel on
+
+
+def _numbers(key: str, function: PerSample, returned: Any, inputs: Any, targets: Any) -> Numbers:
+    """Take what a loss or a metric has returned as one number a sample; targets may be of another number than samples.
+
+    Raises:
+        ConfigError: it is not one number a sample.
+    """
+    try:
+        return per_sample(key, name_of(function), returned, sample_counts(targets))
+    except ConfigError:
+        if not (counts := sample_counts(inputs)):
+            raise
+        return per_sample(key, name_of(function), returned, counts)
 
 
 def forward(model: Callable[..., Any], inputs: Any) -> Any:

@@ -194,3 +194,19 @@ def test_a_million_samples_are_told_in_little() -> None:
 def test_files_are_not_told_apart_by_their_folder(tmp_path: Path) -> None:
     """Hosts may keep them in folders of their own."""
     assert difference(Rows(lambda i: (str(tmp_path / f"{i}"), 0)), Rows(lambda i: (f"/elsewhere/{i}", 0))) is None
+
+
+def test_nothing_is_the_same_as_nothing() -> None:
+    """An array without columns has no mean."""
+    class Table(torch.utils.data.Dataset):  # type: ignore[type-arg]
+        def __init__(self) -> None:
+            self.numbers = np.zeros((5, 0), np.float32)
+
+        def __len__(self) -> int:
+            return 5
+
+        def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+            return torch.ones(2), i % 2
+
+    facts = [{"training": facts_of(as_source("data", Table()))} for _ in range(2)]
+    check_alike(facts, ["a", "b"])

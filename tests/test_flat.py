@@ -250,3 +250,59 @@ def test_which_tensors_overlap() -> None:
     assert not overlapping([("one", whole), ("same", whole)]), "one view"
     assert overlapping([("left", whole[:, :4]), ("turned", whole.t())]) == [("left", "turned")]
     assert not overlapping([("empty", whole[:0]), ("other", torch.empty(0))])
+
+
+def test_a_module_that_is_replaced_is_followed() -> None:
+    """Trained or frozen: the new one's values count, and the optimizer's own parameters go on."""
+    model = nn.ModuleDict({"trained": nn.Linear(2, 2), "frozen": nn.Linear(2, 2).requires_grad_(False)})
+    state = FlatState(model)
+    state.others.remember()
+    kept = model["trained"].weight
+    for name in model:
+        model[name] = nn.Linear(2, 2).requires_grad_(name == "trained")
+        nn.init.constant_(model[name].weight, 3.0)
+    assert state.refresh()
+    assert model["trained"].weight is kept and bool((state.vectors[0][:4] == 3).all())
+    assert bool((state.others.tensors()["frozen.weight"] == 3).all())
+    model["trained"] = nn.Linear(2, 2, bias=False)
+    with pytest.raises(UserError, match="parameter trained.bias was removed"):
+        state.refresh()
+
+
+def test_what_ranks_have_not_agreed_on_is_known_after_a_resume() -> None:
+    """A buffer that was written to after all ranks last met is not what all of them have."""
+    model, again = Mixed(), Mixed()
+    state = FlatState(model, policies={"seen": "sum"})
+    state.others.remember()
+    model.seen += 5
+    model.flag.fill_(True)
+    saved = state.copy()
+    fresh = FlatState(again, policies={"seen": "sum"})
+    fresh.others.remember()
+    fresh.load_state_dict(saved)
+    assert sorted(fresh.others.changed(thorough=True)) == ["flag", "seen"]
+    assert fresh.others.base["seen"].tolist() == [[3, 4]] and again.seen.tolist() == [[8, 9]]
+
+
+def test_a_frozen_alias_of_a_trained_weight_stays_one() -> None:
+    model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+    model[1].weight = nn.Parameter(model[0].weight.data, requires_grad=False)
+    state = FlatState(model)
+    state.vectors[0].fill_(2.0)
+    assert bool((model[1].weight == 2).all()) and "1.weight" not in state.others.tensors()
+
+
+def test_nothing_is_hashed_twice_that_has_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even a frozen weight that two layers share, or a buffer that is each rank's own."""
+    frozen = [nn.Linear(3, 3).requires_grad_(False) for _ in range(2)]
+    model = nn.ModuleList([*frozen, nn.Linear(1, 1)])
+    model[1].weight = model[0].weight
+    model.register_buffer("queue", torch.zeros(2))
+    state = FlatState(model, policies={"queue": "local"})
+    state.others.remember()
+    state.refresh()
+    hashed: list[int] = []
+    monkeypatch.setattr("hvd_hetero.comm.other_state.digest", lambda tensor: hashed.append(1))
+    model.queue += 1
+    state.refresh()
+    assert not hashed

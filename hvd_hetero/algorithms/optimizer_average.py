@@ -37,7 +37,11 @@ class Entry:
     is_count: bool
 
     def __lt__(self, other: Entry) -> bool:
-        return (self.param, self.key) < (other.param, other.key)
+        return self._order < other._order
+
+    @property
+    def _order(self) -> tuple[int, str, str, str]:
+        return self.param, self.key, str(self.shape), self.dtype
 
 
 class OptimizerAverage:

@@ -54,6 +54,7 @@ class FlatState:
     ) -> None:
         self._module, self._channels_last = module, channels_last
         layout = check_state(module, policies or {})
+        memories = {tensor: memory_of(tensor) for tensor in layout.slots}
         self.padded: list[Tensor] = []
         self.padded_gradients: list[Tensor] = []
         self.params: list[int] = []
@@ -71,6 +72,10 @@ class FlatState:
                 _Place(tensor, view, [(s.name, s.holder, s.key) for s in layout.slots[tensor]], view.data_ptr())
                 for tensor, view in zip(adopted, views, strict=True)
             ]
+        for tensor, (view, slots) in _aliases(layout, [(p.tensor, p.view) for p in self._places], memories).items():
+            tensor.data = view
+            places = [(s.name, s.holder, s.key) for s in slots]
+            self._places.append(_Place(tensor, view, places, view.data_ptr()))
         self.vectors = [vector[:-FLAG_SLOTS] for vector in self.padded]
         self._known = {name for place in self._places for name, _, _ in place.slots}
         self.others = OtherState(module, (s for s in slots_of(module) if s.name not in self._known), policies or {})
@@ -86,6 +91,8 @@ class FlatState:
         Raises:
             UserError: a tensor of the vectors has got another shape or type, or is gone, or shared otherwise.
         """
+        if self._structure.has_changed():
+            self._follow_modules()
         for place in self._places:
             tensor, address = place.tensor, place.address
             for _, holder, key in place.slots:
@@ -93,9 +100,16 @@ class FlatState:
                     continue
                 self._put_back(place)
                 break
-        if self._structure.has_changed():
-            self.others.add(s for s in slots_of(self._module) if s.name not in self._known)
         return bool(self.others.changed())
+
+    def _follow_modules(self) -> None:
+        """Find the places again, by their names, once modules have got others or have made new ones."""
+        slots = {slot.name: slot for slot in slots_of(self._module)}
+        for place in self._places:
+            place.slots[:] = [
+                (name, slots[name].holder if name in slots else {}, key) for name, _, key in place.slots
+            ]
+        self.others.follow(slot for name, slot in slots.items() if name not in self._known)
 
     @torch.no_grad()
     def _put_back(self, place: _Place) -> None:
@@ -172,7 +186,8 @@ class FlatState:
         for own, saved in zip(self.vectors, state["vectors"], strict=True):
             own.copy_(saved)
         self.others.load_state_dict(state["others"])
-        self._structure.has_changed()
+        if self._structure.has_changed():
+            self._follow_modules()
 
     def layout(self) -> list[str]:
         """What is where in the vectors; another model's vectors mean the same only if it is alike."""
@@ -245,6 +260,19 @@ def check_state(module: nn.Module, policies: Mapping[str, str]) -> Layout:
         if others.policy(own[0].name) == AVERAGE and tensor.dtype in TRAINED and is_finite(tensor)
     ]
     return Layout(trained, averaged, slots)
+
+
+def _aliases(
+    layout: Layout, adopted: Sequence[tuple[Tensor, Tensor]], memories: Mapping[Tensor, Any]
+) -> dict[Tensor, tuple[Tensor, list[Slot]]]:
+    """Find the tensors that were the same memory as one which has become a view of a vector, each with that view.
+
+    An output layer may be frozen and hold the ``.data`` of a trained embedding: it is to follow that.
+    """
+    views = {memories[tensor]: view for tensor, view in adopted}
+    own = {tensor for tensor, _ in adopted}
+    found = {t: views[memory] for t, memory in memories.items() if memory in views and t not in own}
+    return {tensor: (view, layout.slots[tensor]) for tensor, view in found.items()}
 
 
 def _check_kind(slot: Slot, tensor: Tensor) -> None:

@@ -67,6 +67,10 @@ class OtherState:
         for slot in slots:
             self._slots.setdefault(slot.name, slot)
 
+    def follow(self, slots: Iterable[Slot]) -> None:
+        """Look after these places from now on, in place of those that there were."""
+        self._slots = {slot.name: slot for slot in slots}
+
     def __contains__(self, name: str) -> bool:
         return name in self._slots
 
@@ -95,6 +99,8 @@ class OtherState:
                 self._began_infinite.add(name)
             if self.policy(name) == SUM:
                 self.base[name] = tensor.clone()
+        for name in self._slots.keys() - self._digests.keys():
+            self._see(name)
 
     def changed(self, thorough: bool = False) -> list[str]:
         """The names of those that are not active yet, and are no more what all ranks were given.
@@ -110,16 +116,22 @@ class OtherState:
                 continue
             if not thorough and name in self._seen and self._seen[name].is_still(tensor):
                 continue
-            if self._digests.get(name) == digest(tensor) or self.policy(name) == LOCAL:
+            if self.policy(name) == LOCAL or self._digests.get(name) == digest(tensor):
                 self._see(name)
             else:
                 found.append(name)
-        return found if not found else [name for name in found if name in self.tensors()]
+        if not found:
+            return []
+        named = self.tensors()
+        for name in found:
+            if name not in named:  # it is shared with another one, which is looked at
+                self._see(name)
+        return [name for name in found if name in named]
 
     def _see(self, name: str) -> None:
         tensor = self._slots[name].get()
-        assert tensor is not None
-        self._seen[name] = _Seen(tensor)
+        if tensor is not None:
+            self._seen[name] = _Seen(tensor)
 
     def policy(self, name: str) -> str:
         """What is to be done with one that has changed."""
@@ -154,7 +166,7 @@ class OtherState:
         """
         tensors = {}
         for name in names:
-            tensor = self._slots[name].get()
+            tensor = self._slots[name].get() if name in self._slots else None
             kind = "gone" if tensor is None else f"{list(tensor.shape)} {_type(tensor)}"
             if tensor is None or kind != self._kinds.setdefault(name, kind):
                 problem = f"{name} was {self._kinds.get(name)} and is {kind} now, so ranks cannot agree on it"
@@ -214,6 +226,7 @@ class OtherState:
             "tensors": self.tensors(),
             "parameters": [name for name in names if self._slots[name].is_parameter],
             "persistent": [name for name in names if self._slots[name].persistent],
+            "digests": {name: list(known) for name, known in self._digests.items()},
             "active": self.active,
             "base": self.base,
         }
@@ -239,6 +252,8 @@ class OtherState:
             else:
                 del slot.holder[slot.key], self._slots[name]
         self._kinds.clear()
+        self._seen.clear()
+        self._digests = {name: (kind, tuple(shape), check) for name, (kind, shape, check) in state["digests"].items()}
         self.active = dict(state["active"])
         self.base = {name: tensor.to(device, copy=True) for name, tensor in state["base"].items()}
 

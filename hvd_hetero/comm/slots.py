@@ -56,7 +56,7 @@ def slots_of(module: nn.Module) -> Iterator[Slot]:
 
 
 class Structure:
-    """Tells whether places have come or gone since the last look, without walking through all of them."""
+    """Tells whether places have come or gone, or belong to another module, without walking through all of them."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -64,12 +64,13 @@ class Structure:
 
     def _note(self) -> None:
         parts = list(self._module.modules())
-        holders = [holder for part in parts for holder in (part._parameters, part._buffers, part._modules)]
-        self._sizes = [(holder, len(holder)) for holder in holders]
+        self._sizes = [(holder, len(holder)) for part in parts for holder in (part._parameters, part._buffers)]
+        self._children = [(part._modules, list(part._modules.values())) for part in parts]
 
     def has_changed(self) -> bool:
-        """Whether any module has got or lost a parameter, a buffer or a module."""
-        if all(len(holder) == size for holder, size in self._sizes):
+        """Whether any module has got or lost a parameter or a buffer, or has another module than before."""
+        same = all(len(holder) == size for holder, size in self._sizes)
+        if same and all(list(holder.values()) == children for holder, children in self._children):
             return False
         self._note()
         return True

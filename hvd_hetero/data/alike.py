@@ -212,6 +212,8 @@ class _Content:
 
     def _tensor(self, tensor: Tensor) -> None:
         self._same(f"{tensor.dtype} {list(tensor.shape)}")
+        if not tensor.numel():
+            return
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor)
         if tensor.nbytes > MOST_BYTES:

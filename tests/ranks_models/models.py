@@ -183,6 +183,52 @@ class Teacher(nn.Module):
         return self.student(x) + 0.1 * self.teacher(x).detach()
 
 
+class Renewed(Wrapped):
+    """Puts another module in the place of one now and then, as target networks are renewed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.target = copy.deepcopy(self.net).requires_grad_(False)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.steps += 1
+            if self.steps % 2 == 0:
+                self.target = copy.deepcopy(self.net).requires_grad_(False)
+                self.net = copy.deepcopy(self.net)
+        return super().forward(x) + 0.1 * self.target(x).detach()
+
+
+class FrozenAlias(nn.Module):
+    """An output layer that is not trained, and is the memory of an embedding that is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.out = nn.Linear(D, D), nn.Linear(D, D, bias=False)
+        self.head = nn.Linear(D, 2)
+        self.out.weight = nn.Parameter(self.body.weight.data, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.out.weight.data_ptr() == self.body.weight.data_ptr()
+        return self.head(self.out(torch.relu(self.body(x))))
+
+
+class InitializedByData(Wrapped):
+    """Takes its scale from the first batch that it is trained on, and never again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(D))
+        self.register_buffer("ready", torch.tensor(False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and not self.ready:
+            self.scale.copy_(x.std(0) + 0.5)
+            self.ready.fill_(True)
+        return super().forward(x / self.scale)
+
+
 class Tied(nn.Module):
     """Weights shared as one parameter, and as one memory under two."""
 
@@ -456,7 +502,13 @@ CASES: dict[str, Case] = {
     "a teacher and a queue": Case(Teacher),
     "a teacher through .data": Case(lambda: Teacher(True)),
     "a teacher, sync": Case(Teacher, settings=SYNC),
+    "a module replaced": Case(Renewed),
+    "a scale taken from data": Case(InitializedByData),
+    "a scale taken from data, sync": Case(InitializedByData, settings=SYNC),
+    "counted, sync": Case(lambda: Counting(False), settings={
+        **SYNC, "aggregation.state": {"steps": "sum"}, "checkpoint.every_rounds": 2}),
     "tied weights": Case(Tied),
+    "a frozen alias of a trained weight": Case(FrozenAlias),
     "complex weights": Case(Complex),
     "complex weights, sync": Case(Complex, settings=SYNC),
     "bfloat16 weights": Case(lambda: net().to(torch.bfloat16), lambda: tuple(
