@@ -134,7 +134,8 @@ class Worker:
         """
         self._end_rest()
         try:
-            numbers = self._backward(self._compiled or self.model, inputs, targets, weight)
+            model = self.model if self._compiled is None else self._compiled  # a module may be false
+            numbers = self._backward(model, inputs, targets, weight)
         except Exception as error:
             if self._compiled is None or self._compiled_once:
                 raise
@@ -195,7 +196,7 @@ class Worker:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         # entering a context that is switched off takes a tenth of a tiny model's step
         with torch.autocast(self.device.type, torch.bfloat16) if self._autocast else nullcontext():
-            outputs = forward(model or self.model, inputs)
+            outputs = forward(self.model if model is None else model, inputs)
             returned = self._loss(outputs, targets)
         return _numbers("train.loss", self._loss, returned, inputs, targets), outputs
 

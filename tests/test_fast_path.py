@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,33 @@ def convolutions() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
 
 
-def worker(optimizer: str = "SGD", arguments: Mapping[str, Any] = MOMENTUM, **options: Any) -> Worker:
+class Own(nn.Module):
+    """No container: it has no length, which PyTorch's compiled modules pass on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = convolutions()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Empty(Own):
+    """One that is empty, in its own words."""
+
+    def __len__(self) -> int:
+        return 0
+
+
+def worker(
+    optimizer: str = "SGD", arguments: Mapping[str, Any] = MOMENTUM, model: Callable[[], nn.Module] = convolutions,
+    **options: Any,
+) -> Worker:  # fmt: skip
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.cross_entropy(outputs, targets, reduction="none")
 
     make = getattr(torch.optim, optimizer)
-    return Worker(convolutions(), loss, lambda params: make(params, lr=0.1, **arguments), None, **options)
+    return Worker(model(), loss, lambda params: make(params, lr=0.1, **arguments), None, **options)
 
 
 def batches(count: int) -> list[tuple[Tensor, Tensor]]:
@@ -97,7 +118,10 @@ def test_precision_is_of_convolutions_too(precision: str, tf32: bool) -> None:
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
-def test_compiled_steps_are_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model", [convolutions, Own, Empty])
+def test_compiled_steps_are_the_same_steps(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, model: Callable[[], nn.Module]
+) -> None:
     """Traced as always; the code that is made of it is left to a backend that needs no compiler."""
     calls: list[str] = []
     real = torch.compile
@@ -107,8 +131,9 @@ def test_compiled_steps_are_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> N
         return real(model, backend="aot_eager", dynamic=dynamic)
 
     monkeypatch.setattr(torch, "compile", compile_with)
-    torch.testing.assert_close(trained(worker(compile_mode="default")), trained(worker()), rtol=1e-4, atol=1e-5)
-    assert calls == ["default"]
+    compiled, plain = worker(compile_mode="default", model=model), worker(model=model)
+    torch.testing.assert_close(trained(compiled), trained(plain), rtol=1e-4, atol=1e-5)
+    assert calls == ["default"] and not [w for w in recwarn if "train.compile" in str(w.message)]
 
 
 def test_what_cannot_be_compiled_trains_without_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

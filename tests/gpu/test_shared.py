@@ -27,11 +27,12 @@ def test_ranks_on_one_gpu(ran: Ran, name: str) -> None:
         torch.testing.assert_close(value.double(), wanted[tensor].double(), **TOLERANCE)
 
 
-def test_the_slow_class_takes_fewer_steps(ran: Ran) -> None:
+def test_the_slow_class_takes_fewer_steps(ran: Ran, device: str) -> None:
     """It is emulated to take four times as long, on the same GPU."""
     fast, slow, _ = ran(*GROUPS).of("two classes, digits")[0]["summary"]["classes"]
     assert slow["tau"] < fast["tau"]
-    assert fast["peak_gpu_bytes"] > 0 and slow["peak_gpu_bytes"] > 0
+    if device == "cuda":
+        assert fast["peak_gpu_bytes"] > 0 and slow["peak_gpu_bytes"] > 0
 
 
 def test_launch_shares_a_gpu_where_that_is_asked_for(
