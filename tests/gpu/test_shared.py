@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from gpu.test_methods import TOLERANCE, assert_same, expected, training
 from ranks_gpu.cases import ALL_ON_ONE, SHARED
+
+from gpu.test_methods import TOLERANCE, assert_same, expected, training
 
 GROUPS = ("shared", "all on one")
 Ran = Callable[..., Any]
