@@ -350,6 +350,12 @@ def test_a_batch_that_is_not_what_was_asked_for(source: Any, problem: str) -> No
     assert str(caught.value).startswith("training data=") and problem in str(caught.value)
 
 
+def test_targets_of_all_samples_one_after_the_other_may_be_more() -> None:
+    """Boxes of images, labels of the nodes of graphs: the loss has one number a sample all the same."""
+    boxes = Custom([(torch.zeros(2, 3), torch.zeros(7, 6)), (torch.zeros(2, 3), torch.zeros(2, 6))])
+    assert [len(targets) for _, targets in read(boxes, ROWS[:2], generator())] == [7, 2]
+
+
 def test_a_collate_that_fails_is_named_with_the_samples() -> None:
     said = r"data collate=drop_none: makes no batch of \[None, None\]: IndexError: .*, in the batch of the samples \[3"
     with pytest.raises(ConfigError, match=said):

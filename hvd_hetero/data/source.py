@@ -68,8 +68,9 @@ def _checked(batches: Iterator[Batch], rows: Indices, split: str) -> Iterator[Ba
         if not isinstance(batch, tuple) or len(batch) != 2:
             raise ConfigError(f"{split} data", Plain(describe(batch)), "no batch", "yield (inputs, targets)")
         counts = sample_counts(batch[1])
-        # boxes of all images, one after the other, are another number of targets than of samples
-        if counts and len(row) not in counts and len(row) not in sample_counts(batch[0]):
+        # the boxes of all images, one after the other, are more targets than samples
+        has_more = min(counts, default=0) > len(row) and len(row) in sample_counts(batch[0])
+        if counts and len(row) not in counts and not has_more:
             found = f"{' or '.join(map(str, sorted(counts)))} targets"
             problem = f"they came back for the batch of the {len(row)} samples {row.tolist()}"
             remedy = "return each sample that is asked for, once; leave those that cannot be read out of the dataset"
