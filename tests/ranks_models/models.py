@@ -500,7 +500,7 @@ SYNC = {"algorithm.name": "sync_sgd", "train.tau": 1}
 EAGER = {"algorithm.name": "eager_sgd", "train.tau": 1}
 
 CASES: dict[str, Case] = {
-    "buffers of all types": Case(with_buffers(**{name: torch.ones(3).to(dtype) for name, dtype in TYPES.items()})),
+    "buffers of all types": Case(with_buffers(**{f"of_{name}": torch.ones(3).to(t) for name, t in TYPES.items()})),
     "an expanded integer buffer": Case(with_buffers(ids=torch.arange(8).expand(4, -1))),
     "an expanded bool buffer": Case(with_buffers(mask=torch.ones(8, 8, dtype=torch.bool).tril().expand(2, 8, 8))),
     "large integers": Case(with_buffers(hash=torch.tensor([2**24 + 1, 2**31 + 1, 2**62 + 1]))),
