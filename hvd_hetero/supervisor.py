@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,6 +20,8 @@ from hvd_hetero.stopping import STOP
 from hvd_hetero.store import CheckpointError, Store
 
 MENDABLE = (EXIT_FAULT, EXIT_LOST, EXIT_STUCK)
+RANK = re.compile(r"^rank \d+ on \S+ ")
+"""Before what a rank said of its end: which of several is the first to meet the same thing is chance."""
 MOST_BACKOFF_SEC = 60
 HOST_SEC = 300.0
 """What a host that does not answer has to come back in, where the job cannot go on without it."""
@@ -48,11 +51,11 @@ class Restarts:
         if end.status not in MENDABLE:
             return "it would end the same way again"
         if self._failed and newest == self._failed[-1][0]:
-            again = f", and failed in the same way: {end.why}" if end.why == self._failed[-1][1] else ""
+            again = f", and failed in the same way: {end.why}" if RANK.sub("", end.why) == self._failed[-1][1] else ""
             return f"it came to no newer checkpoint since it failed the last time{again}"
         if self.made == self.most:
             return f"it was restarted {self.most} times"
-        self._failed.append((newest, end.why))
+        self._failed.append((newest, RANK.sub("", end.why)))
         self.made += 1
         return None
 
