@@ -71,13 +71,6 @@ class OtherState:
         """Look after these places from now on, in place of those that there were."""
         self._slots = {slot.name: slot for slot in slots}
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._slots
-
-    def persistent(self, name: str) -> bool:
-        """Whether the module's ``state_dict`` has it."""
-        return self._slots[name].persistent
-
     def tensors(self) -> dict[str, Tensor]:
         """What lies in these places now, by name; a tensor that several share has the name of the first."""
         found: dict[int, tuple[str, Tensor]] = {}
