@@ -94,6 +94,10 @@ class Plan:
     def by_rank(self) -> list[ClassPlan]:
         return [self.of_rank(rank) for rank in range(sum(len(c.ranks) for c in self.classes))]
 
+    def without_step_times(self) -> Plan:
+        """The same plan, for a job of one class, whose speed nobody has to measure."""
+        return replace(self, classes=tuple(replace(c, step_sec=None) for c in self.classes))
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

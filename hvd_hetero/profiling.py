@@ -25,6 +25,8 @@ and so do all of an emulated rank: in longer ones its caches would be warmer tha
 MIN_CHUNKS = 3
 AVERAGES = 10
 TURNS = 3
+COMPILED_STEPS = 3
+"""CUDA graphs are recorded in the second step and played from the third on."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,18 @@ def measure_step(
     # the mean of a chunk deviates by 1 / sqrt(steps) of what a single step does
     squares = sum(n * (sec - mean) ** 2 for n, sec in zip(counts, chunks, strict=True))
     return Measured(step_sec, math.sqrt(squares / (len(chunks) - 1)) / step_sec)
+
+
+def compile_steps(worker: Worker, source: Source, batch_size: int) -> None:
+    """Compile the training step before training starts; model, optimizer and random state are left as they were.
+
+    Without this the first round of a compiling class takes the compiler's time, and all other ranks wait for it.
+    """
+    if worker.compiles and batch_size:
+        restore = worker.snapshot()
+        rows = np.random.default_rng(0).integers(len(source), size=(COMPILED_STEPS, batch_size))
+        worker.local_steps(read(source, rows, worker.generator), COMPILED_STEPS)
+        restore()
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def first_plan(job: Job, algorithm: Algorithm, worker: Worker, source: Source, c
     if not algorithm.needs_speeds:
         return algorithm.make_plan(None)
     if len(cluster.classes) == 1:
-        return algorithm.make_plan({cluster.classes[0].name: 1.0})
+        return algorithm.make_plan({cluster.classes[0].name: 1.0}).without_step_times()
     known = _known(job, comm)
     if known is None:
         measured = measurement(job, worker, source, comm).classes(algorithm.batch_size)

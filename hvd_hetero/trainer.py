@@ -30,6 +30,7 @@ from hvd_hetero.metrics import Progress, RunFolder, say_missing
 from hvd_hetero.output import how_good, note, write_start, write_summary, write_trace
 from hvd_hetero.passes import Ongoing, PassFigures, RoundLaps, evaluate, gather_figures, say_taus
 from hvd_hetero.plan import Plan
+from hvd_hetero.profiling import compile_steps
 from hvd_hetero.random_state import seed_all
 from hvd_hetero.resume import Found, check_fits, check_places
 from hvd_hetero.sampling import Sampler
@@ -90,6 +91,7 @@ class Trainer:
             self.comm.take(state["path"])
         with self._memory_told():
             self.plan = known or first_plan(self.job, self.algorithm, self.worker, self.source, self.comm)
+            compile_steps(self.worker, self.source, self.plan.of_rank(self.comm.rank).batch_size)
         check_limits(config.train, self.plan)
         self.comm.agree(self.plan.digest(), "plan", "plan")
         start_together(self.algorithm, self.plan, self.worker, self.comm)

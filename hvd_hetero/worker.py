@@ -93,6 +93,11 @@ class Worker:
         self.scheduler = None if self._make_scheduler is None else self._make_scheduler(self.optimizer)
         self._scheduled = [group["lr"] for group in self.optimizer.param_groups]
 
+    @property
+    def compiles(self) -> bool:
+        """Whether training steps go through ``torch.compile``."""
+        return self._compiled is not None
+
     def flat_gradients(self) -> list[Tensor]:
         """From now on gradients are views into these vectors: ``[P]``, one for each of ``state.parameters()``."""
         self._gradients = self.state.flat_gradients()

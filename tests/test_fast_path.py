@@ -11,7 +11,9 @@ import torch
 from store_helpers import save_round
 from torch import Tensor, nn
 
+from hvd_hetero.data import TensorSource
 from hvd_hetero.job import set_precision
+from hvd_hetero.profiling import COMPILED_STEPS, compile_steps
 from hvd_hetero.store import Store
 from hvd_hetero.worker import Worker
 
@@ -134,6 +136,28 @@ def test_compiled_steps_are_the_same_steps(
     compiled, plain = worker(compile_mode="default", model=model), worker(model=model)
     torch.testing.assert_close(trained(compiled), trained(plain), rtol=1e-4, atol=1e-5)
     assert calls == ["default"] and not [w for w in recwarn if "train.compile" in str(w.message)]
+
+
+def test_a_step_is_compiled_before_training_and_nothing_else_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def compile_with(model: nn.Module, **options: Any) -> Any:
+        def call(x: Tensor) -> Tensor:
+            shapes.append(tuple(x.shape))
+            return model(x)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_with)
+    source = TensorSource(*(torch.cat(parts) for parts in zip(*batches(4), strict=True)))
+    compiled, plain = worker(compile_mode="default"), worker()
+    compile_steps(compiled, source, 6)
+    assert shapes == [(6, 3, 8, 8)] * COMPILED_STEPS
+    torch.testing.assert_close(trained(compiled), trained(plain), rtol=0, atol=0)
+    assert len(compiled.take_losses()[0]) == len(plain.take_losses()[0])
+    compile_steps(plain, source, 6)
+    compile_steps(compiled, source, 0)  # a class that does not train
+    assert len(shapes) == COMPILED_STEPS + len(batches(3))
 
 
 def test_what_cannot_be_compiled_trains_without_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,9 @@ PLAIN = runpy.run_path(str(Path(__file__).with_name("plain")))
 MEGABYTES = (1.1, 100)
 TURNS = 9
 ROUNDS = 10
+GPU_BOUND = 4096
+"""Samples of a batch whose step takes the GPU longer than Python takes to launch it."""
+TOP = 12
 ROUND = "end of a round"
 WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")
 SPEED_ONLY = {"train.passes": None, "eval.every_passes": 10**6, "checkpoint.every_sec": None, "profile.reuse": False,
@@ -112,6 +115,10 @@ def agreed(name: str, value: float = 0.0) -> float:
     return float(finished(begin(hvd.allreduce_async, torch.tensor(value), op=hvd.Max, name=f"bench.{name}")))
 
 
+def steps_of(summary: Mapping[str, Any]) -> int:
+    return int(summary["classes"][0]["steps"])
+
+
 def rate(summary: Mapping[str, Any], what: str = "samples") -> float:
     """Samples or steps per second of the GPU rank."""
     return float(summary["classes"][0][what] / summary["train_sec"]) if summary else 0.0
@@ -130,6 +137,7 @@ def speed(bench: Bench) -> dict[str, Any]:
     gpu, cpu = beside["classes"]
     return {
         "plain_samples_per_sec": plain, "alone_samples_per_sec": rate(alone), "over_plain": rate(alone) / plain,
+        "alone_time_sec": alone["classes"][0]["time_sec"], "alone_step_ms": 1e3 * alone["train_sec"] / steps_of(alone),
         "beside_over_alone": rate(beside, "steps") / rate(alone, "steps"), "tau": [gpu["tau"], cpu["tau"]],
         "blocked_fraction": gpu["blocked_fraction"], "step_ms": [1e3 * gpu["step_sec"], 1e3 * cpu["step_sec"]],
         "comm_fraction": gpu["time_sec"]["comm"] / sum(gpu["time_sec"].values()),
@@ -138,15 +146,21 @@ def speed(bench: Bench) -> dict[str, Any]:
 
 
 def graphs(bench: Bench) -> dict[str, Any]:
-    fast = {"train.channels_last": True, "train.compile": "reduce-overhead" if bench.on_gpu else None,
-            "train.optimizer_args": {"momentum": 0.9, "fused": True}}  # fmt: skip
-    small = {"train.batch_size": 32}
-    plain = bench.plain("train.batch_size=32")
-    limits = {**SPEED_ONLY, **small, "train.max_train_sec": bench.seconds}
-    eager, made = bench.alone("eager", limits), bench.alone("graphs", {**limits, **fast})
-    if not made:
-        return {}
-    return {"plain_samples_per_sec": plain, "eager_over_plain": rate(eager) / plain, "over_plain": rate(made) / plain}
+    """One setting after another is added, so that it is seen which of them does what."""
+    limits = {**SPEED_ONLY, "train.batch_size": 32, "train.max_train_sec": bench.seconds}
+    steps: dict[str, dict[str, Any]] = {
+        "eager": {},
+        "fused": {"train.optimizer_args": {"momentum": 0.9, "fused": True}},
+        "graphs": {"train.compile": "reduce-overhead" if bench.on_gpu else None},
+        "channels_last": {"train.channels_last": True},
+    }
+    plain, found = bench.plain("train.batch_size=32"), dict[str, float]()
+    for name, more in steps.items():
+        limits |= more
+        made = bench.alone(name, limits)  # on all ranks
+        if made:
+            found[name] = rate(made) / plain
+    return {"plain_samples_per_sec": plain, "over_plain": found}
 
 
 def average(bench: Bench) -> dict[str, Any]:
@@ -159,6 +173,8 @@ def average(bench: Bench) -> dict[str, Any]:
 
         def there_and_back() -> None:
             pinned.copy_(vector, non_blocking=True)  # noqa: B023
+            if device == "cuda":
+                torch.cuda.current_stream().synchronize()  # the host is to sum it
             vector.copy_(pinned, non_blocking=True)  # noqa: B023
 
         def own_copies() -> None:
@@ -178,6 +194,11 @@ def average(bench: Bench) -> dict[str, Any]:
 
 def clock(call: Callable[[], Any]) -> float:
     agreed("turn")
+    return timed(call)
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds, with what it leaves to the GPU."""
     start = time.perf_counter()
     call()
     if torch.cuda.is_initialized():
@@ -187,8 +208,8 @@ def clock(call: Callable[[], Any]) -> float:
 
 def trace(bench: Bench) -> dict[str, Any]:
     """Ten rounds with delayed averages; then steps without any."""
-    settings = {**SPEED_ONLY, "aggregation.delayed": True, "cluster.classes": bench.classes(1),
-                "train.tau": {"gpu": 8, "cpu": 1}, "train.batch_size": {"gpu": 128, "cpu": 2}}  # fmt: skip
+    settings = {**SPEED_ONLY, "aggregation.delayed": True, "cluster.classes": bench.classes(1), "train.epoch": "pass",
+                "train.tau": {"gpu": 4, "cpu": 1}, "train.batch_size": {"gpu": GPU_BOUND, "cpu": 2}}  # fmt: skip
     if not bench.on_gpu:
         settings |= {"train.tau": {"gpu": 1, "cpu": 1}, "train.batch_size": 2}
     tau = settings["train.tau"]["gpu"]
@@ -198,18 +219,39 @@ def trace(bench: Bench) -> dict[str, Any]:
     if bench.env.rank == 0:
         events = list(prof.events() or [])
         ends = sorted(e.time_range.end for e in events if e.name == ROUND)
-        result = {"rounds": ROUNDS, "idle_fraction": idle(events, ends[2], ends[2 + ROUNDS])}
+        result = {"rounds": ROUNDS, **idle(events, ends[2], ends[2 + ROUNDS])}
         worker, source = made.worker, made.source
         steps, batch = (50, 128) if bench.on_gpu else (5, 2)
         rows = np.random.default_rng(0).integers(len(source), size=(steps, batch))
         worker.local_steps(read(source, rows, worker.generator), steps)
         with profiled(bench) as prof:
             worker.local_steps(read(source, rows, worker.generator), steps)
+        names = [e.name for e in sorted(prof.events() or [], key=lambda e: e.time_range.start)]
+        launched = [name.startswith("cudaLaunch") for name in names]
+        at = [n for n, name in enumerate(names) if name in WAITS]
+        result |= {
+            "steps": steps, "waits": len(at), "waits_at": [sum(launched[:n]) / max(sum(launched), 1) for n in at],
+            "items": names.count("aten::_local_scalar_dense"), "launches_a_step": sum(launched) / steps,
+            "host_ms_a_step": hot(prof, steps),
+        }  # fmt: skip
+        plain, _ = PLAIN["plain_step"]([*bench.config, f"train.batch_size={batch}"], bench.device)
+        turns = [(timed(lambda: worker.local_steps(read(source, rows, worker.generator), steps)),
+                  timed(lambda: [plain() for _ in range(steps)])) for _ in range(TURNS)]  # fmt: skip
+        result["steps_over_plain"] = statistics.median(theirs / ours for ours, theirs in turns)
+        with profiled(bench) as prof:
+            for _ in range(steps):
+                plain()
         names = [e.name for e in prof.events() or []]
-        result |= {"steps": steps, "waits": sum(name in WAITS for name in names),
-                   "items": sum(name == "aten::_local_scalar_dense" for name in names)}  # fmt: skip
+        result |= {"plain_launches_a_step": sum(name.startswith("cudaLaunch") for name in names) / steps,
+                   "plain_host_ms_a_step": hot(prof, steps)}  # fmt: skip
     agreed("trace")
     return result
+
+
+def hot(prof: Any, steps: int) -> dict[str, float]:
+    """Where the host spends most of its time: milliseconds of a step by operator, and of all."""
+    own = {e.key: e.self_cpu_time_total / 1e3 / steps for e in prof.key_averages()}
+    return {"all": sum(own.values())} | dict(sorted(own.items(), key=lambda item: -item[1])[:TOP])
 
 
 def profiled(bench: Bench) -> Any:
@@ -232,15 +274,17 @@ def marked_rounds() -> Iterator[None]:
         passes.RoundLaps.end_round = end_round  # type: ignore[method-assign]
 
 
-def idle(events: list[Any], begin_us: float, end_us: float) -> float | None:
-    """The share of the time between in which nothing runs on the GPU; None without one."""
+def idle(events: list[Any], begin_us: float, end_us: float) -> dict[str, Any]:
+    """The share of the time between in which nothing runs on the GPU, None without one, and the longest gaps."""
     spans = sorted((e.time_range.start, e.time_range.end) for e in events if e.device_type == DeviceType.CUDA)
-    busy, reached = 0.0, begin_us
+    busy, reached, gaps = 0.0, begin_us, list[float]()
     for start, end in spans:
         start, end = max(start, reached), min(end, end_us)
         if end > start:
+            gaps.append((start - reached) / 1e3)
             busy, reached = busy + end - start, end
-    return 1 - busy / (end_us - begin_us) if spans else None
+    share = 1 - busy / (end_us - begin_us) if spans else None
+    return {"idle_fraction": share, "took_ms": (end_us - begin_us) / 1e3, "gaps_ms": sorted(gaps)[:-TOP:-1]}
 
 
 def accuracy(bench: Bench) -> dict[str, Any]:
@@ -252,7 +296,43 @@ def accuracy(bench: Bench) -> dict[str, Any]:
         result[name] = reached(bench, name)
     bench.alone("gpu alone", limits)
     result["gpu alone"] = reached(bench, "gpu alone")
+    by_hand = bench.on_rank_0(lambda: ddp(bench))
+    if by_hand:
+        result["ddp"] = by_hand
     return result
+
+
+def ddp(bench: Bench) -> dict[str, Any]:
+    """The same of torch's DistributedDataParallel on the GPU alone, as one writes it by hand."""
+    import torch.distributed as dist
+
+    config = load([w for w in bench.config if "=" not in w], [*(w for w in bench.config if "=" in w), "train.lr=0.1"],
+                  algorithms.method)  # fmt: skip
+    parts, device = components.build(config), torch.device(bench.device)
+    dist.init_process_group("nccl" if bench.on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model = torch.nn.parallel.DistributedDataParallel(parts.model.to(device))
+    optimizer, generator = parts.optimizer(list(model.parameters())), torch.Generator(device)
+    train, test = parts.dataset.train.to(device), parts.dataset.test.to(device)
+    batch, seconds, found, passes = config.train.batch_size, 0.0, list[tuple[float, float]](), 0
+    while seconds < bench.seconds:
+        start, steps = time.perf_counter(), len(train) // batch
+        rows = np.random.default_rng(passes).permutation(len(train))[: steps * batch].reshape(steps, batch)
+        for inputs, targets in train.batches(rows, generator):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(inputs), targets, **config.train.loss_args).backward()
+            optimizer.step()
+        if bench.on_gpu:
+            torch.cuda.synchronize()
+        seconds, passes = seconds + time.perf_counter() - start, passes + 1
+        model.eval()
+        with torch.no_grad():
+            rows = np.arange(len(test) // 100 * 100).reshape(-1, 100)
+            right = sum(int((model(i).argmax(1) == t).sum()) for i, t in test.batches(rows, generator))
+        found.append((seconds, right / rows.size))
+        model.train()
+    dist.destroy_process_group()
+    first = next((seconds for seconds, accuracy in found if accuracy >= bench.target), None)
+    return {"seconds": first, "accuracy": found[-1][1], "passes": passes, "train_sec": seconds}
 
 
 def question(bench: Bench) -> dict[str, Any]:

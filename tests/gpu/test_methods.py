@@ -16,7 +16,8 @@ from hvd_hetero.algorithms import get
 from hvd_hetero.algorithms.lockstep import Lockstep
 
 GROUPS = ("oracle", "digits", "kinds")
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
+TOLERANCE = 1e-5
+"""Of the largest number of a tensor: what cancels to almost nothing keeps the rounding of what it was made from."""
 Ran = Callable[..., Any]
 
 
@@ -35,6 +36,11 @@ def assert_same(found: list[dict[str, Any]], ranks: list[int]) -> None:
             assert torch.equal(own, value), f"{name} of rank {rank}: {(own.float() - value.float()).abs().max()} apart"
 
 
+def assert_close(value: torch.Tensor, wanted: torch.Tensor, name: str) -> None:
+    apart = (value.double() - wanted.double()).abs().max()
+    assert apart <= TOLERANCE * max(0.1, float(wanted.abs().max())), f"{name}: {apart} apart"
+
+
 def training(found: list[dict[str, Any]]) -> list[int]:
     return [rank for rank, mine in enumerate(found) if any(rows.numel() for rows in mine["dealt"])]
 
@@ -45,7 +51,7 @@ def test_as_in_one_process_and_the_same_on_all_ranks(ran: Ran, name: str) -> Non
     assert_same(found, training(found))
     wanted = expected(case, {rank: mine["dealt"] for rank, mine in enumerate(found)})
     for tensor, value in found[training(found)[0]]["model"].items():
-        torch.testing.assert_close(value.double(), wanted[tensor].double(), **TOLERANCE, msg=lambda m: f"{name}: {m}")
+        assert_close(value, wanted[tensor], name)
     assert bool(case.poisoned) == any(mine["left_out"] for mine in found)
     if case.poisoned:
         assert found[0]["left_out"], "the GPU rank was given a bad sample"
@@ -72,4 +78,4 @@ def test_steps_are_compiled_once_and_in_one_graph(ran: Ran, name: str) -> None:
     mine = ran(*GROUPS).of(name)[0]
     assert mine["is_compiled"], "it went on without"
     assert mine["graphs"][-1]["breaks"] == 0
-    assert mine["graphs"][0]["graphs"] == mine["graphs"][-1]["graphs"] > 0, "nothing is compiled after the first pass"
+    assert mine["graphs"][0]["graphs"] == mine["graphs"][-1]["graphs"] > 0, "all is compiled before the first epoch"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from ranks_gpu.cases import ALL_ON_ONE, SHARED
 
-from gpu.test_methods import TOLERANCE, assert_same, expected, training
+from gpu.test_methods import assert_close, assert_same, expected, training
 
 GROUPS = ("shared", "all on one")
 Ran = Callable[..., Any]
@@ -25,7 +25,7 @@ def test_ranks_on_one_gpu(ran: Ran, name: str) -> None:
         return
     wanted = expected(case, {rank: mine["dealt"] for rank, mine in enumerate(found)})
     for tensor, value in found[training(found)[0]]["model"].items():
-        torch.testing.assert_close(value.double(), wanted[tensor].double(), **TOLERANCE)
+        assert_close(value, wanted[tensor], name)
 
 
 def test_the_slow_class_takes_fewer_steps(ran: Ran, device: str) -> None:

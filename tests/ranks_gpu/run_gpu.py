@@ -58,6 +58,7 @@ def train(settings: Mapping[str, Any], given: Given | None, env: JobEnv, folder:
         this.worker.end_epoch = after(this.worker.end_epoch, lambda: graphs.append(compiled()))
         try:
             this.prepare()
+            graphs.append(compiled())
             summary = this.run()
         except Stopped:
             Stops.asked = False
