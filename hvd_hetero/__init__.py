@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from hvd_hetero import torchvision_help
 
 if TYPE_CHECKING:
-    from hvd_hetero.api import train
-    from hvd_hetero.loop import Loop
+    from hvd_hetero.training.api import train
+    from hvd_hetero.training.loop import Loop
 
 __all__ = ["Loop", "__version__", "train"]
 __version__ = "0.1.0"
@@ -19,11 +19,11 @@ torchvision_help.install()
 def __getattr__(name: str) -> Any:
     # On demand, because planning imports this package on machines without torch and Horovod.
     if name == "train":
-        from hvd_hetero.api import train
+        from hvd_hetero.training.api import train
 
         return train
     if name == "Loop":
-        from hvd_hetero.loop import Loop
+        from hvd_hetero.training.loop import Loop
 
         return Loop
     raise AttributeError(f"module 'hvd_hetero' has no attribute {name!r}")

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 import hvd_hetero
+from hvd_hetero.config.overrides import is_setting
 from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_NUMBERS, EXIT_STOPPED, BadNumbers, Stopped, UserError
 from hvd_hetero.files import own_files
-from hvd_hetero.overrides import is_setting
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,8 +69,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace, files: list[str], overrides: list[str]) -> None:
-    from hvd_hetero.api import train
-    from hvd_hetero.report import closing_table
+    from hvd_hetero.analysis.report import closing_table
+    from hvd_hetero.training.api import train
 
     summary = train(files, overrides)
     if summary is not None:
@@ -78,25 +78,25 @@ def _train(args: argparse.Namespace, files: list[str], overrides: list[str]) -> 
 
 
 def _launch(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:
-    from hvd_hetero.launch import launch
+    from hvd_hetero.launch.launcher import launch
 
     return launch(files, overrides, args.show, args.max_restarts, args.min_ranks)
 
 
 def _profile(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:
-    from hvd_hetero.profile_command import profile
+    from hvd_hetero.launch.profile import profile
 
     return profile(files, overrides)
 
 
 def _doctor(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:
-    from hvd_hetero.doctor import doctor
+    from hvd_hetero.launch.doctor import doctor
 
     return doctor(files, overrides)
 
 
 def _compare(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:
-    from hvd_hetero.compare import compare
+    from hvd_hetero.analysis.compare import compare
 
     return compare(files, overrides)
 
@@ -115,14 +115,14 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(args: argparse.Namespace, files: list[str], overrides: list[str]) -> None:
-    from hvd_hetero.planner import plan
-    from hvd_hetero.planner.speeds import Given
+    from hvd_hetero.analysis.predict import plan
+    from hvd_hetero.analysis.predict.speeds import Given
 
     plan(files, overrides, Given(**{name: getattr(args, name) for name in Given.__dataclass_fields__}), args.out)
 
 
 def _report(args: argparse.Namespace, files: list[str], overrides: list[str]) -> None:
-    from hvd_hetero.report import report
+    from hvd_hetero.analysis.report import report
 
     out = args.out or (f"{args.runs[0]}/report" if len(args.runs) == 1 else "report")
     print(report(args.runs, out))

@@ -20,9 +20,9 @@ import torch
 from store_helpers import save_round
 
 from hvd_hetero import algorithms
-from hvd_hetero.config import load
-from hvd_hetero.fingerprint import made_with
-from hvd_hetero.store import Store
+from hvd_hetero.checkpoint import Store
+from hvd_hetero.config.load import load
+from hvd_hetero.training.fingerprint import made_with
 
 AGAIN = "fetch the file again"
 PROFILE = "make one with hvd-hetero profile"

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hvd_hetero.store import Checkpoint, ShardInfo, Store, join, split
-from hvd_hetero.store.tensors import DTYPES, to_pieces
+from hvd_hetero.checkpoint import Checkpoint, ShardInfo, Store, join, split
+from hvd_hetero.checkpoint.tensor_file import DTYPES, to_pieces
 
 MADE_WITH = {"train.lr": 0.1, "train.tau": {"fast": 8}}
 OLD, NEW = 10, 20

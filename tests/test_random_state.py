@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from hvd_hetero.checkpoint.encoding import join, split
 from hvd_hetero.random_state import RandomState, seed_all, seeded
-from hvd_hetero.store.nested import join, split
 
 
 def draw() -> list[float]:

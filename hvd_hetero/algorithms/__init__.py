@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 
 from hvd_hetero.algorithms.base import Algorithm
-from hvd_hetero.cluster import Cluster
-from hvd_hetero.config import Method
+from hvd_hetero.cluster.device_classes import Cluster
+from hvd_hetero.config.load import Method
+from hvd_hetero.config.schema import Config
 from hvd_hetero.errors import ConfigError, nearest
-from hvd_hetero.schema import Config
 
 REGISTRY = {
     "biased_local_sgd": "BiasedLocalSGD",

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import final
 
-from hvd_hetero.algorithms.local import LocalSGD
+from hvd_hetero.algorithms.local_sgd import LocalSGD
 from hvd_hetero.errors import ConfigError
 
 

@@ -7,18 +7,18 @@ from typing import Any, ClassVar
 
 from numpy.typing import NDArray
 
-from hvd_hetero.cluster import Cluster
-from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.cluster.device_classes import Cluster
+from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.paths import paths_of
-from hvd_hetero.comm.rounds import Counts
-from hvd_hetero.config import per_class
+from hvd_hetero.config.load import per_class
+from hvd_hetero.config.schema import AggregationConfig, AlgorithmConfig, TrainConfig
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError, nearest
-from hvd_hetero.feed import Feed, Pass, Worked
-from hvd_hetero.plan import Plan
-from hvd_hetero.schema import AggregationConfig, AlgorithmConfig, TrainConfig
-from hvd_hetero.taus import ERROR
-from hvd_hetero.worker import Worker
+from hvd_hetero.planning.local_steps import ERROR
+from hvd_hetero.planning.plan import Plan
+from hvd_hetero.telemetry.staleness import Counts
+from hvd_hetero.worker.index_feed import Feed, Pass, Worked
+from hvd_hetero.worker.worker import Worker
 
 
 class Algorithm:
@@ -124,7 +124,7 @@ class Algorithm:
         self.plan, self.mine = plan, plan.of_rank(self._rank)
 
     def deal(self, feed: Feed, plan: Plan, whole: Plan) -> NDArray[Any]:
-        """The samples of a pass, as :class:`hvd_hetero.feed.Pass` has them."""
+        """The samples of a pass, as :class:`hvd_hetero.worker.index_feed.Pass` has them."""
         return feed.deal_whole(plan) if self.hands_out else feed.deal(plan, whole)
 
     def run_pass(self, given: Pass, worker: Worker, comm: Comm) -> Worked:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, final
 
-from hvd_hetero.algorithms.local import LocalSGD
+from hvd_hetero.algorithms.local_sgd import LocalSGD
 
 
 @final

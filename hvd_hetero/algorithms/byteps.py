@@ -21,16 +21,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, final
 
-from hvd_hetero.algorithms.lockstep import FAST, Lockstep, LockstepOptions
-from hvd_hetero.comm.finite import finite, mark, summable
-from hvd_hetero.comm.horovod import Comm
-from hvd_hetero.comm.servers import Servers
+from hvd_hetero.algorithms.synchronous import FAST, Lockstep, LockstepOptions
+from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.comm.nonfinite import finite, mark, summable
+from hvd_hetero.comm.parameter_server import Servers
 from hvd_hetero.comm.weighted_sums import settle
+from hvd_hetero.config.schema import AlgorithmConfig
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.plan import SERVER, Plan
-from hvd_hetero.schema import AlgorithmConfig
-from hvd_hetero.worker import Worker
+from hvd_hetero.planning.plan import SERVER, Plan
+from hvd_hetero.worker.worker import Worker
 
 
 @dataclass(frozen=True)

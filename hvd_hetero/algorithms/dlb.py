@@ -23,11 +23,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Optional, final
 
-from hvd_hetero.algorithms.lockstep import LockstepOptions
 from hvd_hetero.algorithms.sync_sgd import SyncSGD
+from hvd_hetero.algorithms.synchronous import LockstepOptions
+from hvd_hetero.config.schema import AlgorithmConfig
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.plan import Plan, apportion
-from hvd_hetero.schema import AlgorithmConfig
+from hvd_hetero.planning.plan import Plan, apportion
 
 
 @dataclass(frozen=True)

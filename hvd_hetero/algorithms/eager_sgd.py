@@ -29,20 +29,21 @@ from typing import Any, ClassVar, final
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_hetero.algorithms.lockstep import Lockstep
-from hvd_hetero.comm.averages import check_partial
-from hvd_hetero.comm.finite import finite
-from hvd_hetero.comm.flat import joined, parts_of
-from hvd_hetero.comm.horovod import Comm
-from hvd_hetero.comm.partial import PartialAllreduce
-from hvd_hetero.comm.rounds import Counts, Round
-from hvd_hetero.comm.staging import HostGradients
+from hvd_hetero.algorithms.synchronous import Lockstep
+from hvd_hetero.comm.averaging import check_partial
+from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.comm.flat_params import joined, parts_of
+from hvd_hetero.comm.gradient_staging import HostGradients
+from hvd_hetero.comm.nonfinite import finite
+from hvd_hetero.comm.partial.allreduce import PartialAllreduce
+from hvd_hetero.comm.partial.rounds import Round
+from hvd_hetero.config.schema import AlgorithmConfig
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.feed import Pass, Worked
-from hvd_hetero.plan import Plan
-from hvd_hetero.schema import AlgorithmConfig
-from hvd_hetero.worker import Worker
+from hvd_hetero.planning.plan import Plan
+from hvd_hetero.telemetry.staleness import Counts
+from hvd_hetero.worker.index_feed import Pass, Worked
+from hvd_hetero.worker.worker import Worker
 
 
 @final

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvd_hetero.comm.horovod import Comm
-from hvd_hetero.comm.other_state import is_finite
-from hvd_hetero.comm.slots import real_view
+from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.comm.tensor_slots import real_view
+from hvd_hetero.comm.untrained_state import is_finite
 from hvd_hetero.comm.weighted_sums import average_tensors
 
 STEP = "step"
@@ -67,7 +67,7 @@ class OptimizerAverage:
             good: whether this rank's model was; if not, its state has no part in the average either.
 
         Raises:
-            BadNumbers: as :func:`hvd_hetero.comm.averages.average`.
+            BadNumbers: as :func:`hvd_hetero.comm.averaging.average`.
         """
         own = dict(self._own(optimizer))
         self._agree(sorted(own))

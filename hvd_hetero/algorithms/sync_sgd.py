@@ -26,15 +26,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hvd_hetero.algorithms.lockstep import Lockstep
-from hvd_hetero.comm.finite import finite
-from hvd_hetero.comm.gradients import GradientSum
-from hvd_hetero.comm.horovod import Comm
+from hvd_hetero.algorithms.synchronous import Lockstep
+from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.comm.gradient_allreduce import GradientSum
+from hvd_hetero.comm.nonfinite import finite
 from hvd_hetero.comm.weighted_sums import average_tensors
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.plan import Plan
-from hvd_hetero.worker import Worker
+from hvd_hetero.planning.plan import Plan
+from hvd_hetero.worker.worker import Worker
 
 
 class SyncSGD(Lockstep):

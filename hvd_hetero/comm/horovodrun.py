@@ -16,7 +16,7 @@ import threading
 from contextlib import suppress
 from typing import Any
 
-from hvd_hetero.environment import is_secret
+from hvd_hetero.secrets import is_secret
 
 HEADER = struct.Struct("!BII")
 """Before each block in the pipe: 1 for standard output or 2 for standard error, the rank, the length of the block."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hvd_hetero.cluster import Cluster
+from hvd_hetero.cluster.device_classes import Cluster
+from hvd_hetero.config.schema import AggregationConfig
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.schema import AggregationConfig
 
 FLAT, HIERARCHICAL = "flat", "hierarchical"
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hvd_hetero.comm.finite import FLAG_SLOTS, mark, sum_type
-from hvd_hetero.comm.horovod import Comm
-from hvd_hetero.comm.slots import real_view
+from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.comm.nonfinite import FLAG_SLOTS, mark, sum_type
+from hvd_hetero.comm.tensor_slots import real_view
 from hvd_hetero.errors import BadNumbers
 
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from hvd_hetero.config.instantiate import call, check_arguments, choose, import_target
 from hvd_hetero.data import cifar, images, photos, text
 from hvd_hetero.data.batch import Batch
 from hvd_hetero.data.own import as_source
 from hvd_hetero.data.source import MapSource, Source, TensorSource, Transform, read
 from hvd_hetero.data.split import Decode, Files, Split, Splits, adapt
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.imports import call, check_arguments, choose, import_target
 
 __all__ = [
     "DATASETS", "Batch", "Dataset", "Files", "MapSource", "Source", "TensorSource", "as_source", "load", "read",

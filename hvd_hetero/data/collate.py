@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from hvd_hetero.config.instantiate import cause
 from hvd_hetero.data.batch import entries, with_entries
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, Plain
-from hvd_hetero.imports import cause
 
 ITEM = "item"
 REMEDY = "make the items alike, or make batches of them yourself: hvd_hetero.data.MapSource(dataset, collate=...)"

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from hvd_hetero.config.instantiate import cause
 from hvd_hetero.data.collate import NUMBER, is_vector
 from hvd_hetero.data.source import MapSource, Source, Tensors, TensorSource
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, Plain
-from hvd_hetero.imports import cause
 
 REMEDY = "give a map-style dataset or tensors (inputs, targets)"
 

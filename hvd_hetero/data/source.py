@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from hvd_hetero.config.instantiate import cause
 from hvd_hetero.data.batch import Batch, pinned, sample_counts, split_target, to_device
 from hvd_hetero.data.collate import collate as default_collate
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, Plain, shortened
-from hvd_hetero.imports import cause
 from hvd_hetero.random_state import seeded
 
 Tensors = Tensor | tuple["Tensors", ...] | Mapping[str, "Tensors"]

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from hvd_hetero.config.instantiate import import_transformers
 from hvd_hetero.data.files import class_numbers, corrupt, folder_with, missing, reading
 from hvd_hetero.data.split import Split, Splits
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.imports import import_transformers
 
 Tokenize = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 PADDING, START, FIRST_WORD = 0, 1, 2

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from hvd_hetero.config.instantiate import call, choose, import_target
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.imports import call, choose, import_target
 from hvd_hetero.models.resnet import resnet20
 from hvd_hetero.models.small import cnn, mlp
 from hvd_hetero.models.transformer import distilbert, vit

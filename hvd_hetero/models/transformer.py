@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hvd_hetero.config.instantiate import import_transformers
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.imports import import_transformers
 from hvd_hetero.models.checks import positive
 from hvd_hetero.models.weights import load_weights
 

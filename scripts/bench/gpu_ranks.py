@@ -22,14 +22,16 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from hvd_hetero import algorithms, components, job, passes, trainer
-from hvd_hetero.cluster import Cluster, RankFacts, assign, local_facts, place
-from hvd_hetero.comm.horovod import Comm, hvd
-from hvd_hetero.comm.rendezvous import JobEnv, exchange, job_env
-from hvd_hetero.comm.waiting import begin, finished
-from hvd_hetero.config import device_classes, load
+from hvd_hetero import algorithms
+from hvd_hetero.cluster.device_classes import Cluster, RankFacts, assign, local_facts, place
+from hvd_hetero.comm.async_ops import begin, finished
+from hvd_hetero.comm.communicator import Comm, hvd
+from hvd_hetero.comm.kv_store import JobEnv, exchange, job_env
+from hvd_hetero.config.load import device_classes, load
 from hvd_hetero.data import read
-from hvd_hetero.watchdog import Watchdog
+from hvd_hetero.training import epoch, startup, trainer
+from hvd_hetero.training.watchdog import Watchdog
+from hvd_hetero.worker import components
 
 PLAIN = runpy.run_path(str(Path(__file__).with_name("plain")))
 MEGABYTES = (1.1, 100)
@@ -75,9 +77,9 @@ class Bench:
         if cluster is None:
             cluster = assign(device_classes(config.cluster.classes), self.facts, share_gpus=True)
         parts = components.build(config)
-        job.check(config, parts, cluster)
+        startup.check(config, parts, cluster)
         placement = replace(place(cluster, env.rank, config.cluster.gpu_cores, affinity=False), threads=1)
-        made = trainer.Trainer(job.Job(env, config, parts, cluster, placement, Watchdog(env)), self.folder / name)
+        made = trainer.Trainer(startup.Job(env, config, parts, cluster, placement, Watchdog(env)), self.folder / name)
         made.prepare()
         summary = made.run()
         made.algorithm.close()
@@ -261,17 +263,17 @@ def profiled(bench: Bench) -> Any:
 @contextmanager
 def marked_rounds() -> Iterator[None]:
     """Marks the end of each round in the trace."""
-    end_round = passes.RoundLaps.end_round
+    end_round = epoch.RoundLaps.end_round
 
-    def marked(self: passes.RoundLaps) -> None:
+    def marked(self: epoch.RoundLaps) -> None:
         with record_function(ROUND):
             end_round(self)
 
-    passes.RoundLaps.end_round = marked  # type: ignore[method-assign]
+    epoch.RoundLaps.end_round = marked  # type: ignore[method-assign]
     try:
         yield
     finally:
-        passes.RoundLaps.end_round = end_round  # type: ignore[method-assign]
+        epoch.RoundLaps.end_round = end_round  # type: ignore[method-assign]
 
 
 def idle(events: list[Any], begin_us: float, end_us: float) -> dict[str, Any]:
@@ -378,7 +380,7 @@ def main(folder: str, out: str, device: str, seconds: str, target: str, rows: st
     said = exchange(env, "bench", local_facts(env.rank, "localhost", env.local_rank).to_dict(), 120)
     facts = [RankFacts.from_dict(other) for other in said]
     torch.set_num_threads(1)
-    job.set_precision("highest")
+    startup.set_precision("highest")
     if device == "cuda":
         torch.cuda.set_device(0)
     hvd.init(process_sets=[hvd.ProcessSet([0, 1]), hvd.ProcessSet([1, 2])])  # leaders of two classes, and the others

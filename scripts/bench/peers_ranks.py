@@ -21,10 +21,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hvd_hetero import algorithms, components
-from hvd_hetero.config import load
+from hvd_hetero import algorithms
+from hvd_hetero.config.load import load
 from hvd_hetero.data import TensorSource
 from hvd_hetero.data import load as load_data
+from hvd_hetero.worker import components
 
 EVALUATED_BATCH = 256
 EVALUATIONS = 4

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from hvd_hetero.comm.horovod import hvd
+from hvd_hetero.comm.communicator import hvd
 
 
 def main(folder: Path, seconds: float) -> None:

@@ -13,7 +13,7 @@ from ranks_methods import oracle
 from ranks_methods.cases import Case
 
 from hvd_hetero.algorithms import get
-from hvd_hetero.algorithms.lockstep import Lockstep
+from hvd_hetero.algorithms.synchronous import Lockstep
 
 GROUPS = ("oracle", "digits", "kinds")
 TOLERANCE = 1e-5

@@ -35,12 +35,12 @@ def main(folder: Path, hosts: str) -> None:
     import torch
     from torch import nn
 
-    from hvd_hetero.cluster import Cluster, DeviceClass, RankFacts, parse_hosts
-    from hvd_hetero.comm.averages import average
-    from hvd_hetero.comm.flat import FlatState
-    from hvd_hetero.comm.horovod import Comm, hvd
-    from hvd_hetero.comm.rendezvous import job_env
-    from hvd_hetero.schema import AggregationConfig
+    from hvd_hetero.cluster.device_classes import Cluster, DeviceClass, RankFacts, parse_hosts
+    from hvd_hetero.comm.averaging import average
+    from hvd_hetero.comm.communicator import Comm, hvd
+    from hvd_hetero.comm.flat_params import FlatState
+    from hvd_hetero.comm.kv_store import job_env
+    from hvd_hetero.config.schema import AggregationConfig
 
     torch.set_num_threads(1)
     env = job_env()

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hvd_hetero import algorithms, dry_run, job, trainer
-from hvd_hetero.cluster import Placement, RankFacts, assign
-from hvd_hetero.comm.horovod import hvd
-from hvd_hetero.comm.rendezvous import job_env
-from hvd_hetero.components import Given
-from hvd_hetero.config import device_classes, load
-from hvd_hetero.watchdog import Watchdog
+from hvd_hetero import algorithms
+from hvd_hetero.cluster.device_classes import Placement, RankFacts, assign
+from hvd_hetero.comm.communicator import hvd
+from hvd_hetero.comm.kv_store import job_env
+from hvd_hetero.config.load import device_classes, load
+from hvd_hetero.training import dry_run, startup, trainer
+from hvd_hetero.training.watchdog import Watchdog
+from hvd_hetero.worker.components import Given
 
 CLASSES = {"fast": {"device": "cpu", "ranks": [0]}, "slow": {"device": "cpu", "ranks": [1]}}
 SETTINGS: dict[str, Any] = {
@@ -147,8 +148,8 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     parts = dry_run.build(config, Given(model, data(0), data(1), optimizer=optimizer))
     facts = [RankFacts(rank, "localhost", rank, (), "cpu", (0,)) for rank in range(env.size)]
     cluster = assign(device_classes(config.cluster.classes), facts)
-    job.check(config, parts, cluster)
-    this = trainer.Trainer(job.Job(env, config, parts, cluster, Placement("cpu", 1, None), Watchdog(env)), folder)
+    startup.check(config, parts, cluster)
+    this = trainer.Trainer(startup.Job(env, config, parts, cluster, Placement("cpu", 1, None), Watchdog(env)), folder)
     this.prepare()
     summary = this.run()
     this.algorithm.close()

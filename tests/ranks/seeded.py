@@ -13,9 +13,9 @@ from typing import Any
 
 import hvd_hetero
 from hvd_hetero.algorithms import local
-from hvd_hetero.comm.flat import FlatState
-from hvd_hetero.comm.horovod import Comm
-from hvd_hetero.comm.rendezvous import job_env
+from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.comm.flat_params import FlatState
+from hvd_hetero.comm.kv_store import job_env
 
 digests: list[str] = []
 average = local.average

@@ -24,16 +24,18 @@ from ranks_gpu.kinds import KINDS, SETTINGS, SMALL, Kind  # noqa: E402
 from ranks_methods.cases import data, model  # noqa: E402
 from ranks_methods.run_cases import RecordedFeed  # noqa: E402
 
-from hvd_hetero import algorithms, components, job, trainer  # noqa: E402
-from hvd_hetero.cluster import Placement, RankFacts, assign  # noqa: E402
-from hvd_hetero.comm.horovod import hvd  # noqa: E402
-from hvd_hetero.comm.rendezvous import JobEnv, job_env  # noqa: E402
-from hvd_hetero.components import Given  # noqa: E402
-from hvd_hetero.config import device_classes, load  # noqa: E402
+from hvd_hetero import algorithms  # noqa: E402
+from hvd_hetero.cluster.device_classes import Placement, RankFacts, assign  # noqa: E402
+from hvd_hetero.comm.communicator import hvd  # noqa: E402
+from hvd_hetero.comm.kv_store import JobEnv, job_env  # noqa: E402
+from hvd_hetero.config.load import device_classes, load  # noqa: E402
 from hvd_hetero.errors import Stopped  # noqa: E402
-from hvd_hetero.resume import find  # noqa: E402
-from hvd_hetero.stopping import StopRequest  # noqa: E402
-from hvd_hetero.watchdog import Watchdog  # noqa: E402
+from hvd_hetero.training import startup, trainer  # noqa: E402
+from hvd_hetero.training.resume import find  # noqa: E402
+from hvd_hetero.training.stop_request import StopRequest  # noqa: E402
+from hvd_hetero.training.watchdog import Watchdog  # noqa: E402
+from hvd_hetero.worker import components  # noqa: E402
+from hvd_hetero.worker.components import Given  # noqa: E402
 
 
 class Stops:
@@ -51,10 +53,10 @@ def train(settings: Mapping[str, Any], given: Given | None, env: JobEnv, folder:
     found, graphs = None, list[Mapping[str, int]]()
     while True:
         parts = components.build(config, given)
-        job.check(config, parts, cluster)
+        startup.check(config, parts, cluster)
         place = Placement("cuda:0" if on_gpu else "cpu", 1, None)
         RecordedFeed.dealt = []
-        this = trainer.Trainer(job.Job(env, config, parts, cluster, place, Watchdog(env)), folder, found)
+        this = trainer.Trainer(startup.Job(env, config, parts, cluster, place, Watchdog(env)), folder, found)
         this.worker.end_epoch = after(this.worker.end_epoch, lambda: graphs.append(compiled()))
         try:
             this.prepare()
@@ -116,7 +118,7 @@ def run_kind(kind: Kind, device: str, env: JobEnv, folder: Path) -> dict[str, An
 def main(folder: Path, device: str, groups: list[str]) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    job.set_precision("highest")
+    startup.set_precision("highest")
     env = job_env()
     if device == "cuda":
         torch.cuda.set_device(0)

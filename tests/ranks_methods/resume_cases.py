@@ -15,17 +15,19 @@ from typing import Any
 import torch
 from cases import CLASSES, RESUMED, Case, data, model
 
-from hvd_hetero import algorithms, components, job, trainer
-from hvd_hetero.cluster import Placement, RankFacts, assign
-from hvd_hetero.comm.horovod import hvd
-from hvd_hetero.comm.rendezvous import JobEnv, job_env
-from hvd_hetero.components import Given
-from hvd_hetero.config import device_classes, load
+from hvd_hetero import algorithms
+from hvd_hetero.cluster.device_classes import Placement, RankFacts, assign
+from hvd_hetero.comm.communicator import hvd
+from hvd_hetero.comm.kv_store import JobEnv, job_env
+from hvd_hetero.config.load import device_classes, load
 from hvd_hetero.errors import Stopped
-from hvd_hetero.resume import find
-from hvd_hetero.saving import Saver
-from hvd_hetero.stopping import StopRequest
-from hvd_hetero.watchdog import Watchdog
+from hvd_hetero.training import startup, trainer
+from hvd_hetero.training.checkpointer import Saver
+from hvd_hetero.training.resume import find
+from hvd_hetero.training.stop_request import StopRequest
+from hvd_hetero.training.watchdog import Watchdog
+from hvd_hetero.worker import components
+from hvd_hetero.worker.components import Given
 
 NEVER, OFTEN = 10**9, 3
 
@@ -45,8 +47,8 @@ def run(case: Case, env: JobEnv, folder: Path, every: int) -> tuple[int, dict[st
     while True:
         given = Given(model=lambda: model(case.model), train_data=data(), test_data=data())
         parts = components.build(config, given)
-        this = trainer.Trainer(job.Job(env, config, parts, cluster, Placement("cpu", 1, None), Watchdog(env)), folder,
-                               found)  # fmt: skip
+        job = startup.Job(env, config, parts, cluster, Placement("cpu", 1, None), Watchdog(env))
+        this = trainer.Trainer(job, folder, found)
         Stops.left = every
         try:
             this.prepare()

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from cases import CASES, CLASSES, POISONED, Case, data, model
 
-from hvd_hetero import algorithms, components, job, trainer
-from hvd_hetero.cluster import Placement, RankFacts, assign
-from hvd_hetero.comm.horovod import hvd
-from hvd_hetero.comm.rendezvous import JobEnv, job_env
-from hvd_hetero.components import Given
-from hvd_hetero.config import device_classes, load
-from hvd_hetero.feed import Feed
-from hvd_hetero.watchdog import Watchdog
+from hvd_hetero import algorithms
+from hvd_hetero.cluster.device_classes import Placement, RankFacts, assign
+from hvd_hetero.comm.communicator import hvd
+from hvd_hetero.comm.kv_store import JobEnv, job_env
+from hvd_hetero.config.load import device_classes, load
+from hvd_hetero.training import startup, trainer
+from hvd_hetero.training.watchdog import Watchdog
+from hvd_hetero.worker import components
+from hvd_hetero.worker.components import Given
+from hvd_hetero.worker.index_feed import Feed
 
 
 class RecordedFeed(Feed):
@@ -52,9 +54,9 @@ def run(case: Case, env: JobEnv, folder: Path) -> dict[str, Any]:
     parts = components.build(config, None if case.model == "digits" else given)
     facts = [RankFacts(rank, "localhost", rank, (), "cpu", (0,)) for rank in range(env.size)]
     cluster = assign(device_classes(config.cluster.classes), facts)
-    job.check(config, parts, cluster)
+    startup.check(config, parts, cluster)
     RecordedFeed.dealt = []
-    this = trainer.Trainer(job.Job(env, config, parts, cluster, Placement("cpu", 1, None), Watchdog(env)), folder)
+    this = trainer.Trainer(startup.Job(env, config, parts, cluster, Placement("cpu", 1, None), Watchdog(env)), folder)
     this.prepare()
     summary = this.run()
     this.algorithm.close()

@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from models import CASES, Case
 
-from hvd_hetero import algorithms, dry_run, job, trainer
-from hvd_hetero.cluster import Placement, RankFacts, assign
-from hvd_hetero.comm.horovod import hvd
-from hvd_hetero.comm.rendezvous import JobEnv, job_env
-from hvd_hetero.components import Given
-from hvd_hetero.config import device_classes, load
+from hvd_hetero import algorithms
+from hvd_hetero.cluster.device_classes import Placement, RankFacts, assign
+from hvd_hetero.comm.communicator import hvd
+from hvd_hetero.comm.kv_store import JobEnv, job_env
+from hvd_hetero.config.load import device_classes, load
 from hvd_hetero.errors import Stopped
-from hvd_hetero.resume import find
-from hvd_hetero.stopping import StopRequest
-from hvd_hetero.watchdog import Watchdog
+from hvd_hetero.training import dry_run, startup, trainer
+from hvd_hetero.training.resume import find
+from hvd_hetero.training.stop_request import StopRequest
+from hvd_hetero.training.watchdog import Watchdog
+from hvd_hetero.worker.components import Given
 
 SETTINGS: Mapping[str, Any] = {
     "cluster.classes": {"fast": {"ranks": [0]}, "slow": {"ranks": [1]}}, "train.tau": {"fast": 3, "slow": 1},
@@ -51,7 +52,7 @@ def run(case: Case, env: JobEnv, folder: Path, in_pieces: bool) -> dict[str, Any
         given = Given(model=case.model(), train_data=train, test_data=test, **case.given)
         parts = dry_run.build(config, given)
         this = trainer.Trainer(
-            job.Job(env, config, parts, cluster, Placement("cpu", 1, None), Watchdog(env)), folder, found
+            startup.Job(env, config, parts, cluster, Placement("cpu", 1, None), Watchdog(env)), folder, found
         )
         try:
             this.prepare()

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from trees import build, change
 
-from hvd_hetero.cluster import RankFacts, assign
-from hvd_hetero.comm.averages import average, average_others
-from hvd_hetero.comm.flat import FlatState
-from hvd_hetero.comm.horovod import Comm
-from hvd_hetero.comm.rendezvous import job_env
-from hvd_hetero.config import device_classes
-from hvd_hetero.schema import AggregationConfig
-from hvd_hetero.store import ShardInfo, Store
+from hvd_hetero.checkpoint import ShardInfo, Store
+from hvd_hetero.cluster.device_classes import RankFacts, assign
+from hvd_hetero.comm.averaging import average, average_others
+from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.comm.flat_params import FlatState
+from hvd_hetero.comm.kv_store import job_env
+from hvd_hetero.config.load import device_classes
+from hvd_hetero.config.schema import AggregationConfig
 
 WEIGHTS = (0.75, 0.25)
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from hvd_hetero.api import guarded
-from hvd_hetero.cluster import RankFacts, assign
-from hvd_hetero.comm.horovod import Comm
-from hvd_hetero.comm.partial import PartialAllreduce
-from hvd_hetero.comm.rendezvous import job_env
-from hvd_hetero.schema import ClassConfig
+from hvd_hetero.cluster.device_classes import RankFacts, assign
+from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.comm.kv_store import job_env
+from hvd_hetero.comm.partial.allreduce import PartialAllreduce
+from hvd_hetero.config.schema import ClassConfig
+from hvd_hetero.training.api import guarded
 
 SIZE, ROUNDS = 1000, 20
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hvd_hetero.cli import main
-from hvd_hetero.comm import activation
+from hvd_hetero.comm.partial import control_channel
 
 
-class LateLink(activation.Link):
+class LateLink(control_channel.Link):
     def __init__(self, address: tuple[str, int], *given: Any) -> None:
         Path(os.environ["HVD_HETERO_TEST_ADDRESS"]).write_text(f"{address[0]} {address[1]}\n")
         time.sleep(3)
@@ -20,5 +20,5 @@ class LateLink(activation.Link):
 
 
 if __name__ == "__main__":
-    activation.Link = LateLink  # type: ignore[misc]
+    control_channel.Link = LateLink  # type: ignore[misc]
     sys.exit(main())

@@ -20,15 +20,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from ranks_methods.cases import data, model  # noqa: E402
 from ranks_partial.schedules import CASES, facts  # noqa: E402
 
-from hvd_hetero import algorithms, components, job, trainer  # noqa: E402
-from hvd_hetero.cluster import Placement, assign  # noqa: E402
-from hvd_hetero.comm.partial import PartialAllreduce  # noqa: E402
-from hvd_hetero.comm.rendezvous import job_env  # noqa: E402
-from hvd_hetero.components import Given  # noqa: E402
-from hvd_hetero.config import device_classes, load  # noqa: E402
-from hvd_hetero.feed import Feed  # noqa: E402
-from hvd_hetero.passes import Ongoing  # noqa: E402
-from hvd_hetero.watchdog import Watchdog  # noqa: E402
+from hvd_hetero import algorithms  # noqa: E402
+from hvd_hetero.cluster.device_classes import Placement, assign  # noqa: E402
+from hvd_hetero.comm.kv_store import job_env  # noqa: E402
+from hvd_hetero.comm.partial.allreduce import PartialAllreduce  # noqa: E402
+from hvd_hetero.config.load import device_classes, load  # noqa: E402
+from hvd_hetero.training import startup, trainer
+from hvd_hetero.training.epoch import Ongoing  # noqa: E402
+from hvd_hetero.training.watchdog import Watchdog  # noqa: E402
+from hvd_hetero.worker import components
+from hvd_hetero.worker.components import Given  # noqa: E402
+from hvd_hetero.worker.index_feed import Feed  # noqa: E402
 
 
 class Turns:
@@ -112,8 +114,8 @@ def main(folder: Path, name: str) -> None:
     given = Given(model=lambda: model(case.model), train_data=data(), test_data=data())
     parts = components.build(config, given)
     cluster = assign(device_classes(config.cluster.classes), facts(env.size))
-    job.check(config, parts, cluster)
-    this_job = job.Job(env, config, parts, cluster, Placement("cpu", 1, None), Watchdog(env))
+    startup.check(config, parts, cluster)
+    this_job = startup.Job(env, config, parts, cluster, Placement("cpu", 1, None), Watchdog(env))
     this = trainer.Trainer(this_job, folder / "run")
     this.prepare()
     summary = this.run()

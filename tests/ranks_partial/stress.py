@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hvd_hetero.cluster import RankFacts, assign
-from hvd_hetero.comm.horovod import Comm
-from hvd_hetero.comm.partial import PartialAllreduce
-from hvd_hetero.comm.rendezvous import job_env
-from hvd_hetero.schema import ClassConfig
+from hvd_hetero.cluster.device_classes import RankFacts, assign
+from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.comm.kv_store import job_env
+from hvd_hetero.comm.partial.allreduce import PartialAllreduce
+from hvd_hetero.config.schema import ClassConfig
 
 SIZE = 1000
 

@@ -1,0 +1,202 @@
+"""Running a comparison: one run after another through the launcher, what is done already left alone."""
+
+from __future__ import annotations
+
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hvd_hetero import algorithms
+from hvd_hetero.analysis.compare.check import check
+from hvd_hetero.analysis.compare.spec import Comparison, Row, read
+from hvd_hetero.analysis.compare.table import Result, notes, table_rows, write_tables
+from hvd_hetero.analysis.report.figures import fast_steps
+from hvd_hetero.analysis.report.runs import Run, read_run
+from hvd_hetero.analysis.report.style import check_matplotlib
+from hvd_hetero.analysis.report.tables import or_dash, table
+from hvd_hetero.analysis.report.write import Chapter, slug, write
+from hvd_hetero.config.load import load
+from hvd_hetero.config.schema import Config
+from hvd_hetero.errors import EXIT_FAULT, ConfigError
+from hvd_hetero.files import check_no_links, write_text
+from hvd_hetero.telemetry.run_folder import SUMMARY
+
+ERROR = "hvd-hetero: error: "
+FOLDERS = ("configs", "logs", "runs")
+LAUNCH = (sys.executable, "-m", "hvd_hetero", "launch")
+
+
+def compare(files: Sequence[str], overrides: Sequence[str]) -> int:
+    """``hvd-hetero compare``; returns the exit status: 0 all runs finished, 1 some failed.
+
+    Raises:
+        ConfigError: the comparison is impossible; nothing has been run.
+    """
+    if len(files) != 1:
+        raise ConfigError("CONFIG", " ".join(files), f"{len(files)} files", "give one, then key=value settings")
+    check_matplotlib()
+    comparison = read(Path(files[0]), overrides)
+    check(comparison)
+    check_no_links("compare.dir", comparison.folder, FOLDERS)
+    try:
+        for name in FOLDERS:
+            (comparison.folder / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"cannot be made: {error.strerror}"
+        raise ConfigError("compare.dir", str(comparison.folder), problem, "choose another folder") from error
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the run underneath is ended too
+    try:
+        results = _Runner(comparison).run()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return EXIT_FAULT if any(result.errors for result in results) else 0
+
+
+class _Runner:
+    """Goes through all seeds of all rows; the first seed of every row comes before the second of any."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        self._comparison = comparison
+        self._results = {row.name: Result(row, waiting=len(comparison.seeds)) for row in comparison.rows}
+        self._baselines: dict[str, Result | None] = {}
+        for workload in comparison.workloads():
+            row = comparison.baseline(workload)
+            self._baselines[workload] = None if row is None else self._results[row.name]
+        self._amounts: dict[tuple[str, int], float] = {}
+        self._seconds: dict[str, list[float]] = {}
+
+    def run(self) -> list[Result]:
+        """Runs what is still to be run, keeping the tables up to date; then draws the pictures."""
+        jobs = [(row, seed) for seed in self._comparison.seeds for row in self._comparison.rows]
+        for number, (row, seed) in enumerate(jobs, 1):
+            print(f"[{number}/{len(jobs)}] {row.name}, seed {seed}", flush=True)
+            result = self._results[row.name]
+            begin = time.monotonic()
+            outcome, again = self._once(row, seed)
+            result.waiting -= 1
+            if isinstance(outcome, str):
+                result.errors[seed] = outcome
+                text = f"FAILED: {outcome}"
+            else:
+                result.runs.append(outcome)
+                text = "was done before" if not again else f"{time.monotonic() - begin:.0f} s"
+                text += _outcome(outcome)
+            if again:
+                self._seconds.setdefault(row.name, []).append(time.monotonic() - begin)
+            write_tables(self._comparison, list(self._results.values()), self._baselines)
+            print(f"    {text}{self._left(jobs[number:])}", flush=True)
+        results = list(self._results.values())
+        self._finish(results)
+        return results
+
+    def _once(self, row: Row, seed: int) -> tuple[Run | str, bool]:
+        """One run; what came of it (an error as text), and whether it had to be run."""
+        amount = self._amounts.get((row.workload, seed))
+        if row.budget.amount is None and not row.leads and amount is None:
+            return "not run: the row that sets the budget failed with this seed", False
+        folder = self._folder(row, seed)
+        config = row.config(seed, folder, amount)
+        run = _finished(folder, config)
+        again = run is None
+        if run is None:
+            error = self._launch(folder.name, config)
+            run = _finished(folder, config)
+            if error is not None or run is None:
+                return error or "the run ended without a summary", True
+        if row.leads:
+            self._amounts[row.workload, seed] = _amount(run, row.budget.equal)
+        return run, again
+
+    def _folder(self, row: Row, seed: int) -> Path:
+        return self._comparison.folder / "runs" / slug(f"{row.name} seed {seed}")
+
+    def _launch(self, name: str, config: Config) -> str | None:
+        """Runs a configuration in a process of its own; returns what went wrong."""
+        file = self._comparison.folder / "configs" / f"{name}.yaml"
+        write_text(file, config.to_yaml())
+        log = self._comparison.folder / "logs" / f"{name}.log"
+        limit = self._comparison.settings.timeout_sec
+        with log.open("wb") as stream:
+            process = subprocess.Popen([*LAUNCH, str(file)], stdin=subprocess.DEVNULL, stdout=stream,
+                                       stderr=subprocess.STDOUT)
+            try:
+                status = process.wait(limit)
+            except BaseException as error:
+                process.terminate()
+                process.wait()
+                if isinstance(error, subprocess.TimeoutExpired):
+                    return f"took longer than compare.timeout_sec={limit:g}"
+                raise
+        if status == 0:
+            return None
+        return f"{_cause(log.read_text(errors='replace'))} (status {status}; logs/{log.name})"
+
+    def _left(self, jobs: Sequence[tuple[Row, int]]) -> str:
+        """An estimate of the time left: a row takes as long as its other seeds did, or as the mean run."""
+        seconds = [s for times in self._seconds.values() for s in times]
+        ahead = [row.name for row, seed in jobs if not (self._folder(row, seed) / SUMMARY).exists()]
+        if not ahead or not seconds:
+            return ""
+        mean = statistics.fmean(seconds)
+        left = sum(statistics.fmean(self._seconds.get(name, [mean])) for name in ahead)
+        return f"; about {_duration(left)} left"
+
+    def _finish(self, results: Sequence[Result]) -> None:
+        """The tables on the terminal, the pictures, the page."""
+        chapters = []
+        for workload in self._comparison.workloads():
+            mine, baseline = [r for r in results if r.row.workload == workload], self._baselines[workload]
+            rows = table_rows(mine, baseline)
+            said = notes(self._comparison, mine, baseline)
+            chapters.append(Chapter(workload, [r.series for r in mine if r.runs], rows, said))
+            print("\n".join(["", *([f"{workload}:"] if workload else []), table(rows), *said]))
+        page = write(self._comparison.folder, self._comparison.title, chapters)
+        print(f"\n{page}", flush=True)
+
+
+def _finished(folder: Path, config: Config) -> Run | None:
+    """The run in a folder, if it reached its end with exactly this configuration."""
+    if not (folder / SUMMARY).is_file():
+        return None
+    try:
+        same = load([folder / "config.yaml"], {}, algorithms.method).digest() == config.digest()
+        return read_run(folder) if same else None
+    except ConfigError:  # written by another version, or damaged
+        return None
+
+
+def _cause(log: str) -> str:
+    """The line of a log that says best why a run failed: our own error, else Python's, else the last one."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    said = [line.split(ERROR, 1)[1] for line in lines if ERROR in line]
+    raised = [line for line in lines if re.match(r"(rank \d+: )?[\w.]*(Error|Exception): ", line)]
+    exact = [line for line in said if not line.startswith("the job failed")]
+    return next(iter([*exact, *raised, *said, *lines[-1:]]), "no message")
+
+
+def _amount(run: Run, equal: str) -> float:
+    """What a run took of the shared budget."""
+    summary: Mapping[str, Any] = run.summary or {}
+    if equal == "fast_steps":
+        return fast_steps(summary["classes"])
+    return float(summary["samples_seen"] if equal == "samples" else summary["train_sec"])
+
+
+def _outcome(run: Run) -> str:
+    summary: Mapping[str, Any] = run.summary or {}
+    accuracy = summary["eval"]["final_accuracy"]
+    figure = f"loss {or_dash(summary['eval']['final_loss'])}" if accuracy is None else f"accuracy {100 * accuracy:.2f}%"
+    return f"; {figure}, {summary['train_sec']:.1f} s of training"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,5 @@
+"""What a run would take, foretold from measured speeds without torch or Horovod: ``hvd-hetero plan``."""
+
+from hvd_hetero.analysis.predict.command import plan
+
+__all__ = ["plan"]

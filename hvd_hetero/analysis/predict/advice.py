@@ -1,0 +1,107 @@
+"""What follows from predictions: which tau, which batch, and whether a slow class is worth having."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hvd_hetero.analysis.predict.predict import Scenario
+from hvd_hetero.analysis.predict.prediction import Prediction
+from hvd_hetero.planning.local_steps import planned_step_sec
+
+LARGEST_TAU = 4096
+WHOLE_STEPS = 8
+SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
+CLOSE = 0.05
+"""A smaller tau is better where it costs no more speed than this: models that train apart for longer drift apart."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One tau, and why."""
+
+    tau: int
+    prediction: Prediction
+    reason: str
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What a class adds: samples a second with it and without it."""
+
+    name: str
+    with_it: float
+    without_it: float
+
+    @property
+    def worth_having(self) -> bool:
+        return self.with_it > self.without_it
+
+    @property
+    def sentence(self) -> str:
+        figures = f"{self.with_it:.4g} samples/s with class {self.name}, {self.without_it:.4g} without it"
+        gain = self.with_it / self.without_it - 1
+        verdict = f"worth having, it adds {gain:.1%}" if self.worth_having else f"better left out, it costs {-gain:.1%}"
+        return f"{figures}: {verdict}."
+
+
+def taus(scenario: Scenario) -> list[int]:
+    """Powers of two, the configured tau, and the least ones at which the slowest class takes 1, 2, ... steps in time.
+
+    A margin asks for a little more than whole multiples of the slowest class's step, or rounding takes one away.
+    """
+    fastest, slowest = min(scenario.step_sec.values()), max(scenario.step_sec.values())
+    planned = max(planned_step_sec(scenario.step_sec, scenario.config.train.tau_margin).values())
+    found = {2**i for i in range(LARGEST_TAU.bit_length())} | {scenario.tau}
+    whole = (
+        max(round(steps * slowest / fastest), math.ceil((steps - 0.5) * planned / fastest * (1 - 1e-9)))
+        for steps in range(1, WHOLE_STEPS + 1)
+    )
+    return sorted(found | {tau for tau in whole if tau <= LARGEST_TAU})
+
+
+def sweep(scenario: Scenario) -> list[tuple[int, Prediction]]:
+    """Local SGD at each tau of the fastest class."""
+    return [(tau, scenario.local(tau)) for tau in taus(scenario)]
+
+
+def recommended(scenario: Scenario, rows: Sequence[tuple[int, Prediction]]) -> Advice | None:
+    """The smallest tau that is nearly as fast as the fastest; None if none is possible."""
+    possible = [(tau, row) for tau, row in rows if row.problem is None]
+    if not possible:
+        return None
+    best = max(row.samples_per_sec for _, row in possible)
+    tau, row = next((tau, row) for tau, row in possible if row.samples_per_sec >= (1 - CLOSE) * best)
+    own = ", ".join(f"{name} {steps}" for name, steps in row.tau.items())
+    blocked = ", ".join(f"{name} {share:.1%}" for name, share in row.blocked.items())
+    reason = (
+        f"tau {tau} ({own} local steps; batches {_batches(row)}): {row.samples_per_sec:.4g} samples/s are "
+        f"{row.samples_per_sec / scenario.capacity:.1%} of what the classes could take if nobody waited or "
+        f"communicated; blocked: {blocked}. It is the smallest within {CLOSE:.0%} of the best tau tried "
+        f"({best:.4g} samples/s): longer rounds only let the models drift further apart."
+    )
+    return Advice(tau, row, reason)
+
+
+def batches(scenario: Scenario) -> list[tuple[float, Advice]]:
+    """The best tau with smaller and larger batches, by the scale of all of them."""
+    found = [(scale, Scenario(scenario.config, scenario.known, scale)) for scale in SCALES]
+    advised = [(scale, recommended(other, sweep(other))) for scale, other in found]
+    return [(scale, advice) for scale, advice in advised if advice is not None]
+
+
+def worth(scenario: Scenario, tau: int) -> list[Worth]:
+    """What each class but the fastest adds to local SGD at this tau."""
+    whole = scenario.local(tau)
+    found = []
+    for c in scenario.cluster.classes:
+        if c.name != scenario.fastest:
+            rest = scenario.without(c.name).local(tau)
+            if rest.problem is None:
+                found.append(Worth(c.name, whole.samples_per_sec, rest.samples_per_sec))
+    return found
+
+
+def _batches(row: Prediction) -> str:
+    return ", ".join(f"{name} {size}" for name, size in row.batch_size.items())

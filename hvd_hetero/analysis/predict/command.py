@@ -1,0 +1,56 @@
+"""``hvd-hetero plan``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from hvd_hetero.analysis.predict.advice import batches, recommended, sweep, worth
+from hvd_hetero.analysis.predict.methods import method
+from hvd_hetero.analysis.predict.predict import Scenario
+from hvd_hetero.analysis.predict.speeds import Given, gather
+from hvd_hetero.analysis.predict.tables import Foretold, as_json, as_text
+from hvd_hetero.config.load import load
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.files import check_writable, write_text
+
+NO_PICTURES = "No pictures: matplotlib is not installed (pip install 'hvd-hetero[report]')."
+
+
+def plan(files: Sequence[str], overrides: Sequence[str], given: Given, out: str | None = None) -> None:
+    """Foretells what each method would take, and prints it; writes ``table.json`` and pictures into a folder.
+
+    Raises:
+        ConfigError: something given is missing or cannot be, or the folder cannot be written.
+    """
+    if out is not None:
+        check_writable("--out", Path(out))
+    config = load(files, overrides, method)
+    known = gather(config, given)
+    scenario = Scenario(config, known)
+    rows = sweep(scenario)
+    advice = recommended(scenario, rows)
+    if advice is None:
+        problem = next(row.problem for _, row in reversed(rows))
+        raise ConfigError("train.tau", config.train.tau, f"no tau can be planned: {problem}", "change what it names")
+    foretold = Foretold(scenario, scenario.methods(), rows, advice, batches(scenario), worth(scenario, advice.tau))
+    print(as_text(foretold))
+    if out is not None:
+        print(_write(Path(out), foretold))
+
+
+def _write(folder: Path, foretold: Foretold) -> str:
+    """Writes everything into a folder; returns a sentence about it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "table.json", json.dumps(as_json(foretold), indent=2) + "\n")
+        if importlib.util.find_spec("matplotlib") is None:
+            return f"\n{folder / 'table.json'}\n{NO_PICTURES}"
+        from hvd_hetero.analysis.predict.pictures import draw
+
+        return "\n" + "\n".join(map(str, [folder / "table.json", *draw(foretold, folder)]))
+    except OSError as error:
+        problem = f"cannot be written: {error.strerror}"
+        raise ConfigError("--out", str(folder), problem, "choose another folder") from error

@@ -1,0 +1,140 @@
+"""Averages over ranks into which no NaN and no Inf goes.
+
+Ranks whose numbers are bad are left out, and the weights of the others are scaled up to 1. Where all are good, the
+weighted sum stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.comm.flat_params import FlatState
+from hvd_hetero.comm.nonfinite import FLAG_SLOTS, finite, scale_, summable
+from hvd_hetero.comm.paths import FLAT
+from hvd_hetero.comm.tensor_slots import digest
+from hvd_hetero.comm.untrained_averaging import OtherAverages
+from hvd_hetero.comm.weighted_sums import average_tensors, sum_good_
+from hvd_hetero.errors import BadNumbers
+
+
+def average(comm: Comm, state: FlatState, weight: float, name: str = "average") -> bool:
+    """Replaces every rank's model by sum_i w_i x_i (paper, eq. 4) over the good ranks.
+
+    What is in no flat vector follows its policy, see :mod:`hvd_hetero.comm.untrained_state`.
+
+    Args:
+        weight: w of this rank; the weights of all ranks sum to 1 and are equal within a class.
+
+    Returns:
+        Whether this rank's own model was good. If not, all else that its steps have made is to be forgotten too.
+
+    Raises:
+        BadNumbers: on all ranks, if no rank's model is good, or if a bad one is to stop the job.
+        UserError: a tensor is not what it was, so that it cannot be averaged.
+    """
+    news = state.refresh()
+    vectors = [summable(vector) for vector in state.padded]
+    contents = [vector[:-FLAG_SLOTS] for vector in vectors]
+    own_weight = weight
+    if comm.path == FLAT:
+        good, weight, share = scale_(contents, weight), 1.0, weight
+    else:
+        good, share = finite(contents), 1.0
+    others = OtherAverages(comm, state.others, own_weight, good, f"{name}.others")
+    others.begin()
+    news = sum_good_(comm, vectors, good, name, weight=weight, share=share, news=news)
+    for own, total in zip(state.padded, vectors, strict=True):
+        if own is not total:
+            own.copy_(total)
+    others.finish()
+    if news:
+        others.agree()
+    if not good:
+        comm.left_out.note()
+    return good
+
+
+def average_buffers(comm: Comm, state: FlatState, weight: float, ranks: tuple[int, ...], name: str = "buffers") -> None:
+    """Replaces everything but the trainable parameters, on the given ranks.
+
+    Args:
+        weight: of this rank; may differ within a class.
+        ranks: all ranks, or those of one class.
+
+    Raises:
+        BadNumbers, UserError: as :func:`average`.
+    """
+    state.refresh()
+    good = finite(state.buffers())
+    vectors = [summable(vector) for vector in state.padded_buffers()]
+    for vector in vectors:
+        vector[:-FLAG_SLOTS].mul_(weight)
+    others = OtherAverages(comm, state.others, weight, good, f"{name}.others", ranks)
+    others.begin()
+    sum_good_(comm, vectors, good, name, share=weight, ranks=ranks)
+    for own, total in zip(state.padded_buffers(), vectors, strict=True):
+        if own is not total:
+            own.copy_(total)
+    others.finish()
+    others.look()
+    if not good:
+        comm.left_out.note()
+
+
+def average_unlike_parameters(comm: Comm, state: FlatState, weight: float, ranks: tuple[int, ...]) -> None:
+    """Replaces trained parameters that synchronous replicas should share, where some rank's have become others.
+
+    Steps along one gradient keep them equal; a module that writes to its own parameters from its batch does not.
+
+    Args:
+        weight: of this rank; those of the given ranks sum to 1.
+        ranks: all ranks, or those of one class.
+
+    Raises:
+        BadNumbers: as :func:`average`.
+    """
+    mine = torch.tensor([digest(part)[-1] for part in state.parameters()])
+    first, *others = comm.gather(mine, "parameters.digest", ranks=ranks)
+    if not all(torch.equal(first, other) for other in others):
+        parts = [part.clone() for part in state.parameters()]
+        average_tensors(comm, parts, finite(parts), "parameters", weight=weight, ranks=ranks)
+        for own, average in zip(state.parameters(), parts, strict=True):
+            own.copy_(average)
+
+
+def average_others(
+    comm: Comm, state: FlatState, weight: float, name: str = "others", only_new: bool = False
+) -> None:
+    """Replaces what is in no flat vector, on all ranks, after a thorough look at what has changed.
+
+    Args:
+        weight: of this rank.
+        only_new: leave alone what is known to change: it has just been averaged.
+
+    Raises:
+        UserError: as :func:`average`.
+    """
+    state.refresh()
+    others = OtherAverages(comm, state.others, weight, True, name)
+    if not only_new:
+        others.begin()
+        others.finish()
+    others.look()
+
+
+def check_partial(comm: Comm, parameters: Sequence[Tensor], averages: int) -> None:
+    """Ends the job where nobody's numbers are good; all ranks call it after the same rounds of partial collectives.
+
+    Args:
+        parameters: the model that all ranks hold then.
+        averages: rounds to which somebody had contributed.
+
+    Raises:
+        BadNumbers: on all ranks.
+    """
+    if not finite(parameters) or (not averages and comm.max([-float(comm.left_out.since)], "partial.bad")[0] < 0):
+        raise BadNumbers(comm.left_out.round, range(comm.size), everybody=True)

@@ -1,5 +1,0 @@
-"""``hvd-hetero compare``: many runs that share a budget, in one table."""
-
-from hvd_hetero.compare.command import compare
-
-__all__ = ["compare"]

@@ -1,0 +1,231 @@
+"""``hvd-hetero launch``: checks everything on this machine, then builds the horovodrun line and runs it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+
+from hvd_hetero import algorithms
+from hvd_hetero.checkpoint import Store
+from hvd_hetero.cluster.device_classes import (
+    Cluster,
+    RankFacts,
+    assign,
+    integers,
+    limit_threads,
+    local_facts,
+    parse_hosts,
+)
+from hvd_hetero.config.load import device_classes, load
+from hvd_hetero.config.schema import AUTO, Config
+from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_STOPPED, ConfigError, nearest
+from hvd_hetero.files import check_writable
+from hvd_hetero.launch.environment import as_ranks, check_secrets, for_ranks
+from hvd_hetero.launch.horovodrun import End, Horovodrun, is_local
+from hvd_hetero.launch.supervisor import Supervisor, check_options
+from hvd_hetero.planning.speed_profile import check_profile, load_profile
+from hvd_hetero.telemetry.run_folder import check_run_dir
+from hvd_hetero.training import dry_run, startup
+from hvd_hetero.training.api import run_dir
+from hvd_hetero.training.resume import difference
+from hvd_hetero.training.stop_request import STOP
+from hvd_hetero.worker.memory import release
+
+
+def launch(
+    files: Sequence[str], overrides: Sequence[str], show: bool, max_restarts: int = 0, min_ranks: int | None = None
+) -> int:
+    """Runs a job and returns its exit status, one of :mod:`hvd_hetero.errors`.
+
+    Args:
+        show: only print the horovodrun line.
+        max_restarts: how often to start it again, from its newest checkpoint, when it fails.
+        min_ranks: of a restarted job, where hosts do not answer any more.
+
+    Raises:
+        ConfigError: found wrong before any worker was started.
+    """
+    config = read(files, overrides)
+    hosts = job_hosts(config)
+    check_options(max_restarts, min_ranks, sum(slots for _, slots in hosts))
+    folder = run_dir(config)
+    check_run_dir(folder, config.run.overwrite or config.run.resume is not None)
+    if not show:
+        preflight(config, hosts)
+    chosen = [*overrides, *([f"run.dir={folder}"] if config.run.dir is None else [])]
+    if show:
+        print(shlex.join(horovodrun_line(config, hosts, ["train", *files, *chosen])))
+        return 0
+    saves = config.checkpoint.every_sec is not None or config.checkpoint.every_rounds is not None
+
+    def start(settings: Sequence[str]) -> End:
+        again = read(files, [*chosen, *settings])
+        here = job_hosts(again)
+        if settings:
+            preflight(again, here)
+        if not settings:
+            (folder / STOP).unlink(missing_ok=True)
+        command = horovodrun_line(again, here, ["train", *files, *chosen, *settings])
+        return _run(again, command, here, folder / STOP if saves else None)
+
+    return Supervisor(start, config, hosts, folder, max_restarts, min_ranks).run()
+
+
+def run_job(command: str, files: Sequence[str], overrides: Sequence[str]) -> int:
+    """Runs a command other than ``train`` on all ranks; returns its exit status as :func:`launch`.
+
+    Raises:
+        ConfigError: as :func:`launch`.
+    """
+    config = read(files, overrides)
+    hosts = job_hosts(config)
+    preflight(config, hosts, trains=False)
+    return _run(config, horovodrun_line(config, hosts, [command, *files, *overrides]), hosts).status
+
+
+def read(files: Sequence[str], overrides: Sequence[str]) -> Config:
+    """The configuration as ranks will read it, with no more of the environment than they have.
+
+    Raises:
+        ConfigError: as :func:`hvd_hetero.config.load.load`.
+    """
+    config = load(files, overrides, algorithms.method)
+    with as_ranks(config):
+        return load(files, overrides, algorithms.method)
+
+
+def _run(config: Config, line: Sequence[str], hosts: Sequence[tuple[str, int]], stop: Path | None = None) -> End:
+    release()  # what the dry run had on a GPU is for the ranks
+    end = Horovodrun(line[1:], hosts, for_ranks(config), stop).wait()
+    if end.status not in (0, EXIT_BAD_INPUT, EXIT_STOPPED) or (end.status == EXIT_BAD_INPUT and not end.error):
+        print(f"hvd-hetero: error: the job failed: {end.cause}", file=sys.stderr, flush=True)
+    return end
+
+
+def job_hosts(config: Config) -> list[tuple[str, int]]:
+    """Hosts and slots: as configured, else as many slots here as the classes name ranks (``auto``: one more than GPUs).
+
+    Raises:
+        ConfigError: a class names a rank beyond the slots, or nothing says how many ranks to start.
+    """
+    spec = config.cluster
+    classes = {} if spec.classes == AUTO else device_classes(spec.classes)
+    if spec.hosts is not None:
+        return parse_hosts(spec.hosts)
+    if spec.classes == AUTO:
+        return [("localhost", len(local_facts(0, "localhost", 0).gpus) + 1)]
+    if any(c.ranks is None for c in classes.values()):
+        raise ConfigError("cluster.hosts", None, "classes are chosen by host, and no hosts are given",
+                          "set cluster.hosts=host:slots,... or give ranks")
+    ranks = [rank for name, c in classes.items() for rank in integers(f"cluster.classes.{name}.ranks", c.ranks)]
+    return [("localhost", max(ranks, default=0) + 1)]
+
+
+def preflight(config: Config, hosts: Sequence[tuple[str, int]], trains: bool = True) -> None:
+    """Tries out, on this machine, what every rank will do before it connects, so that mistakes cost no start.
+
+    It sees of the environment what ranks will see.
+
+    Args:
+        trains: whether the job is to train, and so to find the files that it needs for that.
+
+    Raises:
+        ConfigError: as :func:`hvd_hetero.training.startup.start`.
+    """
+    _check_places(config, hosts, trains)
+    limit_threads()
+    local = all(is_local(host) for host, _ in hosts)
+    if not local:
+        check_secrets(config)
+    with as_ranks(config):
+        parts = dry_run.build(config)
+        cluster = expected_cluster(config, hosts)
+        if cluster is not None:
+            startup.check(config, parts, cluster)
+            if trains and config.profile.file is not None:
+                profile = load_profile(Path(config.profile.file))
+                if local:  # else only the hosts themselves can say whether it fits
+                    check_profile(profile, config, cluster)
+
+
+def _check_places(config: Config, hosts: Sequence[tuple[str, int]], trains: bool) -> None:
+    """Makes sure of what the job is to write and to be resumed from, and that the network interfaces are there."""
+    if trains and is_local(hosts[0][0]):  # where rank 0 is
+        check_writable("run.dir", run_dir(config))
+    if trains and config.run.resume == AUTO and config.run.dir is not None and is_local(hosts[0][0]):
+        newest = Store(config.run.dir).latest()
+        other = None if newest is None else difference(newest, config, sum(slots for _, slots in hosts))
+        if other is not None:
+            raise other
+    if not trains and config.profile.file is not None:
+        check_writable("profile.file", Path(config.profile.file).parent)
+    wanted, known = config.cluster.network_interface, [name for _, name in socket.if_nameindex()]
+    for name in [] if wanted is None else wanted.split(","):
+        if name not in known:
+            problem = f"this machine has no {name!r}, and the launcher listens on it too"
+            raise ConfigError("cluster.network_interface", wanted, problem, nearest(name, known))
+
+
+def expected_cluster(config: Config, hosts: Sequence[tuple[str, int]]) -> Cluster | None:
+    """The device classes as far as this machine can tell; None where only the hosts themselves know.
+
+    Raises:
+        ConfigError: the classes do not fit the ranks.
+    """
+    here = local_facts(0, "localhost", 0)
+    facts: list[RankFacts] = []
+    for host, slots in hosts:
+        # What a remote host has is found out by its own ranks; here it is given the benefit of the doubt.
+        gpus = here.gpus if is_local(host) else ("unknown",) * slots
+        facts += [replace(here, rank=len(facts) + i, host=host, local_rank=i, gpus=gpus) for i in range(slots)]
+    if config.cluster.classes == AUTO and not all(is_local(host) for host, _ in hosts):
+        return None
+    classes = AUTO if config.cluster.classes == AUTO else device_classes(config.cluster.classes)
+    return assign(classes, facts, config.cluster.share_gpus)
+
+
+def horovodrun_line(config: Config, hosts: Sequence[tuple[str, int]], arguments: Sequence[str]) -> list[str]:
+    """The command that starts the job; ``arguments`` are those of ``hvd-hetero`` on every rank."""
+    spec = config.cluster
+    beside = Path(sys.executable).with_name("horovodrun")
+    program = str(beside) if beside.exists() else shutil.which("horovodrun") or "horovodrun"
+    line = [program, "--gloo", "-np", str(sum(slots for _, slots in hosts)),
+            "-H", ",".join(f"{host}:{slots}" for host, slots in hosts),
+            "--start-timeout", str(spec.start_timeout_sec),
+            "--gloo-timeout-seconds", str(spec.gloo_timeout_sec),
+            "--cycle-time-ms", f"{spec.cycle_time_ms:g}"]
+    interface = spec.network_interface
+    if interface is None and len(hosts) == 1 and not is_local(hosts[0][0]):
+        # of one remote host Horovod takes any interface, the loopback too, by which it would not find the launcher
+        interface = _interface_to(hosts[0][0])
+    if interface is not None:
+        line += ["--network-interfaces", interface]
+    return [*line, sys.executable, "-m", "hvd_hetero", *arguments]
+
+
+def _interface_to(host: str) -> str | None:
+    """The network interface of this machine from which another host is reached; None if it is none, or out of reach."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # sends nothing
+        except OSError:
+            return None
+        mine, other = probe.getsockname()[0], probe.getpeername()[0]
+    if mine == other:
+        return None
+    found = (name for name, known in psutil.net_if_addrs().items() if any(a.address == mine for a in known))
+    return next(found, None)
+
+
+def thread_variables() -> dict[str, str]:
+    """The environment's say in how many threads there are and where they run."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "HOROVOD_THREAD_AFFINITY")
+    return {name: os.environ[name] for name in names if name in os.environ}

@@ -1,0 +1,209 @@
+"""``hvd-hetero launch --max-restarts``: starts a job again when it fails, from its newest checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from hvd_hetero.checkpoint import CheckpointError, Store
+from hvd_hetero.cluster.device_classes import integers
+from hvd_hetero.config.schema import AUTO, RESHAPE, Config
+from hvd_hetero.errors import EXIT_FAULT, EXIT_LOST, EXIT_STUCK, UserError
+from hvd_hetero.launch.horovodrun import End, Host, reap
+from hvd_hetero.training.stop_request import STOP
+
+MENDABLE = (EXIT_FAULT, EXIT_LOST, EXIT_STUCK)
+RANK = re.compile(r"^rank \d+ on \S+ ")
+"""Before what a rank said of its end: which of several is the first to meet the same thing is chance."""
+MOST_BACKOFF_SEC = 60
+HOST_SEC = 300.0
+"""What a host that does not answer has to come back in, where the job cannot go on without it."""
+Start = Callable[[Sequence[str]], End]
+
+
+@dataclass
+class Restarts:
+    """Counts failures, and says when another start is of no use.
+
+    Args:
+        most: restarts that are allowed.
+    """
+
+    most: int
+    made: int = 0
+    _failed: list[tuple[object, str]] = field(default_factory=list)
+
+    def why_not(self, end: End, newest: object) -> str | None:
+        """Why the job is not started again after this end; None: it is.
+
+        Args:
+            newest: what tells the newest checkpoint from others, None where there is none.
+        """
+        if end.asked:
+            return "it was told to end"
+        if end.status not in MENDABLE:
+            return "it would end the same way again"
+        if self._failed and newest == self._failed[-1][0]:
+            again = f", and failed in the same way: {end.why}" if RANK.sub("", end.why) == self._failed[-1][1] else ""
+            return f"it came to no newer checkpoint since it failed the last time{again}"
+        if self.made == self.most:
+            return f"it was restarted {self.most} times"
+        self._failed.append((newest, RANK.sub("", end.why)))
+        self.made += 1
+        return None
+
+    @property
+    def backoff_sec(self) -> int:
+        """How long to wait before the restart that was granted last: 1, 2, 4 ... s."""
+        return int(min(2 ** (self.made - 1), MOST_BACKOFF_SEC))
+
+
+class Supervisor:
+    """Runs a job to its end.
+
+    Args:
+        start: runs it once, with further settings.
+        run_dir: the same for all starts.
+        min_ranks: go on with as few, when hosts do not answer any more; None: with all of them or not at all.
+    """
+
+    def __init__(
+        self, start: Start, config: Config, hosts: Sequence[Host], run_dir: Path, most: int, min_ranks: int | None
+    ) -> None:
+        self._start, self._config, self._hosts = start, config, list(hosts)
+        self._lost: set[str] = set()
+        self._store, self._run_dir, self._min_ranks = Store(run_dir), run_dir, min_ranks
+        self._restarts = Restarts(most)
+        # what an earlier run has left there is nothing to go on from, where this one was to start anew
+        self._foreign = self._made() if config.run.resume is None else None
+
+    def run(self) -> int:
+        """Starts it, again and again; returns its exit status."""
+        settings: list[str] = []
+        while True:
+            try:
+                end = self._start(settings)
+            except UserError as error:
+                if not self._lost:
+                    raise
+                _say(f"gives up: it cannot go on without {', '.join(sorted(self._lost))}: {error}")
+                return EXIT_LOST
+            if end.status == 0:
+                return 0
+            newest = self._newest()
+            if (reason := self._restarts.why_not(end, self._made())) is not None:
+                if self._restarts.made or (self._restarts.most and end.status in MENDABLE and not end.asked):
+                    _say(f"gives up: {reason}")
+                return end.status
+            number, wait_sec = self._restarts.made, self._restarts.backoff_sec
+            _say(f"restart {number} of {self._restarts.most} in {wait_sec} s, {self._from(newest)}: {end.why}")
+            time.sleep(wait_sec)
+            if (self._run_dir / STOP).exists():
+                _say("gives up: it was told to stop")
+                return end.status
+            lost = self._await(end)
+            if lost and not self._may_lose(lost):
+                _say(f"gives up: no answer from {', '.join(lost)}")
+                return EXIT_LOST
+            if lost:
+                self._lost.update(lost)
+                _say(f"goes on without {', '.join(lost)}, with {self._ranks(self._lost)} ranks")
+            settings = self._settings(newest)
+
+    def _await(self, end: End) -> list[str]:
+        """Hosts that do not answer; nothing is left of the job on the others."""
+        deadline = time.monotonic() + HOST_SEC
+        names = [host for host, _ in self._hosts if host not in self._lost]
+        while lost := reap(end.job, names):
+            if self._may_lose(lost) or time.monotonic() > deadline:
+                break
+            time.sleep(self._restarts.backoff_sec)
+        return lost
+
+    def _may_lose(self, lost: Collection[str]) -> bool:
+        return self._min_ranks is not None and self._ranks(self._lost.union(lost)) >= max(1, self._min_ranks)
+
+    def _ranks(self, lost: Collection[str]) -> int:
+        return sum(slots for host, slots in self._hosts if host not in lost)
+
+    def _settings(self, newest: int | None) -> list[str]:
+        """What is set for the next start beside what the user has set."""
+        fewer = without(self._config, self._hosts, self._lost) if self._lost else []
+        if newest is None or self._is_foreign():
+            return [*fewer, "run.overwrite=true", "run.resume=null"]
+        return [*fewer, f"run.resume={RESHAPE if fewer else self._config.run.resume or AUTO}"]
+
+    def _newest(self) -> int | None:
+        made = self._made()
+        return None if made is None else made[0]
+
+    def _made(self) -> tuple[int, str] | None:
+        """Round and time of the newest checkpoint: two runs may come to the same rounds."""
+        try:
+            latest = self._store.latest()
+        except CheckpointError:
+            return None
+        return None if latest is None else (latest.meta.round, latest.meta.time)
+
+    def _is_foreign(self) -> bool:
+        return self._foreign is not None and self._made() == self._foreign
+
+    def _from(self, newest: int | None) -> str:
+        return "from the start" if newest is None or self._is_foreign() else f"from round {newest}"
+
+
+def without(config: Config, hosts: Sequence[Host], lost: Collection[str]) -> list[str]:
+    """Settings for a job that goes on without some hosts: the ranks that remain are numbered anew."""
+    left = [(host, slots) for host, slots in hosts if host not in lost]
+    settings = ["cluster.hosts=" + ",".join(f"{host}:{slots}" for host, slots in left)]
+    classes = config.cluster.classes
+    if classes == AUTO:
+        return settings
+    kept = remaining_classes(classes, hosts, lost)
+    if kept != classes:
+        settings.append(f"cluster.classes={json.dumps(kept)}")
+        for key, value in (("train.tau", config.train.tau), ("train.batch_size", config.train.batch_size)):
+            if isinstance(value, Mapping):
+                settings.append(f"{key}={json.dumps({name: value[name] for name in kept if name in value})}")
+    return settings
+
+
+def remaining_classes(classes: Mapping[str, Any], hosts: Sequence[Host], lost: Collection[str]) -> dict[str, Any]:
+    """Device classes as configured, less the ranks on the hosts that are lost; those left with none are dropped."""
+    homes = [host for host, slots in hosts for _ in range(slots)]
+    left = [rank for rank, host in enumerate(homes) if host not in lost]
+    number = {rank: i for i, rank in enumerate(left)}
+    kept = {}
+    for name, content in classes.items():
+        if content.get("ranks") is not None:
+            ranks = [number[rank] for rank in integers("ranks", content["ranks"]) if rank in number]
+            if ranks:
+                kept[name] = {**content, "ranks": ranks}
+        elif any(fnmatch(homes[rank], content.get("hosts") or "*") for rank in left):
+            kept[name] = dict(content)
+    return kept
+
+
+def check_options(max_restarts: int, min_ranks: int | None, ranks: int) -> None:
+    """Refuses what cannot be meant.
+
+    Raises:
+        UserError: naming the option.
+    """
+    if max_restarts < 0:
+        raise UserError(f"--max-restarts={max_restarts}: is below 0; give how often to start again")
+    if min_ranks is not None and not 1 <= min_ranks <= ranks:
+        raise UserError(f"--min-ranks={min_ranks}: the job has {ranks} ranks; give 1 to {ranks}")
+    if min_ranks is not None and max_restarts == 0:
+        raise UserError(f"--min-ranks={min_ranks}: nothing is restarted; give --max-restarts too")
+
+
+def _say(text: str) -> None:
+    print(f"hvd-hetero: {text}", file=sys.stderr, flush=True)

@@ -1,5 +1,0 @@
-"""What a run would take, foretold from measured speeds without torch or Horovod: ``hvd-hetero plan``."""
-
-from hvd_hetero.planner.command import plan
-
-__all__ = ["plan"]

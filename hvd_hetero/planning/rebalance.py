@@ -1,0 +1,138 @@
+"""Whether other local steps would leave less of the cluster waiting, judged pass by pass. Pure arithmetic."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hvd_hetero.planning.local_steps import planned_step_sec
+from hvd_hetero.planning.plan import Plan
+
+WORTH = 0.015
+"""Share of the cluster's capacity that a change must save; less is noise of the measurement."""
+PASSES = 2
+"""In how many judgements on end it must: one disturbed pass changes nothing."""
+TO_MORE = 2
+"""Times as many before a slow class takes more steps: it alone gains, and if they are too many the fast ones wait."""
+PLAIN = 0.1
+"""A share so large that once is enough: a class has become slower or faster for all to see."""
+NEW_SHARE = 0.5
+"""Weight of what was measured last in the running estimate."""
+BOUND = 4.0
+"""By which factor at most an estimate changes at once, up or down: one measurement may be worth nothing."""
+JUDGED_MARGIN = 0.5
+"""Share of the margin with which plans are judged: that between this and all of it is the dead band of small drifts."""
+CHUNKS = 8
+JUDGED_SEC = 2.0
+"""Passes shorter than this are judged together: a fraction of a second tells a machine's moods from nothing."""
+
+
+class Pacing:
+    """Keeps an estimate of every class's step time, and says when the plan that follows from it is worth having.
+
+    Args:
+        step_sec: seconds of a local step, by class, as measured before training.
+        batch_size: that these are of.
+        margin: of :func:`~hvd_hetero.planning.local_steps.planned_step_sec`, with which plans are made.
+    """
+
+    def __init__(
+        self, step_sec: Mapping[str, float], batch_size: Mapping[str, int], margin: float = 0.0
+    ) -> None:
+        self.step_sec = dict(step_sec)
+        self._batch_size = batch_size
+        self._margin = JUDGED_MARGIN * margin
+        self._latest = dict(step_sec)
+        self._in_a_row = 0
+        self._passes: list[dict[str, float]] = []
+        self._seconds = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step_sec": self.step_sec, "latest": self._latest, "in_a_row": self._in_a_row,
+            "passes": self._passes, "seconds": self._seconds,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step_sec, self._latest = dict(state["step_sec"]), dict(state["latest"])
+        self._in_a_row = state["in_a_row"]
+        self._passes, self._seconds = [dict(p) for p in state["passes"]], state["seconds"]
+
+    def observe(self, measured: Mapping[str, float], seconds: float) -> bool:
+        """Takes in a pass; returns whether there is something to judge: a long one, or enough short ones together.
+
+        Of several passes' step times the median counts.
+
+        Args:
+            measured: seconds of a local step for the batch sizes given at first, by class.
+            seconds: that the pass took the fastest class.
+        """
+        self._passes.append(dict(measured))
+        self._seconds += seconds
+        if self._seconds < JUDGED_SEC or len(self._passes) == 2:  # of two, the median is no better than either
+            return False
+        for name, known in self.step_sec.items():
+            times = [p[name] for p in self._passes if name in p]
+            if times:
+                self._latest[name] = min(max(statistics.median(times), known / BOUND), known * BOUND)
+                self.step_sec[name] += NEW_SHARE * (self._latest[name] - known)
+        self._passes, self._seconds = [], 0.0
+        return True
+
+    def plainly(self, current: Plan, proposed: Plan) -> bool:
+        """Whether the latest times alone, which the proposal goes by, say that it saves a lot; then they are believed.
+
+        Asked before :meth:`worth`, with the plan for :attr:`latest`.
+        """
+        if self.saved(current, proposed, self._latest) < PLAIN:
+            return False
+        self.step_sec, self._in_a_row = dict(self._latest), 0
+        return True
+
+    def worth(self, current: Plan, proposed: Plan) -> bool:
+        """Whether to change over now; asked once a judgement, with the plan for :attr:`step_sec`."""
+        self._in_a_row = self._in_a_row + 1 if self.saved(current, proposed) >= WORTH else 0
+        fewer = any(new.tau < old.tau for old, new in zip(current.classes, proposed.classes, strict=True))
+        if self._in_a_row < PASSES * (1 if fewer else TO_MORE):
+            return False
+        self._in_a_row = 0
+        return True
+
+    @property
+    def latest(self) -> dict[str, float]:
+        """The step times that were measured last, within :data:`BOUND` of the estimate before."""
+        return dict(self._latest)
+
+    def saved(self, current: Plan, proposed: Plan, step_sec: Mapping[str, float] | None = None) -> float:
+        """By how much less of the cluster's capacity would wait."""
+        return self.waste(current, step_sec) - self.waste(proposed, step_sec)
+
+    def waste(self, plan: Plan, step_sec: Mapping[str, float] | None = None) -> float:
+        """Share of the cluster's capacity that waits: 1 - samples of a round / those it could take without waiting.
+
+        Slower classes count as taking longer by :data:`JUDGED_MARGIN` of the margin.
+        """
+        times = planned_step_sec(step_sec or self.step_sec, self._margin)
+        sample_sec = {c.name: times[c.name] / self._batch_size[c.name] for c in plan.training}
+        round_sec = max(c.tau * c.batch_size * sample_sec[c.name] for c in plan.training)
+        capacity = sum(len(c.ranks) / sample_sec[c.name] for c in plan.training)
+        return 1 - sum(c.round_samples for c in plan.training) / (round_sec * capacity)
+
+
+def settled_step_sec(work_sec: Sequence[float], steps: Sequence[int]) -> float:
+    """Seconds of a step in the second half of a pass, from each round's work; NaN if there was none.
+
+    The median over a few stretches of the mean within each: a quota or a sleep makes single rounds uneven, which a mean
+    sees through, and a process that stands still for a moment is one stretch of several.
+
+    Args:
+        work_sec: of each round, waiting excluded.
+        steps: local steps in it.
+    """
+    rounds = [(sec, count) for sec, count in zip(work_sec, steps, strict=True) if count]
+    rounds = rounds[len(rounds) // 2 :]
+    size = -(-len(rounds) // CHUNKS)
+    stretches = [rounds[i : i + size] for i in range(0, len(rounds), size)] if rounds else []
+    means = [sum(sec for sec, _ in part) / sum(count for _, count in part) for part in stretches]
+    return statistics.median(means) if means else float("nan")

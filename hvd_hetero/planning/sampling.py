@@ -1,0 +1,295 @@
+"""Which samples each device class trains on in a pass: the loss table and the schemes. Pure numpy.
+
+Source: the biased local SGD paper, section 4.2 (separate sampling) and appendix A.2 (uniform, unified). Everything is
+done by numpy, without a Python loop over samples.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvd_hetero.cluster.device_classes import usable_cores
+
+Indices = NDArray[np.integer[Any]]
+Losses = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+WORTH_A_THREAD = 1_000_000
+"""Samples, of which drawing a pass takes tens of milliseconds."""
+BUCKETS, WHOLE, BLOCK = 256, 1 << 21, 1 << 19
+"""One for each value of a byte; up to so many indices are shuffled as they are, more are dealt in blocks of so many."""
+PART = 1 << 16
+"""Of many losses, at least so many say where the threshold of the highest ones lies."""
+
+
+class Sampler:
+    """Draws the index plan of a pass and keeps the last known loss of every sample; lives on rank 0.
+
+    Args:
+        samples: n, size of the training set.
+        scheme: one of :data:`SCHEMES`.
+        high_loss_ratio: p, the share of the biased class's samples that are those of the highest losses.
+        biased: name of the class that gets them.
+        seed: of the draws; the same seed and the same losses give the same draws.
+
+    Attributes:
+        biased: name of the class that gets the hard samples.
+        losses: ``[n]`` training loss of each sample when it was last trained on, +inf if it never was.
+    """
+
+    def __init__(self, samples: int, scheme: str, high_loss_ratio: float, biased: str, seed: int) -> None:
+        self.losses: Losses = np.full(samples, np.inf, dtype=np.float32)
+        self._draw = SCHEMES[scheme]
+        self._ratio = high_loss_ratio
+        self.biased = biased
+        self._rng = np.random.default_rng(seed)
+        self._thread: ThreadPoolExecutor | None = None
+        self._begun: tuple[dict[str, int], Any, Future[tuple[dict[str, Indices], Any]]] | None = None
+
+    def draw(self, counts: Mapping[str, int]) -> dict[str, Indices]:
+        """Draws N_g sample indices for every class, in random order, none twice within a class.
+
+        Args:
+            counts: N_g by class name; each at most n.
+
+        Returns:
+            ``[N_g]`` indices by class name. Any even cut of them deals the class's samples evenly to its ranks.
+        """
+        begun, self._begun = self._begun, None
+        if begun is not None and begun[:2] == (dict(counts), self._rng.bit_generator.state):
+            drawn, self._rng.bit_generator.state = begun[2].result()
+        else:
+            drawn = self._draw(self._rng, self.losses, counts, self.biased, self._ratio)
+        return {name: drawn[name] for name in counts}
+
+    def begin(self, counts: Mapping[str, int]) -> None:
+        """Begins to draw the next pass in a thread, where the scheme does not go by losses, and n makes it worth it.
+
+        The draws stay the same ones, also if the next pass turns out to be another one, or the job is saved meanwhile.
+        """
+        if self._draw is not _uniform or len(self.losses) < WORTH_A_THREAD:
+            return
+        rng, counts = copy.deepcopy(self._rng), dict(counts)
+
+        def draw() -> tuple[dict[str, Indices], Any]:
+            return _uniform(rng, self.losses, counts, self.biased, self._ratio), rng.bit_generator.state
+
+        self._thread = self._thread or ThreadPoolExecutor(1, "hvd_hetero.sampling")
+        self._begun = (counts, self._rng.bit_generator.state, self._thread.submit(draw))
+
+    def record(self, indices: Indices, losses: Losses) -> None:
+        """Enters losses in the order in which they were computed: of several for one sample the last one stays.
+
+        Args:
+            indices: ``[K]`` sample indices, ordered by (round, step, rank).
+            losses: ``[K]`` their losses. NaN counts as +inf: a sample whose loss blew up is a hard one. -inf: the
+                sample did not count, keeps the loss that it had, and is none of the hard ones if it never had one.
+        """
+        counted = ~np.isneginf(losses)
+        if not counted.all():
+            without = indices[~counted]
+            self.losses[without] = np.where(np.isposinf(self.losses[without]), -np.inf, self.losses[without])
+            indices, losses = indices[counted], losses[counted]
+        # numpy assigns repeated indices one after the other, so the newest loss is the one left behind
+        self.losses[indices] = np.where(np.isnan(losses), np.float32(np.inf), losses)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": self.losses, "rng": self._rng.bit_generator.state, "biased": self.biased}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.losses = np.asarray(state["losses"], dtype=np.float32)
+        self._rng.bit_generator.state = state["rng"]
+        self.biased = state.get("biased", self.biased)
+
+
+def in_order(values: Mapping[int, NDArray[Any]], rounds: int, tau: Mapping[int, int]) -> NDArray[Any]:
+    """Puts what each rank did in a pass into one sequence, by (round, step, rank).
+
+    Args:
+        values: ``[rounds * tau_rank * B_rank]`` by rank, in the order in which the rank worked on them.
+        tau: local steps of each rank in a round.
+
+    Returns:
+        ``[K]``, everything.
+    """
+    steps = {rank: values[rank].reshape(rounds, tau[rank], -1) for rank in sorted(values) if tau[rank]}
+    longest = max(tau.values())
+    parts = [steps[rank][:, step] for step in range(longest) for rank in steps if step < tau[rank]]
+    return np.concatenate(parts, axis=1).reshape(-1)
+
+
+def newest_last(at: Sequence[NDArray[Any]], batch: Sequence[int]) -> NDArray[Any]:
+    """The order (round, step, rank) of what ranks worked on, where each took steps as it could.
+
+    Args:
+        at: ``[steps]`` by rank, the round of each of its steps, ascending.
+        batch: B, samples of a step, by rank.
+
+    Returns:
+        ``[K]``, places in the samples of all ranks put one after the other.
+    """
+    rounds, steps, ranks = [], [], []
+    for rank, mine in enumerate(at):
+        within = np.arange(len(mine)) - np.searchsorted(mine, mine)
+        rounds.append(np.repeat(mine, batch[rank]))
+        steps.append(np.repeat(within, batch[rank]))
+        ranks.append(np.full(len(mine) * batch[rank], rank))
+    return np.lexsort([np.concatenate(keys) for keys in (ranks, steps, rounds)])
+
+
+def _permuted(rng: np.random.Generator, items: Indices) -> Indices:
+    """The items in random order, each order as likely.
+
+    Many are dealt to buckets at random first, which then are shuffled one by one (Rao, 1961; Sandelius, 1962): what is
+    worked on stays in the core's cache, where a shuffle of everything would wait for memory at each step.
+    """
+    if len(items) <= WHOLE:
+        return rng.permutation(items)
+    blocks = [items[begin : begin + BLOCK] for begin in range(0, len(items), BLOCK)]
+    # a generator each, so that the order does not depend on how many threads there are
+    rngs = [np.random.default_rng(seed) for seed in rng.integers(1 << 63, size=len(blocks) + BUCKETS)]
+    shuffled = np.empty_like(items)
+    with ThreadPoolExecutor(_threads(), "hvd_hetero.shuffle") as threads:
+        dealt = list(threads.map(_dealt, rngs[:-BUCKETS], blocks))
+        ends = np.cumsum([sum(len(parts[i]) for parts in dealt) for i in range(BUCKETS)])
+
+        def shuffle(bucket: int) -> None:
+            place = shuffled[ends[bucket - 1] if bucket else 0 : ends[bucket]]
+            np.concatenate([parts[bucket] for parts in dealt], out=place)
+            rngs[len(blocks) + bucket].shuffle(place)
+
+        list(threads.map(shuffle, range(BUCKETS)))
+    return shuffled
+
+
+def _threads() -> int:
+    """One for each core that the process may use; in the background, where the rank trains meanwhile, one."""
+    return usable_cores() if threading.current_thread() is threading.main_thread() else 1
+
+
+def _dealt(rng: np.random.Generator, items: Indices) -> list[Indices]:
+    """The items in as many parts as there are buckets, each item in any of them with the same chance."""
+    byte = np.frombuffer(rng.bytes(len(items)), np.uint8)
+    order = np.argsort(byte, kind="stable")  # of bytes: a radix sort, one pass
+    return np.split(items[order], np.cumsum(np.bincount(byte, minlength=BUCKETS))[:-1])
+
+
+def _places(marked: Mask) -> Indices:
+    """Where something is marked, ascending; in 32 bits where they hold it. In blocks, as numpy's are of 64 bits."""
+    dtype = np.int32 if len(marked) <= np.iinfo(np.int32).max else np.int64
+    places, end = np.empty(np.count_nonzero(marked), dtype=dtype), 0
+    for begin in range(0, len(marked), BLOCK):
+        found = np.flatnonzero(marked[begin : begin + BLOCK])
+        np.add(found, begin, out=places[end : end + len(found)], casting="same_kind")
+        end += len(found)
+    return places
+
+
+def _some(rng: np.random.Generator, among: Mask, count: int) -> Mask:
+    """Marks ``count`` of those that are marked, any with the same chance.
+
+    Each gets a random byte, and the lowest bytes win; of the last byte that wins, as many as it takes. A few are drawn
+    as they are.
+    """
+    candidates = int(np.count_nonzero(among))
+    if count == candidates:
+        return among
+    if candidates * BUCKETS < len(among):  # too few for that to be worth it
+        chosen = np.zeros(len(among), dtype=bool)
+        chosen[rng.permutation(_places(among))[:count]] = True
+        return chosen
+    byte = np.frombuffer(rng.bytes(len(among)), np.uint8)
+    last = min(count * BUCKETS // candidates, BUCKETS - 1)  # bytes are as good as equally often: a step off at most
+    while last and np.count_nonzero(among & (byte < last)) >= count:
+        last -= 1
+    while np.count_nonzero(among & (byte <= last)) < count:
+        last += 1
+    chosen = among & (byte < last)
+    undecided = _permuted(rng, _places(among & (byte == last)))
+    chosen[undecided[: count - np.count_nonzero(chosen)]] = True
+    return chosen
+
+
+def _smallest(losses: Losses, place: int) -> np.float32:
+    """The loss that would be at this place if they were sorted.
+
+    Of many, only those are looked at between which it lies by what a part of them says, if it does lie there.
+    """
+    if len(losses) > WHOLE:
+        part = np.sort(losses[:: len(losses) // PART])
+        near = len(part) * place // len(losses)
+        spread = 4 * math.isqrt(len(part))  # 8 standard deviations at least
+        low = part[near - spread] if near >= spread else -np.inf
+        high = part[near + spread] if near + spread < len(part) else np.inf
+        between = losses[(losses >= low) & (losses <= high)]
+        within = place - int(np.count_nonzero(losses < low))
+        if 0 <= within < len(between):
+            between.partition(within)
+            return np.float32(between[within])
+    return np.float32(np.partition(losses, place)[place])
+
+
+def _highest(rng: np.random.Generator, losses: Losses, count: int) -> Mask:
+    """Marks the ``count`` samples of highest loss; ties are broken at random."""
+    if count == 0:
+        return np.zeros(len(losses), dtype=bool)
+    threshold = _smallest(losses, len(losses) - count)
+    above = losses > threshold
+    above |= _some(rng, losses == threshold, count - int(np.count_nonzero(above)))
+    return above
+
+
+def _biased_draw(rng: np.random.Generator, losses: Losses, total: int, ratio: float) -> Mask:
+    """floor(p N) samples of the highest losses, the rest of N uniformly from the others."""
+    count = math.floor(ratio * total + 1e-9)  # 0.29 * 100 is a little less than 29 in floating point
+    hard = _highest(rng, losses, count)
+    hard |= _some(rng, ~hard, total - count)
+    return hard
+
+
+def _uniform(
+    rng: np.random.Generator, losses: Losses, counts: Mapping[str, int], biased: str, ratio: float
+) -> dict[str, Indices]:
+    """One joint permutation, dealt to the classes without replacement; losses do not matter."""
+    return _deal(rng, np.ones(len(losses), dtype=bool), counts)
+
+
+def _separate(
+    rng: np.random.Generator, losses: Losses, counts: Mapping[str, int], biased: str, ratio: float
+) -> dict[str, Indices]:
+    """The biased class gets hard samples; every other class draws from all samples, independently of it."""
+    drawn: dict[str, Indices] = {}
+    for name, count in counts.items():
+        own = _biased_draw(rng, losses, count, ratio) if name == biased else np.ones(len(losses), dtype=bool)
+        drawn |= _deal(rng, own, {name: count})
+    return drawn
+
+
+def _unified(
+    rng: np.random.Generator, losses: Losses, counts: Mapping[str, int], biased: str, ratio: float
+) -> dict[str, Indices]:
+    """The biased class draws first; the others draw without replacement from what is left."""
+    first = _biased_draw(rng, losses, counts[biased], ratio)
+    others = {name: count for name, count in counts.items() if name != biased}
+    return _deal(rng, first, {biased: counts[biased]}) | _deal(rng, ~first, others)
+
+
+def _deal(rng: np.random.Generator, among: Mask, counts: Mapping[str, int]) -> dict[str, Indices]:
+    """Deals those that are marked, in random order, none twice."""
+    ends = np.cumsum(list(counts.values()))
+    order = _permuted(rng, _places(_some(rng, among, sum(counts.values()))))
+    return {name: order[end - count : end] for (name, count), end in zip(counts.items(), ends, strict=True)}
+
+
+Scheme = Callable[
+    [np.random.Generator, Losses, Mapping[str, int], str, float],
+    dict[str, Indices],
+]
+SCHEMES: dict[str, Scheme] = {"separate": _separate, "uniform": _uniform, "unified": _unified}

@@ -1,0 +1,81 @@
+"""Where a run ends, decided by arithmetic on figures that all ranks share. Pure (no torch, no Horovod)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hvd_hetero.config.schema import TrainConfig
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.planning.plan import Plan
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a run has done so far; ``fast_steps`` are those of the rank that took the most."""
+
+    passes: int = 0
+    rounds: int = 0
+    fast_steps: int = 0
+    samples: int = 0
+    train_sec: float = 0.0
+
+    def after(self, plan: Plan) -> Done:
+        """What is done one more pass later; the clock is left alone."""
+        steps, samples = plan.rounds * fast_steps(plan), plan.rounds * round_samples(plan)
+        return Done(self.passes + 1, self.rounds + plan.rounds, self.fast_steps + steps, self.samples + samples,
+                    self.train_sec)
+
+
+def next_rounds(train: TrainConfig, plan: Plan, done: Done) -> int:
+    """Rounds of the next pass: all of the plan's, fewer where a limit lies within it, 0 where the run is over.
+
+    A limit in steps or samples is never exceeded. One in seconds is met as nearly as the mean speed so far can tell,
+    so it does nothing before the end of the first pass.
+    """
+    if train.passes is not None and done.passes >= train.passes:
+        return 0
+    rounds = plan.rounds
+    if train.max_fast_steps is not None:
+        rounds = min(rounds, (train.max_fast_steps - done.fast_steps) // fast_steps(plan))
+    if train.max_samples is not None:
+        rounds = min(rounds, (train.max_samples - done.samples) // round_samples(plan))
+    if train.max_train_sec is not None and done.samples and done.train_sec > 0:
+        left = (train.max_train_sec - done.train_sec) * done.samples / done.train_sec
+        rounds = min(rounds, round(left / round_samples(plan)))
+    return max(0, rounds)
+
+
+def expected_passes(train: TrainConfig, plan: Plan) -> int | None:
+    """How many passes the run will have, the last one perhaps short; None where only seconds limit it."""
+    limits = [] if train.passes is None else [train.passes]
+    if train.max_fast_steps is not None:
+        limits.append(math.ceil(train.max_fast_steps // fast_steps(plan) / plan.rounds))
+    if train.max_samples is not None:
+        limits.append(math.ceil(train.max_samples // round_samples(plan) / plan.rounds))
+    return min(limits) if limits else None
+
+
+def check_limits(train: TrainConfig, plan: Plan) -> None:
+    """Refuses limits within which the plan has no round at all.
+
+    Raises:
+        ConfigError: naming the limit, and what one round takes.
+    """
+    for key, limit, takes in (
+        ("train.max_fast_steps", train.max_fast_steps, fast_steps(plan)),
+        ("train.max_samples", train.max_samples, round_samples(plan)),
+    ):
+        if limit is not None and limit < takes:
+            remedy = f"set it to {takes} or more, or a smaller train.tau"
+            raise ConfigError(key, limit, f"one round takes {takes}", remedy)
+
+
+def fast_steps(plan: Plan) -> int:
+    """Local steps of one round, on the ranks that take the most."""
+    return max(c.tau for c in plan.classes)
+
+
+def round_samples(plan: Plan) -> int:
+    """Samples of one round, over all ranks."""
+    return sum(c.round_samples for c in plan.classes)

@@ -1,6 +1,0 @@
-"""What a person reads of runs: tables, pictures, one page that holds them all."""
-
-from hvd_hetero.report.tables import closing_table, table
-from hvd_hetero.report.write import report
-
-__all__ = ["closing_table", "report", "table"]

@@ -1,0 +1,238 @@
+"""What a run leaves behind: its folder, a row a pass, TensorBoard events; and what it shows on the way."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+from hvd_hetero.cluster.device_classes import Cluster
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.files import check_no_links, write_text
+from hvd_hetero.secrets import without_passwords
+from hvd_hetero.telemetry.trace import TRACE
+
+SUMMARY = "summary.json"
+METRICS = "metrics.jsonl"
+
+
+class RunFolder:
+    """The folder of one run; rank 0 writes it.
+
+    Args:
+        keep_bytes: of ``metrics.jsonl``, where a run goes on; None: it starts.
+        keep_samples: samples seen so far, by which TensorBoard knows what it is not to show twice.
+
+    Raises:
+        ConfigError: it already holds a run and ``overwrite`` is not set, or it cannot be written.
+    """
+
+    def __init__(
+        self, path: str | Path, overwrite: bool, keep_bytes: int | None = None, keep_samples: int | None = None
+    ) -> None:
+        self.path = Path(path)
+        check_run_dir(self.path, overwrite or keep_bytes is not None)
+        try:
+            self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            if keep_bytes is None:
+                old = [self.path / name for name in (SUMMARY, METRICS, TRACE)]
+                for path in (*old, *self.path.glob("tensorboard/events.*")):
+                    path.unlink(missing_ok=True)
+            self._rows = (self.path / METRICS).open("ab", buffering=0)
+            self._keep(keep_bytes or 0)
+        except OSError as error:
+            raise ConfigError("run.dir", str(path), f"cannot be written: {error.strerror}", "choose another") from error
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._events: SummaryWriter | None = SummaryWriter(str(self.path / "tensorboard"), purge_step=keep_samples)
+        self._unwritten = b""
+
+    def write(self, name: str, content: Mapping[str, Any] | str) -> None:
+        """Writes a text or a JSON file whole: a reader sees the old one or the new one.
+
+        What the disk does not take is told, and costs neither the training nor the files that are still to be written.
+        """
+        text = content if isinstance(content, str) else to_json(content, indent=2)
+        try:
+            write_text(self.path / name, text)
+        except OSError as error:
+            say_missing(self.path / name, error)
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Appends a row to ``metrics.jsonl``, and its numbers to TensorBoard, by samples seen.
+
+        What the disk does not take costs the training nothing: a row is tried again with the next one.
+        """
+        self._unwritten += to_json(row).encode()
+        self._write_rows()
+        try:
+            self._show(row)
+        except OSError as error:
+            self._events = None
+            print(f"no more TensorBoard events: {error.strerror}", file=sys.stderr, flush=True)
+
+    def _show(self, row: Mapping[str, Any]) -> None:
+        if self._events is None:
+            return
+        for name, value in row.items():
+            for part, number in value.items() if isinstance(value, dict) else [("", value)]:
+                if isinstance(number, (int, float)):
+                    self._events.add_scalar(f"{name}/{part}" if part else name, number, row["samples_seen"])
+        self._events.flush()
+
+    def _write_rows(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._rows.write(self._unwritten) :]
+        except OSError as error:
+            print(f"{METRICS} cannot be written now: {error.strerror}", file=sys.stderr, flush=True)
+
+    def _keep(self, size: int) -> None:
+        """Drops rows of passes that will be done again."""
+        there = os.fstat(self._rows.fileno()).st_size
+        if there < size:
+            print(f"{self.path / METRICS}: rows are missing that the checkpoint knew of", file=sys.stderr, flush=True)
+        self._rows.truncate(min(size, there))
+
+    @property
+    def rows_bytes(self) -> int:
+        """Size of ``metrics.jsonl`` so far, which is on the disk when this returns: a checkpoint counts on it."""
+        self._write_rows()
+        with suppress(OSError):
+            os.fsync(self._rows.fileno())
+        return os.fstat(self._rows.fileno()).st_size
+
+    def close(self) -> None:
+        """Closes its files; nothing happens the second time."""
+        if not self._rows.closed:
+            self._write_rows()
+            self._rows.close()
+            if self._events is not None:
+                self._events.close()
+
+
+def say_missing(path: Path, error: Exception) -> None:
+    """Tells that a file of the result could not be written; the run goes on to what else there is."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
+    print(f"hvd-hetero: error: {path} is missing or old: {reason}", file=sys.stderr, flush=True)
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """A text in JSON, ended by a newline. JSON knows no NaN and no Inf: they become null."""
+    return json.dumps(_or_null(content), indent=indent, allow_nan=False) + "\n"
+
+
+def _or_null(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: _or_null(value) for key, value in content.items()}
+    return [_or_null(value) for value in content] if isinstance(content, (list, tuple)) else content
+
+
+def check_run_dir(path: str | Path, overwrite: bool) -> None:
+    """Refuses a folder that already holds a run, or links that would lead out of it.
+
+    Raises:
+        ConfigError: it does, and ``overwrite`` is not set.
+    """
+    check_no_links("run.dir", Path(path), (METRICS, "tensorboard", "checkpoint", "checkpoints"))
+    if not overwrite and any((Path(path) / name).exists() for name in (SUMMARY, "config.yaml")):
+        raise ConfigError("run.dir", str(path), "already holds a run", "choose another, or set run.overwrite=true")
+
+
+class Progress:
+    """Shows rank 0's progress: a bar where the launcher says that there is a terminal, else a line now and then.
+
+    Args:
+        columns: width of the terminal, or None.
+        done: passes that a run which goes on had done before.
+    """
+
+    LINE_SEC = 5.0
+
+    def __init__(
+        self, passes: int | None, columns: int | None, done: int = 0, stream: TextIO = sys.stderr
+    ) -> None:
+        self._passes, self._stream = passes, stream  # passes: None where only the clock ends the run
+        self._last_line = 0.0
+        self._bar = None
+        if columns:
+            from tqdm import tqdm
+
+            # The figures are what one looks at; the bar takes what is left of a narrow terminal.
+            form = "pass {n_fmt}/{total_fmt} |{bar:8}| {remaining} left{postfix}"
+            self._bar = tqdm(
+                total=passes, initial=done, bar_format=form, ncols=columns, file=stream, leave=True, mininterval=0
+            )
+
+    def update(self, row: Mapping[str, Any], fastest: str) -> None:
+        """Shows a metrics row; the last one is always shown."""
+        done = row["pass"]
+        figures = {
+            "round": str(row["round"]),
+            "loss": _short(row["train_loss"]),
+            "acc": _percent(row.get("eval_accuracy")),
+            "samples/s": _short(row["samples_per_sec"]),
+            f"{fastest} blocked": _percent(row["blocked_fraction"][fastest]),
+        }
+        if self._bar is not None:
+            self._bar.set_postfix(figures, refresh=False)
+            self._bar.update(1)
+        elif done == self._passes or time.monotonic() - self._last_line >= self.LINE_SEC:
+            self._last_line = time.monotonic()
+            text = "  ".join(f"{name} {value}" for name, value in figures.items())
+            total = "" if self._passes is None else f"/{self._passes}"
+            print(f"pass {done}{total}  {text}", file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}%"
+
+
+def environment(cluster: Cluster, horovod: Mapping[str, Any]) -> dict[str, Any]:
+    """What a reader needs to know of where a run was made."""
+    packages = ("torch", "torchvision", "numpy", "omegaconf", "hvd-hetero")
+    return {
+        "versions": {"python": platform.python_version(), "horovod": dict(horovod)}
+        | {name: _version(name) for name in packages},
+        "platform": platform.platform(),
+        "ranks": [fact.to_dict() for fact in cluster.facts],
+        "command": [without_passwords(word) for word in sys.argv],
+        "git_revision": _git_revision(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """Of the working directory, where the user's own code and configs are."""
+    command = ["git", "-C", os.getcwd(), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,200 @@
+"""A stopwatch that leaves no second unaccounted for: every lap books the time since the last one."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, TypeVar
+
+from hvd_hetero.telemetry.heartbeat import Pulse
+
+T = TypeVar("T")
+KINDS = ("compute", "data", "blocked", "comm")
+COLLECTIVE = "collective"
+SLOWED, DELAYED = "slow devices emulated", "delays injected"
+LEAST_SLEEP_SEC = 0.1
+"""Of the emulation: caches are cold after each sleep, which would slow short steps down by more than was asked for."""
+
+
+class Stopwatch:
+    """Books a rank's time as compute, data, waiting and transfer, or one of a sequence of collectives.
+
+    What part of a collective was waiting can only be said once the durations of all ranks are known:
+    see :func:`split_waiting`. So collectives are kept one by one, in the order in which all ranks meet in them.
+
+    Args:
+        own_clock: what a lap returns goes by this clock, see :func:`own_clock`; what it books, by ``clock``.
+        pulse: told of every lap.
+
+    Attributes:
+        seconds: booked by kind; ``blocked`` and ``comm`` only by :meth:`waited`.
+        laps: where a list is put here, every lap is added to it as (kind, start, end), by this rank's clock.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, own_clock: Callable[[], float] | None = None,
+        pulse: Pulse | None = None,
+    ) -> None:
+        self.pulse = pulse or Pulse()
+        self._clock, self._own_clock = clock, own_clock
+        self._mark = clock()
+        self._own_mark = own_clock() if own_clock is not None else 0.0
+        self.seconds = dict.fromkeys(KINDS, 0.0)
+        self.collectives: list[float] = []
+        self.laps: list[tuple[str, float, float]] | None = None
+
+    def skip(self) -> None:
+        """Starts the next lap now; the time since the last one is nobody's."""
+        self._lap("")
+
+    def lap(self, kind: str) -> float:
+        """Books the time since the last lap as one of :data:`KINDS`; returns it in seconds of the own clock."""
+        own_mark = self._own_mark
+        spent = self._lap(kind)
+        self.seconds[kind] += spent
+        return spent if self._own_clock is None else self._own_mark - own_mark
+
+    def waited(self, started: float) -> None:
+        """Books the time since the last lap as waiting for something to start, and then for it to end.
+
+        Args:
+            started: when it did, by the clock; ``math.inf``: it did not.
+        """
+        now = self._clock()
+        for kind, until in (("blocked", min(max(started, self._mark), now)), ("comm", now)):
+            self.seconds[kind] += until - self._mark
+            if self.laps is not None and until > self._mark:
+                self.laps.append((kind, self._mark, until))
+            self._mark = until
+        if self._own_clock is not None:
+            self._own_mark = self._own_clock()
+
+    def collective(self) -> float:
+        """Books the time since the last lap as one collective; ranks that are not in it call :meth:`absent`."""
+        spent = self._lap(COLLECTIVE)
+        self.collectives.append(spent)
+        return spent
+
+    def absent(self) -> None:
+        """Enters a collective that this rank takes no part in, so that all ranks' lists stay in step.
+
+        No time is booked: what passes until the rank's next collective is that one's, and so it is waiting.
+        """
+        self.collectives.append(math.nan)
+
+    def _lap(self, kind: str) -> float:
+        now = self._clock()
+        start, self._mark = self._mark, now
+        self.pulse.count += 1
+        if self._own_clock is not None:
+            self._own_mark = self._own_clock()
+        if self.laps is not None and kind:
+            self.laps.append((kind, start, now))
+        return now - start
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is booked and was not taken yet."""
+        return {"seconds": self.seconds, "collectives": self.collectives}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.seconds, self.collectives = dict(state["seconds"]), list(state["collectives"])
+
+    def take(self) -> tuple[dict[str, float], list[float]]:
+        """Returns the seconds by kind and the list of collectives since the last call, and starts anew."""
+        taken = dict(self.seconds), self.collectives
+        self.seconds, self.collectives = dict.fromkeys(self.seconds, 0.0), []
+        return taken
+
+
+def own_clock(device: str, threads: int) -> Callable[[], float] | None:
+    """The clock by which an emulated step's own time is measured.
+
+    Where one thread computes, it is that thread's CPU time: a moment in which the core does something else is not a
+    part of the step, and a slower device would not multiply it. Else it is the wall clock (None).
+    """
+    return time.thread_time if device == "cpu" and threads == 1 else None
+
+
+def emulation(slowed: bool = False, delayed: bool = False, before: Iterable[str] = ()) -> tuple[str, ...]:
+    """Why times are not those of real devices, each reason once; those from ``before`` too."""
+    found = {SLOWED: slowed, DELAYED: delayed, **dict.fromkeys(before, True)}
+    return tuple(reason for reason, there in found.items() if there)
+
+
+class Pace:
+    """Hands out batches, books what happens between them, and emulates a slower device if asked to.
+
+    Args:
+        slowdown: each step is stretched to this many times its own measured time, by sleeping.
+        synchronize: waits until the device has done what it was given.
+
+    Attributes:
+        delays: where it is set, seconds to sleep in each step that follows; they count as its compute.
+    """
+
+    def __init__(self, watch: Stopwatch, slowdown: float = 1.0, synchronize: Callable[[], None] = lambda: None) -> None:
+        self._watch, self._slowdown, self._synchronize = watch, slowdown, synchronize
+        self._owed_sec = 0.0
+        self._fresh_sec = 0.0
+        self.delays: Iterator[float] | None = None
+
+    @property
+    def emulates(self) -> bool:
+        """Whether steps are stretched."""
+        return self._slowdown > 1
+
+    def steps(self, batches: Iterable[T], count: int) -> Iterator[T]:
+        """Yields the next ``count`` batches; the time until the following one is asked for is the step's compute."""
+        self._watch.pulse.phase = "reading data"
+        for batch in islice(batches, count):
+            self._fresh_sec += self._watch.lap("data")
+            self._watch.pulse.phase = "local step"
+            if self.delays is not None:
+                time.sleep(next(self.delays))
+                self._watch.lap("compute")  # as it is: a slower device is not slower at being delayed
+            yield batch
+            if self.emulates:  # else steps may queue up on the device
+                self.pause(LEAST_SLEEP_SEC)
+            self._watch.lap("compute")
+            self._watch.pulse.phase = "reading data"
+        self.pause()
+
+    def pause(self, least_sleep_sec: float = 0.0) -> None:
+        """Finishes and books what was begun, stretched: for a step that is about to wait for other ranks.
+
+        Args:
+            least_sleep_sec: shorter sleeps are put off.
+        """
+        self._synchronize()
+        spent = self._fresh_sec + self._watch.lap("compute")
+        self._fresh_sec = 0.0
+        if self.emulates:
+            self._owed_sec += (self._slowdown - 1) * spent
+            self._sleep(least_sleep_sec)
+            self._watch.lap("compute")
+
+    def _sleep(self, least_sec: float) -> None:
+        # What a sleep overshoots is taken off the next one.
+        if self._owed_sec > least_sec:
+            start = time.perf_counter()
+            time.sleep(self._owed_sec)
+            self._owed_sec -= time.perf_counter() - start
+
+
+def split_waiting(durations: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
+    """Splits the time in collectives into waiting and transfer.
+
+    The last rank to arrive in a collective waits for nobody, so the shortest duration is the transfer and what a rank
+    spent beyond it is waiting.
+
+    Args:
+        durations: seconds, ``[ranks][collectives]``; NaN where a rank takes no part.
+
+    Returns:
+        Blocked seconds and transfer seconds, each by rank.
+    """
+    transfers = [min(d for d in column if d == d) for column in zip(*durations, strict=True)]
+    comm = [sum(t for d, t in zip(row, transfers, strict=True) if d == d) for row in durations]
+    return [sum(d for d in row if d == d) - spent for row, spent in zip(durations, comm, strict=True)], comm

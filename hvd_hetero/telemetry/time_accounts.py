@@ -1,0 +1,161 @@
+"""Where every rank's time went, and what every device class did; added up over passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from hvd_hetero.cluster.device_classes import Cluster
+from hvd_hetero.planning.plan import Plan
+from hvd_hetero.planning.stop_criteria import Done
+from hvd_hetero.telemetry.staleness import PartialAccounts
+from hvd_hetero.telemetry.stopwatch import KINDS, emulation, split_waiting
+
+
+class Accounts:
+    """Adds up, over passes, where every rank's time went and what every class did.
+
+    Args:
+        delayed: whether steps are delayed on purpose.
+
+    Attributes:
+        emulation: why the times are not those of real devices, see :func:`timing.emulation`; in earlier jobs too.
+    """
+
+    def __init__(self, cluster: Cluster, delayed: bool = False) -> None:
+        self._cluster = cluster
+        self.emulation = emulation(cluster.emulated, delayed)
+        self.seconds = [dict.fromkeys(KINDS, 0.0) for _ in range(cluster.size)]
+        self.steps = [0] * cluster.size
+        self.samples = [0] * cluster.size
+        self.left_out = [0] * cluster.size
+        self.rounds = 0
+        self.passes = 0
+        self.partial = PartialAccounts()
+        self.earlier = Done()
+
+    def enter(
+        self,
+        plan: Plan,
+        rounds: int,
+        steps: Sequence[int],
+        kinds: Sequence[Mapping[str, float]],
+        collectives: Sequence[Sequence[float]],
+        left_out: Sequence[int] = (),
+    ) -> float:
+        """Enters one pass; returns its seconds.
+
+        Args:
+            rounds: averages that were made.
+            steps: local steps, by rank.
+            kinds: seconds of each kind, by rank.
+            collectives: durations ``[ranks][collectives]`` in the order in which ranks met in them, NaN: not in it.
+            left_out: contributions that were, because a rank's numbers had gone bad, by rank.
+        """
+        blocked, comm = split_waiting(collectives)
+        for rank, mine in enumerate(plan.by_rank()):
+            together = {"blocked": blocked[rank], "comm": comm[rank]}
+            for kind in KINDS:
+                self.seconds[rank][kind] += kinds[rank][kind] + together.get(kind, 0.0)
+            self.steps[rank] += steps[rank]
+            self.samples[rank] += steps[rank] * mine.batch_size
+        for rank, times in enumerate(left_out):
+            self.left_out[rank] += times
+        self.rounds += rounds
+        self.passes += 1
+        return sum(kinds[0].values()) + blocked[0] + comm[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        counts = {name: getattr(self, name) for name in ("seconds", "steps", "samples", "left_out", "rounds", "passes")}
+        return {**counts, "partial": self.partial.state_dict(), "earlier": asdict(self.earlier),
+                "emulation": list(self.emulation)}  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.seconds = [dict(mine) for mine in state["seconds"]]
+        self.steps, self.samples = list(state["steps"]), list(state["samples"])
+        self.left_out = list(state["left_out"])
+        self.rounds, self.passes = state["rounds"], state["passes"]
+        self.partial.load_state_dict(state["partial"])
+        self.earlier = Done(**state["earlier"])
+        self.emulation = emulation(before=(*self.emulation, *state["emulation"]))
+
+    def carry_over(self, state: Mapping[str, Any], rounds: int) -> None:
+        """Goes on from the totals of other ranks' accounts; what was each class's own is not counted any more.
+
+        Args:
+            rounds: so far, with those of a pass that was not finished.
+        """
+        other = Accounts(self._cluster)
+        other.load_state_dict(state)
+        self.rounds, self.passes, self.earlier = rounds, other.passes, other.done
+        self.emulation = emulation(before=(*self.emulation, *other.emulation))
+
+    @property
+    def done(self) -> Done:
+        steps = self.earlier.fast_steps + max(self.steps)
+        return Done(self.passes, self.rounds, steps, self.samples_seen, self.train_sec)
+
+    @property
+    def samples_seen(self) -> int:
+        return self.earlier.samples + sum(self.samples)
+
+    @property
+    def train_sec(self) -> float:
+        return self.earlier.train_sec + sum(self.seconds[0].values())
+
+    def row(self, plan: Plan) -> dict[str, Any]:
+        """What ``metrics.jsonl`` has of the accounts, after a pass by this plan."""
+        return {
+            "pass": self.passes,
+            "round": self.rounds,
+            "samples_seen": self.samples_seen,
+            "train_sec": self.train_sec,
+            "tau": {c.name: c.tau for c in plan.classes},
+            "batch_size": {c.name: c.batch_size for c in plan.classes},
+            "blocked_fraction": self.blocked_fractions(),
+            "left_out": self.left_out_of(),
+            "emulation": list(self.emulation),
+        }
+
+    def blocked_fractions(self) -> dict[str, float]:
+        """By class, the share of its time that its ranks waited for others."""
+        return {c.name: _share(self._times(c.ranks), "blocked") for c in self._cluster.classes}
+
+    def left_out_of(self) -> dict[str, int]:
+        """By class, how many contributions of its ranks were left out, because their numbers had gone bad."""
+        return {c.name: sum(self.left_out[r] for r in c.ranks) for c in self._cluster.classes}
+
+    def classes(self, plan: Plan) -> list[dict[str, Any]]:
+        """The ``classes`` of summary.json; seconds are means over a class's ranks, steps and samples sums."""
+        result = []
+        for item, planned in zip(self._cluster.classes, plan.classes, strict=True):
+            times = self._times(item.ranks)
+            steps = sum(self.steps[r] for r in item.ranks)
+            busy = (times["compute"] + times["data"]) * len(item.ranks)
+            result.append(
+                {
+                    "name": item.name,
+                    "device": item.device,
+                    "ranks": list(item.ranks),
+                    "tau": planned.tau,
+                    "batch_size": planned.batch_size,
+                    "weight": planned.weight,
+                    "slowdown": item.slowdown,
+                    "step_sec": busy / steps if steps else None,
+                    "steps": steps,
+                    "samples": sum(self.samples[r] for r in item.ranks),
+                    "left_out": self.left_out_of()[item.name],
+                    "time_sec": times,
+                    "blocked_fraction": _share(times, "blocked"),
+                }
+            )
+        return result
+
+    def _times(self, ranks: Sequence[int]) -> dict[str, float]:
+        return {kind: sum(self.seconds[r][kind] for r in ranks) / len(ranks) for kind in KINDS}
+
+
+def _share(times: Mapping[str, float], kind: str) -> float:
+    total = sum(times.values())
+    return times[kind] / total if total else 0.0

@@ -1,0 +1,182 @@
+"""Training from a Python program that horovodrun starts on every rank, or from the command line."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hvd_hetero import algorithms
+from hvd_hetero.comm.async_ops import PEER_LOST
+from hvd_hetero.comm.kv_store import job_env
+from hvd_hetero.config.instantiate import in_a_line
+from hvd_hetero.config.load import load
+from hvd_hetero.config.schema import Config
+from hvd_hetero.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAULT,
+    EXIT_LOST,
+    EXIT_NUMBERS,
+    EXIT_STOPPED,
+    BadNumbers,
+    RankError,
+    Stopped,
+    UserError,
+)
+from hvd_hetero.files import check_writable
+from hvd_hetero.random_state import RandomState
+from hvd_hetero.telemetry.run_folder import check_run_dir
+from hvd_hetero.training import dry_run, startup
+from hvd_hetero.training.process import process_restored
+from hvd_hetero.training.resume import check_data, find
+from hvd_hetero.training.trainer import Trainer
+from hvd_hetero.worker.components import Components, Given
+
+PEER_GONE_SEC = 1.0
+"""A survivor leaves so much later than the rank that failed, so that the launcher sees that one end first."""
+KILLED_SEC = 0.2
+"""When horovodrun ends a rank it kills its data workers first: what fails for that only is not to be reported."""
+
+
+def train(
+    config: str | Path | Sequence[str | Path] | None = None,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    **given: Any,
+) -> dict[str, Any] | None:
+    """Trains one model on all ranks of the job; every rank calls it.
+
+    A program may call it again, with whatever else: the calls know nothing of each other. What it changes in the
+    process (cores, threads, random numbers, warnings) is as before when it returns or raises.
+
+    Args:
+        config: a YAML file or several, merged in order; None is the built-in default.
+        overrides: dotted keys and their values, ``{"train.passes": 10}``, or ``key=value`` texts.
+        **given: objects in place of names in the configuration: see :class:`hvd_hetero.worker.components.Given`.
+
+    Returns:
+        The content of ``summary.json`` on rank 0, None on the others.
+
+    Raises:
+        UserError: something given cannot be used; with more than one rank, rank 0 says so and the job ends with
+            status 2 instead: every rank raises SystemExit, which a program that goes on has to catch on all of them.
+        Stopped: the run was asked to stop, and has saved; with more than one rank, the job ends with status 3 instead.
+        BadNumbers: no rank's numbers are good any more; with more than one rank, the job ends with status 6 instead.
+    """
+    def prepare() -> tuple[Config, Components]:
+        loaded = load(config, overrides, algorithms.method)
+        return loaded, dry_run.build(loaded, Given.of(given))
+
+    with ExitStack() as after:
+        after.enter_context(process_restored())
+        after.callback(RandomState.capture().restore)
+        after.callback(gc.collect)  # a next call needs the memory, and data workers end
+        return guarded(lambda: _run(prepare))
+
+
+def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | None:
+    env = job_env()
+
+    found = None
+
+    def prepare_folder_too() -> tuple[Config, Components]:
+        nonlocal found
+        config, parts = prepare()
+        if env.rank == 0 and config.run.dir is not None:
+            check_run_dir(config.run.dir, config.run.overwrite or config.run.resume is not None)
+            check_writable("run.dir", Path(config.run.dir))
+            if config.run.resume is not None:
+                found = find(Path(config.run.dir), config, env.size)
+                if found is not None:
+                    check_data(found, parts.dataset.train)
+        return config, parts
+
+    started = startup.start(prepare_folder_too)
+    try:
+        trainer = Trainer(started, run_dir(started.config), found)
+    except BaseException:
+        started.watchdog.stop()
+        raise
+    try:
+        trainer.prepare()
+    except RankError:
+        raise
+    except UserError:
+        trainer.close()  # every rank is here: they judge by the same measurements
+        raise
+    try:
+        summary = trainer.run()
+    except Stopped:
+        trainer.close()
+        raise
+    except BaseException as error:
+        trainer.abandon(saves=isinstance(error, Exception) and not isinstance(error, PEER_LOST))
+        if env.size == 1:  # nobody has to be told, and the program may go on
+            trainer.close()
+        if isinstance(error, UserError):
+            # one rank's own trouble, a broken file for instance: the others are waiting somewhere else
+            raise RankError(str(error)) from error
+        raise
+    trainer.close()
+    return summary
+
+
+def run_dir(config: Config) -> Path:
+    """Where the run is kept: as configured, else a new folder under ``runs/`` named after what is trained, and when.
+
+    A program may train several times in a second.
+    """
+    if config.run.dir is not None:
+        return Path(config.run.dir)
+    what = ((part.target or part.name or "").rpartition(":")[2] for part in (config.data, config.model))
+    name = config.run.name or "-".join(filter(None, (config.algorithm.name, *what)))
+    first = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+    return next(folder for folder in itertools.chain([first], others) if not folder.exists())
+
+
+def guarded(call: Callable[[], Any]) -> Any:
+    """Ends a rank as a job should: bad input with one message and status 2, a fault with its rank and cause.
+
+    A process that is the whole job gets the exception instead.
+    """
+    env = job_env()
+    if env.size == 1:
+        return call()
+    try:
+        return call()
+    except RankError as error:
+        _end(EXIT_BAD_INPUT, f"rank {env.rank} on {env.host}: {error}")
+    except UserError as error:
+        if env.rank == 0:
+            print(f"hvd-hetero: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_BAD_INPUT)
+    except BadNumbers as error:
+        if env.rank != error.ranks[0]:
+            time.sleep(PEER_GONE_SEC)  # the rank that has the say ends first
+            os._exit(EXIT_NUMBERS)
+        _end(EXIT_NUMBERS, str(error))
+    except Stopped as stopped:
+        if env.rank == 0:
+            print(f"hvd-hetero: {stopped}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_STOPPED)
+    except PEER_LOST as error:
+        time.sleep(PEER_GONE_SEC)
+        _end(EXIT_LOST, f"rank {env.rank} on {env.host} stops: {error}")
+    except Exception as error:
+        time.sleep(KILLED_SEC)
+        traceback.print_exc()
+        _end(EXIT_FAULT, f"rank {env.rank} on {env.host} failed: {in_a_line(error)}")
+
+
+def _end(status: int, message: str) -> NoReturn:
+    """Leaves at once: Horovod's own shutdown would wait for ranks that are not coming."""
+    print(f"hvd-hetero: error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)

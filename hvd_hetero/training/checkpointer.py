@@ -1,0 +1,206 @@
+"""Saving a job, and reading what was saved of one; all ranks take part in both.
+
+A pass is worked off in stretches of rounds. After each one all ranks agree, in one small collective, on how far they
+are, on whether somebody was asked to stop, and on whether to save. What is saved is copied first, and written by a
+thread beside the next stretches.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvd_hetero.checkpoint import CheckpointError, Store
+from hvd_hetero.checkpoint.background_write import Best, Write, copied
+from hvd_hetero.cluster.device_classes import Cluster
+from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.comm.kv_store import JobEnv
+from hvd_hetero.config.schema import RESHAPE, Config
+from hvd_hetero.errors import UserError
+from hvd_hetero.planning.plan import Plan
+from hvd_hetero.training.epoch import Reached
+from hvd_hetero.training.fingerprint import made_with
+from hvd_hetero.training.resume import Found, places
+from hvd_hetero.training.stop_request import StopRequest
+
+NONE = -1
+PATH_BYTES = 4096
+LOCKSTEP, DRAINING = (1.0, 1), (30.0, 64)
+"""How many seconds ranks work on between two agreements, and how many rounds the first time."""
+LAST_SEC = 30.0
+"""What a checkpoint that is on its way gets, where the job fails meanwhile."""
+GROWTH = 4
+"""By how much a stretch may be longer than the one before: the first rounds of a job are slow."""
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What all ranks agree on after a stretch: how far the pass is, whether to stop, and whether to save."""
+
+    reached: Reached
+    stop: bool
+    due: bool
+
+
+class Saver:
+    """The checkpoints of one run.
+
+    Args:
+        run_dir: on rank 0, which tells the others.
+        drains: whether the method has to come to rest before all ranks can meet.
+
+    Attributes:
+        saved_round: that is on the disk, or is gone on from.
+    """
+
+    def __init__(self, run_dir: str | Path, config: Config, env: JobEnv, comm: Comm, drains: bool) -> None:
+        self._config, self._spec, self._env, self._comm = config, config.checkpoint, env, comm
+        self._made_with = made_with(config)
+        self._stretch_sec, self._stretch = DRAINING if drains else LOCKSTEP
+        path = str(Path(run_dir).resolve()).encode().ljust(PATH_BYTES) if comm.rank == 0 else bytes(PATH_BYTES)
+        told = comm.broadcast(torch.tensor(list(path), dtype=torch.uint8), "checkpoint.path")
+        self._run_dir = Path(bytes(told.tolist()).decode().rstrip())
+        self._store = Store(self._run_dir, self._spec.keep)
+        self.stopping = StopRequest(self._run_dir)
+        self._began = time.monotonic()
+        self._saved_at, self._tried, self.saved_round = time.monotonic(), NONE, NONE
+        self._write: Write | None = None
+        self._best: float | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is saved before the run ends."""
+        return self._spec.every_sec is not None or self._spec.every_rounds is not None
+
+    def load(self, found: Found | None, cluster: Cluster) -> tuple[Any, bool]:
+        """What to go on from, and whether it is of another configuration or number of ranks.
+
+        It is this rank's state in the checkpoint that rank 0 has found, rank 0's where it is reshaped; None where there
+        is none.
+
+        Raises:
+            UserError: on all ranks, if one of them cannot read its part.
+        """
+        told = torch.tensor([NONE, 0])
+        if found is not None:
+            elsewhere = self._config.run.resume == RESHAPE and found.state.get("classes") != places(cluster)
+            told = torch.tensor([found.round, int(found.reshaped or elsewhere)])
+        number, reshaped = (int(x) for x in self._comm.broadcast(told, "checkpoint.found"))
+        if number == NONE:
+            problem = ""
+            try:
+                if self._comm.rank == 0 and self._store.folder.exists():
+                    self._store.rewind(None)
+            except CheckpointError as error:
+                problem = str(error)
+            if self._comm.max([float(bool(problem))], "checkpoint.begun")[0]:
+                raise UserError(problem or "rank 0 cannot remove old checkpoints, and says why")
+            return None, False
+        state, problem = None, ""
+        try:
+            saved = self._store.at(number)
+            state = saved.load(0 if reshaped else self._comm.rank)
+            if reshaped:  # rank 0 may have had no part in the training
+                state["worker"] = saved.load(min(Plan.from_dict(state["plan"]).training[0].ranks))["worker"]
+            metric = saved.meta.made_with.get("eval.metric", self._config.eval.metric)
+            if metric != self._config.eval.metric:
+                state["best"]["best_accuracy"] = None
+            if self._comm.rank == 0:
+                self._store.rewind(number)
+                self._best = self._store.best_value(self._config.eval.metric)
+        except CheckpointError as error:
+            problem = f"rank {self._comm.rank}: {error}"
+            print(f"hvd-hetero: error: {problem}", file=sys.stderr, flush=True)
+        if self._comm.max([float(bool(problem))], "checkpoint.loaded")[0]:
+            raise UserError(problem or "a rank cannot read its part of the checkpoint, and has said why")
+        self._tried = self.saved_round = number
+        return state, bool(reshaped)
+
+    # ---- between two stretches --------------------------------------------------------------------------------------
+
+    def stretch(self, left: int, rounds: int) -> int:
+        """Rounds to go before the next agreement, of those that are left of the pass, after so many of the run."""
+        self._began = time.monotonic()
+        if not self.active:
+            return left
+        every = self._spec.every_rounds
+        return min(left, self._stretch, every - rounds % every if every else left)
+
+    def agree(self, reached: Reached, length: int, rounds: int) -> Agreed:
+        """Meets all ranks after a stretch.
+
+        Args:
+            reached: how far this rank has come in it.
+            length: rounds that it was to have.
+            rounds: of the run, before it.
+        """
+        now, spec, lead = time.monotonic(), self._spec, self._comm.rank == 0
+        due = spec.every_sec is not None and now - self._saved_at >= spec.every_sec
+        worth = round(self._stretch_sec * length / max(now - self._began, 1e-6))
+        said = [self.stopping(), self._write is not None and self._write.busy, lead and due,
+                lead and max(1, min(worth, GROWTH * length))]
+        reached, (stop, busy, late, stretch) = reached.agreed(self._comm, said)
+        self._stretch = int(stretch)
+        if not busy:
+            self._settle()
+        number = rounds + reached.rounds
+        save = bool(late) and self._write is None
+        if spec.every_rounds is not None:  # in partial collectives rounds do not come in the planned numbers
+            save = save or number // spec.every_rounds > max(self._tried, 0) // spec.every_rounds
+        return Agreed(reached, bool(stop), save and number > self._tried)
+
+    def save(self, number: int, passes: int, state: Callable[[], Any], wait: bool, value: float | None = None) -> None:
+        """Saves every rank's state; if that cannot be done, the run goes on without, and says so.
+
+        Args:
+            number: rounds so far.
+            state: makes it; called only if there is something new to save.
+            wait: until it is on the disk; else it is copied, and a thread writes it.
+            value: the evaluation at this time, if there was one: the best one's checkpoint is kept.
+        """
+        self._finish()
+        if number > self.saved_round:  # one that could not be saved is tried again, where the job ends
+            best = Best(value, self._config.eval.metric) if value is not None and self._is_best(value) else None
+            self._write = Write(self._store, self._env, number, passes, self._made_with,
+                                state if wait else lambda: copied(state()), best)
+            self._saved_at, self._tried = time.monotonic(), number
+            if wait:
+                self._finish()
+
+    def abandon(self) -> None:
+        """Lets a checkpoint that is on its way come to its end, where this rank fails and would take it along."""
+        if self._write is not None:
+            self._write.join(LAST_SEC)
+
+    def newest(self) -> int | None:
+        """Round of the newest checkpoint, if there is one."""
+        latest = self._store.latest()
+        return None if latest is None else latest.meta.round
+
+    def _is_best(self, value: float) -> bool:
+        better = not math.isnan(value) and (self._best is None or value > self._best)
+        self._best = value if better else self._best
+        return better
+
+    def _finish(self) -> None:
+        if self._write is not None:
+            self._write.join()
+            self._settle()
+
+    def _settle(self) -> None:
+        """Takes note of what has become of a checkpoint that no rank is busy with any more."""
+        if self._write is None:
+            return
+        problem = self._write.problem
+        if problem.startswith(f"rank {self._comm.rank}:"):  # the others' they say themselves
+            print(f"no checkpoint at round {self._write.number}: {problem}", flush=True)
+        if not self._comm.max([float(bool(problem))], "checkpoint.done")[0]:
+            self.saved_round = self._write.number
+        self._write = None

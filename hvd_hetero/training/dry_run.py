@@ -1,0 +1,390 @@
+"""The dry run on two samples: what a run does at its start, an evaluation and a training step, and then forgotten.
+
+What only running can show is found before a job starts: a worker is made as a run makes it, evaluates, takes a step,
+goes through the scheduler's epochs and says what a checkpoint would hold. Whatever that has changed is put back: the
+model, loss and metric, and the random generators.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hvd_hetero import algorithms, data
+from hvd_hetero.checkpoint import CheckpointError, join, split
+from hvd_hetero.cluster.device_classes import has_bf16, local_facts
+from hvd_hetero.comm.kv_store import job_env
+from hvd_hetero.config.instantiate import Place, cause
+from hvd_hetero.config.load import device_classes
+from hvd_hetero.config.schema import AUTO, AggregationConfig, Config
+from hvd_hetero.data import Batch, Dataset
+from hvd_hetero.data.batch import to_device
+from hvd_hetero.describe import describe
+from hvd_hetero.errors import ConfigError, UserError
+from hvd_hetero.planning.local_steps import SHRINK, WAIT_AVOIDING
+from hvd_hetero.random_state import RandomState
+from hvd_hetero.worker import components
+from hvd_hetero.worker.components import Components, Given, Origins, first_samples, telling
+from hvd_hetero.worker.extra_state import load_extra_state
+from hvd_hetero.worker.loss_checks import Batched, try_loss, try_metric
+from hvd_hetero.worker.losses import IGNORED, Numbers
+from hvd_hetero.worker.modes import has_modes, warn_of_evaluation_mode
+from hvd_hetero.worker.own_attributes import attributes_of, warn_of_changes
+from hvd_hetero.worker.snapshot import snapshot
+from hvd_hetero.worker.worker import Worker
+
+T = TypeVar("T")
+SAMPLES = 2
+MOST_EPOCHS = 1000
+"""So many steps of a scheduler are tried out."""
+FRAME = re.compile(r'File "(.+?)", line ([0-9]+)')
+SMALL = 10_000_000
+"""Parameters. Models that have no more take a second step: what a module has kept of the first may be in its way."""
+
+
+def build(config: Config, given: Given | None = None) -> Components:
+    """Build what is trained, and try it out, so that mistakes show before a job starts.
+
+    On the ranks of a launched job only what they have to know is found out once more: launch has tried it out, unless
+    only they have the GPU that it takes.
+
+    Raises:
+        ConfigError: anything of it cannot be made, or fails, or the loss is not one number a sample.
+    """
+    parts, env = components.build(config, given), job_env()
+    device = _device(config, env.local_rank)
+    tried, one = env.launched and device == "cpu", _may_take_one(config)
+    if tried and not one:
+        return parts
+    run = _DryRun(parts, config, given, device or "cpu")
+    if device is None:
+        return parts
+    if not tried:
+        _try(run)
+    return replace(parts, least_batch=run.forgotten(run.least_batch)) if one else parts
+
+
+def _try(run: _DryRun) -> None:
+    """Try a few samples, and as many as a step really has before it is refused: a queue takes batches of one size."""
+    try:
+        run.forgotten(run.whole)
+    except ConfigError as error:
+        if not run.read_whole_batch():
+            raise
+        try:
+            run.forgotten(run.whole)
+        except ConfigError:
+            raise error from error.__cause__
+
+
+def _device(config: Config, local_rank: int) -> str | None:
+    """Return where to try things out: on a GPU if all classes are on GPUs (None: there is none here), else a CPU."""
+    classes = config.cluster.classes
+    if classes == AUTO or any(c.device != "cuda" for c in device_classes(classes).values()):
+        return "cpu"
+    gpus = local_facts(0, "localhost", local_rank).gpus
+    return f"cuda:{local_rank % len(gpus)}" if gpus else None
+
+
+def _may_take_one(config: Config) -> bool:
+    """Say whether a step may come to have one sample: as configured, by the method, or by halves in a profile."""
+    sizes = config.train.batch_size
+    listed = list(sizes.values()) if isinstance(sizes, Mapping) else [sizes]
+    smallest = min((size for size in listed if isinstance(size, int)), default=SAMPLES)
+    varies = algorithms.get(config.algorithm.name).batch_varies or config.cluster.too_slow == SHRINK
+    return varies or smallest < 2 * SAMPLES
+
+
+class _DryRun:
+    """One dry run; what fails is told by the part that it is about, in the order of what a run does."""
+
+    def __init__(self, parts: Components, config: Config, given: Given | None, device: str) -> None:
+        self._parts, self._config, self._given, self._device = parts, config, given, device
+        self._origins = Origins.of(config, given)
+        self._method = algorithms.get(config.algorithm.name)
+        self._samples = SAMPLES
+        self._read()
+        self._outputs: Any = None
+
+    def forgotten(self, call: Callable[[], T]) -> T:
+        """Call something, and put back whatever it has changed."""
+        parts, before = self._parts, RandomState.capture(self._device)
+        put_back = snapshot(parts.model, parts.loss, parts.metric, parts.optimizer, parts.scheduler)
+        try:
+            with warnings.catch_warnings(record=True) as heard:
+                result = call()
+        finally:
+            put_back()
+            before.restore()
+        for warning in heard:  # what fails is said once, by the error
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        return result
+
+    # ---- what is done -----------------------------------------------------------------------------------------------
+
+    def whole(self) -> None:
+        """Evaluate, train, go through the epochs, save."""
+        warn_of_evaluation_mode(self._parts.model)
+        worker = self._worker()
+        self._evaluate(worker)
+        _check_classes(self._parts.dataset, self._outputs, self._config, self._given, self._origins)
+        self._read("test")
+        self._evaluate(worker)
+        self._read()
+        before = attributes_of(worker.model)
+        for _ in range(2 if sum(p.numel() for p in worker.model.parameters()) <= SMALL else 1):
+            self._step(worker)
+        warn_of_changes(before, worker.model)
+        self._epochs(worker)
+        self._save(worker)
+
+    def least_batch(self) -> int:
+        """Find out whether the model can be trained on one sample; if not, it is given two.
+
+        Raises:
+            ConfigError: it cannot, and a class is to do so.
+        """
+        worker, sizes = self._worker(), self._config.train.batch_size
+        self._read(count=1)
+        try:
+            self._gradient(worker)
+        except ConfigError as error:
+            if 1 in (sizes.values() if isinstance(sizes, Mapping) else [sizes]):
+                problem = f"a step of one sample fails: {error.problem}"
+                raise ConfigError("train.batch_size", sizes, problem, "set 2 or more") from error
+            return SAMPLES
+        return 1
+
+    # ---- its parts --------------------------------------------------------------------------------------------------
+
+    def _read(self, split: str = "training", count: int | None = None) -> None:
+        dataset, count = self._parts.dataset, count or self._samples
+        source = dataset.train if split == "training" else dataset.test
+        inputs, targets = first_samples(source, count, self._origins, split)
+        self._batch: Batch = (to_device(inputs, self._device), to_device(targets, self._device))
+        self._count, self._stepped = min(count, len(source)), False
+
+    def read_whole_batch(self) -> bool:
+        """Take as many samples as the smallest step has; False if these are no more than there were."""
+        sizes, before = self._config.train.batch_size, self._count
+        self._samples = max(min(sizes.values()) if isinstance(sizes, Mapping) else sizes, SAMPLES)
+        self._read()
+        return self._count > before
+
+    def _worker(self) -> Worker:
+        parts, train = self._parts, self._config.train
+        if not any(p.requires_grad for p in parts.model.parameters()):
+            raise ConfigError(*self._origins.model, "has no trainable parameters", "leave some to train")
+        what, remedy = "the model cannot be made ready for training", "give one whose tensors can be moved and copied"
+        with telling(*self._origins.model, what, remedy):
+            worker = Worker(
+                parts.model, self._loss, self._make_optimizer, self._make_scheduler if parts.scheduler else None,
+                device=self._device, metric=self._metric if parts.metric else None, seed=self._config.run.seed,
+                clip_norm=train.clip_norm, autocast=train.autocast == "bf16" and has_bf16(self._device),
+                channels_last=train.channels_last,
+            )  # fmt: skip
+        if self._method.flat_gradients:
+            worker.flat_gradients()
+        return worker
+
+    def _make_optimizer(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        key, own = self._origins.optimizer, {id(p) for p in params}
+        with telling(*key, "cannot be made", "give a function of the parameters that makes a torch optimizer"):
+            optimizer = self._parts.optimizer(params)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            problem = f"makes a {type(optimizer).__name__}, no torch optimizer"
+            raise ConfigError(*key, problem, "make a torch.optim.Optimizer")
+        if {id(p) for group in optimizer.param_groups for p in group["params"]} - own:
+            problem = "has parameters that are not the model's"
+            raise ConfigError(*key, problem, "make it from the parameters that it is called with")
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise ConfigError(*key, "asks for the loss several times a step", "choose one that steps along a gradient")
+        self._check_modes(optimizer)
+        return optimizer
+
+    def _check_modes(self, optimizer: torch.optim.Optimizer) -> None:
+        plain, spec = AggregationConfig(), self._config.aggregation
+        values = {key: getattr(spec, key) for key in ("mode", "delayed", "outer_lr", "outer_momentum")}
+        others = [f"aggregation.{key}={value}" for key, value in values.items() if value != getattr(plain, key)]
+        others += ["cluster.too_slow=wait_avoiding"] if self._config.cluster.too_slow == WAIT_AVOIDING else []
+        if others and has_modes(optimizer):
+            problem = f"has modes, train() and eval(), which do not go with {others[0]}"
+            raise ConfigError(*self._origins.optimizer, problem, "leave that at its default, or choose another one")
+
+    def _make_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        assert self._parts.scheduler is not None
+        with telling(*self._origins.scheduler, "cannot be made", "correct its arguments (train.scheduler_args)"):
+            return self._parts.scheduler(optimizer)
+
+    def _evaluate(self, worker: Worker) -> None:
+        what = f"the model fails on {self._told(training=False)}"
+        with telling(*self._origins.model, what, "make model and data fit together"):
+            worker.evaluate(_OneBatch(self._batch), np.arange(self._count), self._count)
+
+    def _step(self, worker: Worker) -> None:
+        with _counted(worker.model) as times:
+            self._gradient(worker)
+        self._check_gradients(worker.model, times)
+        what, remedy = "fails in a step", "choose one that steps along a gradient"
+        with telling(*self._origins.optimizer, what, remedy):
+            worker.apply()
+        self._stepped = True
+
+    def _gradient(self, worker: Worker) -> None:
+        try:
+            worker.gradient(*self._batch)
+        except UserError:
+            raise
+        except Exception as error:
+            made = _forward_places(lambda: worker.gradient(*self._batch))
+            problem = f"the model fails on {self._told(training=True)}: {cause(error, made)}"
+            raise ConfigError(*self._origins.model, problem, "make model and data fit together") from error
+
+    def _check_gradients(self, model: nn.Module, times: Mapping[str, int]) -> None:
+        """Refuse gradients that the method, or their clipping, cannot deal with."""
+        norm, method = self._config.train.clip_norm, self._config.algorithm.name
+        for name, param in model.named_parameters():
+            if self._method.sends_at_once and times.get(name, 0) > 1:
+                problem = f"the gradient of {name} is made in {times[name]} pieces, and {method} sends the first one"
+                remedy = "checkpoint it with use_reentrant=False, or choose another method"
+                raise ConfigError(*self._origins.model, problem, remedy)
+            if param.grad is None or not param.grad.is_sparse:
+                continue
+            if self._method.sends_at_once:
+                problem = f"{name} has sparse gradients, and {method} sums dense ones"
+                raise ConfigError(*self._origins.model, problem, "make it with sparse=False, or choose another method")
+            if norm is not None:
+                problem = f"{name} has sparse gradients, which cannot be clipped"
+                raise ConfigError("train.clip_norm", norm, problem, "make it with sparse=False, or leave it null")
+
+    def _epochs(self, worker: Worker) -> None:
+        what = "does not last through the passes"
+        telling_it = telling(*self._origins.scheduler, what, "correct its arguments (train.scheduler_args)")
+        with telling_it, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the optimizer takes no steps meanwhile
+            for _ in range(min(self._config.train.passes or 2, MOST_EPOCHS)):
+                worker.end_epoch()
+
+    def _save(self, worker: Worker) -> None:
+        keys = [key for key in ("every_sec", "every_rounds") if getattr(self._config.checkpoint, key) is not None]
+        if not keys:
+            return
+        try:
+            state = worker.state_dict()
+            saved = join(*split(state["extra"]))
+            split(state)
+        except CheckpointError as error:
+            of_part = {"optimizer": self._origins.optimizer, "scheduler": self._origins.scheduler}
+            path = str(error.file).removeprefix("the state's ")
+            key = of_part.get(path.partition(".")[0], self._origins.model)
+            remedy = f"{error.remedy}, or set {' '.join(f'checkpoint.{key}=null' for key in keys)}"
+            raise ConfigError(*key, f"no checkpoint can hold {path}, {error.problem}", remedy) from error
+        what, remedy = "what get_extra_state returns cannot be restored", "correct its set_extra_state"
+        with telling(*self._origins.model, what, remedy):
+            load_extra_state(worker.model, saved)
+
+    # ---- what a user's functions give -------------------------------------------------------------------------------
+
+    def _told(self, training: bool) -> str:
+        inputs, targets = self._batch
+        mode = "training" if training else "evaluation"
+        return f"a batch of {self._count} in {mode} (inputs {describe(inputs)}, targets {describe(targets)})"
+
+    def _loss(self, outputs: Any, targets: Any) -> Numbers:
+        self._outputs, key, training = outputs, self._origins.loss, torch.is_grad_enabled()
+        what = f"the loss fails on the model's outputs {describe(outputs)} for {self._told(training)}"
+        with telling(*key, what, "make model, data, loss and its arguments fit together"):
+            losses, weights = try_loss(*key, self._parts.loss, self._config.train.loss_args, self._batched(targets))
+        counting = losses if weights is None else losses[weights > 0]
+        # a first step may be too long, and statistics may make sense only then: both are another matter
+        if training and not self._stepped and counting.isnan().any():
+            problem = "is not a number on the first samples"
+            raise ConfigError(*key, problem, "look at the data and the model's weights")
+        if training and not losses.requires_grad:
+            problem = "does not depend on the model's parameters, so there is nothing to learn from it"
+            raise ConfigError(*key, problem, "compute it from the outputs, with functions of torch")
+        return losses, weights
+
+    def _metric(self, outputs: Any, targets: Any) -> Numbers:
+        assert self._parts.metric is not None
+        with telling(*self._origins.metric, "fails on this model's outputs", "set eval.metric=none or another"):
+            return try_metric(*self._origins.metric, self._parts.metric, self._batched(targets))
+
+    def _batched(self, targets: Any) -> Batched:
+        sizes = self._config.train.batch_size
+        batch = max(sizes.values()) if isinstance(sizes, Mapping) else sizes
+        return Batched(self._outputs, targets, self._count, batch)
+
+
+@contextmanager
+def _counted(model: nn.Module) -> Iterator[dict[str, int]]:
+    """Count how often a backward pass adds to the gradient of each parameter, by name."""
+    times: dict[str, int] = {}
+
+    def count(name: str, param: Tensor) -> None:
+        times[name] = times.get(name, 0) + 1
+
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(partial(count, name)) for name, p in trained]
+    try:
+        yield times
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _forward_places(step: Callable[[], Any]) -> list[Place]:
+    """Return the lines that made what a backward pass fails on: its own traceback ends in torch."""
+    with warnings.catch_warnings(record=True) as heard, suppress(Exception):
+        warnings.simplefilter("always")
+        with torch.autograd.detect_anomaly(check_nan=False):
+            step()
+    return [(file, int(line)) for said in heard for file, line in FRAME.findall(str(said.message))]
+
+
+class _OneBatch:
+    """A source that has one batch, whatever is asked for."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+
+    def __len__(self) -> int:
+        return len(self._batch[1])
+
+    def to(self, device: torch.device | str) -> _OneBatch:
+        return self
+
+    def batches(self, indices: Any, generator: torch.Generator, start: int = 0) -> Iterator[Batch]:
+        yield self._batch
+
+
+def _check_classes(dataset: Dataset, outputs: Any, config: Config, given: Given | None, origins: Origins) -> None:
+    """Refuse class numbers of which none counts or that the model has no output for, where they are at hand."""
+    own_loss = given is not None and given.loss is not None
+    if own_loss or config.train.loss not in ("cross_entropy", "nll_loss") or not isinstance(outputs, Tensor):
+        return
+    ignored = config.train.loss_args.get("ignore_index", IGNORED)
+    for name, source in (("training", dataset.train), ("test", dataset.test)):
+        holder = source if isinstance(source, data.TensorSource) else getattr(source, "dataset", None)
+        targets = holder.targets if isinstance(holder, (data.TensorSource, data.Files)) else None
+        if not isinstance(targets, Tensor) or targets.is_floating_point() or not targets.numel():
+            continue
+        used = targets if ignored < int(targets.min()) else targets[targets != ignored]
+        if not len(used):
+            problem = f"none of the {name} targets counts: all are {ignored}, which is ignored"
+            raise ConfigError(*origins.data, problem, "correct the targets, or train.loss_args.ignore_index")
+        if not 0 <= int(used.min()) <= int(used.max()) < outputs.shape[1]:
+            found = f"the {name} targets are {used.min()} to {used.max()}"
+            problem = f"has outputs for {outputs.shape[1]} classes, {found}"
+            raise ConfigError(*origins.model, problem, "make its number of classes fit the data")

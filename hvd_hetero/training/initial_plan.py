@@ -1,0 +1,90 @@
+"""How a job begins: how fast each device class is, measured or known from a profile, the first plan, the method."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+
+from hvd_hetero.algorithms.base import Algorithm
+from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.data import Source
+from hvd_hetero.errors import ConfigError, UserError
+from hvd_hetero.planning.plan import Plan
+from hvd_hetero.planning.speed_profile import known_speeds
+from hvd_hetero.training.startup import Job
+from hvd_hetero.worker.step_benchmark import Measurement
+from hvd_hetero.worker.worker import Worker
+
+
+def measurement(job: Job, worker: Worker, source: Source, comm: Comm) -> Measurement:
+    """What measures this job's speeds, before it trains."""
+    spec = job.config.profile
+    return Measurement(worker, source, job.cluster, comm, spec.seconds, spec.warmup_steps)
+
+
+def first_plan(job: Job, algorithm: Algorithm, worker: Worker, source: Source, comm: Comm) -> Plan:
+    """The plan that the job begins with, and the way that averages take; all ranks call it.
+
+    Raises:
+        ConfigError: the measured speeds allow no plan; the same on all ranks.
+        RankError: this rank cannot take a step, while the others wait for it.
+    """
+    cluster = job.cluster
+    choose_path(algorithm, measurement(job, worker, source, comm))
+    if not algorithm.needs_speeds:
+        return algorithm.make_plan(None)
+    if len(cluster.classes) == 1:
+        return algorithm.make_plan({cluster.classes[0].name: 1.0}).without_step_times()
+    known = _known(job, comm)
+    if known is None:
+        measured = measurement(job, worker, source, comm).classes(algorithm.batch_size)
+        known = {name: figures.step_sec for name, figures in measured.items()}
+    return algorithm.make_plan(known)
+
+
+def choose_path(algorithm: Algorithm, measure: Measurement) -> None:
+    """Lets averages take the faster way, where there are two and that is to be measured; all ranks call it."""
+    comm = measure.comm
+    if algorithm.averages and len(comm.paths) > 1:
+        found = measure.choose_path()
+        if comm.rank == 0:
+            times = ", ".join(f"{path} {1e3 * sec:.3g} ms" for path, sec in found.items())
+            print(f"averages go the {comm.path} way: {times}", flush=True)
+
+
+def start_together(algorithm: Algorithm, plan: Plan, worker: Worker, comm: Comm) -> None:
+    """Starts the method on all ranks.
+
+    Raises:
+        UserError: on all of them, what any of them has to complain of.
+    """
+    problem = None
+    try:
+        algorithm.start(plan, worker, comm)
+    except UserError as error:
+        problem = error
+        if comm.rank:
+            print(f"hvd-hetero: error: {error}", file=sys.stderr, flush=True)
+    if comm.max([float(problem is not None)], "start.problem")[0]:
+        raise problem or UserError("another rank cannot begin, and has said why")
+
+
+def _known(job: Job, comm: Comm) -> dict[str, float] | None:
+    """Step times of an earlier profile, found by rank 0; what is wrong with it ends all ranks."""
+    names = [c.name for c in job.cluster.classes]
+    told, error = [0.0] * len(names), UserError("rank 0 says why")
+    if comm.rank == 0:
+        try:
+            known = known_speeds(job.config, job.cluster)
+        except ConfigError as problem:
+            told, error = [math.nan] * len(names), problem
+        else:
+            if known is not None:
+                told = [known[0][name] for name in names]
+                print(f"step times from {known[1]}; profile.reuse=false measures them", flush=True)
+    said = comm.broadcast(torch.tensor(told, dtype=torch.float64), "profile.known").tolist()
+    if math.isnan(said[0]):
+        raise error
+    return dict(zip(names, said, strict=True)) if all(said) else None

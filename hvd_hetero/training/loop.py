@@ -1,0 +1,232 @@
+"""Biased local SGD around a hand-written loop: the user steps, this deals the samples and averages the models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hvd_hetero import algorithms
+from hvd_hetero.algorithms.local_sgd import LocalSGD
+from hvd_hetero.comm.averaging import average, average_others
+from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.comm.flat_params import FlatState
+from hvd_hetero.config.load import load
+from hvd_hetero.config.schema import AggregationConfig, Config
+from hvd_hetero.data import Batch, read
+from hvd_hetero.describe import describe
+from hvd_hetero.errors import ConfigError, Plain, RankError, UserError
+from hvd_hetero.planning.sampling import Sampler
+from hvd_hetero.planning.stop_criteria import Done, check_limits, next_rounds
+from hvd_hetero.random_state import seed_all
+from hvd_hetero.telemetry.stopwatch import Pace, Stopwatch, own_clock
+from hvd_hetero.training import startup
+from hvd_hetero.training.api import guarded
+from hvd_hetero.training.process import process_restored
+from hvd_hetero.worker.components import Components, Given, build
+from hvd_hetero.worker.index_feed import Feed
+from hvd_hetero.worker.losses import Numbers, joined, per_sample
+from hvd_hetero.worker.memory import on_device
+
+
+class Round:
+    """One round of this rank: iterate over it for its local batches, and give back the losses of each.
+
+    Attributes:
+        left_out: this rank's numbers (NaN, Inf) have not gone into the average that the round begins with: the
+            optimizer's state, which is yours, should be cleared, ``optimizer.state.clear()``.
+    """
+
+    def __init__(self, batches: Iterator[Batch], batch_size: int, left_out: bool = False) -> None:
+        self._batches, self._batch_size, self.left_out = batches, batch_size, left_out
+        self.taken: list[Numbers] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._batches
+
+    def losses(self, losses: Tensor, weights: Tensor | None = None) -> None:
+        """Takes the per-sample losses ``[B]`` of the batch just trained on; the next passes' sampling goes by them.
+
+        Args:
+            weights: ``[B]``, 0 for samples that do not count: they keep the losses that they had.
+
+        Raises:
+            RankError: they are not one number a sample; of several ranks, the job ends with status 2 instead.
+        """
+        try:
+            values, weights = per_sample("round.losses", Plain(""), (losses, weights), {self._batch_size})
+        except UserError:
+            told = Plain(describe(losses))
+            guarded(partial(_alone, partial(per_sample, "round.losses", told, (losses, weights), {self._batch_size})))
+            raise
+        self.taken.append((values.detach(), weights))
+
+
+class Loop:
+    """The rounds of a run, for a loop written by hand::
+
+        loop = Loop(model, (inputs, targets), {"train.tau": {"fast": 32, "slow": 4}})
+        optimizer = torch.optim.SGD(loop.model.parameters(), lr=0.1)
+        for round in loop:
+            for x, y in round:
+                optimizer.zero_grad()
+                losses = cross_entropy(loop.model(x), y, reduction="none")
+                losses.mean().backward()
+                optimizer.step()
+                round.losses(losses)
+
+    When an inner loop has ended, the models of all ranks are averaged with their weights. Make the optimizer after the
+    loop, from ``loop.model``: its parameters have moved into a flat vector on the rank's device.
+
+    Args:
+        model: the same on every rank up to its values; rank 0's are where all start.
+        train_data: a map-style dataset, or (inputs, targets).
+        overrides: as for :func:`hvd_hetero.train`. ``train.tau`` is given for every class: the time of a step that
+            somebody else writes cannot be measured beforehand.
+        config: YAML files, as for :func:`hvd_hetero.train`.
+
+    Attributes:
+        model: on this rank's device.
+        rank: of this process.
+        plan: what every class does in a round.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_data: Any,
+        overrides: Mapping[str, Any] | Sequence[str] = (),
+        config: Sequence[str | Path] = (),
+    ) -> None:
+        def prepare() -> tuple[Config, Components]:
+            loaded = load(config, overrides, algorithms.method)
+            if not isinstance(loaded.train.tau, Mapping):
+                remedy = "set it for each class, train.tau={fast: 32, slow: 4}"
+                raise ConfigError("train.tau", loaded.train.tau, "a hand-written step is not measured", remedy)
+            if loaded.train.max_train_sec is not None:
+                limit = loaded.train.max_train_sec
+                raise ConfigError("train.max_train_sec", limit, "a hand-written step is not timed", "set train.passes")
+            check_plain(loaded)
+            return loaded, build(loaded, Given(model, train_data, train_data))
+
+        with ExitStack() as after:
+            after.enter_context(process_restored())
+            guarded(lambda: self._start(startup.start(prepare)))
+            self._after = after.pop_all()
+
+    def _start(self, started: startup.Job) -> None:
+        config, cluster, self.rank = started.config, started.cluster, started.env.rank
+        device = started.placement.device
+        startup.set_precision(config.train.matmul_precision)
+        self.model = started.components.model.to(device)
+        self._state = FlatState(self.model, policies=config.aggregation.state)
+        self._source = on_device(started.components.dataset.train, device, "training")
+        self._generator = torch.Generator(device).manual_seed(config.run.seed * 1000003 + self.rank)
+        self._comm = Comm(cluster, self.rank, config.aggregation, started.watchdog.pulse)
+        self._comm.broadcast_state(self._state)
+        samples = len(self._source)
+        self.plan = algorithms.build(config, cluster, samples).make_plan(None)
+        spec = config.sampling
+        biased = self.plan.biased(spec.bias_to)
+        sampler = Sampler(samples, str(spec.scheme), spec.high_loss_ratio, biased, config.run.seed)
+        self._feed = Feed(self._comm, samples, sampler if self.rank == 0 else None)
+        check_limits(config.train, self.plan)
+        self._train = config.train
+        clock = own_clock(device, started.placement.threads)
+        self._watch = Stopwatch(own_clock=clock, pulse=started.watchdog.pulse)
+        self._pace = Pace(self._watch, cluster.class_of(self.rank).slowdown, self._synchronize)
+        self._watchdog = started.watchdog
+        seed_all(config.run.seed * 1000003 + self.rank)  # dropout differs from rank to rank
+
+    def _synchronize(self) -> None:
+        if self._generator.device.type == "cuda":
+            torch.cuda.current_stream(self._generator.device).synchronize()
+
+    def __iter__(self) -> Iterator[Round]:
+        mine = self.plan.of_rank(self.rank)
+        done, left_out, self._comm.left_out.round = Done(), False, 1
+        while rounds := next_rounds(self._train, self.plan, done):
+            part = replace(self.plan, rounds=rounds)
+            rows = guarded(partial(self._feed.deal, part, self.plan))
+            batches = read(self._source, rows, self._generator)
+            taken: list[Numbers] = []
+            for _ in range(rounds):
+                current = Round(self._steps(batches, mine.tau), mine.batch_size, left_out)
+                yield current
+                if len(current.taken) != mine.tau:
+                    problem = f"a round has {mine.tau} batches of {mine.batch_size}, got losses of {len(current.taken)}"
+                    raise RuntimeError(f"{problem}: go through the whole round and call round.losses for each batch")
+                taken += current.taken
+                left_out = not guarded(partial(average, self._comm, self._state, mine.weight))
+                self._comm.left_out.round += 1
+            guarded(partial(average_others, self._comm, self._state, mine.weight, only_new=True))
+            guarded(partial(self._feed.collect, part, joined(taken)[0]))
+            done = done.after(part)
+
+    def _steps(self, batches: Iterator[Batch], count: int) -> Iterator[Batch]:
+        # What was between two rounds, an average and the user's own, is no part of a step that is to be stretched.
+        self._watch.skip()
+        steps = self._pace.steps(batches, count)
+        while True:
+            try:
+                batch = next(steps, None)
+            except Exception as error:  # what looks after that costs more than a small step
+                guarded(partial(_alone, partial(_raise, error)))
+                raise
+            if batch is None:
+                return
+            yield batch
+
+    def close(self) -> None:
+        """Leaves the job together with all other ranks; call it when the model has been saved.
+
+        Cores, threads and warnings are as they were before the loop was made, and another one may be made.
+        """
+        self._comm.close()
+        self._watchdog.stop()
+        self._after.close()
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _alone(call: Callable[[], Any]) -> Any:
+    """Call what goes wrong on one rank alone, while others wait for it.
+
+    Raises:
+        RankError: it has.
+    """
+    try:
+        return call()
+    except UserError as error:
+        raise RankError(str(error)) from error
+
+
+def check_plain(config: Config) -> None:
+    """Refuses what only the trainer's own loop can do: it owns neither the steps nor the optimizer here.
+
+    Raises:
+        ConfigError: the method does more than local steps and their average.
+    """
+    if not issubclass(algorithms.get(config.algorithm.name), LocalSGD):
+        problem = "takes its steps itself, which leaves nothing to a hand-written loop"
+        raise ConfigError("algorithm.name", config.algorithm.name, problem, "choose a local-SGD method")
+    if config.delays.distribution is not None:
+        problem = "steps that somebody else writes are not delayed"
+        raise ConfigError("delays.distribution", config.delays.distribution, problem, "leave it null")
+    if config.aggregation.path == "measured":
+        problem = "a hand-written loop measures nothing"
+        raise ConfigError("aggregation.path", "measured", problem, "set it to auto, flat or hierarchical")
+    plain = AggregationConfig()
+    for key in ("optimizer_state", "outer_lr", "outer_momentum", "delayed", "mode"):
+        value, neutral = getattr(config.aggregation, key), getattr(plain, key)
+        if value != neutral:
+            problem = "a hand-written loop takes the plain average"
+            raise ConfigError(f"aggregation.{key}", value, problem, f"leave it at {neutral}, or use hvd_hetero.train")

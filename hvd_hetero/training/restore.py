@@ -1,0 +1,93 @@
+"""What a checkpoint holds of a run, and how a run goes on from one, as it was or otherwise shaped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from hvd_hetero.algorithms.base import Algorithm
+from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.planning.plan import Plan
+from hvd_hetero.telemetry.run_folder import RunFolder
+from hvd_hetero.telemetry.stopwatch import Stopwatch
+from hvd_hetero.telemetry.time_accounts import Accounts
+from hvd_hetero.training.checkpointer import Saver
+from hvd_hetero.training.epoch import Ongoing
+from hvd_hetero.training.resume import places
+from hvd_hetero.training.run_records import RESHAPED, say_resumed
+from hvd_hetero.training.startup import Job
+from hvd_hetero.worker.index_feed import Feed
+from hvd_hetero.worker.worker import Worker
+
+PARTS = ("worker", "algorithm", "accounts")
+
+
+class Run(Protocol):
+    """A run, as far as it is saved and goes on: see :class:`hvd_hetero.training.trainer.Trainer`."""
+
+    job: Job
+    worker: Worker
+    algorithm: Algorithm
+    accounts: Accounts
+    comm: Comm
+    feed: Feed
+    plan: Plan
+    watch: Stopwatch
+    folder: RunFolder | None
+    saver: Saver | None
+    ongoing: Ongoing | None
+    best: dict[str, float | None]
+    begin: float
+
+    @property
+    def over(self) -> bool: ...
+
+
+def state_of(run: Run, ongoing: Ongoing | None) -> dict[str, Any]:
+    """Everything that decides how this rank goes on, in a pass under way or between two."""
+    state: dict[str, Any] = {name: getattr(run, name).state_dict() for name in PARTS}
+    state |= {"plan": run.plan.to_dict(), "best": run.best, "wall_sec": time.perf_counter() - run.begin,
+              "path": run.comm.path, "classes": places(run.job.cluster)}  # fmt: skip
+    if ongoing is not None:
+        ongoing.count(run.comm.left_out.take(), run.algorithm.counts())
+        state["ongoing"] = ongoing.state_dict()
+        state["watch"] = run.watch.state_dict()
+    if run.folder is not None and run.feed.sampler is not None:
+        kept = {"rows_bytes": run.folder.rows_bytes, "samples_seen": run.accounts.samples_seen,
+                "data": run.job.data.get("training")}  # fmt: skip
+        state["rank0"] = {**kept, "sampler": run.feed.sampler.state_dict(), "feed": run.feed.state_dict()}
+    return state
+
+
+def restore(run: Run, state: Mapping[str, Any]) -> None:
+    """Goes on as it was, from what :func:`state_of` gave."""
+    for part in PARTS:
+        getattr(run, part).load_state_dict(state[part])
+    run.best = dict(state["best"])
+    run.begin -= state["wall_sec"]
+    place = f"pass {run.accounts.passes}, round {run.accounts.rounds}"
+    if "ongoing" in state:
+        run.ongoing = Ongoing.from_state(state["ongoing"])
+        run.watch.load_state_dict(state["watch"])
+        place += f", in the next pass {run.ongoing.reached.rounds} rounds later"
+    if run.feed.sampler is not None:
+        run.feed.sampler.load_state_dict(state["rank0"]["sampler"])
+        run.feed.load_state_dict(state["rank0"]["feed"])
+        say_resumed(place, run.over)
+
+
+def carry_over(run: Run, state: Mapping[str, Any]) -> None:
+    """Goes on with other ranks, or otherwise configured, from what rank 0 had saved."""
+    run.algorithm.carry_over(state["algorithm"])
+    assert run.saver is not None
+    run.accounts.carry_over(state["accounts"], run.saver.saved_round)
+    for _ in range(run.accounts.passes):
+        run.worker.end_epoch()
+    run.best = dict(state["best"])
+    run.begin -= state["wall_sec"]
+    if run.feed.sampler is not None:
+        run.feed.sampler.losses = np.asarray(state["rank0"]["sampler"]["losses"], dtype=np.float32)
+        say_resumed(f"pass {run.accounts.passes}, round {run.accounts.rounds}, {RESHAPED}", run.over)

@@ -1,0 +1,107 @@
+"""What rank 0 writes of a run besides its rows: how it starts, its trace, its summary."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hvd_hetero.cluster.device_classes import Cluster
+from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.comm.horovod_build import build_info
+from hvd_hetero.config.schema import Config
+from hvd_hetero.planning.plan import Plan
+from hvd_hetero.telemetry.run_folder import SUMMARY, RunFolder, environment
+from hvd_hetero.telemetry.time_accounts import Accounts
+from hvd_hetero.telemetry.trace import TRACE, Recorder, from_numbers, timeline, to_chrome
+
+RESHAPED = """reshaped: model, outer optimizer, loss table and counters are carried over; optimizer states, random \
+numbers, measured speeds and what was done of a pass are not"""
+
+
+def say_resumed(place: str, over: bool) -> None:
+    """Tells where a run goes on, and if it does not because it has come to its end already."""
+    print(f"goes on after {place}", flush=True)
+    if over:
+        print("there the run has ended: for more, raise its limits (train.passes, train.max_*)", flush=True)
+
+
+def write_start(folder: RunFolder, config: Config, cluster: Cluster, plan: Plan) -> None:
+    """What is going to be done, where, and by what; the classes also on standard output."""
+    folder.write("config.yaml", config.to_yaml())
+    folder.write("environment.json", environment(cluster, build_info()))
+    folder.write("plan.json", plan.to_dict())
+    for c in plan.classes:
+        step = "" if c.step_sec is None else f", {1e3 * c.step_sec:.3g} ms a step"
+        work = f"tau {c.tau}, batch {c.batch_size}, weight {c.weight:.4f}{step}" if c.tau else c.role
+        slowdown = cluster.class_of(c.ranks[0]).slowdown
+        name = c.name + (f" (x{slowdown:g} emulated)" if slowdown > 1 else "")
+        print(f"class {name}: ranks {list(c.ranks)}, {work}", flush=True)
+
+
+def write_trace(folder: RunFolder | None, comm: Comm, cluster: Cluster, recorder: Recorder) -> None:
+    """Every rank's recorded laps; all ranks call it."""
+    numbers = torch.tensor(recorder.to_numbers(), dtype=torch.float64)
+    sizes = [int(size) for size in comm.gather(torch.tensor([len(numbers)]), "trace.sizes")]
+    gathered = comm.gather(numbers, "trace", sizes)
+    if folder is not None and any(sizes):
+        laps = timeline([from_numbers(part.tolist()) for part in gathered])
+        classes = [cluster.class_of(rank) for rank in range(comm.size)]
+        slower = [f", x{c.slowdown:g} emulated" if c.slowdown > 1 else "" for c in classes]
+        lanes = [f"rank {rank}, {c.name} ({c.device}{slower[rank]})" for rank, c in enumerate(classes)]
+        folder.write(TRACE, json.dumps(to_chrome(laps, lanes)))
+
+
+def write_summary(
+    folder: RunFolder,
+    config: Config,
+    cluster: Cluster,
+    classes: list[dict[str, Any]],
+    accounts: Accounts,
+    path: str,
+    evaluated: Mapping[str, Any],
+    begin: float,
+) -> dict[str, Any]:
+    """The figures of the whole run, see docs/results.md; the folder is done with then."""
+    summary = {
+        "algorithm": config.algorithm.name,
+        "world_size": cluster.size,
+        "seed": config.run.seed,
+        "emulated": bool(accounts.emulation),
+        "emulation": list(accounts.emulation),
+        "rounds": accounts.rounds,
+        "passes": accounts.passes,
+        "samples_seen": accounts.samples_seen,
+        "wall_sec": time.perf_counter() - begin,
+        "train_sec": accounts.train_sec,
+        "path": path,
+        "eval": dict(evaluated),
+        "classes": classes,
+    }
+    if accounts.partial.ranks:
+        summary["partial"] = accounts.partial.to_dict()
+    folder.write(SUMMARY, summary)
+    folder.close()
+    return summary
+
+
+def note(best: dict[str, float | None], row: Mapping[str, Any]) -> None:
+    """Takes an evaluation into the figures that the summary has of them."""
+    best["final_loss"] = row["eval_loss"]
+    accuracy = row.get("eval_accuracy")
+    best["final_accuracy"] = None if accuracy is None or math.isnan(accuracy) else accuracy
+    if best["final_accuracy"] is not None:
+        best["best_accuracy"] = max(best["final_accuracy"], best["best_accuracy"] or 0.0)
+
+
+def how_good(row: Mapping[str, Any]) -> float | None:
+    """Return what an evaluation is compared with others by, more is better: the accuracy, else the loss.
+
+    None without an evaluation, and for a model whose loss is NaN: whatever else is said of it cannot be right.
+    """
+    loss = row.get("eval_loss")
+    return None if loss is None or math.isnan(loss) else row.get("eval_accuracy", -loss)

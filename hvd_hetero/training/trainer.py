@@ -1,0 +1,299 @@
+"""The training loop: deal, run the rounds, record, evaluate, save. Knows no method by name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_hetero import algorithms
+from hvd_hetero.checkpoint.export import FOLDER, MODEL, save_model
+from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.data import read
+from hvd_hetero.errors import Stopped
+from hvd_hetero.planning.injected_delays import delays
+from hvd_hetero.planning.plan import Plan
+from hvd_hetero.planning.sampling import Sampler
+from hvd_hetero.planning.stop_criteria import check_limits, expected_passes, next_rounds
+from hvd_hetero.random_state import seed_all
+from hvd_hetero.telemetry.run_folder import Progress, RunFolder, say_missing
+from hvd_hetero.telemetry.stopwatch import Stopwatch, own_clock
+from hvd_hetero.telemetry.time_accounts import Accounts
+from hvd_hetero.telemetry.trace import Recorder
+from hvd_hetero.training.checkpointer import Agreed, Saver
+from hvd_hetero.training.epoch import Ongoing, PassFigures, RoundLaps, evaluate, gather_figures, say_taus
+from hvd_hetero.training.initial_plan import first_plan, start_together
+from hvd_hetero.training.restore import carry_over, restore, state_of
+from hvd_hetero.training.resume import Found, check_fits, check_places
+from hvd_hetero.training.run_records import how_good, note, write_start, write_summary, write_trace
+from hvd_hetero.training.startup import Job, make_worker
+from hvd_hetero.worker.components import telling
+from hvd_hetero.worker.index_feed import Feed, Pass
+from hvd_hetero.worker.memory import batch_that_fits, on_device, peak_bytes, told_by_class
+from hvd_hetero.worker.step_benchmark import compile_steps
+
+TRACED_PASSES = 2
+"""A pass's first rounds are recorded in place of the last pass's; the first pass warms up caches and connections."""
+
+
+class Trainer:
+    """Trains one job; every rank runs it.
+
+    Args:
+        run_dir: the run's folder, written by rank 0; None for no run, but measurements.
+        found: what rank 0 has found to go on from, see :func:`hvd_hetero.training.resume.find`.
+    """
+
+    def __init__(self, job: Job, run_dir: str | Path | None, found: Found | None = None) -> None:
+        config, parts = job.config, job.components
+        self.job, self.config = job, config
+        slowdown = job.cluster.class_of(job.env.rank).slowdown
+        clock = own_clock(job.placement.device, job.placement.threads)
+        self.watch = Stopwatch(own_clock=clock if slowdown > 1 else None, pulse=job.watchdog.pulse)
+        self.source = on_device(parts.dataset.train, job.placement.device, "training")
+        self.test = on_device(parts.dataset.test, job.placement.device, "test")
+        self.worker = make_worker(job, self.watch)
+        self.algorithm = algorithms.build(config, job.cluster, len(self.source), parts.least_batch)
+        seed_all(config.run.seed * 1000003 + job.env.rank)  # dropout differs from rank to rank
+        self.run_dir, self.found, self.folder = run_dir, found, None
+        if run_dir is not None and job.env.rank == 0:
+            kept = () if found is None else (found.state["rank0"][key] for key in ("rows_bytes", "samples_seen"))
+            self.folder = RunFolder(run_dir, config.run.overwrite or config.run.resume is not None, *kept)
+        self.comm = Comm(job.cluster, job.env.rank, config.aggregation, job.watchdog.pulse)
+
+    def prepare(self) -> None:
+        """Starts all ranks from one model, measures their speeds if they are needed, and makes the plan.
+
+        Raises:
+            ConfigError: the measured speeds allow no plan; the same on all ranks.
+        """
+        self.begin, config = time.perf_counter(), self.config
+        self.comm.broadcast_state(self.worker.state)
+        state, reshaped = None, False
+        self.saver: Saver | None = None
+        if self.run_dir is not None:
+            self.saver = Saver(self.run_dir, config, self.job.env, self.comm, self.algorithm.drains)
+            state, reshaped = self.saver.load(self.found, self.job.cluster)
+        if state is not None and reshaped:
+            check_fits(state, self.worker)
+            self.worker.carry_over(state["worker"])
+        known = None
+        if state is not None and not reshaped:
+            check_places(state, self.job.cluster)
+            known = Plan.from_dict(state["plan"])
+            self.comm.take(state["path"])
+        with self._memory_told():
+            self.plan = known or first_plan(self.job, self.algorithm, self.worker, self.source, self.comm)
+            compile_steps(self.worker, self.source, self.plan.of_rank(self.comm.rank).batch_size)
+        check_limits(config.train, self.plan)
+        self.comm.agree(self.plan.digest(), "plan", "plan")
+        start_together(self.algorithm, self.plan, self.worker, self.comm)
+        self.accounts = Accounts(self.job.cluster, self.config.delays.distribution is not None)
+        self.best: dict[str, float | None] = dict.fromkeys(("final_accuracy", "best_accuracy", "final_loss"))
+        self.feed = Feed(self.comm, len(self.source), self._sampler() if self.comm.rank == 0 else None)
+        self.recorder = Recorder(self.watch, config.run.trace_rounds)
+        self.ongoing: Ongoing | None = None
+        if state is not None:
+            (carry_over if reshaped else restore)(self, state)
+
+    def run(self) -> dict[str, Any] | None:
+        """Trains to the end; returns the summary on rank 0.
+
+        Raises:
+            Stopped: on all ranks, after saving, where one was asked to.
+        """
+        config, comm, accounts = self.config, self.comm, self.accounts
+        if self.folder is not None:
+            write_start(self.folder, config, self.job.cluster, self.plan)
+        expected = expected_passes(config.train, self.plan)
+        self.progress = Progress(expected, self.job.env.columns, accounts.passes) if comm.rank == 0 else None
+        before = accounts.steps[comm.rank] + (0 if self.ongoing is None else self.ongoing.steps)
+        self.worker.pace.delays = delays(config.delays, comm.rank, comm.size, before)
+        self.watch.skip()
+        with nullcontext() if self.saver is None or not self.saver.active else self.saver.stopping:
+            while (ongoing := self.ongoing or self._begin_pass()) is not None:
+                agreed = self._work(ongoing)
+                row = self._end_pass(ongoing)
+                if self.saver is not None and self.saver.active and (self.over or agreed.due or agreed.stop):
+                    self._save(None, wait=self.over or agreed.stop, row=row)
+                if agreed.stop and not self.over:
+                    raise self._stopped()
+            if self.folder is not None and self.saver is not None:
+                self.saver.stopping.forget()
+        write_trace(self.folder, comm, self.job.cluster, self.recorder)
+        peaks = comm.gather(torch.tensor([peak_bytes(self.worker.device)]), "peaks")
+        if self.folder is None or self.progress is None:
+            return None
+        self.progress.close()
+        try:
+            save_model(self.folder.path, self.worker.model)
+        except Exception as error:  # whatever a model's own state_dict or the disk may raise: the figures come next
+            say_missing(self.folder.path / FOLDER / MODEL, error)
+        cluster, path = self.job.cluster, comm.path
+        classes = accounts.classes(self.plan)
+        for item, own in zip(cluster.classes, classes, strict=True):
+            own["peak_gpu_bytes"] = max(int(peaks[r]) for r in item.ranks) if item.device == "cuda" else None
+        return write_summary(self.folder, config, cluster, classes, accounts, path, self.best, self.begin)
+
+    # ---- a pass -----------------------------------------------------------------------------------------------------
+
+    def _begin_pass(self) -> Ongoing | None:
+        """Deals the next pass, if there is one."""
+        rounds = next_rounds(self.config.train, self.plan, self.accounts.done)
+        if rounds == 0:
+            return None
+        part = replace(self.plan, rounds=rounds)
+        self.watch.skip()
+        if self.accounts.passes < TRACED_PASSES:
+            self.recorder.start()
+        self.watch.pulse.begin("dealing samples")
+        generator = self.worker.generator.get_state()
+        rows = self.algorithm.deal(self.feed, part, self.plan)
+        self.watch.collective()
+        return Ongoing(part, rows, self.algorithm.hands_out, generator)
+
+    def _work(self, ongoing: Ongoing) -> Agreed:
+        """Works the pass off, in stretches between which it can be saved; returns what was agreed after the last."""
+        laps = RoundLaps(self.watch, self.recorder, ongoing.work_sec)
+        tau, saver = self.algorithm.mine.tau, self.saver
+        active = saver is not None and saver.active
+        while True:
+            left, rounds = ongoing.left, self.accounts.rounds + ongoing.reached.rounds
+            length = saver.stretch(left, rounds) if saver is not None and active else left
+            part, rows = ongoing.stretch(length, tau)
+            given = Pass(
+                part, rows, lambda rows: ongoing.batches(self.source, rows, self.worker.generator),
+                partial(self._warm_up, rounds), laps.end_round,
+                saver.stopping if saver is not None and active else lambda: False,
+            )  # fmt: skip
+            with self._memory_told():
+                worked = self.algorithm.run_pass(given, self.worker, self.comm)
+            reached = ongoing.reach(worked, tau)
+            if saver is None or not active:
+                ongoing.add(worked, reached)
+                return Agreed(reached, False, False)
+            agreed = saver.agree(reached, length, rounds)
+            self.watch.collective()
+            ongoing.add(worked, agreed.reached)
+            if ongoing.left == 0 or (length >= left and not agreed.stop):
+                return agreed
+            if agreed.due or agreed.stop:
+                self._save(ongoing, wait=agreed.stop)
+            if agreed.stop:
+                raise self._stopped()
+
+    def _end_pass(self, ongoing: Ongoing) -> dict[str, Any]:
+        """Gathers what the pass came to, plans the next one, evaluates; returns the row of figures."""
+        config, comm, worker, accounts = self.config, self.comm, self.worker, self.accounts
+        self.recorder.stop()
+        self.watch.pulse.begin("end of a pass")
+        self.ongoing, plan, worked = None, ongoing.plan, ongoing.worked()
+        self.algorithm.end_pass(worker, comm)
+        losses, weights = worker.take_losses()
+        if worked.at is None:
+            self.feed.collect(plan, losses)
+        else:
+            self.feed.collect_as_worked(worked, losses)
+        self.watch.collective()
+        step_sec = RoundLaps(self.watch, self.recorder, ongoing.work_sec).step_sec(worked, self.algorithm.mine.tau)
+        left_out, counts = ongoing.count(comm.left_out.take(), self.algorithm.counts())
+        done = gather_figures(comm, self.watch, accounts, plan, worked, losses, weights, step_sec, left_out)
+        if not self.over:
+            self.plan = self._replan(self.plan, done)
+        rate = worker.optimizer.param_groups[0]["lr"]
+        what = f"fails after {accounts.passes} passes"
+        with telling("train.scheduler", type(worker.scheduler).__name__, what, "let it last as long as the run"):
+            worker.end_epoch()
+        row = accounts.row(plan)
+        row |= {"wall_sec": time.perf_counter() - self.begin, "train_loss": done.loss, "lr": rate,
+                "samples_per_sec": done.samples / done.seconds}  # fmt: skip
+        if counts is not None:
+            row["partial"] = accounts.partial.enter(comm.gather(counts, "pass.counts"))
+        if accounts.passes % config.eval.every_passes == 0 or self.over:
+            row |= evaluate(comm, worker, self.test, self.plan, config.eval)
+            note(self.best, row)
+        if self.folder is not None and self.progress is not None:
+            self.folder.row(row)
+            self.progress.update(row, self.plan.fastest.name)
+        return row
+
+    # ---- parts of a run ---------------------------------------------------------------------------------------------
+
+    def _sampler(self) -> Sampler:
+        spec, biased = self.config.sampling, self.plan.biased(self.config.sampling.bias_to)
+        return Sampler(len(self.source), str(spec.scheme), spec.high_loss_ratio, biased, self.config.run.seed)
+
+    def _memory_told(self) -> AbstractContextManager[None]:
+        """What a class without enough memory for its steps ends with."""
+        worker, name = self.worker, self.job.cluster.class_of(self.comm.rank).name
+        batch_size = self.algorithm.batch_size[name]
+
+        def step(rows: Tensor) -> None:
+            worker.try_gradient(*next(read(self.source, rows.view(1, -1), worker.generator)))
+
+        return told_by_class(name, batch_size, lambda: batch_that_fits(step, worker.device, batch_size))
+
+    def _warm_up(self, before: int, number: int) -> None:
+        """Sets number and learning rate of a round: so many in earlier passes, and its number in this one."""
+        rounds, self.comm.left_out.round = self.config.train.warmup_rounds, before + number + 1
+        if rounds:  # always: a late rank may skip the round with which the warm-up ends
+            self.worker.warm_up(min(1.0, (before + number + 1) / rounds))
+
+    def _replan(self, plan: Plan, done: PassFigures) -> Plan:
+        new = self.algorithm.replan(done.step_sec)
+        if new is not plan:
+            self.comm.agree(new.digest(), "plan", "plan")
+            if self.folder is not None:
+                self.folder.write("plan.json", new.to_dict())
+                say_taus(plan, new, self.algorithm.reason)
+            if self.feed.sampler is not None:
+                self.feed.sampler.biased = new.biased(self.config.sampling.bias_to)
+        return new
+
+    # ---- saving and the end -----------------------------------------------------------------------------------------
+
+    def _save(self, ongoing: Ongoing | None, wait: bool, row: Mapping[str, Any] | None = None) -> None:
+        assert self.saver is not None
+        self.watch.pulse.begin("checkpoint")
+        number = self.accounts.rounds + (0 if ongoing is None else ongoing.reached.rounds)
+        self.saver.save(number, self.accounts.passes, lambda: state_of(self, ongoing), wait, how_good(row or {}))
+        self.watch.skip()
+
+    def _stopped(self) -> Stopped:
+        assert self.saver is not None
+        if self.folder is not None and self.progress is not None:
+            self.progress.close()
+            self.folder.close()
+            self.saver.stopping.forget()
+        return Stopped(self.saver.newest())
+
+    @property
+    def over(self) -> bool:
+        """Whether the run has come to its end, between two passes."""
+        return self.ongoing is None and next_rounds(self.config.train, self.plan, self.accounts.done) == 0
+
+    def close(self) -> None:
+        """Leaves the job together with all other ranks."""
+        self.algorithm.close()
+        if self.folder is not None:
+            self.folder.close()
+        self.comm.close()
+        self.job.watchdog.stop()
+
+    def abandon(self, saves: bool) -> None:
+        """Ends what runs in the background, when this rank leaves alone.
+
+        Args:
+            saves: a checkpoint that is on its way may come to its end first.
+        """
+        if saves and self.saver is not None:
+            self.watch.pulse.begin("checkpoint")
+            self.saver.abandon()
+        self.algorithm.close()

@@ -1,0 +1,223 @@
+"""What is trained: data, model, loss, optimizer; built from the configuration or given by the user's program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from hvd_hetero import data, models
+from hvd_hetero.comm.flat_params import check_state
+from hvd_hetero.config.instantiate import cause
+from hvd_hetero.config.schema import Config, DataConfig, ModelConfig
+from hvd_hetero.data import Batch, Dataset, Source
+from hvd_hetero.describe import describe
+from hvd_hetero.errors import ConfigError, UserError, nearest
+from hvd_hetero.random_state import seed_all
+from hvd_hetero.worker.factories import (
+    loss_of_module,
+    metric_by_name,
+    optimizer_maker,
+    per_sample_loss,
+    scheduler_maker,
+)
+from hvd_hetero.worker.losses import IGNORED, PerSample
+from hvd_hetero.worker.modes import evaluating
+from hvd_hetero.worker.worker import forward
+
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+MakeScheduler = Callable[[torch.optim.Optimizer], Any]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a program passes in place of names in a configuration; None means as configured.
+
+    Attributes:
+        model: a module, or a function without arguments that makes one.
+        train_data: a map-style dataset, or a tuple (inputs, targets) of tensors; ``test_data`` the same.
+        loss: ``loss(outputs, targets) -> [B]``, or that and weights ``[B]``, see :mod:`hvd_hetero.worker.losses`.
+        optimizer: ``optimizer(parameters)`` makes a torch optimizer; ``scheduler(optimizer)`` a scheduler.
+        metric: ``metric(outputs, targets)``, likewise.
+    """
+
+    model: nn.Module | Callable[[], nn.Module] | None = None
+    train_data: Any = None
+    test_data: Any = None
+    loss: PerSample | None = None
+    optimizer: MakeOptimizer | None = None
+    scheduler: MakeScheduler | None = None
+    metric: PerSample | None = None
+
+    @classmethod
+    def of(cls, objects: Mapping[str, Any]) -> Given:
+        """What a program passes by these names.
+
+        Raises:
+            ConfigError: there is no such argument.
+        """
+        names = [item.name for item in fields(cls)]
+        for name, value in objects.items():
+            if name not in names:
+                raise ConfigError(name, _short(value), "is no argument", nearest(name, names))
+        return cls(**objects)
+
+
+@dataclass(frozen=True)
+class Components:
+    """Everything a worker is made of.
+
+    Attributes:
+        least_batch: samples that the model needs in a step, as far as the dry run has found out.
+    """
+
+    dataset: Dataset
+    model: nn.Module
+    loss: PerSample
+    metric: PerSample | None
+    optimizer: MakeOptimizer
+    scheduler: MakeScheduler | None
+    least_batch: int = 1
+
+
+@dataclass(frozen=True)
+class Origins:
+    """What decided on each part: the key and its value, or the argument of a program and its object. For messages."""
+
+    data: tuple[str, Any]
+    model: tuple[str, Any]
+    loss: tuple[str, Any]
+    metric: tuple[str, Any]
+    optimizer: tuple[str, Any]
+    scheduler: tuple[str, Any]
+
+    @classmethod
+    def of(cls, config: Config, given: Given | None) -> Origins:
+        """Return those of a configuration and of what a program has given beside it."""
+        given = given or Given()
+        train = config.train
+        return cls(
+            _either("train_data", given.train_data, *_named("data", config.data)),
+            _either("model", given.model, *_named("model", config.model)),
+            _either("loss", given.loss, "train.loss", train.loss),
+            _either("metric", given.metric, "eval.metric", config.eval.metric),
+            _either("optimizer", given.optimizer, "train.optimizer", train.optimizer),
+            _either("scheduler", given.scheduler, "train.scheduler", train.scheduler),
+        )
+
+
+def build(config: Config, given: Given | None = None) -> Components:
+    """Loads the data and makes the model; :func:`hvd_hetero.training.dry_run.dry_run` tries both out.
+
+    Raises:
+        ConfigError: anything of it cannot be made.
+    """
+    given = given or Given()
+    train, origins = config.train, Origins.of(config, given)
+    ignored = getattr(given.loss, "ignore_index", train.loss_args.get("ignore_index", IGNORED))
+    seed_all(config.run.seed)  # every rank has to read the same data
+    dataset = _dataset(config, given)
+    seed_all(config.run.seed)  # however much randomness that took
+    components = Components(
+        dataset=dataset,
+        model=_model(config, given),
+        loss=per_sample_loss(train.loss, train.loss_args) if given.loss is None else loss_of_module(given.loss),
+        metric=given.metric or metric_by_name(config.eval.metric, ignored),
+        optimizer=given.optimizer or optimizer_maker(train.optimizer, train.lr, train.optimizer_args),
+        scheduler=given.scheduler or scheduler_maker(train.scheduler, train.scheduler_args),
+    )
+    _give_shapes(components, origins)
+    check_state(components.model, config.aggregation.state)
+    return components
+
+
+def first_samples(source: Source, count: int, origins: Origins, split: str = "training") -> Batch:
+    """Read the first samples of a split as one batch, fewer than ``count`` where there are not so many.
+
+    Raises:
+        ConfigError: they cannot be read, or there are none.
+    """
+    with telling(*origins.data, f"its first {split} samples cannot be read", "correct the dataset"):
+        count = min(count, len(source))
+        if count == 0:
+            raise ConfigError(*origins.data, "has an empty split", "give it at least one sample")
+        return next(data.read(source, np.arange(count)[None], torch.Generator(), split=split))
+
+
+def _dataset(config: Config, given: Given) -> Dataset:
+    spec = config.data
+    if given.train_data is None and given.test_data is None:
+        return data.load(spec.name, spec.root, spec.target, spec.args, workers=spec.workers, seed=config.run.seed)
+    for name, other in (("test_data", "train_data"), ("train_data", "test_data")):
+        if getattr(given, name) is None:
+            raise ConfigError(name, None, f"{other} was given without {name}", "give both")
+    splits, remedy = [], "give a map-style dataset or tensors (inputs, targets)"
+    for name in ("train_data", "test_data"):
+        split = getattr(given, name)
+        with telling(name, type(split).__name__, "is no split", remedy):
+            splits.append(data.as_source(name, split, spec.workers))
+    return Dataset(*splits)
+
+
+def _model(config: Config, given: Given) -> nn.Module:
+    if given.model is None:
+        return models.build(config.model.name, config.model.target, config.model.args)
+    model: Any = given.model
+    remedy = "give a torch.nn.Module, or a function without arguments that makes one"
+    if not isinstance(model, nn.Module):
+        with telling("model", _short(model), "cannot be made", remedy):
+            model = model()
+    if not isinstance(model, nn.Module):
+        raise ConfigError("model", _short(given.model), f"is no torch.nn.Module but a {type(model).__name__}", remedy)
+    return model
+
+
+def _give_shapes(components: Components, origins: Origins) -> None:
+    """Let lazy modules (``nn.LazyLinear``) make their parameters, by a forward pass, before anything looks at them."""
+    model = components.model
+    if not _lazy(model):
+        return
+    inputs, _ = first_samples(components.dataset.train, 2, origins)
+    what = f"it has lazy modules, and fails on a batch of samples (inputs {describe(inputs)})"
+    with telling(*origins.model, what, "make model and data fit together"), evaluating(model), torch.no_grad():
+        forward(model, inputs)
+    for name in _lazy(model):
+        problem = f"{name} is lazy, and its forward pass does not use it"
+        raise ConfigError(*origins.model, problem, "give the layer its sizes, or leave it out")
+
+
+def _lazy(model: nn.Module) -> list[str]:
+    """Return the names of what has no shape yet."""
+    return [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if is_lazy(tensor)]
+
+
+@contextmanager
+def telling(key: str, value: Any, what: str, remedy: str) -> Iterator[None]:
+    """Whatever a user's own code may raise, as an error that names what it is about."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise ConfigError(key, value, f"{what}: {cause(error)}", remedy) from error
+
+
+def _either(name: str, given: Any, key: str, value: Any) -> tuple[str, Any]:
+    """What decided: an argument, and the object that was given for it, or a key and its value."""
+    return (name, _short(given)) if given is not None else (key, value)
+
+
+def _short(value: Any) -> str:
+    """An object that a program has given, in a message."""
+    return str(getattr(value, "__qualname__", type(value).__name__))
+
+
+def _named(section: str, spec: DataConfig | ModelConfig) -> tuple[str, str | None]:
+    """The key that decided, and its value."""
+    return (f"{section}.target", spec.target) if spec.target else (f"{section}.name", spec.name)

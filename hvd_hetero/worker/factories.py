@@ -1,0 +1,113 @@
+"""Losses, metrics, optimizers and schedulers by the names that a configuration gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hvd_hetero.config.instantiate import import_target
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.worker.losses import IGNORED, Numbers, PerSample, mean_of_targets, named_loss, with_arguments
+
+ACCURACY = "accuracy"
+
+
+def per_sample_loss(name: str, args: Mapping[str, Any]) -> PerSample:
+    """Make a loss by its name (a function of ``torch.nn.functional``) or import path.
+
+    Raises:
+        ConfigError: there is no such loss, or it cannot take its arguments.
+    """
+    if ":" in name:
+        own = loss_of_module(import_target("train.loss", name))
+        return with_arguments(own, args) if args else own
+    function = getattr(nn.functional, name, None)
+    if not callable(function):
+        raise ConfigError("train.loss", name, "is no function of torch.nn.functional",
+                          "give one, for example cross_entropy, or package.module:function")
+    return named_loss(name, function, args)
+
+
+def loss_of_module(loss: PerSample) -> PerSample:
+    """Take the losses of ``torch.nn`` that know class weights and ignored targets as what they are; others as given."""
+    if type(loss) is nn.CrossEntropyLoss and loss.reduction == "none":
+        args = {"weight": loss.weight, "ignore_index": loss.ignore_index, "label_smoothing": loss.label_smoothing}
+        return named_loss("cross_entropy", nn.functional.cross_entropy, args)
+    if type(loss) is nn.NLLLoss and loss.reduction == "none":
+        args = {"weight": loss.weight, "ignore_index": loss.ignore_index}
+        return named_loss("nll_loss", nn.functional.nll_loss, args)
+    return loss
+
+
+def metric_by_name(name: str | None, ignored: int = IGNORED) -> PerSample | None:
+    """Return ``accuracy``, None, or the user's ``package.module:function`` giving one number a sample.
+
+    Args:
+        ignored: the class number that does not count.
+    """
+    if name is None or name == "none":
+        return None
+    if ":" in name:
+        return import_target("eval.metric", name)
+    if name != ACCURACY:
+        raise ConfigError("eval.metric", name, "is not known", "give accuracy, none or package.module:function")
+    return partial(accuracy, ignored=ignored)
+
+
+def accuracy(outputs: Tensor, targets: Tensor, ignored: int = IGNORED) -> Numbers:
+    """Return the share of a sample's targets that have the highest logit; of ``[B, C, ...]`` and ``[B, ...]``.
+
+    NaN is never right: a model that has diverged would have the accuracy of its first class.
+    """
+    right = (outputs.argmax(1) == targets) & ~outputs.isnan().any(1)
+    return mean_of_targets(right.float(), targets, ignored)
+
+
+def is_accuracy(metric: PerSample | None) -> bool:
+    """Say whether a metric is the one by the name of ``accuracy``."""
+    return getattr(metric, "func", metric) is accuracy
+
+
+def optimizer_maker(
+    name: str, lr: float, args: Mapping[str, Any]
+) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    """Makes an optimizer by its ``torch.optim`` name or import path.
+
+    Raises:
+        ConfigError: unknown name or argument.
+    """
+    kind = _torch_class("train.optimizer", name, torch.optim, torch.optim.Optimizer)
+    return lambda params: _made("train.optimizer_args", lambda: kind(params, lr=lr, **args), args)
+
+
+def scheduler_maker(name: str | None, args: Mapping[str, Any]) -> Callable[[torch.optim.Optimizer], Any] | None:
+    """Makes a learning-rate scheduler by its ``torch.optim.lr_scheduler`` name or import path; it steps once an epoch.
+
+    Raises:
+        ConfigError: unknown name or argument.
+    """
+    if name is None:
+        return None
+    kind = _torch_class("train.scheduler", name, torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
+    return lambda optimizer: _made("train.scheduler_args", lambda: kind(optimizer, **args), args)
+
+
+def _torch_class(key: str, name: str, module: Any, kind: type) -> Callable[..., Any]:
+    if ":" in name:
+        return import_target(key, name)
+    found = getattr(module, name, None)
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        known = ", ".join(n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, kind))
+        raise ConfigError(key, name, f"is not in {module.__name__}", f"known are {known}; or give package.module:class")
+    return found
+
+
+def _made(key: str, make: Callable[[], Any], args: Mapping[str, Any]) -> Any:
+    try:
+        return make()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(key, dict(args), str(error), "see the class's documentation in PyTorch") from error

@@ -1,0 +1,342 @@
+"""One rank's model, optimizer and device: local steps and evaluation. It never communicates."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hvd_hetero.comm.flat_params import FlatState
+from hvd_hetero.data import Batch, Source, read
+from hvd_hetero.data.batch import sample_counts
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.random_state import RandomState
+from hvd_hetero.telemetry.stopwatch import Pace, Stopwatch
+from hvd_hetero.worker.extra_state import extra_state, load_extra_state
+from hvd_hetero.worker.losses import Numbers, PerSample, joined, mean_gradient, name_of, per_sample, weighted_sums
+from hvd_hetero.worker.modes import evaluating, set_mode
+from hvd_hetero.worker.optimizer_state import load_state, save_state
+from hvd_hetero.worker.snapshot import snapshot
+
+
+class Worker:
+    """Trains one replica.
+
+    Args:
+        model: moved to the device, and its parameters into flat vectors.
+        loss: ``loss(outputs, targets)``, one number a sample, see :mod:`hvd_hetero.worker.losses`.
+        make_optimizer: makes the optimizer from the parameters.
+        make_scheduler: makes a learning-rate scheduler from the optimizer, or None.
+        slowdown: emulate a device this many times slower: each local step is stretched by sleeping.
+        watch: books the rank's time.
+        metric: as the loss; the figure that evaluation averages beside it.
+        clip_norm: gradients whose joint norm is above this are scaled down to it, before the optimizer's step.
+        autocast: compute in bfloat16 where PyTorch deems it safe; parameters and gradients stay as they are.
+        compile_mode: of ``torch.compile``, which training steps then go through; None: they do not.
+        channels_last: keep images and the weights of convolutions with their channels last in memory.
+        state_policies: ``aggregation.state``, what becomes of frozen parameters and buffers that change.
+
+    Attributes:
+        state: what an aggregation averages.
+        metric: the argument.
+        generator: on the device; the only source of the augmentation's randomness.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: PerSample,
+        make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        make_scheduler: Callable[[torch.optim.Optimizer], Any] | None,
+        *,
+        device: str = "cpu",
+        slowdown: float = 1.0,
+        watch: Stopwatch | None = None,
+        metric: PerSample | None = None,
+        seed: int = 0,
+        clip_norm: float | None = None,
+        autocast: bool = False,
+        compile_mode: str | None = None,
+        channels_last: bool = False,
+        state_policies: Mapping[str, str] | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        self.model = model.to(self.device)
+        if not model.training:  # as it comes from where it was loaded; who chooses modes chooses those of its parts
+            model.train()
+        self._channels_last = channels_last
+        self._compiled_once = False
+        self._compiled = None if compile_mode is None else torch.compile(self.model, mode=compile_mode, dynamic=False)
+        self.state = FlatState(self.model, channels_last, state_policies)
+        self._params = [p for p in self.model.parameters() if p.requires_grad]
+        self._gradients: list[Tensor] = []
+        self._make_optimizer, self._make_scheduler = make_optimizer, make_scheduler
+        self.make_optimizer()
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.watch = watch or Stopwatch()
+        self.pace = Pace(self.watch, slowdown, self._synchronize)
+        self._loss = loss.to(self.device) if isinstance(loss, nn.Module) else loss
+        self.metric = metric
+        self._clip_norm, self._autocast = clip_norm, autocast
+        self._losses: list[Numbers] = []
+
+    def make_optimizer(self, wrap: Callable[[torch.optim.Optimizer], torch.optim.Optimizer] | None = None) -> None:
+        """Makes optimizer and scheduler anew, for methods that put something around the optimizer before training."""
+        made = self._make_optimizer(self._params)
+        self.optimizer = made if wrap is None else wrap(made)
+        self._steps = False
+        self.scheduler = None if self._make_scheduler is None else self._make_scheduler(self.optimizer)
+        self._scheduled = [group["lr"] for group in self.optimizer.param_groups]
+
+    @property
+    def compiles(self) -> bool:
+        """Whether training steps go through ``torch.compile``."""
+        return self._compiled is not None
+
+    def flat_gradients(self) -> list[Tensor]:
+        """From now on gradients are views into these vectors: ``[P]``, one for each of ``state.parameters()``."""
+        self._gradients = self.state.flat_gradients()
+        return self._gradients
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def rest(self) -> None:
+        """Lets the parameters be what is evaluated, averaged and saved, until the next gradient or step.
+
+        They are something else only while an optimizer steps that has modes, see :mod:`hvd_hetero.worker.modes`.
+        """
+        if self._steps:
+            self._steps = False
+            set_mode(self.optimizer, training=False)
+
+    def _end_rest(self) -> None:
+        if not self._steps:
+            self._steps = True
+            set_mode(self.optimizer, training=True)
+
+    def local_steps(self, batches: Iterator[Batch], count: int, stop: Callable[[], bool] | None = None) -> int:
+        """``count`` local steps on the next batches, fewer if ``stop`` says so after one; returns how many."""
+        done = 0
+        for inputs, targets in self.pace.steps(batches, count):
+            self.gradient(inputs, targets)
+            self.apply()
+            done += 1
+            if stop is not None and stop():
+                self.pace.pause()
+                break
+        return done
+
+    def gradient(self, inputs: Any, targets: Tensor, weight: float = 1.0) -> Tensor:
+        """Leaves the gradient of the batch's mean loss, times weight, in the parameters.
+
+        Returns:
+            The per-sample losses ``[B]``, on the device; they are also kept for :meth:`take_losses`.
+        """
+        self._end_rest()
+        try:
+            model = self.model if self._compiled is None else self._compiled  # a module may be false
+            numbers = self._backward(model, inputs, targets, weight)
+        except Exception as error:
+            if self._compiled is None or self._compiled_once:
+                raise
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            warnings.warn(f"train.compile: goes on without it, it fails here: {reason[0]}", stacklevel=2)
+            self._compiled = None
+            numbers = self._backward(self.model, inputs, targets, weight)
+        self._compiled_once = True
+        if self._compiled is not None:  # a loss may be the model's own output, which a CUDA graph writes to again
+            losses, weights = numbers
+            numbers = losses.clone(), None if weights is None else weights.clone()
+        self._losses.append(numbers)
+        return numbers[0]
+
+    def _backward(self, model: Callable[..., Any], inputs: Any, targets: Tensor, weight: float) -> Numbers:
+        for gradient in self._gradients:
+            gradient.zero_()
+        if not self._gradients:
+            for param in self._params:
+                param.grad = None
+        (losses, weights), _ = self._losses_of(inputs, targets, model)
+        if not losses.requires_grad:
+            problem = "does not depend on the model's parameters in this batch"
+            raise ConfigError("train.loss", name_of(self._loss), problem, "compute it from the outputs, always")
+        losses.backward(mean_gradient(losses, weights, weight))  # their mean's gradient, without the mean
+        return losses.detach(), weights
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients at hand, of those parameters that the optimizer steps along and that have one."""
+        return [p.grad for p in self._stepped() if p.grad is not None]
+
+    def _stepped(self) -> Iterator[Tensor]:
+        return (p for group in self.optimizer.param_groups for p in group["params"])
+
+    def gradient_again(self, inputs: Any, targets: Tensor, weight: float) -> list[Tensor]:
+        """The gradient once more, as :meth:`gradients` gives it, beside it; no hook is called."""
+        (losses, weights), _ = self._losses_of(inputs, targets)
+        params, along = [p for p in self._stepped() if p.grad is not None], mean_gradient(losses, weights, weight)
+        return list(torch.autograd.grad(losses, params, along, allow_unused=True, materialize_grads=True))
+
+    def try_gradient(self, inputs: Any, targets: Tensor) -> None:
+        """Goes forward and backward over a batch and keeps nothing: no gradient, no losses; no hook is called."""
+        (losses, weights), _ = self._losses_of(inputs, targets)
+        torch.autograd.grad(losses, self._params, mean_gradient(losses, weights, 1.0), allow_unused=True)
+
+    def apply(self) -> None:
+        """One optimizer step along the gradient at hand."""
+        self._end_rest()
+        if self._clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._params, self._clip_norm)
+        self.optimizer.step()
+
+    def _losses_of(
+        self, inputs: Any, targets: Any, model: Callable[..., Any] | None = None
+    ) -> tuple[Numbers, Any]:
+        """Return the losses of a batch, and the model's outputs."""
+        if self._channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        # entering a context that is switched off takes a tenth of a tiny model's step
+        with torch.autocast(self.device.type, torch.bfloat16) if self._autocast else nullcontext():
+            outputs = forward(self.model if model is None else model, inputs)
+            returned = self._loss(outputs, targets)
+        return _numbers("train.loss", self._loss, returned, inputs, targets), outputs
+
+    def take_losses(self) -> tuple[Tensor, Tensor]:
+        """Return losses and weights ``[K]`` of all samples since the last call, in the order of training.
+
+        They are on the host, in float32. A sample that does not count has the loss -inf, and weight 0.
+        """
+        taken, self._losses = joined(self._losses), []
+        return taken
+
+    def warm_up(self, factor: float) -> None:
+        """Scales the scheduled learning rate, in (0, 1], until the next call."""
+        for group, rate in zip(self.optimizer.param_groups, self._scheduled, strict=True):
+            group["lr"] = rate * factor
+
+    def end_epoch(self) -> None:
+        """Steps the scheduler, from the scheduled rate and not from a warm-up's."""
+        self.warm_up(1.0)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self._scheduled = [group["lr"] for group in self.optimizer.param_groups]
+
+    # ---- evaluation -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()  # and not inference_mode: what a module keeps of an evaluation, it may use in training
+    def evaluate(self, source: Source, indices: np.ndarray[Any, Any], batch_size: int) -> Tensor:
+        """Evaluate the model on some samples of a source; modes and random numbers are left as they were.
+
+        Returns:
+            ``[4]``: sums of losses and of their weights, then of the metric's values and of theirs.
+        """
+        random, generator = RandomState.capture(self.device), self.generator.get_state()
+        sums = torch.zeros(4, dtype=torch.float64)
+        whole = len(indices) // batch_size * batch_size
+        self.rest()
+        with evaluating(self.model):
+            for rows in (indices[:whole].reshape(-1, batch_size), indices[whole:].reshape(1, -1)):
+                for inputs, targets in read(source, rows, self.generator, split="test") if rows.size else ():
+                    self.watch.pulse.begin("evaluation")
+                    losses, outputs = self._losses_of(inputs, targets)
+                    sums[:2] += weighted_sums(*losses)
+                    if self.metric is not None:
+                        returned = self.metric(outputs, targets)
+                        sums[2:] += weighted_sums(*_numbers("eval.metric", self.metric, returned, inputs, targets))
+        random.restore()
+        self.generator.set_state(generator)
+        return sums
+
+    # ---- saving and putting back ------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Callable[[], None]:
+        """Remembers everything that training changes; calling the result puts it back."""
+        before, steps = RandomState.capture(self.device), self._steps
+        put_back = snapshot(
+            self.model, self.state, self.optimizer, self.scheduler, self._loss, self.metric, self.generator
+        )
+
+        def restore() -> None:
+            put_back()
+            before.restore()
+            self._losses, self._steps = [], steps
+
+        return restore
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything of this rank that decides its further steps, between two rounds."""
+        self.rest()  # which mode an optimizer is in is not always in its own state
+        return {
+            "model": self.state.state_dict(),
+            "extra": extra_state(self.model),
+            "optimizer": save_state(self.optimizer),
+            "scheduler": None if self.scheduler is None else save_state(self.scheduler),
+            "rates": self._scheduled,
+            "generator": self.generator.get_state(),
+            "random": RandomState.capture(self.device).state_dict(),
+            "losses": joined(self._losses),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what :meth:`state_dict` gave on the same kind of device."""
+        self._load_model(state)
+        load_state(self.optimizer, state["optimizer"], "optimizer")
+        self._lay_out_optimizer()
+        if self.scheduler is not None:
+            load_state(self.scheduler, state["scheduler"], "scheduler")
+        self._scheduled = list(state["rates"])
+        self.generator.set_state(state["generator"])
+        RandomState.from_state_dict(state["random"], self.device).restore()
+        losses, weights = state["losses"]
+        self._losses = [(losses.to(self.device), weights.to(self.device))]
+
+    def _lay_out_optimizer(self) -> None:
+        """Lays out its tensors as their parameters are: files keep no strides, and fused optimizers ask for none."""
+        for param in self._params:
+            state = self.optimizer.state.get(param, {})
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == param.shape and value.stride() != param.stride():
+                    state[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
+
+    @torch.no_grad()
+    def carry_over(self, state: Mapping[str, Any]) -> None:
+        """Takes the model alone from what another rank's :meth:`state_dict` gave."""
+        self._load_model(state)
+        self.state.others.remember()
+
+    def _load_model(self, state: Mapping[str, Any]) -> None:
+        self.state.load_state_dict(state["model"])
+        load_extra_state(self.model, state["extra"])
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # not what averages and gradients travel on
+
+
+def _numbers(key: str, function: PerSample, returned: Any, inputs: Any, targets: Any) -> Numbers:
+    """Take what a loss or a metric has returned as one number a sample; targets may be of another number than samples.
+
+    Raises:
+        ConfigError: it is not one number a sample.
+    """
+    try:
+        return per_sample(key, name_of(function), returned, sample_counts(targets))
+    except ConfigError:
+        if not (counts := sample_counts(inputs)):
+            raise
+        return per_sample(key, name_of(function), returned, counts)
+
+
+def forward(model: Callable[..., Any], inputs: Any) -> Any:
+    """Calls the model: a tuple of inputs as positional arguments, a mapping as keyword arguments, all else as one.
+
+    A named tuple, such as a packed sequence, is one argument; so is a list.
+    """
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if type(inputs) is tuple else model(inputs)

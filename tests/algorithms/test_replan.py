@@ -1,0 +1,59 @@
+"""tau of the local-SGD methods: with which margin it is derived, and how it is derived anew; without a job."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+
+from method_helpers import TWO, method  # noqa: E402
+
+from hvd_hetero.algorithms.base import Algorithm  # noqa: E402
+from hvd_hetero.algorithms.local_sgd import LocalSGD  # noqa: E402
+from hvd_hetero.planning.rebalance import Pacing  # noqa: E402
+
+SPEEDS = {"fast": 0.001, "slow": 0.008}
+
+
+def local(**settings: Any) -> LocalSGD:
+    made = method({"algorithm.name": "biased_local_sgd", "train.batch_size": 1, "train.tau": 64, **settings}, TWO)
+    assert isinstance(made, LocalSGD)
+    return made
+
+
+@pytest.mark.parametrize(("settings", "slow"), [
+    ({}, 7),  # 8 (1 - 0.1 * 7/8) = 7.3
+    ({"train.tau_margin": 0}, 8),
+    ({"aggregation.mode": "solo"}, 8),
+    ({"aggregation.mode": "majority"}, 8),
+    ({"cluster.too_slow": "wait_avoiding"}, 7),  # nobody is too slow: everybody is waited for
+])
+def test_the_margin_is_for_those_who_are_waited_for(settings: dict[str, Any], slow: int) -> None:
+    made = local(**settings)
+    assert made.taus(SPEEDS) == {"fast": 64, "slow": slow}
+    assert made.waits(SPEEDS) == ("aggregation.mode" not in settings)
+
+
+def test_nobody_waits_for_a_class_that_is_too_slow_and_merged_when_it_comes() -> None:
+    made = local(**{"cluster.too_slow": "wait_avoiding"})
+    assert not made.waits({"fast": 0.001, "slow": 0.1}) and made.taus({"fast": 0.001, "slow": 0.1})["slow"] == 1
+
+
+def test_tau_is_derived_anew_with_the_margin_and_says_why() -> None:
+    made = local()
+    Algorithm.start(made, made.make_plan(SPEEDS), None, SimpleNamespace(rank=0))  # type: ignore[arg-type]
+    made.pacing = Pacing(SPEEDS, made.batch_size, made.train.tau_margin)
+    made.plan = made.make_plan(SPEEDS)
+    slowed = [0.001, 0.001, 0.024, 0.024, 0.024]
+    for _ in range(200):
+        if made.replan(slowed).classes[1].tau != 7:
+            break
+    # 64 / 24 (1 - 0.1 * 23/24) = 2.4
+    assert {c.name: c.tau for c in made.plan.classes} == {"fast": 64, "slow": 2}
+    assert made.reason.endswith("wait no more")
+    assert made.mine == made.plan.of_rank(0)
+    before = made.plan
+    assert all(made.replan(slowed) is before for _ in range(200)), "a stable one is left alone"

@@ -1,0 +1,130 @@
+"""What the planner predicts, where that is arithmetic, and what it advises."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from hvd_hetero.analysis.predict.advice import recommended, sweep, worth
+from hvd_hetero.analysis.predict.methods import method
+from hvd_hetero.analysis.predict.predict import Prediction, Scenario
+from hvd_hetero.analysis.predict.speeds import Given, Speed, gather
+from hvd_hetero.config.load import load
+
+EQUAL = ["cluster.classes={fast: {ranks: [0]}, slow: {ranks: [1]}}", "train.batch_size=4", "train.passes=3"]
+
+
+def scenario(overrides: Sequence[str] = (), **given: Any) -> Scenario:
+    config = load([], [*EQUAL, *overrides], method)
+    known = {"step_ms": "fast=1,slow=8", "params": 1000, "samples": 1440} | given
+    return Scenario(config, gather(config, Given(**known)))
+
+
+def by_label(rows: Sequence[Prediction]) -> dict[str, Prediction]:
+    return {row.label: row for row in rows}
+
+
+def test_every_method_without_jitter_and_communication() -> None:
+    """Fast 1 ms, slow 8 ms, batches of 4, 1440 samples, 3 passes, tau 16: nothing but arithmetic."""
+    rows = by_label(scenario(["train.tau=16"]).methods())
+    both = rows["sync_sgd, all"]
+    assert both.seconds == pytest.approx(3 * 180 * 0.008) and both.samples == 3 * 1440
+    assert both.blocked == pytest.approx({"fast": 7 / 8, "slow": 0})
+    alone = rows["sync_sgd, fast"]
+    assert alone.seconds == pytest.approx(3 * 360 * 0.001) and alone.blocked == pytest.approx({"fast": 0, "slow": 1})
+    balanced = rows["balanced local SGD"]
+    assert balanced.seconds == pytest.approx(3 * 11 * 16 * 0.008) and balanced.blocked["fast"] == pytest.approx(7 / 8)
+    local = rows["unbalanced, biased local SGD"]
+    assert local.tau == {"fast": 16, "slow": 2} and local.averages == 3 * 20
+    assert local.seconds == pytest.approx(3 * 20 * 0.016) and local.samples == 3 * 1440
+    assert local.blocked == pytest.approx({"fast": 0, "slow": 0})
+    rows_80 = by_label(scenario(["train.tau=80"]).methods())
+    early, solo = rows_80["unbalanced, biased local SGD"], rows_80["biased local SGD, solo"]
+    assert early.tau == {"fast": 80, "slow": 9} and early.blocked == pytest.approx({"fast": 0, "slow": 0.1})
+    assert solo.tau == {"fast": 80, "slow": 10}, "nobody waits for it: no margin of a tenth of 7/8"
+    byteps = rows["byteps"]
+    assert byteps.seconds == pytest.approx(alone.seconds) and byteps.blocked == pytest.approx({"fast": 0, "slow": 1})
+    dlb = rows["dlb"]  # first 4 and 4; then 7 and 1, which take 1.75 and 2 ms
+    assert dlb.batch_size == {"fast": 7, "slow": 1}
+    assert dlb.seconds == pytest.approx(180 * 0.008 + 2 * 180 * 0.002)
+
+
+def test_three_classes() -> None:
+    classes = "cluster.classes={a: {ranks: [0]}, b: {ranks: [1, 2]}, c: {ranks: [3]}}"
+    found = scenario([classes, "train.tau=8"], step_ms="a=1,b=2,c=4").methods()
+    local = by_label(found)["unbalanced, biased local SGD"]
+    assert local.tau == {"a": 8, "b": 4, "c": 2} and max(local.blocked.values()) == pytest.approx(0)
+    assert by_label(found)["sync_sgd, all"].blocked == pytest.approx({"a": 0.75, "b": 0.5, "c": 0})
+
+
+def test_the_work_ends_where_the_configuration_says() -> None:
+    steps = scenario(["train.tau=16", "train.passes=null", "train.max_fast_steps=500"])
+    rows = by_label(steps.methods())
+    assert rows["unbalanced, biased local SGD"].averages == 31 and rows["sync_sgd, all"].averages == 500
+    assert "hands out" in str(rows["eager_sgd, solo"].problem)
+    seconds = scenario(["train.tau=16", "train.passes=null", "train.max_train_sec=10"])
+    assert seconds.local(16).seconds == pytest.approx(10, abs=0.02)
+
+
+def test_communication_in_bytes_and_seconds() -> None:
+    """8 Mbit/s are 1 byte a microsecond: the 4000 bytes take two ranks 4 ms, and 2 ms of latency."""
+    local = scenario(["train.tau=16"], latency_ms=2.0, bandwidth_mbit=8.0).local(16)
+    assert local.sent_bytes == pytest.approx(60 * 4000) and local.comm_sec == pytest.approx(60 * 0.006)
+    assert local.seconds == pytest.approx(60 * 0.022)
+
+
+def test_a_class_that_idles_transfers_nothing() -> None:
+    classes = "cluster.classes={fast: {ranks: [0, 1]}, slow: {ranks: [2]}}"
+    alone = by_label(scenario([classes], latency_ms=3.0).methods())["sync_sgd, fast"]
+    assert alone.classes is not None and alone.comm_sec == pytest.approx(3 * 180 * 0.003)
+    assert (alone.classes["slow"].comm, alone.classes["slow"].blocked) == pytest.approx((0, alone.seconds))
+
+
+def test_solo_does_not_wait_where_the_blocking_average_does() -> None:
+    found = scenario(["train.tau={fast: 16, slow: 4}"])
+    rows = by_label(found.methods())
+    assert rows["unbalanced, biased local SGD"].blocked["fast"] == pytest.approx(0.5)
+    assert rows["biased local SGD, solo"].blocked["fast"] < 0.05
+
+
+def test_eager_sgd_counts_all_samples_once() -> None:
+    for row in (r for r in scenario().methods() if r.method == "eager_sgd"):
+        assert row.samples == pytest.approx(3 * 1440, rel=1e-3)
+    solo = by_label(scenario().methods())["eager_sgd, solo"]
+    assert solo.samples_per_sec == pytest.approx(4 / 0.001 + 4 / 0.008, rel=0.05), "nobody waits for anybody"
+
+
+# ---- advice ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_recommended_tau_leaves_nobody_waiting() -> None:
+    """Slow takes 7 times as long: 7 to 1 is the first split without waiting, and no longer round gains on it."""
+    found = scenario(step_ms="fast=1,slow=7")
+    advice = recommended(found, sweep(found))
+    assert advice is not None and advice.tau == 7 and advice.prediction.tau == {"fast": 7, "slow": 1}
+    assert advice.prediction.samples_per_sec == pytest.approx(found.capacity)
+    assert "tau 7" in advice.reason and "100.0%" in advice.reason
+
+
+def test_costly_communication_asks_for_longer_rounds() -> None:
+    """An average of 8 ms makes 7 steps of 15 ms: 95 % of the best is not to be had before rounds of 100 ms."""
+    found = scenario(step_ms="fast=1,slow=7", latency_ms=8.0, samples=100_000)
+    advice = recommended(found, sweep(found))
+    assert advice is not None and advice.tau >= 100
+
+
+def test_a_class_is_worth_what_it_adds() -> None:
+    (slow,) = worth(scenario(), 16)
+    assert slow.worth_having and slow.with_it == pytest.approx(4500) and slow.without_it == pytest.approx(4000)
+    assert "adds 12.5%" in slow.sentence
+    (slow,) = worth(scenario(latency_ms=8.0), 16)  # alone, fast needs no link
+    assert not slow.worth_having and "left out" in slow.sentence
+
+
+def test_step_times_of_other_batches() -> None:
+    several = Speed(((8, 0.002), (16, 0.003), (32, 0.006)))
+    assert [several.step_sec(b) for b in (8, 12, 16, 24, 48)] == pytest.approx([0.002, 0.0025, 0.003, 0.0045, 0.009])
+    assert several.step_sec(4) == pytest.approx(0.0015)
+    assert Speed(((8, 0.002),)).step_sec(20) == pytest.approx(0.005)

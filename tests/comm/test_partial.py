@@ -1,0 +1,85 @@
+"""Partial collectives under real horovodrun: nothing lost, nothing sent twice, the same results everywhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+
+import torch  # noqa: E402
+from ranks_methods.cases import model  # noqa: E402
+from ranks_partial import schedules  # noqa: E402
+from ranks_partial.schedules import CASES  # noqa: E402
+
+RANKS = Path(__file__).parents[1] / "ranks_partial"
+SIZE, STEPS, PASSES = 4, 60, 2
+OTHERS_STAND_FOR = ("eager", "eager, AdamW", "merging", "merging, uniform",
+                    "merging, now one first, now the other")
+
+
+@pytest.fixture(scope="module", params=["solo", "majority", pytest.param("full", marks=pytest.mark.slow)])
+def stressed(request: Any, horovodrun: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The mode, and what each rank found."""
+    folder = tmp_path_factory.mktemp("stress")
+    done = horovodrun(SIZE, [sys.executable, RANKS / "stress.py", folder, request.param, 5, STEPS], timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return request.param, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(SIZE)]
+
+
+def test_the_sum_of_all_that_was_sent_is_the_sum_of_all_that_was_computed(stressed: Any) -> None:
+    """To the last bit, and by number of contributions."""
+    for found in stressed[1]:
+        assert found["exact"]
+        assert found["weights"] == SIZE * STEPS * PASSES
+        assert found["sent"] == STEPS * PASSES
+
+
+def test_all_ranks_have_the_same_results_in_the_same_order(stressed: Any) -> None:
+    digests = [found["digests"] for found in stressed[1]]
+    assert all(other == digests[0] for other in digests)
+    assert len(digests[0]) == stressed[1][0]["rounds"] >= STEPS * PASSES
+
+
+def test_ranks_were_really_late(stressed: Any) -> None:
+    """Or, with every round a full one, never."""
+    mode, found = stressed
+    late = sum(f["late"] + f["empty"] for f in found)
+    assert late == 0 if mode == "full" else late > 20
+    assert all(f["oldest"] <= (0 if mode == "full" else 33) for f in found)
+
+
+def test_nothing_runs_on(stressed: Any) -> None:
+    assert [found["threads_left"] for found in stressed[1]] == [[]] * SIZE
+
+
+# ---- scripted: who is late for what is known beforehand -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow if name in OTHERS_STAND_FOR else ()) for name in CASES
+])  # fmt: skip
+def test_a_scripted_course_of_events_as_in_one_process(
+    name: str, horovodrun: Callable[..., Any], tmp_path: Path
+) -> None:
+    case = CASES[name]
+    done = horovodrun(len(case.tau), [sys.executable, RANKS / "scripted.py", tmp_path, name], timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(len(case.tau))]
+    expected, rounds = (schedules.eager if case.method == "eager_sgd" else schedules.merging)(
+        case, [f["worked"] for f in found]
+    )
+    for f, mine in zip(found, rounds, strict=True):
+        torch.testing.assert_close(schedules.final(f["model"]), expected, rtol=1e-9, atol=1e-12)
+        assert f["worked"][0][1].tolist() == mine, "the round of each step"
+    assert found[0]["summary"]["partial"]["staleness"][1:] != [], "somebody was late"
+    assert not torch.allclose(schedules.final(model("mlp").state_dict()), expected)
+    everything = torch.cat([f["worked"][0][0].flatten() for f in found])
+    assert len(set(everything.tolist())) == len(everything) or case.method == "biased_local_sgd"
+    if case.method == "eager_sgd":
+        assert len(everything) == 120, "every sample once"

@@ -1,0 +1,55 @@
+"""The send buffer of a partial collective, by hand; with the collective around it in test_partial."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+
+import torch  # noqa: E402
+
+from hvd_hetero.comm.partial.send_buffer import SendBuffer  # noqa: E402
+from hvd_hetero.telemetry.staleness import Counts  # noqa: E402
+
+
+def buffer(**options: object) -> SendBuffer:
+    settings = {"latest": 1, "weigh": None, "pinned": False, **options}
+    return SendBuffer(3, torch.float32, **settings)  # type: ignore[arg-type]
+
+
+def test_contributions_add_up_but_for_the_states_at_the_end() -> None:
+    mine, counts = buffer(), Counts()
+    mine.add(torch.tensor([1.0, 2.0, 30.0]), 2, version=3)
+    mine.add(torch.tensor([10.0, 20.0, 40.0]), 3, version=5)
+    assert mine.filled
+    item, steps = mine.take(5, 0.0, False, counts)
+    assert not mine.filled and (steps, item.contributions) == (5, 2)
+    assert mine.payload(item, steps).tolist() == [11, 22, 40, 5], "the weight is the number of steps"
+    assert item.total.tolist() == [11, 22, 40] and item.own is None
+    assert (counts.fresh, counts.late, counts.empty) == (1, 0, 0) and counts.staleness == Counter({2: 1, 0: 1})
+
+
+def test_what_is_sent_without_a_contribution_counts_for_nothing() -> None:
+    mine, counts = buffer(), Counts()
+    mine.add(torch.full((3,), torch.nan), 1, version=0)
+    mine.give_back(mine.take(1, 0.0, False, counts)[0])
+    for number, final in ((2, False), (3, True)):
+        item, steps = mine.take(number, 0.0, final, counts)
+        assert mine.payload(item, steps).tolist() == [0, 0, 0, 0], "whatever was in the memory before"
+        mine.give_back(item)
+    assert (counts.fresh, counts.late, counts.empty) == (0, 1, 1), "a pass ends with a round that empties all buffers"
+
+
+def test_a_weight_leaves_ones_own_contribution_as_it_was() -> None:
+    mine = buffer(weigh=lambda steps: 1 / (2 * steps))
+    mine.add(torch.tensor([4.0, 8.0, 12.0]), 2, version=0)
+    item, steps = mine.take(0, 0.0, False, Counts())
+    assert mine.payload(item, steps).tolist() == [1, 2, 3, 0.25]
+    assert item.own is not None and item.own.tolist() == [4, 8, 12]
+    places = {part.data_ptr() for part in item.buffers}
+    assert len(places) == 2
+    mine.give_back(item)
+    again = [mine.take(number, 0.0, False, Counts())[0].buffers[0].data_ptr() for number in (1, 2, 3)]
+    assert places < set(again), "memory is used again"

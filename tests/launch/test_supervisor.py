@@ -1,0 +1,183 @@
+"""Jobs that are started again when they fail, and when they are not; what is left of a cluster without some hosts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from together import together
+
+from hvd_hetero.config.load import load
+from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_LOST, EXIT_NUMBERS, EXIT_STOPPED, UserError
+from hvd_hetero.launch.horovodrun import End
+from hvd_hetero.launch.supervisor import Restarts, check_options, remaining_classes, without
+
+RANKS = Path(__file__).parents[1] / "ranks"
+SETTINGS = ["train.tau={fast: 8, slow: 4}", "cluster.classes.slow.slowdown=1", "run.trace_rounds=0"]
+
+
+def rank_pids(folder: Path, rank: int) -> list[int]:
+    """Processes of a rank of the job whose run is in the folder."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            line, environment = ((place / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+        except OSError:
+            continue
+        wanted = f"HOROVOD_RANK={rank}".encode() in environment
+        if wanted and b"train" in line and any(str(folder).encode() in word for word in line):
+            found.append(int(place.name))
+    return found
+
+
+def when(happened: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
+    """Does something beside the job, once something has happened in it."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 280
+        while not happened():
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def rows(folder: Path) -> list[tuple[Any, ...]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["pass"], row["round"], row["samples_seen"], row["train_loss"]) for row in lines]
+
+
+# ---- real jobs ------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_rank_costs_no_more_than_the_work_since_the_checkpoint(
+    hvd_hetero: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The job is restarted once, ends well, and has the rows of one that nothing happened to, to the last bit."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    settings = [*SETTINGS, "train.passes=6", "checkpoint.every_rounds=29"]
+
+    def kill() -> None:
+        for pid in rank_pids(killed, 1):
+            os.kill(pid, signal.SIGKILL)
+
+    when(lambda: len(list(killed.glob("checkpoints/*/manifest.json"))) > 0, kill)
+    undisturbed, done = together(
+        partial(hvd_hetero, ["launch", *settings, f"run.dir={whole}"], timeout=300),
+        partial(hvd_hetero, ["launch", "--max-restarts", "2", *settings, f"run.dir={killed}"], timeout=300),
+    )
+    assert undisturbed.returncode == done.returncode == 0, undisturbed.stderr + done.stdout + done.stderr
+    said = re.findall(r"^hvd-hetero: restart (\d) of 2 in 1 s, from round (\d+): (.*)$", done.stderr, re.M)
+    assert len(said) == 1 and int(said[0][1]) >= 29, done.stderr
+    assert re.match("rank 1 on localhost ended first, killed by SIGKILL|rank 0 on localhost stops", said[0][2]), said
+    assert rows(whole) == rows(killed)
+
+
+@pytest.mark.slow
+def test_no_progress_between_two_failures_gives_up(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
+    """With the status of the cause, naming it, after one restart of the three; that it began anew is no complaint."""
+    done = hvd_hetero(["launch", "--max-restarts", "3", *SETTINGS, f"run.dir={tmp_path / 'run'}", "train.passes=1000",
+                       "checkpoint.every_sec=null", "train.loss=own_parts:fails_on_rank_1"], cwd=RANKS)
+    assert done.returncode == EXIT_FAULT, done.stdout + done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("hvd-hetero: restart ")]
+    assert said == ["hvd-hetero: restart 1 of 3 in 1 s, from the start: rank 1 on localhost failed: RuntimeError: "
+                    "the disk of rank 1 is on fire"]
+    assert ("hvd-hetero: gives up: it came to no newer checkpoint since it failed the last time, and failed in the "
+            "same way: rank 1 on localhost failed: RuntimeError: the disk of rank 1 is on fire") in done.stderr
+
+
+# ---- when not to start again ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_NUMBERS])
+def test_what_would_end_the_same_way_is_not_started_again(status: int) -> None:
+    assert Restarts(5).why_not(End(status), 10) is not None
+
+
+def test_what_was_told_to_end_is_not_started_again() -> None:
+    assert Restarts(5).why_not(End(EXIT_LOST, asked=True), 10) is not None
+
+
+def test_failures_are_counted_and_waited_for_longer_and_longer() -> None:
+    restarts = Restarts(8)
+    waits = []
+    for newest in (None, *range(1, 8)):
+        assert restarts.why_not(End(EXIT_LOST), newest) is None
+        waits.append(restarts.backoff_sec)
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert restarts.why_not(End(EXIT_LOST), 100) == "it was restarted 8 times"
+
+
+def test_two_failures_with_nothing_saved_between_them_are_enough() -> None:
+    for newest in (None, 7):
+        restarts = Restarts(5)
+        assert restarts.why_not(End(EXIT_LOST), newest) is None
+        assert restarts.why_not(End(EXIT_LOST), newest) is not None
+    assert restarts.why_not(End(EXIT_LOST), 8) is None, "it has come further"
+
+
+def test_the_same_failure_twice_is_told_as_such() -> None:
+    """Whichever rank was the first to meet it."""
+    for other, same in (("rank 0 on h1 failed: KeyError: 'x'", True), ("rank 1 on h2 failed: KeyError: 'y'", False)):
+        restarts = Restarts(1)
+        assert restarts.why_not(End(EXIT_FAULT, error="rank 1 on h2 failed: KeyError: 'x'"), 7) is None
+        reason = restarts.why_not(End(EXIT_FAULT, error=other), 7)
+        assert reason is not None and reason.endswith(f"and failed in the same way: {other}") == same
+
+
+@pytest.mark.parametrize(("most", "least"), [(-1, None), (3, 0), (3, 5), (0, 2)])
+def test_options_that_cannot_be_meant(most: int, least: int | None) -> None:
+    with pytest.raises(UserError, match="^--m"):
+        check_options(most, least, ranks=4)
+
+
+# ---- without some hosts ---------------------------------------------------------------------------------------------
+
+HOSTS = [("a", 2), ("b", 1), ("c", 2)]
+
+
+def test_the_ranks_that_remain_are_numbered_anew() -> None:
+    classes = {"gpu": {"device": "cuda", "ranks": [0, 3]}, "cpu": {"ranks": "1-2,4", "slowdown": 2.0}}
+    assert remaining_classes(classes, HOSTS, ["a"]) == {
+        "gpu": {"device": "cuda", "ranks": [1]}, "cpu": {"ranks": [0, 2], "slowdown": 2.0}
+    }
+    assert remaining_classes(classes, HOSTS, ["b"]) == {
+        "gpu": {"device": "cuda", "ranks": [0, 2]}, "cpu": {"ranks": [1, 3], "slowdown": 2.0}
+    }
+    assert remaining_classes(classes, HOSTS, []) == {
+        "gpu": {"device": "cuda", "ranks": [0, 3]}, "cpu": {"ranks": [1, 2, 4], "slowdown": 2.0}
+    }
+
+
+def test_classes_without_ranks_are_dropped_and_what_is_said_of_them() -> None:
+    """The settings are read again as a user's would be."""
+    given = ["cluster.hosts=a:2,b:1,c:2", "train.tau={one: 8, two: 4, three: 2}", "train.batch_size=4",
+             "cluster.classes={one: {ranks: [0, 1]}, two: {ranks: [2]}, three: {hosts: c}}"]
+    config = load([], given)
+    smaller = load([], [*given, *without(config, HOSTS, ["b"])])
+    assert smaller.cluster.hosts == "a:2,c:2"
+    assert smaller.cluster.classes == {"one": {"ranks": [0, 1]}, "three": {"hosts": "c"}}
+    assert smaller.train.tau == {"one": 8, "three": 2}
+    assert smaller.train.batch_size == 4
+    smallest = load([], [*given, *without(config, HOSTS, ["b", "c"])])
+    assert smallest.cluster.classes == {"one": {"ranks": [0, 1]}} and smallest.train.tau == {"one": 8}
+
+
+def test_classes_that_are_chosen_by_the_hosts_stay_as_they_are() -> None:
+    for classes in ("auto", "{one: {hosts: '*', slots: [0]}, two: {hosts: '*', slots: [1]}}"):
+        given = ["cluster.hosts=a:2,c:2", f"cluster.classes={classes}"]
+        config = load([], given)
+        assert without(config, [("a", 2), ("c", 2)], ["c"]) == ["cluster.hosts=a:2"]

@@ -1,0 +1,71 @@
+"""Checkpoints of real jobs: what a failure in the next round, a file system or a schedule may do to them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+
+from together import together  # noqa: E402
+
+from hvd_hetero.checkpoint import Store  # noqa: E402
+
+RANKS = Path(__file__).parents[1] / "ranks"
+SETTINGS = ["model.target=fails_next:model", "train.tau={fast: 8, slow: 2}", "cluster.classes.slow.slowdown=1",
+            "checkpoint.every_rounds=1", "train.max_samples=120", "run.trace_rounds=0",
+            "train.scheduler=fails_next:Halving"]  # fmt: skip
+NO_SYNC = """
+#include <dlfcn.h>
+#include <errno.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+int fsync(int file) {
+    struct stat found;
+    if (!fstat(file, &found) && S_ISDIR(found.st_mode)) { errno = EINVAL; return -1; }
+    return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(file);
+}
+"""
+
+
+def checkpoints(run: Path) -> list[int]:
+    """Rounds that have one, all files of which are read; and there is nothing else beside them."""
+    found = Store(run).candidates(deep=True)
+    assert all(candidate.checkpoint is not None for candidate in found), [str(candidate.error) for candidate in found]
+    assert not list((run / "checkpoints").rglob(".*")), "nothing half written"
+    return [candidate.round for candidate in found]
+
+
+@pytest.fixture
+def no_sync(tmp_path: Path) -> dict[str, str]:
+    """An environment in which folders cannot be synced."""
+    if shutil.which("gcc") is None:
+        return {}
+    source, library = tmp_path / "no_sync.c", tmp_path / "no_sync.so"
+    source.write_text(f"#define _GNU_SOURCE{NO_SYNC}")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    return {"LD_PRELOAD": str(library)}
+
+
+def test_a_failure_in_the_next_round_does_not_lose_what_was_saved(
+    hvd_hetero: Callable[..., Any], tmp_path: Path, no_sync: dict[str, str]
+) -> None:
+    """Neither where rank 0 fails, which finishes checkpoints, nor where another one does."""
+    runs = {"0:8": tmp_path / "first", "1:2": tmp_path / "second"}
+    calls = [partial(hvd_hetero, ["launch", *SETTINGS, f"run.dir={run}"], cwd=RANKS, env={"HVD_HETERO_TEST_FAILS": who})
+             for who, run in runs.items()]  # fmt: skip
+    for (who, run), done in zip(runs.items(), together(*calls), strict=True):
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert f"rank {who[0]} on localhost failed: RuntimeError: the next round is not" in done.stderr
+        assert checkpoints(run) == [1], "the round before the failure"
+    run = runs["1:2"]
+    done = hvd_hetero(["launch", *SETTINGS, f"run.dir={run}", "run.resume=auto"], cwd=RANKS, env=no_sync)
+    assert done.returncode == 0 and "goes on after pass 0, round 0, in the next pass 1 rounds later" in done.stdout
+    assert checkpoints(run) == [3, 2] and "no checkpoint" not in done.stdout

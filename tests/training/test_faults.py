@@ -1,0 +1,115 @@
+"""How a job ends when one of its ranks fails: soon, with rank and cause, and nobody left behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils.data import DataLoader, Dataset
+
+from hvd_hetero.config.instantiate import in_a_line
+from hvd_hetero.errors import EXIT_BAD_INPUT
+from hvd_hetero.launch.horovodrun import meaning_of
+
+RANKS = Path(__file__).parents[1] / "ranks"
+
+
+def processes_with(text: str) -> list[str]:
+    """Command lines of all running processes that hold a text."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if text in line and int(file.parent.name) != os.getpid():
+            found.append(line)
+    return found
+
+
+def test_a_fault_on_one_rank_ends_the_job(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
+    """In mid-run: a status that is not 0, a message with rank and cause, nobody left behind."""
+    folder = tmp_path / "run"
+    done = hvd_hetero(["launch", f"run.dir={folder}", "train.loss=own_parts:fails_on_rank_1",
+                       "train.tau={fast: 8, slow: 4}", "train.passes=1000"], cwd=RANKS)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("hvd-hetero: error: ")]
+    assert "hvd-hetero: error: rank 1 on localhost failed: RuntimeError: the disk of rank 1 is on fire" in errors
+    assert errors[-1] == ("hvd-hetero: error: the job failed: rank 1 on localhost ended first, with status 1; it said: "
+                          "RuntimeError: the disk of rank 1 is on fire")
+    assert done.stderr.count("Traceback (most recent call last)") == 1 and "rank 1: Traceback" in done.stderr
+    assert (folder / "metrics.jsonl").read_text(), "it was in mid-run"
+    assert not (folder / "summary.json").exists()
+    assert processes_with(str(tmp_path)) == []
+
+
+BROKEN = """
+import os
+import torch
+from hvd_hetero.errors import ConfigError
+
+class Images:
+    def __init__(self):
+        self.read = 0
+    def __len__(self):
+        return 400
+    def __getitem__(self, i):
+        self.read += 1
+        if os.environ.get("HOROVOD_RANK") == "1" and self.read > 50:
+            raise ConfigError("data.root", f"image {i}", "is corrupt", "replace it")
+        return torch.rand(8), i % 10
+
+def data():
+    return Images(), Images()
+"""
+
+
+@pytest.mark.parametrize(("words", "tau"), [
+    (["launch", "--max-restarts", "3", "data.workers=1"], "{fast: 16, slow: 4}"),
+    pytest.param(["launch"], "16", marks=pytest.mark.slow), pytest.param(["profile"], "16", marks=pytest.mark.slow),
+], ids=["training", "profiling", "profile"])
+def test_bad_input_that_one_rank_meets_in_mid_run_ends_all(
+    hvd_hetero: Callable[..., Any], tmp_path: Path, words: list[str], tau: str
+) -> None:
+    """A file that only one rank reads: the others wait in another collective, so nobody may wait for them.
+
+    It would be met again, so that the job is not started again. Data workers that outlive the rank keep horovodrun from
+    seeing its end before those of the others.
+    """
+    (tmp_path / "broken.py").write_text(BROKEN)
+    settings = ["data.target=broken:data", "model.args={in_features: 8}", f"train.tau={tau}", "profile.seconds=0.2"]
+    done = hvd_hetero([*words, f"run.dir={tmp_path / 'run'}", *settings], cwd=tmp_path, timeout=120)
+    assert done.returncode == EXIT_BAD_INPUT, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("hvd-hetero: error: rank 1 on localhost: ")]
+    assert len(errors) == 1 and "is corrupt, in the batch of the samples [" in errors[0]
+    assert "replace it" in errors[0]
+    assert "Traceback" not in done.stderr and "restart" not in done.stderr
+    assert processes_with(str(tmp_path)) == []
+
+
+class Raises(Dataset):  # type: ignore[type-arg]
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> None:
+        raise KeyError(f"image {index}\nis not there")
+
+
+def test_what_a_data_worker_raises_is_told_in_a_line() -> None:
+    """The loader makes a text of several lines of it, whose last one is the cause."""
+    for workers in (0, 1):
+        with pytest.raises(KeyError) as caught:
+            next(iter(DataLoader(Raises(), num_workers=workers)))
+        assert in_a_line(caught.value) == "KeyError: 'image 0\\nis not there'"
+    assert in_a_line(RuntimeError("one\n  two")) == "RuntimeError: one two"
+
+
+@pytest.mark.parametrize(("code", "text"), [
+    (3, "with status 3"), (-9, "killed by SIGKILL"), (137, "killed by SIGKILL"), (143, "killed by SIGTERM"),
+    (200, "with status 200"),
+])
+def test_how_a_rank_ended(code: int, text: str) -> None:
+    assert meaning_of(code) == text

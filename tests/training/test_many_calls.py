@@ -1,0 +1,85 @@
+"""Several trainings in one program: each knows nothing of the others, and leaves the process as it was."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+
+import torch  # noqa: E402
+
+from hvd_hetero.checkpoint import Store  # noqa: E402
+
+SCRIPT = Path(__file__).parents[1] / "ranks" / "many_calls.py"
+REFUSED = {"refused everywhere", "refused between ranks", "refused after the start"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("many")
+
+
+@pytest.fixture(scope="module")
+def said(horovodrun: Callable[..., Any], folder: Path) -> str:
+    done = horovodrun(2, [sys.executable, SCRIPT, folder], cwd=folder, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return str(done.stdout + done.stderr)
+
+
+@pytest.fixture(scope="module")
+def ranks(said: str, folder: Path) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def weights(run: Path) -> list[torch.Tensor]:
+    return list(torch.load(run / "checkpoint" / "model.pt", weights_only=True).values())
+
+
+def same(one: Path, other: Path) -> bool:
+    return all(map(torch.equal, weights(one), weights(other)))
+
+
+def test_each_is_refused_or_done_for_itself(ranks: list[dict[str, Any]], said: str) -> None:
+    for found in ranks:
+        calls = {name: call["status"] for name, call in found.items() if name != "begin"}
+        assert calls == {name: 2 if name in REFUSED else "done" for name in calls}
+    errors = [line.partition("hvd-hetero: error: ")[2] for line in said.splitlines() if "hvd-hetero: error: " in line]
+    assert [error.partition("=")[0] for error in errors[:3]] == ["train.lr", "train.lr", "cluster.classes"]
+    assert "-1" in errors[0] and "0.2: so it is for rank 1" in errors[1] and "'fast': 'cpu [1]'" in errors[2]
+    assert errors[3].endswith("unsaved/checkpoint/model.pt is missing or old: KeyError: 'no weights today'")
+
+
+def test_the_same_call_gives_the_same_model_whatever_was_before(ranks: list[dict[str, Any]], folder: Path) -> None:
+    assert same(folder / "first", folder / "again") and not same(folder / "first", folder / "other")
+    kept = sorted(folder.glob("runs/*/checkpoint/model.pt"))
+    assert len(kept) == 2 and all(same(path.parents[1], folder / "first") for path in kept)
+
+
+def test_figures_of_another_metric_are_not_compared_with(ranks: list[dict[str, Any]], folder: Path) -> None:
+    run = folder / "other"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["passes"] == 3 and summary["eval"]["best_accuracy"] is None
+    best = json.loads((run / "checkpoints" / "best.json").read_text())
+    assert (best["metric"], best["best"]) == ("none", summary["rounds"]) and best["value"] < 0
+
+
+def test_a_run_whose_model_cannot_be_saved_leaves_the_rest(ranks: list[dict[str, Any]], folder: Path) -> None:
+    run = folder / "unsaved"
+    assert json.loads((run / "summary.json").read_text())["passes"] == 2
+    assert Store(run).latest() is not None, "checkpoints ask the model for nothing but its tensors"
+
+
+def test_the_process_is_as_it_was(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        begin = found.pop("begin")
+        for name, call in found.items():
+            assert call["facts"] == begin, name
+            assert call["draws as before"] or name == "loop", "a loop's random numbers are its program's own"
+            assert call["running"] == ["MainThread"], name
+        assert found["last"]["files"] <= found["first"]["files"], "no file is left open"
