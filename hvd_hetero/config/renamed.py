@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 from hvd_hetero.errors import ConfigError
@@ -53,7 +54,11 @@ def layer_renamed(layer: Mapping[str, Any], found: set[str]) -> dict[str, Any]:
 
 
 def warn_of(found: set[str]) -> None:
-    """Issue one warning that names all former names that were used."""
+    """Warn, once in a process, of the former names that were used."""
     if found:
-        said = ", ".join(f"{key} is now {KEYS[key]}" for key in sorted(found))
-        warnings.warn(f"{said}: the former name is accepted for one release", RenamedKeyWarning, stacklevel=3)
+        _warn(", ".join(f"{key} is now {KEYS[key]}" for key in sorted(found)))
+
+
+@cache  # Python's own "once" starts anew with each block that changes filters
+def _warn(said: str) -> None:
+    warnings.warn(f"{said}: the former name is accepted for one release", RenamedKeyWarning, stacklevel=3)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from hvd_hetero.config import renamed
 from hvd_hetero.config.load import load
 from hvd_hetero.config.renamed import KEYS, RenamedKeyWarning
 from hvd_hetero.errors import ConfigError
@@ -17,6 +18,7 @@ from hvd_hetero.errors import ConfigError
 def test_former_names_work_and_are_named_in_one_warning(tmp_path: Path) -> None:
     file = tmp_path / "former.yaml"
     file.write_text("train: {passes: 7, epoch: pass, lr: 0.3}\neval: {every_passes: 2}\n")
+    renamed._warn.cache_clear()
     with pytest.warns(RenamedKeyWarning) as said:
         config = load([file], ["train.epoch=fast_steps"])
     assert len(said) == 1
