@@ -42,7 +42,7 @@ class Algorithm:
         modes: what ``algorithm.mode`` may be, where the method has variants.
         claims_samples: whether ranks get the samples of an epoch bit by bit, so that no class has a part of its own.
         flat_gradients: whether gradients are views into flat vectors, and sparse ones are added up in there.
-        sends_at_once: whether each gradient is sent as soon as the backward epoch has made it, dense and in one piece.
+        sends_at_once: whether each gradient is sent as soon as the backward pass has made it, dense and in one piece.
         batch_varies: whether a rank's batch may become smaller than it is set to be.
         plan: the one followed now, and ``mine``, this rank's part of it; both from :meth:`start` on.
         reason: why :meth:`replan` last changed it, for a person to read.

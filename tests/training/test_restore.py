@@ -208,7 +208,7 @@ def test_a_stop_file_that_cannot_be_looked_at_is_none(tmp_path: Path, monkeypatc
         assert not stop()
 
 
-def test_what_was_counted_in_a_epoch_is_saved_with_it() -> None:
+def test_what_was_counted_in_an_epoch_is_saved_with_it() -> None:
     cluster = assign(device_classes({"fast": {"ranks": [0]}, "slow": {"ranks": [1]}}),
                      [RankFacts(rank, "here", rank, (), "cpu", (0, 1)) for rank in range(2)])  # fmt: skip
     plan = make_plan(cluster, 100, {"fast": 2, "slow": 1}, {"fast": 4, "slow": 4})
