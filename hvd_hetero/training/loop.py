@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -167,7 +168,9 @@ class Loop:
                 excluded = not exit_on_error(partial(average, self._comm, self._state, mine.weight))
                 self._comm.excluded.round += 1
             exit_on_error(partial(average_others, self._comm, self._state, mine.weight, only_new=True))
-            exit_on_error(partial(self._feed.collect, part, concat(taken)[0]))
+            at = np.repeat(np.arange(rounds), mine.tau)
+            shapes = [(rounds * c.tau, c.batch_size) for c in part.by_rank()]
+            exit_on_error(partial(self._feed.collect, rows, at, concat(taken)[0], shapes))
             done = done.after(part)
 
     def _steps(self, batches: Iterator[Batch], count: int) -> Iterator[Batch]:

@@ -15,11 +15,11 @@ import torch  # noqa: E402
 from method_helpers import GPU, ONE, TWO, method, of  # noqa: E402
 from torch import nn  # noqa: E402
 
-from hvd_hetero.cluster import device_classes  # noqa: E402
 from hvd_hetero.algorithms.base import Algorithm  # noqa: E402
 from hvd_hetero.algorithms.dlb import DLB  # noqa: E402
 from hvd_hetero.algorithms.outer_optimizer import Outer  # noqa: E402
 from hvd_hetero.algorithms.synchronous import choose  # noqa: E402
+from hvd_hetero.cluster import device_classes  # noqa: E402
 from hvd_hetero.cluster.device_classes import DeviceClass, has_bf16  # noqa: E402
 from hvd_hetero.comm.flat_params import FlatState  # noqa: E402
 from hvd_hetero.comm.parameter_server import Servers  # noqa: E402
