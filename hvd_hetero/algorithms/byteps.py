@@ -72,7 +72,6 @@ class BytePS(Lockstep):
         sums = [summable(vector) for vector in self.vectors]
         if self.mine.role == SERVER:
             self.servers.sum_(sums, "gradient")
-            worker.watch.collective()
             return
         for inputs, targets in worker.pace.steps(batches, 1):
             self.keep_buffers(worker)
@@ -82,7 +81,6 @@ class BytePS(Lockstep):
             write_validity_flags(sums, good, share=self.mine.weight)
             worker.pace.pause()
             self.servers.sum_(sums, "gradient")
-            worker.watch.collective()
             renormalize(comm, sums, good, "gradient", self.ranks)
             for gradient, total in zip(self.vectors, sums, strict=True):
                 if gradient is not total:

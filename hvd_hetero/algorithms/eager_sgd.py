@@ -118,8 +118,6 @@ class EagerSGD(Lockstep):
 
     def _apply(self, results: Sequence[Round], worker: Worker, segment: Segment, first: int) -> None:
         """One optimizer step along each result."""
-        if results:
-            worker.watch.waited(results[0].started)
         for result in results:
             if result.weight:  # the last round of an epoch finds the buffers empty, as a rule
                 segment.start_round(result.number - first)

@@ -194,7 +194,6 @@ class LocalSGD(Algorithm):
             return
         self.delayed.settle()
         self.delayed.begin(self.mine.weight)
-        worker.watch.collective()
         if self.aggregation.optimizer_state == "reset":
             worker.optimizer.state.clear()
 
@@ -204,7 +203,6 @@ class LocalSGD(Algorithm):
         good, kept = average(comm, worker.state, self.mine.weight), self.aggregation.optimizer_state
         if kept == "average":
             self.optimizer_average.average(worker.optimizer, self.mine.weight, good)
-        worker.watch.collective()
         if kept == "reset" or (kept == "local" and not good):
             worker.optimizer.state.clear()
         self.outer.step()

@@ -27,7 +27,6 @@ optimizer's state is cleared.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -124,13 +123,11 @@ class PartialModelAveraging:
                 rounds = partial.take(None if self._unmerged >= self._spec.max_lag else self._spec.patience_sec)
             else:  # others may be waiting for this rank to contribute
                 rounds = partial.take(patience_sec=0)
-            worker.watch.waited(rounds[0].started if rounds else math.inf)
             self._merge(rounds)
             segment.finish_round()
             if partial.closing or segment.is_stopping():
                 break
         for rounds in partial.finish():
-            worker.watch.waited(rounds[0].started)
             self._merge(rounds)
         check_partial(self._comm, self._params, self._averages)
         segment.averages = self._averages

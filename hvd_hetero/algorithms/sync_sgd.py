@@ -56,16 +56,16 @@ class SyncSGD(Lockstep):
 
     def run_round(self, worker: Worker, batches: Iterator[Batch], comm: Comm) -> None:
         if not self.mine.tau:
-            worker.watch.skip_collective()
+            comm.sit_out()
             return
         for inputs, targets in worker.pace.steps(batches, 1):
             self.keep_buffers(worker)
             self.sum.sent(partial(worker.gradient, inputs, targets, self.mine.weight))
             worker.pace.pause()
             with self.sum.finished(worker.optimizer):
-                if not finite(worker.gradients()):
-                    self._sum_again(worker, inputs, targets, comm)
-                worker.watch.collective()
+                with comm.booked():
+                    if not finite(worker.gradients()):
+                        self._sum_again(worker, inputs, targets, comm)
                 worker.apply()
 
     def _sum_again(self, worker: Worker, inputs: Any, targets: Tensor, comm: Comm) -> None:

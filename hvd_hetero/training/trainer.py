@@ -69,7 +69,7 @@ class Trainer:
         if run_dir is not None and job.env.rank == 0:
             kept = () if found is None else (found.state["rank0"][key] for key in ("rows_bytes", "samples_seen"))
             self.folder = RunFolder(run_dir, config.run.overwrite or config.run.resume is not None, *kept)
-        self.comm = Comm(job.cluster, job.env.rank, config.aggregation, job.watchdog.heartbeat)
+        self.comm = Comm(job.cluster, job.env.rank, config.aggregation, self.watch)
 
     def prepare(self) -> None:
         """Starts all ranks from one model, measures their speeds if they are needed, and makes the plan.
@@ -91,7 +91,7 @@ class Trainer:
         if state is not None and not reshaped:
             check_places(state, self.job.cluster)
             known = Plan.from_dict(state["plan"])
-            self.comm.take(state["path"])
+            self.comm.set_path(state["path"])
         with self._memory_told():
             self.plan = known or first_plan(self.job, self.algorithm, self.worker, self.source, self.comm)
             compile_steps(self.worker, self.source, self.plan.of_rank(self.comm.rank).batch_size)
@@ -158,7 +158,6 @@ class Trainer:
             self.recorder.start()
         self.watch.heartbeat.begin("dealing samples")
         indices = self.algorithm.deal(self.feed, part, self.plan)
-        self.watch.collective()
         return Epoch(part, indices, self.source, self.worker.generator)
 
     def _work(self, epoch: Epoch) -> SyncDecision:
@@ -176,8 +175,8 @@ class Trainer:
             if saver is None:
                 epoch.add(segment, progress)
                 return SyncDecision(progress, False, False)
-            agreed = saver.agree(progress, length, before)
-            self.watch.collective()
+            with self.comm.booked():
+                agreed = saver.agree(progress, length, before)
             epoch.add(segment, agreed.progress)
             if epoch.rounds_left == 0 or (length >= left and not agreed.stop):
                 return agreed
@@ -192,11 +191,11 @@ class Trainer:
         self.recorder.stop()
         self.watch.heartbeat.begin("end of an epoch")
         self.epoch, plan, is_planned = None, epoch.plan, self.algorithm.follows_plan
-        self.algorithm.end_epoch(worker, comm)
-        losses, weights = worker.take_losses()
         shapes = [(plan.rounds * c.tau, c.batch_size) for c in plan.by_rank()] if is_planned else None
-        self.feed.collect(*epoch.results(), losses, shapes)
-        self.watch.collective()
+        with comm.booked():
+            self.algorithm.end_epoch(worker, comm)
+            losses, weights = worker.take_losses()
+            self.feed.collect(*epoch.results(), losses, shapes)
         spans = RoundSpans(self.watch, self.recorder, epoch.work_sec)
         step_sec = spans.step_sec(epoch, self.algorithm.mine.tau, is_planned)
         excluded, counts = epoch.count(comm.excluded.take(), self.algorithm.counts())

@@ -48,7 +48,8 @@ class Feed:
                 ends = np.cumsum([sizes[rank] for rank in c.ranks])
                 dealt |= dict(zip(c.ranks, np.split(drawn[c.name][: counts[c.name]], ends[:-1]), strict=True))
             everything = torch.from_numpy(np.concatenate([dealt[rank] for rank in range(len(sizes))]))
-        everything = self._comm.broadcast(everything, "epoch.indices")
+        with self._comm.booked():
+            everything = self._comm.broadcast(everything, "epoch.indices")
         if self.sampler is not None:
             self.sampler.begin(whole.epoch_samples())
         mine = everything.split(sizes)[self._comm.rank].numpy()
@@ -60,7 +61,8 @@ class Feed:
         whole = torch.empty(sum(plan.epoch_samples().values()), dtype=self._dtype)
         if self.sampler is not None:
             whole = torch.from_numpy(self.sampler.draw({EVERYBODY: len(whole)})[EVERYBODY])
-        whole = self._comm.broadcast(whole, "epoch.indices")
+        with self._comm.booked():
+            whole = self._comm.broadcast(whole, "epoch.indices")
         return whole.numpy()
 
     def collect(
