@@ -1,4 +1,4 @@
-"""What the tests of methods without a job share: device classes, and a method made for them."""
+"""What the tests of methods without a job share: device classes, and a policy made for them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hvd_hetero import algorithms
-from hvd_hetero.algorithms.base import Algorithm
+from hvd_hetero.algorithms.policy import Policy
 from hvd_hetero.cluster.device_classes import Cluster, DeviceClass, RankFacts
 from hvd_hetero.config.load import load
 
@@ -21,5 +21,5 @@ def of(classes: tuple[DeviceClass, ...]) -> Cluster:
     return Cluster(classes, tuple(RankFacts(rank, "here", rank, (), "cpu", (0,)) for rank in range(size)))
 
 
-def method(settings: Mapping[str, Any], classes: tuple[DeviceClass, ...] = TWO, samples: int = 1000) -> Algorithm:
-    return algorithms.build(load((), settings, algorithms.method), of(classes), samples)
+def method(settings: Mapping[str, Any], classes: tuple[DeviceClass, ...] = TWO, samples: int = 1000) -> Policy:
+    return algorithms.policy(load((), settings, algorithms.method), of(classes), samples)

@@ -88,7 +88,8 @@ def test_only_comm_imports_horovod() -> None:
 
 @pytest.mark.parametrize("module", [
     "errors", "config.load", "config.schema", "cluster.device_classes", "planning.plan", "planning.local_steps",
-    "planning.rebalance", "planning.sampling", "telemetry.stopwatch", "analysis.predict.simulator", "analysis.predict",
+    "planning.rebalance", "planning.sampling", "telemetry.stopwatch", "algorithms", "analysis.predict.simulator",
+    "analysis.predict",
 ])
 def test_planning_runs_without_torch_and_horovod(module: str) -> None:
     assert module in NAMES

@@ -1,14 +1,18 @@
-"""The training methods, by name."""
+"""The training methods, by name: a policy each, which needs neither torch nor Horovod, and what executes it."""
 
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
-from hvd_hetero.algorithms.base import Algorithm
+from hvd_hetero.algorithms.policy import Policy
 from hvd_hetero.cluster.device_classes import Cluster
 from hvd_hetero.config.load import Method
 from hvd_hetero.config.schema import Config
 from hvd_hetero.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from hvd_hetero.algorithms.execution.base import Executor
 
 REGISTRY = {
     "biased_local_sgd": "BiasedLocalSGD",
@@ -21,26 +25,26 @@ REGISTRY = {
 }
 
 
-def get(name: str) -> type[Algorithm]:
-    """The class of a method; its file is named after it.
+def get(name: str) -> type[Policy]:
+    """Return the policy class of a method; its file is named after it.
 
     Raises:
         ConfigError: there is no such method.
     """
     if name not in REGISTRY:
         raise ConfigError("algorithm.name", name, "is not a known method", nearest(name, list(REGISTRY)))
-    found: type[Algorithm] = getattr(importlib.import_module(f"hvd_hetero.algorithms.{name}"), REGISTRY[name])
+    found: type[Policy] = _imported(f"hvd_hetero.algorithms.{name}.{REGISTRY[name]}")
     return found
 
 
 def method(name: str) -> Method:
-    """What the configuration needs to know of a method: its options, and its meaning of settings left null."""
+    """Return a method's options and its meaning of settings left null, for :func:`hvd_hetero.config.load.load`."""
     found = get(name)
     return found.Options, found.defaults
 
 
-def build(config: Config, cluster: Cluster, samples: int, min_batch: int = 1) -> Algorithm:
-    """The configured method, for these device classes and n training samples.
+def policy(config: Config, cluster: Cluster, samples: int, min_batch: int = 1) -> Policy:
+    """Make the policy of the configured method, for these device classes and n training samples.
 
     Args:
         min_batch: samples that the model needs in a step.
@@ -48,6 +52,16 @@ def build(config: Config, cluster: Cluster, samples: int, min_batch: int = 1) ->
     Raises:
         ConfigError: a setting does not fit the classes.
     """
-    made = get(config.algorithm.name)
-    sections = (config.algorithm, config.train, config.aggregation)
-    return made(*sections, cluster, samples, config.run.seed, config.cluster.too_slow, min_batch)
+    return get(config.algorithm.name)(config, cluster, samples, min_batch)
+
+
+def build(config: Config, cluster: Cluster, samples: int, min_batch: int = 1) -> Executor:
+    """Make what a rank runs: the executor of the configured method, with its policy as :func:`policy` makes it."""
+    made = policy(config, cluster, samples, min_batch)
+    executor: Executor = _imported(made.executor)(made)
+    return executor
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)

@@ -22,7 +22,7 @@ from hvd_hetero.errors import ConfigError
 
 @final
 class BalancedLocalSGD(LocalSGD):
-    """The same number of local steps everywhere, the plain mean."""
+    """Give all classes the same number of local steps, and all models the same weight."""
 
     @property
     def needs_speeds(self) -> bool:

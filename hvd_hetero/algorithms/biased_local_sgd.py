@@ -23,6 +23,6 @@ from hvd_hetero.algorithms.local_sgd import LocalSGD
 
 @final
 class BiasedLocalSGD(LocalSGD):
-    """Hard samples to the fast class, weights by local steps."""
+    """Give the hard samples to the fast class, and weights by local steps."""
 
     defaults: ClassVar[Mapping[str, str]] = {"sampling.scheme": "separate", "aggregation.weights": "steps"}

@@ -17,20 +17,13 @@ BytePS itself, a push does not start before the whole backward pass is done, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, final
 
 from hvd_hetero.algorithms.synchronous import FAST, Lockstep, LockstepOptions
-from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.nonfinite import finite, summable, write_validity_flags
-from hvd_hetero.comm.parameter_server import Servers
-from hvd_hetero.comm.weighted_sums import renormalize
 from hvd_hetero.config.schema import AlgorithmConfig
-from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.planning.plan import SERVER, Plan
-from hvd_hetero.worker.worker import Worker
+from hvd_hetero.planning.plan import SERVER
 
 
 @dataclass(frozen=True)
@@ -48,8 +41,10 @@ class BytePSOptions(LockstepOptions):
 
 @final
 class BytePS(Lockstep):
-    """Synchronous SGD on the fast class, gradients summed by the other ranks."""
+    """Train the fast class alone, and let the other ranks sum its gradients."""
 
+    executor: ClassVar[str] = "hvd_hetero.algorithms.execution.byteps.BytePSExecutor"
+    options: BytePSOptions
     Options: ClassVar[type[AlgorithmConfig]] = BytePSOptions
     others: ClassVar[str] = SERVER
     flat_gradients: ClassVar[bool] = True
@@ -60,31 +55,3 @@ class BytePS(Lockstep):
             problem = f"there is no rank left to be a summation server (classes: {names})"
             raise ConfigError("algorithm.name", self.options.name, problem, "add a second class, or use sync_sgd")
         super().check()
-
-    def start(self, plan: Plan, worker: Worker, comm: Comm) -> None:
-        super().start(plan, worker, comm)
-        assert isinstance(self.options, BytePSOptions)
-        self.servers = Servers(comm, self.ranks, self.options.partition_bytes)
-        self.gradients = worker.flat_gradients()
-        self.vectors = worker.state.padded_gradients  # a server's only tell how long they are
-
-    def run_round(self, worker: Worker, batches: Iterator[Batch], comm: Comm) -> None:
-        sums = [summable(vector) for vector in self.vectors]
-        if self.mine.role == SERVER:
-            self.servers.sum_(sums, "gradient")
-            return
-        for inputs, targets in worker.pace.steps(batches, 1):
-            self.keep_buffers(worker)
-            worker.gradient(inputs, targets, self.mine.weight)
-            good = finite(self.gradients)
-            sums = [summable(vector) for vector in self.vectors]
-            write_validity_flags(sums, good, share=self.mine.weight)
-            worker.pace.pause()
-            self.servers.sum_(sums, "gradient")
-            renormalize(comm, sums, good, "gradient", self.ranks)
-            for gradient, total in zip(self.vectors, sums, strict=True):
-                if gradient is not total:
-                    gradient.copy_(total)
-            if not good:
-                self.leave_out(worker, comm)
-            worker.apply()

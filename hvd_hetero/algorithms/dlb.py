@@ -10,9 +10,9 @@ Synchronous SGD whose global batch B stays, while each worker's part follows its
         t_i = the worker's own time of the epoch: compute and data, waiting excluded
         p_i = (p_i / t_i) / sum_j (p_j / t_j)
 
-Two things that the paper leaves open: nobody gets less than ``algorithm.least`` samples, one or more, so that
-everybody's time can be measured, nor less than the model can be trained on; and the p_i that is divided by t_i is the
-rounded one, b_i / B, since that is what took t_i.
+Two things that the paper leaves open: no worker gets less than ``algorithm.min_local_batch`` samples, one or more, so
+that each one's time can be measured, nor less than the model can be trained on; and the p_i that is divided by t_i is
+the rounded one, b_i / B, since that is what took t_i.
 ``algorithm.global_batch`` is B; null: what the workers' ``train.batch_size`` add up to.
 """
 
@@ -45,21 +45,20 @@ class DLBOptions(LockstepOptions):
 
 @final
 class DLB(SyncSGD):
-    """Batches in proportion to measured speed, the joined batch unchanged."""
+    """Keep batches in proportion to measured speed, and the joined batch as it is."""
 
+    options: DLBOptions
     Options: ClassVar[type[AlgorithmConfig]] = DLBOptions
     batch_varies: ClassVar[bool] = True
 
     @cached_property
     def global_batch(self) -> int:
         """B, samples of one step of all workers."""
-        assert isinstance(self.options, DLBOptions)
         return self.options.global_batch or sum(super().batches().values())
 
     @property
     def min_local_batch(self) -> int:
         """Samples of a step that no worker gets less of."""
-        assert isinstance(self.options, DLBOptions)
         return max(self.options.min_local_batch, self.min_batch)
 
     @cached_property
@@ -79,7 +78,7 @@ class DLB(SyncSGD):
     def replan(self, step_sec: Sequence[float]) -> Plan:
         speeds = [batch / step_sec[rank] for rank, batch in self.batches().items()]
         self.shares = [speed / sum(speeds) for speed in speeds]
-        self.follow(self.make_plan(None))
+        self.plan = self.make_plan(None)
         return self.plan
 
     def state_dict(self) -> dict[str, Any]:
@@ -87,4 +86,4 @@ class DLB(SyncSGD):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.shares = list(state["shares"])
-        self.follow(self.make_plan(None))
+        self.plan = self.make_plan(None)

@@ -21,4 +21,4 @@ from hvd_hetero.algorithms.local_sgd import LocalSGD
 
 @final
 class UnbalancedLocalSGD(LocalSGD):
-    """Local steps by speed, uniform samples, the plain mean."""
+    """Give local steps by speed, uniform samples, and all models the same weight."""

@@ -49,7 +49,8 @@ def _measure(files: Sequence[str], overrides: Sequence[str]) -> None:
     together = measurement.classes(batch)
     others = [measurement.classes(size) for size in sizes]
     alone, others_alone = measurement.alone(batch), [measurement.alone(size) for size in sizes]
-    choose_path(trainer.algorithm, measurement)
+    policy = trainer.algorithm.policy
+    choose_path(policy, measurement)
     average_sec = measurement.average_sec()
     if started.env.rank == 0:
         classes = [
@@ -70,7 +71,7 @@ def _measure(files: Sequence[str], overrides: Sequence[str]) -> None:
         ]
         step_sec = {c.name: c.step_sec for c in classes}
         try:
-            plan = trainer.algorithm.make_plan(step_sec if trainer.algorithm.needs_speeds else None)
+            plan = policy.make_plan(step_sec if policy.needs_speeds else None)
             problem = ""
         except ConfigError as error:
             plan, problem = Plan((), 0), str(error)
@@ -83,7 +84,7 @@ def _measure(files: Sequence[str], overrides: Sequence[str]) -> None:
             classes,
             average_sec,
             {c.name: c.tau for c in plan.classes},
-            predicted_blocked(plan, step_sec, average_sec) if trainer.algorithm.waits(step_sec) else {},
+            predicted_blocked(plan, step_sec, average_sec) if policy.is_blocking(step_sec) else {},
         )
         path = kept_at(kept.key) if config.profile.file is None else Path(config.profile.file)
         kept.save(path)

@@ -7,7 +7,8 @@ import sys
 
 import torch
 
-from hvd_hetero.algorithms.base import Algorithm
+from hvd_hetero.algorithms.execution.base import Executor
+from hvd_hetero.algorithms.policy import Policy
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.data import Source
 from hvd_hetero.errors import ConfigError, UserError
@@ -24,7 +25,7 @@ def measurement(job: Job, worker: Worker, source: Source, comm: Comm) -> Measure
     return Measurement(worker, source, job.cluster, comm, spec.seconds, spec.warmup_steps)
 
 
-def first_plan(job: Job, algorithm: Algorithm, worker: Worker, source: Source, comm: Comm) -> Plan:
+def first_plan(job: Job, policy: Policy, worker: Worker, source: Source, comm: Comm) -> Plan:
     """The plan that the job begins with, and the way that averages take; all ranks call it.
 
     Raises:
@@ -32,29 +33,29 @@ def first_plan(job: Job, algorithm: Algorithm, worker: Worker, source: Source, c
         RankError: this rank cannot take a step, while the others wait for it.
     """
     cluster = job.cluster
-    choose_path(algorithm, measurement(job, worker, source, comm))
-    if not algorithm.needs_speeds:
-        return algorithm.make_plan(None)
+    choose_path(policy, measurement(job, worker, source, comm))
+    if not policy.needs_speeds:
+        return policy.make_plan(None)
     if len(cluster.classes) == 1:
-        return algorithm.make_plan({cluster.classes[0].name: 1.0}).without_step_times()
+        return policy.make_plan({cluster.classes[0].name: 1.0}).without_step_times()
     known = _known(job, comm)
     if known is None:
-        measured = measurement(job, worker, source, comm).classes(algorithm.batch_size)
+        measured = measurement(job, worker, source, comm).classes(policy.batch_size)
         known = {name: figures.step_sec for name, figures in measured.items()}
-    return algorithm.make_plan(known)
+    return policy.make_plan(known)
 
 
-def choose_path(algorithm: Algorithm, measure: Measurement) -> None:
+def choose_path(policy: Policy, measure: Measurement) -> None:
     """Lets averages take the faster way, where there are two and that is to be measured; all ranks call it."""
     comm = measure.comm
-    if algorithm.averages and len(comm.paths) > 1:
+    if policy.has_blocking_average and len(comm.paths) > 1:
         found = measure.choose_path()
         if comm.rank == 0:
             times = ", ".join(f"{path} {1e3 * sec:.3g} ms" for path, sec in found.items())
             print(f"averages go the {comm.path} way: {times}", flush=True)
 
 
-def start_together(algorithm: Algorithm, plan: Plan, worker: Worker, comm: Comm) -> None:
+def start_together(algorithm: Executor, plan: Plan, worker: Worker, comm: Comm) -> None:
     """Starts the method on all ranks.
 
     Raises:

@@ -135,7 +135,7 @@ class Loop:
         self._comm = Comm(cluster, self.rank, config.aggregation, self._watch)
         self._comm.broadcast_state(self._state)
         samples = len(self._source)
-        self.plan = algorithms.build(config, cluster, samples).make_plan(None)
+        self.plan = algorithms.policy(config, cluster, samples).make_plan(None)
         spec = config.sampling
         biased = self.plan.biased(spec.bias_to)
         sampler = Sampler(samples, str(spec.scheme), spec.high_loss_ratio, biased, config.run.seed)

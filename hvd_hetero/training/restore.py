@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hvd_hetero.algorithms.base import Algorithm
+from hvd_hetero.algorithms.execution.base import Executor
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.data import Source
 from hvd_hetero.planning.plan import Plan
@@ -31,7 +31,7 @@ class Run(Protocol):
 
     job: Job
     worker: Worker
-    algorithm: Algorithm
+    algorithm: Executor
     accounts: Accounts
     comm: Comm
     feed: Feed

@@ -138,14 +138,14 @@ def check(config: Config, components: Components, cluster: Cluster) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    algorithm = algorithms.build(config, cluster, len(components.dataset.train), components.min_batch)
-    algorithm.check()
-    if not algorithm.needs_speeds:
-        check_limits(config.train, algorithm.make_plan(None))
+    policy = algorithms.policy(config, cluster, len(components.dataset.train), components.min_batch)
+    policy.check()
+    if not policy.needs_speeds:
+        check_limits(config.train, policy.make_plan(None))
     elif (limit := config.train.max_fast_steps) is not None and limit < config.train.tau:
         problem = f"one round takes {config.train.tau} steps of the fastest class"
         raise ConfigError("train.max_fast_steps", limit, problem, f"set it to {config.train.tau} or more")
-    if algorithm.claims_samples and config.sampling.scheme != "uniform":
+    if policy.claims_samples and config.sampling.scheme != "uniform":
         problem = f"{config.algorithm.name} hands out samples as ranks ask for them, to no class in particular"
         raise ConfigError("sampling.scheme", config.sampling.scheme, problem, "set sampling.scheme=uniform")
     check_delays(config.delays)

@@ -82,7 +82,7 @@ class Trainer:
         state, reshaped = None, False
         self.saver: Saver | None = None
         if self.run_dir is not None:
-            self.saver = Saver(self.run_dir, config, self.job.env, self.comm, self.algorithm.needs_quiesce)
+            self.saver = Saver(self.run_dir, config, self.job.env, self.comm, self.algorithm.policy.needs_quiesce)
             state, reshaped = self.saver.load(self.found, self.job.cluster)
         if state is not None and reshaped:
             check_fits(state, self.worker)
@@ -93,7 +93,7 @@ class Trainer:
             known = Plan.from_dict(state["plan"])
             self.comm.set_path(state["path"])
         with self._memory_told():
-            self.plan = known or first_plan(self.job, self.algorithm, self.worker, self.source, self.comm)
+            self.plan = known or first_plan(self.job, self.algorithm.policy, self.worker, self.source, self.comm)
             compile_steps(self.worker, self.source, self.plan.of_rank(self.comm.rank).batch_size)
         check_limits(config.train, self.plan)
         self.comm.agree(self.plan.digest(), "plan", "plan")
@@ -170,7 +170,7 @@ class Trainer:
             is_stopping = (lambda: False) if saver is None else saver.stopping
             segment = Segment(epoch, length, partial(self._start_round, before), spans.end_round, is_stopping)
             with self._memory_told():
-                self.algorithm.run_segment(segment, self.worker, self.comm)
+                self.algorithm.run_segment(segment)
             progress = epoch.finish(segment, self.algorithm.mine.tau)
             if saver is None:
                 epoch.add(segment, progress)
@@ -190,10 +190,10 @@ class Trainer:
         config, comm, worker, accounts = self.config, self.comm, self.worker, self.accounts
         self.recorder.stop()
         self.watch.heartbeat.begin("end of an epoch")
-        self.epoch, plan, is_planned = None, epoch.plan, self.algorithm.follows_plan
+        self.epoch, plan, is_planned = None, epoch.plan, self.algorithm.policy.follows_plan
         shapes = [(plan.rounds * c.tau, c.batch_size) for c in plan.by_rank()] if is_planned else None
         with comm.booked():
-            self.algorithm.end_epoch(worker, comm)
+            self.algorithm.end_epoch()
             losses, weights = worker.take_losses()
             self.feed.collect(*epoch.results(), losses, shapes)
         spans = RoundSpans(self.watch, self.recorder, epoch.work_sec)
@@ -228,7 +228,7 @@ class Trainer:
     def _memory_told(self) -> AbstractContextManager[None]:
         """What a class without enough memory for its steps ends with."""
         worker, name = self.worker, self.job.cluster.class_of(self.comm.rank).name
-        batch_size = self.algorithm.batch_size[name]
+        batch_size = self.algorithm.policy.batch_size[name]
 
         def step(rows: Tensor) -> None:
             worker.try_gradient(*next(read(self.source, rows.view(1, -1), worker.generator)))
@@ -247,7 +247,7 @@ class Trainer:
             self.comm.agree(new.digest(), "plan", "plan")
             if self.folder is not None:
                 self.folder.write("plan.json", new.to_dict())
-                say_taus(plan, new, self.algorithm.reason)
+                say_taus(plan, new, self.algorithm.policy.reason)
             if self.feed.sampler is not None:
                 self.feed.sampler.biased = new.biased(self.config.sampling.bias_to)
         return new

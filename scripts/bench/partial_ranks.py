@@ -37,11 +37,11 @@ def main(folder: Path, mode: str, size: int, steps: int, sync_every: int, *speed
         time.sleep(float(rng.exponential(mean_sec)) if speeds[0] == "random" else mean_sec)
         partial.contribute(vector)
         begin = time.perf_counter()
-        results = partial.take()
+        results = partial.pop()
         waits.append(time.perf_counter() - begin)
-        partial.done(results)
+        partial.release(results)
     for results in partial.finish():
-        partial.done(results)
+        partial.release(results)
     counts = partial.take_counts()
     found = {"waits": waits, "fresh": counts.fresh, "late": counts.late, "empty": counts.empty}
     (folder / f"rank{env.rank}.json").write_text(json.dumps(found))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scrip
 
 import torch  # noqa: E402
 
-from hvd_hetero.algorithms import delayed_averaging  # noqa: E402
+from hvd_hetero.algorithms.averaging import delayed  # noqa: E402
 from hvd_hetero.comm.async_ops import PeerLost  # noqa: E402
 from hvd_hetero.telemetry.heartbeat import Heartbeat  # noqa: E402
 
@@ -32,17 +33,17 @@ def ended(those: list[threading.Thread]) -> bool:
 
 
 @pytest.fixture
-def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[..., Any]], delayed_averaging.Delayed]]:
+def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[..., Any]], delayed.InFlightAverage]]:
     """Makes a rank's delayed averages, given what one of them does with the rank's vectors."""
     made = []
 
-    def make(average: Callable[[list[torch.Tensor]], None]) -> delayed_averaging.Delayed:
-        monkeypatch.setattr(delayed_averaging, "average_tensors", lambda comm, mean, good, name, weight: average(mean))
+    def make(average: Callable[[list[torch.Tensor]], None]) -> delayed.InFlightAverage:
+        monkeypatch.setattr(delayed, "average_tensors", lambda comm, mean, good, name, weight: average(mean))
         state = SimpleNamespace(vectors=[torch.zeros(4)], params=[4], refresh=lambda: False)
         cpu = torch.device("cpu")
         worker: Any = SimpleNamespace(device=cpu, state=state, optimizer=SimpleNamespace(state={}))
-        comm: Any = SimpleNamespace(clone_for_thread=lambda: None, heartbeat=Heartbeat())
-        made.append(delayed_averaging.Delayed(worker, comm))
+        comm: Any = SimpleNamespace(clone_for_thread=lambda: None, heartbeat=Heartbeat(), booked=nullcontext)
+        made.append(delayed.InFlightAverage(worker, comm))
         return made[-1]
 
     yield make
@@ -51,7 +52,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[...,
     assert ended(threads())
 
 
-def test_an_average_that_fails_is_the_ranks_own_failure(running: Callable[..., delayed_averaging.Delayed]) -> None:
+def test_an_average_that_fails_is_the_ranks_own_failure(running: Callable[..., delayed.InFlightAverage]) -> None:
     """And the thread outlives it."""
     outcomes: list[BaseException | float] = [PeerLost("gone"), 2.0]
 
@@ -62,17 +63,17 @@ def test_an_average_that_fails_is_the_ranks_own_failure(running: Callable[..., d
         mean[0] += outcome
 
     mine = running(average)
-    mine.begin(0.5)
+    mine.send(0.5)
     with pytest.raises(PeerLost, match="gone"):
-        mine.settle()
-    mine.settle()  # there is nothing on its way
-    mine.begin(0.5)
-    mine.settle()
+        mine.receive()
+    mine.receive()  # there is nothing on its way
+    mine.send(0.5)
+    mine.receive()
     assert mine._worker.state.vectors[0].tolist() == [2.0] * 4
     assert len(threads()) == 1
 
 
-def test_closing_does_not_wait_for_what_is_on_its_way(running: Callable[..., delayed_averaging.Delayed]) -> None:
+def test_closing_does_not_wait_for_what_is_on_its_way(running: Callable[..., delayed.InFlightAverage]) -> None:
     begun, let_go = threading.Event(), threading.Event()
 
     def average(mean: list[torch.Tensor]) -> None:
@@ -80,7 +81,7 @@ def test_closing_does_not_wait_for_what_is_on_its_way(running: Callable[..., del
         let_go.wait(SOON_SEC)
 
     mine = running(average)
-    mine.begin(0.5)
+    mine.send(0.5)
     assert begun.wait(SOON_SEC)
     those, start = threads(), time.monotonic()
     mine.close()

@@ -15,9 +15,8 @@ import torch  # noqa: E402
 from method_helpers import GPU, ONE, TWO, method, of  # noqa: E402
 from torch import nn  # noqa: E402
 
-from hvd_hetero.algorithms.base import Algorithm  # noqa: E402
+from hvd_hetero.algorithms.averaging.outer_optimizer import OuterOptimizer  # noqa: E402
 from hvd_hetero.algorithms.dlb import DLB  # noqa: E402
-from hvd_hetero.algorithms.outer_optimizer import Outer  # noqa: E402
 from hvd_hetero.algorithms.synchronous import choose  # noqa: E402
 from hvd_hetero.cluster import device_classes  # noqa: E402
 from hvd_hetero.cluster.device_classes import DeviceClass, has_bf16  # noqa: E402
@@ -33,12 +32,12 @@ from hvd_hetero.worker.worker import Worker  # noqa: E402
 def dlb(classes: tuple[DeviceClass, ...] = TWO, **settings: Any) -> DLB:
     made = method({"algorithm.name": "dlb", **{f"algorithm.{k}": v for k, v in settings.items()}}, classes)
     assert isinstance(made, DLB)
-    Algorithm.start(made, made.make_plan(None), None, SimpleNamespace(rank=0))  # type: ignore[arg-type]
+    made.start(made.make_plan(None))
     return made
 
 
-def batches(algorithm: Algorithm) -> list[int]:
-    return [c.batch_size for c in algorithm.plan.by_rank()]
+def batches(policy: DLB) -> list[int]:
+    return [c.batch_size for c in policy.plan.by_rank()]
 
 
 def test_dlb_begins_with_equal_shares_and_follows_speed() -> None:
@@ -150,13 +149,13 @@ def test_a_cpu_tells_whether_it_has_bfloat16(monkeypatch: pytest.MonkeyPatch, fl
 def test_the_outer_optimizer_resumes_where_it_was() -> None:
     """Saved and loaded between two rounds, it goes on as if nothing had happened."""
 
-    def made() -> tuple[FlatState, Outer]:
+    def made() -> tuple[FlatState, OuterOptimizer]:
         torch.manual_seed(0)
         state = FlatState(nn.Linear(3, 2))
-        return state, Outer(state, 0.7, 0.9, nesterov=True)
+        return state, OuterOptimizer(state, 0.7, 0.9, nesterov=True)
 
-    def round_of(state: FlatState, outer: Outer, number: int) -> None:
-        outer.remember()
+    def round_of(state: FlatState, outer: OuterOptimizer, number: int) -> None:
+        outer.snapshot()
         vector = state.vectors[0]
         vector.add_(number * torch.arange(float(len(vector))))  # what local steps and their average would come to
         outer.step()
@@ -177,8 +176,8 @@ def test_an_outer_step_rounds_as_it_is_written(lr: float, momentum: float, neste
     """Every product and every sum to float32, so that CPUs and GPUs come to the same bits."""
     torch.manual_seed(0)
     state = FlatState(nn.Linear(40, 25))
-    outer = Outer(state, lr, momentum, nesterov)
-    outer.remember()
+    outer = OuterOptimizer(state, lr, momentum, nesterov)
+    outer.snapshot()
     vector = state.parameters()[0]
     before = vector.numpy().copy()
     vector.add_(torch.randn_like(vector))
@@ -193,9 +192,9 @@ def test_an_outer_step_rounds_as_it_is_written(lr: float, momentum: float, neste
 
 def test_a_plain_average_costs_nothing_more() -> None:
     state = FlatState(nn.Linear(3, 2))
-    outer = Outer(state, 1.0, 0.0, nesterov=False)
+    outer = OuterOptimizer(state, 1.0, 0.0, nesterov=False)
     assert not outer.active and outer.state_dict() == {}
     before = state.vectors[0].clone()
-    outer.remember()
+    outer.snapshot()
     outer.step()
     assert torch.equal(before, state.vectors[0])

@@ -70,7 +70,7 @@ def test_every_method_has_its_file_of_settings(name: str) -> None:
     """It names the method, and nothing in it is refused."""
     config = load([CONFIGS / "algorithm" / f"{name}.yaml"], (), algorithms.method)
     assert config.algorithm.name == name
-    algorithms.build(config, of(TWO), 5000).check()
+    algorithms.policy(config, of(TWO), 5000).check()
 
 
 @pytest.mark.parametrize("name", algorithms.REGISTRY)

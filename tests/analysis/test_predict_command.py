@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -12,8 +11,6 @@ from typing import Any
 
 import pytest
 
-from hvd_hetero import algorithms
-from hvd_hetero.analysis.predict.methods import METHODS
 from hvd_hetero.cli import main
 
 EQUAL = ["cluster.classes={fast: {ranks: [0]}, slow: {ranks: [1]}}", "train.batch_size=4", "train.epochs=3"]
@@ -115,17 +112,6 @@ def test_a_profile_of_a_disturbed_machine_is_good_enough(tmp_path: Path, capsys:
 def test_automatic_classes_are_those_of_the_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "cluster.classes=auto", "--profile", saved(tmp_path, profile())]) == 0
     assert "class slow, ranks 1" in capsys.readouterr().out
-
-
-def test_the_methods_are_those_of_the_registry() -> None:
-    """The planner's data about methods, against the methods."""
-    def keys(options: type[Any]) -> dict[str, Any]:
-        return {item.name: item.default for item in dataclasses.fields(options)}
-
-    assert set(METHODS) == set(algorithms.REGISTRY)
-    for name, (options, defaults) in METHODS.items():
-        real, means = algorithms.method(name)
-        assert (keys(options), dict(defaults)) == (keys(real), dict(means)), name
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from hvd_hetero import algorithms
 from hvd_hetero.analysis.predict.advice import recommended, sweep, worth
-from hvd_hetero.analysis.predict.methods import method
 from hvd_hetero.analysis.predict.predict import Prediction, Scenario
 from hvd_hetero.analysis.predict.speeds import Assumptions, Speed, gather
 from hvd_hetero.config.load import load
@@ -17,7 +17,7 @@ EQUAL = ["cluster.classes={fast: {ranks: [0]}, slow: {ranks: [1]}}", "train.batc
 
 
 def scenario(overrides: Sequence[str] = (), **given: Any) -> Scenario:
-    config = load([], [*EQUAL, *overrides], method)
+    config = load([], [*EQUAL, *overrides], algorithms.method)
     known = {"step_ms": "fast=1,slow=8", "params": 1000, "samples": 1440} | given
     return Scenario(config, gather(config, Assumptions(**known)))
 

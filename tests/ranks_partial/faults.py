@@ -32,7 +32,7 @@ def main(folder: Path, mode: str, fails: bool) -> None:
     while True:
         time.sleep(0.002)
         partial.contribute(torch.ones(SIZE, dtype=torch.float64))
-        partial.done(partial.take())
+        partial.release(partial.pop())
         if partial.version > ROUNDS:
             (folder / f"rank{env.rank}.there").touch()
         if fails and env.rank == 1 and partial.version > 10 * ROUNDS:

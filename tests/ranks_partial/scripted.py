@@ -85,7 +85,7 @@ def main(folder: Path, name: str) -> None:
 
     def arrived() -> int:
         algorithm = this.algorithm
-        partial = algorithm.partial if case.method == "eager_sgd" else algorithm.merging._partial
+        partial = (algorithm if case.method == "eager_sgd" else algorithm.averaging).partial
         return int(partial.version + len(partial._rounds))
 
     turns.rounds = arrived

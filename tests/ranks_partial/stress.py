@@ -44,7 +44,7 @@ def main(folder: Path, mode: str, seed: int, steps: int) -> None:
             received.add_(result.total)
             weights += result.weight
             digest.append(hashlib.sha256(result.total.numpy().tobytes()).hexdigest()[:8])
-        partial.done(results)
+        partial.release(results)
 
     for _ in range(epochs):
         for _ in range(steps):
@@ -52,7 +52,7 @@ def main(folder: Path, mode: str, seed: int, steps: int) -> None:
             vector = torch.from_numpy(rng.integers(-1000, 1000, SIZE).astype(np.float64))
             computed.add_(vector)
             partial.contribute(vector)
-            enter(partial.take())
+            enter(partial.pop())
         for results in partial.finish():
             enter(results)
         comm.barrier("epoch")

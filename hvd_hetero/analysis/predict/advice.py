@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hvd_hetero.analysis.predict.predict import Scenario
-from hvd_hetero.analysis.predict.prediction import Prediction
+from hvd_hetero.analysis.predict.predict import Prediction, Scenario
 from hvd_hetero.planning.local_steps import planned_step_sec
 
 LARGEST_TAU = 4096
@@ -75,8 +74,9 @@ def recommended(scenario: Scenario, rows: Sequence[tuple[int, Prediction]]) -> A
     tau, row = next((tau, row) for tau, row in possible if row.samples_per_sec >= (1 - CLOSE) * best)
     own = ", ".join(f"{name} {steps}" for name, steps in row.tau.items())
     blocked = ", ".join(f"{name} {share:.1%}" for name, share in row.blocked.items())
+    sizes = ", ".join(f"{name} {size}" for name, size in row.batch_size.items())
     reason = (
-        f"tau {tau} ({own} local steps; batches {_batches(row)}): {row.samples_per_sec:.4g} samples/s are "
+        f"tau {tau} ({own} local steps; batches {sizes}): {row.samples_per_sec:.4g} samples/s are "
         f"{row.samples_per_sec / scenario.capacity:.1%} of what the classes could take if nobody waited or "
         f"communicated; blocked: {blocked}. It is the smallest within {CLOSE:.0%} of the best tau tried "
         f"({best:.4g} samples/s): longer rounds only let the models drift further apart."
@@ -94,14 +94,6 @@ def batches(scenario: Scenario) -> list[tuple[float, Advice]]:
 def worth(scenario: Scenario, tau: int) -> list[Worth]:
     """What each class but the fastest adds to local SGD at this tau."""
     whole = scenario.local(tau)
-    found = []
-    for c in scenario.cluster.classes:
-        if c.name != scenario.fastest:
-            rest = scenario.without(c.name).local(tau)
-            if rest.problem is None:
-                found.append(Worth(c.name, whole.samples_per_sec, rest.samples_per_sec))
-    return found
-
-
-def _batches(row: Prediction) -> str:
-    return ", ".join(f"{name} {size}" for name, size in row.batch_size.items())
+    others = [c.name for c in scenario.cluster.classes if c.name != scenario.fastest]
+    rest = {name: scenario.without(name).local(tau) for name in others}
+    return [Worth(name, whole.samples_per_sec, row.samples_per_sec) for name, row in rest.items() if not row.problem]

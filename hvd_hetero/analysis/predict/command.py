@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from hvd_hetero import algorithms
 from hvd_hetero.analysis.predict.advice import batches, recommended, sweep, worth
-from hvd_hetero.analysis.predict.methods import method
 from hvd_hetero.analysis.predict.predict import Scenario
 from hvd_hetero.analysis.predict.speeds import Assumptions, gather
 from hvd_hetero.analysis.predict.tables import Forecast, as_json, as_text
@@ -27,7 +27,7 @@ def plan(files: Sequence[str], overrides: Sequence[str], given: Assumptions, out
     """
     if out is not None:
         check_writable("--out", Path(out))
-    config = load(files, overrides, method)
+    config = load(files, overrides, algorithms.method)
     known = gather(config, given)
     scenario = Scenario(config, known)
     rows = sweep(scenario)

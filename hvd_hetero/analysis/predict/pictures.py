@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from hvd_hetero.analysis.predict.looks import SETTINGS, bar, line
 from hvd_hetero.analysis.predict.tables import Forecast
+from hvd_hetero.analysis.report.style import SETTINGS, bar, line
 
 DPI = 150
 KINDS = ("compute", "blocked", "comm")

@@ -1,30 +1,67 @@
-"""What each method would take for the work that a configuration asks for. The plans are those that a run would make."""
+"""Predict what each method would take for the work that a configuration asks for, by the plans of its own policy."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 
+from hvd_hetero import algorithms
+from hvd_hetero.algorithms.policy import MAJORITY, SOLO, Policy
+from hvd_hetero.algorithms.synchronous import ALL, FAST, LockstepOptions, choose
 from hvd_hetero.analysis.predict.link import sent_bytes
-from hvd_hetero.analysis.predict.methods import ALL, FAST
-from hvd_hetero.analysis.predict.prediction import Prediction
-from hvd_hetero.analysis.predict.simulator import MAJORITY, SOLO, Group, Outcome, Spent, blocking, partial
+from hvd_hetero.analysis.predict.simulator import Group, Outcome, Spent, blocking, partial
 from hvd_hetero.analysis.predict.speeds import Known
 from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
 from hvd_hetero.config.load import per_class
 from hvd_hetero.config.schema import Config
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.planning.local_steps import SHRINK, WAIT_AVOIDING, derive_tau, shrink_batches, too_slow_classes
-from hvd_hetero.planning.plan import IDLE, SERVER, Plan, apportion, lockstep_plan, make_plan
+from hvd_hetero.planning.plan import IDLE, SERVER, ClassPlan, Plan
 from hvd_hetero.planning.stop_criteria import RunProgress, check_limits, next_rounds, round_samples
 
 MOST_ROUNDS = 1000
 MOST_DRAWS = 1_000_000
 MOST_EVENTS = 30_000
-"""So much is simulated of a run at most; the rest of it is taken to go on like that."""
+"""Of a run, no more is simulated; the rest of it is taken to be alike."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one method would take.
+
+    Attributes:
+        label: as people call it, ``method``: ``algorithm.name``.
+        tau: local steps in a round, by class, at the end of the run, as ``batch_size``.
+        samples: trained on, over all ranks; ``averages``: collectives that were made.
+        sent_bytes: by each rank that trains; ``comm_sec``: spent on all collectives.
+        classes: seconds by kind, and steps.
+        problem: why the method cannot run; the rest is empty then.
+    """
+
+    label: str
+    method: str
+    tau: dict[str, int]
+    batch_size: dict[str, int]
+    seconds: float = 0.0
+    samples: float = 0.0
+    averages: float = 0.0
+    sent_bytes: float = 0.0
+    comm_sec: float = 0.0
+    classes: Mapping[str, Spent] | None = None
+    problem: str | None = None
+
+    @property
+    def samples_per_sec(self) -> float:
+        return self.samples / self.seconds if self.seconds else 0.0
+
+    @property
+    def blocked(self) -> dict[str, float]:
+        return {name: spent.blocked_share for name, spent in (self.classes or {}).items()}
 
 
 class Scenario:
@@ -43,8 +80,9 @@ class Scenario:
         self.step_sec = {name: known.speeds[name].step_sec(self.batch_size[name]) for name in names}
         self.fastest = min(names, key=lambda name: self.step_sec[name])
         tau = config.train.tau
-        self.taus = per_class("train.tau", tau, [*known.speeds]) if isinstance(tau, Mapping) else None
-        self.tau = max(self.taus.values()) if self.taus is not None else int(tau)
+        every = per_class("train.tau", tau, [*known.speeds])
+        self.taus = {name: every[name] for name in names} if isinstance(tau, Mapping) else None
+        self.tau = max(every.values())
 
     @property
     def capacity(self) -> float:
@@ -53,212 +91,151 @@ class Scenario:
 
     def without(self, name: str) -> Scenario:
         """The same without a class."""
-        left, first = [], 0
-        for c in self.cluster.classes:
-            if c.name != name:
-                left.append(DeviceClass(c.name, c.device, tuple(range(first, first + len(c.ranks)))))
-                first += len(c.ranks)
-        cluster = Cluster(tuple(left), self.cluster.facts[:first])
+        left = [c for c in self.cluster.classes if c.name != name]
+        ends = [0, *accumulate(len(c.ranks) for c in left)]
+        ranks = [tuple(range(*ends)) for ends in pairwise(ends)]
+        classes = tuple(DeviceClass(c.name, c.device, own) for c, own in zip(left, ranks, strict=True))
+        cluster = Cluster(classes, self.cluster.facts[: ends[-1]])
         return Scenario(self.config, replace(self.known, cluster=cluster), self.scale)
 
     def methods(self) -> list[Prediction]:
-        """Every method at the configuration's own tau and batch."""
+        """Predict every method at the configuration's own tau and batch."""
         return [
-            self._try("sync_sgd, all", "sync_sgd", lambda: self._lockstep(ALL)),
-            self._try("sync_sgd, fast", "sync_sgd", lambda: self._lockstep(FAST)),
-            self._try("balanced local SGD", "balanced_local_sgd", self._balanced),
+            self._predict("sync_sgd, all", "sync_sgd", participants=ALL),
+            self._predict("sync_sgd, fast", "sync_sgd", participants=FAST),
+            self._predict("balanced local SGD", "balanced_local_sgd", aggregation={"mode": "blocking"}),
             self.local(self.tau, self.taus),
-            self._try("dlb", "dlb", self._dlb),
-            self._try("byteps", "byteps", lambda: self._lockstep(FAST, SERVER)),
-            self._try("eager_sgd, solo", "eager_sgd", lambda: self._eager(SOLO)),
-            self._try("eager_sgd, majority", "eager_sgd", lambda: self._eager(MAJORITY)),
-            self._try("biased local SGD, solo", "biased_local_sgd", lambda: self._local(self.tau, self.taus, SOLO)),
+            self._predict("dlb", "dlb"),
+            self._predict("byteps", "byteps"),
+            self._predict("eager_sgd, solo", "eager_sgd", mode=SOLO),
+            self._predict("eager_sgd, majority", "eager_sgd", mode=MAJORITY),
+            self._predict("biased local SGD, solo", "biased_local_sgd", self.taus, {"mode": SOLO, "delayed": False}),
         ]
 
     def local(self, tau: int, taus: Mapping[str, int] | None = None) -> Prediction:
-        """Local SGD whose fastest class takes tau steps in a round, the others by their speed or as given."""
-        return self._try("unbalanced, biased local SGD", "biased_local_sgd", lambda: self._local(tau, taus))
+        """Predict local SGD whose fastest class takes tau steps in a round, the others by their speed or as given."""
+        return self._predict("unbalanced, biased local SGD", "biased_local_sgd", taus or tau, {"mode": "blocking"})
 
-    def _try(self, label: str, method: str, predict: Callable[[], Prediction]) -> Prediction:
+    def _predict(
+        self, label: str, name: str, tau: int | Mapping[str, int] | None = None,
+        aggregation: Mapping[str, Any] | None = None, **options: Any,
+    ) -> Prediction:  # fmt: skip
+        """Predict one method, with the configuration's settings but for these."""
         try:
-            return replace(predict(), label=label, method=method)
+            return replace(self._run(self._policy(name, tau or self.tau, aggregation or {}, options)), label=label)
         except ConfigError as error:
-            return Prediction(label, method, {}, dict(self.batch_size), problem=f"{error.problem}; {error.remedy}")
+            return Prediction(label, name, {}, dict(self.batch_size), problem=f"{error.problem}; {error.remedy}")
 
-    # ---- methods ----------------------------------------------------------------------------------------------------
-
-    def _lockstep(self, participants: str, others: str = IDLE) -> Prediction:
-        chosen = self._chosen(participants)
-        if others == SERVER and len(chosen) == len(self.cluster.classes):
-            problem = "there is no rank left to be a summation server"
-            raise ConfigError("algorithm.name", "byteps", problem, "add a second class")
-        batches = {rank: self.batch_size[c.name] for c in chosen for rank in c.ranks}
-        plan = self._plan_of(batches, others)
-        if others == SERVER:
-            servers = self.cluster.size - len(batches)
-            comm = self.known.link.served_sec(len(batches), servers, self.known.model_bytes)
-            return self._follow(lambda _: plan, lambda p: self._blocking(p, comm), self.known.model_bytes)
-        return self._follow(lambda _: plan, lambda p: self._blocking(p, self._sum_sec(len(batches)), IDLE),
-                            sent_bytes(len(batches), self.known.model_bytes))
-
-    def _chosen(self, participants: str) -> tuple[DeviceClass, ...]:
-        """As ``algorithm.participants``; where no class is called fast, the measured speeds say which one is."""
-        names = [c.name for c in self.cluster.classes]
-        if participants == ALL:
-            return self.cluster.classes
-        return (self.cluster.classes[names.index(FAST if FAST in names else self.fastest)],)
-
-    def _dlb(self) -> Prediction:
-        ranks = self.cluster.size
-        whole: int = getattr(self.config.algorithm, "global_batch", None) or sum(
-            len(c.ranks) * self.batch_size[c.name] for c in self.cluster.classes)
-        least = getattr(self.config.algorithm, "min_local_batch", 1)
-        if whole < least * ranks:
-            problem = f"{ranks} ranks share it, and each gets {least} at least"
-            raise ConfigError("algorithm.global_batch", whole, problem, f"set {least * ranks} or more")
-        class_of = [name for _, name in sorted((rank, c.name) for c in self.cluster.classes for rank in c.ranks)]
-
-        def following(old: Plan | None) -> Plan:
-            if old is None:
-                batches = apportion(whole, [1 / ranks] * ranks, least)
-            else:
-                batches = self._batches(old)
-                speeds = [b / self.known.speeds[name].step_sec(b) for b, name in zip(batches, class_of, strict=True)]
-                if (new := apportion(whole, speeds, least)) == batches:
-                    return old
-                batches = new
-            return self._plan_of(dict(enumerate(batches)))
-
-        return self._follow(following, lambda p: self._blocking(p, self._sum_sec(ranks)),
-                            sent_bytes(ranks, self.known.model_bytes))
-
-    def _balanced(self) -> Prediction:
-        tau = {c.name: self.tau for c in self.cluster.classes}
-        return self._averaging(self._plan(tau, self.batch_size))
-
-    def _local(self, tau: int, taus: Mapping[str, int] | None = None, mode: str | None = None) -> Prediction:
-        if taus is not None:
-            own = {c.name: taus[c.name] for c in self.cluster.classes}
-            return self._averaging(self._plan(own, self.batch_size), mode)
-        batch, step, policy = self.batch_size, self.step_sec, self.config.cluster.too_slow
-        late = too_slow_classes(tau, step)
-        mode = SOLO if late and policy == WAIT_AVOIDING else mode
-        margin = self.config.train.tau_margin if mode is None else 0.0
-        if policy == SHRINK:
-            batch = shrink_batches(tau, step, batch, margin)
-            step = {name: sec * batch[name] / self.batch_size[name] for name, sec in step.items()}
-        return self._averaging(self._plan(derive_tau(tau, step, policy, margin), batch), mode)
-
-    def _averaging(self, plan: Plan, mode: str | None = None) -> Prediction:
-        comm = self._sum_sec(self.cluster.size)
-        sent = sent_bytes(self.cluster.size, self.known.model_bytes)
-        if mode is None:
-            return self._follow(lambda _: plan, lambda p: self._blocking(p, comm), sent)
-        self._check_several()
-        spec, rng = self.config.aggregation, self._rng()
-        groups = [g for g in self._groups(plan) if g.tau]
-        outcome = partial(
-            groups, comm, rng, mode=mode, by_class=True, patience_sec=spec.patience_sec,
-            rounds=max(20, MOST_EVENTS // self.cluster.size // 4), sync_every=spec.sync_every, max_lag=spec.max_lag,
-            law=self.known.jitter_law,
+    def _policy(
+        self, name: str, tau: int | Mapping[str, int], aggregation: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> Policy:
+        """Make the policy of a method; what the configuration sets for methods of another kind is left out."""
+        method, config = algorithms.get(name), self.config
+        is_own = config.algorithm.name == name
+        own = replace(config.algorithm if is_own else method.Options(name=name), **options)
+        if isinstance(own, LockstepOptions) and own.participants == FAST:
+            own = replace(own, participants=self._fast())
+        unused = {} if is_own else method.unused
+        config = replace(
+            config,
+            algorithm=own,
+            train=replace(config.train, tau=tau, batch_size=self.batch_size),
+            aggregation=replace(config.aggregation, **{**unused, **aggregation}),
         )
-        local_rounds = max(outcome.classes[c.name].steps / c.tau for c in plan.training)
-        return self._follow(lambda _: plan, lambda p: outcome, sent, local_rounds)
+        return method(config, self.cluster, self.known.samples)
 
-    def _eager(self, mode: str) -> Prediction:
-        self._check_several()
-        if self.config.train.max_fast_steps is not None:
-            problem = "eager_sgd hands out samples as ranks ask for them, so nobody knows who takes how many steps"
-            raise ConfigError("train.max_fast_steps", self.config.train.max_fast_steps, problem, "set train.epochs")
-        plan = self._plan_of({rank: self.batch_size[c.name] for c in self.cluster.classes for rank in c.ranks})
-        spec, ranks = self.config.aggregation, self.cluster.size
-        outcome = partial(
-            self._groups(plan), self._sum_sec(ranks), self._rng(), mode=mode, contributions=max(MOST_EVENTS, 5 * ranks),
-            sync_every=spec.sync_every, max_lag=spec.max_lag, law=self.known.jitter_law,
-        )
-        # the rounds of an epoch are only what its samples come to
-        return self._follow(lambda _: plan, lambda p: outcome, sent_bytes(ranks, self.known.model_bytes),
-                            self._samples(plan, outcome) / round_samples(plan))
+    def _fast(self) -> str:
+        """Return the class that a run would take for the fast one; where it cannot tell, the speeds do."""
+        try:
+            return choose(self.cluster, FAST)[0].name
+        except ConfigError:
+            return self.fastest
 
     # ---- plans and time ---------------------------------------------------------------------------------------------
 
-    def _plan(self, tau: Mapping[str, int], batch: Mapping[str, int]) -> Plan:
-        return make_plan(self.cluster, self.known.samples, tau, batch, epoch_length=self.config.train.epoch_length)
+    def _run(self, policy: Policy) -> Prediction:
+        """Go through the epochs as the trainer does, with times as simulated.
 
-    def _plan_of(self, batches: Mapping[int, int], others: str = IDLE) -> Plan:
-        length = self.config.train.epoch_length
-        samples = self.known.samples
-        return lockstep_plan(self.cluster, samples, batches, others=others, epoch_length=length, tau=self.tau)
-
-    def _batches(self, plan: Plan) -> list[int]:
-        """By rank."""
-        found: dict[int, int] = {}
-        for c in plan.classes:
-            found |= dict(zip(c.ranks, c.batch_sizes or (c.batch_size,) * len(c.ranks), strict=True))
-        return [found[rank] for rank in range(len(found))]
-
-    def _check_several(self) -> None:
-        if self.cluster.size == 1:
-            raise ConfigError("cluster.classes", 1, "one rank has nobody to run ahead of", "add more ranks")
-
-    def _sum_sec(self, ranks: int) -> float:
-        return self.known.link.sum_sec(ranks, self.known.model_bytes)
-
-    def _rng(self) -> np.random.Generator:
-        return np.random.default_rng(self.config.run.seed)
-
-    def _groups(self, plan: Plan) -> list[Group]:
-        """Ranks of one class whose batches differ are groups of their own."""
-        groups = []
-        for c in plan.classes:
-            speed, sizes = self.known.speeds[c.name], c.batch_sizes or (c.batch_size,) * len(c.ranks)
-            for size, ranks in Counter(sizes).items():
-                step_sec = speed.step_sec(size) if c.tau else 0.0
-                groups.append(Group(c.name, ranks, step_sec, c.tau, speed.jitter))
-        return groups
-
-    def _blocking(self, plan: Plan, comm_sec: float, absent: str | None = None) -> Outcome:
-        """Args: absent: the role of classes that take no part in the collectives."""
-        away = {c.name for c in plan.classes if c.role == absent}
-        groups = [replace(g, joins=g.name not in away) for g in self._groups(plan)]
-        rounds = max(20, min(MOST_ROUNDS, MOST_DRAWS // self.cluster.size)) if any(g.jitter for g in groups) else 1
-        return blocking(groups, rounds, comm_sec, self._rng(), self.known.jitter_law)
-
-    @staticmethod
-    def _samples(plan: Plan, outcome: Outcome) -> float:
-        """Of all ranks; where batches of a class differ, its ranks take the same number of steps."""
-        return sum(outcome.classes[c.name].steps * c.round_samples / c.tau for c in plan.training)
-
-    def _follow(
-        self, following: Callable[[Plan | None], Plan], simulate: Callable[[Plan], Outcome], sent: float,
-        rounds_of: float | None = None,
-    ) -> Prediction:
-        """Goes through the epochs as the trainer does, with times as simulated.
-
-        Args:
-            following: the plan of the next epoch from that of the last one; the same object if nothing changes.
-            sent: bytes, of one rank in one collective.
-            rounds_of: the plan's rounds that a simulation stands for, where those are not its collectives.
+        Raises:
+            ConfigError: the policy refuses the settings, or has no plan at these speeds.
         """
-        plan = following(None)
+        policy.check()
+        plan = policy.make_plan(self.step_sec if policy.needs_speeds else None)
+        policy.start(plan)
         check_limits(self.config.train, plan)
-        outcome = simulate(plan)
+        outcome, step_sec = self._simulate(policy, plan), self._step_sec(plan)
         done, seconds, averages, samples = RunProgress(), 0.0, 0.0, 0.0
         spent = {c.name: np.zeros(4) for c in plan.classes}
         while rounds := next_rounds(self.config.train, plan, done):
-            times = rounds / (rounds_of or outcome.rounds)
+            times = rounds / _plan_rounds(policy, plan, outcome)
             seconds += times * outcome.seconds
             averages += times * outcome.rounds
-            samples += times * self._samples(plan, outcome)
+            samples += times * _samples(plan, outcome)
             for name, s in outcome.classes.items():
                 spent[name] += times * np.array([s.compute, s.blocked, s.comm, s.steps])
             done = replace(done.after(replace(plan, rounds=rounds)), train_sec=seconds)
-            new = following(plan)
-            if new is not plan:
-                plan, outcome = new, simulate(new)
+            if (new := policy.replan(step_sec)) != plan:
+                plan, outcome, step_sec = new, self._simulate(policy, new), self._step_sec(new)
         training = [c.name for c in plan.training]
         return Prediction(
-            "", "", {c.name: c.tau for c in plan.classes}, {c.name: c.batch_size for c in plan.classes},
-            seconds, samples, averages, averages * sent, max(spent[name][2] for name in training),
+            "", policy.options.name, {c.name: c.tau for c in plan.classes},
+            {c.name: c.batch_size for c in plan.classes}, seconds, samples, averages,
+            averages * self._collective(policy, plan)[1], max(spent[name][2] for name in training),
             {name: Spent(*map(float, s)) for name, s in spent.items()},
-        )
+        )  # fmt: skip
+
+    def _step_sec(self, plan: Plan) -> list[float]:
+        """Return what a local step of each rank takes on average; NaN for those that take none."""
+        found = {rank: self.known.speeds[c.name].step_sec(size) if c.tau else math.nan
+                 for c in plan.classes for rank, size in _batches(c)}  # fmt: skip
+        return [found[rank] for rank in sorted(found)]
+
+    def _collective(self, policy: Policy, plan: Plan) -> tuple[float, float]:
+        """Return seconds of one collective, and the bytes that each rank sends in it."""
+        link, nbytes = self.known.link, self.known.model_bytes
+        ranks = {role: sum(len(c.ranks) for c in plan.classes if c.role == role and _joins(policy, c))
+                 for role in {c.role for c in plan.classes}}  # fmt: skip
+        if servers := ranks.pop(SERVER, 0):
+            return link.served_sec(sum(ranks.values()), servers, nbytes), nbytes
+        return link.sum_sec(sum(ranks.values()), nbytes), sent_bytes(sum(ranks.values()), nbytes)
+
+    def _simulate(self, policy: Policy, plan: Plan) -> Outcome:
+        """Simulate rounds of a plan, by the collectives that its ranks meet in."""
+        size, spec, law = self.cluster.size, policy.aggregation, self.known.jitter_law
+        comm_sec, rng = self._collective(policy, plan)[0], np.random.default_rng(self.config.run.seed)
+        groups = [
+            Group(c.name, ranks, self.known.speeds[c.name].step_sec(batch) if c.tau else 0.0, c.tau,
+                  self.known.speeds[c.name].jitter, _joins(policy, c))
+            for c in plan.classes for batch, ranks in Counter(batch for _, batch in _batches(c)).items()
+        ]  # fmt: skip
+        mode = policy.partial_mode(self.step_sec)
+        if mode is None:
+            rounds = max(20, min(MOST_ROUNDS, MOST_DRAWS // size)) if any(g.jitter for g in groups) else 1
+            return blocking(groups, rounds, comm_sec, rng, law)
+        # gradients go with what each rank contributes, models with what a class does
+        until: dict[str, Any] = {"contributions": max(MOST_EVENTS, 5 * size)} if policy.claims_samples else {
+            "by_class": True, "rounds": max(20, MOST_EVENTS // size // 4), "patience_sec": spec.patience_sec}
+        return partial(groups, comm_sec, rng, mode=mode, sync_every=spec.sync_every, max_lag=spec.max_lag, law=law,
+                       **until)  # fmt: skip
+
+
+def _batches(c: ClassPlan) -> Iterator[tuple[int, int]]:
+    """Yield each rank of a class, and the samples of its step."""
+    return zip(c.ranks, c.batch_sizes or (c.batch_size,) * len(c.ranks), strict=True)
+
+
+def _joins(policy: Policy, c: ClassPlan) -> bool:
+    """Tell whether a class meets the others in collectives: all average models, idle ranks have no gradients."""
+    return policy.has_blocking_average or c.role != IDLE
+
+
+def _samples(plan: Plan, outcome: Outcome) -> float:
+    """Return the samples of all ranks; where batches of a class differ, its ranks take the same number of steps."""
+    return sum(outcome.classes[c.name].steps * c.round_samples / c.tau for c in plan.training)
+
+
+def _plan_rounds(policy: Policy, plan: Plan, outcome: Outcome) -> float:
+    """Return the plan's rounds that a simulation stands for; where ranks claim samples, these alone count."""
+    if policy.claims_samples:
+        return _samples(plan, outcome) / round_samples(plan)
+    return max(outcome.classes[c.name].steps / c.tau for c in plan.training)

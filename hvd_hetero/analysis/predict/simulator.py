@@ -4,8 +4,7 @@
 mean. Steps are independent, so tau of them are drawn as one number, with the mean and the variance of their sum:
 exact for ``normal`` (cut off at 0), nearly so for ``lognormal``; ``none`` draws nothing at all.
 
-**A collective** takes ``comm_sec``, from when the last rank is there: on m ranks
-latency * ceil(log2 m) + bytes / bandwidth * 2 (m - 1) / m, see hvd_hetero/planner/link.py.
+**A collective** takes ``comm_sec``, from when the last rank is there: see hvd_hetero/analysis/predict/link.py.
 
 **Rounds.** In blocking ones everybody waits for the slowest; what follows is arithmetic on arrays. Partial ones
 (docs/partial.md) go by an event queue: steps that end, rounds that end, patience that ends. A rank's time is
@@ -23,9 +22,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hvd_hetero.algorithms.policy import MAJORITY, SOLO
+
 NONE, NORMAL, LOGNORMAL = "none", "normal", "lognormal"
 LAWS = (NONE, NORMAL, LOGNORMAL)
-SOLO, MAJORITY = "solo", "majority"
 BLOCK = 65536
 Floats = NDArray[np.float64]
 

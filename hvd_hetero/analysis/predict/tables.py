@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hvd_hetero.analysis.predict.advice import Advice, Worth
-from hvd_hetero.analysis.predict.looks import table
-from hvd_hetero.analysis.predict.predict import Scenario
-from hvd_hetero.analysis.predict.prediction import Prediction
+from hvd_hetero.analysis.predict.predict import Prediction, Scenario
+from hvd_hetero.analysis.report.tables import table
 
 LEFT_OUT = (
     "Forecast are training seconds: no start, measuring, evaluation, dealing of samples, or ends of epochs; how well a "
@@ -104,19 +103,8 @@ def as_json(foretold: Forecast) -> dict[str, Any]:
 
 
 def _row(row: Prediction) -> dict[str, Any]:
-    return {
-        "label": row.label,
-        "method": row.method,
-        "problem": row.problem,
-        "tau": row.tau,
-        "batch_size": row.batch_size,
-        "seconds": row.seconds,
-        "samples": row.samples,
-        "samples_per_sec": row.samples_per_sec,
-        "averages": row.averages,
-        "sent_bytes": row.sent_bytes,
-        "comm_sec": row.comm_sec,
-        "blocked_fraction": row.blocked,
-        "time_sec": {name: {"compute": s.compute, "blocked": s.blocked, "comm": s.comm}
-                     for name, s in (row.classes or {}).items()},
-    }
+    names = ("label", "method", "problem", "tau", "batch_size", "seconds", "samples", "samples_per_sec", "averages",
+             "sent_bytes", "comm_sec")  # fmt: skip
+    time_sec = {name: {"compute": s.compute, "blocked": s.blocked, "comm": s.comm}
+                for name, s in (row.classes or {}).items()}  # fmt: skip
+    return {**{name: getattr(row, name) for name in names}, "blocked_fraction": row.blocked, "time_sec": time_sec}

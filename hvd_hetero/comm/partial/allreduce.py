@@ -121,7 +121,7 @@ class PartialAllreduce:
             self._changed.notify_all()
         self._say(ARRIVED, self._taken)
 
-    def take(self, patience_sec: float | None = None) -> list[Round]:
+    def pop(self, patience_sec: float | None = None) -> list[Round]:
         """The results that are there and were not taken yet, in order; waits for one if there is none, and books that.
 
         Args:
@@ -138,8 +138,8 @@ class PartialAllreduce:
             self._watch.waited(taken[0].started if taken else math.inf)
         return taken
 
-    def done(self, rounds: Sequence[Round]) -> None:
-        """Gives the memory of results back."""
+    def release(self, rounds: Sequence[Round]) -> None:
+        """Give back the memory of results."""
         with self._changed:
             for item in rounds:
                 self._buffer.give_back(item)
@@ -166,7 +166,7 @@ class PartialAllreduce:
         self._say(FINISHED, 0)
         last = False
         while not last:
-            taken = self.take()
+            taken = self.pop()
             last = taken[-1].final
             yield taken
         self._in_epoch, self.closing = True, False

@@ -37,11 +37,8 @@ class Entry:
     is_count: bool
 
     def __lt__(self, other: Entry) -> bool:
-        return self._order < other._order
-
-    @property
-    def _order(self) -> tuple[int, str, str, str]:
-        return self.param, self.key, str(self.shape), self.dtype
+        mine, theirs = ((e.param, e.key, str(e.shape), e.dtype) for e in (self, other))
+        return mine < theirs
 
 
 class OptimizerAverage:
@@ -70,31 +67,28 @@ class OptimizerAverage:
             NonFiniteError: as :func:`hvd_hetero.comm.averaging.average`.
         """
         with self._comm.booked():
-            self._average(optimizer, weight, good)
-
-    def _average(self, optimizer: torch.optim.Optimizer, weight: float, good: bool) -> None:
-        own = dict(self._own(optimizer))
-        self._agree(sorted(own))
-        floating = [entry for entry in self._entries if not entry.is_count]
-        values = [self._value(own, entry) for entry in floating]
-        # where not all ranks have an entry, the weights of those that do travel beside it
-        present = {entry: torch.tensor([float(entry in own)]) for entry in floating if entry in self._missing}
-        fit = good and all(map(is_finite, values))
-        device = self._params[0].device
-        sums = [*values, *(flag.to(device) for flag in present.values())]
-        if sums:
-            average_tensors(self._comm, sums, fit, "optimizer", weight=weight)
-        for entry, average in zip(floating, values, strict=True):
-            if entry in present:
-                average /= sums[len(values) + list(present).index(entry)].clamp_min(1e-30)
-            self._put(optimizer, entry, average)
-        if good and not fit:
-            self._comm.excluded.note()
-        counts = [entry for entry in self._entries if entry.is_count]
-        said = [float(own[entry]) if entry in own else -float("inf") for entry in counts]
-        most = self._comm.max(said, "optimizer.counts") if counts else []
-        for entry, value in zip(counts, most, strict=True):
-            self._put(optimizer, entry, torch.tensor(value, dtype=torch.float64))
+            own = dict(self._own(optimizer))
+            self._agree(sorted(own))
+            floating = [entry for entry in self._entries if not entry.is_count]
+            values = [self._value(own, entry) for entry in floating]
+            # where not all ranks have an entry, the weights of those that do travel beside it
+            present = {entry: torch.tensor([float(entry in own)]) for entry in floating if entry in self._missing}
+            fit = good and all(map(is_finite, values))
+            device = self._params[0].device
+            sums = [*values, *(flag.to(device) for flag in present.values())]
+            if sums:
+                average_tensors(self._comm, sums, fit, "optimizer", weight=weight)
+            for entry, average in zip(floating, values, strict=True):
+                if entry in present:
+                    average /= sums[len(values) + list(present).index(entry)].clamp_min(1e-30)
+                self._put(optimizer, entry, average)
+            if good and not fit:
+                self._comm.excluded.note()
+            counts = [entry for entry in self._entries if entry.is_count]
+            said = [float(own[entry]) if entry in own else -float("inf") for entry in counts]
+            most = self._comm.max(said, "optimizer.counts") if counts else []
+            for entry, value in zip(counts, most, strict=True):
+                self._put(optimizer, entry, torch.tensor(value, dtype=torch.float64))
 
     def _own(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Entry, Any]]:
         for number, param in enumerate(self._params):

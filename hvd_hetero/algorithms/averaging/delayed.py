@@ -14,43 +14,48 @@ meet in order to save, s_i is waited for and the models are averaged as they are
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
-from typing import Any
 
 import torch
 
+from hvd_hetero.algorithms.averaging.blocking import BlockingAveraging
+from hvd_hetero.algorithms.local_sgd import LocalSGD
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.nonfinite import finite
 from hvd_hetero.comm.weighted_sums import average_tensors
-from hvd_hetero.config.schema import AggregationConfig
-from hvd_hetero.errors import ConfigError
-from hvd_hetero.planning.local_steps import WAIT_AVOIDING
+from hvd_hetero.data import Batch
+from hvd_hetero.planning.plan import ClassPlan
+from hvd_hetero.worker.epoch import Segment
 from hvd_hetero.worker.worker import Worker
 
 
-def check_delayed(spec: AggregationConfig, too_slow: str) -> None:
-    """Refuses what needs the average of a round at its end.
+class DelayedAveraging(BlockingAveraging):
+    """Average what a round came to while the ranks take the steps of the next one."""
 
-    Raises:
-        ConfigError: naming the key.
-    """
-    others: Mapping[str, Any] = {"mode": "blocking", "outer_lr": 1.0, "outer_momentum": 0.0}
-    for key, neutral in others.items():
-        if (value := getattr(spec, key)) != neutral:
-            remedy = f"set aggregation.{key}={neutral}, or aggregation.delayed=false"
-            raise ConfigError(f"aggregation.{key}", value, "does not go with aggregation.delayed", remedy)
-    if too_slow == WAIT_AVOIDING:
-        remedy = "set another cluster.too_slow, or aggregation.delayed=false"
-        raise ConfigError("cluster.too_slow", too_slow, "does not go with aggregation.delayed", remedy)
-    if spec.optimizer_state == "average":
-        remedy = "set local or reset, or aggregation.delayed=false"
-        raise ConfigError("aggregation.optimizer_state", "average", "does not go with aggregation.delayed", remedy)
+    def __init__(self, policy: LocalSGD, worker: Worker, comm: Comm) -> None:
+        super().__init__(policy, worker, comm)
+        self._in_flight = InFlightAverage(worker, comm)
+
+    def run_segment(self, segment: Segment, mine: ClassPlan) -> None:
+        super().run_segment(segment, mine)
+        self._in_flight.receive()
+        self.average_models(mine.weight)
+
+    def run_round(self, batches: Iterator[Batch], mine: ClassPlan) -> None:
+        self.worker.local_steps(batches, mine.tau)
+        self._in_flight.receive()
+        self._in_flight.send(mine.weight)
+        if self.spec.optimizer_state == "reset":
+            self.worker.optimizer.state.clear()
+
+    def close(self) -> None:
+        self._in_flight.close()
 
 
-class Delayed:
-    """One rank's averages that are on their way; at most one at a time.
+class InFlightAverage:
+    """Send this rank's model to be averaged, and receive the average later; at most one is in flight.
 
     One thread takes part in all of them, and on a GPU one stream (not tried on one): on the steps' own, each copy would
     wait for the steps.
@@ -60,14 +65,14 @@ class Delayed:
         self._worker, self._comm, self._own_comm = worker, comm.clone_for_thread(), comm
         self._weights: SimpleQueue[float | None] = SimpleQueue()
         self._problems: SimpleQueue[BaseException | None] = SimpleQueue()
-        self._on_its_way = False
+        self._is_sent = False
         on_gpu = worker.device.type == "cuda"
         self._stream = torch.cuda.Stream(worker.device) if on_gpu else None
         threading.Thread(target=self._serve, name="hvd_hetero.delayed", daemon=True).start()
 
-    def begin(self, weight: float) -> None:
-        """Sends what the model is now; what was sent before has been taken in."""
-        assert not self._on_its_way
+    def send(self, weight: float) -> None:
+        """Send what the model is now; what was sent before has been received."""
+        assert not self._is_sent
         state = self._worker.state
         state.refresh()  # what it finds is agreed on where all ranks meet
         self._sent = [v.clone() for v in state.vectors]
@@ -75,7 +80,7 @@ class Delayed:
         self._good = finite(self._sent)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._worker.device))
-        self._on_its_way = True
+        self._is_sent = True
         self._weights.put(weight)
 
     def _serve(self) -> None:
@@ -99,17 +104,17 @@ class Delayed:
         self._stream.synchronize()
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Takes in the average that is on its way, if there is one.
+    def receive(self) -> None:
+        """Wait for the average in flight, if there is one, and move the model by the difference it makes.
 
         Raises:
             PeerLost, NonFiniteError: what has become of it.
         """
-        if not self._on_its_way:
+        if not self._is_sent:
             return
         with self._own_comm.booked(), self._own_comm.heartbeat.waiting("delayed"):
             problem = self._problems.get()
-        self._on_its_way = False
+        self._is_sent = False
         if problem is not None:
             raise problem
         if not self._good:
@@ -124,6 +129,5 @@ class Delayed:
                 x.copy_(mean)
 
     def close(self) -> None:
-        """Lets go of the thread, which ends with what it is waiting for."""
+        """Let the thread end, after what it is waiting for."""
         self._weights.put(None)
-

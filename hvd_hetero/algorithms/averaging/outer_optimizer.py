@@ -1,4 +1,4 @@
-"""What may follow an average of models: an outer optimizer."""
+"""The outer optimizer, which may follow an average of models."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from hvd_hetero.comm.flat_params import FlatState
 
 
-class Outer:
-    """Takes an average of local models as a proposal, and SGD on it as the step that is made::
+class OuterOptimizer:
+    """Take an average of local models as a proposal, and make SGD on it the step::
 
         d = x - average                       # the outer gradient; x is the model that the round began with
         v = momentum * v + d
@@ -33,14 +33,14 @@ class Outer:
         self._velocity = [torch.zeros_like(x) for x in self._params] if momentum else []
 
     @torch.no_grad()
-    def remember(self) -> None:
-        """Keeps x; a round begins."""
+    def snapshot(self) -> None:
+        """Copy x, at the beginning of a round."""
         for before, x in zip(self._moved, self._params, strict=True):
             before.copy_(x)
 
     @torch.no_grad()
     def step(self) -> None:
-        """Turns the average into the outer step from the x that was kept."""
+        """Turn the average into the outer step from the copied x."""
         lr, momentum = self._lr, self._momentum
         for i, (average, d) in enumerate(zip(self._params, self._moved, strict=True)):
             d.sub_(average)
@@ -61,6 +61,6 @@ class Outer:
             own.copy_(saved)
 
     def carry_over(self, state: Mapping[str, Any]) -> None:
-        """As :meth:`load_state_dict`, from a job that may have had no outer momentum; this one may have none either."""
+        """Load the state of a job that may have had no outer momentum; this one may have none either."""
         if self._velocity and "velocity" in state:
             self.load_state_dict(state)

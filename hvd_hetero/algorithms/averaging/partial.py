@@ -27,169 +27,142 @@ optimizer's state is cleared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvd_hetero.algorithms.outer_optimizer import Outer
-from hvd_hetero.cluster.device_classes import Cluster
+from hvd_hetero.algorithms.averaging.blocking import Averaging
+from hvd_hetero.algorithms.local_sgd import LocalSGD
 from hvd_hetero.comm.averaging import check_partial
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.flat_params import concat, parts_of
 from hvd_hetero.comm.nonfinite import finite
 from hvd_hetero.comm.partial.allreduce import PartialAllreduce
 from hvd_hetero.comm.partial.rounds import Round
-from hvd_hetero.config.schema import AggregationConfig
-from hvd_hetero.errors import ConfigError
+from hvd_hetero.planning.plan import ClassPlan
 from hvd_hetero.telemetry.staleness import Counts
 from hvd_hetero.worker.epoch import Segment
 from hvd_hetero.worker.worker import Worker
 
 
-def check_merging(spec: AggregationConfig, cluster: Cluster) -> None:
-    """Refuses what cannot be done without waiting for everybody.
+class PartialAveraging(Averaging):
+    """Take local steps, and contribute their progress to partial averages; all ranks make it together."""
 
-    Raises:
-        ConfigError: naming the key.
-    """
-    if cluster.size == 1:
-        remedy = "set aggregation.mode=blocking, or start more ranks"
-        raise ConfigError("aggregation.mode", spec.mode, "one rank has nobody to be late for", remedy)
-    if spec.optimizer_state == "average":
-        problem = "without waiting (aggregation.mode, cluster.too_slow) there is no time at which all ranks are there"
-        remedy = "set local or reset, or wait: aggregation.mode=blocking, another cluster.too_slow"
-        raise ConfigError("aggregation.optimizer_state", spec.optimizer_state, problem, remedy)
-
-
-class PartialModelAveraging:
-    """One rank's rounds of partial averaging; all ranks make it together."""
-
-    def __init__(
-        self, worker: Worker, comm: Comm, cluster: Cluster, spec: AggregationConfig, outer: Outer, seed: int
-    ) -> None:
-        self._worker, self._comm, self._cluster, self._spec = worker, comm, cluster, spec
-        self._outer, self._seed = outer, seed
+    def __init__(self, policy: LocalSGD, worker: Worker, comm: Comm) -> None:
+        super().__init__(policy, worker, comm)
         self._params, self._buffers = worker.state.parameters(), worker.state.buffers()
-        self._common = concat(self._params).clone()
-        self._ahead: Tensor | None = None
+        self._global_model = concat(self._params).clone()
+        self._in_flight: Tensor | None = None
         """``[P]`` on the host: progress that was contributed and has not come back in a result; None: nothing."""
         self._unmerged = self._averages = 0
         self._open(0)
 
     def _open(self, first: int) -> None:
-        spec, whole = self._spec, concat([*self._params, *self._buffers])
+        spec, whole = self.spec, concat([*self._params, *self._buffers])
         self._kept = [buffers.clone() for buffers in self._buffers]
-        self._partial = PartialAllreduce(
-            self._comm,
-            whole.numel(),
-            whole.dtype,
-            spec.mode,
-            latest=sum(b.numel() for b in self._buffers),
-            units=[c.ranks for c in self._cluster.classes],
-            seed=self._seed,
-            sync_every=spec.sync_every,
-            max_lag=spec.max_lag,
-            weigh=float if spec.weights == "steps" else lambda steps: 1.0,
-            first=first,
-            hosts=len({fact.host for fact in self._cluster.facts}),
-        )
+        self.partial = PartialAllreduce(
+            self.comm, whole.numel(), whole.dtype, self.policy.mode, latest=sum(b.numel() for b in self._buffers),
+            units=[c.ranks for c in self.policy.cluster.classes], seed=self.policy.seed, sync_every=spec.sync_every,
+            max_lag=spec.max_lag, weigh=float if spec.weights == "steps" else lambda steps: 1.0, first=first,
+            hosts=len({fact.host for fact in self.policy.cluster.facts}),
+        )  # fmt: skip
 
-    @property
-    def version(self) -> int:
-        """Number of rounds so far."""
-        return self._partial.version
-
-    def go_on_from(self, number: int) -> None:
-        """Numbers the rounds on from here, in a resumed run."""
-        self._partial.close()
-        self._common.copy_(concat(self._params))
-        self._open(number)
-
-    def run_segment(self, segment: Segment, worker: Worker, tau: int, part: float) -> None:
-        """Rounds of tau local steps until a class has had all its samples; then everybody is merged.
-
-        Args:
-            part: how much of a step a step of this rank weighs.
-        """
-        partial, batches = self._partial, segment.batches()
+    def run_segment(self, segment: Segment, mine: ClassPlan) -> None:
+        """Run rounds of tau local steps until a class has had all its samples; then merge all ranks."""
+        part = mine.batch_size / self.policy.batch_size[mine.name]  # of a step, where the batch is shrunk
+        partial, batches = self.partial, segment.batches()
         first, self._averages = partial.version, 0
         for _ in range(segment.rounds):
             number = partial.version - first
             segment.start_round(number)
-            steps = worker.local_steps(batches, tau, lambda: partial.closing or segment.is_stopping())
+            steps = self.worker.local_steps(batches, mine.tau, lambda: partial.closing or segment.is_stopping())
             segment.note(steps, number)
             if self._contribute(steps * part):
-                rounds = partial.take(None if self._unmerged >= self._spec.max_lag else self._spec.patience_sec)
+                rounds = partial.pop(None if self._unmerged >= self.spec.max_lag else self.spec.patience_sec)
             else:  # others may be waiting for this rank to contribute
-                rounds = partial.take(patience_sec=0)
+                rounds = partial.pop(patience_sec=0)
             self._merge(rounds)
             segment.finish_round()
             if partial.closing or segment.is_stopping():
                 break
         for rounds in partial.finish():
             self._merge(rounds)
-        check_partial(self._comm, self._params, self._averages)
+        check_partial(self.comm, self._params, self._averages)
         segment.averages = self._averages
 
     @torch.no_grad()
     def _contribute(self, steps: float) -> bool:
-        """Gives what this rank has come to since it last did; False if its values are non-finite, and it goes back."""
-        self._worker.state.refresh()
+        """Contribute the progress since the last time; return False, and go back, if it is non-finite."""
+        self.worker.state.refresh()
         if not finite([*self._params, *self._buffers]):
-            self._set(self._common if self._ahead is None else self._common + self._ahead.to(self._common))
+            self._reset()
             for vector, kept in zip(self._buffers, self._kept, strict=True):
                 vector.copy_(kept)
-            self._worker.optimizer.state.clear()
-            self._comm.excluded.note()
+            self.worker.optimizer.state.clear()
+            self.comm.excluded.note()
             return False
-        progress = (concat(self._params) - self._common).to("cpu")
-        fresh = progress if self._ahead is None else progress - self._ahead
-        self._partial.contribute(concat([fresh, *(b.to("cpu") for b in self._buffers)]), steps)
-        self._ahead = progress
+        progress = (concat(self._params) - self._global_model).to("cpu")
+        fresh = progress if self._in_flight is None else progress - self._in_flight
+        self.partial.contribute(concat([fresh, *(b.to("cpu") for b in self._buffers)]), steps)
+        self._in_flight = progress
         self._unmerged += 1
         return True
 
     @torch.no_grad()
     def _merge(self, rounds: Sequence[Round]) -> None:
-        """Takes results into the common model, and puts what is left of this rank's progress on top of it."""
+        """Add results to the global model, and put the progress of this rank that is in flight on top of it."""
         if not rounds:
             return
-        self._set(self._common)
-        count = self._common.numel()
+        self._write(self._global_model)
+        count = self._global_model.numel()
         for item in rounds:
             if item.own is not None:
-                assert self._ahead is not None
-                self._ahead -= item.own[:count]
+                assert self._in_flight is not None
+                self._in_flight -= item.own[:count]
                 self._unmerged -= item.contributions
             if item.weight:
-                self._outer.remember()
+                self.outer.snapshot()
                 # divided here, then added: two plain operations, which round alike on every kind of processor
                 mean = item.total.div_(item.weight)
                 for vector, part in zip(self._params, parts_of(mean[:count], self._params), strict=True):
                     vector.add_(part.to(vector))
                 for vector, part in zip(self._buffers, parts_of(mean[count:], self._buffers), strict=True):
                     vector.copy_(part)
-                self._outer.step()
+                self.outer.step()
                 self._averages += 1
-                self._comm.excluded.since = 0
-        self._partial.done(rounds)
-        self._common.copy_(concat(self._params))
+                self.comm.excluded.since = 0
+        self.partial.release(rounds)
+        self._global_model.copy_(concat(self._params))
         self._kept = [buffers.clone() for buffers in self._buffers]
         if not self._unmerged:
-            self._ahead = None  # what rounding has left of it is nobody's progress
-            if self._spec.optimizer_state == "reset":
-                self._worker.optimizer.state.clear()
-        elif self._ahead is not None:
-            self._set(self._common + self._ahead.to(self._common))
+            self._in_flight = None  # what rounding has left of it is no progress
+            if self.spec.optimizer_state == "reset":
+                self.worker.optimizer.state.clear()
+        elif self._in_flight is not None:
+            self._reset()
 
-    def _set(self, whole: Tensor) -> None:
+    def _reset(self) -> None:
+        """Set the model to the global one, with this rank's progress in flight on top."""
+        whole = self._global_model
+        self._write(whole if self._in_flight is None else whole + self._in_flight.to(whole))
+
+    def _write(self, whole: Tensor) -> None:
         for vector, part in zip(self._params, parts_of(whole, self._params), strict=True):
             vector.copy_(part)
 
     def counts(self) -> Counts:
-        """What this rank has sent since the last call."""
-        return self._partial.take_counts()
+        return self.partial.take_counts()
 
     def close(self) -> None:
-        self._partial.close()
+        self.partial.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "round": self.partial.version}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.partial.close()
+        self._global_model.copy_(concat(self._params))
+        self._open(int(state["round"]))

@@ -1,0 +1,81 @@
+"""Averages that every rank waits for, at the end of each round, and the interface of all averaging strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hvd_hetero.algorithms.averaging.optimizer_average import OptimizerAverage
+from hvd_hetero.algorithms.averaging.outer_optimizer import OuterOptimizer
+from hvd_hetero.algorithms.execution.base import run_rounds
+from hvd_hetero.algorithms.local_sgd import LocalSGD
+from hvd_hetero.comm.averaging import average
+from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.data import Batch
+from hvd_hetero.planning.plan import ClassPlan
+from hvd_hetero.telemetry.staleness import Counts
+from hvd_hetero.worker.epoch import Segment
+from hvd_hetero.worker.worker import Worker
+
+
+class Averaging:
+    """Take local steps and average the models of all ranks, by the strategy of a subclass.
+
+    Attributes:
+        outer: takes the step that an average proposes.
+    """
+
+    def __init__(self, policy: LocalSGD, worker: Worker, comm: Comm) -> None:
+        self.policy, self.worker, self.comm, self.spec = policy, worker, comm, policy.aggregation
+        spec = self.spec
+        self.outer = OuterOptimizer(worker.state, spec.outer_lr, spec.outer_momentum, spec.outer_nesterov)
+
+    def run_segment(self, segment: Segment, mine: ClassPlan) -> None:
+        """Run the rounds of a segment; when this returns, all ranks hold the same model."""
+        raise NotImplementedError(type(self).__name__)
+
+    def counts(self) -> Counts | None:
+        """Return what this rank sent in partial collectives since the last call, if it takes part in any."""
+        return None
+
+    def close(self) -> None:
+        """Stop what runs in the background."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.outer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.outer.load_state_dict(state)
+
+
+class BlockingAveraging(Averaging):
+    """Average the models of all ranks at the end of each round, x = sum_i w_i x_i.
+
+    The optimizer's own state (momentum) stays each rank's own, is averaged with the models, or starts anew after every
+    average: ``aggregation.optimizer_state: local | average | reset``. A rank with non-finite values is excluded from
+    the average, takes it as its model, and forgets its optimizer's state.
+    """
+
+    def __init__(self, policy: LocalSGD, worker: Worker, comm: Comm) -> None:
+        super().__init__(policy, worker, comm)
+        self._optimizer_average = OptimizerAverage([p for p in worker.model.parameters() if p.requires_grad], comm)
+
+    def run_segment(self, segment: Segment, mine: ClassPlan) -> None:
+        run_rounds(segment, mine.tau, lambda batches: self.run_round(batches, mine))
+
+    def run_round(self, batches: Iterator[Batch], mine: ClassPlan) -> None:
+        """Take the local steps of one round, and average the models."""
+        self.outer.snapshot()
+        self.worker.local_steps(batches, mine.tau)
+        self.average_models(mine.weight)
+
+    def average_models(self, weight: float) -> None:
+        """Average the models that are here now, and take the outer step."""
+        optimizer, kept = self.worker.optimizer, self.spec.optimizer_state
+        self.worker.rest()
+        good = average(self.comm, self.worker.state, weight)
+        if kept == "average":
+            self._optimizer_average.average(optimizer, weight, good)
+        if kept == "reset" or (kept == "local" and not good):
+            optimizer.state.clear()
+        self.outer.step()

@@ -1,0 +1,102 @@
+"""Execute eager-SGD: a partial allreduce of gradients, of samples that ranks claim."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from hvd_hetero.algorithms.eager_sgd import EagerSGD
+from hvd_hetero.algorithms.execution.synchronous import SynchronousExecutor
+from hvd_hetero.comm.averaging import check_partial
+from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.comm.flat_params import concat, parts_of
+from hvd_hetero.comm.gradient_staging import HostGradients
+from hvd_hetero.comm.nonfinite import finite
+from hvd_hetero.comm.partial.allreduce import PartialAllreduce
+from hvd_hetero.comm.partial.rounds import Round
+from hvd_hetero.data import Batch
+from hvd_hetero.planning.plan import Plan
+from hvd_hetero.telemetry.staleness import Counts
+from hvd_hetero.worker.epoch import Segment
+from hvd_hetero.worker.worker import Worker
+
+
+class EagerSGDExecutor(SynchronousExecutor):
+    """Step along each result; no rank computes while another one waits for it."""
+
+    policy: EagerSGD
+
+    def start(self, plan: Plan, worker: Worker, comm: Comm) -> None:
+        super().start(plan, worker, comm)
+        self._gradients = worker.flat_gradients()
+        on_gpu = self._gradients[0].device.type == "cuda"
+        self._host = HostGradients(worker.model.parameters(), self._gradients) if on_gpu else None
+        self._open(0)
+
+    def _open(self, first: int) -> None:
+        whole, policy, spec = concat(self._gradients), self.policy, self.policy.aggregation
+        self.partial = PartialAllreduce(
+            self.comm, whole.numel(), whole.dtype, policy.mode, units=[(rank,) for rank in policy.ranks],
+            seed=policy.seed, sync_every=spec.sync_every, max_lag=spec.max_lag, first=first,
+            hosts=len({fact.host for fact in policy.cluster.facts}), pinned=self._host is not None,
+        )  # fmt: skip
+
+    def run_segment(self, segment: Segment) -> None:
+        worker, partial, first, self._averages = self.worker, self.partial, self.partial.version, 0
+        batches = self._claimed(segment)
+        partial.claim(self.mine.batch_size)
+        while True:
+            for inputs, targets in worker.pace.steps(batches, 1):
+                self.keep_buffers()
+                worker.gradient(inputs, targets, self.mine.weight)
+            if len(segment.rows) == len(segment.at):
+                break
+            segment.note(1, partial.version - first)
+            # the answer comes while this rank waits for the round; to claim everything leaves the others nothing
+            partial.claim(segment.samples if segment.is_stopping() else self.mine.batch_size)
+            gradient = concat(self._gradients) if self._host is None else self._host.take()
+            if finite([gradient]):
+                partial.contribute(gradient)
+                self._apply(partial.pop(), segment, first)
+            else:  # others may be waiting for this rank to contribute, so it waits for nothing
+                self.exclude_step()
+                self._apply(partial.pop(patience_sec=0), segment, first)
+        for results in partial.finish():
+            self._apply(results, segment, first)
+        worker.state.refresh()
+        check_partial(self.comm, worker.state.parameters(), self._averages)
+        segment.averages = self._averages
+
+    def _claimed(self, segment: Segment) -> Iterator[Batch]:
+        """Yield the batches that this rank is offered, as long as there are whole ones."""
+        while (batch := segment.claim(self.partial.offered(), self.mine.batch_size)) is not None:
+            yield from batch
+
+    def _apply(self, results: Sequence[Round], segment: Segment, first: int) -> None:
+        """Take one optimizer step along each result."""
+        for result in results:
+            if result.weight:  # the last round of an epoch finds the buffers empty, as a rule
+                segment.start_round(result.number - first)
+                for gradient, part in zip(self._gradients, parts_of(result.total, self._gradients), strict=True):
+                    gradient.copy_(part, non_blocking=True)
+                self.worker.apply()
+                self._averages += 1
+                self.comm.excluded.since = 0
+                segment.finish_round()
+        self.worker.pace.pause()  # what was copied from is not given back before it has been copied
+        self.partial.release(results)
+
+    def counts(self) -> Counts | None:
+        return self.partial.take_counts()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "round": self.partial.version}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.partial.close()
+        self._open(int(state["round"]))
+
+    def close(self) -> None:
+        if "partial" in vars(self):  # else it was never started
+            self.partial.close()

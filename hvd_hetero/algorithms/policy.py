@@ -1,0 +1,127 @@
+"""Policies: who takes how many steps on which samples in a round, by each method. No torch, no Horovod."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from hvd_hetero.cluster.device_classes import Cluster
+from hvd_hetero.comm.paths import paths_of
+from hvd_hetero.config.load import per_class
+from hvd_hetero.config.schema import AlgorithmConfig, Config
+from hvd_hetero.errors import ConfigError, nearest
+from hvd_hetero.planning.plan import Plan
+
+SOLO, MAJORITY = "solo", "majority"
+
+
+class Policy:
+    """Decide what every rank does in a round, from settings and step times alone.
+
+    First comes :meth:`check`, then :meth:`make_plan`; :meth:`start` follows a plan, and :meth:`replan` makes the next
+    epoch's. All ranks do so with the same figures, and so agree. The ranks' work itself is the executor's.
+
+    Args:
+        samples: n, size of the training set.
+        min_batch: samples that the model needs in a step.
+
+    Attributes:
+        executor: import path of the executor, a subclass of :class:`hvd_hetero.algorithms.execution.base.Executor`.
+        Options: the keys under ``algorithm`` in the configuration.
+        defaults: what the method means by ``sampling.scheme`` and ``aggregation.weights`` where they are not set.
+        modes: what ``algorithm.mode`` may be, where the method has variants.
+        claims_samples: whether ranks get the samples of an epoch bit by bit, so that no class has a part of its own.
+        flat_gradients: whether gradients are views into flat vectors, and sparse ones are added up in there.
+        sends_at_once: whether each gradient is sent as soon as the backward pass has made it, dense and in one piece.
+        unused: keys of ``aggregation`` that mean nothing to the method, and the values that they are left at.
+        batch_varies: whether a rank's batch may become smaller than it is set to be.
+        plan: the one followed now, from :meth:`start` on.
+        reason: why :meth:`replan` last changed it, for a person to read.
+    """
+
+    executor: ClassVar[str]
+    Options: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
+    defaults: ClassVar[Mapping[str, str]] = {"sampling.scheme": "uniform", "aggregation.weights": "uniform"}
+    modes: ClassVar[Sequence[str]] = ()
+    claims_samples: ClassVar[bool] = False
+    flat_gradients: ClassVar[bool] = False
+    sends_at_once: ClassVar[bool] = False
+    batch_varies: ClassVar[bool] = False
+    unused: ClassVar[Mapping[str, Any]] = {}
+    reason: str = ""
+
+    def __init__(self, config: Config, cluster: Cluster, samples: int, min_batch: int = 1) -> None:
+        self.options, self.train, self.aggregation = config.algorithm, config.train, config.aggregation
+        self.cluster, self.samples, self.min_batch = cluster, samples, min_batch
+        self.seed, self.too_slow = config.run.seed, config.cluster.too_slow
+        self.batch_size = per_class("train.batch_size", self.train.batch_size, [c.name for c in cluster.classes])
+
+    @property
+    def needs_speeds(self) -> bool:
+        """Whether the plan depends on measured step times."""
+        return False
+
+    def check(self) -> None:
+        """Refuse settings that are wrong at any speed.
+
+        Raises:
+            ConfigError: there can be no plan, or a setting means nothing to this method.
+        """
+        mode, name = self.options.mode, self.options.name
+        if mode is not None and mode not in self.modes:
+            remedy = nearest(mode, self.modes) if self.modes else "leave it null"
+            raise ConfigError("algorithm.mode", mode, f"is no variant of {name}", remedy)
+        paths_of(self.aggregation, self.cluster)
+        if not self.needs_speeds:
+            self.make_plan(None)
+
+    @property
+    def has_blocking_average(self) -> bool:
+        """Whether all ranks meet to average their models, on either path."""
+        return False
+
+    def partial_mode(self, step_sec: Mapping[str, float]) -> str | None:
+        """Return how partial collectives are started at these speeds; None if each waits for all ranks."""
+        return None
+
+    def is_blocking(self, step_sec: Mapping[str, float]) -> bool:
+        """Tell whether a round waits for the slowest class, at these speeds."""
+        return self.partial_mode(step_sec) is None
+
+    @property
+    def needs_quiesce(self) -> bool:
+        """Whether ranks run apart in an epoch, so that they must come to rest before all of them meet."""
+        return self.claims_samples
+
+    @property
+    def follows_plan(self) -> bool:
+        """Whether each rank takes the steps of the plan, no more and no less."""
+        return not self.claims_samples
+
+    def make_plan(self, step_sec: Mapping[str, float] | None) -> Plan:
+        """Plan what every class does in a round; the same on every rank, from the same measured times.
+
+        Args:
+            step_sec: seconds of one local step, by class, where :attr:`needs_speeds`.
+        """
+        raise NotImplementedError(type(self).__name__)
+
+    def start(self, plan: Plan) -> None:
+        """Follow the first plan of a job."""
+        self.plan = plan
+
+    def replan(self, step_sec: Sequence[float]) -> Plan:
+        """Plan the next epoch, and follow that plan.
+
+        Args:
+            step_sec: what a local step took in the last epoch, waiting excluded, by rank; NaN where there was none.
+        """
+        return self.plan
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the policy carries from epoch to epoch, beside its plan."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from what :meth:`state_dict` gave; comes after :meth:`start`."""
+        assert not state
