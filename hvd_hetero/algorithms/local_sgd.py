@@ -9,14 +9,8 @@ from typing import Any, ClassVar
 from hvd_hetero.algorithms.policy import SOLO, Policy
 from hvd_hetero.config.load import per_class
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.planning.local_steps import (
-    LEAVE_OUT,
-    SHRINK,
-    WAIT_AVOIDING,
-    derive_tau,
-    shrink_batches,
-    too_slow_classes,
-)
+from hvd_hetero.planning import local_steps
+from hvd_hetero.planning.local_steps import LEAVE_OUT, SHRINK, WAIT_AVOIDING
 from hvd_hetero.planning.plan import Plan, check_least_round, make_plan
 from hvd_hetero.planning.rebalance import Rebalancer
 
@@ -99,21 +93,24 @@ class LocalSGD(Policy):
     def _may_avoid_waiting(self) -> bool:
         return self.needs_speeds and self.too_slow == WAIT_AVOIDING
 
+    def _late(self, step_sec: Mapping[str, float]) -> dict[str, float]:
+        return local_steps.too_slow_classes(self.train.tau, step_sec) if self.needs_speeds and step_sec else {}
+
     @property
     def mode(self) -> str:
         """What starts a round where no class is waited for."""
         return SOLO if self.has_blocking_average else self.aggregation.mode
 
     def partial_mode(self, step_sec: Mapping[str, float]) -> str | None:
-        is_late = self._may_avoid_waiting and too_slow_classes(self.train.tau, step_sec)
-        return self.mode if self.is_partial or is_late or not self.has_blocking_average else None
+        avoids_waiting = self.is_partial or (self.too_slow == WAIT_AVOIDING and self._late(step_sec))
+        return self.mode if avoids_waiting or not self.has_blocking_average else None
 
     def taus(self, step_sec: Mapping[str, float] | None) -> dict[str, int]:
         """Return local steps by class: as set, or derived from the fastest class's tau and the measured step times."""
         if isinstance(self.train.tau, Mapping):
             return per_class("train.tau", self.train.tau, [c.name for c in self.cluster.classes])
         assert step_sec is not None
-        return derive_tau(self.train.tau, step_sec, self.too_slow, self._margin(step_sec))
+        return local_steps.derive_tau(self.train.tau, step_sec, self.too_slow, self._margin(step_sec))
 
     def _margin(self, step_sec: Mapping[str, float]) -> float:
         """Return 0 where no rank waits for a late class: one that is early would end the epoch early, for all."""
@@ -122,7 +119,7 @@ class LocalSGD(Policy):
     def make_plan(self, step_sec: Mapping[str, float] | None) -> Plan:
         batch = self.batch_size
         if step_sec is not None and self.needs_speeds and self.too_slow == SHRINK:
-            batch = shrink_batches(self.train.tau, step_sec, batch, self._margin(step_sec), self.min_batch)
+            batch = local_steps.shrink_batches(self.train.tau, step_sec, batch, self._margin(step_sec), self.min_batch)
             step_sec = {name: sec * batch[name] / self.batch_size[name] for name, sec in step_sec.items()}
         return make_plan(
             self.cluster, self.samples, self.taus(step_sec), batch, weights=str(self.aggregation.weights),
@@ -134,8 +131,7 @@ class LocalSGD(Policy):
         measured = {
             c.name: c.step_sec * self.batch_size[c.name] / c.batch_size for c in plan.classes if c.step_sec is not None
         }
-        self.late = too_slow_classes(self.train.tau, measured) if self.needs_speeds and measured else {}
-        self.is_partial = not self.has_blocking_average or (bool(self.late) and self.too_slow == WAIT_AVOIDING)
+        self.late, self.is_partial = self._late(measured), self.partial_mode(measured) is not None
         if self.train.adapt_tau and self.needs_speeds and len(measured) > 1:
             self._rebalancer = Rebalancer(measured, self.batch_size, self._margin(measured))
 

@@ -66,8 +66,7 @@ class InFlightAverage:
         self._weights: SimpleQueue[float | None] = SimpleQueue()
         self._problems: SimpleQueue[BaseException | None] = SimpleQueue()
         self._is_sent = False
-        on_gpu = worker.device.type == "cuda"
-        self._stream = torch.cuda.Stream(worker.device) if on_gpu else None
+        self._stream = torch.cuda.Stream(worker.device) if worker.device.type == "cuda" else None
         threading.Thread(target=self._serve, name="hvd_hetero.delayed", daemon=True).start()
 
     def send(self, weight: float) -> None:

@@ -57,10 +57,7 @@ class OuterOptimizer:
         return {"velocity": self._velocity} if self._velocity else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for own, saved in zip(self._velocity, state.get("velocity", []), strict=True):
-            own.copy_(saved)
-
-    def carry_over(self, state: Mapping[str, Any]) -> None:
-        """Load the state of a job that may have had no outer momentum; this one may have none either."""
+        """Load the velocity, if both this optimizer and the saved one have any."""
         if self._velocity and "velocity" in state:
-            self.load_state_dict(state)
+            for own, saved in zip(self._velocity, state["velocity"], strict=True):
+                own.copy_(saved)

@@ -68,4 +68,4 @@ class LocalSGDExecutor(Executor):
         self.averaging.load_state_dict(state["averaging"])
 
     def carry_over(self, state: Mapping[str, Any]) -> None:
-        self.averaging.outer.carry_over(state.get("averaging", {}))
+        self.averaging.outer.load_state_dict(state.get("averaging", {}))

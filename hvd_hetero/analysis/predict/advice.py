@@ -41,8 +41,7 @@ class Worth:
     def sentence(self) -> str:
         figures = f"{self.with_it:.4g} samples/s with class {self.name}, {self.without_it:.4g} without it"
         gain = self.with_it / self.without_it - 1
-        verdict = f"worth having, it adds {gain:.1%}" if self.worth_having else f"better left out, it costs {-gain:.1%}"
-        return f"{figures}: {verdict}."
+        return f"{figures}: {'worth having, it adds' if gain > 0 else 'better left out, it costs'} {abs(gain):.1%}."
 
 
 def taus(scenario: Scenario) -> list[int]:
@@ -86,9 +85,8 @@ def recommended(scenario: Scenario, rows: Sequence[tuple[int, Prediction]]) -> A
 
 def batches(scenario: Scenario) -> list[tuple[float, Advice]]:
     """The best tau with smaller and larger batches, by the scale of all of them."""
-    found = [(scale, Scenario(scenario.config, scenario.known, scale)) for scale in SCALES]
-    advised = [(scale, recommended(other, sweep(other))) for scale, other in found]
-    return [(scale, advice) for scale, advice in advised if advice is not None]
+    found = ((scale, Scenario(scenario.config, scenario.known, scale)) for scale in SCALES)
+    return [(scale, best) for scale, other in found if (best := recommended(other, sweep(other))) is not None]
 
 
 def worth(scenario: Scenario, tau: int) -> list[Worth]:

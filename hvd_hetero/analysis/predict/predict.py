@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from hvd_hetero import algorithms
+from hvd_hetero.algorithms.local_sgd import BLOCKING
 from hvd_hetero.algorithms.policy import MAJORITY, SOLO, Policy
 from hvd_hetero.algorithms.synchronous import ALL, FAST, LockstepOptions, choose
 from hvd_hetero.analysis.predict.link import sent_bytes
@@ -83,6 +84,10 @@ class Scenario:
         every = per_class("train.tau", tau, [*known.speeds])
         self.taus = {name: every[name] for name in names} if isinstance(tau, Mapping) else None
         self.tau = max(every.values())
+        try:
+            self._fast = choose(self.cluster, FAST)[0].name
+        except ConfigError:  # a run could not tell which class is the fast one; here the speeds do
+            self._fast = self.fastest
 
     @property
     def capacity(self) -> float:
@@ -103,7 +108,7 @@ class Scenario:
         return [
             self._predict("sync_sgd, all", "sync_sgd", participants=ALL),
             self._predict("sync_sgd, fast", "sync_sgd", participants=FAST),
-            self._predict("balanced local SGD", "balanced_local_sgd", aggregation={"mode": "blocking"}),
+            self._predict("balanced local SGD", "balanced_local_sgd", aggregation={"mode": BLOCKING}),
             self.local(self.tau, self.taus),
             self._predict("dlb", "dlb"),
             self._predict("byteps", "byteps"),
@@ -114,42 +119,25 @@ class Scenario:
 
     def local(self, tau: int, taus: Mapping[str, int] | None = None) -> Prediction:
         """Predict local SGD whose fastest class takes tau steps in a round, the others by their speed or as given."""
-        return self._predict("unbalanced, biased local SGD", "biased_local_sgd", taus or tau, {"mode": "blocking"})
+        return self._predict("unbalanced, biased local SGD", "biased_local_sgd", taus or tau, {"mode": BLOCKING})
 
     def _predict(
         self, label: str, name: str, tau: int | Mapping[str, int] | None = None,
         aggregation: Mapping[str, Any] | None = None, **options: Any,
     ) -> Prediction:  # fmt: skip
-        """Predict one method, with the configuration's settings but for these."""
-        try:
-            return replace(self._run(self._policy(name, tau or self.tau, aggregation or {}, options)), label=label)
-        except ConfigError as error:
-            return Prediction(label, name, {}, dict(self.batch_size), problem=f"{error.problem}; {error.remedy}")
-
-    def _policy(
-        self, name: str, tau: int | Mapping[str, int], aggregation: Mapping[str, Any], options: Mapping[str, Any]
-    ) -> Policy:
-        """Make the policy of a method; what the configuration sets for methods of another kind is left out."""
+        """Predict one method, configured as it is but for these, and without what is for methods of another kind."""
         method, config = algorithms.get(name), self.config
         is_own = config.algorithm.name == name
         own = replace(config.algorithm if is_own else method.Options(name=name), **options)
         if isinstance(own, LockstepOptions) and own.participants == FAST:
-            own = replace(own, participants=self._fast())
-        unused = {} if is_own else method.unused
-        config = replace(
-            config,
-            algorithm=own,
-            train=replace(config.train, tau=tau, batch_size=self.batch_size),
-            aggregation=replace(config.aggregation, **{**unused, **aggregation}),
-        )
-        return method(config, self.cluster, self.known.samples)
-
-    def _fast(self) -> str:
-        """Return the class that a run would take for the fast one; where it cannot tell, the speeds do."""
+            own = replace(own, participants=self._fast)
+        train = replace(config.train, tau=tau or self.tau, batch_size=self.batch_size)
+        spec = replace(config.aggregation, **{**({} if is_own else method.unused), **(aggregation or {})})
+        config = replace(config, algorithm=own, train=train, aggregation=spec)
         try:
-            return choose(self.cluster, FAST)[0].name
-        except ConfigError:
-            return self.fastest
+            return replace(self._run(method(config, self.cluster, self.known.samples)), label=label)
+        except ConfigError as error:
+            return Prediction(label, name, {}, dict(self.batch_size), problem=f"{error.problem}; {error.remedy}")
 
     # ---- plans and time ---------------------------------------------------------------------------------------------
 
@@ -193,11 +181,11 @@ class Scenario:
     def _collective(self, policy: Policy, plan: Plan) -> tuple[float, float]:
         """Return seconds of one collective, and the bytes that each rank sends in it."""
         link, nbytes = self.known.link, self.known.model_bytes
-        ranks = {role: sum(len(c.ranks) for c in plan.classes if c.role == role and _joins(policy, c))
-                 for role in {c.role for c in plan.classes}}  # fmt: skip
-        if servers := ranks.pop(SERVER, 0):
-            return link.served_sec(sum(ranks.values()), servers, nbytes), nbytes
-        return link.sum_sec(sum(ranks.values()), nbytes), sent_bytes(sum(ranks.values()), nbytes)
+        servers = sum(len(c.ranks) for c in plan.classes if c.role == SERVER)
+        ranks = sum(len(c.ranks) for c in plan.classes if _joins(policy, c)) - servers
+        if servers:
+            return link.served_sec(ranks, servers, nbytes), nbytes
+        return link.sum_sec(ranks, nbytes), sent_bytes(ranks, nbytes)
 
     def _simulate(self, policy: Policy, plan: Plan) -> Outcome:
         """Simulate rounds of a plan, by the collectives that its ranks meet in."""

@@ -80,7 +80,7 @@ class Outcome:
 def blocking(
     groups: Sequence[Group], rounds: int, comm_sec: float, rng: np.random.Generator, law: str = LOGNORMAL
 ) -> Outcome:
-    """Rounds in which everybody waits for the slowest, who waits for nobody; the collective comes after."""
+    """Simulate rounds in which all ranks wait for the slowest; the collective comes after."""
     work = [_works(g, rounds, rng, law) for g in groups]
     last = np.max([w.max(axis=1) for w in work], axis=0)
     seconds = float(last.sum()) + rounds * comm_sec
@@ -118,20 +118,11 @@ def _by_name(groups: Sequence[Group], spent: Sequence[tuple[Floats, Floats, Floa
 
 
 def partial(
-    groups: Sequence[Group],
-    comm_sec: float,
-    rng: np.random.Generator,
-    *,
-    mode: str = SOLO,
-    by_class: bool = False,
-    rounds: int | None = None,
-    contributions: int | None = None,
-    sync_every: int = 32,
-    max_lag: int = 32,
-    patience_sec: float = math.inf,
-    law: str = LOGNORMAL,
-) -> Outcome:
-    """Rounds that whoever is ready starts, as in docs/partial.md, without the ends of epochs.
+    groups: Sequence[Group], comm_sec: float, rng: np.random.Generator, *, mode: str = SOLO, by_class: bool = False,
+    rounds: int | None = None, contributions: int | None = None, sync_every: int = 32, max_lag: int = 32,
+    patience_sec: float = math.inf, law: str = LOGNORMAL,
+) -> Outcome:  # fmt: skip
+    """Simulate rounds that the first to be ready starts, as in docs/partial.md, without the ends of epochs.
 
     Args:
         mode: ``solo`` or ``majority``.
