@@ -12,7 +12,7 @@ The mathematics is that of synchronous SGD on the fast class. What carries it is
 which a rank sends each other rank a piece of its own choice: one for the push and one for the pull of every s
 consecutive partitions, all of them on the way at once. So it is really the server that sums, in the order of the
 workers, and per step a worker sends and receives each gradient element once; no ring of workers is involved. Unlike
-BytePS itself, a push does not start before the whole backward pass is done, and workers do not share in the summing.
+BytePS itself, a push does not start before the whole backward epoch is done, and workers do not share in the summing.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import ClassVar, final
 
 from hvd_hetero.algorithms.synchronous import FAST, Lockstep, LockstepOptions
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.nonfinite import finite, mark, summable
+from hvd_hetero.comm.nonfinite import finite, summable, write_validity_flags
 from hvd_hetero.comm.parameter_server import Servers
-from hvd_hetero.comm.weighted_sums import settle
+from hvd_hetero.comm.weighted_sums import renormalize
 from hvd_hetero.config.schema import AlgorithmConfig
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError
@@ -79,11 +79,11 @@ class BytePS(Lockstep):
             worker.gradient(inputs, targets, self.mine.weight)
             good = finite(self.gradients)
             sums = [summable(vector) for vector in self.vectors]
-            mark(sums, good, share=self.mine.weight)
+            write_validity_flags(sums, good, share=self.mine.weight)
             worker.pace.pause()
             self.servers.sum_(sums, "gradient")
             worker.watch.collective()
-            settle(comm, sums, good, "gradient", self.ranks)
+            renormalize(comm, sums, good, "gradient", self.ranks)
             for gradient, total in zip(self.vectors, sums, strict=True):
                 if gradient is not total:
                     gradient.copy_(total)

@@ -67,7 +67,7 @@ class OptimizerAverage:
             good: whether this rank's model was; if not, its state has no part in the average either.
 
         Raises:
-            BadNumbers: as :func:`hvd_hetero.comm.averaging.average`.
+            NonFiniteError: as :func:`hvd_hetero.comm.averaging.average`.
         """
         own = dict(self._own(optimizer))
         self._agree(sorted(own))
@@ -85,7 +85,7 @@ class OptimizerAverage:
                 average /= sums[len(values) + list(present).index(entry)].clamp_min(1e-30)
             self._put(optimizer, entry, average)
         if good and not fit:
-            self._comm.left_out.note()
+            self._comm.excluded.note()
         counts = [entry for entry in self._entries if entry.is_count]
         said = [float(own[entry]) if entry in own else -float("inf") for entry in counts]
         most = self._comm.max(said, "optimizer.counts") if counts else []

@@ -2,17 +2,17 @@
 
 A round is one step. With B = sum_i b_i, on worker i, from the model x that all have::
 
-    draw b_i samples from the worker's share of the pass
+    draw b_i samples from the worker's share of the epoch
     g_i = gradient of their mean loss at x
-    g   = sum_i (b_i / B) g_i           # the gradient of the joined batch; allreduce, as the backward pass goes
+    g   = sum_i (b_i / B) g_i           # the gradient of the joined batch; allreduce, as the backward epoch goes
     x   = x - lr * g                    # the same on every worker: replicas never differ
 
 With equal batches the sum is the mean over workers. Everybody waits for the slowest at every step;
 ``algorithm.participants: fast`` trains on the fast class alone, while the others idle (tau 0, no samples, weight 0).
 
-``hvd.DistributedOptimizer`` sends each parameter's gradient as soon as the backward pass has made it; gradient clipping
-comes after the sum, so it is that of the joined batch. BatchNorm normalizes each rank's own share; running statistics
-are averaged at the end of a pass.
+``hvd.DistributedOptimizer`` sends each parameter's gradient as soon as the backward epoch has made it; gradient
+clipping comes after the sum, so it is that of the joined batch. BatchNorm normalizes each rank's own share; running
+statistics are averaged at the end of an epoch.
 
 When a gradient is seen to be bad, parts of it have been sent already. But the sum is the same on all workers: where it
 holds NaN or Inf, each computes its own gradient once more, and they are summed without the bad ones.
@@ -56,7 +56,7 @@ class SyncSGD(Lockstep):
 
     def run_round(self, worker: Worker, batches: Iterator[Batch], comm: Comm) -> None:
         if not self.mine.tau:
-            worker.watch.absent()
+            worker.watch.skip_collective()
             return
         for inputs, targets in worker.pace.steps(batches, 1):
             self.keep_buffers(worker)

@@ -1,4 +1,4 @@
-"""Gradients on their way from a device to the host, copied while the backward pass still goes on."""
+"""Gradients on their way from a device to the host, copied while the backward epoch still goes on."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hvd_hetero.comm.flat_params import joined
+from hvd_hetero.comm.flat_params import concat
 from hvd_hetero.comm.tensor_slots import real_view
 
 
 class HostGradients:
-    """A copy of flat gradients in host memory, which follows each backward pass parameter by parameter.
+    """A copy of flat gradients in host memory, which follows each backward epoch parameter by parameter.
 
     Args:
         params: whose gradients are views of the vectors.
@@ -47,10 +47,10 @@ class HostGradients:
 
     @torch.no_grad()
     def take(self) -> Tensor:
-        """The gradients of the backward pass that has ended, ``[P]``; valid until the next one begins."""
+        """The gradients of the backward epoch that has ended, ``[P]``; valid until the next one begins."""
         for param in list(self._left):  # it had no part in the loss, and its gradient is zero
             self._copy(self._parts[param], param)
         self._left = set(self._parts)
         if self._stream is not None:
             self._stream.synchronize()
-        return joined(self._host)
+        return concat(self._host)

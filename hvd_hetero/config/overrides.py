@@ -46,7 +46,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     """
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ConfigError("argument", text, "is not key=value", "write for example train.passes=10")
+        raise ConfigError("argument", text, "is not key=value", "write for example train.epochs=10")
     if value in ("", "null"):
         return key, None
     try:

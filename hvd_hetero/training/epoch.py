@@ -1,4 +1,5 @@
-"""A pass over the data on its way: what is done of it and what is left, what it came to, and how fast each rank was."""
+"""An epoch over the data on its way: what is done of it and what is left, what it came to, and how fast each rank
+was."""
 
 from __future__ import annotations
 
@@ -20,14 +21,14 @@ from hvd_hetero.telemetry.stopwatch import KINDS, Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import Recorder
 from hvd_hetero.worker.factories import is_accuracy
-from hvd_hetero.worker.index_feed import Worked
+from hvd_hetero.worker.index_feed import SegmentResult
 from hvd_hetero.worker.losses import mean, weighted_sums
 from hvd_hetero.worker.worker import Worker
 
 
 @dataclass(frozen=True)
-class PassFigures:
-    """What all ranks did in a pass: its seconds, samples, mean loss, and what a step of each took towards its end."""
+class EpochFigures:
+    """What all ranks did in an epoch: its seconds, samples, mean loss, and what a step of each took towards its end."""
 
     seconds: float
     samples: int
@@ -36,19 +37,19 @@ class PassFigures:
 
 
 def gather_figures(
-    comm: Comm, watch: Stopwatch, accounts: Accounts, plan: Plan, worked: Worked, losses: torch.Tensor,
-    weights: torch.Tensor, step_sec: float, left_out: int,
-) -> PassFigures:  # fmt: skip
-    """Gathers what all ranks did in a pass and where their time went, and enters it into the accounts.
+    comm: Comm, watch: Stopwatch, accounts: Accounts, plan: Plan, worked: SegmentResult, losses: torch.Tensor,
+    weights: torch.Tensor, step_sec: float, excluded: int,
+) -> EpochFigures:  # fmt: skip
+    """Gathers what all ranks did in an epoch and where their time went, and enters it into the accounts.
 
     Args:
         losses: of this rank, with their ``weights``.
-        step_sec: seconds of one of its steps, and ``left_out``, rounds it was left out of.
+        step_sec: seconds of one of its steps, and ``excluded``, rounds it was left out of.
     """
     kinds, collectives = watch.take()
     sums = weighted_sums(losses.double(), weights.double()).tolist()
-    figures = [*(kinds[kind] for kind in KINDS), *sums, worked.steps, step_sec, left_out, *collectives]
-    rows = [row.tolist() for row in comm.gather(torch.tensor(figures, dtype=torch.float64), "pass.times")]
+    figures = [*(kinds[kind] for kind in KINDS), *sums, worked.steps, step_sec, excluded, *collectives]
+    rows = [row.tolist() for row in comm.gather(torch.tensor(figures, dtype=torch.float64), "epoch.times")]
     count = len(KINDS)
     loss = mean(sum(row[count] for row in rows), sum(row[count + 1] for row in rows))
     steps = [int(row[count + 2]) for row in rows]
@@ -57,7 +58,7 @@ def gather_figures(
     seconds = accounts.enter(plan, worked.rounds, steps, spent, [row[count + 5 :] for row in rows],
                              [int(row[count + 4]) for row in rows])
     samples = accounts.samples_seen - before
-    return PassFigures(seconds, samples, loss, [row[count + 3] for row in rows])
+    return EpochFigures(seconds, samples, loss, [row[count + 3] for row in rows])
 
 
 def evaluate(comm: Comm, worker: Worker, test: Source, plan: Plan, spec: EvalConfig) -> dict[str, float | None]:
@@ -72,8 +73,8 @@ def evaluate(comm: Comm, worker: Worker, test: Source, plan: Plan, spec: EvalCon
 
 
 @dataclass(frozen=True)
-class Reached:
-    """How far a stretch has come; numbers that are the same on all ranks once they have agreed.
+class EpochProgress:
+    """How far a segment has come; numbers that are the same on all ranks once they have agreed.
 
     Attributes:
         rounds: averages made in it, or steps of the synchronous methods.
@@ -87,40 +88,40 @@ class Reached:
     rows: int = 0
     version: int = 0
 
-    def agreed(self, comm: Comm, others: Sequence[float]) -> tuple[Reached, list[float]]:
+    def agreed(self, comm: Comm, others: Sequence[float]) -> tuple[EpochProgress, list[float]]:
         """The maxima over all ranks, of this and of other numbers that are to be agreed on."""
         mine = astuple(self)
-        most = comm.max([float(number) for number in (*mine, *others)], "pass.reached")
-        return Reached(*(int(number) for number in most[: len(mine)])), most[len(mine) :]
+        most = comm.max([float(number) for number in (*mine, *others)], "epoch.reached")
+        return EpochProgress(*(int(number) for number in most[: len(mine)])), most[len(mine) :]
 
 
-class Ongoing:
-    """One rank's pass, worked off in stretches, between which it can be saved.
+class EpochState:
+    """One rank's epoch, worked off in segments, between which it can be saved.
 
     Args:
-        plan: with the rounds of this pass.
-        rows: as :class:`hvd_hetero.worker.index_feed.Pass` has them.
+        plan: with the rounds of this epoch.
+        rows: as :class:`hvd_hetero.worker.index_feed.Segment` has them.
         handed_out: whether these are everybody's.
-        generator: the state of the generator of augmentation, before the pass.
+        generator: the state of the generator of augmentation, before the epoch.
     """
 
     def __init__(self, plan: Plan, rows: NDArray[Any], handed_out: bool, generator: torch.Tensor) -> None:
         self.plan, self.rows, self._handed_out, self._generator = plan, rows, handed_out, generator
-        self.reached = Reached()
+        self.reached = EpochProgress()
         self.work_sec: list[float] = []
         self._row = self._steps = 0
         self._parts: list[tuple[NDArray[Any], NDArray[Any]]] = []
         self._batches: Iterator[Batch] | None = None
         self._left_out, self._counts = 0, torch.zeros(NUMBERS, dtype=torch.int64)
 
-    def count(self, left_out: int, sent: Counts | None) -> tuple[int, torch.Tensor | None]:
-        """Adds what was counted since the last call; returns what the pass has come to.
+    def count(self, excluded: int, sent: Counts | None) -> tuple[int, torch.Tensor | None]:
+        """Adds what was counted since the last call; returns what the epoch has come to.
 
         Args:
-            left_out: rounds that this rank was left out of.
+            excluded: rounds that this rank was left out of.
             sent: in partial collectives; None for a method that has none.
         """
-        self._left_out += left_out
+        self._left_out += excluded
         if sent is None:
             return self._left_out, None
         self._counts += to_numbers(sent)
@@ -144,7 +145,7 @@ class Ongoing:
     def _round_samples(self) -> int:
         return sum(c.round_samples for c in self.plan.classes)
 
-    def stretch(self, rounds: int, tau: int) -> tuple[Plan, NDArray[Any]]:
+    def segment(self, rounds: int, tau: int) -> tuple[Plan, NDArray[Any]]:
         """Plan and samples of the next so many rounds; all that is left in the last one."""
         part = replace(self.plan, rounds=rounds)
         if not self._handed_out:
@@ -153,7 +154,7 @@ class Ongoing:
         return part, rows if rounds >= self.left else rows[: rounds * self._round_samples]
 
     def batches(self, source: Source, rows: NDArray[Any], generator: torch.Generator) -> Iterator[Batch]:
-        """The batches of a stretch. Where ranks have their own, one iterator serves the pass, and may read ahead."""
+        """The batches of a segment. Where ranks have their own, one iterator serves the epoch, and may read ahead."""
         if self._handed_out:
             return read(source, rows, generator)
         if self._batches is None:
@@ -165,27 +166,27 @@ class Ongoing:
                 generator.set_state(resumed)
         return self._batches
 
-    def reach(self, worked: Worked, tau: int) -> Reached:
-        """How far this rank has come in the stretch that it has just worked on."""
+    def reach(self, worked: SegmentResult, tau: int) -> EpochProgress:
+        """How far this rank has come in the segment that it has just worked on."""
         planned = 0 if self._handed_out or not tau else -(-worked.steps // tau)
         version = int(worked.at[-1]) + 1 if worked.at is not None and len(worked.at) else 0
-        return Reached(worked.rounds, planned, worked.used if self._handed_out else 0, version)
+        return EpochProgress(worked.rounds, planned, worked.used if self._handed_out else 0, version)
 
-    def add(self, worked: Worked, reached: Reached) -> None:
-        """Takes in a stretch, and how far all have come in it."""
+    def add(self, worked: SegmentResult, reached: EpochProgress) -> None:
+        """Takes in a segment, and how far all have come in it."""
         if worked.rows is not None and worked.at is not None:
             self._parts.append((worked.rows, worked.at + self.reached.version))
         self._row += worked.steps
         self._steps += worked.steps
         sums = (a + b for a, b in zip(astuple(self.reached), astuple(reached), strict=True))
-        self.reached = Reached(*sums)
+        self.reached = EpochProgress(*sums)
 
-    def worked(self) -> Worked:
-        """What this rank has done so far in the pass."""
+    def worked(self) -> SegmentResult:
+        """What this rank has done so far in the epoch."""
         if not self._parts:
-            return Worked(self.reached.rounds, self._steps)
+            return SegmentResult(self.reached.rounds, self._steps)
         rows, at = (np.concatenate(arrays) for arrays in zip(*self._parts, strict=True))
-        return Worked(self.reached.rounds, self._steps, rows, at)
+        return SegmentResult(self.reached.rounds, self._steps, rows, at)
 
     def state_dict(self) -> dict[str, Any]:
         worked = self.worked()
@@ -193,23 +194,23 @@ class Ongoing:
             "plan": self.plan.to_dict(), "rows": self.rows, "handed_out": self._handed_out,
             "generator": self._generator, "reached": list(astuple(self.reached)), "work_sec": self.work_sec,
             "row": self._row, "steps": self._steps, "worked": [worked.rows, worked.at],
-            "left_out": self._left_out, "counts": self._counts,
+            "excluded": self._left_out, "counts": self._counts,
         }  # fmt: skip
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Ongoing:
+    def from_state(cls, state: dict[str, Any]) -> EpochState:
         ongoing = cls(Plan.from_dict(state["plan"]), np.asarray(state["rows"]), state["handed_out"], state["generator"])
-        ongoing.reached = Reached(*state["reached"])
+        ongoing.reached = EpochProgress(*state["reached"])
         ongoing.work_sec = list(state["work_sec"])
         ongoing._row, ongoing._steps = state["row"], state["steps"]
-        ongoing._left_out, ongoing._counts = state["left_out"], state["counts"].clone()
+        ongoing._left_out, ongoing._counts = state["excluded"], state["counts"].clone()
         rows, at = state["worked"]
         ongoing._parts = [] if rows is None else [(np.asarray(rows), np.asarray(at))]
         return ongoing
 
 
-class RoundLaps:
-    """What this rank's own work took in each round of a pass."""
+class RoundSpans:
+    """What this rank's own work took in each round of an epoch."""
 
     def __init__(self, watch: Stopwatch, recorder: Recorder, work_sec: list[float]) -> None:
         self._watch, self._recorder, self._work_sec = watch, recorder, work_sec
@@ -222,8 +223,8 @@ class RoundLaps:
         self._work_sec.append(now - self._before)
         self._before = now
 
-    def step_sec(self, worked: Worked, tau: int) -> float:
-        """Seconds of a step, towards the end of the pass."""
+    def step_sec(self, worked: SegmentResult, tau: int) -> float:
+        """Seconds of a step, towards the end of the epoch."""
         if worked.at is None:
             return settled_step_sec(self._work_sec, [tau] * len(self._work_sec))
         # what belongs to no step of a round, such as a late rank's taking of results, counts with the next

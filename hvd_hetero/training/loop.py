@@ -23,15 +23,15 @@ from hvd_hetero.data import Batch, read
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, Plain, RankError, UserError
 from hvd_hetero.planning.sampling import Sampler
-from hvd_hetero.planning.stop_criteria import Done, check_limits, next_rounds
+from hvd_hetero.planning.stop_criteria import RunProgress, check_limits, next_rounds
 from hvd_hetero.random_state import seed_all
-from hvd_hetero.telemetry.stopwatch import Pace, Stopwatch, own_clock
+from hvd_hetero.telemetry.stopwatch import SlowdownEmulator, Stopwatch, thread_cpu_clock
 from hvd_hetero.training import startup
-from hvd_hetero.training.api import guarded
+from hvd_hetero.training.api import exit_on_error
 from hvd_hetero.training.process import process_restored
-from hvd_hetero.worker.components import Components, Given, build
+from hvd_hetero.worker.components import Components, UserObjects, build
 from hvd_hetero.worker.index_feed import Feed
-from hvd_hetero.worker.losses import Numbers, joined, per_sample
+from hvd_hetero.worker.losses import Numbers, concat, per_sample
 from hvd_hetero.worker.memory import on_device
 
 
@@ -39,19 +39,19 @@ class Round:
     """One round of this rank: iterate over it for its local batches, and give back the losses of each.
 
     Attributes:
-        left_out: this rank's numbers (NaN, Inf) have not gone into the average that the round begins with: the
+        excluded: this rank's numbers (NaN, Inf) have not gone into the average that the round begins with: the
             optimizer's state, which is yours, should be cleared, ``optimizer.state.clear()``.
     """
 
-    def __init__(self, batches: Iterator[Batch], batch_size: int, left_out: bool = False) -> None:
-        self._batches, self._batch_size, self.left_out = batches, batch_size, left_out
+    def __init__(self, batches: Iterator[Batch], batch_size: int, excluded: bool = False) -> None:
+        self._batches, self._batch_size, self.excluded = batches, batch_size, excluded
         self.taken: list[Numbers] = []
 
     def __iter__(self) -> Iterator[Batch]:
         return self._batches
 
     def losses(self, losses: Tensor, weights: Tensor | None = None) -> None:
-        """Takes the per-sample losses ``[B]`` of the batch just trained on; the next passes' sampling goes by them.
+        """Takes the per-sample losses ``[B]`` of the batch just trained on; the next epochs' sampling goes by them.
 
         Args:
             weights: ``[B]``, 0 for samples that do not count: they keep the losses that they had.
@@ -63,7 +63,8 @@ class Round:
             values, weights = per_sample("round.losses", Plain(""), (losses, weights), {self._batch_size})
         except UserError:
             told = Plain(describe(losses))
-            guarded(partial(_alone, partial(per_sample, "round.losses", told, (losses, weights), {self._batch_size})))
+            again = partial(per_sample, "round.losses", told, (losses, weights), {self._batch_size})
+            exit_on_error(partial(_alone, again))
             raise
         self.taken.append((values.detach(), weights))
 
@@ -111,13 +112,13 @@ class Loop:
                 raise ConfigError("train.tau", loaded.train.tau, "a hand-written step is not measured", remedy)
             if loaded.train.max_train_sec is not None:
                 limit = loaded.train.max_train_sec
-                raise ConfigError("train.max_train_sec", limit, "a hand-written step is not timed", "set train.passes")
-            check_plain(loaded)
-            return loaded, build(loaded, Given(model, train_data, train_data))
+                raise ConfigError("train.max_train_sec", limit, "a hand-written step is not timed", "set train.epochs")
+            check_supported_by_loop(loaded)
+            return loaded, build(loaded, UserObjects(model, train_data, train_data))
 
         with ExitStack() as after:
             after.enter_context(process_restored())
-            guarded(lambda: self._start(startup.start(prepare)))
+            exit_on_error(lambda: self._start(startup.start(prepare)))
             self._after = after.pop_all()
 
     def _start(self, started: startup.Job) -> None:
@@ -128,7 +129,7 @@ class Loop:
         self._state = FlatState(self.model, policies=config.aggregation.state)
         self._source = on_device(started.components.dataset.train, device, "training")
         self._generator = torch.Generator(device).manual_seed(config.run.seed * 1000003 + self.rank)
-        self._comm = Comm(cluster, self.rank, config.aggregation, started.watchdog.pulse)
+        self._comm = Comm(cluster, self.rank, config.aggregation, started.watchdog.heartbeat)
         self._comm.broadcast_state(self._state)
         samples = len(self._source)
         self.plan = algorithms.build(config, cluster, samples).make_plan(None)
@@ -138,9 +139,9 @@ class Loop:
         self._feed = Feed(self._comm, samples, sampler if self.rank == 0 else None)
         check_limits(config.train, self.plan)
         self._train = config.train
-        clock = own_clock(device, started.placement.threads)
-        self._watch = Stopwatch(own_clock=clock, pulse=started.watchdog.pulse)
-        self._pace = Pace(self._watch, cluster.class_of(self.rank).slowdown, self._synchronize)
+        clock = thread_cpu_clock(device, started.placement.threads)
+        self._watch = Stopwatch(thread_cpu_clock=clock, heartbeat=started.watchdog.heartbeat)
+        self._pace = SlowdownEmulator(self._watch, cluster.class_of(self.rank).slowdown, self._synchronize)
         self._watchdog = started.watchdog
         seed_all(config.run.seed * 1000003 + self.rank)  # dropout differs from rank to rank
 
@@ -150,23 +151,23 @@ class Loop:
 
     def __iter__(self) -> Iterator[Round]:
         mine = self.plan.of_rank(self.rank)
-        done, left_out, self._comm.left_out.round = Done(), False, 1
+        done, excluded, self._comm.excluded.round = RunProgress(), False, 1
         while rounds := next_rounds(self._train, self.plan, done):
             part = replace(self.plan, rounds=rounds)
-            rows = guarded(partial(self._feed.deal, part, self.plan))
+            rows = exit_on_error(partial(self._feed.deal, part, self.plan))
             batches = read(self._source, rows, self._generator)
             taken: list[Numbers] = []
             for _ in range(rounds):
-                current = Round(self._steps(batches, mine.tau), mine.batch_size, left_out)
+                current = Round(self._steps(batches, mine.tau), mine.batch_size, excluded)
                 yield current
                 if len(current.taken) != mine.tau:
                     problem = f"a round has {mine.tau} batches of {mine.batch_size}, got losses of {len(current.taken)}"
                     raise RuntimeError(f"{problem}: go through the whole round and call round.losses for each batch")
                 taken += current.taken
-                left_out = not guarded(partial(average, self._comm, self._state, mine.weight))
-                self._comm.left_out.round += 1
-            guarded(partial(average_others, self._comm, self._state, mine.weight, only_new=True))
-            guarded(partial(self._feed.collect, part, joined(taken)[0]))
+                excluded = not exit_on_error(partial(average, self._comm, self._state, mine.weight))
+                self._comm.excluded.round += 1
+            exit_on_error(partial(average_others, self._comm, self._state, mine.weight, only_new=True))
+            exit_on_error(partial(self._feed.collect, part, concat(taken)[0]))
             done = done.after(part)
 
     def _steps(self, batches: Iterator[Batch], count: int) -> Iterator[Batch]:
@@ -177,7 +178,7 @@ class Loop:
             try:
                 batch = next(steps, None)
             except Exception as error:  # what looks after that costs more than a small step
-                guarded(partial(_alone, partial(_raise, error)))
+                exit_on_error(partial(_alone, partial(_raise, error)))
                 raise
             if batch is None:
                 return
@@ -209,7 +210,7 @@ def _alone(call: Callable[[], Any]) -> Any:
         raise RankError(str(error)) from error
 
 
-def check_plain(config: Config) -> None:
+def check_supported_by_loop(config: Config) -> None:
     """Refuses what only the trainer's own loop can do: it owns neither the steps nor the optimizer here.
 
     Raises:

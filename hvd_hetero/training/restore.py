@@ -15,7 +15,7 @@ from hvd_hetero.telemetry.run_folder import RunFolder
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.training.checkpointer import Saver
-from hvd_hetero.training.epoch import Ongoing
+from hvd_hetero.training.epoch import EpochState
 from hvd_hetero.training.resume import places
 from hvd_hetero.training.run_records import RESHAPED, say_resumed
 from hvd_hetero.training.startup import Job
@@ -38,7 +38,7 @@ class Run(Protocol):
     watch: Stopwatch
     folder: RunFolder | None
     saver: Saver | None
-    ongoing: Ongoing | None
+    ongoing: EpochState | None
     best: dict[str, float | None]
     begin: float
 
@@ -46,13 +46,13 @@ class Run(Protocol):
     def over(self) -> bool: ...
 
 
-def state_of(run: Run, ongoing: Ongoing | None) -> dict[str, Any]:
-    """Everything that decides how this rank goes on, in a pass under way or between two."""
+def state_of(run: Run, ongoing: EpochState | None) -> dict[str, Any]:
+    """Everything that decides how this rank goes on, in an epoch under way or between two."""
     state: dict[str, Any] = {name: getattr(run, name).state_dict() for name in PARTS}
     state |= {"plan": run.plan.to_dict(), "best": run.best, "wall_sec": time.perf_counter() - run.begin,
               "path": run.comm.path, "classes": places(run.job.cluster)}  # fmt: skip
     if ongoing is not None:
-        ongoing.count(run.comm.left_out.take(), run.algorithm.counts())
+        ongoing.count(run.comm.excluded.take(), run.algorithm.counts())
         state["ongoing"] = ongoing.state_dict()
         state["watch"] = run.watch.state_dict()
     if run.folder is not None and run.feed.sampler is not None:
@@ -68,11 +68,11 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
         getattr(run, part).load_state_dict(state[part])
     run.best = dict(state["best"])
     run.begin -= state["wall_sec"]
-    place = f"pass {run.accounts.passes}, round {run.accounts.rounds}"
+    place = f"epoch {run.accounts.epochs}, round {run.accounts.rounds}"
     if "ongoing" in state:
-        run.ongoing = Ongoing.from_state(state["ongoing"])
+        run.ongoing = EpochState.from_state(state["ongoing"])
         run.watch.load_state_dict(state["watch"])
-        place += f", in the next pass {run.ongoing.reached.rounds} rounds later"
+        place += f", in the next epoch {run.ongoing.reached.rounds} rounds later"
     if run.feed.sampler is not None:
         run.feed.sampler.load_state_dict(state["rank0"]["sampler"])
         run.feed.load_state_dict(state["rank0"]["feed"])
@@ -84,10 +84,10 @@ def carry_over(run: Run, state: Mapping[str, Any]) -> None:
     run.algorithm.carry_over(state["algorithm"])
     assert run.saver is not None
     run.accounts.carry_over(state["accounts"], run.saver.saved_round)
-    for _ in range(run.accounts.passes):
+    for _ in range(run.accounts.epochs):
         run.worker.end_epoch()
     run.best = dict(state["best"])
     run.begin -= state["wall_sec"]
     if run.feed.sampler is not None:
         run.feed.sampler.losses = np.asarray(state["rank0"]["sampler"]["losses"], dtype=np.float32)
-        say_resumed(f"pass {run.accounts.passes}, round {run.accounts.rounds}, {RESHAPED}", run.over)
+        say_resumed(f"epoch {run.accounts.epochs}, round {run.accounts.rounds}, {RESHAPED}", run.over)

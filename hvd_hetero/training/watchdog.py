@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from hvd_hetero.comm.kv_store import BEAT_TIMEOUT_SEC, JobEnv, get_beat, put_beat
 from hvd_hetero.errors import EXIT_LOST, EXIT_STUCK
-from hvd_hetero.telemetry.heartbeat import PREPARING, Pulse
+from hvd_hetero.telemetry.heartbeat import PREPARING, Heartbeat
 
 BEAT_SEC = 5.0
 LOST_LATER_SEC = 5.0
@@ -34,7 +34,7 @@ PREPARING_SEC = 60.0
 
 
 @dataclass
-class Sight:
+class PeerStatus:
     """Another rank as this one sees it: what it said last, and how long it has said nothing new."""
 
     beat: dict[str, Any] | None = None
@@ -56,18 +56,18 @@ class Watchdog:
     """Watches this rank, and the others for it. A process without a launcher is watched by whoever started it.
 
     Attributes:
-        pulse: of this rank's main thread.
+        heartbeat: of this rank's main thread.
     """
 
     def __init__(self, env: JobEnv) -> None:
-        self.pulse = Pulse()
+        self.heartbeat = Heartbeat()
         self._env, self._limit_sec = env, math.inf
         self._armed = False
         self._stopped, self._wake = threading.Event(), threading.Event()
         self._number, self._count = 0, -1
         self._still_sec = self._unreached_sec = 0.0
         self._ticked = time.monotonic()
-        self._sights = {rank: Sight() for rank in range(env.size) if rank != env.rank}
+        self._sights = {rank: PeerStatus() for rank in range(env.size) if rank != env.rank}
         self._thread = threading.Thread(target=self._run, name="hvd_hetero.watchdog", daemon=True)
         if env.store is not None:
             self._thread.start()
@@ -99,14 +99,14 @@ class Watchdog:
     def _tick(self, most_sec: float) -> None:
         now = time.monotonic()
         elapsed, self._ticked = min(now - self._ticked, most_sec), now
-        count, waits, phase = self.pulse.count, self.pulse.waits, self.pulse.phase
+        count, waits, phase = self.heartbeat.count, self.heartbeat.waits, self.heartbeat.phase
         self._still_sec = self._still_sec + elapsed if count == self._count else 0.0
         self._count = count
         self._number += 1
         beat = {"number": self._number, "host": self._env.host, "phase": phase, "waits": waits,
                 "still_sec": self._still_sec}
         limit_sec = max(self._limit_sec, PREPARING_SEC) if phase == PREPARING else self._limit_sec
-        if self._armed and not waits and self._still_sec >= limit_sec and count == self.pulse.count:
+        if self._armed and not waits and self._still_sec >= limit_sec and count == self.heartbeat.count:
             still = f"{self._still_sec:.0f} s in {phase}"
             self._end(EXIT_STUCK, f"{self._me} has made no progress for {still}", stacks=True)
         try:

@@ -1,4 +1,4 @@
-"""Dealing a pass: rank 0 draws, one broadcast, each rank takes its slice; afterwards the losses go back to rank 0."""
+"""Dealing an epoch: rank 0 draws, one broadcast, each rank takes its slice; afterwards the losses go back to rank 0."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from hvd_hetero.planning.sampling import Sampler, in_order, newest_last
 
 Dealt = dict[int, NDArray[Any]]
 EVERYBODY = "everybody"
-"""Under this name a pass is drawn that ranks are handed out bit by bit."""
+"""Under this name an epoch is drawn that ranks are handed out bit by bit."""
 
 
 @dataclass(frozen=True)
-class Pass:
-    """What a rank is given of one pass: all of it, or a stretch.
+class Segment:
+    """What a rank is given of one epoch: all of it, or a segment.
 
     Attributes:
-        plan: with the rounds of this stretch.
+        plan: with the rounds of this segment.
         rows: this rank's samples ``[rounds * tau, B]``, a row a step; ``[N]``, everybody's, where a method hands them
             out itself.
         read: gives the batches of some rows.
-        begin_round: to be called before each round with its number in this stretch, and ``end_round`` after it.
+        begin_round: to be called before each round with its number in this segment, and ``end_round`` after it.
         stopping: whether this rank was asked to stop; a method that goes in lockstep need not ask.
     """
 
@@ -44,8 +44,8 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class Worked:
-    """What a rank did in a pass.
+class SegmentResult:
+    """What a rank did in an epoch.
 
     Attributes:
         rounds: averages that were made, the same on all ranks.
@@ -63,7 +63,7 @@ class Worked:
 
 
 class Feed:
-    """The indices that each rank trains on, pass by pass.
+    """The indices that each rank trains on, epoch by epoch.
 
     Args:
         samples: n, size of the training set; it decides the index type, the same on all ranks.
@@ -76,44 +76,44 @@ class Feed:
         self._dealt: Dealt = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """On rank 0: who was dealt what in the pass that is under way."""
+        """On rank 0: who was dealt what in the epoch that is under way."""
         return {"dealt": [self._dealt[rank] for rank in sorted(self._dealt)]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._dealt = {rank: np.asarray(rows) for rank, rows in enumerate(state["dealt"])}
 
     def deal(self, plan: Plan, whole: Plan) -> NDArray[Any]:
-        """This rank's indices for one pass, ``[rounds * tau, B]``, a row a step.
+        """This rank's indices for one epoch, ``[rounds * tau, B]``, a row a step.
 
         Args:
-            whole: the plan of a pass that is not cut short. Of one that is, the first rounds are dealt: drawn for
-                itself, a short pass would have the biased class train on nothing but the very hardest samples.
+            whole: the plan of an epoch that is not cut short. Of one that is, the first rounds are dealt: drawn for
+                itself, a short epoch would have the biased class train on nothing but the very hardest samples.
         """
         sizes = self._sizes(plan)
         everything = torch.empty(sum(sizes), dtype=self._dtype)
         if self.sampler is not None:
-            drawn, counts = self.sampler.draw(whole.pass_samples()), plan.pass_samples()
+            drawn, counts = self.sampler.draw(whole.epoch_samples()), plan.epoch_samples()
             self._dealt = {}
             for c in plan.classes:
                 ends = np.cumsum([sizes[rank] for rank in c.ranks])
                 self._dealt |= dict(zip(c.ranks, np.split(drawn[c.name][: counts[c.name]], ends[:-1]), strict=True))
             everything = torch.from_numpy(np.concatenate([self._dealt[rank] for rank in range(len(sizes))]))
-        everything = self._comm.broadcast(everything, "pass.indices")
+        everything = self._comm.broadcast(everything, "epoch.indices")
         if self.sampler is not None:
-            self.sampler.begin(whole.pass_samples())
+            self.sampler.begin(whole.epoch_samples())
         mine = everything.split(sizes)[self._comm.rank].numpy()
         own = plan.of_rank(self._comm.rank)
         return mine.reshape(plan.rounds * own.tau, own.batch_size)
 
     def deal_whole(self, plan: Plan) -> NDArray[Any]:
-        """Everybody's indices for one pass, ``[N]``, in random order."""
-        whole = torch.empty(sum(plan.pass_samples().values()), dtype=self._dtype)
+        """Everybody's indices for one epoch, ``[N]``, in random order."""
+        whole = torch.empty(sum(plan.epoch_samples().values()), dtype=self._dtype)
         if self.sampler is not None:
             whole = torch.from_numpy(self.sampler.draw({EVERYBODY: len(whole)})[EVERYBODY])
-        whole = self._comm.broadcast(whole, "pass.indices")
+        whole = self._comm.broadcast(whole, "epoch.indices")
         return whole.numpy()
 
-    def collect_as_worked(self, worked: Worked, losses: Tensor) -> None:
+    def collect_as_worked(self, worked: SegmentResult, losses: Tensor) -> None:
         """As :meth:`collect`, where each rank says itself what it trained on, and when.
 
         Args:
@@ -121,22 +121,22 @@ class Feed:
         """
         assert worked.rows is not None and worked.at is not None
         shape = torch.tensor([worked.steps, worked.rows.shape[1]])
-        shapes = [row.tolist() for row in self._comm.gather(shape, "pass.shapes")]
+        shapes = [row.tolist() for row in self._comm.gather(shape, "epoch.shapes")]
         sizes = [steps * batch for steps, batch in shapes]
         rows = torch.from_numpy(np.ascontiguousarray(worked.rows.reshape(-1))).to(self._dtype)
-        indices = self._comm.gather(rows, "pass.rows", sizes)
+        indices = self._comm.gather(rows, "epoch.rows", sizes)
         check_number(len(losses), sizes[self._comm.rank])
-        at = self._comm.gather(torch.from_numpy(worked.at), "pass.at", [steps for steps, _ in shapes])
-        gathered = self._comm.gather(losses, "pass.losses", sizes)
+        at = self._comm.gather(torch.from_numpy(worked.at), "epoch.at", [steps for steps, _ in shapes])
+        gathered = self._comm.gather(losses, "epoch.losses", sizes)
         if self.sampler is not None:
             order = newest_last([a.numpy() for a in at], [batch for _, batch in shapes])
             self.sampler.record(torch.cat(indices).numpy()[order], torch.cat(gathered).numpy()[order])
 
     def collect(self, plan: Plan, losses: Tensor) -> None:
-        """Takes this rank's losses ``[rounds * tau * B]`` of the pass, in training order, into rank 0's table."""
+        """Takes this rank's losses ``[rounds * tau * B]`` of the epoch, in training order, into rank 0's table."""
         sizes = self._sizes(plan)
         check_number(len(losses), sizes[self._comm.rank])
-        gathered = self._comm.gather(losses, "pass.losses", sizes)
+        gathered = self._comm.gather(losses, "epoch.losses", sizes)
         if self.sampler is not None:
             tau = {rank: c.tau for rank, c in enumerate(plan.by_rank())}
             values = {rank: part.numpy() for rank, part in enumerate(gathered)}
@@ -155,4 +155,4 @@ def check_number(losses: int, samples: int) -> None:
     """
     if losses != samples:
         remedy = "return one number for each sample of a batch"
-        raise ConfigError("train.loss", Plain(f"{losses} losses"), f"there were {samples} samples in the pass", remedy)
+        raise ConfigError("train.loss", Plain(f"{losses} losses"), f"there were {samples} samples in the epoch", remedy)

@@ -16,7 +16,7 @@ import torch  # noqa: E402
 
 from hvd_hetero.algorithms import delayed_averaging  # noqa: E402
 from hvd_hetero.comm.async_ops import PeerLost  # noqa: E402
-from hvd_hetero.telemetry.heartbeat import Pulse  # noqa: E402
+from hvd_hetero.telemetry.heartbeat import Heartbeat  # noqa: E402
 
 SOON_SEC = 20.0
 
@@ -41,7 +41,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[...,
         state = SimpleNamespace(vectors=[torch.zeros(4)], params=[4], refresh=lambda: False)
         cpu = torch.device("cpu")
         worker: Any = SimpleNamespace(device=cpu, state=state, optimizer=SimpleNamespace(state={}))
-        comm: Any = SimpleNamespace(beside=lambda: None, pulse=Pulse())
+        comm: Any = SimpleNamespace(beside=lambda: None, heartbeat=Heartbeat())
         made.append(delayed_averaging.Delayed(worker, comm))
         return made[-1]
 

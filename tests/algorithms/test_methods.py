@@ -16,7 +16,7 @@ pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scrip
 
 import torch  # noqa: E402
 from ranks_methods import oracle  # noqa: E402
-from ranks_methods.cases import CASES, CLASSES, DIGITS_PASSES, SAMPLES, SIZE, data, model  # noqa: E402
+from ranks_methods.cases import CASES, CLASSES, DIGITS_EPOCHS, SAMPLES, SIZE, data, model  # noqa: E402
 
 from hvd_hetero.algorithms import REGISTRY, get  # noqa: E402
 from hvd_hetero.algorithms.local_sgd import LocalSGD  # noqa: E402
@@ -77,13 +77,13 @@ def test_local_sgd_as_in_one_process(found: Found, case: str) -> None:
 @pytest.mark.parametrize("case", [name for name, case in SMALL.items() if case.classes == "one"])
 def test_one_class_and_tau_1_is_synchronous_sgd(found: Found, case: str) -> None:
     """Plain SGD: the mean of the models after one step is the step along the mean gradient."""
-    torch.testing.assert_close(final(found, case), oracle.joined(CASES[case], dealt(found, case)), **TOLERANCE)
+    torch.testing.assert_close(final(found, case), oracle.concat(CASES[case], dealt(found, case)), **TOLERANCE)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_all_training_ranks_hold_the_same_model(found: Found, case: str) -> None:
     """Bit for bit; and rank 0 holds it even where it does not train."""
-    training = [rank for rank, passes in dealt(found, case).items() if passes[0].numel()]
+    training = [rank for rank, epochs in dealt(found, case).items() if epochs[0].numel()]
     own = {rank: found[rank][case]["model"] for rank in {0, *training}}
     for rank, state in own.items():
         for name, value in state.items():
@@ -131,12 +131,12 @@ def test_ranks_that_do_not_train_take_no_samples_and_no_time_of_their_own(found:
     assert (slow["tau"], slow["batch_size"], slow["weight"], slow["steps"], slow["samples"]) == (0, 0, 0.0, 0, 0)
     assert slow["step_sec"] is None
     assert slow["time_sec"]["compute"] == slow["time_sec"]["data"] == 0
-    assert slow["time_sec"]["blocked"] + slow["time_sec"]["comm"] > 0, "waiting for the next pass, or for gradients"
+    assert slow["time_sec"]["blocked"] + slow["time_sec"]["comm"] > 0, "waiting for the next epoch, or for gradients"
     assert fast["weight"] == 0.5 and fast["steps"] == 2 * 2 * (SAMPLES // 8) and fast["time_sec"]["compute"] > 0
 
 
 def test_idle_ranks_transfer_nothing_while_they_idle(found: Found) -> None:
-    """Their time is waiting for the pass to end; transfer is only what all ranks share around the pass."""
+    """Their time is waiting for the epoch to end; transfer is only what all ranks share around the epoch."""
     fast, slow = found[0]["sync, fast"]["summary"]["classes"]
     assert slow["time_sec"]["comm"] < fast["time_sec"]["comm"]
     assert slow["blocked_fraction"] > fast["blocked_fraction"]
@@ -150,7 +150,7 @@ def test_dlb_keeps_the_global_batch(found: Found) -> None:
 
 
 def samples(found: Found, case: str, number: int, name: str) -> set[int]:
-    """The samples that a class was dealt in a pass."""
+    """The samples that a class was dealt in an epoch."""
     ranks = CLASSES[CASES[case].classes][name]
     return {int(i) for rank in ranks for i in found[rank][case]["dealt"][number].flatten()}
 
@@ -182,7 +182,7 @@ def test_every_method_trains(found: Found, method: str) -> None:
     assert summary["eval"]["final_accuracy"] > 0.8
     classes = summary["classes"]
     assert sum(c["weight"] * len(c["ranks"]) for c in classes) == pytest.approx(1)
-    assert summary["samples_seen"] == sum(c["samples"] for c in classes) <= DIGITS_PASSES * 1437
+    assert summary["samples_seen"] == sum(c["samples"] for c in classes) <= DIGITS_EPOCHS * 1437
     assert all(value >= 0 for c in classes for value in c["time_sec"].values())
     for c in classes:
         assert sum(c["time_sec"].values()) == pytest.approx(summary["train_sec"], rel=0.2)

@@ -58,13 +58,13 @@ def test_dlb_weights_gradients_by_batch() -> None:
     assert sum(batches(made)) == 13
     assert [c.weight for c in plan] == pytest.approx([c.batch_size / 13 for c in plan])
     assert sum(c.weight * len(c.ranks) for c in made.plan.classes) == pytest.approx(1)
-    assert made.plan.pass_samples() == {"fast": sum(batches(made)[:2]) * 76, "slow": sum(batches(made)[2:]) * 76}
+    assert made.plan.epoch_samples() == {"fast": sum(batches(made)[:2]) * 76, "slow": sum(batches(made)[2:]) * 76}
 
 
 @pytest.mark.parametrize(("wanted", "needed", "least"), [(1, 1, 1), (2, 1, 2), (1, 2, 2), (3, 2, 3)])
 def test_dlb_gives_everybody_as_many_samples_as_are_wanted_or_needed(wanted: int, needed: int, least: int) -> None:
-    made = dlb(global_batch=20, least=wanted)
-    made.least_batch = needed
+    made = dlb(global_batch=20, min_local_batch=wanted)
+    made.min_batch = needed
     for _ in range(3):
         made.replan([1e-3, 1e-3, 1.0, 1.0, 1.0])
     assert sum(batches(made)) == 20 and min(batches(made)) == least

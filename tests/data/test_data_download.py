@@ -32,7 +32,7 @@ for name, value in {attributes!r}.items():
     setattr(CIFAR10, name, value)
 sys.exit(main(sys.argv[1:]))
 """
-SETTINGS = ["train", "data.name=cifar10", "data.download=true", "model.name=resnet20", "train.passes=1",
+SETTINGS = ["train", "data.name=cifar10", "data.download=true", "model.name=resnet20", "train.epochs=1",
             "train.batch_size=2", "train.tau={fast: 2, slow: 1}",
             "cluster.classes={fast: {ranks: 0}, slow: {ranks: 1}}", "checkpoint.every_sec=null"]  # fmt: skip
 

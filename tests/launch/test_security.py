@@ -23,7 +23,7 @@ from hvd_hetero.checkpoint import CheckpointError, Store  # noqa: E402
 from hvd_hetero.cli import main  # noqa: E402
 from hvd_hetero.config.load import load  # noqa: E402
 from hvd_hetero.errors import ConfigError  # noqa: E402
-from hvd_hetero.files import check_no_links, check_writable, own_files, write_text  # noqa: E402
+from hvd_hetero.files import check_no_links, check_writable, restrict_umask, write_text  # noqa: E402
 from hvd_hetero.planning.speed_profile import load_profile  # noqa: E402
 from hvd_hetero.secrets import without_passwords  # noqa: E402
 from hvd_hetero.telemetry.run_folder import RunFolder  # noqa: E402
@@ -103,7 +103,7 @@ def test_every_command_takes_rights_from_its_files(tmp_path: Path, capsys: pytes
 @pytest.mark.usefixtures("careless")
 def test_a_stricter_umask_stays(umask: int, left: int) -> None:
     os.umask(umask)
-    own_files()
+    restrict_umask()
     assert os.umask(0) == left
 
 

@@ -1,4 +1,4 @@
-"""In which order the losses of a pass are entered: by round, step and rank."""
+"""In which order the losses of an epoch are entered: by round, step and rank."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 ``run_cases.py FOLDER poisoned`` takes those of ``cases.POISONED`` that are for the job's number of ranks.
 
-It writes ``FOLDER/rank{N}.pt``: by case the rank's final model, the indices it was dealt in each pass, and on rank 0
+It writes ``FOLDER/rank{N}.pt``: by case the rank's final model, the indices it was dealt in each epoch, and on rank 0
 the summary. All process sets are made by the first ``hvd.init``, and each run's ``Comm`` finds its own.
 """
 
@@ -23,7 +23,7 @@ from hvd_hetero.config.load import device_classes, load
 from hvd_hetero.training import startup, trainer
 from hvd_hetero.training.watchdog import Watchdog
 from hvd_hetero.worker import components
-from hvd_hetero.worker.components import Given
+from hvd_hetero.worker.components import UserObjects
 from hvd_hetero.worker.index_feed import Feed
 
 
@@ -50,7 +50,7 @@ class RecordedFeed(Feed):
 
 def run(case: Case, env: JobEnv, folder: Path) -> dict[str, Any]:
     config = load((), case.overrides(), algorithms.method)
-    given = Given(model=lambda: model(case.model), train_data=data(case.poisoned), test_data=data())
+    given = UserObjects(model=lambda: model(case.model), train_data=data(case.poisoned), test_data=data())
     parts = components.build(config, None if case.model == "digits" else given)
     facts = [RankFacts(rank, "localhost", rank, (), "cpu", (0,)) for rank in range(env.size)]
     cluster = assign(device_classes(config.cluster.classes), facts)
@@ -61,7 +61,7 @@ def run(case: Case, env: JobEnv, folder: Path) -> dict[str, Any]:
     summary = this.run()
     this.algorithm.close()
     return {"model": this.worker.model.state_dict(), "dealt": RecordedFeed.dealt, "summary": summary,
-            "left_out": this.comm.left_out.count}
+            "excluded": this.comm.excluded.count}
 
 
 def main(folder: Path, poisoned: bool) -> None:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from hvd_hetero.cluster.device_classes import RankFacts
 
-Worked = Sequence[tuple[Tensor, Tensor]]
+SegmentResult = Sequence[tuple[Tensor, Tensor]]
 """Of one rank: its samples ``[steps, B]`` and the round of each step."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """One pass in which ranks take turns.
+    """One epoch in which ranks take turns.
 
     Attributes:
         order: whose turn it is, again and again.
@@ -37,7 +37,7 @@ class Schedule:
     def overrides(self) -> dict[str, Any]:
         classes = {f"c{rank}": {"device": "cpu", "ranks": [rank]} for rank in range(len(self.tau))}
         tau = {name: self.tau[rank] for rank, name in enumerate(classes)}
-        method = {"algorithm.name": self.method, "cluster.classes": classes, "train.tau": tau, "train.passes": 1}
+        method = {"algorithm.name": self.method, "cluster.classes": classes, "train.tau": tau, "train.epochs": 1}
         return {**BASE, **method, "aggregation.sync_every": 1000, "aggregation.patience_sec": 60, **self.settings}
 
     def steps_a_turn(self, rank: int) -> int:
@@ -91,7 +91,7 @@ class Case(Replica):
         self.step([part.view_as(p) for part, p in zip(parts, self.net.parameters(), strict=True)])
 
 
-def eager(case: Schedule, worked: Sequence[Worked]) -> tuple[Tensor, list[list[int]]]:
+def eager(case: Schedule, worked: Sequence[SegmentResult]) -> tuple[Tensor, list[list[int]]]:
     """The final weights, and by rank the round of each step."""
     one = Case(case)  # type: ignore[arg-type]
     ranks = len(worked)
@@ -115,7 +115,7 @@ def eager(case: Schedule, worked: Sequence[Worked]) -> tuple[Tensor, list[list[i
     return history[-1], done
 
 
-def merging(case: Schedule, worked: Sequence[Worked]) -> tuple[Tensor, list[list[int]]]:
+def merging(case: Schedule, worked: Sequence[SegmentResult]) -> tuple[Tensor, list[list[int]]]:
     """The same for models: x, each rank's own progress on top of it, and who is merged when."""
     settings = case.overrides()
     lr, momentum = settings.get("aggregation.outer_lr", 1.0), settings.get("aggregation.outer_momentum", 0.0)

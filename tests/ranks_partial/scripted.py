@@ -26,10 +26,10 @@ from hvd_hetero.comm.kv_store import job_env  # noqa: E402
 from hvd_hetero.comm.partial.allreduce import PartialAllreduce  # noqa: E402
 from hvd_hetero.config.load import device_classes, load  # noqa: E402
 from hvd_hetero.training import startup, trainer
-from hvd_hetero.training.epoch import Ongoing  # noqa: E402
+from hvd_hetero.training.epoch import EpochState  # noqa: E402
 from hvd_hetero.training.watchdog import Watchdog  # noqa: E402
 from hvd_hetero.worker import components
-from hvd_hetero.worker.components import Given  # noqa: E402
+from hvd_hetero.worker.components import UserObjects  # noqa: E402
 from hvd_hetero.worker.index_feed import Feed  # noqa: E402
 
 
@@ -106,12 +106,12 @@ def main(folder: Path, name: str) -> None:
         collected(self, work, losses)
 
     finished, collected = PartialAllreduce.finish, Feed.collect_as_worked
-    Ongoing.batches = read  # type: ignore[method-assign]
+    EpochState.batches = read  # type: ignore[method-assign]
     PartialAllreduce.finish = finish  # type: ignore[method-assign]
     Feed.collect_as_worked = collect  # type: ignore[method-assign]
-    # nobody comes to rest within a pass in order to save
+    # nobody comes to rest within an epoch in order to save
     config = load((), case.overrides() | {"checkpoint.every_sec": None}, algorithms.method)
-    given = Given(model=lambda: model(case.model), train_data=data(), test_data=data())
+    given = UserObjects(model=lambda: model(case.model), train_data=data(), test_data=data())
     parts = components.build(config, given)
     cluster = assign(device_classes(config.cluster.classes), facts(env.size))
     startup.check(config, parts, cluster)

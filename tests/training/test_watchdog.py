@@ -15,11 +15,11 @@ from test_supervisor import rank_pids, when
 
 from hvd_hetero.comm.kv_store import ORPHAN
 from hvd_hetero.errors import EXIT_STUCK
-from hvd_hetero.telemetry.heartbeat import Pulse
-from hvd_hetero.training.watchdog import Sight
+from hvd_hetero.telemetry.heartbeat import Heartbeat
+from hvd_hetero.training.watchdog import PeerStatus
 
 RANKS = Path(__file__).parents[1] / "ranks"
-ENDLESS = ["train.tau={fast: 8, slow: 4}", "cluster.classes.slow.slowdown=1", "train.passes=1000000"]
+ENDLESS = ["train.tau={fast: 8, slow: 4}", "cluster.classes.slow.slowdown=1", "train.epochs=1000000"]
 
 
 def in_mid_run(folder: Path) -> Callable[[], bool]:
@@ -87,18 +87,18 @@ def test_ranks_without_a_launcher_leave(hvd_hetero: Callable[..., Any], tmp_path
 
 
 def test_what_was_waited_in_is_left_again() -> None:
-    pulse = Pulse()
-    pulse.begin("local step")
-    before = pulse.count
-    with pytest.raises(RuntimeError), pulse.waiting("average.0"):
-        assert pulse.waits and pulse.phase == "collective average.0"
+    heartbeat = Heartbeat()
+    heartbeat.begin("local step")
+    before = heartbeat.count
+    with pytest.raises(RuntimeError), heartbeat.waiting("average.0"):
+        assert heartbeat.waits and heartbeat.phase == "collective average.0"
         raise RuntimeError
-    assert not pulse.waits and pulse.phase == "local step"
-    assert pulse.count > before, "to have come through a collective is progress"
+    assert not heartbeat.waits and heartbeat.phase == "local step"
+    assert heartbeat.count > before, "to have come through a collective is progress"
 
 
 def test_a_rank_is_silent_while_it_says_nothing_new() -> None:
-    sight = Sight()
+    sight = PeerStatus()
     assert not sight.look(None, 5.0), "it has not begun"
     beat = {"number": 1, "host": "h2", "phase": "local step"}
     assert sight.look(beat, 5.0) and sight.silent_sec == 0

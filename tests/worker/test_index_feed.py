@@ -1,4 +1,4 @@
-"""How the samples of a pass are dealt to the ranks."""
+"""How the samples of an epoch are dealt to the ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Alone:
         return tensor
 
 
-def test_a_pass_that_is_cut_short_is_the_beginning_of_a_whole_one() -> None:
+def test_a_epoch_that_is_cut_short_is_the_beginning_of_a_whole_one() -> None:
     """Drawn for itself it would be half of the very hardest samples."""
     facts = [RankFacts(rank, "here", rank, (), "cpu", (0, 1)) for rank in range(2)]
     cluster = assign(device_classes({FAST: {"ranks": [0]}, SLOW: {"ranks": [1]}}), facts)
