@@ -36,19 +36,21 @@ def read_published(name: str, folder: str, root: Path, download: bool, *splits: 
     Raises:
         ConfigError: the files are not as published, or cannot be downloaded.
     """
-    kind = getattr(importlib.import_module("torchvision.datasets"), name)
     above = _above(root.absolute(), Path(folder).parts)
+    if not download and not (above / folder).is_dir():
+        return None
+    kind = getattr(importlib.import_module("torchvision.datasets"), name)  # slow to import
 
     def read() -> list[Any]:
         remedy = "remove this folder and set data.download=true, or fetch the files again"
         with reading(above / folder, f"the published files of {name}", remedy):
             return [kind(above, **split) for split in splits]
 
-    if not download:
-        return read() if (above / folder).is_dir() else None
     try:
         return read()
     except ConfigError:
+        if not download:
+            raise
         _download(kind, above)
         return read()
 
@@ -66,7 +68,8 @@ def _download(kind: Any, root: Path) -> None:
 
     def failed(why: str) -> ConfigError:
         problem = f"{kind.__name__} cannot be downloaded into {root}: {why}"
-        return ConfigError("data.download", True, problem, "check the network, its proxy variables and the folder")
+        remedy = "check the network, its proxy variables and the disk; remove files that are damaged"
+        return ConfigError("data.download", True, problem, remedy)
 
     try:
         root.mkdir(parents=True, exist_ok=True)

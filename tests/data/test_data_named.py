@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,6 +120,15 @@ def test_mnist_files_here_or_below(tmp_path: Path, name: str, made: str, ending:
     images, _ = next(data.train.batches(np.array([[2, 1]]), torch.Generator()))
     mean, deviation = (0.1307, 0.3081) if name == "mnist" else (0.2860, 0.3530)
     assert np.allclose(images.squeeze(1).numpy(), (arrays["train"][[2, 1]] / 255.0 - mean) / deviation, atol=1e-5)
+
+
+def test_packed_files_are_read_without_importing_torchvision(tmp_path: Path) -> None:
+    """It takes a second on every rank."""
+    make_mnist(tmp_path / "fashion-mnist", ".gz")
+    code = f"import sys; from hvd_hetero.data import load; load('fashion_mnist', {str(tmp_path)!r}, None, {{}}); "
+    done = subprocess.run([sys.executable, "-c", code + "print('torchvision' in sys.modules)"], capture_output=True,
+                          text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "False"
 
 
 IMAGES = "train-images-idx3-ubyte"

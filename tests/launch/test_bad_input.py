@@ -73,7 +73,7 @@ def test_a_truncated_dataset(launched: Callable[..., tuple[int, str, str]], tmp_
     file = fashion_mnist(tmp_path, cut=100)
     status, _, err = launched(*words)
     assert status == 2
-    assert_one_message(err, str(file.parent), '"', "remove this folder and set data.download=true, or fetch the files again")
+    assert_one_message(err, str(file.parent), '"', "remove this folder and set data.download=true")
     assert "truncated" in err
     file.write_bytes(file.read_bytes() + bytes(100))
     status, _, err = launched(*words, "train.tau={fast: 32, slow: 32}")
