@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -129,7 +130,9 @@ class Loop:
         self._state = FlatState(self.model, policies=config.aggregation.state)
         self._source = on_device(started.components.dataset.train, device, "training")
         self._generator = torch.Generator(device).manual_seed(config.run.seed * 1000003 + self.rank)
-        self._comm = Comm(cluster, self.rank, config.aggregation, started.watchdog.heartbeat)
+        clock = thread_cpu_clock(device, started.placement.threads)
+        self._watch = Stopwatch(thread_cpu_clock=clock, heartbeat=started.watchdog.heartbeat)
+        self._comm = Comm(cluster, self.rank, config.aggregation, self._watch)
         self._comm.broadcast_state(self._state)
         samples = len(self._source)
         self.plan = algorithms.build(config, cluster, samples).make_plan(None)
@@ -139,8 +142,6 @@ class Loop:
         self._feed = Feed(self._comm, samples, sampler if self.rank == 0 else None)
         check_limits(config.train, self.plan)
         self._train = config.train
-        clock = thread_cpu_clock(device, started.placement.threads)
-        self._watch = Stopwatch(thread_cpu_clock=clock, heartbeat=started.watchdog.heartbeat)
         self._pace = SlowdownEmulator(self._watch, cluster.class_of(self.rank).slowdown, self._synchronize)
         self._watchdog = started.watchdog
         seed_all(config.run.seed * 1000003 + self.rank)  # dropout differs from rank to rank
@@ -167,8 +168,11 @@ class Loop:
                 excluded = not exit_on_error(partial(average, self._comm, self._state, mine.weight))
                 self._comm.excluded.round += 1
             exit_on_error(partial(average_others, self._comm, self._state, mine.weight, only_new=True))
-            exit_on_error(partial(self._feed.collect, part, concat(taken)[0]))
+            at = np.repeat(np.arange(rounds), mine.tau)
+            shapes = [(rounds * c.tau, c.batch_size) for c in part.by_rank()]
+            exit_on_error(partial(self._feed.collect, rows, at, concat(taken)[0], shapes))
             done = done.after(part)
+            self._watch.take()  # nothing is told of the times of a loop
 
     def _steps(self, batches: Iterator[Batch], count: int) -> Iterator[Batch]:
         # What was between two rounds, an average and the user's own, is no part of a step that is to be stretched.

@@ -180,7 +180,7 @@ def _model(config: Config, given: UserObjects) -> nn.Module:
 
 
 def _give_shapes(components: Components, origins: Origins) -> None:
-    """Let lazy modules (``nn.LazyLinear``) make their parameters, by a forward epoch, before anything looks at them."""
+    """Let lazy modules (``nn.LazyLinear``) make their parameters, by a forward pass, before anything looks at them."""
     model = components.model
     if not _lazy(model):
         return
@@ -189,7 +189,7 @@ def _give_shapes(components: Components, origins: Origins) -> None:
     with as_user_error(*origins.model, what, "make model and data fit together"), evaluating(model), torch.no_grad():
         forward(model, inputs)
     for name in _lazy(model):
-        problem = f"{name} is lazy, and its forward epoch does not use it"
+        problem = f"{name} is lazy, and its forward pass does not use it"
         raise ConfigError(*origins.model, problem, "give the layer its sizes, or leave it out")
 
 

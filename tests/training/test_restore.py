@@ -24,15 +24,16 @@ from hvd_hetero.checkpoint.export import save_model  # noqa: E402
 from hvd_hetero.cluster.device_classes import RankFacts, assign  # noqa: E402
 from hvd_hetero.comm.kv_store import JobEnv  # noqa: E402
 from hvd_hetero.config.load import device_classes, load  # noqa: E402
+from hvd_hetero.data import TensorSource  # noqa: E402
 from hvd_hetero.errors import EXIT_LOST  # noqa: E402
 from hvd_hetero.launch.horovodrun import End  # noqa: E402
 from hvd_hetero.launch.supervisor import Supervisor  # noqa: E402
 from hvd_hetero.planning.plan import make_plan  # noqa: E402
 from hvd_hetero.telemetry.run_folder import METRICS, RunFolder  # noqa: E402
 from hvd_hetero.telemetry.staleness import KINDS, Counts  # noqa: E402
-from hvd_hetero.training.epoch import EpochState  # noqa: E402
 from hvd_hetero.training.run_records import say_resumed  # noqa: E402
 from hvd_hetero.training.stop_request import StopRequest  # noqa: E402
+from hvd_hetero.worker.epoch import Epoch  # noqa: E402
 
 ROWS = [{"epoch": number, "samples_seen": 100 * number, "train_loss": 1.0} for number in range(1, 7)]
 
@@ -208,13 +209,14 @@ def test_a_stop_file_that_cannot_be_looked_at_is_none(tmp_path: Path, monkeypatc
         assert not stop()
 
 
-def test_what_was_counted_in_a_epoch_is_saved_with_it() -> None:
+def test_what_was_counted_in_an_epoch_is_saved_with_it() -> None:
     cluster = assign(device_classes({"fast": {"ranks": [0]}, "slow": {"ranks": [1]}}),
                      [RankFacts(rank, "here", rank, (), "cpu", (0, 1)) for rank in range(2)])  # fmt: skip
     plan = make_plan(cluster, 100, {"fast": 2, "slow": 1}, {"fast": 4, "slow": 4})
-    ongoing = EpochState(plan, np.zeros((4, 4), dtype=np.int32), False, torch.Generator().get_state())
-    ongoing.count(1, Counts(fresh=3, late=1, staleness=Counter({0: 3, 2: 1})))
-    again = EpochState.from_state(copied(ongoing.state_dict()))
+    source, generator = TensorSource(torch.zeros(100, 1), torch.zeros(100)), torch.Generator()
+    epoch = Epoch(plan, np.zeros((4, 4), dtype=np.int32), source, generator)
+    epoch.count(1, Counts(fresh=3, late=1, staleness=Counter({0: 3, 2: 1})))
+    again = Epoch.from_state(copied(epoch.state_dict()), source, generator)
     excluded, counts = again.count(2, Counts(fresh=1, staleness=Counter({0: 1})))
     assert excluded == 3 and counts is not None
     assert counts.tolist()[: len(KINDS) + 3] == [4, 1, 0, 0, 4, 0, 1]

@@ -80,7 +80,7 @@ def assert_same(one: Path, other: Path) -> None:
     assert [c["steps"] for c in summaries[0]["classes"]] == [c["steps"] for c in summaries[1]["classes"]]
 
 
-def test_stopped_within_a_epoch_and_gone_on_is_bit_equal(tmp_path: Path) -> None:
+def test_stopped_within_an_epoch_and_gone_on_is_bit_equal(tmp_path: Path) -> None:
     """Through the launcher; tests/training/test_resume_methods.py has all methods."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = ["algorithm.name=sync_sgd", "train.epochs=5", "checkpoint.every_rounds=2"]
