@@ -140,7 +140,8 @@ def first_samples(source: Source, count: int, origins: Origins, split: str = "tr
 def _dataset(config: Config, given: UserObjects) -> Dataset:
     spec = config.data
     if given.train_data is None and given.test_data is None:
-        return data.load(spec.name, spec.root, spec.target, spec.args, workers=spec.workers, seed=config.run.seed)
+        return data.load(spec.name, spec.root, spec.target, spec.args, workers=spec.workers, seed=config.run.seed,
+                         download=spec.download)
     for name, other in (("test_data", "train_data"), ("train_data", "test_data")):
         if getattr(given, name) is None:
             raise ConfigError(name, None, f"{other} was given without {name}", "give both")
