@@ -194,6 +194,9 @@ class EvalConfig:
     every_epochs: int = _key(1, FIGURES, at_least=1)
     batch_size: int = _key(256, FIGURES, at_least=1)
     metric: str = _key("accuracy", FIGURES)
+    average: str = _key("none", FIGURES, choices=("none", "ema", "lawa"))
+    half_life: Optional[float] = _key(None, FIGURES, above=0)  # noqa: UP045
+    last: int = _key(5, FIGURES, at_least=1)
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,8 @@ def note(best: dict[str, float | None], row: Mapping[str, Any]) -> None:
     best["final_loss"] = row["eval_loss"]
     accuracy = row.get("eval_accuracy")
     best["final_accuracy"] = None if accuracy is None or math.isnan(accuracy) else accuracy
+    if "averaged_loss" in row:
+        best["averaged_loss"], best["averaged_accuracy"] = row["averaged_loss"], row.get("averaged_accuracy")
     if best["final_accuracy"] is not None:
         best["best_accuracy"] = max(best["final_accuracy"], best["best_accuracy"] or 0.0)
 

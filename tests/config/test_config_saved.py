@@ -60,7 +60,8 @@ DECIDES = {
         cluster.hosts cluster.classes cluster.affinity cluster.gpu_cores cluster.share_gpus cluster.network_interface
         cluster.cycle_time_ms
         data.workers train.compile aggregation.path aggregation.chunk_mb profile.seconds profile.warmup_steps
-        profile.reuse profile.file eval.every_epochs eval.batch_size eval.metric delays.distribution delays.seed
+        profile.reuse profile.file eval.every_epochs eval.batch_size eval.metric eval.average eval.half_life eval.last
+        delays.distribution delays.seed
         delays.sec delays.ranks delays.sigma""",
     COURSE: """
         run.trace_rounds run.watchdog_sec cluster.start_timeout_sec cluster.gloo_timeout_sec checkpoint.every_sec

@@ -150,8 +150,9 @@ RESUMED = {name: CASES[name] for name in (
 RESUMED["sync, fast, warm-up and cosine"] = Case(
     "sync_sgd", {**CASES["sync, warm-up and cosine"].settings, "algorithm.participants": "fast"}
 )
-RESUMED["biased, cosine by rounds"] = Case("biased_local_sgd", {
-    **TAU31, "train.scheduler": "cosine", "train.scheduler_args": {"warmup": 0.2, "floor": 0.1},
+RESUMED["biased, cosine by rounds, averaged iterates"] = Case("biased_local_sgd", {
+    **TAU31, "eval.average": "ema", "eval.half_life": 5.0,
+    "train.scheduler": "cosine", "train.scheduler_args": {"warmup": 0.2, "floor": 0.1},
 })  # fmt: skip
 RESUMED["balanced, a scheduler that steps by rounds"] = Case("balanced_local_sgd", {
     "train.tau": 3, "train.scheduler": "ExponentialLR", "train.scheduler_args": {"gamma": 0.9},
