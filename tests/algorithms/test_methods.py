@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from ranks_methods import oracle
+from ranks_methods.cases import CASES, CLASSES, DIGITS_PASSES, SAMPLES, SIZE, data, model
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero.algorithms import REGISTRY, get
+from hvd_hetero.algorithms.local_sgd import LocalSGD
+from hvd_hetero.algorithms.synchronous import Lockstep
 
-import torch  # noqa: E402
-from ranks_methods import oracle  # noqa: E402
-from ranks_methods.cases import CASES, CLASSES, DIGITS_PASSES, SAMPLES, SIZE, data, model  # noqa: E402
-
-from hvd_hetero.algorithms import REGISTRY, get  # noqa: E402
-from hvd_hetero.algorithms.local_sgd import LocalSGD  # noqa: E402
-from hvd_hetero.algorithms.synchronous import Lockstep  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 SCRIPT = Path(__file__).parents[1] / "ranks_methods" / "run_cases.py"
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}

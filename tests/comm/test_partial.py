@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from ranks_methods.cases import model
+from ranks_partial import schedules
+from ranks_partial.schedules import CASES
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
-
-import torch  # noqa: E402
-from ranks_methods.cases import model  # noqa: E402
-from ranks_partial import schedules  # noqa: E402
-from ranks_partial.schedules import CASES  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 RANKS = Path(__file__).parents[1] / "ranks_partial"
 SIZE, STEPS, PASSES = 4, 60, 2

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from together import together
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero.checkpoint import Store
 
-from together import together  # noqa: E402
-
-from hvd_hetero.checkpoint import Store  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 RANKS = Path(__file__).parents[1] / "ranks"
 SETTINGS = ["model.target=fails_next:model", "train.tau={fast: 8, slow: 2}", "cluster.classes.slow.slowdown=1",

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from together import together
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
-
-import torch  # noqa: E402
-from together import together  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 OWN = Path(__file__).parents[1] / "ranks"
 

@@ -15,16 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
+from together import together
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero.checkpoint import Store
+from hvd_hetero.errors import EXIT_STOPPED
 
-import psutil  # noqa: E402
-import torch  # noqa: E402
-from together import together  # noqa: E402
-
-from hvd_hetero.checkpoint import Store  # noqa: E402
-from hvd_hetero.errors import EXIT_STOPPED  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 TAU = "train.tau={fast: 8, slow: 2}"
 COMMON = ["train.batch_size=8", "cluster.classes.slow.slowdown=1", "model.args.hidden=[32]", "run.trace_rounds=0",
