@@ -109,6 +109,10 @@ def launched(
 # ---- what is skipped ------------------------------------------------------------------------------------------------
 
 
+JOBS = {"horovodrun", "hvd_hetero", "launched"}
+"""Fixtures that start jobs, or try out what a job trains; no test that takes one runs without Horovod."""
+
+
 @cache
 def horovod_error() -> str:
     """Return why Horovod cannot be imported, or "" if it can."""
@@ -154,13 +158,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if not config.getoption("--slow") and item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="a variant that takes long: give --slow"))
-        elif (item.get_closest_marker("horovod") or "horovodrun" in fixtures_of(item)) and horovod_error():
+        elif (item.get_closest_marker("horovod") or JOBS & fixtures_of(item)) and horovod_error():
             item.add_marker(pytest.mark.skip(reason=without_horovod()))
 
 
-def fixtures_of(item: pytest.Item) -> Sequence[str]:
+def fixtures_of(item: pytest.Item) -> set[str]:
     """Return the names of all fixtures that a test takes, and that these take."""
-    return getattr(item, "fixturenames", ())
+    return set(getattr(item, "fixturenames", ()))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.horovod
+
 BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
 PROGRAMS = sorted(path.name for path in BENCH.iterdir() if path.is_file() and not path.suffix)
 NEED_A_LAB = ("blocked", "efficiency", "followed", "jitter", "methods", "peers", "speedup")

@@ -6,7 +6,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -227,18 +227,21 @@ def branches(tree: ast.AST, constants: set[str]) -> list[int]:
         for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
         for alias in node.names if alias.name in constants
     }
-    asked = [
-        (node.lineno, part)
-        for node in ast.walk(tree)
-        for part in (
-            [node] if isinstance(node, ast.Compare)
-            else [case.pattern for case in node.cases] if isinstance(node, ast.Match)
-            else node.args if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("startswith", "endswith")
-            else [node.value] if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Dict)
-            else []
-        )
-    ]
-    return [line for line, part in asked if says_class_name(part, names)]
+    return [node.lineno for node in ast.walk(tree) for part in compared(node) if says_class_name(part, names)]
+
+
+def compared(node: ast.AST) -> Sequence[ast.AST]:
+    """What a node compares something with, if it does."""
+    match node:
+        case ast.Compare():
+            return [node]
+        case ast.Match():
+            return [case.pattern for case in node.cases]
+        case ast.Call(func=ast.Attribute(attr="startswith" | "endswith")):
+            return node.args
+        case ast.Subscript(value=ast.Dict()):
+            return [node.value]
+    return []
 
 
 def test_no_code_branches_on_a_classs_name() -> None:
