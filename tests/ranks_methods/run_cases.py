@@ -3,7 +3,8 @@
 ``run_cases.py FOLDER poisoned`` takes those of ``cases.POISONED`` that are for the job's number of ranks.
 
 It writes ``FOLDER/rank{N}.pt``: by case the rank's final model, the indices it was dealt in each pass, and on rank 0
-the summary and the laps of all ranks, where they are traced. All process sets are made by the first ``hvd.init``, and each run's ``Comm`` finds its own.
+the summary and the laps of all ranks, where they are traced.
+All process sets are made by the first ``hvd.init``, and each run's ``Comm`` finds its own.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def assert_same(one: Path, other: Path) -> None:
 def test_stopped_within_a_pass_and_gone_on_is_bit_equal(tmp_path: Path) -> None:
     """Through the launcher; tests/training/test_resume_methods.py has all methods."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    settings = ["algorithm.name=sync_sgd", "train.passes=5", "checkpoint.every_rounds=2"]
+    settings = ["algorithm.name=sync_sgd", "train.passes=5", "checkpoint.every_rounds=40"]
     _, said = together(partial(run, whole, *settings), partial(stopped, parts, *settings))
     assert "run.resume=auto goes on from round" in said
     halfway = passes(parts)

@@ -10,8 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
-from test_faults import processes_with
-from test_supervisor import rank_pids, when
+from job_helpers import processes_with, rank_pids, when
 
 from hvd_hetero.comm.kv_store import ORPHAN
 from hvd_hetero.errors import EXIT_STUCK
