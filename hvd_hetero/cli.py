@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 
 import hvd_hetero
+from hvd_hetero.comm.kv_store import job_env
 from hvd_hetero.config.overrides import is_setting
-from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_NUMBERS, EXIT_STOPPED, BadNumbers, Stopped, UserError
-from hvd_hetero.files import own_files
+from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_STOPPED, NonFiniteError, Stopped, UserError
+from hvd_hetero.files import restrict_umask
+from hvd_hetero.log import logged
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,15 +23,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [*getattr(args, "config", []), *later]  # argparse leaves over what follows an option
     files = [word for word in words if not is_setting(word)]
     overrides = [word for word in words if is_setting(word)]
-    own_files()
+    restrict_umask()
     try:
-        return int(args.run(args, files, overrides) or 0)
+        with logged(job_env().rank):
+            return int(args.run(args, files, overrides) or 0)
     except UserError as error:
         print(f"hvd-hetero: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except BadNumbers as error:
+    except NonFiniteError as error:
         print(f"hvd-hetero: error: {error}", file=sys.stderr)
-        return EXIT_NUMBERS
+        return EXIT_NON_FINITE
     except Stopped as stopped:
         print(f"hvd-hetero: {stopped}", file=sys.stderr)
         return EXIT_STOPPED
@@ -116,9 +119,10 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
 
 def _plan(args: argparse.Namespace, files: list[str], overrides: list[str]) -> None:
     from hvd_hetero.analysis.predict import plan
-    from hvd_hetero.analysis.predict.speeds import Given
+    from hvd_hetero.analysis.predict.speeds import Assumptions
 
-    plan(files, overrides, Given(**{name: getattr(args, name) for name in Given.__dataclass_fields__}), args.out)
+    assumed = Assumptions(**{name: getattr(args, name) for name in Assumptions.__dataclass_fields__})
+    plan(files, overrides, assumed, args.out)
 
 
 def _report(args: argparse.Namespace, files: list[str], overrides: list[str]) -> None:

@@ -15,7 +15,7 @@ EXIT_LOST = 4
 """A rank or a host died, or was cut off."""
 EXIT_STUCK = 5
 """A rank made no progress for too long."""
-EXIT_NUMBERS = 6
+EXIT_NON_FINITE = 6
 """The numbers of all ranks have gone bad (NaN, Inf)."""
 
 
@@ -70,7 +70,7 @@ class Stopped(Exception):
         self.round = round
 
 
-class BadNumbers(Exception):
+class NonFiniteError(Exception):
     """The numbers of all ranks have gone bad, or those of one that is not to be left out.
 
     Attributes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from hvd_hetero.errors import ConfigError
 
 
-def own_files() -> None:
+def restrict_umask() -> None:
     """What this process writes from now on can be changed by its user alone, however generous the umask is."""
     os.umask(os.umask(0o077) | 0o022)
 

@@ -24,7 +24,7 @@ def run(**files: str) -> Callable[[Path], None]:
     """A run's folder in which every file can be read but those that are given."""
 
     def make(tmp: Path) -> None:
-        sound = {"config": "algorithm: {name: x}", "metrics": '{"pass": 1}', "plan": '{"classes": []}'}
+        sound = {"config": "algorithm: {name: x}", "metrics": '{"epoch": 1}', "plan": '{"classes": []}'}
         endings = {"config": "yaml", "metrics": "jsonl"}
         for name, content in (sound | files).items():
             (tmp / f"{name}.{endings.get(name, 'json')}").write_text(content)
@@ -43,7 +43,7 @@ COMMANDS = [
     Case("train folder", None, ["train", *ALONE, "run.dir=/dev/null"], "run.dir=", "another"),
     Case("profile key", None, ["profile", "profile.secs=3"], "profile.secs=3", "profile.seconds"),
     Case("profile file", None, ["profile", "none.yaml"], "config file='none.yaml'", "path"),
-    Case("doctor key", None, ["doctor", "train.pases=3"], "train.pases=3", "train.passes"),
+    Case("doctor key", None, ["doctor", "train.epohs=3"], "train.epohs=3", "train.epochs"),
     Case("doctor option", None, ["doctor", "--all"], "unrecognized", "--all"),
     Case("plan nothing", None, ["plan"], "--step-ms=None", "fast=MILLISECONDS"),
     Case("plan class", None, [*PLAN, "--step-ms", "fast=1"], "--step-ms='fast=1'", "slow=MILLISECONDS"),
@@ -156,7 +156,7 @@ OBJECTS: list[tuple[str, dict[str, Any], str, str]] = [
     ("config dict", {"config": {"train": 3}}, "config={'train': 3}", "YAML file"),
     ("config none", {"config": "none.yaml"}, "config file='none.yaml'", "path"),
     ("overrides number", {"overrides": 3}, "overrides=3", "key=value"),
-    ("overrides text", {"overrides": "train.passes=3"}, "overrides='train.passes=3'", "key=value"),
+    ("overrides text", {"overrides": "train.epochs=3"}, "overrides='train.epochs=3'", "key=value"),
     ("overrides keys", {"overrides": {3: 4}}, "overrides={3: 4}", "key=value"),
     ("overrides object", {"overrides": {"train.lr": torch.tensor(0.1)}}, "train.lr=tensor", "float"),
     ("overrides function", {"overrides": {"model.args": {"f": print}}}, "model.args=", "dict"),

@@ -1,4 +1,4 @@
-"""What is done beside a job that runs, and what is left of it."""
+"""Looking at the processes of jobs, and doing something in the middle of one."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def around(state: Any) -> Any:
 
 def save_round(store: Store, number: int, states: list[Any], made_with: Any = MADE_WITH) -> Checkpoint:
     infos = [ShardInfo.from_json(store.write_shard(number, rank, state).to_json()) for rank, state in enumerate(states)]
-    return store.commit(number, infos[::-1], passes=number // 10, made_with=made_with)
+    return store.commit(number, infos[::-1], epochs=number // 10, made_with=made_with)
 
 
 def some_state(seed: int = 0, size: int = 1000) -> dict[str, Any]:

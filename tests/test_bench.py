@@ -81,16 +81,16 @@ def test_the_planner_meets_its_goal_on_both_counts(bench: Run) -> None:
     assert not medians([run(-0.11, 0.0)])["met"] and not medians([run(0.0, -0.11)])["met"]
 
 
-def test_peers_share_each_pass_without_overlap(bench: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows_of_pass = bench("peers_ranks.py")["rows_of_pass"]
+def test_peers_share_each_epoch_without_overlap(bench: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_of_epoch = bench("peers_ranks.py")["rows_of_epoch"]
     monkeypatch.setenv("HOROVOD_SIZE", "2")
     parts = []
     for rank in ("0", "1"):
         monkeypatch.setenv("HOROVOD_RANK", rank)
-        parts.append(rows_of_pass(103, 4, 0, 7))
+        parts.append(rows_of_epoch(103, 4, 0, 7))
     assert [part.shape for part in parts] == [(12, 4), (12, 4)]
     assert len(np.unique(np.concatenate(parts))) == 96
-    assert not np.array_equal(parts[1], rows_of_pass(103, 4, 1, 7)), "each pass has an order of its own"
+    assert not np.array_equal(parts[1], rows_of_epoch(103, 4, 1, 7)), "each epoch has an order of its own"
 
 
 def test_one_peer_that_is_not_there_in_some_seed_is_never_there(bench: Run) -> None:

@@ -30,7 +30,7 @@ def test_own_model_in_a_program(tmp_path: Path) -> None:
     run([program("horovodrun"), "-np", "2", sys.executable, str(EXAMPLES / "own_model.py")], tmp_path)
     (summary,) = tmp_path.glob("runs/*/summary.json")
     content = json.loads(summary.read_text())
-    assert content["passes"] == 20
+    assert content["epochs"] == 20
     assert [c["tau"] for c in content["classes"]] == [16, 2]
     assert content["eval"]["final_accuracy"] > 0.9  # the larger class alone is 0.63
 

@@ -284,7 +284,7 @@ def test_every_requirement_has_an_upper_end() -> None:
         ("test", "scripts/setup --extra dev --extra report --extra nlp", "python", "-m pytest run.dir=x train.tau=2"),
     ],
 )
-def test_commands_pass_their_arguments_on(
+def test_commands_epoch_their_arguments_on(
     tmp_path: Path, script: str, setup: str, program_name: str, expected: str
 ) -> None:
     python = program(tmp_path / "python", 'echo "setup: $*"')

@@ -39,15 +39,15 @@ def method(name: str) -> Method:
     return found.Options, found.defaults
 
 
-def build(config: Config, cluster: Cluster, samples: int, least_batch: int = 1) -> Algorithm:
+def build(config: Config, cluster: Cluster, samples: int, min_batch: int = 1) -> Algorithm:
     """The configured method, for these device classes and n training samples.
 
     Args:
-        least_batch: samples that the model needs in a step.
+        min_batch: samples that the model needs in a step.
 
     Raises:
         ConfigError: a setting does not fit the classes.
     """
     made = get(config.algorithm.name)
     sections = (config.algorithm, config.train, config.aggregation)
-    return made(*sections, cluster, samples, config.run.seed, config.cluster.too_slow, least_batch)
+    return made(*sections, cluster, samples, config.run.seed, config.cluster.too_slow, min_batch)

@@ -4,7 +4,7 @@ A round, on each of the m workers, from the common model x::
 
     x_i = x
     repeat tau times:                   # the same tau on every class: the fast ones wait for the slow ones
-        draw a mini-batch from the worker's share of the pass
+        draw a mini-batch from the worker's share of the epoch
         x_i = x_i - lr * gradient(x_i)
     x = (1/m) sum_i x_i
 

@@ -17,7 +17,8 @@ from hvd_hetero.errors import ConfigError, nearest
 from hvd_hetero.planning.local_steps import ERROR
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.telemetry.staleness import Counts
-from hvd_hetero.worker.index_feed import Feed, Pass, Worked
+from hvd_hetero.worker.epoch import Segment
+from hvd_hetero.worker.index_feed import Feed
 from hvd_hetero.worker.worker import Worker
 
 
@@ -25,7 +26,7 @@ class Algorithm:
     """One rank's part in a method. A method is a file with a subclass, a registry line and a YAML file.
 
     It is made from settings alone, so that planning needs no job: :meth:`check`, then :meth:`make_plan`. On the ranks
-    follow :meth:`start`, then, pass by pass, :meth:`run_round` for every round, :meth:`end_pass` and :meth:`replan`.
+    follow :meth:`start`, then, epoch by epoch, :meth:`run_round` for every round, :meth:`end_epoch` and :meth:`replan`.
 
     Args:
         options: section ``algorithm`` of the configuration.
@@ -34,13 +35,13 @@ class Algorithm:
         samples: n, size of the training set.
         seed: of what the method draws at random, the same on all ranks.
         too_slow: ``cluster.too_slow``.
-        least_batch: samples that the model needs in a step.
+        min_batch: samples that the model needs in a step.
 
     Attributes:
         Options: the keys under ``algorithm`` in the configuration.
         defaults: what the method means by ``sampling.scheme`` and ``aggregation.weights`` where they are not set.
         modes: what ``algorithm.mode`` may be, where the method has variants.
-        hands_out: whether ranks get the samples of a pass bit by bit, so that no class has a part of its own.
+        claims_samples: whether ranks get the samples of an epoch bit by bit, so that no class has a part of its own.
         flat_gradients: whether gradients are views into flat vectors, and sparse ones are added up in there.
         sends_at_once: whether each gradient is sent as soon as the backward pass has made it, dense and in one piece.
         batch_varies: whether a rank's batch may become smaller than it is set to be.
@@ -51,7 +52,7 @@ class Algorithm:
     Options: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
     defaults: ClassVar[Mapping[str, str]] = {"sampling.scheme": "uniform", "aggregation.weights": "uniform"}
     modes: ClassVar[Sequence[str]] = ()
-    hands_out: ClassVar[bool] = False
+    claims_samples: ClassVar[bool] = False
     flat_gradients: ClassVar[bool] = False
     sends_at_once: ClassVar[bool] = False
     batch_varies: ClassVar[bool] = False
@@ -66,11 +67,11 @@ class Algorithm:
         samples: int,
         seed: int,
         too_slow: str = ERROR,
-        least_batch: int = 1,
+        min_batch: int = 1,
     ) -> None:
         self.options, self.train, self.aggregation = options, train, aggregation
         self.cluster, self.samples, self.seed, self.too_slow = cluster, samples, seed, too_slow
-        self.least_batch = least_batch
+        self.min_batch = min_batch
         self.batch_size = per_class("train.batch_size", train.batch_size, [c.name for c in cluster.classes])
 
     @property
@@ -99,12 +100,17 @@ class Algorithm:
 
     def waits(self, step_sec: Mapping[str, float]) -> bool:
         """Whether a round waits for the slowest class, at these speeds."""
-        return not self.hands_out
+        return not self.claims_samples
 
     @property
-    def drains(self) -> bool:
-        """Whether ranks are on their own in a pass, so that meeting them all means to come to rest first."""
-        return self.hands_out
+    def needs_quiesce(self) -> bool:
+        """Whether ranks are on their own in an epoch, so that meeting them all means to come to rest first."""
+        return self.claims_samples
+
+    @property
+    def follows_plan(self) -> bool:
+        """Whether each rank takes the steps of the plan, no more and no less."""
+        return not self.claims_samples
 
     def make_plan(self, step_sec: Mapping[str, float] | None) -> Plan:
         """What every class does in a round; the same on every rank, from the same measured times.
@@ -124,30 +130,31 @@ class Algorithm:
         self.plan, self.mine = plan, plan.of_rank(self._rank)
 
     def deal(self, feed: Feed, plan: Plan, whole: Plan) -> NDArray[Any]:
-        """The samples of a pass, as :class:`hvd_hetero.worker.index_feed.Pass` has them."""
-        return feed.deal_whole(plan) if self.hands_out else feed.deal(plan, whole)
+        """The samples of an epoch, as :class:`hvd_hetero.worker.epoch.Epoch` has them."""
+        return feed.deal_whole(plan) if self.claims_samples else feed.deal(plan, whole)
 
-    def run_pass(self, given: Pass, worker: Worker, comm: Comm) -> Worked:
-        """All rounds of a pass, up to the last collective of the last one."""
-        batches = given.read(given.rows)
-        for done in range(given.plan.rounds):
-            given.begin_round(done)
+    def run_segment(self, segment: Segment, worker: Worker, comm: Comm) -> None:
+        """Go through the rounds of a segment, up to the last collective of the last one, and note each step."""
+        batches = segment.batches()
+        for number in range(segment.rounds):
+            segment.start_round(number)
             self.run_round(worker, batches, comm)
-            given.end_round()
-        return Worked(given.plan.rounds, given.plan.rounds * self.mine.tau)
+            segment.note(self.mine.tau, number)
+            segment.finish_round()
+        segment.averages = segment.rounds
 
     def run_round(self, worker: Worker, batches: Iterator[Batch], comm: Comm) -> None:
         """One round of this rank, all its collectives included."""
         raise NotImplementedError(type(self).__name__)
 
-    def end_pass(self, worker: Worker, comm: Comm) -> None:
-        """After the last round of a pass; when it returns, rank 0 holds the model."""
+    def end_epoch(self, worker: Worker, comm: Comm) -> None:
+        """After the last round of an epoch; when it returns, rank 0 holds the model."""
 
     def replan(self, step_sec: Sequence[float]) -> Plan:
-        """The plan of the next pass; all ranks call it with the same figures, and so agree.
+        """The plan of the next epoch; all ranks call it with the same figures, and so agree.
 
         Args:
-            step_sec: what a local step took in the last pass, waiting excluded, by rank; NaN where there was none.
+            step_sec: what a local step took in the last epoch, waiting excluded, by rank; NaN where there was none.
         """
         return self.plan
 

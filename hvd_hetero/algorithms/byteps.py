@@ -23,9 +23,9 @@ from typing import ClassVar, final
 
 from hvd_hetero.algorithms.synchronous import FAST, Lockstep, LockstepOptions
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.nonfinite import finite, mark, summable
+from hvd_hetero.comm.nonfinite import finite, summable, write_validity_flags
 from hvd_hetero.comm.parameter_server import Servers
-from hvd_hetero.comm.weighted_sums import settle
+from hvd_hetero.comm.weighted_sums import renormalize
 from hvd_hetero.config.schema import AlgorithmConfig
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError
@@ -72,18 +72,16 @@ class BytePS(Lockstep):
         sums = [summable(vector) for vector in self.vectors]
         if self.mine.role == SERVER:
             self.servers.sum_(sums, "gradient")
-            worker.watch.collective()
             return
         for inputs, targets in worker.pace.steps(batches, 1):
             self.keep_buffers(worker)
             worker.gradient(inputs, targets, self.mine.weight)
             good = finite(self.gradients)
             sums = [summable(vector) for vector in self.vectors]
-            mark(sums, good, share=self.mine.weight)
+            write_validity_flags(sums, good, share=self.mine.weight)
             worker.pace.pause()
             self.servers.sum_(sums, "gradient")
-            worker.watch.collective()
-            settle(comm, sums, good, "gradient", self.ranks)
+            renormalize(comm, sums, good, "gradient", self.ranks)
             for gradient, total in zip(self.vectors, sums, strict=True):
                 if gradient is not total:
                     gradient.copy_(total)

@@ -7,8 +7,8 @@ Source: Zhou et al., "DaSGD: Squeezing SGD Parallelization Performance in Distri
     x_i = x_i + (m - s_i)               # what was done since then stays
     s_i = x_i                           # and its average begins to travel
 
-Running statistics are states and not progress: they become those of m. At the end of a pass, and before all ranks meet
-in order to save, s_i is waited for and the models are averaged as they are, so that all have the same.
+Running statistics are states and not progress: they become those of m. At the end of an epoch, and before all ranks
+meet in order to save, s_i is waited for and the models are averaged as they are, so that all have the same.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Delayed:
     """
 
     def __init__(self, worker: Worker, comm: Comm) -> None:
-        self._worker, self._comm, self._pulse = worker, comm.beside(), comm.pulse
+        self._worker, self._comm, self._own_comm = worker, comm.clone_for_thread(), comm
         self._weights: SimpleQueue[float | None] = SimpleQueue()
         self._problems: SimpleQueue[BaseException | None] = SimpleQueue()
         self._on_its_way = False
@@ -103,18 +103,18 @@ class Delayed:
         """Takes in the average that is on its way, if there is one.
 
         Raises:
-            PeerLost, BadNumbers: what has become of it.
+            PeerLost, NonFiniteError: what has become of it.
         """
         if not self._on_its_way:
             return
-        with self._pulse.waiting("delayed"):
+        with self._own_comm.booked(), self._own_comm.heartbeat.waiting("delayed"):
             problem = self._problems.get()
         self._on_its_way = False
         if problem is not None:
             raise problem
         if not self._good:
             self._worker.optimizer.state.clear()
-            self._comm.left_out.note()
+            self._comm.excluded.note()
         state = self._worker.state
         for x, mean, sent, params in zip(state.vectors, self._mean, self._sent, state.params, strict=True):
             if self._good:

@@ -1,13 +1,13 @@
 """Dynamic local batch: DLB, also called DBS (Ye et al., "DBS: Dynamic Batch Size for Distributed Deep Neural Network
 Training", 2020). The method is known by both names; here it is ``dlb``.
 
-Synchronous SGD whose global batch B stays, while each worker's part follows its speed, pass by pass::
+Synchronous SGD whose global batch B stays, while each worker's part follows its speed, epoch by epoch::
 
     p_i = 1 / m                         # at first
-    repeat for every pass:
+    repeat for every epoch:
         b_i = p_i B, rounded by largest remainder: sum_i b_i = B exactly
         repeat: one step of synchronous SGD, gradients weighted by b_i / B
-        t_i = the worker's own time of the pass: compute and data, waiting excluded
+        t_i = the worker's own time of the epoch: compute and data, waiting excluded
         p_i = (p_i / t_i) / sum_j (p_j / t_j)
 
 Two things that the paper leaves open: nobody gets less than ``algorithm.least`` samples, one or more, so that
@@ -36,11 +36,11 @@ class DLBOptions(LockstepOptions):
 
     Attributes:
         global_batch: samples of one step of all workers together; None: the sum of their ``train.batch_size``.
-        least: of these samples, what no worker gets less of; two where the model cannot train on one (BatchNorm).
+        min_local_batch: of these samples, what no worker gets less of; two where the model cannot train on one.
     """
 
     global_batch: Optional[int] = field(default=None, metadata={"at_least": 1})  # noqa: UP045
-    least: int = field(default=1, metadata={"at_least": 1})
+    min_local_batch: int = field(default=1, metadata={"at_least": 1})
 
 
 @final
@@ -57,10 +57,10 @@ class DLB(SyncSGD):
         return self.options.global_batch or sum(super().batches().values())
 
     @property
-    def least(self) -> int:
+    def min_local_batch(self) -> int:
         """Samples of a step that no worker gets less of."""
         assert isinstance(self.options, DLBOptions)
-        return max(self.options.least, self.least_batch)
+        return max(self.options.min_local_batch, self.min_batch)
 
     @cached_property
     def shares(self) -> list[float]:
@@ -68,13 +68,13 @@ class DLB(SyncSGD):
         return [1 / len(self.ranks)] * len(self.ranks)
 
     def check(self) -> None:
-        if self.global_batch < (needed := self.least * len(self.ranks)):
-            problem = f"{len(self.ranks)} ranks share it, and each gets {self.least} at least"
+        if self.global_batch < (needed := self.min_local_batch * len(self.ranks)):
+            problem = f"{len(self.ranks)} ranks share it, and each gets {self.min_local_batch} at least"
             raise ConfigError("algorithm.global_batch", self.global_batch, problem, f"set {needed} or more")
         super().check()
 
     def batches(self) -> dict[int, int]:
-        return dict(zip(self.ranks, apportion(self.global_batch, self.shares, self.least), strict=True))
+        return dict(zip(self.ranks, apportion(self.global_batch, self.shares, self.min_local_batch), strict=True))
 
     def replan(self, step_sec: Sequence[float]) -> Plan:
         speeds = [batch / step_sec[rank] for rank, batch in self.batches().items()]

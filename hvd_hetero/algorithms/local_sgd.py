@@ -12,7 +12,7 @@ from hvd_hetero.algorithms.base import Algorithm
 from hvd_hetero.algorithms.delayed_averaging import Delayed, check_delayed
 from hvd_hetero.algorithms.optimizer_average import OptimizerAverage
 from hvd_hetero.algorithms.outer_optimizer import Outer
-from hvd_hetero.algorithms.partial_averaging import Merging, check_merging
+from hvd_hetero.algorithms.partial_averaging import PartialModelAveraging, check_merging
 from hvd_hetero.comm.averaging import average, average_others
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.config.load import per_class
@@ -28,9 +28,9 @@ from hvd_hetero.planning.local_steps import (
     too_slow_classes,
 )
 from hvd_hetero.planning.plan import Plan, check_least_round, make_plan
-from hvd_hetero.planning.rebalance import Pacing
+from hvd_hetero.planning.rebalance import Rebalancer
 from hvd_hetero.telemetry.staleness import Counts
-from hvd_hetero.worker.index_feed import Pass, Worked
+from hvd_hetero.worker.epoch import Segment
 from hvd_hetero.worker.worker import Worker
 
 BLOCKING = "blocking"
@@ -46,11 +46,11 @@ class LocalSGD(Algorithm):
 
     The optimizer's own state (momentum) stays each rank's own, is averaged with the models, or starts anew after every
     average: ``aggregation.optimizer_state: local | average | reset``. With ``aggregation.mode: solo | majority`` no
-    class waits for another one: see :mod:`hvd_hetero.algorithms.partial_averaging`. A rank whose numbers have gone bad
+    class waits for another one: see :mod:`hvd_hetero.algorithms.partial_averaging`. A rank with non-finite values
     is left out of the average, goes on from it, and forgets its optimizer's state.
     """
 
-    merging: Merging | None = None
+    merging: PartialModelAveraging | None = None
     delayed: Delayed | None = None
 
     @property
@@ -62,8 +62,12 @@ class LocalSGD(Algorithm):
         return str(self.aggregation.mode) == BLOCKING
 
     @property
-    def drains(self) -> bool:
+    def needs_quiesce(self) -> bool:
         return self.aggregation.mode != BLOCKING or self.too_slow == WAIT_AVOIDING or self.aggregation.delayed
+
+    @property
+    def follows_plan(self) -> bool:
+        return self.merging is None
 
     def check(self) -> None:
         super().check()
@@ -82,7 +86,7 @@ class LocalSGD(Algorithm):
             problem = "a class that is left out has no optimizer state to be averaged"
             raise ConfigError("cluster.too_slow", LEAVE_OUT, problem, "set aggregation.optimizer_state=local or reset")
         if self.needs_speeds:
-            check_least_round(self.cluster, self.samples, self.train.tau, self.batch_size, self.train.epoch)
+            check_least_round(self.cluster, self.samples, self.train.tau, self.batch_size, self.train.epoch_length)
 
     def taus(self, step_sec: Mapping[str, float] | None) -> dict[str, int]:
         """Local steps by class: as set, or derived from the fastest class's tau and the measured step times."""
@@ -96,13 +100,13 @@ class LocalSGD(Algorithm):
         return self.aggregation.mode == BLOCKING and self.merging is None and not solo
 
     def _margin(self, step_sec: Mapping[str, float]) -> float:
-        """None where nobody waits for a late class: one that is early would end the pass early, for all."""
+        """None where nobody waits for a late class: one that is early would end the epoch early, for all."""
         return self.train.tau_margin if self.waits(step_sec) else 0.0
 
     def make_plan(self, step_sec: Mapping[str, float] | None) -> Plan:
         batch = self.batch_size
         if step_sec is not None and self.needs_speeds and self.too_slow == SHRINK:
-            batch = shrink_batches(self.train.tau, step_sec, batch, self._margin(step_sec), self.least_batch)
+            batch = shrink_batches(self.train.tau, step_sec, batch, self._margin(step_sec), self.min_batch)
             step_sec = {name: sec * batch[name] / self.batch_size[name] for name, sec in step_sec.items()}
         return make_plan(
             self.cluster,
@@ -110,7 +114,7 @@ class LocalSGD(Algorithm):
             self.taus(step_sec),
             batch,
             weights=str(self.aggregation.weights),
-            epoch=self.train.epoch,
+            epoch_length=self.train.epoch_length,
             step_sec=step_sec,
             whole_batch=self.batch_size,
         )
@@ -128,49 +132,50 @@ class LocalSGD(Algorithm):
         for name, times in late.items():
             warn(f"class {name} is {times:.1f} times slower: {EFFECT[self.too_slow]}", stacklevel=2)
         solo = spec if spec.mode != BLOCKING else replace(spec, mode="solo")
-        self._merge = lambda: Merging(worker, comm, self.cluster, solo, self.outer, self.seed)
+        self._merge = lambda: PartialModelAveraging(worker, comm, self.cluster, solo, self.outer, self.seed)
         if spec.mode != BLOCKING or (late and self.too_slow == WAIT_AVOIDING):
             self.merging = self._merge()
         elif spec.delayed:
             self.delayed = Delayed(worker, comm)
         adapts = self.train.adapt_tau and self.needs_speeds and len(measured) > 1
-        self.pacing = Pacing(measured, self.batch_size, self._margin(measured)) if adapts else None
+        self.rebalancer = Rebalancer(measured, self.batch_size, self._margin(measured)) if adapts else None
 
     def replan(self, step_sec: Sequence[float]) -> Plan:
-        """Derives tau anew from the pass's own step times, where that leaves clearly less of the cluster waiting."""
-        if self.pacing is None:
+        """Derives tau anew from the epoch's own step times, where that leaves clearly less of the cluster waiting."""
+        if self.rebalancer is None:
             return self.plan
         slowest = {c: max(step_sec[r] for r in c.ranks) for c in self.plan.training}
         worked = {c: sec for c, sec in slowest.items() if not math.isnan(sec)}
-        pass_sec = self.plan.rounds * min((c.tau * sec for c, sec in worked.items()), default=0.0)
+        epoch_sec = self.plan.rounds * min((c.tau * sec for c, sec in worked.items()), default=0.0)
         whole = {c.name: sec * self.batch_size[c.name] / c.batch_size for c, sec in worked.items()}
-        if not self.pacing.observe(whole, pass_sec):
+        if not self.rebalancer.observe(whole, epoch_sec):
             return self.plan
-        for times, judge in ((self.pacing.latest, self.pacing.plainly), (self.pacing.step_sec, self.pacing.worth)):
+        judge = self.rebalancer
+        for times, is_gain in ((judge.latest, judge.is_obvious_gain), (judge.step_sec, judge.is_worth_it)):
             try:
                 proposed = self.make_plan(times)
             except ConfigError:  # a class is too slow for one step now, or a round too large: the old plan still works
                 continue
             if len(proposed.training) < len(self.plan.training):
                 continue  # a class that is left out is measured no more, and could never come back
-            saved = self.pacing.saved(self.plan, proposed, times)
-            if judge(self.plan, proposed):
+            saved = self.rebalancer.capacity_saved(self.plan, proposed, times)
+            if is_gain(self.plan, proposed):
                 self.reason = f"{saved:.1%} of what all can do would wait no more"
                 self.follow(proposed)
                 break
         return self.plan
 
-    def run_pass(self, given: Pass, worker: Worker, comm: Comm) -> Worked:
+    def run_segment(self, segment: Segment, worker: Worker, comm: Comm) -> None:
         if self.merging is not None:
             part = self.mine.batch_size / self.batch_size[self.mine.name]  # of a step, where the batch is shrunk
-            return self.merging.run_pass(given, worker, self.mine.tau, part)
-        worked = super().run_pass(given, worker, comm)
+            self.merging.run_segment(segment, worker, self.mine.tau, part)
+            return
+        super().run_segment(segment, worker, comm)
         if self.delayed is not None:
             self.delayed.settle()
             self._average(worker, comm)
-        return worked
 
-    def end_pass(self, worker: Worker, comm: Comm) -> None:
+    def end_epoch(self, worker: Worker, comm: Comm) -> None:
         average_others(comm, worker.state, self.mine.weight, only_new=self.merging is None)
 
     def counts(self) -> Counts | None:
@@ -189,7 +194,6 @@ class LocalSGD(Algorithm):
             return
         self.delayed.settle()
         self.delayed.begin(self.mine.weight)
-        worker.watch.collective()
         if self.aggregation.optimizer_state == "reset":
             worker.optimizer.state.clear()
 
@@ -199,14 +203,13 @@ class LocalSGD(Algorithm):
         good, kept = average(comm, worker.state, self.mine.weight), self.aggregation.optimizer_state
         if kept == "average":
             self.optimizer_average.average(worker.optimizer, self.mine.weight, good)
-        worker.watch.collective()
         if kept == "reset" or (kept == "local" and not good):
             worker.optimizer.state.clear()
         self.outer.step()
 
     def state_dict(self) -> dict[str, Any]:
         merged = {} if self.merging is None else {"round": self.merging.version}
-        paced = {} if self.pacing is None else {"pacing": self.pacing.state_dict()}
+        paced = {} if self.rebalancer is None else {"rebalancer": self.rebalancer.state_dict()}
         return {**self.outer.state_dict(), **merged, **paced}
 
     def carry_over(self, state: Mapping[str, Any]) -> None:
@@ -214,8 +217,8 @@ class LocalSGD(Algorithm):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.outer.load_state_dict(state)
-        if self.pacing is not None:
-            self.pacing.load_state_dict(state["pacing"])
+        if self.rebalancer is not None:
+            self.rebalancer.load_state_dict(state["rebalancer"])
         if "round" in state and self.merging is None:  # it was decided by the speeds at the job's start, and stays
             self.merging = self._merge()
         if "round" not in state and self.merging is not None:

@@ -67,8 +67,12 @@ class OptimizerAverage:
             good: whether this rank's model was; if not, its state has no part in the average either.
 
         Raises:
-            BadNumbers: as :func:`hvd_hetero.comm.averaging.average`.
+            NonFiniteError: as :func:`hvd_hetero.comm.averaging.average`.
         """
+        with self._comm.booked():
+            self._average(optimizer, weight, good)
+
+    def _average(self, optimizer: torch.optim.Optimizer, weight: float, good: bool) -> None:
         own = dict(self._own(optimizer))
         self._agree(sorted(own))
         floating = [entry for entry in self._entries if not entry.is_count]
@@ -85,7 +89,7 @@ class OptimizerAverage:
                 average /= sums[len(values) + list(present).index(entry)].clamp_min(1e-30)
             self._put(optimizer, entry, average)
         if good and not fit:
-            self._comm.left_out.note()
+            self._comm.excluded.note()
         counts = [entry for entry in self._entries if entry.is_count]
         said = [float(own[entry]) if entry in own else -float("inf") for entry in counts]
         most = self._comm.max(said, "optimizer.counts") if counts else []

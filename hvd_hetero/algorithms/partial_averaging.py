@@ -18,7 +18,7 @@ average that a round proposes, as it always does.
 
 Nobody waits for a round for longer than ``aggregation.patience_sec``: a rank that has its tau steps behind it and no
 result goes on from y_i, and what it does is merged a round later. Only one that is ``aggregation.max_lag`` rounds ahead
-waits. In every ``aggregation.sync_every``-th round all classes take part. A pass ends when one class has had all its
+waits. In every ``aggregation.sync_every``-th round all classes take part. An epoch ends when one class has had all its
 samples; the others stop after the step that they are in.
 
 Progress that holds NaN or Inf is given to nobody: the rank goes back to y_i as it was when it last gave some, and its
@@ -27,10 +27,8 @@ optimizer's state is cleared.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,14 +36,14 @@ from hvd_hetero.algorithms.outer_optimizer import Outer
 from hvd_hetero.cluster.device_classes import Cluster
 from hvd_hetero.comm.averaging import check_partial
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.flat_params import joined, parts_of
+from hvd_hetero.comm.flat_params import concat, parts_of
 from hvd_hetero.comm.nonfinite import finite
 from hvd_hetero.comm.partial.allreduce import PartialAllreduce
 from hvd_hetero.comm.partial.rounds import Round
 from hvd_hetero.config.schema import AggregationConfig
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.telemetry.staleness import Counts
-from hvd_hetero.worker.index_feed import Pass, Worked
+from hvd_hetero.worker.epoch import Segment
 from hvd_hetero.worker.worker import Worker
 
 
@@ -64,7 +62,7 @@ def check_merging(spec: AggregationConfig, cluster: Cluster) -> None:
         raise ConfigError("aggregation.optimizer_state", spec.optimizer_state, problem, remedy)
 
 
-class Merging:
+class PartialModelAveraging:
     """One rank's rounds of partial averaging; all ranks make it together."""
 
     def __init__(
@@ -73,14 +71,14 @@ class Merging:
         self._worker, self._comm, self._cluster, self._spec = worker, comm, cluster, spec
         self._outer, self._seed = outer, seed
         self._params, self._buffers = worker.state.parameters(), worker.state.buffers()
-        self._common = joined(self._params).clone()
+        self._common = concat(self._params).clone()
         self._ahead: Tensor | None = None
         """``[P]`` on the host: progress that was contributed and has not come back in a result; None: nothing."""
         self._unmerged = self._averages = 0
         self._open(0)
 
     def _open(self, first: int) -> None:
-        spec, whole = self._spec, joined([*self._params, *self._buffers])
+        spec, whole = self._spec, concat([*self._params, *self._buffers])
         self._kept = [buffers.clone() for buffers in self._buffers]
         self._partial = PartialAllreduce(
             self._comm,
@@ -105,51 +103,49 @@ class Merging:
     def go_on_from(self, number: int) -> None:
         """Numbers the rounds on from here, in a resumed run."""
         self._partial.close()
-        self._common.copy_(joined(self._params))
+        self._common.copy_(concat(self._params))
         self._open(number)
 
-    def run_pass(self, given: Pass, worker: Worker, tau: int, part: float) -> Worked:
+    def run_segment(self, segment: Segment, worker: Worker, tau: int, part: float) -> None:
         """Rounds of tau local steps until a class has had all its samples; then everybody is merged.
 
         Args:
             part: how much of a step a step of this rank weighs.
         """
-        partial, at = self._partial, list[int]()
-        batches, first, self._averages = given.read(given.rows), partial.version, 0
-        for _ in range(given.plan.rounds):
+        partial, batches = self._partial, segment.batches()
+        first, self._averages = partial.version, 0
+        for _ in range(segment.rounds):
             number = partial.version - first
-            given.begin_round(number)
-            steps = worker.local_steps(batches, tau, lambda: partial.closing or given.stopping())
-            at += [number] * steps
+            segment.start_round(number)
+            steps = worker.local_steps(batches, tau, lambda: partial.closing or segment.is_stopping())
+            segment.note(steps, number)
             if self._contribute(steps * part):
                 rounds = partial.take(None if self._unmerged >= self._spec.max_lag else self._spec.patience_sec)
             else:  # others may be waiting for this rank to contribute
                 rounds = partial.take(patience_sec=0)
-            worker.watch.waited(rounds[0].started if rounds else math.inf)
             self._merge(rounds)
-            given.end_round()
-            if partial.closing or given.stopping():
+            segment.finish_round()
+            if partial.closing or segment.is_stopping():
                 break
         for rounds in partial.finish():
-            worker.watch.waited(rounds[0].started)
             self._merge(rounds)
         check_partial(self._comm, self._params, self._averages)
-        return Worked(self._averages, len(at), given.rows[: len(at)], np.array(at, dtype=np.int64))
+        segment.averages = self._averages
 
     @torch.no_grad()
     def _contribute(self, steps: float) -> bool:
-        """Gives what this rank has come to since it last did; False if its numbers have gone bad, and it goes back."""
+        """Gives what this rank has come to since it last did; False if its values are non-finite, and it goes back."""
         self._worker.state.refresh()
         if not finite([*self._params, *self._buffers]):
             self._set(self._common if self._ahead is None else self._common + self._ahead.to(self._common))
             for vector, kept in zip(self._buffers, self._kept, strict=True):
                 vector.copy_(kept)
             self._worker.optimizer.state.clear()
-            self._comm.left_out.note()
+            self._comm.excluded.note()
             return False
-        progress = (joined(self._params) - self._common).to("cpu")
+        progress = (concat(self._params) - self._common).to("cpu")
         fresh = progress if self._ahead is None else progress - self._ahead
-        self._partial.contribute(joined([fresh, *(b.to("cpu") for b in self._buffers)]), steps)
+        self._partial.contribute(concat([fresh, *(b.to("cpu") for b in self._buffers)]), steps)
         self._ahead = progress
         self._unmerged += 1
         return True
@@ -176,9 +172,9 @@ class Merging:
                     vector.copy_(part)
                 self._outer.step()
                 self._averages += 1
-                self._comm.left_out.since = 0
+                self._comm.excluded.since = 0
         self._partial.done(rounds)
-        self._common.copy_(joined(self._params))
+        self._common.copy_(concat(self._params))
         self._kept = [buffers.clone() for buffers in self._buffers]
         if not self._unmerged:
             self._ahead = None  # what rounding has left of it is nobody's progress

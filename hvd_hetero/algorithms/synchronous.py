@@ -13,9 +13,9 @@ from hvd_hetero.comm.averaging import average_buffers, average_unlike_parameters
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.nonfinite import finite
 from hvd_hetero.config.schema import AggregationConfig, AlgorithmConfig
-from hvd_hetero.errors import BadNumbers, ConfigError
+from hvd_hetero.errors import ConfigError, NonFiniteError
 from hvd_hetero.planning.plan import IDLE, Plan, lockstep_plan
-from hvd_hetero.worker.index_feed import Pass, Worked
+from hvd_hetero.worker.epoch import Segment
 from hvd_hetero.worker.worker import Worker
 
 ALL, FAST = "all", "fast"
@@ -35,9 +35,9 @@ class LockstepOptions(AlgorithmConfig):
 class Lockstep(Algorithm):
     """Replicas that never differ in their parameters, because each step goes along the gradient of the joined batch.
 
-    Running statistics of BatchNorm are each rank's own during a pass, as in data-parallel training everywhere, and are
-    averaged over the training ranks at its end, with the gradients' weights. A rank whose gradient has gone bad is left
-    out of the step, which goes along the joined gradient of the others.
+    Running statistics of BatchNorm are each rank's own during an epoch, as in data-parallel training everywhere, and
+    are averaged over the training ranks at its end, with the gradients' weights. A rank whose gradient has gone bad is
+    left out of the step, which goes along the joined gradient of the others.
 
     Attributes:
         others: what the other ranks are meanwhile.
@@ -59,7 +59,7 @@ class Lockstep(Algorithm):
             if value != neutral:
                 problem = f"{self.options.name} averages gradients, not models"
                 remedy = f"leave it at {neutral}, or take a local-SGD method"
-                if key == "mode" and self.hands_out:
+                if key == "mode" and self.claims_samples:
                     problem, remedy = "models are not averaged here, gradients are", "set algorithm.mode"
                 elif key == "mode":
                     problem, remedy = f"{self.options.name} goes in lockstep", f"{remedy}, or algorithm.name=eager_sgd"
@@ -74,15 +74,15 @@ class Lockstep(Algorithm):
         tau = self.train.tau
         steps = max(tau.values()) if isinstance(tau, Mapping) else tau
         return lockstep_plan(
-            self.cluster, self.samples, self.batches(), others=self.others, epoch=self.train.epoch, tau=steps
+            self.cluster, self.samples, self.batches(), others=self.others,
+            epoch_length=self.train.epoch_length, tau=steps,
         )
 
-    def run_pass(self, given: Pass, worker: Worker, comm: Comm) -> Worked:
-        worked = super().run_pass(given, worker, comm)
+    def run_segment(self, segment: Segment, worker: Worker, comm: Comm) -> None:
+        super().run_segment(segment, worker, comm)
         worker.state.refresh()
         if self.mine.tau and not finite(worker.state.parameters()):  # a step itself may have gone too far
-            raise BadNumbers(comm.left_out.round, self.ranks, everybody=True)
-        return worked
+            raise NonFiniteError(comm.excluded.round, self.ranks, everybody=True)
 
     def keep_buffers(self, worker: Worker) -> None:
         """Remembers running statistics, before a step."""
@@ -96,9 +96,9 @@ class Lockstep(Algorithm):
     def leave_out(self, worker: Worker, comm: Comm) -> None:
         """Notes that this rank's gradient was left out, and undoes what its batch has made of running statistics."""
         self.put_buffers_back(worker)
-        comm.left_out.note()
+        comm.excluded.note()
 
-    def end_pass(self, worker: Worker, comm: Comm) -> None:
+    def end_epoch(self, worker: Worker, comm: Comm) -> None:
         worker.rest()
         if comm.rank in self.ranks:
             average_buffers(comm, worker.state, self.mine.weight, self.ranks)

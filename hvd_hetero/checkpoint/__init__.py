@@ -9,7 +9,7 @@ This room knows files only. Ranks agree among themselves outside of it, in two p
 
     info = store.write_shard(round, rank, state)                             # each rank
     infos = [ShardInfo.from_json(text) for text in gather(info.to_json())]   # whichever way the job has
-    store.commit(round, infos, passes=3, made_with={"train.lr": 0.1})        # rank 0, once it has them all
+    store.commit(round, infos, epochs=3, made_with={"train.lr": 0.1})        # rank 0, once it has them all
     store.discard(round)                                                     # rank 0, where a rank has none to give
 
 and to go on from one::

@@ -45,10 +45,10 @@ class Write:
     """
 
     def __init__(
-        self, store: Store, env: JobEnv, number: int, passes: int, made_with: Mapping[str, Any],
+        self, store: Store, env: JobEnv, number: int, epochs: int, made_with: Mapping[str, Any],
         state: Callable[[], Any], best: Best | None,
     ) -> None:  # fmt: skip
-        self._store, self._env, self.number, self._passes, self._made_with = store, env, number, passes, made_with
+        self._store, self._env, self.number, self._epochs, self._made_with = store, env, number, epochs, made_with
         self._best, self.problem, self._name = best, "", f"checkpoint.{next(_numbers)}"
         content = self._try(state)
         self._thread = threading.Thread(target=self._run, args=(content,), name="hvd_hetero.checkpoint", daemon=True)
@@ -88,8 +88,8 @@ class Write:
         self.problem = next((other[PROBLEM] for other in said if SHARD not in other), "")
         if not self.problem:
             infos = [ShardInfo.from_json(other[SHARD]) for other in said]
-            number, passes, made_with = self.number, self._passes, self._made_with
-            self._try(lambda: self._store.commit(number, infos, passes=passes, made_with=made_with))
+            number, epochs, made_with = self.number, self._epochs, self._made_with
+            self._try(lambda: self._store.commit(number, infos, epochs=epochs, made_with=made_with))
         try:
             if self.problem:  # all ranks are done with it, and a full disk is not to be kept full
                 self._store.discard(self.number)

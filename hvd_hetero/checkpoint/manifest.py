@@ -14,7 +14,7 @@ from hvd_hetero.checkpoint.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 KIND = "hvd-hetero checkpoint"
-FORMAT = 4
+FORMAT = 5
 """Goes up when older versions of the package could not read what is written."""
 
 
@@ -24,7 +24,7 @@ class Meta:
 
     Attributes:
         round: rounds done.
-        passes: passes done.
+        epochs: epochs done.
         world_size: ranks, each of which has a shard.
         made_with: settings and the like by name, as JSON has them; the caller's own.
         version: of the package that wrote it.
@@ -32,7 +32,7 @@ class Meta:
     """
 
     round: int
-    passes: int
+    epochs: int
     world_size: int
     made_with: Mapping[str, Any]
     version: str
@@ -45,7 +45,7 @@ def to_text(meta: Meta, files: Mapping[str, FileInfo]) -> str:
         "format": FORMAT,
         "version": meta.version,
         "round": meta.round,
-        "pass": meta.passes,
+        "epoch": meta.epochs,
         "world_size": meta.world_size,
         "made_with": meta.made_with,
         "time": meta.time,
@@ -79,7 +79,7 @@ def read_manifest(path: Path) -> tuple[Meta, dict[str, FileInfo]]:
     # the very bytes, so that no change goes unseen, not even one between two words
     if digest != _digest(content) or _dump({**content, "sha256": digest}).encode() != text:
         raise CheckpointError(path, "is damaged: its checksum differs", "")
-    names = ("round", "pass", "world_size", "made_with", "version", "time")
+    names = ("round", "epoch", "world_size", "made_with", "version", "time")
     try:
         files = {name: FileInfo(int(info["bytes"]), str(info["sha256"])) for name, info in content["files"].items()}
         meta = Meta(*(content[name] for name in names))

@@ -56,13 +56,13 @@ class Store:
         if (folder / MANIFEST).exists():
             raise CheckpointError(folder, "is finished, and is not written to again", "rewind the checkpoints first")
         tensors, plain = split(state)
-        with self._telling(folder):
+        with self._as_user_error(folder):
             self._files.make_folder(self.folder)
             self._files.make_folder(folder)
             return write_shard(self._files, folder, round, rank, tensors, plain)
 
     def commit(
-        self, round: int, infos: Sequence[ShardInfo], *, passes: int, made_with: Mapping[str, Any]
+        self, round: int, infos: Sequence[ShardInfo], *, epochs: int, made_with: Mapping[str, Any]
     ) -> Checkpoint:
         """Makes the shards a checkpoint, and removes what is no longer wanted.
 
@@ -89,8 +89,8 @@ class Store:
                 remedy = "run.dir has to be on a file system that the hosts of all ranks share"
                 raise CheckpointError(error.file, f"{error.problem}, as rank 0 sees it", remedy) from error
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        meta = Meta(round, passes, len(infos), made_with, hvd_hetero.__version__, now)
-        with self._telling(folder):
+        meta = Meta(round, epochs, len(infos), made_with, hvd_hetero.__version__, now)
+        with self._as_user_error(folder):
             for above in (self._run_dir, self.folder):  # the folders were made by whichever rank came first
                 sync_folder(self._files, above)
             write_whole(self._files, folder / MANIFEST, [to_text(meta, files).encode()])
@@ -106,7 +106,7 @@ class Store:
         Raises:
             CheckpointError: the disk does not let go.
         """
-        with self._telling(self.folder):
+        with self._as_user_error(self.folder):
             if round in rounds(self.folder) and not self._finished(round):
                 self._remove(round)
             self._remove_if_empty(self.folder)
@@ -142,7 +142,7 @@ class Store:
             CheckpointError: there is no such checkpoint, or the disk does not take it.
         """
         self.at(round)
-        with self._telling(self.folder / BEST):
+        with self._as_user_error(self.folder / BEST):
             text = json.dumps({"best": round, "value": value, "metric": metric}) + "\n"
             write_whole(self._files, self.folder / BEST, [text.encode()])
 
@@ -171,7 +171,7 @@ class Store:
         """
         if round is not None:
             self.at(round)
-        with self._telling(self.folder):
+        with self._as_user_error(self.folder):
             with contextlib.suppress(ValueError):
                 best = self._best()
                 if best is not None and (round is None or best > round):
@@ -233,7 +233,7 @@ class Store:
         return number
 
     @contextlib.contextmanager
-    def _telling(self, where: Path) -> Iterator[None]:
+    def _as_user_error(self, where: Path) -> Iterator[None]:
         """Says what the disk did not do, and which checkpoint there still is."""
         try:
             yield

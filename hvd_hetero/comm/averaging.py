@@ -1,7 +1,7 @@
 """Averages over ranks into which no NaN and no Inf goes.
 
-Ranks whose numbers are bad are left out, and the weights of the others are scaled up to 1. Where all are good, the
-weighted sum stays as it is.
+Ranks whose values are non-finite are left out, and the weights of the others are scaled up to 1. Where all are good,
+the weighted sum stays as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hvd_hetero.comm.paths import FLAT
 from hvd_hetero.comm.tensor_slots import digest
 from hvd_hetero.comm.untrained_averaging import OtherAverages
 from hvd_hetero.comm.weighted_sums import average_tensors, sum_good_
-from hvd_hetero.errors import BadNumbers
+from hvd_hetero.errors import NonFiniteError
 
 
 def average(comm: Comm, state: FlatState, weight: float, name: str = "average") -> bool:
@@ -33,9 +33,17 @@ def average(comm: Comm, state: FlatState, weight: float, name: str = "average") 
         Whether this rank's own model was good. If not, all else that its steps have made is to be forgotten too.
 
     Raises:
-        BadNumbers: on all ranks, if no rank's model is good, or if a bad one is to stop the job.
+        NonFiniteError: on all ranks, if no rank's model is good, or if a bad one is to stop the job.
         UserError: a tensor is not what it was, so that it cannot be averaged.
     """
+    with comm.booked():
+        good = _average(comm, state, weight, name)
+    if not good:
+        comm.excluded.note()
+    return good
+
+
+def _average(comm: Comm, state: FlatState, weight: float, name: str) -> bool:
     news = state.refresh()
     vectors = [summable(vector) for vector in state.padded]
     contents = [vector[:-FLAG_SLOTS] for vector in vectors]
@@ -53,8 +61,6 @@ def average(comm: Comm, state: FlatState, weight: float, name: str = "average") 
     others.finish()
     if news:
         others.agree()
-    if not good:
-        comm.left_out.note()
     return good
 
 
@@ -66,7 +72,7 @@ def average_buffers(comm: Comm, state: FlatState, weight: float, ranks: tuple[in
         ranks: all ranks, or those of one class.
 
     Raises:
-        BadNumbers, UserError: as :func:`average`.
+        NonFiniteError, UserError: as :func:`average`.
     """
     state.refresh()
     good = finite(state.buffers())
@@ -82,7 +88,7 @@ def average_buffers(comm: Comm, state: FlatState, weight: float, ranks: tuple[in
     others.finish()
     others.look()
     if not good:
-        comm.left_out.note()
+        comm.excluded.note()
 
 
 def average_unlike_parameters(comm: Comm, state: FlatState, weight: float, ranks: tuple[int, ...]) -> None:
@@ -95,7 +101,7 @@ def average_unlike_parameters(comm: Comm, state: FlatState, weight: float, ranks
         ranks: all ranks, or those of one class.
 
     Raises:
-        BadNumbers: as :func:`average`.
+        NonFiniteError: as :func:`average`.
     """
     mine = torch.tensor([digest(part)[-1] for part in state.parameters()])
     first, *others = comm.gather(mine, "parameters.digest", ranks=ranks)
@@ -134,7 +140,7 @@ def check_partial(comm: Comm, parameters: Sequence[Tensor], averages: int) -> No
         averages: rounds to which somebody had contributed.
 
     Raises:
-        BadNumbers: on all ranks.
+        NonFiniteError: on all ranks.
     """
-    if not finite(parameters) or (not averages and comm.max([-float(comm.left_out.since)], "partial.bad")[0] < 0):
-        raise BadNumbers(comm.left_out.round, range(comm.size), everybody=True)
+    if not finite(parameters) or (not averages and comm.max([-float(comm.excluded.since)], "partial.bad")[0] < 0):
+        raise NonFiniteError(comm.excluded.round, range(comm.size), everybody=True)

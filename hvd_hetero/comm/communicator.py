@@ -10,6 +10,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import horovod.torch as hvd
@@ -21,11 +22,11 @@ from hvd_hetero.comm.async_ops import begin, finished
 from hvd_hetero.comm.flat_params import FlatState
 from hvd_hetero.comm.horovod_build import check_gpu_sums, check_mixed_hosts, sums_on_gpus
 from hvd_hetero.comm.kv_store import forget_addresses, job_env
-from hvd_hetero.comm.nonfinite import LeftOut
+from hvd_hetero.comm.nonfinite import Exclusions
 from hvd_hetero.comm.paths import FLAT, paths_of
 from hvd_hetero.comm.tensor_slots import as_bytes
 from hvd_hetero.config.schema import AggregationConfig
-from hvd_hetero.telemetry.heartbeat import Pulse
+from hvd_hetero.telemetry.stopwatch import Stopwatch
 
 STOP = "stop"
 
@@ -37,26 +38,27 @@ class Comm:
     nobody to talk to within it.
 
     Args:
-        spec: how weighted sums travel, and what happens if a rank's numbers have gone bad. ``path`` is ``flat`` (scale
+        spec: how weighted sums travel, and what happens if a rank's values are non-finite. ``path`` is ``flat`` (scale
             locally, one global sum; host tensors only), ``hierarchical`` (within classes, among leaders, back),
             ``auto`` (flat where all classes are on the CPU) or ``measured``.
-        pulse: told of every collective.
+        watch: books the time in what is :meth:`booked`; its heartbeat is told of every collective.
 
     Attributes:
         paths: those to choose between, one if there is nothing to choose.
         path: that weighted sums take, ``flat`` or ``hierarchical``; the same on all ranks, changed between two sums.
-        left_out: what this rank was left out of.
+        excluded: what this rank was left out of.
 
     Raises:
         ConfigError: this Horovod cannot make these sets on these hosts, or cannot sum on GPUs.
     """
 
     def __init__(
-        self, cluster: Cluster, rank: int, spec: AggregationConfig | None = None, pulse: Pulse | None = None
+        self, cluster: Cluster, rank: int, spec: AggregationConfig | None = None, watch: Stopwatch | None = None
     ) -> None:
         spec = spec or AggregationConfig()
-        self.rank, self.size, self.pulse = rank, cluster.size, pulse or Pulse()
-        self.left_out = LeftOut(rank, spec.nan == STOP)
+        self.rank, self.size, self.watch = rank, cluster.size, watch or Stopwatch()
+        self.heartbeat = self.watch.heartbeat
+        self.excluded = Exclusions(rank, spec.nan == STOP)
         mine = cluster.class_of(rank)
         self._peers = mine.ranks
         self._hosts, self._local_ranks = {f.host for f in cluster.facts}, {f.local_rank for f in cluster.facts}
@@ -68,7 +70,7 @@ class Comm:
         sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in members if 1 < len(ranks) < self.size}
         check_mixed_hosts(list(sets), cluster.facts)
         check_gpu_sums(cluster)
-        with self.pulse.waiting("init"):
+        with self.heartbeat.waiting("init"):
             hvd.init(process_sets=list(sets.values()))
         sets[tuple(range(self.size))] = hvd.global_process_set
         self._sets = sets
@@ -76,8 +78,18 @@ class Comm:
         self._staging: dict[tuple[torch.dtype, int], Tensor] = {}
         self._copying: torch.cuda.Stream | None = None
 
-    def take(self, path: str) -> None:
-        """Takes this path from now on, if it is one of :attr:`paths`; all ranks are told the same."""
+    @contextmanager
+    def booked(self) -> Iterator[None]:
+        """Book all collectives of a block, with the time since the last span, as one in which all ranks meet."""
+        yield
+        self.watch.collective()
+
+    def sit_out(self) -> None:
+        """Take no part in what the other ranks book as one collective."""
+        self.watch.skip_collective()
+
+    def set_path(self, path: str) -> None:
+        """Take this path from now on, if it is one of :attr:`paths`; all ranks are told the same."""
         self.path = path if path in self.paths else self.path
 
     # ---- the aggregation --------------------------------------------------------------------------------------------
@@ -297,10 +309,11 @@ class Comm:
         if odd:
             raise RuntimeError(f"rank {odd[0]} has another {what} than rank 0")
 
-    def beside(self) -> Comm:
+    def clone_for_thread(self) -> Comm:
         """The same ranks, for a thread beside the rank's own: its waiting is not the rank's."""
         other = copy.copy(self)
-        other.pulse, other._staging, other._copying = Pulse(), {}, None
+        other.watch, other._staging, other._copying = Stopwatch(), {}, None
+        other.heartbeat = other.watch.heartbeat
         return other
 
     def barrier(self, name: str) -> None:
@@ -317,5 +330,5 @@ class Comm:
         return self._finish(begin(operation, *args, name=name, **options), name)
 
     def _finish(self, handle: int, name: str) -> Any:
-        with self.pulse.waiting(name):
+        with self.heartbeat.waiting(name):
             return finished(handle)

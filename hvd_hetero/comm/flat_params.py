@@ -347,7 +347,7 @@ def _type(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def joined(vectors: list[Tensor]) -> Tensor:
+def concat(vectors: list[Tensor]) -> Tensor:
     """Vectors of several dtypes as one of the widest, one that Horovod sums; a single such vector as it is."""
     dtype = max((sum_type(v.dtype) for v in vectors), key=lambda d: d.itemsize)
     if len(vectors) == 1:

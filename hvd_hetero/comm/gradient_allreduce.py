@@ -102,7 +102,7 @@ class GradientSum:
         if len(self._ranks) == 1:
             yield
             return
-        with self._comm.pulse.waiting("gradients"):
+        with self._comm.heartbeat.waiting("gradients"):
             for handle, _ in list(optimizer._handles.values()):
                 if handle is not None:
                     wait_until(handle)

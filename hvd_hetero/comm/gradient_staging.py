@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hvd_hetero.comm.flat_params import joined
+from hvd_hetero.comm.flat_params import concat
 from hvd_hetero.comm.tensor_slots import real_view
 
 
@@ -53,4 +53,4 @@ class HostGradients:
         self._left = set(self._parts)
         if self._stream is not None:
             self._stream.synchronize()
-        return joined(self._host)
+        return concat(self._host)

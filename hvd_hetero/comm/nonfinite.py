@@ -1,4 +1,4 @@
-"""Numbers gone bad (NaN, Inf): how they are found, how a sum says that a rank was left out of it, and who has been.
+"""non-finite values (NaN, Inf): how they are found, how a sum says that a rank was left out of it, and who has been.
 
 Every vector that is summed has elements for flags at its end. A good rank puts its weight into the first of them and 0
 into the second; a bad one sends nothing but its weight in the second. So the sum itself tells all ranks, exactly,
@@ -9,14 +9,14 @@ way that a rank has something for all to agree on.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hvd_hetero.comm.tensor_slots import real_view
-from hvd_hetero.errors import BadNumbers
+from hvd_hetero.errors import NonFiniteError
+from hvd_hetero.log import LOGGER
 
 FLAG_SLOTS = 3
 SUMMED = (torch.float16, torch.float32, torch.float64)
@@ -66,7 +66,7 @@ def summable(vector: Tensor) -> Tensor:
     return vector.to(sum_type(vector.dtype))
 
 
-def mark(vectors: Sequence[Tensor], good: bool, share: float = 1.0, news: bool = False) -> None:
+def write_validity_flags(vectors: Sequence[Tensor], good: bool, share: float = 1.0, news: bool = False) -> None:
     """Makes ready what a rank is about to send.
 
     Args:
@@ -81,8 +81,8 @@ def mark(vectors: Sequence[Tensor], good: bool, share: float = 1.0, news: bool =
         vector[-FLAG_SLOTS:] = torch.tensor(flags, dtype=vector.dtype)
 
 
-class LeftOut:
-    """What a rank was left out of, because its numbers had gone bad.
+class Exclusions:
+    """What a rank was left out of, because its values were non-finite.
 
     Args:
         stops: end the job instead.
@@ -100,16 +100,16 @@ class LeftOut:
         """This rank's contribution has been left out; the first, second, fourth, ... time it says so.
 
         Raises:
-            BadNumbers: one is enough to stop.
+            NonFiniteError: one is enough to stop.
         """
         if self.stops:
-            raise BadNumbers(self.round, [self._rank])
+            raise NonFiniteError(self.round, [self._rank])
         self.count += 1
         self.since += 1
         if self.count & (self.count - 1) == 0:
             times = "" if self.count == 1 else f", {self.count} times so far"
-            print(f"hvd-hetero: rank {self._rank}: its numbers have gone bad (NaN, Inf) in round {self.round}; "
-                  f"it was left out{times}", file=sys.stderr, flush=True)
+            LOGGER.warning("hvd-hetero: rank %s: its values are non-finite (NaN, Inf) in round %s; it was excluded%s",
+                           self._rank, self.round, times)  # fmt: skip
 
     def take(self) -> int:
         """How many since the last call."""

@@ -137,7 +137,7 @@ class OtherAverages:
         for (name, tensor), average in zip(tensors.items(), work, strict=True):
             self._others.put(name, torch.view_as_complex(average) if tensor.is_complex() else average)
         if self._is_good and not is_good:
-            self._comm.left_out.note()
+            self._comm.excluded.note()
 
     @torch.no_grad()
     def _sum(self, tensors: Mapping[str, Tensor]) -> None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.nonfinite import FLAG_SLOTS, mark, sum_type
+from hvd_hetero.comm.nonfinite import FLAG_SLOTS, sum_type, write_validity_flags
 from hvd_hetero.comm.tensor_slots import real_view
-from hvd_hetero.errors import BadNumbers
+from hvd_hetero.errors import NonFiniteError
 
 
 def average_tensors(
@@ -25,7 +25,7 @@ def average_tensors(
         ranks: those that take part: all, or one class.
 
     Raises:
-        BadNumbers: as :func:`average`.
+        NonFiniteError: as :func:`average`.
     """
     types = dict.fromkeys(sum_type(real_view(t).dtype) for t in tensors)
     groups = [[t for t in tensors if sum_type(real_view(t).dtype) == dtype] for dtype in types]
@@ -40,7 +40,9 @@ def average_tensors(
             tensor.copy_(part.view_as(tensor))
 
 
-def settle(comm: Comm, vectors: Sequence[Tensor], good: bool, name: str, ranks: tuple[int, ...] | None = None) -> bool:
+def renormalize(
+    comm: Comm, vectors: Sequence[Tensor], good: bool, name: str, ranks: tuple[int, ...] | None = None
+) -> bool:
     """Makes an average of sums to which not all ranks may have contributed; the same on all of them.
 
     Args:
@@ -51,17 +53,17 @@ def settle(comm: Comm, vectors: Sequence[Tensor], good: bool, name: str, ranks: 
         Whether a rank has something for all to agree on.
 
     Raises:
-        BadNumbers: as :func:`average`.
+        NonFiniteError: as :func:`average`.
     """
     if not vectors:
         return False
     # all vectors have the same flags, the widest the most exact ones
     kept, lost, news = max(vectors, key=lambda v: v.element_size())[-FLAG_SLOTS:].tolist()
-    if lost and (not kept or comm.left_out.stops):
+    if lost and (not kept or comm.excluded.stops):
         said = torch.zeros(comm.size, dtype=torch.float64)
         said[comm.rank] = float(not good)
         comm.weighted_sum_(said, 1.0, f"{name}.bad", ranks)
-        raise BadNumbers(comm.left_out.round, [r for r, bad in enumerate(said.tolist()) if bad], bool(not kept))
+        raise NonFiniteError(comm.excluded.round, [r for r, bad in enumerate(said.tolist()) if bad], bool(not kept))
     for vector in vectors if lost else ():
         vector.mul_(1 / kept)  # devices differ in how they divide by a number, and do not in how they multiply
     return bool(news)
@@ -79,7 +81,7 @@ def sum_good_(
     Returns:
         Whether any rank has.
     """
-    mark(vectors, good, share, news)
+    write_validity_flags(vectors, good, share, news)
     for i, vector in enumerate(vectors):
         comm.weighted_sum_(vector, weight, f"{name}.{i}", ranks)
-    return settle(comm, vectors, good, name, ranks)
+    return renormalize(comm, vectors, good, name, ranks)

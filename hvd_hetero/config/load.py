@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from hvd_hetero.config.overrides import parse_override
+from hvd_hetero.config.renamed import layer_renamed, pairs_renamed, warn_of
 from hvd_hetero.config.schema import AUTO, AlgorithmConfig, ClassConfig, Config
 from hvd_hetero.config.validate import CLASS_NAME, check_integer, check_limits, check_name, check_together
 from hvd_hetero.errors import ConfigError, nearest
@@ -48,8 +49,10 @@ def load(
     Raises:
         ConfigError: a file cannot be read, a key is unknown, a value is of the wrong type or out of its limits.
     """
-    layers = [layer for path in _paths(files) for layer in _read(path)]
-    pairs = _pairs(overrides)
+    former: set[str] = set()
+    layers = [layer_renamed(layer, former) for path in _paths(files) for layer in _read(path)]
+    pairs = pairs_renamed(_pairs(overrides), former)
+    warn_of(former)
     name = AlgorithmConfig().name
     for layer in layers:
         section = layer.get("algorithm")
@@ -163,7 +166,7 @@ def _pairs(overrides: Any) -> list[tuple[str, Any]]:
     listed = () if overrides is None else overrides
     if isinstance(listed, (list, tuple)) and all(isinstance(text, str) for text in listed):
         return [parse_override(text) for text in listed]
-    remedy = "give a mapping such as {'train.passes': 10}, or a list of key=value texts"
+    remedy = "give a mapping such as {'train.epochs': 10}, or a list of key=value texts"
     raise ConfigError("overrides", overrides, f"is a {type(overrides).__name__}", remedy)
 
 

@@ -92,6 +92,7 @@ class ClusterConfig:
 class DataConfig:
     name: Optional[str] = "digits"  # noqa: UP045
     root: Optional[str] = _key(None, NOTHING)  # noqa: UP045
+    download: bool = _key(False, NOTHING)
     target: Optional[str] = None  # noqa: UP045
     args: dict[str, Any] = _key({})
     workers: int = _key(0, FIGURES, at_least=0, at_most=256)
@@ -107,11 +108,11 @@ class ModelConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     batch_size: Any = 4
-    passes: Optional[int] = _key(40, LENGTH, at_least=1)  # noqa: UP045
+    epochs: Optional[int] = _key(40, LENGTH, at_least=1)  # noqa: UP045
     max_fast_steps: Optional[int] = _key(None, LENGTH, at_least=1)  # noqa: UP045
     max_samples: Optional[int] = _key(None, LENGTH, at_least=1)  # noqa: UP045
     max_train_sec: Optional[float] = _key(None, LENGTH, above=0)  # noqa: UP045
-    epoch: str = _key("pass", choices=("pass", "fast_steps"))
+    epoch_length: str = _key("dataset", choices=("dataset", "fast_steps"))
     tau: Any = 128
     tau_margin: float = _key(0.1, at_least=0, at_most=0.5)
     adapt_tau: bool = True
@@ -189,7 +190,7 @@ class DelaysConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    every_passes: int = _key(1, FIGURES, at_least=1)
+    every_epochs: int = _key(1, FIGURES, at_least=1)
     batch_size: int = _key(256, FIGURES, at_least=1)
     metric: str = _key("accuracy", FIGURES)
 

@@ -59,8 +59,8 @@ def check_together(config: Config) -> None:
         for name, number in table.items():
             check_integer(f"{key}.{name}" if name is not None else key, number, 1)
     train = config.train
-    if (train.passes, train.max_fast_steps, train.max_samples, train.max_train_sec) == (None,) * 4:
-        raise ConfigError("train.passes", None, "nothing says when the run ends", "set it, or one of train.max_*")
+    if (train.epochs, train.max_fast_steps, train.max_samples, train.max_train_sec) == (None,) * 4:
+        raise ConfigError("train.epochs", None, "nothing says when the run ends", "set it, or one of train.max_*")
     if train.autocast not in (False, "bf16"):
         raise ConfigError("train.autocast", train.autocast, "is not known", "give false or bf16")
     if train.scheduler is None and train.scheduler_args:

@@ -27,7 +27,7 @@ from hvd_hetero.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAULT,
     EXIT_LOST,
-    EXIT_NUMBERS,
+    EXIT_NON_FINITE,
     EXIT_STOPPED,
     EXIT_STUCK,
     ConfigError,
@@ -40,7 +40,7 @@ SAVING_SEC = 30.0
 """What a job that was asked to stop has for the round that it is in and for saving; then it is told to end."""
 LEAST_SIGNAL = 128
 """From there on a status tells of a signal, which horovodrun may have sent."""
-KNOWN = (EXIT_FAULT, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_LOST, EXIT_STUCK, EXIT_NUMBERS)
+KNOWN = (EXIT_FAULT, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_LOST, EXIT_STUCK, EXIT_NON_FINITE)
 SSH = ("ssh", "-o", "PasswordAuthentication=no", "-o", "StrictHostKeyChecking=no", "-o", "BatchMode=yes",
        "-o", "ConnectTimeout=5")
 SSH_LOST = 255
@@ -127,7 +127,7 @@ class Horovodrun:
         ends = [signal.SIGTERM, signal.SIGINT]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
             ends.append(signal.SIGHUP)
-        before = {wanted: signal.signal(wanted, self._pass_on) for wanted in ends}
+        before = {wanted: signal.signal(wanted, self._epoch_on) for wanted in ends}
         status = self._process.wait()
         for wanted, handler in before.items():
             signal.signal(wanted, handler)
@@ -169,7 +169,7 @@ class Horovodrun:
             cause += f"; its last line: {last}"
         return End(known, self._job, cause, error, self._signalled)
 
-    def _pass_on(self, number: int, frame: Any) -> None:
+    def _epoch_on(self, number: int, frame: Any) -> None:
         """Asks the job to save and to end; where it cannot or does not, and at the second signal, tells it to end."""
         self._signalled = True
         stop, self._stop = self._stop, None

@@ -14,7 +14,7 @@ from hvd_hetero.launch.launcher import run_job
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.speed_profile import ClassSpeed, Profile, kept_at, key_of
 from hvd_hetero.training import dry_run, startup
-from hvd_hetero.training.api import guarded
+from hvd_hetero.training.api import exit_on_error
 from hvd_hetero.training.initial_plan import choose_path
 from hvd_hetero.training.initial_plan import measurement as measurement_of
 from hvd_hetero.training.trainer import Trainer
@@ -28,7 +28,7 @@ def profile(files: Sequence[str], overrides: Sequence[str]) -> int:
     """Under horovodrun one rank of the measurement, else the job that consists of it; returns the exit status."""
     if job_env().store is None:
         return run_job("profile", files, overrides)
-    guarded(lambda: _measure(files, overrides))
+    exit_on_error(lambda: _measure(files, overrides))
     return 0
 
 
@@ -44,7 +44,7 @@ def _measure(files: Sequence[str], overrides: Sequence[str]) -> None:
     measurement = measurement_of(started, trainer.worker, trainer.source, trainer.comm)
     names = [c.name for c in cluster.classes]
     batch = per_class("train.batch_size", config.train.batch_size, names)
-    most, least = len(trainer.source), started.components.least_batch
+    most, least = len(trainer.source), started.components.min_batch
     sizes = [{name: max(least, min(most, int(size * factor))) for name, size in batch.items()} for factor in FACTORS]
     together = measurement.classes(batch)
     others = [measurement.classes(size) for size in sizes]

@@ -17,7 +17,7 @@ ERROR = OURS + b"error: "
 LINE_BYTES, LAST_BYTES = 1 << 16, 500
 """Of a longer line the beginning is passed on before its end has come; of a rank's last one so much is kept."""
 LINE_ENDS = re.compile(rb"(?<=\n)|(?<=\r)(?!\n)")
-SHELLS_WORDS = frozenset(str(signal.strsignal(number)).encode() for number in signal.valid_signals())
+SIGNAL_NAMES = frozenset(str(signal.strsignal(number)).encode() for number in signal.valid_signals())
 """What the shell around a rank says of its end: ``Killed``."""
 
 Source = tuple[int, int]
@@ -25,7 +25,7 @@ Source = tuple[int, int]
 
 
 class RankOutput:
-    """Passes on what ranks say: rank 0's lines bare, others' with their rank.
+    """Epochs on what ranks say: rank 0's lines bare, others' with their rank.
 
     A line ends with a newline or a carriage return (a progress bar's). One that is too long to be kept until then
     goes out in pieces; what another rank says between two of them stands on lines of its own.
@@ -86,7 +86,7 @@ class RankOutput:
             return
         if (held := self._held.pop(source, None)) is not None:  # so it was the rank's own word
             yield self._named(source, held)
-        if stream == STDERR and line.split(b" (")[0].strip() in SHELLS_WORDS:
+        if stream == STDERR and line.split(b" (")[0].strip() in SIGNAL_NAMES:
             self._held[source] = line
             return
         if line.startswith(ERROR):

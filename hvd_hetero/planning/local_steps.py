@@ -61,13 +61,13 @@ def too_slow_classes(tau_fastest: int, step_sec: Mapping[str, float]) -> dict[st
 
 def shrink_batches(
     tau_fastest: int, step_sec: Mapping[str, float], batch_size: Mapping[str, int], margin: float = 0.0,
-    least_batch: int = 1,
+    min_batch: int = 1,
 ) -> dict[str, int]:  # fmt: skip
     """Batches with which classes that are too slow finish one step in a round, if a step's time goes with its batch.
 
     Args:
         margin: that of :func:`planned_step_sec`.
-        least_batch: samples that the model needs in a step, though others wait for it then.
+        min_batch: samples that the model needs in a step, though others wait for it then.
 
     Raises:
         ConfigError: one sample takes too long.
@@ -79,5 +79,5 @@ def shrink_batches(
         if shrunk[name] < 1:
             problem = f"class {name} is {times:.1f} times slower: not even a batch of one fits into a round"
             raise ConfigError("cluster.too_slow", SHRINK, problem, "set a larger train.tau, or leave_out")
-        shrunk[name] = max(shrunk[name], min(least_batch, batch_size[name]))
+        shrunk[name] = max(shrunk[name], min(min_batch, batch_size[name]))
     return shrunk

@@ -60,7 +60,7 @@ class ClassPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All classes, and how many rounds a pass over the data has."""
+    """All classes, and how many rounds an epoch over the data has."""
 
     classes: tuple[ClassPlan, ...]
     rounds: int
@@ -87,8 +87,8 @@ class Plan:
     def of_rank(self, rank: int) -> ClassPlan:
         return next(c for c in self.classes if rank in c.ranks).one(rank)
 
-    def pass_samples(self) -> dict[str, int]:
-        """N_g: samples that each class consumes in one pass."""
+    def epoch_samples(self) -> dict[str, int]:
+        """N_g: samples that each class consumes in one epoch."""
         return {c.name: self.rounds * c.round_samples for c in self.classes}
 
     def by_rank(self) -> list[ClassPlan]:
@@ -119,7 +119,7 @@ def make_plan(
     batch_size: Mapping[str, int],
     *,
     weights: str = "steps",
-    epoch: str = "pass",
+    epoch_length: str = "dataset",
     step_sec: Mapping[str, float] | None = None,
     whole_batch: Mapping[str, int] | None = None,
 ) -> Plan:
@@ -130,7 +130,7 @@ def make_plan(
         tau: local steps in a round, by class.
         batch_size: of one rank, by class.
         weights: ``steps``, w_i = tau_i / sum_j tau_j (paper, eq. 4), or ``uniform``, w_i = 1/m.
-        epoch: ``pass``, floor(n / sum_g m_g B_g tau_g) rounds, or ``fast_steps``, the paper's
+        epoch_length: ``dataset``, floor(n / sum_g m_g B_g tau_g) rounds, or ``fast_steps``, the paper's
             floor(n / (B m tau_fast)) rounds, with B and tau of the fastest class and all m workers.
         step_sec: measured seconds of a local step, by class.
         whole_batch: batches of which those of some classes are only a part; their steps weigh less by as much.
@@ -156,7 +156,7 @@ def make_plan(
     plan = Plan(classes, 0)
     fastest = plan.fastest
     in_round = sum(c.round_samples for c in classes)
-    counted = in_round if epoch == "pass" else fastest.batch_size * fastest.tau * cluster.size
+    counted = in_round if epoch_length == "dataset" else fastest.batch_size * fastest.tau * cluster.size
     rounds = samples // max(counted, in_round)
     if rounds < 1:
         problem = f"one round takes {max(counted, in_round)} samples, the training set has {samples}"
@@ -170,7 +170,7 @@ def lockstep_plan(
     batches: Mapping[int, int],
     *,
     others: str = IDLE,
-    epoch: str = "pass",
+    epoch_length: str = "dataset",
     tau: int = 1,
 ) -> Plan:
     """The plan of a method whose ranks take every step together: a round is one step, weights go by batch size.
@@ -179,7 +179,8 @@ def lockstep_plan(
         samples: n, training samples.
         batches: samples of one step, by rank; the classes that train are those whose ranks are in it.
         others: role of all other classes.
-        epoch: ``pass``, all samples once, or ``fast_steps``, as many steps as a fast worker of a local-SGD run takes
+        epoch_length: ``dataset``, all samples once, or ``fast_steps``, as many steps as a fast worker of a local-SGD
+        run takes
             in the paper's epoch of floor(n / (B m tau)) rounds, with all m workers.
         tau: of that run; for ``fast_steps`` only.
 
@@ -196,7 +197,7 @@ def lockstep_plan(
         mean = sum(sizes) / len(sizes)
         uneven = sizes if len(set(sizes)) > 1 else ()
         classes.append(ClassPlan(c.name, c.ranks, 1, round(mean), mean / whole, batch_sizes=uneven))
-    counted, steps = (whole, 1) if epoch == "pass" else (whole * cluster.size * tau // len(batches), tau)
+    counted, steps = (whole, 1) if epoch_length == "dataset" else (whole * cluster.size * tau // len(batches), tau)
     if samples < counted:
         problem = f"an epoch takes at least {counted} samples, the training set has {samples}"
         raise ConfigError("train.batch_size", whole, problem, LESS)
@@ -204,7 +205,7 @@ def lockstep_plan(
 
 
 def check_least_round(
-    cluster: Cluster, samples: int, tau_fastest: int, batch_size: Mapping[str, int], epoch: str = "pass"
+    cluster: Cluster, samples: int, tau_fastest: int, batch_size: Mapping[str, int], epoch_length: str = "dataset"
 ) -> None:
     """Checks, before any speed is known, that some plan with this tau can have a round at all.
 
@@ -214,7 +215,7 @@ def check_least_round(
     """
     step = {c.name: batch_size[c.name] * len(c.ranks) for c in cluster.classes}
     least = min(sum(step.values()) + (tau_fastest - 1) * own for own in step.values())
-    if epoch == "fast_steps":
+    if epoch_length == "fast_steps":
         least = max(least, min(batch_size.values()) * tau_fastest * cluster.size)
     if least > samples:
         problem = f"one round takes at least {least} samples, the training set has {samples}"

@@ -1,4 +1,4 @@
-"""Whether other local steps would leave less of the cluster waiting, judged pass by pass. Pure arithmetic."""
+"""Whether other local steps would leave less of the cluster waiting, judged epoch by epoch. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hvd_hetero.planning.plan import Plan
 
 WORTH = 0.015
 """Share of the cluster's capacity that a change must save; less is noise of the measurement."""
-PASSES = 2
-"""In how many judgements on end it must: one disturbed pass changes nothing."""
+EPOCHS = 2
+"""In how many judgements on end it must: one disturbed epoch changes nothing."""
 TO_MORE = 2
 """Times as many before a slow class takes more steps: it alone gains, and if they are too many the fast ones wait."""
 PLAIN = 0.1
@@ -25,10 +25,10 @@ JUDGED_MARGIN = 0.5
 """Share of the margin with which plans are judged: that between this and all of it is the dead band of small drifts."""
 CHUNKS = 8
 JUDGED_SEC = 2.0
-"""Passes shorter than this are judged together: a fraction of a second tells a machine's moods from nothing."""
+"""Epochs shorter than this are judged together: a fraction of a second tells a machine's moods from nothing."""
 
 
-class Pacing:
+class Rebalancer:
     """Keeps an estimate of every class's step time, and says when the plan that follows from it is worth having.
 
     Args:
@@ -45,56 +45,56 @@ class Pacing:
         self._margin = JUDGED_MARGIN * margin
         self._latest = dict(step_sec)
         self._in_a_row = 0
-        self._passes: list[dict[str, float]] = []
+        self._epochs: list[dict[str, float]] = []
         self._seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "step_sec": self.step_sec, "latest": self._latest, "in_a_row": self._in_a_row,
-            "passes": self._passes, "seconds": self._seconds,
+            "epochs": self._epochs, "seconds": self._seconds,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step_sec, self._latest = dict(state["step_sec"]), dict(state["latest"])
         self._in_a_row = state["in_a_row"]
-        self._passes, self._seconds = [dict(p) for p in state["passes"]], state["seconds"]
+        self._epochs, self._seconds = [dict(p) for p in state["epochs"]], state["seconds"]
 
     def observe(self, measured: Mapping[str, float], seconds: float) -> bool:
-        """Takes in a pass; returns whether there is something to judge: a long one, or enough short ones together.
+        """Takes in an epoch; returns whether there is something to judge: a long one, or enough short ones together.
 
-        Of several passes' step times the median counts.
+        Of several epochs' step times the median counts.
 
         Args:
             measured: seconds of a local step for the batch sizes given at first, by class.
-            seconds: that the pass took the fastest class.
+            seconds: that the epoch took the fastest class.
         """
-        self._passes.append(dict(measured))
+        self._epochs.append(dict(measured))
         self._seconds += seconds
-        if self._seconds < JUDGED_SEC or len(self._passes) == 2:  # of two, the median is no better than either
+        if self._seconds < JUDGED_SEC or len(self._epochs) == 2:  # of two, the median is no better than either
             return False
         for name, known in self.step_sec.items():
-            times = [p[name] for p in self._passes if name in p]
+            times = [p[name] for p in self._epochs if name in p]
             if times:
                 self._latest[name] = min(max(statistics.median(times), known / BOUND), known * BOUND)
                 self.step_sec[name] += NEW_SHARE * (self._latest[name] - known)
-        self._passes, self._seconds = [], 0.0
+        self._epochs, self._seconds = [], 0.0
         return True
 
-    def plainly(self, current: Plan, proposed: Plan) -> bool:
+    def is_obvious_gain(self, current: Plan, proposed: Plan) -> bool:
         """Whether the latest times alone, which the proposal goes by, say that it saves a lot; then they are believed.
 
         Asked before :meth:`worth`, with the plan for :attr:`latest`.
         """
-        if self.saved(current, proposed, self._latest) < PLAIN:
+        if self.capacity_saved(current, proposed, self._latest) < PLAIN:
             return False
         self.step_sec, self._in_a_row = dict(self._latest), 0
         return True
 
-    def worth(self, current: Plan, proposed: Plan) -> bool:
+    def is_worth_it(self, current: Plan, proposed: Plan) -> bool:
         """Whether to change over now; asked once a judgement, with the plan for :attr:`step_sec`."""
-        self._in_a_row = self._in_a_row + 1 if self.saved(current, proposed) >= WORTH else 0
+        self._in_a_row = self._in_a_row + 1 if self.capacity_saved(current, proposed) >= WORTH else 0
         fewer = any(new.tau < old.tau for old, new in zip(current.classes, proposed.classes, strict=True))
-        if self._in_a_row < PASSES * (1 if fewer else TO_MORE):
+        if self._in_a_row < EPOCHS * (1 if fewer else TO_MORE):
             return False
         self._in_a_row = 0
         return True
@@ -104,7 +104,7 @@ class Pacing:
         """The step times that were measured last, within :data:`BOUND` of the estimate before."""
         return dict(self._latest)
 
-    def saved(self, current: Plan, proposed: Plan, step_sec: Mapping[str, float] | None = None) -> float:
+    def capacity_saved(self, current: Plan, proposed: Plan, step_sec: Mapping[str, float] | None = None) -> float:
         """By how much less of the cluster's capacity would wait."""
         return self.waste(current, step_sec) - self.waste(proposed, step_sec)
 
@@ -121,10 +121,10 @@ class Pacing:
 
 
 def settled_step_sec(work_sec: Sequence[float], steps: Sequence[int]) -> float:
-    """Seconds of a step in the second half of a pass, from each round's work; NaN if there was none.
+    """Seconds of a step in the second half of an epoch, from each round's work; NaN if there was none.
 
-    The median over a few stretches of the mean within each: a quota or a sleep makes single rounds uneven, which a mean
-    sees through, and a process that stands still for a moment is one stretch of several.
+    The median over a few segments of the mean within each: a quota or a sleep makes single rounds uneven, which a mean
+    sees through, and a process that stands still for a moment is one segment of several.
 
     Args:
         work_sec: of each round, waiting excluded.
@@ -133,6 +133,6 @@ def settled_step_sec(work_sec: Sequence[float], steps: Sequence[int]) -> float:
     rounds = [(sec, count) for sec, count in zip(work_sec, steps, strict=True) if count]
     rounds = rounds[len(rounds) // 2 :]
     size = -(-len(rounds) // CHUNKS)
-    stretches = [rounds[i : i + size] for i in range(0, len(rounds), size)] if rounds else []
-    means = [sum(sec for sec, _ in part) / sum(count for _, count in part) for part in stretches]
+    segments = [rounds[i : i + size] for i in range(0, len(rounds), size)] if rounds else []
+    means = [sum(sec for sec, _ in part) / sum(count for _, count in part) for part in segments]
     return statistics.median(means) if means else float("nan")

@@ -1,4 +1,4 @@
-"""Which samples each device class trains on in a pass: the loss table and the schemes. Pure numpy.
+"""Which samples each device class trains on in an epoch: the loss table and the schemes. Pure numpy.
 
 Source: the biased local SGD paper, section 4.2 (separate sampling) and appendix A.2 (uniform, unified). Everything is
 done by numpy, without a Python loop over samples.
@@ -22,7 +22,7 @@ Indices = NDArray[np.integer[Any]]
 Losses = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 WORTH_A_THREAD = 1_000_000
-"""Samples, of which drawing a pass takes tens of milliseconds."""
+"""Samples, of which drawing an epoch takes tens of milliseconds."""
 BUCKETS, WHOLE, BLOCK = 256, 1 << 21, 1 << 19
 """One for each value of a byte; up to so many indices are shuffled as they are, more are dealt in blocks of so many."""
 PART = 1 << 16
@@ -30,7 +30,7 @@ PART = 1 << 16
 
 
 class Sampler:
-    """Draws the index plan of a pass and keeps the last known loss of every sample; lives on rank 0.
+    """Draws the index plan of an epoch and keeps the last known loss of every sample; lives on rank 0.
 
     Args:
         samples: n, size of the training set.
@@ -70,9 +70,9 @@ class Sampler:
         return {name: drawn[name] for name in counts}
 
     def begin(self, counts: Mapping[str, int]) -> None:
-        """Begins to draw the next pass in a thread, where the scheme does not go by losses, and n makes it worth it.
+        """Begins to draw the next epoch in a thread, where the scheme does not go by losses, and n makes it worth it.
 
-        The draws stay the same ones, also if the next pass turns out to be another one, or the job is saved meanwhile.
+        The draws stay the same ones, also if the next epoch turns out to be another one, or the job is saved meanwhile.
         """
         if self._draw is not _uniform or len(self.losses) < WORTH_A_THREAD:
             return
@@ -107,22 +107,6 @@ class Sampler:
         self.losses = np.asarray(state["losses"], dtype=np.float32)
         self._rng.bit_generator.state = state["rng"]
         self.biased = state.get("biased", self.biased)
-
-
-def in_order(values: Mapping[int, NDArray[Any]], rounds: int, tau: Mapping[int, int]) -> NDArray[Any]:
-    """Puts what each rank did in a pass into one sequence, by (round, step, rank).
-
-    Args:
-        values: ``[rounds * tau_rank * B_rank]`` by rank, in the order in which the rank worked on them.
-        tau: local steps of each rank in a round.
-
-    Returns:
-        ``[K]``, everything.
-    """
-    steps = {rank: values[rank].reshape(rounds, tau[rank], -1) for rank in sorted(values) if tau[rank]}
-    longest = max(tau.values())
-    parts = [steps[rank][:, step] for step in range(longest) for rank in steps if step < tau[rank]]
-    return np.concatenate(parts, axis=1).reshape(-1)
 
 
 def newest_last(at: Sequence[NDArray[Any]], batch: Sequence[int]) -> NDArray[Any]:

@@ -11,29 +11,29 @@ from hvd_hetero.planning.plan import Plan
 
 
 @dataclass(frozen=True)
-class Done:
+class RunProgress:
     """What a run has done so far; ``fast_steps`` are those of the rank that took the most."""
 
-    passes: int = 0
+    epochs: int = 0
     rounds: int = 0
     fast_steps: int = 0
     samples: int = 0
     train_sec: float = 0.0
 
-    def after(self, plan: Plan) -> Done:
-        """What is done one more pass later; the clock is left alone."""
+    def after(self, plan: Plan) -> RunProgress:
+        """What is done one more epoch later; the clock is left alone."""
         steps, samples = plan.rounds * fast_steps(plan), plan.rounds * round_samples(plan)
-        return Done(self.passes + 1, self.rounds + plan.rounds, self.fast_steps + steps, self.samples + samples,
+        return RunProgress(self.epochs + 1, self.rounds + plan.rounds, self.fast_steps + steps, self.samples + samples,
                     self.train_sec)
 
 
-def next_rounds(train: TrainConfig, plan: Plan, done: Done) -> int:
-    """Rounds of the next pass: all of the plan's, fewer where a limit lies within it, 0 where the run is over.
+def next_rounds(train: TrainConfig, plan: Plan, done: RunProgress) -> int:
+    """Rounds of the next epoch: all of the plan's, fewer where a limit lies within it, 0 where the run is over.
 
     A limit in steps or samples is never exceeded. One in seconds is met as nearly as the mean speed so far can tell,
-    so it does nothing before the end of the first pass.
+    so it does nothing before the end of the first epoch.
     """
-    if train.passes is not None and done.passes >= train.passes:
+    if train.epochs is not None and done.epochs >= train.epochs:
         return 0
     rounds = plan.rounds
     if train.max_fast_steps is not None:
@@ -46,9 +46,9 @@ def next_rounds(train: TrainConfig, plan: Plan, done: Done) -> int:
     return max(0, rounds)
 
 
-def expected_passes(train: TrainConfig, plan: Plan) -> int | None:
-    """How many passes the run will have, the last one perhaps short; None where only seconds limit it."""
-    limits = [] if train.passes is None else [train.passes]
+def expected_epochs(train: TrainConfig, plan: Plan) -> int | None:
+    """How many epochs the run will have, the last one perhaps short; None where only seconds limit it."""
+    limits = [] if train.epochs is None else [train.epochs]
     if train.max_fast_steps is not None:
         limits.append(math.ceil(train.max_fast_steps // fast_steps(plan) / plan.rounds))
     if train.max_samples is not None:

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 PREPARING = "preparing"
 
 
-class Pulse:
+class Heartbeat:
     """A rank's progress. Plain attributes and no lock: a step must not cost more for being watched.
 
     Attributes:
-        count: goes up whenever something is done: a step, a batch of evaluation, a collective, any lap of a stopwatch.
+        count: goes up whenever something is done: a step, a batch of evaluation, a collective, any span of a stopwatch.
         phase: what is being done.
         waits: whether it is waiting for other ranks.
     """

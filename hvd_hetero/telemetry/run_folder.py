@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, a row a pass, TensorBoard events; and what it shows on the way."""
+"""What a run leaves behind: its folder, a row an epoch, TensorBoard events; and what it shows on the way."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from hvd_hetero.cluster.device_classes import Cluster
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.files import check_no_links, write_text
+from hvd_hetero.log import LOGGER
 from hvd_hetero.secrets import without_passwords
 from hvd_hetero.telemetry.trace import TRACE
 
@@ -78,7 +79,7 @@ class RunFolder:
             self._show(row)
         except OSError as error:
             self._events = None
-            print(f"no more TensorBoard events: {error.strerror}", file=sys.stderr, flush=True)
+            LOGGER.warning("no more TensorBoard events: %s", error.strerror)
 
     def _show(self, row: Mapping[str, Any]) -> None:
         if self._events is None:
@@ -94,13 +95,13 @@ class RunFolder:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._rows.write(self._unwritten) :]
         except OSError as error:
-            print(f"{METRICS} cannot be written now: {error.strerror}", file=sys.stderr, flush=True)
+            LOGGER.warning("%s cannot be written now: %s", METRICS, error.strerror)
 
     def _keep(self, size: int) -> None:
-        """Drops rows of passes that will be done again."""
+        """Drops rows of epochs that will be done again."""
         there = os.fstat(self._rows.fileno()).st_size
         if there < size:
-            print(f"{self.path / METRICS}: rows are missing that the checkpoint knew of", file=sys.stderr, flush=True)
+            LOGGER.warning("%s: rows are missing that the checkpoint knew of", self.path / METRICS)
         self._rows.truncate(min(size, there))
 
     @property
@@ -155,29 +156,29 @@ class Progress:
 
     Args:
         columns: width of the terminal, or None.
-        done: passes that a run which goes on had done before.
+        done: epochs that a run which goes on had done before.
     """
 
     LINE_SEC = 5.0
 
     def __init__(
-        self, passes: int | None, columns: int | None, done: int = 0, stream: TextIO = sys.stderr
+        self, epochs: int | None, columns: int | None, done: int = 0, stream: TextIO = sys.stderr
     ) -> None:
-        self._passes, self._stream = passes, stream  # passes: None where only the clock ends the run
+        self._epochs, self._stream = epochs, stream  # epochs: None where only the clock ends the run
         self._last_line = 0.0
         self._bar = None
         if columns:
             from tqdm import tqdm
 
             # The figures are what one looks at; the bar takes what is left of a narrow terminal.
-            form = "pass {n_fmt}/{total_fmt} |{bar:8}| {remaining} left{postfix}"
+            form = "epoch {n_fmt}/{total_fmt} |{bar:8}| {remaining} left{postfix}"
             self._bar = tqdm(
-                total=passes, initial=done, bar_format=form, ncols=columns, file=stream, leave=True, mininterval=0
+                total=epochs, initial=done, bar_format=form, ncols=columns, file=stream, leave=True, mininterval=0
             )
 
     def update(self, row: Mapping[str, Any], fastest: str) -> None:
         """Shows a metrics row; the last one is always shown."""
-        done = row["pass"]
+        done = row["epoch"]
         figures = {
             "round": str(row["round"]),
             "loss": _short(row["train_loss"]),
@@ -188,11 +189,11 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix(figures, refresh=False)
             self._bar.update(1)
-        elif done == self._passes or time.monotonic() - self._last_line >= self.LINE_SEC:
+        elif done == self._epochs or time.monotonic() - self._last_line >= self.LINE_SEC:
             self._last_line = time.monotonic()
             text = "  ".join(f"{name} {value}" for name, value in figures.items())
-            total = "" if self._passes is None else f"/{self._passes}"
-            print(f"pass {done}{total}  {text}", file=self._stream, flush=True)
+            total = "" if self._epochs is None else f"/{self._epochs}"
+            print(f"epoch {done}{total}  {text}", file=self._stream, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -41,7 +41,7 @@ def to_numbers(counts: Counts) -> Tensor:
 
 
 class PartialAccounts:
-    """Adds up all ranks' counts over passes.
+    """Adds up all ranks' counts over epochs.
 
     Attributes:
         ranks: rounds by kind, for each rank.
@@ -52,7 +52,7 @@ class PartialAccounts:
         self._ages = torch.zeros(AGES, dtype=torch.int64)
 
     def enter(self, gathered: Sequence[Tensor]) -> dict[str, float]:
-        """Enters a pass; returns its shares of all ranks' rounds, and the mean age of what was sent."""
+        """Enters an epoch; returns its shares of all ranks' rounds, and the mean age of what was sent."""
         whole = torch.stack(list(gathered))
         self.ranks = self.ranks or [dict.fromkeys(KINDS, 0) for _ in gathered]
         for mine, row in zip(self.ranks, whole.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""A stopwatch that leaves no second unaccounted for: every lap books the time since the last one."""
+"""A stopwatch that leaves no second unaccounted for: every span books the time since the last one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
-from hvd_hetero.telemetry.heartbeat import Pulse
+from hvd_hetero.telemetry.heartbeat import Heartbeat
 
 T = TypeVar("T")
 KINDS = ("compute", "data", "blocked", "comm")
@@ -25,39 +25,39 @@ class Stopwatch:
     see :func:`split_waiting`. So collectives are kept one by one, in the order in which all ranks meet in them.
 
     Args:
-        own_clock: what a lap returns goes by this clock, see :func:`own_clock`; what it books, by ``clock``.
-        pulse: told of every lap.
+        thread_cpu_clock: what a span returns goes by this clock, see :func:`thread_cpu_clock`; what it books, by
+        ``clock``. heartbeat: told of every span.
 
     Attributes:
         seconds: booked by kind; ``blocked`` and ``comm`` only by :meth:`waited`.
-        laps: where a list is put here, every lap is added to it as (kind, start, end), by this rank's clock.
+        spans: where a list is put here, every span is added to it as (kind, start, end), by this rank's clock.
     """
 
     def __init__(
-        self, clock: Callable[[], float] = time.perf_counter, own_clock: Callable[[], float] | None = None,
-        pulse: Pulse | None = None,
+        self, clock: Callable[[], float] = time.perf_counter, thread_cpu_clock: Callable[[], float] | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
-        self.pulse = pulse or Pulse()
-        self._clock, self._own_clock = clock, own_clock
+        self.heartbeat = heartbeat or Heartbeat()
+        self._clock, self._own_clock = clock, thread_cpu_clock
         self._mark = clock()
-        self._own_mark = own_clock() if own_clock is not None else 0.0
+        self._own_mark = thread_cpu_clock() if thread_cpu_clock is not None else 0.0
         self.seconds = dict.fromkeys(KINDS, 0.0)
         self.collectives: list[float] = []
-        self.laps: list[tuple[str, float, float]] | None = None
+        self.spans: list[tuple[str, float, float]] | None = None
 
     def skip(self) -> None:
-        """Starts the next lap now; the time since the last one is nobody's."""
+        """Starts the next span now; the time since the last one is nobody's."""
         self._lap("")
 
-    def lap(self, kind: str) -> float:
-        """Books the time since the last lap as one of :data:`KINDS`; returns it in seconds of the own clock."""
+    def span(self, kind: str) -> float:
+        """Books the time since the last span as one of :data:`KINDS`; returns it in seconds of the own clock."""
         own_mark = self._own_mark
         spent = self._lap(kind)
         self.seconds[kind] += spent
         return spent if self._own_clock is None else self._own_mark - own_mark
 
     def waited(self, started: float) -> None:
-        """Books the time since the last lap as waiting for something to start, and then for it to end.
+        """Books the time since the last span as waiting for something to start, and then for it to end.
 
         Args:
             started: when it did, by the clock; ``math.inf``: it did not.
@@ -65,19 +65,19 @@ class Stopwatch:
         now = self._clock()
         for kind, until in (("blocked", min(max(started, self._mark), now)), ("comm", now)):
             self.seconds[kind] += until - self._mark
-            if self.laps is not None and until > self._mark:
-                self.laps.append((kind, self._mark, until))
+            if self.spans is not None and until > self._mark:
+                self.spans.append((kind, self._mark, until))
             self._mark = until
         if self._own_clock is not None:
             self._own_mark = self._own_clock()
 
     def collective(self) -> float:
-        """Books the time since the last lap as one collective; ranks that are not in it call :meth:`absent`."""
+        """Books the time since the last span as one collective; ranks that are not in it call :meth:`absent`."""
         spent = self._lap(COLLECTIVE)
         self.collectives.append(spent)
         return spent
 
-    def absent(self) -> None:
+    def skip_collective(self) -> None:
         """Enters a collective that this rank takes no part in, so that all ranks' lists stay in step.
 
         No time is booked: what passes until the rank's next collective is that one's, and so it is waiting.
@@ -87,11 +87,11 @@ class Stopwatch:
     def _lap(self, kind: str) -> float:
         now = self._clock()
         start, self._mark = self._mark, now
-        self.pulse.count += 1
+        self.heartbeat.count += 1
         if self._own_clock is not None:
             self._own_mark = self._own_clock()
-        if self.laps is not None and kind:
-            self.laps.append((kind, start, now))
+        if self.spans is not None and kind:
+            self.spans.append((kind, start, now))
         return now - start
 
     def state_dict(self) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class Stopwatch:
         return taken
 
 
-def own_clock(device: str, threads: int) -> Callable[[], float] | None:
+def thread_cpu_clock(device: str, threads: int) -> Callable[[], float] | None:
     """The clock by which an emulated step's own time is measured.
 
     Where one thread computes, it is that thread's CPU time: a moment in which the core does something else is not a
@@ -123,7 +123,7 @@ def emulation(slowed: bool = False, delayed: bool = False, before: Iterable[str]
     return tuple(reason for reason, there in found.items() if there)
 
 
-class Pace:
+class SlowdownEmulator:
     """Hands out batches, books what happens between them, and emulates a slower device if asked to.
 
     Args:
@@ -147,18 +147,18 @@ class Pace:
 
     def steps(self, batches: Iterable[T], count: int) -> Iterator[T]:
         """Yields the next ``count`` batches; the time until the following one is asked for is the step's compute."""
-        self._watch.pulse.phase = "reading data"
+        self._watch.heartbeat.phase = "reading data"
         for batch in islice(batches, count):
-            self._fresh_sec += self._watch.lap("data")
-            self._watch.pulse.phase = "local step"
+            self._fresh_sec += self._watch.span("data")
+            self._watch.heartbeat.phase = "local step"
             if self.delays is not None:
                 time.sleep(next(self.delays))
-                self._watch.lap("compute")  # as it is: a slower device is not slower at being delayed
+                self._watch.span("compute")  # as it is: a slower device is not slower at being delayed
             yield batch
             if self.emulates:  # else steps may queue up on the device
                 self.pause(LEAST_SLEEP_SEC)
-            self._watch.lap("compute")
-            self._watch.pulse.phase = "reading data"
+            self._watch.span("compute")
+            self._watch.heartbeat.phase = "reading data"
         self.pause()
 
     def pause(self, least_sleep_sec: float = 0.0) -> None:
@@ -168,12 +168,12 @@ class Pace:
             least_sleep_sec: shorter sleeps are put off.
         """
         self._synchronize()
-        spent = self._fresh_sec + self._watch.lap("compute")
+        spent = self._fresh_sec + self._watch.span("compute")
         self._fresh_sec = 0.0
         if self.emulates:
             self._owed_sec += (self._slowdown - 1) * spent
             self._sleep(least_sleep_sec)
-            self._watch.lap("compute")
+            self._watch.span("compute")
 
     def _sleep(self, least_sec: float) -> None:
         # What a sleep overshoots is taken off the next one.

@@ -1,4 +1,4 @@
-"""Where every rank's time went, and what every device class did; added up over passes."""
+"""Where every rank's time went, and what every device class did; added up over epochs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from hvd_hetero.cluster.device_classes import Cluster
 from hvd_hetero.planning.plan import Plan
-from hvd_hetero.planning.stop_criteria import Done
+from hvd_hetero.planning.stop_criteria import RunProgress
 from hvd_hetero.telemetry.staleness import PartialAccounts
 from hvd_hetero.telemetry.stopwatch import KINDS, emulation, split_waiting
 
 
 class Accounts:
-    """Adds up, over passes, where every rank's time went and what every class did.
+    """Adds up, over epochs, where every rank's time went and what every class did.
 
     Args:
         delayed: whether steps are delayed on purpose.
@@ -29,11 +29,11 @@ class Accounts:
         self.seconds = [dict.fromkeys(KINDS, 0.0) for _ in range(cluster.size)]
         self.steps = [0] * cluster.size
         self.samples = [0] * cluster.size
-        self.left_out = [0] * cluster.size
+        self.excluded = [0] * cluster.size
         self.rounds = 0
-        self.passes = 0
+        self.epochs = 0
         self.partial = PartialAccounts()
-        self.earlier = Done()
+        self.earlier = RunProgress()
 
     def enter(
         self,
@@ -42,16 +42,16 @@ class Accounts:
         steps: Sequence[int],
         kinds: Sequence[Mapping[str, float]],
         collectives: Sequence[Sequence[float]],
-        left_out: Sequence[int] = (),
+        excluded: Sequence[int] = (),
     ) -> float:
-        """Enters one pass; returns its seconds.
+        """Enters one epoch; returns its seconds.
 
         Args:
             rounds: averages that were made.
             steps: local steps, by rank.
             kinds: seconds of each kind, by rank.
             collectives: durations ``[ranks][collectives]`` in the order in which ranks met in them, NaN: not in it.
-            left_out: contributions that were, because a rank's numbers had gone bad, by rank.
+            excluded: contributions that were, because a rank's values were non-finite, by rank.
         """
         blocked, comm = split_waiting(collectives)
         for rank, mine in enumerate(plan.by_rank()):
@@ -60,41 +60,41 @@ class Accounts:
                 self.seconds[rank][kind] += kinds[rank][kind] + together.get(kind, 0.0)
             self.steps[rank] += steps[rank]
             self.samples[rank] += steps[rank] * mine.batch_size
-        for rank, times in enumerate(left_out):
-            self.left_out[rank] += times
+        for rank, times in enumerate(excluded):
+            self.excluded[rank] += times
         self.rounds += rounds
-        self.passes += 1
+        self.epochs += 1
         return sum(kinds[0].values()) + blocked[0] + comm[0]
 
     def state_dict(self) -> dict[str, Any]:
-        counts = {name: getattr(self, name) for name in ("seconds", "steps", "samples", "left_out", "rounds", "passes")}
+        counts = {name: getattr(self, name) for name in ("seconds", "steps", "samples", "excluded", "rounds", "epochs")}
         return {**counts, "partial": self.partial.state_dict(), "earlier": asdict(self.earlier),
                 "emulation": list(self.emulation)}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.seconds = [dict(mine) for mine in state["seconds"]]
         self.steps, self.samples = list(state["steps"]), list(state["samples"])
-        self.left_out = list(state["left_out"])
-        self.rounds, self.passes = state["rounds"], state["passes"]
+        self.excluded = list(state["excluded"])
+        self.rounds, self.epochs = state["rounds"], state["epochs"]
         self.partial.load_state_dict(state["partial"])
-        self.earlier = Done(**state["earlier"])
+        self.earlier = RunProgress(**state["earlier"])
         self.emulation = emulation(before=(*self.emulation, *state["emulation"]))
 
     def carry_over(self, state: Mapping[str, Any], rounds: int) -> None:
         """Goes on from the totals of other ranks' accounts; what was each class's own is not counted any more.
 
         Args:
-            rounds: so far, with those of a pass that was not finished.
+            rounds: so far, with those of an epoch that was not finished.
         """
         other = Accounts(self._cluster)
         other.load_state_dict(state)
-        self.rounds, self.passes, self.earlier = rounds, other.passes, other.done
+        self.rounds, self.epochs, self.earlier = rounds, other.epochs, other.done
         self.emulation = emulation(before=(*self.emulation, *other.emulation))
 
     @property
-    def done(self) -> Done:
+    def done(self) -> RunProgress:
         steps = self.earlier.fast_steps + max(self.steps)
-        return Done(self.passes, self.rounds, steps, self.samples_seen, self.train_sec)
+        return RunProgress(self.epochs, self.rounds, steps, self.samples_seen, self.train_sec)
 
     @property
     def samples_seen(self) -> int:
@@ -105,16 +105,16 @@ class Accounts:
         return self.earlier.train_sec + sum(self.seconds[0].values())
 
     def row(self, plan: Plan) -> dict[str, Any]:
-        """What ``metrics.jsonl`` has of the accounts, after a pass by this plan."""
+        """What ``metrics.jsonl`` has of the accounts, after an epoch by this plan."""
         return {
-            "pass": self.passes,
+            "epoch": self.epochs,
             "round": self.rounds,
             "samples_seen": self.samples_seen,
             "train_sec": self.train_sec,
             "tau": {c.name: c.tau for c in plan.classes},
             "batch_size": {c.name: c.batch_size for c in plan.classes},
             "blocked_fraction": self.blocked_fractions(),
-            "left_out": self.left_out_of(),
+            "excluded": self.left_out_of(),
             "emulation": list(self.emulation),
         }
 
@@ -123,8 +123,8 @@ class Accounts:
         return {c.name: _share(self._times(c.ranks), "blocked") for c in self._cluster.classes}
 
     def left_out_of(self) -> dict[str, int]:
-        """By class, how many contributions of its ranks were left out, because their numbers had gone bad."""
-        return {c.name: sum(self.left_out[r] for r in c.ranks) for c in self._cluster.classes}
+        """By class, how many contributions of its ranks were left out, because their values were non-finite."""
+        return {c.name: sum(self.excluded[r] for r in c.ranks) for c in self._cluster.classes}
 
     def classes(self, plan: Plan) -> list[dict[str, Any]]:
         """The ``classes`` of summary.json; seconds are means over a class's ranks, steps and samples sums."""
@@ -145,7 +145,7 @@ class Accounts:
                     "step_sec": busy / steps if steps else None,
                     "steps": steps,
                     "samples": sum(self.samples[r] for r in item.ranks),
-                    "left_out": self.left_out_of()[item.name],
+                    "excluded": self.left_out_of()[item.name],
                     "time_sec": times,
                     "blocked_fraction": _share(times, "blocked"),
                 }

@@ -8,36 +8,42 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
+
+from torch import nn
 
 from hvd_hetero import algorithms
 from hvd_hetero.comm.async_ops import PEER_LOST
 from hvd_hetero.comm.kv_store import job_env
 from hvd_hetero.config.instantiate import in_a_line
 from hvd_hetero.config.load import load
+from hvd_hetero.config.renamed import RenamedKeyWarning
 from hvd_hetero.config.schema import Config
 from hvd_hetero.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAULT,
     EXIT_LOST,
-    EXIT_NUMBERS,
+    EXIT_NON_FINITE,
     EXIT_STOPPED,
-    BadNumbers,
+    NonFiniteError,
     RankError,
     Stopped,
     UserError,
 )
 from hvd_hetero.files import check_writable
+from hvd_hetero.log import logged
 from hvd_hetero.random_state import RandomState
 from hvd_hetero.telemetry.run_folder import check_run_dir
 from hvd_hetero.training import dry_run, startup
 from hvd_hetero.training.process import process_restored
 from hvd_hetero.training.resume import check_data, find
 from hvd_hetero.training.trainer import Trainer
-from hvd_hetero.worker.components import Components, Given
+from hvd_hetero.worker.components import Components, MakeOptimizer, MakeScheduler, UserObjects
+from hvd_hetero.worker.losses import PerSample
 
 PEER_GONE_SEC = 1.0
 """A survivor leaves so much later than the rank that failed, so that the launcher sees that one end first."""
@@ -48,7 +54,14 @@ KILLED_SEC = 0.2
 def train(
     config: str | Path | Sequence[str | Path] | None = None,
     overrides: Mapping[str, Any] | Sequence[str] = (),
-    **given: Any,
+    *,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    train_data: Any = None,
+    test_data: Any = None,
+    loss: PerSample | None = None,
+    optimizer: MakeOptimizer | None = None,
+    scheduler: MakeScheduler | None = None,
+    metric: PerSample | None = None,
 ) -> dict[str, Any] | None:
     """Trains one model on all ranks of the job; every rank calls it.
 
@@ -57,8 +70,13 @@ def train(
 
     Args:
         config: a YAML file or several, merged in order; None is the built-in default.
-        overrides: dotted keys and their values, ``{"train.passes": 10}``, or ``key=value`` texts.
-        **given: objects in place of names in the configuration: see :class:`hvd_hetero.worker.components.Given`.
+        overrides: dotted keys and their values, ``{"train.epochs": 10}``, or ``key=value`` texts.
+        model: a module, or a function without arguments that makes one; in place of ``model`` in the configuration,
+            as what follows is in place of its keys.
+        train_data: a map-style dataset, or a tuple (inputs, targets) of tensors; ``test_data`` the same.
+        loss: ``loss(outputs, targets) -> [B]``, or that and weights ``[B]``, see :mod:`hvd_hetero.worker.losses`.
+        optimizer: ``optimizer(parameters)`` makes a torch optimizer; ``scheduler(optimizer)`` a scheduler.
+        metric: ``metric(outputs, targets)``, as the loss.
 
     Returns:
         The content of ``summary.json`` on rank 0, None on the others.
@@ -67,17 +85,24 @@ def train(
         UserError: something given cannot be used; with more than one rank, rank 0 says so and the job ends with
             status 2 instead: every rank raises SystemExit, which a program that goes on has to catch on all of them.
         Stopped: the run was asked to stop, and has saved; with more than one rank, the job ends with status 3 instead.
-        BadNumbers: no rank's numbers are good any more; with more than one rank, the job ends with status 6 instead.
+        NonFiniteError: no rank's numbers are good any more; with more than one rank, the job ends with status 6
+        instead.
     """
+    given = UserObjects(model, train_data, test_data, loss, optimizer, scheduler, metric)
+
     def prepare() -> tuple[Config, Components]:
         loaded = load(config, overrides, algorithms.method)
-        return loaded, dry_run.build(loaded, Given.of(given))
+        return loaded, dry_run.build(loaded, given)
 
     with ExitStack() as after:
         after.enter_context(process_restored())
+        env = job_env()
+        after.enter_context(logged(env.rank))
+        if env.rank or env.launched:  # said once a job: by the launcher, else by rank 0
+            warnings.simplefilter("ignore", RenamedKeyWarning)
         after.callback(RandomState.capture().restore)
         after.callback(gc.collect)  # a next call needs the memory, and data workers end
-        return guarded(lambda: _run(prepare))
+        return exit_on_error(lambda: _run(prepare))
 
 
 def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | None:
@@ -141,7 +166,7 @@ def run_dir(config: Config) -> Path:
     return next(folder for folder in itertools.chain([first], others) if not folder.exists())
 
 
-def guarded(call: Callable[[], Any]) -> Any:
+def exit_on_error(call: Callable[[], Any]) -> Any:
     """Ends a rank as a job should: bad input with one message and status 2, a fault with its rank and cause.
 
     A process that is the whole job gets the exception instead.
@@ -157,11 +182,11 @@ def guarded(call: Callable[[], Any]) -> Any:
         if env.rank == 0:
             print(f"hvd-hetero: error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)
-    except BadNumbers as error:
+    except NonFiniteError as error:
         if env.rank != error.ranks[0]:
             time.sleep(PEER_GONE_SEC)  # the rank that has the say ends first
-            os._exit(EXIT_NUMBERS)
-        _end(EXIT_NUMBERS, str(error))
+            os._exit(EXIT_NON_FINITE)
+        _end(EXIT_NON_FINITE, str(error))
     except Stopped as stopped:
         if env.rank == 0:
             print(f"hvd-hetero: {stopped}", file=sys.stderr, flush=True)

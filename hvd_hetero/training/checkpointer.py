@@ -1,8 +1,8 @@
 """Saving a job, and reading what was saved of one; all ranks take part in both.
 
-A pass is worked off in stretches of rounds. After each one all ranks agree, in one small collective, on how far they
+An epoch is worked off in segments of rounds. After each one all ranks agree, in one small collective, on how far they
 are, on whether somebody was asked to stop, and on whether to save. What is saved is copied first, and written by a
-thread beside the next stretches.
+thread beside the next segments.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.kv_store import JobEnv
 from hvd_hetero.config.schema import RESHAPE, Config
 from hvd_hetero.errors import UserError
+from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan
-from hvd_hetero.training.epoch import Reached
 from hvd_hetero.training.fingerprint import made_with
 from hvd_hetero.training.resume import Found, places
 from hvd_hetero.training.stop_request import StopRequest
+from hvd_hetero.worker.epoch import Progress
 
 NONE = -1
 PATH_BYTES = 4096
@@ -37,14 +38,14 @@ LOCKSTEP, DRAINING = (1.0, 1), (30.0, 64)
 LAST_SEC = 30.0
 """What a checkpoint that is on its way gets, where the job fails meanwhile."""
 GROWTH = 4
-"""By how much a stretch may be longer than the one before: the first rounds of a job are slow."""
+"""By how much a segment may be longer than the one before: the first rounds of a job are slow."""
 
 
 @dataclass(frozen=True)
-class Agreed:
-    """What all ranks agree on after a stretch: how far the pass is, whether to stop, and whether to save."""
+class SyncDecision:
+    """What all ranks agree on after a segment: how far the epoch is, whether to stop, and whether to save."""
 
-    reached: Reached
+    progress: Progress
     stop: bool
     due: bool
 
@@ -54,16 +55,16 @@ class Saver:
 
     Args:
         run_dir: on rank 0, which tells the others.
-        drains: whether the method has to come to rest before all ranks can meet.
+        needs_quiesce: whether the method has to come to rest before all ranks can meet.
 
     Attributes:
         saved_round: that is on the disk, or is gone on from.
     """
 
-    def __init__(self, run_dir: str | Path, config: Config, env: JobEnv, comm: Comm, drains: bool) -> None:
+    def __init__(self, run_dir: str | Path, config: Config, env: JobEnv, comm: Comm, needs_quiesce: bool) -> None:
         self._config, self._spec, self._env, self._comm = config, config.checkpoint, env, comm
         self._made_with = made_with(config)
-        self._stretch_sec, self._stretch = DRAINING if drains else LOCKSTEP
+        self._segment_sec, self._segment = DRAINING if needs_quiesce else LOCKSTEP
         path = str(Path(run_dir).resolve()).encode().ljust(PATH_BYTES) if comm.rank == 0 else bytes(PATH_BYTES)
         told = comm.broadcast(torch.tensor(list(path), dtype=torch.uint8), "checkpoint.path")
         self._run_dir = Path(bytes(told.tolist()).decode().rstrip())
@@ -123,40 +124,43 @@ class Saver:
         self._tried = self.saved_round = number
         return state, bool(reshaped)
 
-    # ---- between two stretches --------------------------------------------------------------------------------------
+    # ---- between two segments --------------------------------------------------------------------------------------
 
-    def stretch(self, left: int, rounds: int) -> int:
-        """Rounds to go before the next agreement, of those that are left of the pass, after so many of the run."""
+    def segment(self, left: int, rounds: int) -> int:
+        """Rounds to go before the next agreement, of those that are left of the epoch, after so many of the run."""
         self._began = time.monotonic()
         if not self.active:
             return left
         every = self._spec.every_rounds
-        return min(left, self._stretch, every - rounds % every if every else left)
+        return min(left, self._segment, every - rounds % every if every else left)
 
-    def agree(self, reached: Reached, length: int, rounds: int) -> Agreed:
-        """Meets all ranks after a stretch.
+    def agree(self, progress: Progress, length: int, rounds: int) -> SyncDecision:
+        """Meets all ranks after a segment.
 
         Args:
-            reached: how far this rank has come in it.
+            progress: how far this rank has come in it.
             length: rounds that it was to have.
             rounds: of the run, before it.
         """
         now, spec, lead = time.monotonic(), self._spec, self._comm.rank == 0
         due = spec.every_sec is not None and now - self._saved_at >= spec.every_sec
-        worth = round(self._stretch_sec * length / max(now - self._began, 1e-6))
+        worth = round(self._segment_sec * length / max(now - self._began, 1e-6))
         said = [self.stopping(), self._write is not None and self._write.busy, lead and due,
                 lead and max(1, min(worth, GROWTH * length))]
-        reached, (stop, busy, late, stretch) = reached.agreed(self._comm, said)
-        self._stretch = int(stretch)
+        mine = astuple(progress)
+        most = self._comm.max([float(number) for number in (*mine, *said)], "epoch.progress")
+        progress = Progress(*(int(number) for number in most[: len(mine)]))
+        stop, busy, late, segment = most[len(mine) :]
+        self._segment = int(segment)
         if not busy:
             self._settle()
-        number = rounds + reached.rounds
+        number = rounds + progress.averages
         save = bool(late) and self._write is None
         if spec.every_rounds is not None:  # in partial collectives rounds do not come in the planned numbers
             save = save or number // spec.every_rounds > max(self._tried, 0) // spec.every_rounds
-        return Agreed(reached, bool(stop), save and number > self._tried)
+        return SyncDecision(progress, bool(stop), save and number > self._tried)
 
-    def save(self, number: int, passes: int, state: Callable[[], Any], wait: bool, value: float | None = None) -> None:
+    def save(self, number: int, epochs: int, state: Callable[[], Any], wait: bool, value: float | None = None) -> None:
         """Saves every rank's state; if that cannot be done, the run goes on without, and says so.
 
         Args:
@@ -168,7 +172,7 @@ class Saver:
         self._finish()
         if number > self.saved_round:  # one that could not be saved is tried again, where the job ends
             best = Best(value, self._config.eval.metric) if value is not None and self._is_best(value) else None
-            self._write = Write(self._store, self._env, number, passes, self._made_with,
+            self._write = Write(self._store, self._env, number, epochs, self._made_with,
                                 state if wait else lambda: copied(state()), best)
             self._saved_at, self._tried = time.monotonic(), number
             if wait:
@@ -200,7 +204,7 @@ class Saver:
             return
         problem = self._write.problem
         if problem.startswith(f"rank {self._comm.rank}:"):  # the others' they say themselves
-            print(f"no checkpoint at round {self._write.number}: {problem}", flush=True)
+            LOGGER.warning("no checkpoint at round %s: %s", self._write.number, problem)
         if not self._comm.max([float(bool(problem))], "checkpoint.done")[0]:
             self.saved_round = self._write.number
         self._write = None

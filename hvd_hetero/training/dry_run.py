@@ -34,7 +34,7 @@ from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.planning.local_steps import SHRINK, WAIT_AVOIDING
 from hvd_hetero.random_state import RandomState
 from hvd_hetero.worker import components
-from hvd_hetero.worker.components import Components, Given, Origins, first_samples, telling
+from hvd_hetero.worker.components import Components, Origins, UserObjects, as_user_error, first_samples
 from hvd_hetero.worker.extra_state import load_extra_state
 from hvd_hetero.worker.loss_checks import Batched, try_loss, try_metric
 from hvd_hetero.worker.losses import IGNORED, Numbers
@@ -52,7 +52,7 @@ SMALL = 10_000_000
 """Parameters. Models that have no more take a second step: what a module has kept of the first may be in its way."""
 
 
-def build(config: Config, given: Given | None = None) -> Components:
+def build(config: Config, given: UserObjects | None = None) -> Components:
     """Build what is trained, and try it out, so that mistakes show before a job starts.
 
     On the ranks of a launched job only what they have to know is found out once more: launch has tried it out, unless
@@ -71,7 +71,7 @@ def build(config: Config, given: Given | None = None) -> Components:
         return parts
     if not tried:
         _try(run)
-    return replace(parts, least_batch=run.forgotten(run.least_batch)) if one else parts
+    return replace(parts, min_batch=run.forgotten(run.min_batch)) if one else parts
 
 
 def _try(run: _DryRun) -> None:
@@ -108,7 +108,7 @@ def _may_take_one(config: Config) -> bool:
 class _DryRun:
     """One dry run; what fails is told by the part that it is about, in the order of what a run does."""
 
-    def __init__(self, parts: Components, config: Config, given: Given | None, device: str) -> None:
+    def __init__(self, parts: Components, config: Config, given: UserObjects | None, device: str) -> None:
         self._parts, self._config, self._given, self._device = parts, config, given, device
         self._origins = Origins.of(config, given)
         self._method = algorithms.get(config.algorithm.name)
@@ -148,7 +148,7 @@ class _DryRun:
         self._epochs(worker)
         self._save(worker)
 
-    def least_batch(self) -> int:
+    def min_batch(self) -> int:
         """Find out whether the model can be trained on one sample; if not, it is given two.
 
         Raises:
@@ -186,7 +186,7 @@ class _DryRun:
         if not any(p.requires_grad for p in parts.model.parameters()):
             raise ConfigError(*self._origins.model, "has no trainable parameters", "leave some to train")
         what, remedy = "the model cannot be made ready for training", "give one whose tensors can be moved and copied"
-        with telling(*self._origins.model, what, remedy):
+        with as_user_error(*self._origins.model, what, remedy):
             worker = Worker(
                 parts.model, self._loss, self._make_optimizer, self._make_scheduler if parts.scheduler else None,
                 device=self._device, metric=self._metric if parts.metric else None, seed=self._config.run.seed,
@@ -199,7 +199,7 @@ class _DryRun:
 
     def _make_optimizer(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
         key, own = self._origins.optimizer, {id(p) for p in params}
-        with telling(*key, "cannot be made", "give a function of the parameters that makes a torch optimizer"):
+        with as_user_error(*key, "cannot be made", "give a function of the parameters that makes a torch optimizer"):
             optimizer = self._parts.optimizer(params)
         if not isinstance(optimizer, torch.optim.Optimizer):
             problem = f"makes a {type(optimizer).__name__}, no torch optimizer"
@@ -224,12 +224,12 @@ class _DryRun:
 
     def _make_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         assert self._parts.scheduler is not None
-        with telling(*self._origins.scheduler, "cannot be made", "correct its arguments (train.scheduler_args)"):
+        with as_user_error(*self._origins.scheduler, "cannot be made", "correct its arguments (train.scheduler_args)"):
             return self._parts.scheduler(optimizer)
 
     def _evaluate(self, worker: Worker) -> None:
         what = f"the model fails on {self._told(training=False)}"
-        with telling(*self._origins.model, what, "make model and data fit together"):
+        with as_user_error(*self._origins.model, what, "make model and data fit together"):
             worker.evaluate(_OneBatch(self._batch), np.arange(self._count), self._count)
 
     def _step(self, worker: Worker) -> None:
@@ -237,7 +237,7 @@ class _DryRun:
             self._gradient(worker)
         self._check_gradients(worker.model, times)
         what, remedy = "fails in a step", "choose one that steps along a gradient"
-        with telling(*self._origins.optimizer, what, remedy):
+        with as_user_error(*self._origins.optimizer, what, remedy):
             worker.apply()
         self._stepped = True
 
@@ -269,11 +269,11 @@ class _DryRun:
                 raise ConfigError("train.clip_norm", norm, problem, "make it with sparse=False, or leave it null")
 
     def _epochs(self, worker: Worker) -> None:
-        what = "does not last through the passes"
-        telling_it = telling(*self._origins.scheduler, what, "correct its arguments (train.scheduler_args)")
+        what = "does not last through the epochs"
+        telling_it = as_user_error(*self._origins.scheduler, what, "correct its arguments (train.scheduler_args)")
         with telling_it, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the optimizer takes no steps meanwhile
-            for _ in range(min(self._config.train.passes or 2, MOST_EPOCHS)):
+            for _ in range(min(self._config.train.epochs or 2, MOST_EPOCHS)):
                 worker.end_epoch()
 
     def _save(self, worker: Worker) -> None:
@@ -291,7 +291,7 @@ class _DryRun:
             remedy = f"{error.remedy}, or set {' '.join(f'checkpoint.{key}=null' for key in keys)}"
             raise ConfigError(*key, f"no checkpoint can hold {path}, {error.problem}", remedy) from error
         what, remedy = "what get_extra_state returns cannot be restored", "correct its set_extra_state"
-        with telling(*self._origins.model, what, remedy):
+        with as_user_error(*self._origins.model, what, remedy):
             load_extra_state(worker.model, saved)
 
     # ---- what a user's functions give -------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ class _DryRun:
     def _loss(self, outputs: Any, targets: Any) -> Numbers:
         self._outputs, key, training = outputs, self._origins.loss, torch.is_grad_enabled()
         what = f"the loss fails on the model's outputs {describe(outputs)} for {self._told(training)}"
-        with telling(*key, what, "make model, data, loss and its arguments fit together"):
+        with as_user_error(*key, what, "make model, data, loss and its arguments fit together"):
             losses, weights = try_loss(*key, self._parts.loss, self._config.train.loss_args, self._batched(targets))
         counting = losses if weights is None else losses[weights > 0]
         # a first step may be too long, and statistics may make sense only then: both are another matter
@@ -318,7 +318,7 @@ class _DryRun:
 
     def _metric(self, outputs: Any, targets: Any) -> Numbers:
         assert self._parts.metric is not None
-        with telling(*self._origins.metric, "fails on this model's outputs", "set eval.metric=none or another"):
+        with as_user_error(*self._origins.metric, "fails on this model's outputs", "set eval.metric=none or another"):
             return try_metric(*self._origins.metric, self._parts.metric, self._batched(targets))
 
     def _batched(self, targets: Any) -> Batched:
@@ -369,7 +369,7 @@ class _OneBatch:
         yield self._batch
 
 
-def _check_classes(dataset: Dataset, outputs: Any, config: Config, given: Given | None, origins: Origins) -> None:
+def _check_classes(dataset: Dataset, outputs: Any, config: Config, given: UserObjects | None, origins: Origins) -> None:
     """Refuse class numbers of which none counts or that the model has no output for, where they are at hand."""
     own_loss = given is not None and given.loss is not None
     if own_loss or config.train.loss not in ("cross_entropy", "nll_loss") or not isinstance(outputs, Tensor):

@@ -14,20 +14,21 @@ from hvd_hetero.cluster.device_classes import Cluster
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.horovod_build import build_info
 from hvd_hetero.config.schema import Config
+from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.telemetry.run_folder import SUMMARY, RunFolder, environment
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import TRACE, Recorder, from_numbers, timeline, to_chrome
 
 RESHAPED = """reshaped: model, outer optimizer, loss table and counters are carried over; optimizer states, random \
-numbers, measured speeds and what was done of a pass are not"""
+numbers, measured speeds and what was done of an epoch are not"""
 
 
 def say_resumed(place: str, over: bool) -> None:
     """Tells where a run goes on, and if it does not because it has come to its end already."""
-    print(f"goes on after {place}", flush=True)
+    LOGGER.info("resumed after %s", place)
     if over:
-        print("there the run has ended: for more, raise its limits (train.passes, train.max_*)", flush=True)
+        LOGGER.info("there the run has ended: for more, raise its limits (train.epochs, train.max_*)")
 
 
 def write_start(folder: RunFolder, config: Config, cluster: Cluster, plan: Plan) -> None:
@@ -40,20 +41,20 @@ def write_start(folder: RunFolder, config: Config, cluster: Cluster, plan: Plan)
         work = f"tau {c.tau}, batch {c.batch_size}, weight {c.weight:.4f}{step}" if c.tau else c.role
         slowdown = cluster.class_of(c.ranks[0]).slowdown
         name = c.name + (f" (x{slowdown:g} emulated)" if slowdown > 1 else "")
-        print(f"class {name}: ranks {list(c.ranks)}, {work}", flush=True)
+        LOGGER.info("class %s: ranks %s, %s", name, list(c.ranks), work)
 
 
 def write_trace(folder: RunFolder | None, comm: Comm, cluster: Cluster, recorder: Recorder) -> None:
-    """Every rank's recorded laps; all ranks call it."""
+    """Every rank's recorded spans; all ranks call it."""
     numbers = torch.tensor(recorder.to_numbers(), dtype=torch.float64)
     sizes = [int(size) for size in comm.gather(torch.tensor([len(numbers)]), "trace.sizes")]
     gathered = comm.gather(numbers, "trace", sizes)
     if folder is not None and any(sizes):
-        laps = timeline([from_numbers(part.tolist()) for part in gathered])
+        spans = timeline([from_numbers(part.tolist()) for part in gathered])
         classes = [cluster.class_of(rank) for rank in range(comm.size)]
         slower = [f", x{c.slowdown:g} emulated" if c.slowdown > 1 else "" for c in classes]
         lanes = [f"rank {rank}, {c.name} ({c.device}{slower[rank]})" for rank, c in enumerate(classes)]
-        folder.write(TRACE, json.dumps(to_chrome(laps, lanes)))
+        folder.write(TRACE, json.dumps(to_chrome(spans, lanes)))
 
 
 def write_summary(
@@ -74,7 +75,7 @@ def write_summary(
         "emulated": bool(accounts.emulation),
         "emulation": list(accounts.emulation),
         "rounds": accounts.rounds,
-        "passes": accounts.passes,
+        "epochs": accounts.epochs,
         "samples_seen": accounts.samples_seen,
         "wall_sec": time.perf_counter() - begin,
         "train_sec": accounts.train_sec,

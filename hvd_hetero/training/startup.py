@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +19,7 @@ from hvd_hetero.config.load import device_classes
 from hvd_hetero.config.schema import AUTO, Config
 from hvd_hetero.data.alike import check_alike, facts_of
 from hvd_hetero.errors import ConfigError, UserError
-from hvd_hetero.files import own_files
+from hvd_hetero.files import restrict_umask
 from hvd_hetero.planning.injected_delays import check_delays
 from hvd_hetero.planning.plan import check_bias_to
 from hvd_hetero.planning.stop_criteria import check_limits
@@ -58,8 +60,10 @@ def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
         UserError: a rank could not prepare, ranks disagree, or the device classes do not fit the ranks. The same
             error on every rank.
     """
-    own_files()
+    restrict_umask()
     torch.set_num_threads(1)  # until this rank knows which cores are its own
+    if not faulthandler.is_enabled():  # a rank that crashes in compiled code says where
+        faulthandler.enable(file=sys.__stderr__ or 2)
     env = job_env()
     watchdog = Watchdog(env)
     try:
@@ -138,14 +142,14 @@ def check(config: Config, components: Components, cluster: Cluster) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    algorithm = algorithms.build(config, cluster, len(components.dataset.train), components.least_batch)
+    algorithm = algorithms.build(config, cluster, len(components.dataset.train), components.min_batch)
     algorithm.check()
     if not algorithm.needs_speeds:
         check_limits(config.train, algorithm.make_plan(None))
     elif (limit := config.train.max_fast_steps) is not None and limit < config.train.tau:
         problem = f"one round takes {config.train.tau} steps of the fastest class"
         raise ConfigError("train.max_fast_steps", limit, problem, f"set it to {config.train.tau} or more")
-    if algorithm.hands_out and config.sampling.scheme != "uniform":
+    if algorithm.claims_samples and config.sampling.scheme != "uniform":
         problem = f"{config.algorithm.name} hands out samples as ranks ask for them, to no class in particular"
         raise ConfigError("sampling.scheme", config.sampling.scheme, problem, "set sampling.scheme=uniform")
     check_delays(config.delays)

@@ -21,26 +21,29 @@ from hvd_hetero.errors import Stopped
 from hvd_hetero.planning.injected_delays import delays
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.sampling import Sampler
-from hvd_hetero.planning.stop_criteria import check_limits, expected_passes, next_rounds
+from hvd_hetero.planning.stop_criteria import check_limits, expected_epochs, next_rounds
 from hvd_hetero.random_state import seed_all
 from hvd_hetero.telemetry.run_folder import Progress, RunFolder, say_missing
-from hvd_hetero.telemetry.stopwatch import Stopwatch, own_clock
+from hvd_hetero.telemetry.stopwatch import Stopwatch, thread_cpu_clock
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import Recorder
-from hvd_hetero.training.checkpointer import Agreed, Saver
-from hvd_hetero.training.epoch import Ongoing, PassFigures, RoundLaps, evaluate, gather_figures, say_taus
+from hvd_hetero.training.checkpointer import Saver, SyncDecision
+from hvd_hetero.training.epoch import EpochFigures, RoundSpans, gather_figures, say_taus
+from hvd_hetero.training.evaluation import evaluate
 from hvd_hetero.training.initial_plan import first_plan, start_together
 from hvd_hetero.training.restore import carry_over, restore, state_of
 from hvd_hetero.training.resume import Found, check_fits, check_places
 from hvd_hetero.training.run_records import how_good, note, write_start, write_summary, write_trace
 from hvd_hetero.training.startup import Job, make_worker
-from hvd_hetero.worker.components import telling
-from hvd_hetero.worker.index_feed import Feed, Pass
+from hvd_hetero.worker.components import as_user_error
+from hvd_hetero.worker.epoch import Epoch, Segment
+from hvd_hetero.worker.index_feed import Feed
 from hvd_hetero.worker.memory import batch_that_fits, on_device, peak_bytes, told_by_class
 from hvd_hetero.worker.step_benchmark import compile_steps
 
-TRACED_PASSES = 2
-"""A pass's first rounds are recorded in place of the last pass's; the first pass warms up caches and connections."""
+TRACED_EPOCHS = 2
+"""An epoch's first rounds are recorded in place of the last epoch's; the first epoch warms up caches and
+connections."""
 
 
 class Trainer:
@@ -55,18 +58,18 @@ class Trainer:
         config, parts = job.config, job.components
         self.job, self.config = job, config
         slowdown = job.cluster.class_of(job.env.rank).slowdown
-        clock = own_clock(job.placement.device, job.placement.threads)
-        self.watch = Stopwatch(own_clock=clock if slowdown > 1 else None, pulse=job.watchdog.pulse)
+        clock = thread_cpu_clock(job.placement.device, job.placement.threads)
+        self.watch = Stopwatch(thread_cpu_clock=clock if slowdown > 1 else None, heartbeat=job.watchdog.heartbeat)
         self.source = on_device(parts.dataset.train, job.placement.device, "training")
         self.test = on_device(parts.dataset.test, job.placement.device, "test")
         self.worker = make_worker(job, self.watch)
-        self.algorithm = algorithms.build(config, job.cluster, len(self.source), parts.least_batch)
+        self.algorithm = algorithms.build(config, job.cluster, len(self.source), parts.min_batch)
         seed_all(config.run.seed * 1000003 + job.env.rank)  # dropout differs from rank to rank
         self.run_dir, self.found, self.folder = run_dir, found, None
         if run_dir is not None and job.env.rank == 0:
             kept = () if found is None else (found.state["rank0"][key] for key in ("rows_bytes", "samples_seen"))
             self.folder = RunFolder(run_dir, config.run.overwrite or config.run.resume is not None, *kept)
-        self.comm = Comm(job.cluster, job.env.rank, config.aggregation, job.watchdog.pulse)
+        self.comm = Comm(job.cluster, job.env.rank, config.aggregation, self.watch)
 
     def prepare(self) -> None:
         """Starts all ranks from one model, measures their speeds if they are needed, and makes the plan.
@@ -79,7 +82,7 @@ class Trainer:
         state, reshaped = None, False
         self.saver: Saver | None = None
         if self.run_dir is not None:
-            self.saver = Saver(self.run_dir, config, self.job.env, self.comm, self.algorithm.drains)
+            self.saver = Saver(self.run_dir, config, self.job.env, self.comm, self.algorithm.needs_quiesce)
             state, reshaped = self.saver.load(self.found, self.job.cluster)
         if state is not None and reshaped:
             check_fits(state, self.worker)
@@ -88,7 +91,7 @@ class Trainer:
         if state is not None and not reshaped:
             check_places(state, self.job.cluster)
             known = Plan.from_dict(state["plan"])
-            self.comm.take(state["path"])
+            self.comm.set_path(state["path"])
         with self._memory_told():
             self.plan = known or first_plan(self.job, self.algorithm, self.worker, self.source, self.comm)
             compile_steps(self.worker, self.source, self.plan.of_rank(self.comm.rank).batch_size)
@@ -99,7 +102,7 @@ class Trainer:
         self.best: dict[str, float | None] = dict.fromkeys(("final_accuracy", "best_accuracy", "final_loss"))
         self.feed = Feed(self.comm, len(self.source), self._sampler() if self.comm.rank == 0 else None)
         self.recorder = Recorder(self.watch, config.run.trace_rounds)
-        self.ongoing: Ongoing | None = None
+        self.epoch: Epoch | None = None
         if state is not None:
             (carry_over if reshaped else restore)(self, state)
 
@@ -112,15 +115,15 @@ class Trainer:
         config, comm, accounts = self.config, self.comm, self.accounts
         if self.folder is not None:
             write_start(self.folder, config, self.job.cluster, self.plan)
-        expected = expected_passes(config.train, self.plan)
-        self.progress = Progress(expected, self.job.env.columns, accounts.passes) if comm.rank == 0 else None
-        before = accounts.steps[comm.rank] + (0 if self.ongoing is None else self.ongoing.steps)
+        expected = expected_epochs(config.train, self.plan)
+        self.progress = Progress(expected, self.job.env.columns, accounts.epochs) if comm.rank == 0 else None
+        before = accounts.steps[comm.rank] + (0 if self.epoch is None else self.epoch.steps)
         self.worker.pace.delays = delays(config.delays, comm.rank, comm.size, before)
         self.watch.skip()
         with nullcontext() if self.saver is None or not self.saver.active else self.saver.stopping:
-            while (ongoing := self.ongoing or self._begin_pass()) is not None:
-                agreed = self._work(ongoing)
-                row = self._end_pass(ongoing)
+            while (epoch := self.epoch or self._begin_epoch()) is not None:
+                agreed = self._work(epoch)
+                row = self._end_epoch(epoch)
                 if self.saver is not None and self.saver.active and (self.over or agreed.due or agreed.stop):
                     self._save(None, wait=self.over or agreed.stop, row=row)
                 if agreed.stop and not self.over:
@@ -142,81 +145,73 @@ class Trainer:
             own["peak_gpu_bytes"] = max(int(peaks[r]) for r in item.ranks) if item.device == "cuda" else None
         return write_summary(self.folder, config, cluster, classes, accounts, path, self.best, self.begin)
 
-    # ---- a pass -----------------------------------------------------------------------------------------------------
+    # ---- an epoch ---------------------------------------------------------------------------------------------------
 
-    def _begin_pass(self) -> Ongoing | None:
-        """Deals the next pass, if there is one."""
+    def _begin_epoch(self) -> Epoch | None:
+        """Deal the next epoch, if there is one."""
         rounds = next_rounds(self.config.train, self.plan, self.accounts.done)
         if rounds == 0:
             return None
         part = replace(self.plan, rounds=rounds)
         self.watch.skip()
-        if self.accounts.passes < TRACED_PASSES:
+        if self.accounts.epochs < TRACED_EPOCHS:
             self.recorder.start()
-        self.watch.pulse.begin("dealing samples")
-        generator = self.worker.generator.get_state()
-        rows = self.algorithm.deal(self.feed, part, self.plan)
-        self.watch.collective()
-        return Ongoing(part, rows, self.algorithm.hands_out, generator)
+        self.watch.heartbeat.begin("dealing samples")
+        indices = self.algorithm.deal(self.feed, part, self.plan)
+        return Epoch(part, indices, self.source, self.worker.generator)
 
-    def _work(self, ongoing: Ongoing) -> Agreed:
-        """Works the pass off, in stretches between which it can be saved; returns what was agreed after the last."""
-        laps = RoundLaps(self.watch, self.recorder, ongoing.work_sec)
-        tau, saver = self.algorithm.mine.tau, self.saver
-        active = saver is not None and saver.active
+    def _work(self, epoch: Epoch) -> SyncDecision:
+        """Train an epoch in segments, between which it can be saved; return what was agreed after the last."""
+        spans = RoundSpans(self.watch, self.recorder, epoch.work_sec)
+        saver = self.saver if self.saver is not None and self.saver.active else None
         while True:
-            left, rounds = ongoing.left, self.accounts.rounds + ongoing.reached.rounds
-            length = saver.stretch(left, rounds) if saver is not None and active else left
-            part, rows = ongoing.stretch(length, tau)
-            given = Pass(
-                part, rows, lambda rows: ongoing.batches(self.source, rows, self.worker.generator),
-                partial(self._warm_up, rounds), laps.end_round,
-                saver.stopping if saver is not None and active else lambda: False,
-            )  # fmt: skip
+            left, before = epoch.rounds_left, self.accounts.rounds + epoch.progress.averages
+            length = left if saver is None else saver.segment(left, before)
+            is_stopping = (lambda: False) if saver is None else saver.stopping
+            segment = Segment(epoch, length, partial(self._start_round, before), spans.end_round, is_stopping)
             with self._memory_told():
-                worked = self.algorithm.run_pass(given, self.worker, self.comm)
-            reached = ongoing.reach(worked, tau)
-            if saver is None or not active:
-                ongoing.add(worked, reached)
-                return Agreed(reached, False, False)
-            agreed = saver.agree(reached, length, rounds)
-            self.watch.collective()
-            ongoing.add(worked, agreed.reached)
-            if ongoing.left == 0 or (length >= left and not agreed.stop):
+                self.algorithm.run_segment(segment, self.worker, self.comm)
+            progress = epoch.finish(segment, self.algorithm.mine.tau)
+            if saver is None:
+                epoch.add(segment, progress)
+                return SyncDecision(progress, False, False)
+            with self.comm.booked():
+                agreed = saver.agree(progress, length, before)
+            epoch.add(segment, agreed.progress)
+            if epoch.rounds_left == 0 or (length >= left and not agreed.stop):
                 return agreed
             if agreed.due or agreed.stop:
-                self._save(ongoing, wait=agreed.stop)
+                self._save(epoch, wait=agreed.stop)
             if agreed.stop:
                 raise self._stopped()
 
-    def _end_pass(self, ongoing: Ongoing) -> dict[str, Any]:
-        """Gathers what the pass came to, plans the next one, evaluates; returns the row of figures."""
+    def _end_epoch(self, epoch: Epoch) -> dict[str, Any]:
+        """Gather what the epoch came to, plan the next one, evaluate; return the row of figures."""
         config, comm, worker, accounts = self.config, self.comm, self.worker, self.accounts
         self.recorder.stop()
-        self.watch.pulse.begin("end of a pass")
-        self.ongoing, plan, worked = None, ongoing.plan, ongoing.worked()
-        self.algorithm.end_pass(worker, comm)
-        losses, weights = worker.take_losses()
-        if worked.at is None:
-            self.feed.collect(plan, losses)
-        else:
-            self.feed.collect_as_worked(worked, losses)
-        self.watch.collective()
-        step_sec = RoundLaps(self.watch, self.recorder, ongoing.work_sec).step_sec(worked, self.algorithm.mine.tau)
-        left_out, counts = ongoing.count(comm.left_out.take(), self.algorithm.counts())
-        done = gather_figures(comm, self.watch, accounts, plan, worked, losses, weights, step_sec, left_out)
+        self.watch.heartbeat.begin("end of an epoch")
+        self.epoch, plan, is_planned = None, epoch.plan, self.algorithm.follows_plan
+        shapes = [(plan.rounds * c.tau, c.batch_size) for c in plan.by_rank()] if is_planned else None
+        with comm.booked():
+            self.algorithm.end_epoch(worker, comm)
+            losses, weights = worker.take_losses()
+            self.feed.collect(*epoch.results(), losses, shapes)
+        spans = RoundSpans(self.watch, self.recorder, epoch.work_sec)
+        step_sec = spans.step_sec(epoch, self.algorithm.mine.tau, is_planned)
+        excluded, counts = epoch.count(comm.excluded.take(), self.algorithm.counts())
+        done = gather_figures(comm, self.watch, accounts, epoch, losses, weights, step_sec, excluded)
         if not self.over:
             self.plan = self._replan(self.plan, done)
         rate = worker.optimizer.param_groups[0]["lr"]
-        what = f"fails after {accounts.passes} passes"
-        with telling("train.scheduler", type(worker.scheduler).__name__, what, "let it last as long as the run"):
+        what = f"fails after {accounts.epochs} epochs"
+        with as_user_error("train.scheduler", type(worker.scheduler).__name__, what, "let it last as long as the run"):
             worker.end_epoch()
         row = accounts.row(plan)
         row |= {"wall_sec": time.perf_counter() - self.begin, "train_loss": done.loss, "lr": rate,
                 "samples_per_sec": done.samples / done.seconds}  # fmt: skip
         if counts is not None:
-            row["partial"] = accounts.partial.enter(comm.gather(counts, "pass.counts"))
-        if accounts.passes % config.eval.every_passes == 0 or self.over:
+            row["partial"] = accounts.partial.enter(comm.gather(counts, "epoch.counts"))
+        if accounts.epochs % config.eval.every_epochs == 0 or self.over:
             row |= evaluate(comm, worker, self.test, self.plan, config.eval)
             note(self.best, row)
         if self.folder is not None and self.progress is not None:
@@ -240,13 +235,13 @@ class Trainer:
 
         return told_by_class(name, batch_size, lambda: batch_that_fits(step, worker.device, batch_size))
 
-    def _warm_up(self, before: int, number: int) -> None:
-        """Sets number and learning rate of a round: so many in earlier passes, and its number in this one."""
-        rounds, self.comm.left_out.round = self.config.train.warmup_rounds, before + number + 1
+    def _start_round(self, before: int, number: int) -> None:
+        """Set number and learning rate of a round, which has this number in its segment, with ``before`` before it."""
+        rounds, self.comm.excluded.round = self.config.train.warmup_rounds, before + number + 1
         if rounds:  # always: a late rank may skip the round with which the warm-up ends
             self.worker.warm_up(min(1.0, (before + number + 1) / rounds))
 
-    def _replan(self, plan: Plan, done: PassFigures) -> Plan:
+    def _replan(self, plan: Plan, done: EpochFigures) -> Plan:
         new = self.algorithm.replan(done.step_sec)
         if new is not plan:
             self.comm.agree(new.digest(), "plan", "plan")
@@ -259,11 +254,11 @@ class Trainer:
 
     # ---- saving and the end -----------------------------------------------------------------------------------------
 
-    def _save(self, ongoing: Ongoing | None, wait: bool, row: Mapping[str, Any] | None = None) -> None:
+    def _save(self, epoch: Epoch | None, wait: bool, row: Mapping[str, Any] | None = None) -> None:
         assert self.saver is not None
-        self.watch.pulse.begin("checkpoint")
-        number = self.accounts.rounds + (0 if ongoing is None else ongoing.reached.rounds)
-        self.saver.save(number, self.accounts.passes, lambda: state_of(self, ongoing), wait, how_good(row or {}))
+        self.watch.heartbeat.begin("checkpoint")
+        number = self.accounts.rounds + (0 if epoch is None else epoch.progress.averages)
+        self.saver.save(number, self.accounts.epochs, lambda: state_of(self, epoch), wait, how_good(row or {}))
         self.watch.skip()
 
     def _stopped(self) -> Stopped:
@@ -276,8 +271,8 @@ class Trainer:
 
     @property
     def over(self) -> bool:
-        """Whether the run has come to its end, between two passes."""
-        return self.ongoing is None and next_rounds(self.config.train, self.plan, self.accounts.done) == 0
+        """Whether the run has come to its end, between two epochs."""
+        return self.epoch is None and next_rounds(self.config.train, self.plan, self.accounts.done) == 0
 
     def close(self) -> None:
         """Leaves the job together with all other ranks."""
@@ -294,6 +289,6 @@ class Trainer:
             saves: a checkpoint that is on its way may come to its end first.
         """
         if saves and self.saver is not None:
-            self.watch.pulse.begin("checkpoint")
+            self.watch.heartbeat.begin("checkpoint")
             self.saver.abandon()
         self.algorithm.close()

@@ -9,12 +9,12 @@ in which the watching thread itself did not run does not count.
 
 from __future__ import annotations
 
+import faulthandler
 import math
 import os
 import sys
 import threading
 import time
-import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from hvd_hetero.comm.kv_store import BEAT_TIMEOUT_SEC, JobEnv, get_beat, put_beat
 from hvd_hetero.errors import EXIT_LOST, EXIT_STUCK
-from hvd_hetero.telemetry.heartbeat import PREPARING, Pulse
+from hvd_hetero.telemetry.heartbeat import PREPARING, Heartbeat
 
 BEAT_SEC = 5.0
 LOST_LATER_SEC = 5.0
@@ -31,10 +31,12 @@ AWAY_SEC = 10.0
 """What a look may take; if one takes longer, this process was not running."""
 PREPARING_SEC = 60.0
 """What a rank may take without a sign of progress before its first step, at least: there is more in one piece."""
+STACKS_AT = 0.75
+"""Of the time without progress after which a rank is ended; by then a thread that can run has put this off."""
 
 
 @dataclass
-class Sight:
+class PeerStatus:
     """Another rank as this one sees it: what it said last, and how long it has said nothing new."""
 
     beat: dict[str, Any] | None = None
@@ -56,18 +58,18 @@ class Watchdog:
     """Watches this rank, and the others for it. A process without a launcher is watched by whoever started it.
 
     Attributes:
-        pulse: of this rank's main thread.
+        heartbeat: of this rank's main thread.
     """
 
     def __init__(self, env: JobEnv) -> None:
-        self.pulse = Pulse()
+        self.heartbeat = Heartbeat()
         self._env, self._limit_sec = env, math.inf
         self._armed = False
         self._stopped, self._wake = threading.Event(), threading.Event()
         self._number, self._count = 0, -1
         self._still_sec = self._unreached_sec = 0.0
         self._ticked = time.monotonic()
-        self._sights = {rank: Sight() for rank in range(env.size) if rank != env.rank}
+        self._sights = {rank: PeerStatus() for rank in range(env.size) if rank != env.rank}
         self._thread = threading.Thread(target=self._run, name="hvd_hetero.watchdog", daemon=True)
         if env.store is not None:
             self._thread.start()
@@ -88,10 +90,14 @@ class Watchdog:
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(BEAT_TIMEOUT_SEC)
+        faulthandler.cancel_dump_traceback_later()
 
     def _run(self) -> None:
         while not self._stopped.is_set():
             every_sec = min(self._limit_sec / 4, BEAT_SEC)
+            if math.isfinite(self._limit_sec):
+                # code that lets no other thread run, this one neither, is ended by the other ranks: say where it is
+                faulthandler.dump_traceback_later(STACKS_AT * self._limit_sec, file=_stderr())
             self._tick(every_sec + AWAY_SEC)
             self._wake.wait(every_sec)
             self._wake.clear()
@@ -99,14 +105,14 @@ class Watchdog:
     def _tick(self, most_sec: float) -> None:
         now = time.monotonic()
         elapsed, self._ticked = min(now - self._ticked, most_sec), now
-        count, waits, phase = self.pulse.count, self.pulse.waits, self.pulse.phase
+        count, waits, phase = self.heartbeat.count, self.heartbeat.waits, self.heartbeat.phase
         self._still_sec = self._still_sec + elapsed if count == self._count else 0.0
         self._count = count
         self._number += 1
         beat = {"number": self._number, "host": self._env.host, "phase": phase, "waits": waits,
                 "still_sec": self._still_sec}
         limit_sec = max(self._limit_sec, PREPARING_SEC) if phase == PREPARING else self._limit_sec
-        if self._armed and not waits and self._still_sec >= limit_sec and count == self.pulse.count:
+        if self._armed and not waits and self._still_sec >= limit_sec and count == self.heartbeat.count:
             still = f"{self._still_sec:.0f} s in {phase}"
             self._end(EXIT_STUCK, f"{self._me} has made no progress for {still}", stacks=True)
         try:
@@ -148,20 +154,15 @@ class Watchdog:
     @staticmethod
     def _end(status: int, message: str, stacks: bool = False) -> NoReturn:
         """Leaves at once, whatever the other threads are doing."""
-        text = f"hvd-hetero: error: {message}\n{_stacks() if stacks else ''}"
         anyway = threading.Timer(AWAY_SEC, os._exit, [status])  # where nobody reads, a full pipe would hold it
         anyway.daemon = True
         anyway.start()
         with suppress(OSError):
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode(errors="replace"))
+            os.write(_stderr(), f"hvd-hetero: error: {message}\n".encode(errors="replace"))
+            if stacks:
+                faulthandler.dump_traceback(_stderr())
         os._exit(status)
 
 
-def _stacks() -> str:
-    """What each thread of this process is doing."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    own = threading.get_ident()
-    frames = {ident: frame for ident, frame in sys._current_frames().items() if ident != own}
-    return "".join(
-        f"{names.get(ident, 'a thread')}:\n{''.join(traceback.format_stack(frame))}" for ident, frame in frames.items()
-    )
+def _stderr() -> int:
+    return sys.__stderr__.fileno() if sys.__stderr__ else 2

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from hvd_hetero.config.instantiate import cause
 from hvd_hetero.config.schema import Config, DataConfig, ModelConfig
 from hvd_hetero.data import Batch, Dataset, Source
 from hvd_hetero.describe import describe
-from hvd_hetero.errors import ConfigError, UserError, nearest
+from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.random_state import seed_all
 from hvd_hetero.worker.factories import (
     loss_of_module,
@@ -36,7 +36,7 @@ MakeScheduler = Callable[[torch.optim.Optimizer], Any]
 
 
 @dataclass(frozen=True)
-class Given:
+class UserObjects:
     """What a program passes in place of names in a configuration; None means as configured.
 
     Attributes:
@@ -55,26 +55,13 @@ class Given:
     scheduler: MakeScheduler | None = None
     metric: PerSample | None = None
 
-    @classmethod
-    def of(cls, objects: Mapping[str, Any]) -> Given:
-        """What a program passes by these names.
-
-        Raises:
-            ConfigError: there is no such argument.
-        """
-        names = [item.name for item in fields(cls)]
-        for name, value in objects.items():
-            if name not in names:
-                raise ConfigError(name, _short(value), "is no argument", nearest(name, names))
-        return cls(**objects)
-
 
 @dataclass(frozen=True)
 class Components:
     """Everything a worker is made of.
 
     Attributes:
-        least_batch: samples that the model needs in a step, as far as the dry run has found out.
+        min_batch: samples that the model needs in a step, as far as the dry run has found out.
     """
 
     dataset: Dataset
@@ -83,7 +70,7 @@ class Components:
     metric: PerSample | None
     optimizer: MakeOptimizer
     scheduler: MakeScheduler | None
-    least_batch: int = 1
+    min_batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -98,9 +85,9 @@ class Origins:
     scheduler: tuple[str, Any]
 
     @classmethod
-    def of(cls, config: Config, given: Given | None) -> Origins:
+    def of(cls, config: Config, given: UserObjects | None) -> Origins:
         """Return those of a configuration and of what a program has given beside it."""
-        given = given or Given()
+        given = given or UserObjects()
         train = config.train
         return cls(
             _either("train_data", given.train_data, *_named("data", config.data)),
@@ -112,13 +99,13 @@ class Origins:
         )
 
 
-def build(config: Config, given: Given | None = None) -> Components:
+def build(config: Config, given: UserObjects | None = None) -> Components:
     """Loads the data and makes the model; :func:`hvd_hetero.training.dry_run.dry_run` tries both out.
 
     Raises:
         ConfigError: anything of it cannot be made.
     """
-    given = given or Given()
+    given = given or UserObjects()
     train, origins = config.train, Origins.of(config, given)
     ignored = getattr(given.loss, "ignore_index", train.loss_args.get("ignore_index", IGNORED))
     seed_all(config.run.seed)  # every rank has to read the same data
@@ -143,35 +130,36 @@ def first_samples(source: Source, count: int, origins: Origins, split: str = "tr
     Raises:
         ConfigError: they cannot be read, or there are none.
     """
-    with telling(*origins.data, f"its first {split} samples cannot be read", "correct the dataset"):
+    with as_user_error(*origins.data, f"its first {split} samples cannot be read", "correct the dataset"):
         count = min(count, len(source))
         if count == 0:
             raise ConfigError(*origins.data, "has an empty split", "give it at least one sample")
         return next(data.read(source, np.arange(count)[None], torch.Generator(), split=split))
 
 
-def _dataset(config: Config, given: Given) -> Dataset:
+def _dataset(config: Config, given: UserObjects) -> Dataset:
     spec = config.data
     if given.train_data is None and given.test_data is None:
-        return data.load(spec.name, spec.root, spec.target, spec.args, workers=spec.workers, seed=config.run.seed)
+        return data.load(spec.name, spec.root, spec.target, spec.args, workers=spec.workers, seed=config.run.seed,
+                         download=spec.download)
     for name, other in (("test_data", "train_data"), ("train_data", "test_data")):
         if getattr(given, name) is None:
             raise ConfigError(name, None, f"{other} was given without {name}", "give both")
     splits, remedy = [], "give a map-style dataset or tensors (inputs, targets)"
     for name in ("train_data", "test_data"):
         split = getattr(given, name)
-        with telling(name, type(split).__name__, "is no split", remedy):
+        with as_user_error(name, type(split).__name__, "is no split", remedy):
             splits.append(data.as_source(name, split, spec.workers))
     return Dataset(*splits)
 
 
-def _model(config: Config, given: Given) -> nn.Module:
+def _model(config: Config, given: UserObjects) -> nn.Module:
     if given.model is None:
         return models.build(config.model.name, config.model.target, config.model.args)
     model: Any = given.model
     remedy = "give a torch.nn.Module, or a function without arguments that makes one"
     if not isinstance(model, nn.Module):
-        with telling("model", _short(model), "cannot be made", remedy):
+        with as_user_error("model", _short(model), "cannot be made", remedy):
             model = model()
     if not isinstance(model, nn.Module):
         raise ConfigError("model", _short(given.model), f"is no torch.nn.Module but a {type(model).__name__}", remedy)
@@ -185,7 +173,7 @@ def _give_shapes(components: Components, origins: Origins) -> None:
         return
     inputs, _ = first_samples(components.dataset.train, 2, origins)
     what = f"it has lazy modules, and fails on a batch of samples (inputs {describe(inputs)})"
-    with telling(*origins.model, what, "make model and data fit together"), evaluating(model), torch.no_grad():
+    with as_user_error(*origins.model, what, "make model and data fit together"), evaluating(model), torch.no_grad():
         forward(model, inputs)
     for name in _lazy(model):
         problem = f"{name} is lazy, and its forward pass does not use it"
@@ -198,7 +186,7 @@ def _lazy(model: nn.Module) -> list[str]:
 
 
 @contextmanager
-def telling(key: str, value: Any, what: str, remedy: str) -> Iterator[None]:
+def as_user_error(key: str, value: Any, what: str, remedy: str) -> Iterator[None]:
     """Whatever a user's own code may raise, as an error that names what it is about."""
     try:
         yield

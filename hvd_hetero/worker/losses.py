@@ -82,7 +82,7 @@ def weighted_sums(values: Tensor, weights: Tensor | None) -> Tensor:
     return torch.stack([torch.where(weights > 0, values, 0.0).sum(), weights.sum()]).double().cpu()
 
 
-def joined(batches: Sequence[Numbers]) -> tuple[Tensor, Tensor]:
+def concat(batches: Sequence[Numbers]) -> tuple[Tensor, Tensor]:
     """Return losses and weights ``[K]`` of batches one after the other, in float32 on the host.
 
     Losses of samples that do not count are :data:`NOT_COUNTED`, and no other is.

@@ -16,9 +16,9 @@ from hvd_hetero.data import Batch, Source, read
 from hvd_hetero.data.batch import sample_counts
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.random_state import RandomState
-from hvd_hetero.telemetry.stopwatch import Pace, Stopwatch
+from hvd_hetero.telemetry.stopwatch import SlowdownEmulator, Stopwatch
 from hvd_hetero.worker.extra_state import extra_state, load_extra_state
-from hvd_hetero.worker.losses import Numbers, PerSample, joined, mean_gradient, name_of, per_sample, weighted_sums
+from hvd_hetero.worker.losses import Numbers, PerSample, concat, mean_gradient, name_of, per_sample, weighted_sums
 from hvd_hetero.worker.modes import evaluating, set_mode
 from hvd_hetero.worker.optimizer_state import load_state, save_state
 from hvd_hetero.worker.snapshot import snapshot
@@ -79,7 +79,7 @@ class Worker:
         self.make_optimizer()
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.watch = watch or Stopwatch()
-        self.pace = Pace(self.watch, slowdown, self._synchronize)
+        self.pace = SlowdownEmulator(self.watch, slowdown, self._synchronize)
         self._loss = loss.to(self.device) if isinstance(loss, nn.Module) else loss
         self.metric = metric
         self._clip_norm, self._autocast = clip_norm, autocast
@@ -210,7 +210,7 @@ class Worker:
 
         They are on the host, in float32. A sample that does not count has the loss -inf, and weight 0.
         """
-        taken, self._losses = joined(self._losses), []
+        taken, self._losses = concat(self._losses), []
         return taken
 
     def warm_up(self, factor: float) -> None:
@@ -241,7 +241,7 @@ class Worker:
         with evaluating(self.model):
             for rows in (indices[:whole].reshape(-1, batch_size), indices[whole:].reshape(1, -1)):
                 for inputs, targets in read(source, rows, self.generator, split="test") if rows.size else ():
-                    self.watch.pulse.begin("evaluation")
+                    self.watch.heartbeat.begin("evaluation")
                     losses, outputs = self._losses_of(inputs, targets)
                     sums[:2] += weighted_sums(*losses)
                     if self.metric is not None:
@@ -278,7 +278,7 @@ class Worker:
             "rates": self._scheduled,
             "generator": self.generator.get_state(),
             "random": RandomState.capture(self.device).state_dict(),
-            "losses": joined(self._losses),
+            "losses": concat(self._losses),
         }
 
     @torch.no_grad()

@@ -42,7 +42,7 @@ GPU_BOUND = 4096
 TOP = 12
 ROUND = "end of a round"
 WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")
-SPEED_ONLY = {"train.passes": None, "eval.every_passes": 10**6, "checkpoint.every_sec": None, "profile.reuse": False,
+SPEED_ONLY = {"train.epochs": None, "eval.every_epochs": 10**6, "checkpoint.every_sec": None, "profile.reuse": False,
               "cluster.too_slow": "shrink_batch"}  # fmt: skip
 
 
@@ -210,7 +210,8 @@ def timed(call: Callable[[], Any]) -> float:
 
 def trace(bench: Bench) -> dict[str, Any]:
     """Ten rounds with delayed averages; then steps without any."""
-    settings = {**SPEED_ONLY, "aggregation.delayed": True, "cluster.classes": bench.classes(1), "train.epoch": "pass",
+    settings = {**SPEED_ONLY, "aggregation.delayed": True, "cluster.classes": bench.classes(1),
+                "train.epoch_length": "dataset",
                 "train.tau": {"gpu": 4, "cpu": 1}, "train.batch_size": {"gpu": GPU_BOUND, "cpu": 2}}  # fmt: skip
     if not bench.on_gpu:
         settings |= {"train.tau": {"gpu": 1, "cpu": 1}, "train.batch_size": 2}
@@ -263,17 +264,17 @@ def profiled(bench: Bench) -> Any:
 @contextmanager
 def marked_rounds() -> Iterator[None]:
     """Marks the end of each round in the trace."""
-    end_round = epoch.RoundLaps.end_round
+    end_round = epoch.RoundSpans.end_round
 
-    def marked(self: epoch.RoundLaps) -> None:
+    def marked(self: epoch.RoundSpans) -> None:
         with record_function(ROUND):
             end_round(self)
 
-    epoch.RoundLaps.end_round = marked  # type: ignore[method-assign]
+    epoch.RoundSpans.end_round = marked  # type: ignore[method-assign]
     try:
         yield
     finally:
-        epoch.RoundLaps.end_round = end_round  # type: ignore[method-assign]
+        epoch.RoundSpans.end_round = end_round  # type: ignore[method-assign]
 
 
 def idle(events: list[Any], begin_us: float, end_us: float) -> dict[str, Any]:
@@ -290,7 +291,7 @@ def idle(events: list[Any], begin_us: float, end_us: float) -> dict[str, Any]:
 
 
 def accuracy(bench: Bench) -> dict[str, Any]:
-    limits = {"train.passes": None, "train.max_train_sec": bench.seconds, "checkpoint.every_sec": None,
+    limits = {"train.epochs": None, "train.max_train_sec": bench.seconds, "checkpoint.every_sec": None,
               "profile.reuse": False, "cluster.too_slow": "shrink_batch", "train.lr": 0.1, "train.scheduler": None}
     result: dict[str, Any] = {"target": bench.target}
     for name, gpus in (("gpu and 2 cpus", 1), ("two classes on the gpu", 2)):
@@ -315,17 +316,17 @@ def ddp(bench: Bench) -> dict[str, Any]:
     model = torch.nn.parallel.DistributedDataParallel(parts.model.to(device))
     optimizer, generator = parts.optimizer(list(model.parameters())), torch.Generator(device)
     train, test = parts.dataset.train.to(device), parts.dataset.test.to(device)
-    batch, seconds, found, passes = config.train.batch_size, 0.0, list[tuple[float, float]](), 0
+    batch, seconds, found, epochs = config.train.batch_size, 0.0, list[tuple[float, float]](), 0
     while seconds < bench.seconds:
         start, steps = time.perf_counter(), len(train) // batch
-        rows = np.random.default_rng(passes).permutation(len(train))[: steps * batch].reshape(steps, batch)
+        rows = np.random.default_rng(epochs).permutation(len(train))[: steps * batch].reshape(steps, batch)
         for inputs, targets in train.batches(rows, generator):
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(model(inputs), targets, **config.train.loss_args).backward()
             optimizer.step()
         if bench.on_gpu:
             torch.cuda.synchronize()
-        seconds, passes = seconds + time.perf_counter() - start, passes + 1
+        seconds, epochs = seconds + time.perf_counter() - start, epochs + 1
         model.eval()
         with torch.no_grad():
             rows = np.arange(len(test) // 100 * 100).reshape(-1, 100)
@@ -334,12 +335,12 @@ def ddp(bench: Bench) -> dict[str, Any]:
         model.train()
     dist.destroy_process_group()
     first = next((seconds for seconds, accuracy in found if accuracy >= bench.target), None)
-    return {"seconds": first, "accuracy": found[-1][1], "passes": passes, "train_sec": seconds}
+    return {"seconds": first, "accuracy": found[-1][1], "epochs": epochs, "train_sec": seconds}
 
 
 def question(bench: Bench) -> dict[str, Any]:
     """Three ranks on the GPU, of which two are emulated to be eight times slower."""
-    limits = {"train.passes": None, "train.max_train_sec": bench.seconds, "checkpoint.every_sec": None,
+    limits = {"train.epochs": None, "train.max_train_sec": bench.seconds, "checkpoint.every_sec": None,
               "profile.reuse": False, "cluster.too_slow": "shrink_batch", "train.lr": 0.1, "train.scheduler": None,
               "cluster.classes": bench.classes(3, slowdown=8.0)}  # fmt: skip
     biased = {"algorithm.name": "biased_local_sgd"}
@@ -361,14 +362,14 @@ def question(bench: Bench) -> dict[str, Any]:
 
 
 def reached(bench: Bench, name: str) -> dict[str, Any] | None:
-    """The last accuracy of a run, its passes, and the seconds of training after which it had the target."""
+    """The last accuracy of a run, its epochs, and the seconds of training after which it had the target."""
     if bench.env.rank:
         return None
     rows = [json.loads(line) for line in (bench.folder / name / "metrics.jsonl").read_text().splitlines()]
     tested = [row for row in rows if row.get("eval_accuracy") is not None]
     first = next((row["train_sec"] for row in tested if row["eval_accuracy"] >= bench.target), None)
     last = tested[-1] if tested else {}
-    return {"seconds": first, "accuracy": last.get("eval_accuracy"), "passes": rows[-1]["pass"],
+    return {"seconds": first, "accuracy": last.get("eval_accuracy"), "epochs": rows[-1]["epoch"],
             "train_sec": rows[-1]["train_sec"]}  # fmt: skip
 
 

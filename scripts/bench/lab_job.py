@@ -30,7 +30,7 @@ from typing import Any
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a benchmark that is told to end takes its jobs along
 MARK = "HVD_HETERO_BENCH"
-SPEED_ONLY = ("train.passes=null", "eval.every_passes=1000000", "data.args.validation=0.01")
+SPEED_ONLY = ("train.epochs=null", "eval.every_epochs=1000000", "data.args.validation=0.01")
 """For runs of which only the speed counts: a small part of the training set stands in for the test set."""
 
 

@@ -1,6 +1,6 @@
 """Every rank runs this: ``partial_ranks.py FOLDER MODE SIZE STEPS SYNC_EVERY MS...`` takes part in partial allreduces.
 
-MS is each rank's mean time of a step, in ms; ``random`` before it makes the times exponential. A pass ends for a rank
+MS is each rank's mean time of a step, in ms; ``random`` before it makes the times exponential. An epoch ends for a rank
 after STEPS rounds. Writes ``FOLDER/rank{N}.json``: seconds from each contribution to its result, and its counts.
 """
 

@@ -1,9 +1,9 @@
-"""Every rank runs this: ``peers_ranks.py FOLDER KIND TARGET PASSES PERIOD CONFIG...`` trains as one of :data:`PEERS`.
+"""Every rank runs this: ``peers_ranks.py FOLDER KIND TARGET EPOCHS PERIOD CONFIG...`` trains as one of :data:`PEERS`.
 
 Model, data, loss, optimizer, seed and batch are those of the configuration, as in a run of the package; each rank
-takes the same number of samples, as these tools mean it. The clock stops several times in a pass, after a barrier, and
-goes on when rank 0 has evaluated. Rank 0 writes ``FOLDER/KIND.json``: seconds and accuracy at each of these. With it
-comes :func:`data`, the part of the data set on which everybody trains.
+takes the same number of samples, as these tools mean it. The clock stops several times in an epoch, after a barrier,
+and goes on when rank 0 has evaluated. Rank 0 writes ``FOLDER/KIND.json``: seconds and accuracy at each of these. With
+it comes :func:`data`, the part of the data set on which everybody trains.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hvd_hetero.worker import components
 
 EVALUATED_BATCH = 256
 EVALUATIONS = 4
-"""In a pass: theirs take longer than ours, and are not to lose by being looked at more seldom."""
+"""In an epoch: theirs take longer than ours, and are not to lose by being looked at more seldom."""
 
 
 def data(name: str, root: str, train: int, test: int) -> tuple[TensorSource, TensorSource]:
@@ -118,7 +118,7 @@ def plain_step(parts: components.Components, model: torch.nn.Module, optimizer: 
     return step
 
 
-def rows_of_pass(samples: int, batch: int, number: int, seed: int) -> Iterator[np.ndarray]:
+def rows_of_epoch(samples: int, batch: int, number: int, seed: int) -> Iterator[np.ndarray]:
     """This rank's half of a permutation, or its third, ... ``[steps, B]``."""
     rank, size = int(os.environ["HOROVOD_RANK"]), int(os.environ["HOROVOD_SIZE"])
     steps = samples // (batch * size)
@@ -139,7 +139,7 @@ def accuracy(parts: components.Components) -> float:
     return right / len(test)
 
 
-def main(folder: Path, kind: str, target: float, passes: int, period: int, *config: str) -> None:
+def main(folder: Path, kind: str, target: float, epochs: int, period: int, *config: str) -> None:
     import horovod.torch  # noqa: F401  (for all of them: it is by this that the lab knows a rank)
 
     torch.set_num_threads(1)
@@ -153,8 +153,8 @@ def main(folder: Path, kind: str, target: float, passes: int, period: int, *conf
     together()
     (folder / "begun").touch()
     with context:
-        while done < passes and not reached.exists():
-            rows = rows_of_pass(len(parts.dataset.train), loaded.train.batch_size, done, loaded.run.seed)
+        while done < epochs and not reached.exists():
+            rows = rows_of_epoch(len(parts.dataset.train), loaded.train.batch_size, done, loaded.run.seed)
             done += 1
             for part in np.array_split(rows, EVALUATIONS):
                 together()

@@ -10,7 +10,7 @@ x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))
 loop = hvd_hetero.Loop(
     nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)),
     (x[:1500].float() / 16, y[:1500]),
-    {"train.tau": {"fast": 32, "slow": 4}, "train.batch_size": 16, "train.passes": 10},
+    {"train.tau": {"fast": 32, "slow": 4}, "train.batch_size": 16, "train.epochs": 10},
 )
 optimizer = torch.optim.SGD(loop.model.parameters(), lr=0.1, momentum=0.9)
 for round in loop:

@@ -14,7 +14,7 @@ hvd_hetero.train(
     test_data=(x[469:], y[469:]),
     optimizer=lambda params: torch.optim.AdamW(params, lr=0.003),
     overrides={
-        "train.passes": 20, "train.batch_size": 8, "train.tau": {"fast": 16, "slow": 2}, "train.loss_args": {},
+        "train.epochs": 20, "train.batch_size": 8, "train.tau": {"fast": 16, "slow": 2}, "train.loss_args": {},
         "cluster.classes": {"fast": {"ranks": [0]}, "slow": {"ranks": [1]}},
     },
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from hvd_hetero.algorithms import delayed_averaging
 from hvd_hetero.comm.async_ops import PeerLost
-from hvd_hetero.telemetry.heartbeat import Pulse
+from hvd_hetero.telemetry.heartbeat import Heartbeat
 
 pytestmark = pytest.mark.horovod
 
@@ -39,7 +40,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[...,
         state = SimpleNamespace(vectors=[torch.zeros(4)], params=[4], refresh=lambda: False)
         cpu = torch.device("cpu")
         worker: Any = SimpleNamespace(device=cpu, state=state, optimizer=SimpleNamespace(state={}))
-        comm: Any = SimpleNamespace(beside=lambda: None, pulse=Pulse())
+        comm: Any = SimpleNamespace(clone_for_thread=lambda: None, heartbeat=Heartbeat(), booked=nullcontext)
         made.append(delayed_averaging.Delayed(worker, comm))
         return made[-1]
 

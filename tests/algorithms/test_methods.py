@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from ranks_methods import oracle
-from ranks_methods.cases import CASES, CLASSES, DIGITS_PASSES, SAMPLES, SIZE, data, model
+from ranks_methods.cases import CASES, CLASSES, DIGITS_EPOCHS, SAMPLES, SIZE, data, model
 
 from hvd_hetero.algorithms import REGISTRY, get
 from hvd_hetero.algorithms.local_sgd import LocalSGD
@@ -82,7 +82,7 @@ def test_one_class_and_tau_1_is_synchronous_sgd(found: Found, case: str) -> None
 @pytest.mark.parametrize("case", CASES)
 def test_all_training_ranks_hold_the_same_model(found: Found, case: str) -> None:
     """Bit for bit; and rank 0 holds it even where it does not train."""
-    training = [rank for rank, passes in dealt(found, case).items() if passes[0].numel()]
+    training = [rank for rank, epochs in dealt(found, case).items() if epochs[0].numel()]
     own = {rank: found[rank][case]["model"] for rank in {0, *training}}
     for rank, state in own.items():
         for name, value in state.items():
@@ -130,12 +130,12 @@ def test_ranks_that_do_not_train_take_no_samples_and_no_time_of_their_own(found:
     assert (slow["tau"], slow["batch_size"], slow["weight"], slow["steps"], slow["samples"]) == (0, 0, 0.0, 0, 0)
     assert slow["step_sec"] is None
     assert slow["time_sec"]["compute"] == slow["time_sec"]["data"] == 0
-    assert slow["time_sec"]["blocked"] + slow["time_sec"]["comm"] > 0, "waiting for the next pass, or for gradients"
+    assert slow["time_sec"]["blocked"] + slow["time_sec"]["comm"] > 0, "waiting for the next epoch, or for gradients"
     assert fast["weight"] == 0.5 and fast["steps"] == 2 * 2 * (SAMPLES // 8) and fast["time_sec"]["compute"] > 0
 
 
 def test_idle_ranks_transfer_nothing_while_they_idle(found: Found) -> None:
-    """Their time is waiting for the pass to end; they are in those collectives only that all ranks share around it."""
+    """Their time is waiting for the epoch to end; they are in those collectives only that all ranks share around it."""
     met = [sum(kind == "comm" for kind, _, _ in laps) for laps in found[0]["sync, fast"]["trace"]]
     assert max(met[rank] for rank in CLASSES["two"]["slow"]) < min(met[rank] for rank in CLASSES["two"]["fast"])
 
@@ -148,7 +148,7 @@ def test_dlb_keeps_the_global_batch(found: Found) -> None:
 
 
 def samples(found: Found, case: str, number: int, name: str) -> set[int]:
-    """The samples that a class was dealt in a pass."""
+    """The samples that a class was dealt in an epoch."""
     ranks = CLASSES[CASES[case].classes][name]
     return {int(i) for rank in ranks for i in found[rank][case]["dealt"][number].flatten()}
 
@@ -180,7 +180,7 @@ def test_every_method_trains(found: Found, method: str) -> None:
     assert summary["eval"]["final_accuracy"] > 0.8
     classes = summary["classes"]
     assert sum(c["weight"] * len(c["ranks"]) for c in classes) == pytest.approx(1)
-    assert summary["samples_seen"] == sum(c["samples"] for c in classes) <= DIGITS_PASSES * 1437
+    assert summary["samples_seen"] == sum(c["samples"] for c in classes) <= DIGITS_EPOCHS * 1437
     assert all(value >= 0 for c in classes for value in c["time_sec"].values())
     for c in classes:
         assert sum(c["time_sec"].values()) == pytest.approx(summary["train_sec"], rel=0.2)

@@ -12,11 +12,11 @@ import torch
 from method_helpers import GPU, ONE, TWO, method, of
 from torch import nn
 
-from hvd_hetero import cluster
 from hvd_hetero.algorithms.base import Algorithm
 from hvd_hetero.algorithms.dlb import DLB
 from hvd_hetero.algorithms.outer_optimizer import Outer
 from hvd_hetero.algorithms.synchronous import choose
+from hvd_hetero.cluster import device_classes
 from hvd_hetero.cluster.device_classes import DeviceClass, has_bf16
 from hvd_hetero.comm.flat_params import FlatState
 from hvd_hetero.comm.parameter_server import Servers
@@ -57,13 +57,13 @@ def test_dlb_weights_gradients_by_batch() -> None:
     assert sum(batches(made)) == 13
     assert [c.weight for c in plan] == pytest.approx([c.batch_size / 13 for c in plan])
     assert sum(c.weight * len(c.ranks) for c in made.plan.classes) == pytest.approx(1)
-    assert made.plan.pass_samples() == {"fast": sum(batches(made)[:2]) * 76, "slow": sum(batches(made)[2:]) * 76}
+    assert made.plan.epoch_samples() == {"fast": sum(batches(made)[:2]) * 76, "slow": sum(batches(made)[2:]) * 76}
 
 
 @pytest.mark.parametrize(("wanted", "needed", "least"), [(1, 1, 1), (2, 1, 2), (1, 2, 2), (3, 2, 3)])
 def test_dlb_gives_everybody_as_many_samples_as_are_wanted_or_needed(wanted: int, needed: int, least: int) -> None:
-    made = dlb(global_batch=20, least=wanted)
-    made.least_batch = needed
+    made = dlb(global_batch=20, min_local_batch=wanted)
+    made.min_batch = needed
     for _ in range(3):
         made.replan([1e-3, 1e-3, 1.0, 1.0, 1.0])
     assert sum(batches(made)) == 20 and min(batches(made)) == least
@@ -139,7 +139,7 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_parameters() -> None:
 
 @pytest.mark.parametrize(("flags", "expected"), [("sse avx512_bf16 avx", True), ("sse avx512f", False), ("", False)])
 def test_a_cpu_tells_whether_it_has_bfloat16(monkeypatch: pytest.MonkeyPatch, flags: str, expected: bool) -> None:
-    monkeypatch.setattr(cluster, "_cpu_info", lambda name: flags if name == "flags" else "")
+    monkeypatch.setattr(device_classes, "_cpu_info", lambda name: flags if name == "flags" else "")
     assert has_bf16("cpu") is expected
 
 

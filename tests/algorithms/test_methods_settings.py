@@ -12,7 +12,7 @@ from hvd_hetero import algorithms
 from hvd_hetero.cluster.device_classes import DeviceClass
 from hvd_hetero.config.load import load
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.training.loop import check_plain
+from hvd_hetero.training.loop import check_supported_by_loop
 
 pytestmark = pytest.mark.horovod
 
@@ -33,7 +33,7 @@ def test_sync_takes_every_rank_one_step_a_round() -> None:
 def test_only_the_fast_class_trains(name: str, role: str) -> None:
     settings = {"algorithm.name": name, "algorithm.participants": "fast", "train.batch_size": 10}
     plan = method(settings).make_plan(None)
-    assert plan.pass_samples() == {"fast": 1000, "slow": 0} and plan.rounds == 50
+    assert plan.epoch_samples() == {"fast": 1000, "slow": 0} and plan.rounds == 50
     assert (plan.classes[1].tau, plan.classes[1].weight, plan.classes[1].role) == (0, 0.0, role)
     assert plan.fastest == plan.slowest == plan.classes[0], "who takes no steps is neither"
     assert plan.of_rank(4).speed == 0, "and takes no part in the evaluation"
@@ -44,7 +44,7 @@ def test_only_the_fast_class_trains(name: str, role: str) -> None:
 def test_an_epoch_counted_in_fast_steps_has_as_many_as_local_sgd(name: str, tau: Any) -> None:
     """CIFAR-10 in the paper: 10 workers, B = 32, tau = 32 make 4 rounds, or 128 steps of synchronous SGD."""
     classes = (DeviceClass("fast", "cpu", tuple(range(8))), DeviceClass("slow", "cpu", (8, 9)))
-    settings = {"train.epoch": "fast_steps", "train.batch_size": 32, "train.tau": {"fast": 32, "slow": 4}}
+    settings = {"train.epoch_length": "fast_steps", "train.batch_size": 32, "train.tau": {"fast": 32, "slow": 4}}
     local = method({**settings, "algorithm.name": "unbalanced_local_sgd"}, classes, 50000).make_plan(None)
     assert local.rounds == 4
     lockstep = method({**settings, "train.tau": tau, "algorithm.name": name}, classes, 50000).make_plan(None)
@@ -89,7 +89,8 @@ def test_every_method_says_what_it_does(name: str) -> None:
     ({"algorithm.name": "byteps"}, ONE, "algorithm.name", "add a second class"),
     ({"algorithm.name": "byteps", "algorithm.participants": "all"}, TWO, "algorithm.name", "summation server"),
     ({"algorithm.name": "dlb", "algorithm.global_batch": 4}, TWO, "algorithm.global_batch", "5 or more"),
-    ({"algorithm.name": "dlb", "algorithm.global_batch": 9, "algorithm.least": 2}, TWO, "algorithm.global_batch", "10"),
+    ({"algorithm.name": "dlb", "algorithm.global_batch": 9, "algorithm.min_local_batch": 2}, TWO,
+     "algorithm.global_batch", "10"),
     ({"algorithm.name": "dlb", "algorithm.global_batch": 0}, TWO, "algorithm.global_batch", "1 or more"),
     ({"algorithm.name": "dlb", "algorithm.global_batch": 2000}, TWO, "train.batch_size", "has 1000"),
     ({"algorithm.name": "sync_sgd", "train.batch_size": 500}, TWO, "train.batch_size", "2500"),
@@ -123,5 +124,5 @@ def test_refused_before_a_worker_starts(
 ])  # fmt: skip
 def test_a_hand_written_loop_refuses_what_it_cannot_do(settings: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        check_plain(load((), settings, algorithms.method))
+        check_supported_by_loop(load((), settings, algorithms.method))
     assert caught.value.key == key

@@ -1,4 +1,4 @@
-"""Numbers gone bad (NaN, Inf) on some ranks never enter an average; on all ranks they end the job.
+"""non-finite values (NaN, Inf) on some ranks never enter an average; on all ranks they end the job.
 
 One job of three ranks and one of two go through ``ranks_methods.cases.POISONED``, and an oracle recomputes them.
 """
@@ -28,8 +28,8 @@ from hvd_hetero.analysis.report.tables import closing_table
 from hvd_hetero.checkpoint import Store
 from hvd_hetero.cluster.device_classes import Cluster, DeviceClass, RankFacts
 from hvd_hetero.comm.flat_params import FlatState
-from hvd_hetero.comm.nonfinite import FLAG_SLOTS, LeftOut, finite, mark, scale_
-from hvd_hetero.errors import EXIT_NUMBERS, BadNumbers
+from hvd_hetero.comm.nonfinite import FLAG_SLOTS, Exclusions, finite, scale_, write_validity_flags
+from hvd_hetero.errors import EXIT_NON_FINITE, NonFiniteError
 from hvd_hetero.telemetry.run_folder import METRICS, to_json
 from hvd_hetero.telemetry.time_accounts import Accounts
 
@@ -70,10 +70,10 @@ def test_the_average_is_that_of_the_good_ranks(found: Found, case: str) -> None:
     if issubclass(get(this.method), LocalSGD):
         expected = oracle.delayed if this.settings.get("aggregation.delayed") else oracle.local
     torch.testing.assert_close(found[case][0]["model"], expected(this, dealt), **TOLERANCE)
-    hit = [sum(int((rows == 17).sum()) for rows in passes) for passes in dealt.values()]
+    hit = [sum(int((rows == 17).sum()) for rows in epochs) for epochs in dealt.values()]
     assert sum(hit) >= 2, "the sample was trained on"
     for rank, mine in enumerate(found[case]):
-        assert mine["left_out"] == hit[rank], "as often as it was given the sample"
+        assert mine["excluded"] == hit[rank], "as often as it was given the sample"
 
 
 @pytest.mark.parametrize("case", RECOMPUTED)
@@ -91,7 +91,7 @@ def test_a_bad_batch_does_not_spoil_the_model_of_any_method(found: Found, case: 
     for name, value in found[case][0]["model"].items():
         assert bool(value.isfinite().all()), name
         assert not name.endswith("weight") or not torch.allclose(value, before[name])
-    assert sum(mine["left_out"] for mine in found[case]) >= 2
+    assert sum(mine["excluded"] for mine in found[case]) >= 2
     assert math.isfinite(found[case][0]["summary"]["eval"]["final_loss"])
 
 
@@ -103,7 +103,7 @@ def test_every_method_is_there() -> None:
 def test_what_was_left_out_is_counted_by_class(found: Found, case: str) -> None:
     summary = found[case][0]["summary"]
     for c in summary["classes"]:
-        assert c["left_out"] == sum(found[case][rank]["left_out"] for rank in c["ranks"])
+        assert c["excluded"] == sum(found[case][rank]["excluded"] for rank in c["ranks"])
         assert tuple(c["ranks"]) == tuple(CLASSES[POISONED[case].classes][c["name"]])
 
 
@@ -112,14 +112,14 @@ def test_what_was_left_out_is_counted_by_class(found: Found, case: str) -> None:
 
 ONE = "cluster.classes={only: {device: cpu, ranks: [0]}}"
 SMALL = ["train.tau={fast: 8, slow: 4}", "model.args.hidden=[32]", "cluster.classes.slow.slowdown=1",
-         "train.passes=1000", "run.trace_rounds=0"]  # fmt: skip
+         "train.epochs=1000", "run.trace_rounds=0"]  # fmt: skip
 
 
 def test_all_bad_ends_the_job_and_leaves_the_last_good_checkpoint(hvd_hetero: Run, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     done = hvd_hetero(["launch", *SMALL, f"run.dir={folder}", "train.loss=own_parts:bad_in_the_end",
                        "checkpoint.every_rounds=10"], cwd=RANKS)
-    assert done.returncode == EXIT_NUMBERS, done.stdout + done.stderr
+    assert done.returncode == EXIT_NON_FINITE, done.stdout + done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("hvd-hetero: error: ")]
     start = "hvd-hetero: error: the numbers of ranks 0, 1 have gone bad (NaN, Inf) in round "
     said = [line for line in errors if line.startswith(start)]
@@ -137,7 +137,7 @@ def test_all_bad_ends_the_job_and_leaves_the_last_good_checkpoint(hvd_hetero: Ru
 def test_one_bad_rank_ends_the_job_if_it_is_to(hvd_hetero: Run, tmp_path: Path) -> None:
     done = hvd_hetero(["launch", *SMALL, f"run.dir={tmp_path / 'run'}", "train.loss=own_parts:bad_on_rank_1",
                        "aggregation.nan=stop"], cwd=RANKS)
-    assert done.returncode == EXIT_NUMBERS, done.stdout + done.stderr
+    assert done.returncode == EXIT_NON_FINITE, done.stdout + done.stderr
     assert "the numbers of rank 1 have gone bad (NaN, Inf) in round " in done.stderr
     assert "aggregation.nan=stop" in done.stderr and "were left out" not in done.stderr
 
@@ -146,7 +146,7 @@ def test_one_bad_rank_ends_the_job_if_it_is_to(hvd_hetero: Run, tmp_path: Path) 
 def test_a_rank_alone_with_bad_numbers(hvd_hetero: Run, tmp_path: Path) -> None:
     done = hvd_hetero(["train", ONE, "train.tau=8", "train.lr=1e30", f"run.dir={tmp_path / 'run'}",
                        "algorithm.name=balanced_local_sgd"])
-    assert done.returncode == EXIT_NUMBERS, done.stdout + done.stderr
+    assert done.returncode == EXIT_NON_FINITE, done.stdout + done.stderr
     assert "the numbers of rank 0 have gone bad" in done.stderr
     assert not (tmp_path / "run" / "checkpoints").exists() or Store(tmp_path / "run").latest() is None
 
@@ -156,7 +156,7 @@ def test_all_bad_in_partial_collectives(hvd_hetero: Run, tmp_path: Path) -> None
     """There is no round in which all meet: they find out when they meet next."""
     done = hvd_hetero(["launch", *SMALL, f"run.dir={tmp_path / 'run'}", "train.loss=own_parts:bad_in_the_end",
                        "algorithm.name=eager_sgd", "train.batch_size=32"], cwd=RANKS)
-    assert done.returncode == EXIT_NUMBERS, done.stdout + done.stderr
+    assert done.returncode == EXIT_NON_FINITE, done.stdout + done.stderr
     assert "the numbers of ranks 0, 1 have gone bad" in done.stderr and "nobody's are good" in done.stderr
 
 
@@ -178,10 +178,10 @@ def test_what_is_finite(dtype: torch.dtype) -> None:
 
 def test_a_bad_rank_sends_its_weight_and_nothing_else() -> None:
     vectors = [torch.full((3 + FLAG_SLOTS,), math.nan), torch.ones(2 + FLAG_SLOTS, dtype=torch.float64)]
-    mark(vectors, good=False, share=0.25)
+    write_validity_flags(vectors, good=False, share=0.25)
     assert [v.tolist() for v in vectors] == [[0, 0, 0, 0, 0.25, 0], [0, 0, 0, 0.25, 0]]
     vectors[0].fill_(7)
-    mark(vectors, good=True, news=True)
+    write_validity_flags(vectors, good=True, news=True)
     assert [v.tolist() for v in vectors] == [[7, 7, 7, 1, 0, 1], [0, 0, 1, 0, 1]]
 
 
@@ -194,16 +194,16 @@ def test_a_mask_of_infinities_is_no_bad_number() -> None:
     assert net.get_buffer("mask").data_ptr() in [t.data_ptr() for t in state.others.tensors().values()]
 
 
-def test_it_is_said_now_and_then(capfd: pytest.CaptureFixture[str]) -> None:
-    left_out = LeftOut(3)
-    for left_out.round in range(1, 10):
-        left_out.note()
-    said = capfd.readouterr().err.splitlines()
+def test_it_is_said_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    excluded = Exclusions(3)
+    for excluded.round in range(1, 10):
+        excluded.note()
+    said = caplog.messages
     assert [line.split("round ")[1].split(";")[0] for line in said] == ["1", "2", "4", "8"]
     assert all("rank 3" in line for line in said)
-    assert (left_out.take(), left_out.take(), left_out.count) == (9, 0, 9)
-    with pytest.raises(BadNumbers, match="rank 3 .* round 5"):
-        stops = LeftOut(3, stops=True)
+    assert (excluded.take(), excluded.take(), excluded.count) == (9, 0, 9)
+    with pytest.raises(NonFiniteError, match="rank 3 .* round 5"):
+        stops = Exclusions(3, stops=True)
         stops.round = 5
         stops.note()
 
@@ -212,7 +212,7 @@ def test_counts_are_kept_in_checkpoints() -> None:
     facts = tuple(RankFacts(rank, "localhost", rank, (), "cpu", (0,)) for rank in range(2))
     cluster = Cluster((DeviceClass("a", "cpu", (0,)), DeviceClass("b", "cpu", (1,))), facts)
     first, second = Accounts(cluster), Accounts(cluster)
-    first.left_out = [0, 3]
+    first.excluded = [0, 3]
     second.load_state_dict(first.state_dict())
     assert second.left_out_of() == {"a": 0, "b": 3}
 
@@ -227,7 +227,7 @@ def test_a_report_of_losses_that_are_none(hvd_hetero: Run, tmp_path: Path) -> No
     """A loss that is NaN on the test set alone: the run ends well, its files are JSON, and can be reported on."""
     folder = tmp_path / "run"
     done = hvd_hetero(["train", ONE, "train.tau=8", "train.batch_size=32", f"run.dir={folder}", "run.trace_rounds=0",
-                       "train.passes=2", "algorithm.name=balanced_local_sgd", "train.loss=own_parts:bad_in_evaluation"],
+                       "train.epochs=2", "algorithm.name=balanced_local_sgd", "train.loss=own_parts:bad_in_evaluation"],
                       cwd=RANKS)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -237,7 +237,7 @@ def test_a_report_of_losses_that_are_none(hvd_hetero: Run, tmp_path: Path) -> No
     summary = json.loads((folder / "summary.json").read_text(), parse_constant=refuse)
     rows = [json.loads(line, parse_constant=refuse) for line in (folder / METRICS).read_text().splitlines()]
     assert summary["eval"]["final_loss"] is None and [row["eval_loss"] for row in rows] == [None, None]
-    assert rows[-1]["left_out"] == {"only": 0}
+    assert rows[-1]["excluded"] == {"only": 0}
     pictures = pytest.importorskip("hvd_hetero.analysis.report.pictures", reason="matplotlib is not installed")
     figure = figures(Series("one", (read_run(folder),)))
     assert figure is not None and figure.loss is None

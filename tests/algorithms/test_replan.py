@@ -10,7 +10,7 @@ from method_helpers import TWO, method
 
 from hvd_hetero.algorithms.base import Algorithm
 from hvd_hetero.algorithms.local_sgd import LocalSGD
-from hvd_hetero.planning.rebalance import Pacing
+from hvd_hetero.planning.rebalance import Rebalancer
 
 pytestmark = pytest.mark.horovod
 
@@ -44,7 +44,7 @@ def test_nobody_waits_for_a_class_that_is_too_slow_and_merged_when_it_comes() ->
 def test_tau_is_derived_anew_with_the_margin_and_says_why() -> None:
     made = local()
     Algorithm.start(made, made.make_plan(SPEEDS), None, SimpleNamespace(rank=0))  # type: ignore[arg-type]
-    made.pacing = Pacing(SPEEDS, made.batch_size, made.train.tau_margin)
+    made.rebalancer = Rebalancer(SPEEDS, made.batch_size, made.train.tau_margin)
     made.plan = made.make_plan(SPEEDS)
     slowed = [0.001, 0.001, 0.024, 0.024, 0.024]
     for _ in range(200):

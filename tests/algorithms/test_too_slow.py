@@ -38,7 +38,7 @@ def test_left_out_it_takes_no_steps_and_has_no_weight() -> None:
     for weights, expected in (("steps", [32 / 72, 8 / 72, 0]), ("uniform", [1 / 3, 1 / 3, 0])):
         plan = make_plan(CLUSTER, 10_000, taus, BATCH, weights=weights, step_sec=STEP_SEC)
         assert [c.weight for c in plan.classes] == pytest.approx(expected)
-        assert plan.pass_samples()["slow"] == 0 and [c.name for c in plan.training] == ["fast", "mid"]
+        assert plan.epoch_samples()["slow"] == 0 and [c.name for c in plan.training] == ["fast", "mid"]
         assert sum(c.weight * len(c.ranks) for c in plan.classes) == pytest.approx(1)
 
 
@@ -57,8 +57,8 @@ def test_no_batch_becomes_smaller_than_the_model_can_be_trained_on() -> None:
     """Others wait for it then. A batch that was smaller from the start stays as it is."""
     step_sec, batch = {"fast": 0.01, "slow": 0.5}, {"fast": 16, "slow": 2}
     assert shrink_batches(25, step_sec, batch) == {"fast": 16, "slow": 1}
-    assert shrink_batches(25, step_sec, batch, least_batch=2) == batch
-    assert shrink_batches(25, step_sec, {"fast": 16, "slow": 8}, least_batch=2) == {"fast": 16, "slow": 4}
+    assert shrink_batches(25, step_sec, batch, min_batch=2) == batch
+    assert shrink_batches(25, step_sec, {"fast": 16, "slow": 8}, min_batch=2) == {"fast": 16, "slow": 4}
 
 
 def test_not_even_one_sample_fits() -> None:
@@ -70,7 +70,7 @@ def test_not_even_one_sample_fits() -> None:
 @pytest.mark.horovod
 @pytest.mark.parametrize("way", ["shrink_batch", "wait_avoiding", "leave_out"])
 def test_whole_jobs(hvd_hetero: Callable[..., Any], tmp_path: Path, way: str) -> None:
-    speeds = ["cluster.classes.slow.slowdown=60", "train.tau=16", "train.batch_size=16", "train.passes=2"]
+    speeds = ["cluster.classes.slow.slowdown=60", "train.tau=16", "train.batch_size=16", "train.epochs=2"]
     profile = ["profile.seconds=0.3", "profile.reuse=false"]
     done = hvd_hetero(["launch", *speeds, *profile, f"cluster.too_slow={way}", f"run.dir={tmp_path / 'run'}"])
     assert done.returncode == 0, done.stdout + done.stderr

@@ -40,7 +40,7 @@ REAL = """
 compare: {title: Two methods}
 budget: {equal: fast_steps}
 overrides:
-  train: {passes: 1, batch_size: 16, lr: 0.1, tau: {fast: 4, slow: 1}}
+  train: {epochs: 1, batch_size: 16, lr: 0.1, tau: {fast: 4, slow: 1}}
   data.args: {train_limit: 256}
 rows:
 - {label: Synchronous, method: sync_sgd}
@@ -82,7 +82,7 @@ def test_a_comparison_outlives_a_failing_row_and_goes_on_where_it_stopped(
 
     sync, biased = rows_of(out).values()
     details = json.loads((out / "details.json").read_text())["rows"]
-    assert [row["fast_steps"] for row in details] == [8, 8]  # one pass of 256 samples in steps of 2 x 16
+    assert [row["fast_steps"] for row in details] == [8, 8]  # one epoch of 256 samples in steps of 2 x 16
     assert (sync["averages"], biased["averages"]) == (8, 2)
     assert (sync["samples_seen"], biased["samples_seen"]) == (256, 2 * 16 * 5)
     assert sync["speedup_vs_sync"] == 1 and biased["speedup_vs_sync"] > 0
@@ -225,8 +225,8 @@ rows: [{label: a, method: sync_sgd}, {label: b}]
         ("rows: [{label: a}, {label: b, overrides: {train.batch_size: 8}}]", r"equal steps are not equal work"),
         ("rows: [{label: a}, {label: b, overrides: {data.args: {train_limit: 99}}}]", r"workloads of their own"),
         ("rows: [{label: a}, {label: b, overrides: {eval.metric: none}}]", r"row 'b': eval\.metric"),
-        ("rows: [{label: a}, {label: b, overrides: {train.passes: 2}}]", r"the budget ends this row"),
-        ("budget: {amount: 4}\noverrides: {train.passes: 2}\nrows: [{label: a}]", r"budget\.amount ends the runs"),
+        ("rows: [{label: a}, {label: b, overrides: {train.epochs: 2}}]", r"the budget ends this row"),
+        ("budget: {amount: 4}\noverrides: {train.epochs: 2}\nrows: [{label: a}]", r"budget\.amount ends the runs"),
         ("rows: [{label: a}, {label: a}]", r"rows\[1\]\.label='a'"),
         ("rows: [{label: a b}, {label: A-B}]", r"would share a folder"),
         ("rows: [{label: a, times: 2}]", r"rows\[0\]\.times=2.*sets the budget"),
@@ -244,7 +244,7 @@ def test_impossible_comparisons_end_with_one_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
 ) -> None:
     pytest.importorskip("matplotlib", reason="the extra [report] is not installed")
-    if "overrides: {train.passes" not in text or "budget" not in text:
+    if "overrides: {train.epochs" not in text or "budget" not in text:
         text = TWO_RANKS + text
     path = comparison(tmp_path, text)
     assert main(["compare", str(path), f"compare.dir={tmp_path / 'out'}"]) == 2
@@ -261,7 +261,7 @@ def test_command_line_settings_reach_all_rows_but_the_rows_win(tmp_path: Path) -
     assert (found.title, found.seeds) == ("T", (4,))
     configs = [row.config(4, tmp_path, None) for row in found.rows]
     assert [c.train.lr for c in configs] == [0.3, 0.7]
-    assert [(c.train.passes, c.train.max_fast_steps, c.run.seed) for c in configs] == [(None, 64, 4)] * 2
+    assert [(c.train.epochs, c.train.max_fast_steps, c.run.seed) for c in configs] == [(None, 64, 4)] * 2
     with pytest.raises(ConfigError, match=r"rows=.*cannot be set here"):
         read(path, ["rows=[]"])
 

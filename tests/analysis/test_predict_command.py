@@ -16,7 +16,7 @@ from hvd_hetero import algorithms
 from hvd_hetero.analysis.predict.methods import METHODS
 from hvd_hetero.cli import main
 
-EQUAL = ["cluster.classes={fast: {ranks: [0]}, slow: {ranks: [1]}}", "train.batch_size=4", "train.passes=3"]
+EQUAL = ["cluster.classes={fast: {ranks: [0]}, slow: {ranks: [1]}}", "train.batch_size=4", "train.epochs=3"]
 SPEEDS = ["--step-ms", "fast=1,slow=8", "--params", "1000", "--samples", "1440"]
 
 
@@ -159,13 +159,13 @@ def test_bad_input_ends_with_status_2(words: list[str], says: str, capsys: pytes
     assert error.startswith("hvd-hetero: error: ") and says in error and len(error.splitlines()) == 1
 
 
-@pytest.mark.parametrize(("left_out", "says"), [
+@pytest.mark.parametrize(("excluded", "says"), [
     ("--step-ms", "gives nothing for class fast"),
     ("--params", "give --params N or --model-mb MB"),
     ("--samples", "give --samples N"),
 ])
-def test_what_is_missing_is_named(left_out: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    place = SPEEDS.index(left_out)
+def test_what_is_missing_is_named(excluded: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    place = SPEEDS.index(excluded)
     assert main(["plan", *EQUAL, *SPEEDS[:place], *SPEEDS[place + 2 :]]) == 2
     assert says in capsys.readouterr().err
 

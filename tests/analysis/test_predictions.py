@@ -10,16 +10,16 @@ import pytest
 from hvd_hetero.analysis.predict.advice import recommended, sweep, worth
 from hvd_hetero.analysis.predict.methods import method
 from hvd_hetero.analysis.predict.predict import Prediction, Scenario
-from hvd_hetero.analysis.predict.speeds import Given, Speed, gather
+from hvd_hetero.analysis.predict.speeds import Assumptions, Speed, gather
 from hvd_hetero.config.load import load
 
-EQUAL = ["cluster.classes={fast: {ranks: [0]}, slow: {ranks: [1]}}", "train.batch_size=4", "train.passes=3"]
+EQUAL = ["cluster.classes={fast: {ranks: [0]}, slow: {ranks: [1]}}", "train.batch_size=4", "train.epochs=3"]
 
 
 def scenario(overrides: Sequence[str] = (), **given: Any) -> Scenario:
     config = load([], [*EQUAL, *overrides], method)
     known = {"step_ms": "fast=1,slow=8", "params": 1000, "samples": 1440} | given
-    return Scenario(config, gather(config, Given(**known)))
+    return Scenario(config, gather(config, Assumptions(**known)))
 
 
 def by_label(rows: Sequence[Prediction]) -> dict[str, Prediction]:
@@ -27,7 +27,7 @@ def by_label(rows: Sequence[Prediction]) -> dict[str, Prediction]:
 
 
 def test_every_method_without_jitter_and_communication() -> None:
-    """Fast 1 ms, slow 8 ms, batches of 4, 1440 samples, 3 passes, tau 16: nothing but arithmetic."""
+    """Fast 1 ms, slow 8 ms, batches of 4, 1440 samples, 3 epochs, tau 16: nothing but arithmetic."""
     rows = by_label(scenario(["train.tau=16"]).methods())
     both = rows["sync_sgd, all"]
     assert both.seconds == pytest.approx(3 * 180 * 0.008) and both.samples == 3 * 1440
@@ -60,11 +60,11 @@ def test_three_classes() -> None:
 
 
 def test_the_work_ends_where_the_configuration_says() -> None:
-    steps = scenario(["train.tau=16", "train.passes=null", "train.max_fast_steps=500"])
+    steps = scenario(["train.tau=16", "train.epochs=null", "train.max_fast_steps=500"])
     rows = by_label(steps.methods())
     assert rows["unbalanced, biased local SGD"].averages == 31 and rows["sync_sgd, all"].averages == 500
     assert "hands out" in str(rows["eager_sgd, solo"].problem)
-    seconds = scenario(["train.tau=16", "train.passes=null", "train.max_train_sec=10"])
+    seconds = scenario(["train.tau=16", "train.epochs=null", "train.max_train_sec=10"])
     assert seconds.local(16).seconds == pytest.approx(10, abs=0.02)
 
 

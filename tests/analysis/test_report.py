@@ -22,7 +22,7 @@ from hvd_hetero.errors import ConfigError
 from hvd_hetero.telemetry.stopwatch import DELAYED, KINDS, SLOWED
 from hvd_hetero.telemetry.trace import from_chrome
 
-SETTINGS = ["train.passes=3", "train.lr=0.1", "train.tau={fast: 4, slow: 1}", "train.batch_size=8",
+SETTINGS = ["train.epochs=3", "train.lr=0.1", "train.tau={fast: 4, slow: 1}", "train.batch_size=8",
             "data.args={train_limit: 200}", "cluster.classes.slow.slowdown=2", "run.trace_rounds=3"]
 
 
@@ -124,11 +124,11 @@ def test_figures_are_means_over_the_seeds(runs: list[Path]) -> None:
 def test_a_run_is_traced_as_its_accounts_say(run: Path) -> None:
     ranks, lanes = from_chrome(json.loads((run / "trace.json").read_text()))
     assert lanes == ["rank 0, fast (cpu)", "rank 1, slow (cpu, x2 emulated)"]
-    for laps, steps in zip(ranks, (12, 3), strict=True):  # three rounds of tau steps
-        assert sum(kind == "compute" for kind, _, _ in laps) == steps
-        assert {kind for kind, _, _ in laps} <= set(KINDS)
-        assert all(0 <= start <= end for _, start, end in laps)
-        assert all(a[2] <= b[1] + 1e-5 for a, b in zip(laps, laps[1:], strict=False))
+    for spans, steps in zip(ranks, (12, 3), strict=True):  # three rounds of tau steps
+        assert sum(kind == "compute" for kind, _, _ in spans) == steps
+        assert {kind for kind, _, _ in spans} <= set(KINDS)
+        assert all(0 <= start <= end for _, start, end in spans)
+        assert all(a[2] <= b[1] + 1e-5 for a, b in zip(spans, spans[1:], strict=False))
 
 
 def test_one_run_is_reported_beside_it(run: Path) -> None:
@@ -141,7 +141,7 @@ def test_one_run_is_reported_beside_it(run: Path) -> None:
 # ---- partial collectives and delays ---------------------------------------------------------------------------------
 
 EAGER = ["algorithm.name=eager_sgd", "algorithm.mode=solo", "cluster.classes={all: {ranks: [0, 1]}}", "train.tau=1",
-         "train.batch_size=8", "train.passes=2", "data.args={train_limit: 200}", "run.trace_rounds=4",
+         "train.batch_size=8", "train.epochs=2", "data.args={train_limit: 200}", "run.trace_rounds=4",
          "delays={distribution: random_ranks, ranks: 1, sec: 0.01, seed: 7}"]
 
 
@@ -215,10 +215,10 @@ def test_a_report_says_why_times_are_not_those_of_devices(eager: tuple[Path, str
 
 def test_ranks_that_meet_in_partial_collectives_are_traced_on_one_clock(eager: tuple[Path, str]) -> None:
     ranks, _ = from_chrome(json.loads((eager[0] / "trace.json").read_text()))
-    for laps in ranks:
-        assert {"compute", "comm"} <= {kind for kind, _, _ in laps} <= set(KINDS)
-        assert all(a[2] <= b[1] + 1e-5 for a, b in zip(laps, laps[1:], strict=False))
-    (_, dealt, _), (_, _, got) = ([lap for lap in laps if lap[0] == "comm"][0] for laps in ranks)
+    for spans in ranks:
+        assert {"compute", "comm"} <= {kind for kind, _, _ in spans} <= set(KINDS)
+        assert all(a[2] <= b[1] + 1e-5 for a, b in zip(spans, spans[1:], strict=False))
+    (_, dealt, _), (_, _, got) = ([span for span in spans if span[0] == "comm"][0] for spans in ranks)
     assert dealt <= got, "rank 0 deals samples to both; it may be through before rank 1 is woken up"
 
 
@@ -239,9 +239,9 @@ def test_runs_that_cannot_be_read(run: Path, tmp_path: Path) -> None:
     (begun / "summary.json").unlink()
     assert read_run(begun).summary is None and figures(group([read_run(begun)])[0]) is None
     (begun / "metrics.jsonl").write_text("")
-    with pytest.raises(ConfigError, match="has not finished a pass"):
+    with pytest.raises(ConfigError, match="has not finished an epoch"):
         read_run(begun)
-    (begun / "metrics.jsonl").write_text('{"pass": 1, "tr')
+    (begun / "metrics.jsonl").write_text('{"epoch": 1, "tr')
     with pytest.raises(ConfigError, match="metrics.jsonl.*cannot be read"):
         read_run(begun)
 

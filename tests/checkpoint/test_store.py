@@ -31,14 +31,14 @@ def test_the_layout_on_disk(tmp_path: Path) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == (0o755 if path.is_dir() else 0o644), path
     assert stat.S_IMODE(store.folder.stat().st_mode) == 0o755
     manifest = json.loads((folder / "manifest.json").read_text())
-    known = {"kind", "format", "version", "round", "pass", "world_size", "made_with", "time", "files", "sha256"}
+    known = {"kind", "format", "version", "round", "epoch", "world_size", "made_with", "time", "files", "sha256"}
     assert set(manifest) == known
     tensors = load_file(folder / "rank0001.safetensors")
     assert set(tensors) == {"model.w", "model.b"} and same(tensors["model.w"], some_state(1)["model"]["w"])
     latest = store.latest()
     assert latest == written and latest is not None
     meta = latest.meta
-    assert (meta.round, meta.passes, meta.world_size, meta.made_with) == (123, 12, 2, MADE_WITH)
+    assert (meta.round, meta.epochs, meta.world_size, meta.made_with) == (123, 12, 2, MADE_WITH)
 
 
 def test_an_empty_run_has_none(tmp_path: Path) -> None:
@@ -119,10 +119,10 @@ def test_commit_wants_every_rank_once_and_sees_their_files(tmp_path: Path) -> No
     infos = [store.write_shard(1, rank, rank) for rank in range(3)]
     for wrong in (infos[1:], [*infos, infos[0]]):
         with pytest.raises(ValueError, match="every rank"):
-            store.commit(1, wrong, passes=0, made_with={})
+            store.commit(1, wrong, epochs=0, made_with={})
     (store.folder / "000001" / "rank0001.json").unlink()
     with pytest.raises(CheckpointError, match=r"rank0001.json: is missing.*share"):
-        store.commit(1, infos, passes=0, made_with={})
+        store.commit(1, infos, epochs=0, made_with={})
     assert store.latest() is None
 
 

@@ -264,7 +264,7 @@ def write(number):
     while True:
         states = [{"n": number, "t": torch.full((200_000,), number + rank)} for rank in (0, 1)]
         infos = [store.write_shard(number, rank, state) for rank, state in enumerate(states)]
-        store.commit(number, infos, passes=0, made_with={})
+        store.commit(number, infos, epochs=0, made_with={})
         print(number, flush=True)
         number += 1
 

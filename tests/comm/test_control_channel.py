@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
-from hvd_hetero.comm.partial.control_channel import MESSAGE, Hub, Link, own_address
-from hvd_hetero.comm.partial.coordinator import Order
+from hvd_hetero.comm.partial.control_channel import MESSAGE, ControlClient, ControlServer, own_address
+from hvd_hetero.comm.partial.coordinator import Command
 
 pytestmark = pytest.mark.horovod
 
@@ -56,8 +56,8 @@ def listens_on() -> set[tuple[str, int]]:
     return {tuple(c.laddr) for c in found if c.pid == os.getpid() and c.status == psutil.CONN_LISTEN}
 
 
-def tell(rank: int, what: int, number: int) -> Sequence[Order]:
-    """Passes a message on to everybody, or back to where it came from."""
+def tell(rank: int, what: int, number: int) -> Sequence[Command]:
+    """Epochs a message on to everybody, or back to where it came from."""
     return [(None if what == TO_ALL else rank, what, 10 * number + rank)]
 
 
@@ -65,16 +65,16 @@ class Channel:
     """A hub and what was made to talk to it; all references are kept, so that nothing is closed by going out of use."""
 
     def __init__(self) -> None:
-        self.hubs: list[Hub] = []
-        self.links: list[Link] = []
+        self.hubs: list[ControlServer] = []
+        self.links: list[ControlClient] = []
         self.strangers: list[socket.socket] = []
 
-    def hub(self, ranks: int, hear: Any = tell, address: str = HOME) -> Hub:
-        self.hubs.append(Hub(address, ranks, SECRET, hear))
+    def hub(self, ranks: int, handle: Any = tell, address: str = HOME) -> ControlServer:
+        self.hubs.append(ControlServer(address, ranks, SECRET, handle))
         return self.hubs[-1]
 
-    def link(self, rank: int) -> Link:
-        link = Link(self.hubs[-1].address, SECRET, rank)
+    def link(self, rank: int) -> ControlClient:
+        link = ControlClient(self.hubs[-1].address, SECRET, rank)
         link._wire._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", HANG_SEC, 0))
         self.links.append(link)
         return link
@@ -103,7 +103,7 @@ def channel() -> Iterator[Channel]:
     assert open_sockets() == sockets
 
 
-def assert_all_talk(links: Sequence[Link]) -> None:
+def assert_all_talk(links: Sequence[ControlClient]) -> None:
     """Everybody is answered, and what is meant for all comes to all, once."""
     for number, link in enumerate(links):
         link.send(TO_ONE, number)
@@ -123,7 +123,7 @@ def assert_ended(sock: socket.socket) -> None:
         pass
 
 
-def assert_no_more(link: Link) -> None:
+def assert_no_more(link: ControlClient) -> None:
     with pytest.raises((EOFError, OSError)) as caught:
         link.receive()
     assert not isinstance(caught.value, BlockingIOError), "nothing came, and no end either"
@@ -139,7 +139,7 @@ def test_links_with_the_secret_are_heard_and_answered(channel: Channel) -> None:
 
 def wrong_secret(channel: Channel) -> None:
     with pytest.raises(AuthenticationError):
-        Link(channel.hubs[-1].address, b"S" + SECRET[1:], 0)
+        ControlClient(channel.hubs[-1].address, b"S" + SECRET[1:], 0)
 
 
 def random_bytes(channel: Channel, seed: int) -> None:
@@ -270,7 +270,7 @@ def test_after_the_last_link_the_hub_ends_itself(channel: Channel) -> None:
 def test_a_hub_that_fails_leaves_nobody_waiting(channel: Channel) -> None:
     """Every link hears of it, or ranks would wait for a round that nobody starts."""
 
-    def fails(rank: int, what: int, number: int) -> Sequence[Order]:
+    def fails(rank: int, what: int, number: int) -> Sequence[Command]:
         raise AssertionError("a message that cannot be")
 
     channel.hub(3, fails)

@@ -21,7 +21,7 @@ from test_control_channel import (
     own_threads,
 )
 
-from hvd_hetero.comm.partial.control_channel import Hub, Link
+from hvd_hetero.comm.partial.control_channel import ControlClient, ControlServer
 
 __all__ = ["channel"]
 
@@ -100,11 +100,11 @@ def test_close_while_others_are_still_connecting(channel: Channel) -> None:
         hub = channel.hub(8)
         start = threading.Barrier(5)
 
-        def connect(rank: int, start: threading.Barrier = start, hub: Hub = hub) -> None:
+        def connect(rank: int, start: threading.Barrier = start, hub: ControlServer = hub) -> None:
             start.wait(HANG_SEC)
             try:
                 if rank % 2:
-                    channel.links.append(Link(hub.address, SECRET, rank))
+                    channel.links.append(ControlClient(hub.address, SECRET, rank))
                 else:
                     channel.strangers.append(socket.create_connection(hub.address, timeout=HANG_SEC))
             except (OSError, EOFError):

@@ -1,4 +1,4 @@
-"""The referee of partial collectives against hand-written courses of events, and its initiators."""
+"""The coordinator of partial collectives against hand-written courses of events, and its initiators."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hvd_hetero.comm.partial.coordinator import (
     OFFER,
     SOLO,
     START,
-    Referee,
+    Coordinator,
     initiator,
 )
 
@@ -26,42 +26,42 @@ CLASSES = [(0, 1), (2, 3)]
 
 
 def test_solo_the_first_to_arrive_starts_and_a_late_one_does_not() -> None:
-    referee = Referee(EACH, SOLO, seed=0)
-    assert referee.hear(1, ARRIVED, 0) == [(None, START, 0)]
-    assert referee.hear(0, ARRIVED, 0) == [], "round 0 was started without it"
-    assert referee.hear(0, ARRIVED, 1) == [(None, START, 1)]
-    assert referee.hear(1, ARRIVED, 1) == []
-    assert referee.hear(2, ARRIVED, 0) == [], "two rounds behind"
-    assert referee.hear(2, ARRIVED, 2) == [(None, START, 2)]
+    coordinator = Coordinator(EACH, SOLO, seed=0)
+    assert coordinator.handle(1, ARRIVED, 0) == [(None, START, 0)]
+    assert coordinator.handle(0, ARRIVED, 0) == [], "round 0 was started without it"
+    assert coordinator.handle(0, ARRIVED, 1) == [(None, START, 1)]
+    assert coordinator.handle(1, ARRIVED, 1) == []
+    assert coordinator.handle(2, ARRIVED, 0) == [], "two rounds behind"
+    assert coordinator.handle(2, ARRIVED, 2) == [(None, START, 2)]
 
 
 def test_a_class_arrives_as_a_whole() -> None:
-    referee = Referee(CLASSES, SOLO, seed=0)
-    assert referee.hear(0, ARRIVED, 0) == []
-    assert referee.hear(2, ARRIVED, 0) == []
-    assert referee.hear(1, ARRIVED, 0) == [(None, START, 0)]
-    assert referee.hear(3, ARRIVED, 0) == []
-    assert referee.hear(3, ARRIVED, 1) == []
-    assert referee.hear(2, ARRIVED, 1) == [(None, START, 1)]
+    coordinator = Coordinator(CLASSES, SOLO, seed=0)
+    assert coordinator.handle(0, ARRIVED, 0) == []
+    assert coordinator.handle(2, ARRIVED, 0) == []
+    assert coordinator.handle(1, ARRIVED, 0) == [(None, START, 0)]
+    assert coordinator.handle(3, ARRIVED, 0) == []
+    assert coordinator.handle(3, ARRIVED, 1) == []
+    assert coordinator.handle(2, ARRIVED, 1) == [(None, START, 1)]
 
 
 def test_majority_waits_for_the_initiator() -> None:
-    referee = Referee(EACH, MAJORITY, seed=7)
+    coordinator = Coordinator(EACH, MAJORITY, seed=7)
     for number in range(20):
         first = initiator(7, number, 3)[0]
         others = [rank for rank in range(3) if rank != first]
-        assert [referee.hear(rank, ARRIVED, number) for rank in others] == [[], []]
-        assert referee.hear(first, ARRIVED, number) == [(None, START, number)]
+        assert [coordinator.handle(rank, ARRIVED, number) for rank in others] == [[], []]
+        assert coordinator.handle(first, ARRIVED, number) == [(None, START, number)]
 
 
 def test_majority_goes_on_without_an_initiator_that_has_finished() -> None:
-    referee = Referee(EACH, MAJORITY, seed=7)
+    coordinator = Coordinator(EACH, MAJORITY, seed=7)
     first, second, third = initiator(7, 0, 3)
-    assert referee.hear(second, ARRIVED, 0) == []
-    orders = referee.hear(first, FINISHED, 0)
+    assert coordinator.handle(second, ARRIVED, 0) == []
+    orders = coordinator.handle(first, FINISHED, 0)
     assert orders == [(None, CLOSING, 0), (None, START, 0)], "the next in order is already there"
     later = next(rank for rank in initiator(7, 1, 3) if rank != first)
-    assert referee.hear(later, ARRIVED, 1) == [(None, START, 1)]
+    assert coordinator.handle(later, ARRIVED, 1) == [(None, START, 1)]
 
 
 def test_initiators_are_the_same_everywhere_and_about_equally_often_each() -> None:
@@ -72,42 +72,42 @@ def test_initiators_are_the_same_everywhere_and_about_equally_often_each() -> No
 
 
 def test_a_resumed_run_has_the_same_initiators() -> None:
-    resumed = Referee(EACH, MAJORITY, seed=7, first=11)
-    assert resumed.hear(initiator(7, 11, 3)[0], ARRIVED, 11) == [(None, START, 11)]
+    resumed = Coordinator(EACH, MAJORITY, seed=7, first=11)
+    assert resumed.handle(initiator(7, 11, 3)[0], ARRIVED, 11) == [(None, START, 11)]
 
 
 @pytest.mark.parametrize("mode", [SOLO, MAJORITY, FULL])
 def test_the_last_round_starts_when_all_have_finished(mode: str) -> None:
-    referee = Referee(EACH, mode, seed=0)
-    assert referee.hear(2, FINISHED, 0) == [(None, CLOSING, 0)]
-    assert referee.hear(0, FINISHED, 0) == [], "closing is said once"
-    assert referee.hear(1, FINISHED, 0) == [(None, FINAL, 0)]
-    assert referee.hear(1, FINISHED, 0) == [(None, CLOSING, 0)], "the next pass"
+    coordinator = Coordinator(EACH, mode, seed=0)
+    assert coordinator.handle(2, FINISHED, 0) == [(None, CLOSING, 0)]
+    assert coordinator.handle(0, FINISHED, 0) == [], "closing is said once"
+    assert coordinator.handle(1, FINISHED, 0) == [(None, FINAL, 0)]
+    assert coordinator.handle(1, FINISHED, 0) == [(None, CLOSING, 0)], "the next epoch"
 
 
 def test_closing_waits_for_a_whole_class() -> None:
-    referee = Referee(CLASSES, SOLO, seed=0)
-    assert referee.hear(0, FINISHED, 0) == []
-    assert referee.hear(2, FINISHED, 0) == []
-    assert referee.hear(1, FINISHED, 0) == [(None, CLOSING, 0)]
+    coordinator = Coordinator(CLASSES, SOLO, seed=0)
+    assert coordinator.handle(0, FINISHED, 0) == []
+    assert coordinator.handle(2, FINISHED, 0) == []
+    assert coordinator.handle(1, FINISHED, 0) == [(None, CLOSING, 0)]
 
 
 def test_a_class_starts_a_round_without_its_finished_ranks() -> None:
-    referee = Referee(CLASSES, SOLO, seed=0)
-    assert referee.hear(0, ARRIVED, 0) == []
-    assert referee.hear(1, FINISHED, 0) == [(None, START, 0)]
+    coordinator = Coordinator(CLASSES, SOLO, seed=0)
+    assert coordinator.handle(0, ARRIVED, 0) == []
+    assert coordinator.handle(1, FINISHED, 0) == [(None, START, 0)]
 
 
 def test_no_sample_is_offered_twice() -> None:
-    referee = Referee(EACH, SOLO, seed=0)
-    assert referee.hear(0, CLAIM, 32) == [(0, OFFER, 0)]
-    assert referee.hear(2, CLAIM, 8) == [(2, OFFER, 32)]
-    assert referee.hear(0, CLAIM, 32) == [(0, OFFER, 40)]
+    coordinator = Coordinator(EACH, SOLO, seed=0)
+    assert coordinator.handle(0, CLAIM, 32) == [(0, OFFER, 0)]
+    assert coordinator.handle(2, CLAIM, 8) == [(2, OFFER, 32)]
+    assert coordinator.handle(0, CLAIM, 32) == [(0, OFFER, 40)]
     for rank in range(3):
-        referee.hear(rank, FINISHED, 0)
-    assert referee.hear(1, CLAIM, 8) == [(1, OFFER, 0)], "a new pass"
+        coordinator.handle(rank, FINISHED, 0)
+    assert coordinator.handle(1, CLAIM, 8) == [(1, OFFER, 0)], "a new epoch"
 
 
 def test_nobody_can_be_ahead_of_the_rounds() -> None:
     with pytest.raises(AssertionError):
-        Referee(EACH, SOLO, seed=0).hear(0, ARRIVED, 1)
+        Coordinator(EACH, SOLO, seed=0).handle(0, ARRIVED, 1)

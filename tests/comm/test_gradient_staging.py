@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hvd_hetero.comm.flat_params import FlatState, joined
+from hvd_hetero.comm.flat_params import FlatState, concat
 from hvd_hetero.comm.gradient_staging import HostGradients
 
 
@@ -22,7 +22,7 @@ class TwoHeads(nn.Module):
         return self.heads[head](self.body(inputs)).double() * self.wide
 
 
-def test_the_copy_follows_every_backward_pass() -> None:
+def test_the_copy_follows_every_backward_epoch() -> None:
     torch.manual_seed(0)
     model = TwoHeads()
     gradients = FlatState(model).flat_gradients()
@@ -33,7 +33,7 @@ def test_the_copy_follows_every_backward_pass() -> None:
             gradient.zero_()
         model(torch.randn(5, 4), head).square().sum().backward()
         taken = host.take()
-        assert torch.equal(taken, joined(gradients))
+        assert torch.equal(taken, concat(gradients))
         unused = model.heads[1 - head].weight.grad
         assert unused is not None and not unused.any(), "what the other head had left there is gone"
     assert host.take().data_ptr() != gradients[0].data_ptr(), "a copy, and no view"

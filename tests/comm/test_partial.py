@@ -18,7 +18,7 @@ from ranks_partial.schedules import CASES
 pytestmark = pytest.mark.horovod
 
 RANKS = Path(__file__).parents[1] / "ranks_partial"
-SIZE, STEPS, PASSES = 4, 60, 2
+SIZE, STEPS, EPOCHS = 4, 60, 2
 MODES = ("solo", "majority", "full")
 OTHERS_STAND_FOR = ("eager", "eager, AdamW", "merging", "merging, uniform",
                     "merging, now one first, now the other")
@@ -43,14 +43,14 @@ def test_the_sum_of_all_that_was_sent_is_the_sum_of_all_that_was_computed(stress
     """To the last bit, and by number of contributions."""
     for found in stressed[1]:
         assert found["exact"]
-        assert found["weights"] == SIZE * STEPS * PASSES
-        assert found["sent"] == STEPS * PASSES
+        assert found["weights"] == SIZE * STEPS * EPOCHS
+        assert found["sent"] == STEPS * EPOCHS
 
 
 def test_all_ranks_have_the_same_results_in_the_same_order(stressed: Any) -> None:
     digests = [found["digests"] for found in stressed[1]]
     assert all(other == digests[0] for other in digests)
-    assert len(digests[0]) == stressed[1][0]["rounds"] >= STEPS * PASSES
+    assert len(digests[0]) == stressed[1][0]["rounds"] >= STEPS * EPOCHS
 
 
 def test_ranks_were_really_late(stressed: Any) -> None:

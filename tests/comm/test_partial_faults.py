@@ -21,9 +21,9 @@ pytestmark = pytest.mark.horovod
 TESTS = Path(__file__).parents[1]
 PROGRAM = TESTS / "ranks_partial" / "faults.py"
 SIZE, HANG_SEC = 3, 120
-ENDLESS = ["cluster.classes.slow.slowdown=1", "train.passes=100000", "train.tau={fast: 8, slow: 4}",
-           "train.batch_size=16", "eval.every_passes=100"]
-"""A pass has fewer steps than those after which ``own_parts:fails_on_rank_1`` does, so it does so in mid-run."""
+ENDLESS = ["cluster.classes.slow.slowdown=1", "train.epochs=100000", "train.tau={fast: 8, slow: 4}",
+           "train.batch_size=16", "eval.every_epochs=100"]
+"""An epoch has fewer steps than those after which ``own_parts:fails_on_rank_1`` does, so it does so in mid-run."""
 JOBS = {
     "eager": ["algorithm.name=eager_sgd"],
     "merging": ["aggregation.mode=solo"],

@@ -38,7 +38,7 @@ def test_what_is_sent_without_a_contribution_counts_for_nothing() -> None:
         item, steps = mine.take(number, 0.0, final, counts)
         assert mine.payload(item, steps).tolist() == [0, 0, 0, 0], "whatever was in the memory before"
         mine.give_back(item)
-    assert (counts.fresh, counts.late, counts.empty) == (0, 1, 1), "a pass ends with a round that empties all buffers"
+    assert (counts.fresh, counts.late, counts.empty) == (0, 1, 1), "an epoch ends with a round that empties all buffers"
 
 
 def test_a_weight_leaves_ones_own_contribution_as_it_was() -> None:

@@ -24,20 +24,20 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_later_layers_win_key_by_key(tmp_path: Path) -> None:
-    first = write(tmp_path / "a.yaml", "train: {passes: 3, lr: 0.5}\nrun: {seed: 7}")
-    second = write(tmp_path / "b.yaml", "train: {passes: 4, batch_size: 5}")
+    first = write(tmp_path / "a.yaml", "train: {epochs: 3, lr: 0.5}\nrun: {seed: 7}")
+    second = write(tmp_path / "b.yaml", "train: {epochs: 4, batch_size: 5}")
     config = load([first, second], ["train.batch_size=6", "train.batch_size=8"])
-    assert (config.train.passes, config.train.lr, config.train.batch_size, config.run.seed) == (4, 0.5, 8, 7)
+    assert (config.train.epochs, config.train.lr, config.train.batch_size, config.run.seed) == (4, 0.5, 8, 7)
     assert config.train.optimizer == Config().train.optimizer
 
 
 def test_base_is_the_layer_below_its_file(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    write(tmp_path / "root.yaml", "train: {passes: 1, lr: 0.1, warmup_rounds: 1}")
-    write(tmp_path / "sub" / "middle.yaml", "base: ../root.yaml\ntrain: {passes: 2, lr: 0.2}")
-    top = write(tmp_path / "top.yaml", "base: sub/middle.yaml\ntrain: {passes: 3}")
+    write(tmp_path / "root.yaml", "train: {epochs: 1, lr: 0.1, warmup_rounds: 1}")
+    write(tmp_path / "sub" / "middle.yaml", "base: ../root.yaml\ntrain: {epochs: 2, lr: 0.2}")
+    top = write(tmp_path / "top.yaml", "base: sub/middle.yaml\ntrain: {epochs: 3}")
     train = load([top]).train
-    assert (train.passes, train.lr, train.warmup_rounds) == (3, 0.2, 1)
+    assert (train.epochs, train.lr, train.warmup_rounds) == (3, 0.2, 1)
 
 
 def test_files_that_are_each_others_base(tmp_path: Path) -> None:

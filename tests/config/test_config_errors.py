@@ -19,12 +19,12 @@ def write(path: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize(("override", "key", "remedy"), [
-    ("train.pases=3", "train.pases", "did you mean 'train.passes'?"),
+    ("train.epohs=3", "train.epohs", "did you mean 'train.epochs'?"),
     ("train.batchsize=3", "train.batchsize", "did you mean 'train.batch_size'?"),
     ("sampling.high_lossratio=0", "sampling.high_lossratio", "did you mean 'sampling.high_loss_ratio'?"),
-    ("passes=3", "passes", "did you mean 'train.passes'?"),
+    ("epochs=3", "epochs", "did you mean 'train.epochs'?"),
     ("train.seed=3", "train.seed", "did you mean 'run.seed'?"),
-    ("trian.passes=3", "trian.passes", "did you mean"),
+    ("trian.epochs=3", "trian.epochs", "did you mean"),
     ("zzzzzz=3", "zzzzzz", "known are"),
     ("cluster.classes.slow.slowdwn=3", "cluster.classes.slow.slowdwn", "did you mean 'cluster.classes.slow.slowdown'?"),
     ("cluster.classes.slwo.slowdown=3", "cluster.classes.slwo.slowdown", "did you mean 'slow'?"),
@@ -40,17 +40,17 @@ def test_an_unknown_key_names_the_nearest(override: str, key: str, remedy: str) 
 
 
 def test_an_unknown_key_in_a_file(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.yaml", "train: {pases: 3}")
-    with pytest.raises(ConfigError, match=r"train.pases=3: .*'train.passes'"):
+    file = write(tmp_path / "a.yaml", "train: {epohs: 3}")
+    with pytest.raises(ConfigError, match=r"train.epohs=3: .*'train.epochs'"):
         load([file])
 
 
 @pytest.mark.parametrize(("override", "key"), [
-    ("train.passes=many", "train.passes"),
-    ("train.passes=1.5", "train.passes"),
-    ("train.passes=true", "train.passes"),
-    ("train.passes=[3]", "train.passes"),
-    ("train.passes=null", "train.passes"),
+    ("train.epochs=many", "train.epochs"),
+    ("train.epochs=1.5", "train.epochs"),
+    ("train.epochs=true", "train.epochs"),
+    ("train.epochs=[3]", "train.epochs"),
+    ("train.epochs=null", "train.epochs"),
     ("train.lr=quick", "train.lr"),
     ("run.overwrite=perhaps", "run.overwrite"),
     ("run.dir={a: 1}", "run.dir"),
@@ -85,7 +85,7 @@ def test_a_wrong_type_names_its_key(override: str, key: str) -> None:
 
 @pytest.mark.parametrize(("override", "last_good"), [
     ("run.seed=-1", "0"),
-    ("train.passes=0", "1"),
+    ("train.epochs=0", "1"),
     ("train.tau=0", "1"),
     ("train.tau={fast: 8, slow: 0}", "{fast: 8, slow: 1}"),
     ("train.batch_size=0", "1"),
@@ -94,7 +94,7 @@ def test_a_wrong_type_names_its_key(override: str, key: str) -> None:
     ("train.lr=.nan", "1e-9"),
     ("train.lr=.inf", "1e9"),
     ("train.warmup_rounds=-1", "0"),
-    ("train.epoch=epoch", "fast_steps"),
+    ("train.epoch_length=epoch", "fast_steps"),
     ("sampling.high_loss_ratio=-0.001", "0"),
     ("sampling.high_loss_ratio=1.001", "1"),
     ("sampling.high_loss_ratio=.nan", "0.5"),
@@ -103,7 +103,7 @@ def test_a_wrong_type_names_its_key(override: str, key: str) -> None:
     ("aggregation.mode=sometimes", "blocking"),
     ("aggregation.path=round", "hierarchical"),
     ("data.workers=-1", "0"),
-    ("eval.every_passes=0", "1"),
+    ("eval.every_epochs=0", "1"),
     ("eval.batch_size=0", "1"),
     ("profile.seconds=0", "0.1"),
     ("profile.warmup_steps=-1", "0"),

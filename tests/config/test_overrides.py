@@ -64,8 +64,8 @@ def test_a_word_is_a_file_if_the_file_exists_or_the_key_would_be_a_path(
     monkeypatch.chdir(tmp_path)
     Path("sweeps/lr=0.1").mkdir(parents=True)
     for name in ("sweeps/lr=0.1/c.yaml", "lr=0.1.yaml"):
-        Path(name).write_text("train: {passes: 3}")
-        assert not is_setting(name) and load([name]).train.passes == 3
+        Path(name).write_text("train: {epochs: 3}")
+        assert not is_setting(name) and load([name]).train.epochs == 3
     for name in ("sweeps/lr=0.1/typo.yaml", "/lr=0.1", "./a=b", "c.yaml"):
         assert not is_setting(name), "it is to be missed as a file, not as a key"
     for word in ("run.dir=/a=b/c", "lr=0.2.yaml", "=3", "data.root=" + 5000 * "x"):
@@ -74,6 +74,6 @@ def test_a_word_is_a_file_if_the_file_exists_or_the_key_would_be_a_path(
 
 def test_a_base_is_found_whatever_its_name(tmp_path: Path) -> None:
     (tmp_path / "lr=0.1 #2").mkdir()
-    (tmp_path / "lr=0.1 #2" / "b.yaml").write_text("train: {passes: 3}")
+    (tmp_path / "lr=0.1 #2" / "b.yaml").write_text("train: {epochs: 3}")
     (tmp_path / "c.yaml").write_text("base: 'lr=0.1 #2/b.yaml'")
-    assert load([tmp_path / "c.yaml"]).train.passes == 3
+    assert load([tmp_path / "c.yaml"]).train.epochs == 3

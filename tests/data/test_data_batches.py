@@ -1,4 +1,4 @@
-"""Batches of everything that people pass around: made of items, taken apart, moved, counted, given to a model."""
+"""Batches of everything that people epoch around: made of items, taken apart, moved, counted, given to a model."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def loop(folder):
         for x, y in round:
             round.losses(torch.zeros(len(y)))
 """
-SETTINGS = ["train.tau={fast: 8, slow: 2}", "train.batch_size=4", "train.loss_args={}", "train.passes=2",
+SETTINGS = ["train.tau={fast: 8, slow: 2}", "train.batch_size=4", "train.loss_args={}", "train.epochs=2",
             "cluster.classes={fast: {ranks: 0}, slow: {ranks: 1}}"]  # fmt: skip
 LINEAR = ["model.name=mlp", "model.args={in_features: 4, hidden: [4], num_classes: 2}"]
 LOST = r"training data=3 targets: they came back for the batch of the 4 samples \[[0-9, ]*\b37\b[0-9, ]*\]; return each"

@@ -52,9 +52,9 @@ def test_as_in_one_process_and_the_same_on_all_ranks(ran: Ran, name: str) -> Non
     wanted = expected(case, {rank: mine["dealt"] for rank, mine in enumerate(found)})
     for tensor, value in found[training(found)[0]]["model"].items():
         assert_close(value, wanted[tensor], name)
-    assert bool(case.poisoned) == any(mine["left_out"] for mine in found)
+    assert bool(case.poisoned) == any(mine["excluded"] for mine in found)
     if case.poisoned:
-        assert found[0]["left_out"], "the GPU rank was given a bad sample"
+        assert found[0]["excluded"], "the GPU rank was given a bad sample"
 
 
 @pytest.mark.parametrize("name", DIGITS)

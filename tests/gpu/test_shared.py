@@ -43,7 +43,7 @@ def test_launch_shares_a_gpu_where_that_is_asked_for(
         pytest.skip("there is no GPU to be shared")
     gpus = torch.cuda.device_count()
     classes = f"{{a: {{device: cuda, ranks: [0]}}, b: {{device: cuda, ranks: '1-{gpus}', slowdown: 4}}}}"
-    words = [f"cluster.classes={classes}", "train.passes=2", "train.tau=16", f"run.dir={tmp_path / 'run'}"]
+    words = [f"cluster.classes={classes}", "train.epochs=2", "train.tau=16", f"run.dir={tmp_path / 'run'}"]
     refused = hvd_hetero(["launch", *words], cwd=tmp_path)
     assert refused.returncode == 2 and "cluster.share_gpus=true" in refused.stderr
     done = hvd_hetero(["launch", *words, "cluster.share_gpus=true"], cwd=tmp_path, timeout=200)

@@ -29,7 +29,7 @@ def data(**args):
 CONFIG = """
 data: {target: "own_exact:data"}
 model: {args: {in_features: 8, num_classes: 2}}
-train: {passes: 1, tau: {fast: 4, slow: 2}}
+train: {epochs: 1, tau: {fast: 4, slow: 2}}
 cluster: {classes: {fast: {ranks: [0]}, slow: {ranks: [1]}}}
 """
 ODD = ["#5", "a #b", "007", "1:30", "a: b", "it's", 'say "x"', "数据", "$HOME `x` $(x) ; | & > <", "two\nlines\n", "*",

@@ -45,7 +45,7 @@ def test_what_is_kept(kept: tuple[Path, str]) -> None:
 
 @pytest.mark.slow
 def test_a_run_takes_its_speeds_from_it(kept: tuple[Path, str], hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
-    run = ["launch", *QUICK, f"profile.file={kept[0]}", "train.passes=1", f"run.dir={tmp_path / 'run'}"]
+    run = ["launch", *QUICK, f"profile.file={kept[0]}", "train.epochs=1", f"run.dir={tmp_path / 'run'}"]
     done = hvd_hetero(run)
     assert done.returncode == 0, done.stdout + done.stderr
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())

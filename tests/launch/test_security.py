@@ -20,7 +20,7 @@ from hvd_hetero.checkpoint import CheckpointError, Store
 from hvd_hetero.cli import main
 from hvd_hetero.config.load import load
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.files import check_no_links, check_writable, own_files, write_text
+from hvd_hetero.files import check_no_links, check_writable, restrict_umask, write_text
 from hvd_hetero.planning.speed_profile import load_profile
 from hvd_hetero.secrets import without_passwords
 from hvd_hetero.telemetry.run_folder import RunFolder
@@ -102,7 +102,7 @@ def test_every_command_takes_rights_from_its_files(tmp_path: Path, capsys: pytes
 @pytest.mark.usefixtures("careless")
 def test_a_stricter_umask_stays(umask: int, left: int) -> None:
     os.umask(umask)
-    own_files()
+    restrict_umask()
     assert os.umask(0) == left
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.horovod
 
 LATE = Path(__file__).parents[1] / "ranks_partial" / "late_links.py"
 SECRET = "hunter2-and-more"
-QUICK = ["train.passes=2", "train.tau={fast: 16, slow: 8}", "cluster.classes.slow.slowdown=1"]
+QUICK = ["train.epochs=2", "train.tau={fast: 16, slow: 8}", "cluster.classes.slow.slowdown=1"]
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -86,7 +86,7 @@ def test_strangers_at_the_channel_of_partial_collectives(start: Start, tmp_path:
     """Its port is open until all ranks are there; here that takes them seconds."""
     told, program = tmp_path / "address", Path(sys.executable).with_name("horovodrun")
     job = start(program, "--gloo", "-np", "2", "-H", "localhost:2", sys.executable, LATE, "train",
-                "algorithm.name=eager_sgd", "train.passes=2", f"run.dir={tmp_path / 'run'}",
+                "algorithm.name=eager_sgd", "train.epochs=2", f"run.dir={tmp_path / 'run'}",
                 "cluster.classes.slow.slowdown=1", HVD_HETERO_TEST_ADDRESS=str(told))
     with Strangers(job.pid, is_store) as strangers:
         deadline = time.monotonic() + 60

@@ -16,7 +16,7 @@ from job_helpers import rank_pids, when
 from together import together
 
 from hvd_hetero.config.load import load
-from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_LOST, EXIT_NUMBERS, EXIT_STOPPED, UserError
+from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_LOST, EXIT_NON_FINITE, EXIT_STOPPED, UserError
 from hvd_hetero.launch.horovodrun import End
 from hvd_hetero.launch.supervisor import Restarts, check_options, remaining_classes, without
 
@@ -26,7 +26,7 @@ SETTINGS = ["train.tau={fast: 8, slow: 4}", "cluster.classes.slow.slowdown=1", "
 
 def rows(folder: Path) -> list[tuple[Any, ...]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(row["pass"], row["round"], row["samples_seen"], row["train_loss"]) for row in lines]
+    return [(row["epoch"], row["round"], row["samples_seen"], row["train_loss"]) for row in lines]
 
 
 # ---- real jobs ------------------------------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ def test_a_killed_rank_costs_no_more_than_the_work_since_the_checkpoint(
 ) -> None:
     """The job is restarted once, ends well, and has the rows of one that nothing happened to, to the last bit."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    settings = [*SETTINGS, "train.passes=6", "checkpoint.every_rounds=29"]
+    settings = [*SETTINGS, "train.epochs=6", "checkpoint.every_rounds=29"]
 
     def kill() -> None:
         for pid in rank_pids(killed, 1):
@@ -58,7 +58,7 @@ def test_a_killed_rank_costs_no_more_than_the_work_since_the_checkpoint(
 @pytest.mark.slow
 def test_no_progress_between_two_failures_gives_up(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
     """With the status of the cause, naming it, after one restart of the three; that it began anew is no complaint."""
-    done = hvd_hetero(["launch", "--max-restarts", "3", *SETTINGS, f"run.dir={tmp_path / 'run'}", "train.passes=1000",
+    done = hvd_hetero(["launch", "--max-restarts", "3", *SETTINGS, f"run.dir={tmp_path / 'run'}", "train.epochs=1000",
                        "checkpoint.every_sec=null", "train.loss=own_parts:fails_on_rank_1"], cwd=RANKS)
     assert done.returncode == EXIT_FAULT, done.stdout + done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("hvd-hetero: restart ")]
@@ -71,7 +71,7 @@ def test_no_progress_between_two_failures_gives_up(hvd_hetero: Callable[..., Any
 # ---- when not to start again ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("status", [EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_NUMBERS])
+@pytest.mark.parametrize("status", [EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_NON_FINITE])
 def test_what_would_end_the_same_way_is_not_started_again(status: int) -> None:
     assert Restarts(5).why_not(End(status), 10) is not None
 

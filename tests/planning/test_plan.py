@@ -1,4 +1,4 @@
-"""The plan's arithmetic: local steps, weights, rounds of a pass, integer shares."""
+"""The plan's arithmetic: local steps, weights, rounds of an epoch, integer shares."""
 
 from __future__ import annotations
 
@@ -105,26 +105,27 @@ CLASSES = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(
 
 
 @settings(max_examples=200)
-@given(CLASSES, st.integers(1, 10**6), st.sampled_from(["steps", "uniform"]), st.sampled_from(["pass", "fast_steps"]))
+@given(CLASSES, st.integers(1, 10**6), st.sampled_from(["steps", "uniform"]),
+       st.sampled_from(["dataset", "fast_steps"]))  # fmt: skip
 def test_what_every_plan_keeps_to(
-    classes: list[tuple[int, int, int]], samples: int, weights: str, epoch: str
+    classes: list[tuple[int, int, int]], samples: int, weights: str, epoch_length: str
 ) -> None:
-    """Weights sum to 1; no class needs more samples than there are; a pass leaves less than a round over."""
+    """Weights sum to 1; no class needs more samples than there are; an epoch leaves less than a round over."""
     names = [f"c{i}" for i in range(len(classes))]
     workers, tau, batch = (dict(zip(names, column, strict=True)) for column in zip(*classes, strict=True))
     in_round = sum(m * t * b for m, t, b in classes)
     fast_tau = max(tau.values())
     fast_batch = next(b for _, t, b in classes if t == fast_tau)
-    counted = in_round if epoch == "pass" else max(in_round, fast_batch * fast_tau * sum(workers.values()))
+    counted = in_round if epoch_length == "dataset" else max(in_round, fast_batch * fast_tau * sum(workers.values()))
     if samples < counted:
         with pytest.raises(ConfigError, match=f"takes {counted} samples, the training set has {samples}"):
-            plan(samples, workers, tau, batch, weights=weights, epoch=epoch)
+            plan(samples, workers, tau, batch, weights=weights, epoch_length=epoch_length)
         return
-    made = plan(samples, workers, tau, batch, weights=weights, epoch=epoch)
+    made = plan(samples, workers, tau, batch, weights=weights, epoch_length=epoch_length)
     assert math.isclose(sum(c.weight for c in made.by_rank()), 1, rel_tol=1e-12)
     assert made.rounds == samples // counted >= 1
-    assert sum(made.pass_samples().values()) == made.rounds * in_round <= samples
-    assert made.pass_samples() == {n: made.rounds * workers[n] * tau[n] * batch[n] for n in names}
+    assert sum(made.epoch_samples().values()) == made.rounds * in_round <= samples
+    assert made.epoch_samples() == {n: made.rounds * workers[n] * tau[n] * batch[n] for n in names}
     assert [c.name for c in made.by_rank()] == [n for n in names for _ in range(workers[n])]
 
 
@@ -132,10 +133,10 @@ def test_the_papers_rounds_per_epoch() -> None:
     """CIFAR-10 (50 000 samples), 10 workers, B = 32, tau = 32: 4 rounds, whatever the slow workers do."""
     workers, batch = {"cpu": 2, "gpu": 8}, {"cpu": 32, "gpu": 32}
     for slow in (16, 4, 1):
-        assert plan(50_000, workers, {"cpu": slow, "gpu": 32}, batch, epoch="fast_steps").rounds == 4
-    # a pass over the data has more rounds, since slow workers consume less: 50 000 // (32 * (8 * 32 + 2 * 4))
-    assert plan(50_000, workers, {"cpu": 4, "gpu": 32}, batch, epoch="pass").rounds == 5
-    assert plan(50_000, workers, {"cpu": 1, "gpu": 32}, batch, epoch="pass").rounds == 6
+        assert plan(50_000, workers, {"cpu": slow, "gpu": 32}, batch, epoch_length="fast_steps").rounds == 4
+    # an epoch over the data has more rounds, since slow workers consume less: 50 000 // (32 * (8 * 32 + 2 * 4))
+    assert plan(50_000, workers, {"cpu": 4, "gpu": 32}, batch, epoch_length="dataset").rounds == 5
+    assert plan(50_000, workers, {"cpu": 1, "gpu": 32}, batch, epoch_length="dataset").rounds == 6
 
 
 def test_check_before_the_speeds_are_known() -> None:

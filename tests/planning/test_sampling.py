@@ -61,7 +61,7 @@ def test_what_every_drawing_keeps_to(case: tuple[int, str, float, dict[str, int]
 
 
 @pytest.mark.parametrize("scheme", sorted(SCHEMES))
-def test_seeds_and_passes_differ(scheme: str) -> None:
+def test_seeds_and_epochs_differ(scheme: str) -> None:
     counts = {FAST: 40, SLOW: 20}
     one, other = sampler(scheme, 0.5, np.zeros(100), 1), sampler(scheme, 0.5, np.zeros(100), 2)
     drawings = [one.draw(counts), one.draw(counts), other.draw(counts)]
@@ -247,7 +247,7 @@ def test_state_continues_the_drawing() -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_pass_drawn_in_the_background_is_the_one_that_would_have_been_drawn(
+def test_an_epoch_drawn_in_the_background_is_the_one_that_would_have_been_drawn(
     scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if another one is wanted in the end, or the state was saved before."""

@@ -10,71 +10,71 @@ from hvd_hetero.cluster.device_classes import Cluster, DeviceClass, RankFacts
 from hvd_hetero.config.schema import TrainConfig
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.plan import Plan, make_plan
-from hvd_hetero.planning.stop_criteria import Done, check_limits, expected_passes, next_rounds
+from hvd_hetero.planning.stop_criteria import RunProgress, check_limits, expected_epochs, next_rounds
 
 
 @pytest.fixture
 def plan() -> Plan:
-    """Five rounds a pass, of one fast and one slow rank; a round is 4 fast steps and 50 samples."""
+    """Five rounds an epoch, of one fast and one slow rank; a round is 4 fast steps and 50 samples."""
     facts = tuple(RankFacts(rank, "here", rank, (), "cpu", (0,)) for rank in range(2))
     cluster = Cluster((DeviceClass("fast", "cpu", (0,)), DeviceClass("slow", "cpu", (1,))), facts)
     return make_plan(cluster, 250, {"fast": 4, "slow": 1}, {"fast": 10, "slow": 10})
 
 
 @pytest.mark.parametrize(
-    ("settings", "passes", "rounds"),
+    ("settings", "epochs", "rounds"),
     [
-        ({"passes": 2}, 2, 10),
-        ({"passes": None, "max_fast_steps": 27}, 2, 6),
-        ({"passes": 1, "max_fast_steps": 27}, 1, 5),
-        ({"passes": None, "max_samples": 349}, 2, 6),
-        ({"passes": None, "max_samples": 350, "max_fast_steps": 1000}, 2, 7),
+        ({"epochs": 2}, 2, 10),
+        ({"epochs": None, "max_fast_steps": 27}, 2, 6),
+        ({"epochs": 1, "max_fast_steps": 27}, 1, 5),
+        ({"epochs": None, "max_samples": 349}, 2, 6),
+        ({"epochs": None, "max_samples": 350, "max_fast_steps": 1000}, 2, 7),
     ],
 )
-def test_a_run_ends_at_the_first_limit(plan: Plan, settings: dict[str, Any], passes: int, rounds: int) -> None:
+def test_a_run_ends_at_the_first_limit(plan: Plan, settings: dict[str, Any], epochs: int, rounds: int) -> None:
     train = TrainConfig(**settings)
     check_limits(train, plan)
-    assert expected_passes(train, plan) == passes
-    done, taken = Done(), []
+    assert expected_epochs(train, plan) == epochs
+    done, taken = RunProgress(), []
     while part := next_rounds(train, plan, done):
         taken.append(part)
-        done = Done(done.passes + 1, done.rounds + part, done.fast_steps + 4 * part, done.samples + 50 * part)
-    assert (len(taken), sum(taken)) == (passes, rounds)
+        done = RunProgress(done.epochs + 1, done.rounds + part, done.fast_steps + 4 * part, done.samples + 50 * part)
+    assert (len(taken), sum(taken)) == (epochs, rounds)
 
 
 def test_seconds_end_a_run_as_nearly_as_its_pace_tells(plan: Plan) -> None:
-    train = TrainConfig(passes=None, max_train_sec=10.0)
-    assert expected_passes(train, plan) is None and next_rounds(train, plan, Done()) == 5
-    assert next_rounds(train, plan, Done(1, 5, 20, 250, 5.0)) == 5
-    assert next_rounds(train, plan, Done(1, 5, 20, 250, 6.4)) == 3  # 1.28 s a round, 3.6 s left
-    assert next_rounds(train, plan, Done(1, 5, 20, 250, 9.5)) == 0
+    train = TrainConfig(epochs=None, max_train_sec=10.0)
+    assert expected_epochs(train, plan) is None and next_rounds(train, plan, RunProgress()) == 5
+    assert next_rounds(train, plan, RunProgress(1, 5, 20, 250, 5.0)) == 5
+    assert next_rounds(train, plan, RunProgress(1, 5, 20, 250, 6.4)) == 3  # 1.28 s a round, 3.6 s left
+    assert next_rounds(train, plan, RunProgress(1, 5, 20, 250, 9.5)) == 0
 
 
 @pytest.mark.parametrize(("done", "rounds"), [
-    (Done(1, 1, 4, 250, 5.0), 5),  # 250 samples in 5 s: 250 more, however many rounds they were made in
-    (Done(1, 40, 160, 250, 5.0), 5),
-    (Done(1, 5, 20, 125, 5.0), 2),  # 125 more are 2.5 rounds
-    (Done(1, 5, 20, 100, 5.0), 2),
-    (Done(1, 5, 20, 80, 8.0), 0),  # 20 more are less than half a round
-    (Done(1, 5, 20, 250, 10.0), 0),
-    (Done(1, 5, 20, 250, 12.0), 0),  # over it already
-    (Done(1, 5, 20, 0, 3.0), 5),  # nothing is known of its speed
+    (RunProgress(1, 1, 4, 250, 5.0), 5),  # 250 samples in 5 s: 250 more, however many rounds they were made in
+    (RunProgress(1, 40, 160, 250, 5.0), 5),
+    (RunProgress(1, 5, 20, 125, 5.0), 2),  # 125 more are 2.5 rounds
+    (RunProgress(1, 5, 20, 100, 5.0), 2),
+    (RunProgress(1, 5, 20, 80, 8.0), 0),  # 20 more are less than half a round
+    (RunProgress(1, 5, 20, 250, 10.0), 0),
+    (RunProgress(1, 5, 20, 250, 12.0), 0),  # over it already
+    (RunProgress(1, 5, 20, 0, 3.0), 5),  # nothing is known of its speed
 ])
-def test_seconds_are_counted_in_samples(plan: Plan, done: Done, rounds: int) -> None:
+def test_seconds_are_counted_in_samples(plan: Plan, done: RunProgress, rounds: int) -> None:
     """Rounds of a partial collective may be of any size, so only samples tell how fast a run is."""
-    assert next_rounds(TrainConfig(passes=None, max_train_sec=10.0), plan, done) == rounds
+    assert next_rounds(TrainConfig(epochs=None, max_train_sec=10.0), plan, done) == rounds
 
 
 def test_the_nearest_of_several_limits_counts(plan: Plan) -> None:
-    done = Done(1, 5, 20, 250, 5.0)
+    done = RunProgress(1, 5, 20, 250, 5.0)
     for settings, rounds in (
         ({"max_train_sec": 8.0}, 3),
         ({"max_train_sec": 8.0, "max_samples": 350}, 2),
         ({"max_train_sec": 6.0, "max_samples": 350}, 1),
         ({"max_train_sec": 8.0, "max_fast_steps": 27}, 1),
-        ({"max_train_sec": 8.0, "passes": 1}, 0),
+        ({"max_train_sec": 8.0, "epochs": 1}, 0),
     ):
-        assert next_rounds(TrainConfig(**{"passes": None, **settings}), plan, done) == rounds, settings
+        assert next_rounds(TrainConfig(**{"epochs": None, **settings}), plan, done) == rounds, settings
 
 
 def test_limits_within_the_first_round_are_refused(plan: Plan) -> None:

@@ -23,7 +23,7 @@ import hvd_hetero
 FOLDER, RANK = Path(sys.argv[1]), int(os.environ["HOROVOD_RANK"])
 SWAPPED = {"fast": {"ranks": [1]}, "slow": {"ranks": [0]}}
 COMMON = {
-    "train.passes": 2, "train.batch_size": 4, "train.tau": {"fast": 4, "slow": 2}, "train.loss_args": {},
+    "train.epochs": 2, "train.batch_size": 4, "train.tau": {"fast": 4, "slow": 2}, "train.loss_args": {},
     "cluster.classes": {"fast": {"ranks": [0]}, "slow": {"ranks": [1]}}, "checkpoint.every_rounds": 1,
 }  # fmt: skip
 
@@ -74,7 +74,7 @@ CALLS: dict[str, Any] = {
     "refused after the start": lambda: train("first", run__resume="auto", cluster__classes=SWAPPED),
     "again": lambda: train("again"),
     "other data": lambda: train("other", shift=3, run__seed=5),
-    "other metric": lambda: train("other", shift=3, run__seed=5, run__resume="auto", train__passes=3,
+    "other metric": lambda: train("other", shift=3, run__seed=5, run__resume="auto", train__epochs=3,
                                   eval__metric="none"),
     "eager": lambda: train("eager", algorithm__name="eager_sgd", train__tau=4),
     "no name": lambda: train(None),

@@ -22,11 +22,11 @@ from hvd_hetero.comm.kv_store import job_env
 from hvd_hetero.config.load import device_classes, load
 from hvd_hetero.training import dry_run, startup, trainer
 from hvd_hetero.training.watchdog import Watchdog
-from hvd_hetero.worker.components import Given
+from hvd_hetero.worker.components import UserObjects
 
 CLASSES = {"fast": {"device": "cpu", "ranks": [0]}, "slow": {"device": "cpu", "ranks": [1]}}
 SETTINGS: dict[str, Any] = {
-    "cluster.classes": CLASSES, "train.passes": 2, "train.batch_size": 4, "train.tau": {"fast": 4, "slow": 2},
+    "cluster.classes": CLASSES, "train.epochs": 2, "train.batch_size": 4, "train.tau": {"fast": 4, "slow": 2},
     "train.lr": 0.1, "train.loss_args": {}, "train.optimizer_args": {}, "run.trace_rounds": 0,
     "checkpoint.every_sec": None, "profile.seconds": 0.1, "profile.reuse": False,
 }  # fmt: skip
@@ -145,7 +145,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     model, settings, optimizer = CASES[name]
     env = job_env()
     config = load((), SETTINGS | settings, algorithms.method)
-    parts = dry_run.build(config, Given(model, data(0), data(1), optimizer=optimizer))
+    parts = dry_run.build(config, UserObjects(model, data(0), data(1), optimizer=optimizer))
     facts = [RankFacts(rank, "localhost", rank, (), "cpu", (0,)) for rank in range(env.size)]
     cluster = assign(device_classes(config.cluster.classes), facts)
     startup.check(config, parts, cluster)

@@ -24,17 +24,17 @@ from hvd_hetero.algorithms import REGISTRY
 
 SIZE = 3
 BESIDE = {"classes": "one beside two"}
-SHORT = {"train.passes": None, "train.max_fast_steps": 6}
+SHORT = {"train.epochs": None, "train.max_fast_steps": 6}
 THREE = {**SHORT, "train.tau": {"fast": 3, "slow": 1, "other": 1}}
 
-def mixed(method: str, settings: Mapping[str, Any], passes: int | None = None, **more: Any) -> Case:
-    """Two rounds, or so many passes, of the GPU rank beside two CPU ranks."""
-    return Case(method, {**({"train.passes": passes} if passes else SHORT), **settings}, "one beside two", **more)
+def mixed(method: str, settings: Mapping[str, Any], epochs: int | None = None, **more: Any) -> Case:
+    """Two rounds, or so many epochs, of the GPU rank beside two CPU ranks."""
+    return Case(method, {**({"train.epochs": epochs} if epochs else SHORT), **settings}, "one beside two", **more)
 
 
 DELAYED = {"aggregation.delayed": True}
 AVERAGED, RESET = {"aggregation.optimizer_state": "average"}, {"aggregation.optimizer_state": "reset"}
-BAD = {"passes": 1, "poisoned": (17, 40)}
+BAD = {"epochs": 1, "poisoned": (17, 40)}
 ORACLE: Mapping[str, Case] = {
     "sync": mixed("sync_sgd", UNEVEN),
     "sync, BatchNorm": mixed("sync_sgd", UNEVEN, model="norm"),
@@ -76,7 +76,7 @@ SHARED: Mapping[str, Case] = {
     "two classes, solo": Case("biased_local_sgd", {**THREE, **IN_STEP, "aggregation.mode": "solo"}, "three classes"),
     "two classes, delayed": Case("biased_local_sgd", {**THREE, "aggregation.delayed": True}, "three classes"),
     "two classes, digits": Case(
-        "biased_local_sgd", {"profile.seconds": 1.0, "train.tau": 16, "train.passes": 6}, "three classes", "digits"
+        "biased_local_sgd", {"profile.seconds": 1.0, "train.tau": 16, "train.epochs": 6}, "three classes", "digits"
     ),
 }
 ALL_ON_ONE: Mapping[str, Case] = {

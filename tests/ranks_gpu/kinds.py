@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 SAMPLES, SIDE, TARGETS = 60, 12, 3
 SETTINGS: Mapping[str, Any] = {
-    "train.tau": {"fast": 3, "slow": 1}, "train.batch_size": 4, "train.passes": 3, "train.lr": 0.05,
-    "train.loss_args": {}, "train.optimizer_args": {"momentum": 0.9}, "eval.every_passes": 10,
+    "train.tau": {"fast": 3, "slow": 1}, "train.batch_size": 4, "train.epochs": 3, "train.lr": 0.05,
+    "train.loss_args": {}, "train.optimizer_args": {"momentum": 0.9}, "eval.every_epochs": 10,
     "checkpoint.every_rounds": 1, "checkpoint.keep": 1, "run.resume": "auto",
 }  # fmt: skip
 

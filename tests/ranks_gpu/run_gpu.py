@@ -35,7 +35,7 @@ from hvd_hetero.training.resume import find  # noqa: E402
 from hvd_hetero.training.stop_request import StopRequest  # noqa: E402
 from hvd_hetero.training.watchdog import Watchdog  # noqa: E402
 from hvd_hetero.worker import components  # noqa: E402
-from hvd_hetero.worker.components import Given  # noqa: E402
+from hvd_hetero.worker.components import UserObjects  # noqa: E402
 
 
 class Stops:
@@ -44,7 +44,7 @@ class Stops:
     asked = False
 
 
-def train(settings: Mapping[str, Any], given: Given | None, env: JobEnv, folder: Path) -> dict[str, Any]:
+def train(settings: Mapping[str, Any], given: UserObjects | None, env: JobEnv, folder: Path) -> dict[str, Any]:
     """Trains; one that is stopped is resumed by a new trainer."""
     config = load((), {**settings, "run.dir": str(folder)}, algorithms.method)
     facts = [RankFacts(rank, "localhost", rank, ("a GPU",), "cpu", (0,)) for rank in range(env.size)]
@@ -70,7 +70,7 @@ def train(settings: Mapping[str, Any], given: Given | None, env: JobEnv, folder:
             this.algorithm.close()
         tensors = dict(this.worker.model.named_parameters()) | dict(this.worker.model.named_buffers())
         return {"model": {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()},
-                "dealt": RecordedFeed.dealt, "summary": summary, "left_out": this.comm.left_out.count,
+                "dealt": RecordedFeed.dealt, "summary": summary, "excluded": this.comm.excluded.count,
                 "graphs": graphs, "is_compiled": this.worker._compiled is not None}
 
 
@@ -92,7 +92,7 @@ def compiled() -> dict[str, int]:
 def run_case(name: str, group: str, device: str, env: JobEnv, folder: Path) -> dict[str, Any]:
     case = GROUPS[group].cases[name]
     inputs, targets = data(case.poisoned)
-    made = Given(model=lambda: model(case.model).float(), train_data=(inputs.float(), targets),
+    made = UserObjects(model=lambda: model(case.model).float(), train_data=(inputs.float(), targets),
                  test_data=(data()[0].float(), targets))  # fmt: skip
     return train(settings_of(name, GROUPS[group], device), None if case.model == "digits" else made, env, folder)
 
@@ -105,7 +105,7 @@ def run_kind(kind: Kind, device: str, env: JobEnv, folder: Path) -> dict[str, An
     def once(in_pieces: bool) -> dict[str, Any]:
         Stops.asked = in_pieces
         torch.manual_seed(3)
-        given = Given(model=kind.model(device), train_data=kind.data(0), test_data=kind.data(1), **kind.given)
+        given = UserObjects(model=kind.model(device), train_data=kind.data(0), test_data=kind.data(1), **kind.given)
         return train(settings, given, env, folder / ("pieces" if in_pieces else "whole"))
 
     if settings.get("train.compile"):

@@ -23,7 +23,7 @@ CLASSES: dict[str, dict[str, list[int]]] = {
 }
 SAMPLES, FEATURES, TARGETS = 120, 5, 3
 BASE: dict[str, Any] = {
-    "train.passes": 2,
+    "train.epochs": 2,
     "train.batch_size": 4,
     "train.tau": {"fast": 3, "slow": 3},
     "train.lr": 0.1,
@@ -31,7 +31,7 @@ BASE: dict[str, Any] = {
     "train.optimizer_args": {"momentum": 0.9},
     "eval.batch_size": 64,
     "run.trace_rounds": 0,
-    "eval.every_passes": 10,
+    "eval.every_epochs": 10,
 }
 
 
@@ -60,12 +60,12 @@ class Case:
         classes = {name: {"device": "cpu", "ranks": ranks} for name, ranks in CLASSES[self.classes].items()}
         method = {"algorithm.name": self.method, "cluster.classes": classes, "aggregation.path": self.path}
         if self.model == "digits":
-            return {**method, "train.batch_size": 8, "train.passes": DIGITS_PASSES, "train.tau": 8, **self.settings}
+            return {**method, "train.batch_size": 8, "train.epochs": DIGITS_EPOCHS, "train.tau": 8, **self.settings}
         tau = {name: 3 for name in classes}
         return {**BASE, "train.tau": tau, **method, **self.settings}
 
 
-DIGITS_PASSES = 2
+DIGITS_EPOCHS = 2
 PLAIN = {"train.optimizer_args": {}}
 TAU1 = {"train.tau": {"every": 1}, **PLAIN}
 UNEVEN = {"train.batch_size": {"fast": 5, "slow": 2}}
@@ -84,7 +84,7 @@ CASES: dict[str, Case] = {
     "sync, clipped": Case("sync_sgd", {"train.clip_norm": 0.3}),
     "sync, plain SGD": Case("sync_sgd", PLAIN),
     "sync, warm-up and cosine": Case("sync_sgd", {
-        "train.passes": 3, "train.scheduler": "CosineAnnealingLR", "train.scheduler_args": {"T_max": 3},
+        "train.epochs": 3, "train.scheduler": "CosineAnnealingLR", "train.scheduler_args": {"T_max": 3},
         "train.warmup_rounds": 5,
     }),
     "sync, label smoothing": Case("sync_sgd", {"train.loss_args": {"label_smoothing": 0.2}}),
@@ -97,9 +97,9 @@ CASES: dict[str, Case] = {
     "byteps, one server": Case("byteps", {"algorithm.partition_bytes": 80}, "three_fast"),
     "byteps, one worker": Case("byteps", {"algorithm.partition_bytes": 128, "train.clip_norm": 0.3}, "alone"),
     "byteps, more servers than partitions": Case("byteps", {}, "rank0_slow", "norm"),
-    "dlb": Case("dlb", {"algorithm.global_batch": 13, "train.passes": 4}),
+    "dlb": Case("dlb", {"algorithm.global_batch": 13, "train.epochs": 4}),
     "dlb, BatchNorm, hierarchical": Case(
-        "dlb", {"train.passes": 3, "algorithm.global_batch": 13, "algorithm.least": 2},
+        "dlb", {"train.epochs": 3, "algorithm.global_batch": 13, "algorithm.min_local_batch": 2},
         model="norm", path="hierarchical",
     ),
     # local SGD
@@ -170,7 +170,7 @@ CASES["digits, eager_sgd, majority"] = Case("eager_sgd", {"algorithm.mode": "maj
 
 
 POISONED: dict[str, Case] = {
-    name: Case(method, {"train.passes": 3, **settings}, poisoned=(17,), **layout)
+    name: Case(method, {"train.epochs": 3, **settings}, poisoned=(17,), **layout)
     for name, method, settings, layout in (
         ("biased, BatchNorm", "biased_local_sgd", TAU31, {"classes": "of three", "model": "norm"}),
         ("hierarchical", "biased_local_sgd", TAU31, {"classes": "of three", "model": "norm", "path": "hierarchical"}),
@@ -193,14 +193,14 @@ POISONED: dict[str, Case] = {
         ("two, sync, BatchNorm", "sync_sgd", {}, {"classes": "of two", "model": "norm"}),
     )
 }
-"""In each pass some rank is given a sample that its gradient cannot stand; an oracle knows what comes of it."""
+"""In each epoch some rank is given a sample that its gradient cannot stand; an oracle knows what comes of it."""
 
-BATCHNORM = {"dlb": {"algorithm.least": 2}}
+BATCHNORM = {"dlb": {"algorithm.min_local_batch": 2}}
 """What it asks of methods: it cannot train on one sample, which a busy machine may leave a rank."""
 
 POISONED |= {
     f"every, {name}, {mode}": Case(
-        name, {"train.passes": 4, **BATCHNORM.get(name, {}),
+        name, {"train.epochs": 4, **BATCHNORM.get(name, {}),
                **({} if mode == "as it is" else {"aggregation.mode": mode})}, "of three", "norm", poisoned=(17, 40),
     )
     for name in REGISTRY

@@ -12,7 +12,7 @@ from ranks_methods.cases import CLASSES, Case, data, model
 from torch import Tensor, nn
 
 Dealt = Mapping[int, Sequence[Tensor]]
-"""By rank and pass: ``[steps, B]`` indices."""
+"""By rank and epoch: ``[steps, B]`` indices."""
 
 
 class Replica:
@@ -64,7 +64,8 @@ def joined(case: Case, dealt: Dealt) -> dict[str, Tensor]:
 
 
 def rate(settings: Mapping[str, Any], number: int, step: int) -> float:
-    """The learning rate of a step (from 1) of a pass (from 0): cosine over the passes, if so set, times the warm-up."""
+    """The learning rate of a step (from 1) of an epoch (from 0): cosine over the epochs, if so set, times the
+    warm-up."""
     lr: float = settings["train.lr"]
     if "train.scheduler" in settings:
         lr *= (1 + math.cos(math.pi * number / settings["train.scheduler_args"]["T_max"])) / 2
@@ -72,7 +73,7 @@ def rate(settings: Mapping[str, Any], number: int, step: int) -> float:
 
 
 def normalized(case: Case, dealt: Dealt) -> dict[str, Tensor]:
-    """The same where each rank normalizes its own share; running statistics are averaged after each pass."""
+    """The same where each rank normalizes its own share; running statistics are averaged after each epoch."""
     replicas = {rank: Replica(case) for rank, steps in dealt.items() if steps[0].numel()}
     for steps in together(dealt):
         for step in steps:
@@ -95,9 +96,9 @@ def normalized(case: Case, dealt: Dealt) -> dict[str, Tensor]:
 
 
 def together(dealt: Dealt) -> list[list[tuple[Tensor, ...]]]:
-    """By pass and step: the batches of all ranks that train."""
+    """By epoch and step: the batches of all ranks that train."""
     training = [steps for steps in dealt.values() if steps[0].numel()]
-    return [list(zip(*passes, strict=True)) for passes in zip(*training, strict=True)]
+    return [list(zip(*epochs, strict=True)) for epochs in zip(*training, strict=True)]
 
 
 def local(case: Case, dealt: Dealt) -> dict[str, Tensor]:

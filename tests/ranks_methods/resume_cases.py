@@ -27,7 +27,7 @@ from hvd_hetero.training.resume import find
 from hvd_hetero.training.stop_request import StopRequest
 from hvd_hetero.training.watchdog import Watchdog
 from hvd_hetero.worker import components
-from hvd_hetero.worker.components import Given
+from hvd_hetero.worker.components import UserObjects
 
 NEVER, OFTEN = 10**9, 3
 
@@ -45,7 +45,7 @@ def run(case: Case, env: JobEnv, folder: Path, every: int) -> tuple[int, dict[st
     facts = [RankFacts(rank, "localhost", rank, (), "cpu", (0,)) for rank in range(env.size)]
     cluster = assign(device_classes(config.cluster.classes), facts)
     while True:
-        given = Given(model=lambda: model(case.model), train_data=data(), test_data=data())
+        given = UserObjects(model=lambda: model(case.model), train_data=data(), test_data=data())
         parts = components.build(config, given)
         job = startup.Job(env, config, parts, cluster, Placement("cpu", 1, None), Watchdog(env))
         this = trainer.Trainer(job, folder, found)

@@ -2,7 +2,7 @@
 
 ``run_cases.py FOLDER poisoned`` takes those of ``cases.POISONED`` that are for the job's number of ranks.
 
-It writes ``FOLDER/rank{N}.pt``: by case the rank's final model, the indices it was dealt in each pass, and on rank 0
+It writes ``FOLDER/rank{N}.pt``: by case the rank's final model, the indices it was dealt in each epoch, and on rank 0
 the summary and the laps of all ranks, where they are traced.
 All process sets are made by the first ``hvd.init``, and each run's ``Comm`` finds its own.
 """
@@ -26,7 +26,7 @@ from hvd_hetero.telemetry.trace import TRACE, from_chrome
 from hvd_hetero.training import startup, trainer
 from hvd_hetero.training.watchdog import Watchdog
 from hvd_hetero.worker import components
-from hvd_hetero.worker.components import Given
+from hvd_hetero.worker.components import UserObjects
 from hvd_hetero.worker.index_feed import Feed
 
 
@@ -45,15 +45,15 @@ class RecordedFeed(Feed):
         self.whole = True
         return super().deal_whole(plan)
 
-    def collect_as_worked(self, worked: Any, losses: Any) -> None:
+    def collect(self, indices: Any, *results: Any) -> None:
         if self.whole:
-            RecordedFeed.dealt.append(torch.from_numpy(worked.rows.copy()).long())
-        super().collect_as_worked(worked, losses)
+            RecordedFeed.dealt.append(torch.from_numpy(indices.copy()).long())
+        super().collect(indices, *results)
 
 
 def run(case: Case, env: JobEnv, folder: Path) -> dict[str, Any]:
     config = load((), case.overrides(), algorithms.method)
-    given = Given(model=lambda: model(case.model), train_data=data(case.poisoned), test_data=data())
+    given = UserObjects(model=lambda: model(case.model), train_data=data(case.poisoned), test_data=data())
     parts = components.build(config, None if case.model == "digits" else given)
     facts = [RankFacts(rank, "localhost", rank, (), "cpu", (0,)) for rank in range(env.size)]
     cluster = assign(device_classes(config.cluster.classes), facts)
@@ -66,7 +66,7 @@ def run(case: Case, env: JobEnv, folder: Path) -> dict[str, Any]:
     written = (folder / TRACE).read_text() if env.rank == 0 and config.run.trace_rounds else None
     trace = from_chrome(json.loads(written))[0] if written else []
     return {"model": this.worker.model.state_dict(), "dealt": RecordedFeed.dealt, "summary": summary,
-            "left_out": this.comm.left_out.count, "trace": trace}
+            "excluded": this.comm.excluded.count, "trace": trace}
 
 
 def main(folder: Path, poisoned: bool) -> None:

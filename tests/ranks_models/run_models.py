@@ -25,12 +25,12 @@ from hvd_hetero.training import dry_run, startup, trainer
 from hvd_hetero.training.resume import find
 from hvd_hetero.training.stop_request import StopRequest
 from hvd_hetero.training.watchdog import Watchdog
-from hvd_hetero.worker.components import Given
+from hvd_hetero.worker.components import UserObjects
 
 SETTINGS: Mapping[str, Any] = {
     "cluster.classes": {"fast": {"ranks": [0]}, "slow": {"ranks": [1]}}, "train.tau": {"fast": 3, "slow": 1},
-    "train.batch_size": 4, "train.passes": 3, "train.lr": 0.05, "train.loss_args": {}, "train.optimizer_args": {},
-    "eval.every_passes": 2, "run.resume": "auto", "checkpoint.every_rounds": 1, "checkpoint.keep": 1,
+    "train.batch_size": 4, "train.epochs": 3, "train.lr": 0.05, "train.loss_args": {}, "train.optimizer_args": {},
+    "eval.every_epochs": 2, "run.resume": "auto", "checkpoint.every_rounds": 1, "checkpoint.keep": 1,
 }  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def run(case: Case, env: JobEnv, folder: Path, in_pieces: bool) -> dict[str, Any
     while True:
         torch.manual_seed(env.rank)  # rank 0's model is where all start
         train, test = case.data()
-        given = Given(model=case.model(), train_data=train, test_data=test, **case.given)
+        given = UserObjects(model=case.model(), train_data=train, test_data=test, **case.given)
         parts = dry_run.build(config, given)
         this = trainer.Trainer(
             startup.Job(env, config, parts, cluster, Placement("cpu", 1, None), Watchdog(env)), folder, found

@@ -77,7 +77,7 @@ def life(spec: dict[str, Any], number: int, comm: Comm, folder: Path) -> list[st
     infos = [json.loads(text) for text in comm.gather_text(
         store.write_shard(number + 1, comm.rank, saved).to_json(), f"infos.{number}")]
     if comm.rank == 0:
-        store.commit(number + 1, [ShardInfo.from_json(json.dumps(info)) for info in infos], passes=0, made_with={})
+        store.commit(number + 1, [ShardInfo.from_json(json.dumps(info)) for info in infos], epochs=0, made_with={})
     comm.barrier(f"committed.{number}")
     fresh = build(spec, seed=7777)
     again = FlatState(fresh)

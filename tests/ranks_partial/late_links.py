@@ -12,7 +12,7 @@ from hvd_hetero.cli import main
 from hvd_hetero.comm.partial import control_channel
 
 
-class LateLink(control_channel.Link):
+class LateLink(control_channel.ControlClient):
     def __init__(self, address: tuple[str, int], *given: Any) -> None:
         Path(os.environ["HVD_HETERO_TEST_ADDRESS"]).write_text(f"{address[0]} {address[1]}\n")
         time.sleep(3)
@@ -20,5 +20,5 @@ class LateLink(control_channel.Link):
 
 
 if __name__ == "__main__":
-    control_channel.Link = LateLink  # type: ignore[misc]
+    control_channel.ControlClient = LateLink  # type: ignore[misc]
     sys.exit(main())

@@ -19,7 +19,7 @@ Worked = Sequence[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Schedule:
-    """One pass in which ranks take turns.
+    """One epoch in which ranks take turns.
 
     Attributes:
         order: whose turn it is, again and again.
@@ -37,7 +37,7 @@ class Schedule:
     def overrides(self) -> dict[str, Any]:
         classes = {f"c{rank}": {"device": "cpu", "ranks": [rank]} for rank in range(len(self.tau))}
         tau = {name: self.tau[rank] for rank, name in enumerate(classes)}
-        method = {"algorithm.name": self.method, "cluster.classes": classes, "train.tau": tau, "train.passes": 1}
+        method = {"algorithm.name": self.method, "cluster.classes": classes, "train.tau": tau, "train.epochs": 1}
         return {**BASE, **method, "aggregation.sync_every": 1000, "aggregation.patience_sec": 60, **self.settings}
 
     def steps_a_turn(self, rank: int) -> int:

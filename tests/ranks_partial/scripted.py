@@ -27,10 +27,9 @@ from hvd_hetero.comm.kv_store import JobEnv, job_env  # noqa: E402
 from hvd_hetero.comm.partial.allreduce import PartialAllreduce  # noqa: E402
 from hvd_hetero.config.load import device_classes, load  # noqa: E402
 from hvd_hetero.training import startup, trainer
-from hvd_hetero.training.epoch import Ongoing  # noqa: E402
 from hvd_hetero.training.watchdog import Watchdog  # noqa: E402
-from hvd_hetero.worker import components
-from hvd_hetero.worker.components import Given  # noqa: E402
+from hvd_hetero.worker import components, epoch
+from hvd_hetero.worker.components import UserObjects  # noqa: E402
 from hvd_hetero.worker.index_feed import Feed  # noqa: E402
 
 
@@ -103,7 +102,7 @@ def run(folder: Path, case: Schedule, env: JobEnv, patch: pytest.MonkeyPatch) ->
 
     turns.rounds = arrived
 
-    def read(self: Any, source: Any, rows: Any, generator: Any) -> Iterator[Any]:
+    def read(source: Any, rows: Any, generator: Any, start: int = 0) -> Iterator[Any]:
         for i, batch in enumerate(source.batches(rows, generator)):
             if i % case.steps_a_turn(env.rank) == 0:
                 turns.wait()
@@ -113,17 +112,17 @@ def run(folder: Path, case: Schedule, env: JobEnv, patch: pytest.MonkeyPatch) ->
         threading.Timer(0.3, turns.finish).start()  # by then the others have been told
         yield from finished(self)
 
-    def collect(self: Any, work: Any, losses: Any) -> None:
-        worked.append((torch.from_numpy(work.rows.copy()).long(), torch.from_numpy(work.at.copy())))
-        collected(self, work, losses)
+    def collect(self: Any, indices: Any, at: Any, *results: Any) -> None:
+        worked.append((torch.from_numpy(indices.copy()).long(), torch.from_numpy(at.copy()).long()))
+        collected(self, indices, at, *results)
 
-    finished, collected = PartialAllreduce.finish, Feed.collect_as_worked
-    patch.setattr(Ongoing, "batches", read)
+    finished, collected = PartialAllreduce.finish, Feed.collect
+    patch.setattr(epoch, "read", read)
     patch.setattr(PartialAllreduce, "finish", finish)
-    patch.setattr(Feed, "collect_as_worked", collect)
-    # nobody comes to rest within a pass in order to save
+    patch.setattr(Feed, "collect", collect)
+    # nobody comes to rest within an epoch in order to save
     config = load((), case.overrides() | {"checkpoint.every_sec": None}, algorithms.method)
-    given = Given(model=lambda: model(case.model), train_data=data(), test_data=data())
+    given = UserObjects(model=lambda: model(case.model), train_data=data(), test_data=data())
     parts = components.build(config, given)
     cluster = assign(device_classes(config.cluster.classes), facts(env.size))
     startup.check(config, parts, cluster)

@@ -43,7 +43,7 @@ def stress(comm: Comm, mode: str, seed: int, steps: int) -> dict[str, Any]:
     )
     rng = np.random.default_rng((seed, comm.rank))
     computed, received, digest = torch.zeros(SIZE, dtype=torch.float64), torch.zeros(SIZE, dtype=torch.float64), []
-    weights, rounds, passes = 0.0, 0, 2
+    weights, rounds, epochs = 0.0, 0, 2
 
     def enter(results: list) -> None:
         nonlocal weights, rounds
@@ -55,7 +55,7 @@ def stress(comm: Comm, mode: str, seed: int, steps: int) -> dict[str, Any]:
             digest.append(hashlib.sha256(result.total.numpy().tobytes()).hexdigest()[:8])
         partial.done(results)
 
-    for _ in range(passes):
+    for _ in range(epochs):
         for _ in range(steps):
             time.sleep(float(rng.exponential(0.001 * (1 + 3 * comm.rank))) if rng.random() < 0.5 else 0.0)
             vector = torch.from_numpy(rng.integers(-1000, 1000, SIZE).astype(np.float64))
@@ -64,7 +64,7 @@ def stress(comm: Comm, mode: str, seed: int, steps: int) -> dict[str, Any]:
             enter(partial.take())
         for results in partial.finish():
             enter(results)
-        comm.barrier("pass")
+        comm.barrier("epoch")
     counts = partial.take_counts()
     whole = torch.stack(comm.gather(computed, "computed")).sum(0)
     partial.close()

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_hetero import launch
 from hvd_hetero.comm.horovodrun import BLOCK_BYTES, HEADER, STDERR, STDOUT
 from hvd_hetero.config.load import load
 from hvd_hetero.errors import EXIT_BAD_INPUT
+from hvd_hetero.launch import launcher
 from hvd_hetero.launch.horovodrun import End
 from hvd_hetero.launch.rank_output import LINE_BYTES, RankOutput, write_all
 
@@ -59,7 +59,7 @@ def loud(tmp_path: Path, *words: str) -> End:
     script = tmp_path / "loud.py"
     script.write_text(LOUD)
     line = ["horovodrun", "--gloo", "-np", "2", "-H", "localhost:2", sys.executable, str(script), *words]
-    return launch._run(load(), line, [("localhost", 2)])
+    return launcher._run(load(), line, [("localhost", 2)])
 
 
 def test_every_byte_of_every_rank(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""The accounts of partial collectives: how they are gathered, and what they say of a pass and of a run."""
+"""The accounts of partial collectives: how they are gathered, and what they say of an epoch and of a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.horovod
 TIMES = st.integers(0, 1000)
 STALENESS = st.dictionaries(st.integers(0, 2 * AGES), st.integers(1, 100), max_size=6).map(Counter)
 COUNTS = st.builds(Counts, TIMES, TIMES, TIMES, TIMES, STALENESS)
-PASSES = st.integers(1, 4).flatmap(lambda ranks: st.lists(
+EPOCHS = st.integers(1, 4).flatmap(lambda ranks: st.lists(
     st.lists(COUNTS, min_size=ranks, max_size=ranks), min_size=1, max_size=4))
 
 
@@ -39,7 +39,7 @@ def test_a_rank_that_has_sent_nothing() -> None:
     assert accounts.to_dict() == {"ranks": [dict.fromkeys(KINDS, 0)] * 2, "staleness": [0]}
 
 
-def test_shares_are_those_of_the_pass_and_the_rest_adds_up() -> None:
+def test_shares_are_those_of_the_epoch_and_the_rest_adds_up() -> None:
     accounts = PartialAccounts()
     accounts.enter([to_numbers(Counts(10, 0, 0, 0, Counter({0: 10}))), to_numbers(Counts(0, 0, 10, 1))])
     shares = accounts.enter([
@@ -57,19 +57,19 @@ def test_shares_are_those_of_the_pass_and_the_rest_adds_up() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(PASSES)
-def test_nothing_is_lost_over_passes(passes: list[list[Counts]]) -> None:
+@given(EPOCHS)
+def test_nothing_is_lost_over_epochs(epochs: list[list[Counts]]) -> None:
     """Of every rank and kind, and of every age up to the oldest."""
     accounts = PartialAccounts()
-    for found in passes:
+    for found in epochs:
         shares = accounts.enter([to_numbers(counts) for counts in found])
         rounds = sum(c.fresh + c.late + c.empty for c in found)
         assert shares["fresh"] + shares["late"] + shares["empty"] == pytest.approx(1.0 if rounds else 0.0)
     whole = accounts.to_dict()
     for rank, kinds in enumerate(whole["ranks"]):
-        assert kinds == {kind: sum(getattr(found[rank], kind) for found in passes) for kind in KINDS}
+        assert kinds == {kind: sum(getattr(found[rank], kind) for found in epochs) for kind in KINDS}
     ages: Counter[int] = Counter()
-    for found in passes:
+    for found in epochs:
         for counts in found:
             for age, times in counts.staleness.items():
                 ages[min(age, AGES - 1)] += times

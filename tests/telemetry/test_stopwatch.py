@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvd_hetero.telemetry import stopwatch
-from hvd_hetero.telemetry.stopwatch import Pace, Stopwatch, split_waiting
+from hvd_hetero.telemetry.stopwatch import SlowdownEmulator, Stopwatch, split_waiting
 
 
 class Clock:
-    """Time that passes when told; also stands in for the module ``time``."""
+    """Time that epochs when told; also stands in for the module ``time``."""
 
     def __init__(self, overshoot_sec: float = 0.0) -> None:
         self.now = 100.0
@@ -41,12 +41,12 @@ def test_every_second_is_booked_once(clock: Clock) -> None:
     watch = Stopwatch(clock)
     for kind, seconds in (("data", 1.0), ("compute", 2.0), ("collective", 4.0), ("compute", 8.0), ("collective", 16.0)):
         clock.now += seconds
-        booked = watch.collective() if kind == "collective" else watch.lap(kind)
+        booked = watch.collective() if kind == "collective" else watch.span(kind)
         assert booked == seconds
     clock.now += 32.0
     watch.skip()
     clock.now += 0.5
-    watch.lap("data")
+    watch.span("data")
     assert watch.take() == ({"compute": 10.0, "data": 1.5, "blocked": 0.0, "comm": 0.0}, [4.0, 16.0])
     assert watch.take() == ({"compute": 0.0, "data": 0.0, "blocked": 0.0, "comm": 0.0}, [])
 
@@ -57,7 +57,7 @@ def test_a_rank_outside_a_collective_keeps_its_place_in_the_list(clock: Clock) -
     clock.now += 1.0
     watch.collective()
     clock.now += 2.0
-    watch.absent()
+    watch.skip_collective()
     clock.now += 4.0
     watch.collective()
     first, absent, last = watch.take()[1]
@@ -66,17 +66,17 @@ def test_a_rank_outside_a_collective_keeps_its_place_in_the_list(clock: Clock) -
 
 def test_laps_are_kept_where_they_are_wanted(clock: Clock) -> None:
     watch = Stopwatch(clock)
-    watch.laps = []
+    watch.spans = []
     clock.now += 1.0
-    watch.lap("data")
+    watch.span("data")
     clock.now += 2.0
     watch.collective()
-    assert watch.laps == [("data", 100.0, 101.0), ("collective", 101.0, 103.0)]
+    assert watch.spans == [("data", 100.0, 101.0), ("collective", 101.0, 103.0)]
 
 
 @pytest.mark.parametrize(("started", "blocked", "comm"), [
     (103.0, 2.0, 6.0),
-    (101.0, 0.0, 8.0),  # at the last lap
+    (101.0, 0.0, 8.0),  # at the last span
     (40.0, 0.0, 8.0),  # before it: the result was on its way while this rank still computed
     (109.0, 8.0, 0.0),
     (110.0, 8.0, 0.0),  # clocks are read one after the other
@@ -86,21 +86,21 @@ def test_waiting_ends_when_what_is_waited_for_starts(
     clock: Clock, started: float, blocked: float, comm: float
 ) -> None:
     watch = Stopwatch(clock)
-    watch.laps = []
+    watch.spans = []
     clock.now += 1.0
-    watch.lap("data")
+    watch.span("data")
     clock.now += 8.0
     watch.waited(started)
     clock.now += 16.0
-    watch.lap("compute")
+    watch.span("compute")
     assert watch.take() == ({"compute": 16.0, "data": 1.0, "blocked": blocked, "comm": comm}, [])
     between = [("blocked", 101.0, 101.0 + blocked), ("comm", 101.0 + blocked, 109.0)]
-    laps = [("data", 100.0, 101.0), *(lap for lap in between if lap[1] < lap[2]), ("compute", 109.0, 125.0)]
-    assert watch.laps == laps, "they follow each other without a gap, and none is empty"
+    spans = [("data", 100.0, 101.0), *(span for span in between if span[1] < span[2]), ("compute", 109.0, 125.0)]
+    assert watch.spans == spans, "they follow each other without a gap, and none is empty"
 
 
 def test_waiting_is_no_part_of_a_steps_own_time() -> None:
-    """By the own clock too, the next lap begins when the waiting has ended."""
+    """By the own clock too, the next span begins when the waiting has ended."""
     clock, own = Clock(), Clock()
     watch = Stopwatch(clock, own)
     clock.now += 8.0
@@ -108,11 +108,11 @@ def test_waiting_is_no_part_of_a_steps_own_time() -> None:
     watch.waited(104.0)
     clock.now += 2.0
     own.now += 1.0
-    assert watch.lap("compute") == 1.0
+    assert watch.span("compute") == 1.0
     assert watch.take()[0] == {"compute": 2.0, "data": 0.0, "blocked": 4.0, "comm": 4.0}
 
 
-def run_steps(clock: Clock, pace: Pace, count: int, data_sec: float, step_sec: float) -> int:
+def run_steps(clock: Clock, pace: SlowdownEmulator, count: int, data_sec: float, step_sec: float) -> int:
     def batches() -> object:
         while True:
             clock.now += data_sec
@@ -127,21 +127,21 @@ def run_steps(clock: Clock, pace: Pace, count: int, data_sec: float, step_sec: f
 
 def test_steps_are_booked_as_data_and_compute(clock: Clock) -> None:
     watch = Stopwatch(clock)
-    assert run_steps(clock, Pace(watch), 3, data_sec=0.5, step_sec=2.0) == 3
+    assert run_steps(clock, SlowdownEmulator(watch), 3, data_sec=0.5, step_sec=2.0) == 3
     assert watch.take() == ({"compute": 6.0, "data": 1.5, "blocked": 0.0, "comm": 0.0}, [])
     assert clock.slept == []
 
 
 def test_no_more_batches_are_taken_than_asked_for(clock: Clock) -> None:
     batches = iter(range(10))
-    pace = Pace(Stopwatch(clock))
+    pace = SlowdownEmulator(Stopwatch(clock))
     assert list(pace.steps(batches, 3)) == [0, 1, 2]
     assert list(pace.steps(batches, 2)) == [3, 4], "one taken too many would be a batch never trained on"
 
 
 def test_slowdown_stretches_data_and_compute_to_its_multiple(clock: Clock) -> None:
     watch = Stopwatch(clock)
-    run_steps(clock, Pace(watch, slowdown=8.0), 3, data_sec=0.5, step_sec=2.0)
+    run_steps(clock, SlowdownEmulator(watch, slowdown=8.0), 3, data_sec=0.5, step_sec=2.0)
     seconds, _ = watch.take()
     assert seconds["data"] + seconds["compute"] == pytest.approx(8 * 3 * 2.5)
     assert seconds["data"] == pytest.approx(1.5), "emulated time is compute"
@@ -152,7 +152,7 @@ def test_slowdown_stretches_data_and_compute_to_its_multiple(clock: Clock) -> No
 def test_delays_are_slept_in_their_steps_and_count_as_their_compute(clock: Clock, slowdown: float) -> None:
     """One a step, as long as it was drawn: a slower device is not slower at being delayed."""
     watch = Stopwatch(clock)
-    pace = Pace(watch, slowdown)
+    pace = SlowdownEmulator(watch, slowdown)
     pace.delays = iter([0.25, 0.0, 4.0, 32.0])
     assert run_steps(clock, pace, 2, data_sec=0.5, step_sec=2.0) == 2
     assert run_steps(clock, pace, 1, data_sec=0.5, step_sec=2.0) == 1
@@ -167,7 +167,7 @@ def test_what_the_core_does_meanwhile_is_no_part_of_an_emulated_step(monkeypatch
     clock, own = Clock(), Clock()
     monkeypatch.setattr(stopwatch, "time", clock)
     watch = Stopwatch(clock, own)
-    for _ in Pace(watch, slowdown=8.0).steps(iter(range(2)), 2):
+    for _ in SlowdownEmulator(watch, slowdown=8.0).steps(iter(range(2)), 2):
         clock.now += 5.0
         own.now += 2.0
     assert watch.take()[0]["compute"] == pytest.approx(2 * (5.0 + 7 * 2.0))
@@ -176,7 +176,7 @@ def test_what_the_core_does_meanwhile_is_no_part_of_an_emulated_step(monkeypatch
 def test_short_steps_sleep_together(clock: Clock) -> None:
     """Caches are cold after a sleep; what is owed is paid at the end of the round at the latest."""
     watch = Stopwatch(clock)
-    run_steps(clock, Pace(watch, slowdown=8.0), 40, data_sec=0.0, step_sec=0.001)
+    run_steps(clock, SlowdownEmulator(watch, slowdown=8.0), 40, data_sec=0.0, step_sec=0.001)
     assert watch.take()[0]["compute"] == pytest.approx(8 * 40 * 0.001)
     assert len(clock.slept) == 3  # 7 ms a step are 100 ms after 15 steps, again after 30, and at the end
 
@@ -185,7 +185,7 @@ def test_what_a_sleep_overshoots_is_taken_off_the_next(monkeypatch: pytest.Monke
     clock = Clock(overshoot_sec=0.25)
     monkeypatch.setattr(stopwatch, "time", clock)
     watch = Stopwatch(clock)
-    run_steps(clock, Pace(watch, slowdown=2.0), 100, data_sec=0.0, step_sec=1.0)
+    run_steps(clock, SlowdownEmulator(watch, slowdown=2.0), 100, data_sec=0.0, step_sec=1.0)
     assert watch.take()[0]["compute"] == pytest.approx(2 * 100 + 0.25), "only the last one is still owed"
 
 
@@ -199,7 +199,7 @@ def test_the_device_is_waited_for_before_the_step_is_measured(clock: Clock) -> N
 
     for slowdown, expected in ((1.0, 4 * 3.0), (5.0, 5 * 4 * 3.0)):
         watch = Stopwatch(clock)
-        for _ in Pace(watch, slowdown, synchronize).steps(iter(range(4)), 4):
+        for _ in SlowdownEmulator(watch, slowdown, synchronize).steps(iter(range(4)), 4):
             queued[0] += 1
         assert watch.take()[0]["compute"] == pytest.approx(expected)
 

@@ -19,7 +19,7 @@ def test_the_timeline_joins_clocks_and_parts_waiting_from_transfer() -> None:
 def test_a_rank_that_is_woken_up_late_is_not_shifted_on_one_host() -> None:
     first = [(COLLECTIVE, 1.0, 2.0), ("compute", 2.0, 5.0), ("comm", 5.0, 6.0)]
     second = [(COLLECTIVE, 1.5, 2.5), ("compute", 2.5, 4.5), ("blocked", 4.5, 5.0), ("comm", 5.0, 6.0)]
-    assert [laps[-1] for laps in timeline([first, second])] == [("comm", 4, 5), ("comm", 4, 5)]
+    assert [spans[-1] for spans in timeline([first, second])] == [("comm", 4, 5), ("comm", 4, 5)]
 
 
 def test_ranks_that_met_in_different_numbers_of_collectives_keep_their_clocks() -> None:
@@ -37,15 +37,15 @@ def test_the_recorder_keeps_the_rounds_it_is_to_keep() -> None:
     times = iter(range(100))
     watch = Stopwatch(lambda: float(next(times)))
     recorder = Recorder(watch, rounds=2)
-    watch.lap("compute")
-    for _ in range(2):  # two passes of three rounds: the second one's first two stay
+    watch.span("compute")
+    for _ in range(2):  # two epochs of three rounds: the second one's first two stay
         recorder.start()
         for _ in range(3):
-            watch.lap("compute")
+            watch.span("compute")
             watch.collective()
             recorder.end_round()
         recorder.stop()
-    assert from_numbers(recorder.to_numbers()) == recorder.laps == [
+    assert from_numbers(recorder.to_numbers()) == recorder.spans == [
         ("compute", 7, 8), (COLLECTIVE, 8, 9), ("compute", 9, 10), (COLLECTIVE, 10, 11)
     ]
-    assert watch.laps is None
+    assert watch.spans is None

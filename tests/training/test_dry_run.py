@@ -20,7 +20,7 @@ from hvd_hetero.config.load import load
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.random_state import RandomState, seed_all
 from hvd_hetero.training.dry_run import build
-from hvd_hetero.worker.components import Components, Given
+from hvd_hetero.worker.components import Components, UserObjects
 
 pytestmark = pytest.mark.horovod
 
@@ -29,13 +29,13 @@ TOKENS = torch.arange(24 * 4).reshape(24, 4) % 20
 Y = torch.arange(24) % 3
 TWO = {"fast": {"ranks": [0]}, "slow": {"ranks": [1]}}
 BASE = {"cluster.classes": TWO, "train.tau": {"fast": 2, "slow": 1}, "train.batch_size": 4, "train.loss_args": {},
-        "train.passes": 3, "train.optimizer_args": {}}  # fmt: skip
+        "train.epochs": 3, "train.optimizer_args": {}}  # fmt: skip
 
 
 def tried(model: Any, settings: dict[str, Any] | None = None, data: Any = (X, Y), **given: Any) -> Components:
-    """Dry run of a model on two classes; ``settings`` are configuration keys, ``given`` what a program passes."""
+    """Dry run of a model on two classes; ``settings`` are configuration keys, ``given`` what a program epochs."""
     config = load((), BASE | (settings or {}), algorithms.method)
-    return build(config, Given(model=model, train_data=data, test_data=data, **given))
+    return build(config, UserObjects(model=model, train_data=data, test_data=data, **given))
 
 
 class Net(nn.Module):
@@ -313,7 +313,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
                                    "optimizer='<lambda>': has modes, train() and eval(), which do not go with "
                                    "aggregation.mode=solo"),
     "a schedule too short": (linear, {"scheduler": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=2)},
-                             "scheduler='<lambda>': does not last through the passes: ValueError: Tried to step 3"),
+                             "scheduler='<lambda>': does not last through the epochs: ValueError: Tried to step 3"),
     "a schedule that needs figures": (linear, {"scheduler": lr_scheduler.ReduceLROnPlateau},
                                       "scheduler='ReduceLROnPlateau': does not last"),
     "a schedule that cannot be saved": (linear, {"scheduler": Forgets},
@@ -342,8 +342,8 @@ def test_what_cannot_be_saved_is_no_matter_where_nothing_is() -> None:
     ({"train.batch_size": 2}, 2),
 ])
 def test_what_a_norm_needs_is_found_out_where_it_matters(settings: dict[str, Any], least: int) -> None:
-    assert tried(lambda: Net(nn.BatchNorm1d(8)), settings).least_batch == least
-    assert tried(linear, settings).least_batch == 1
+    assert tried(lambda: Net(nn.BatchNorm1d(8)), settings).min_batch == least
+    assert tried(linear, settings).min_batch == 1
 
 
 def test_what_needs_a_gpu_is_not_tried_where_there_is_none(without_gpus: None) -> None:

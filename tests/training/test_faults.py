@@ -21,7 +21,7 @@ def test_a_fault_on_one_rank_ends_the_job(hvd_hetero: Callable[..., Any], tmp_pa
     """In mid-run: a status that is not 0, a message with rank and cause, nobody left behind."""
     folder = tmp_path / "run"
     done = hvd_hetero(["launch", f"run.dir={folder}", "train.loss=own_parts:fails_on_rank_1",
-                       "train.tau={fast: 8, slow: 4}", "train.passes=1000"], cwd=RANKS)
+                       "train.tau={fast: 8, slow: 4}", "train.epochs=1000"], cwd=RANKS)
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("hvd-hetero: error: ")]
     assert "hvd-hetero: error: rank 1 on localhost failed: RuntimeError: the disk of rank 1 is on fire" in errors

@@ -30,7 +30,7 @@ class Clock:
 
 clock = stopwatch.time = Clock()
 settings = {{"cluster.classes": {{"slow": {{"ranks": [0], "slowdown": {SLOWDOWN}, "threads": 1}}}},
-             "train.tau": {{"slow": 2}}, "train.batch_size": 4, "train.passes": 1}}
+             "train.tau": {{"slow": 2}}, "train.batch_size": 4, "train.epochs": 1}}
 loop = hvd_hetero.Loop(torch.nn.Linear(3, 2), (torch.randn(16, 3), torch.zeros(16, dtype=torch.long)), settings)
 steps = 0
 for round in loop:
@@ -62,7 +62,7 @@ from hvd_hetero.errors import UserError
 
 inputs, targets = torch.randn(16, 3), torch.arange(16) % 2
 settings = {"cluster.classes": {"only": {"ranks": [0]}}, "train.tau": {"only": 2}, "train.batch_size": 4,
-            "train.passes": 1}
+            "train.epochs": 1}
 loop = hvd_hetero.Loop(torch.nn.Linear(3, 2), (inputs, targets), settings)
 for round in loop:
     for x, y in round:

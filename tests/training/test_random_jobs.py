@@ -18,13 +18,13 @@ OWN = Path(__file__).parents[1] / "ranks"
 
 
 def test_evaluating_more_often_leaves_the_run_as_it_is(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
-    settings = ["model.target=noise:Noisy", "data.target=noise:data", "train.loss_args={}", "train.passes=3",
+    settings = ["model.target=noise:Noisy", "data.target=noise:data", "train.loss_args={}", "train.epochs=3",
                 "train.tau={fast: 4, slow: 2}", "cluster.classes.slow.slowdown=1", "run.trace_rounds=0"]  # fmt: skip
     found = []
     for often in (1, 3):
         folder = tmp_path / str(often)
         folder.mkdir()
-        words = [*settings, f"eval.every_passes={often}", f"model.args.folder={folder}", f"run.dir={folder}/run"]
+        words = [*settings, f"eval.every_epochs={often}", f"model.args.folder={folder}", f"run.dir={folder}/run"]
         found.append((folder, partial(hvd_hetero, ["launch", *words], cwd=OWN)))
     for done in together(*(call for _, call in found)):
         assert done.returncode == 0, done.stdout + done.stderr

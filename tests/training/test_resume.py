@@ -46,7 +46,7 @@ def stopped(folder: Path, *settings: str) -> str:
     """Runs until there is a row of figures, then asks the launcher to stop."""
     job = launched(folder, *settings)
     deadline = time.monotonic() + 120
-    while not passes(folder) and job.poll() is None and time.monotonic() < deadline:
+    while not epochs(folder) and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     job.send_signal(signal.SIGTERM)
     said, _ = job.communicate(timeout=120)
@@ -54,7 +54,7 @@ def stopped(folder: Path, *settings: str) -> str:
     return said
 
 
-def passes(folder: Path) -> int:
+def epochs(folder: Path) -> int:
     path = folder / "metrics.jsonl"
     return len(path.read_text().splitlines()) if path.exists() else 0
 
@@ -65,7 +65,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: row[name] for name in ("pass", "round", "samples_seen", "train_loss", "lr")} for row in lines]
+    return [{name: row[name] for name in ("epoch", "round", "samples_seen", "train_loss", "lr")} for row in lines]
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -74,30 +74,30 @@ def assert_same(one: Path, other: Path) -> None:
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, other)]
-    for key in ("rounds", "passes", "samples_seen"):
+    for key in ("rounds", "epochs", "samples_seen"):
         assert summaries[0][key] == summaries[1][key]
     assert [c["steps"] for c in summaries[0]["classes"]] == [c["steps"] for c in summaries[1]["classes"]]
 
 
-def test_stopped_within_a_pass_and_gone_on_is_bit_equal(tmp_path: Path) -> None:
+def test_stopped_within_an_epoch_and_gone_on_is_bit_equal(tmp_path: Path) -> None:
     """Through the launcher; tests/training/test_resume_methods.py has all methods."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    settings = ["algorithm.name=sync_sgd", "train.passes=5", "checkpoint.every_rounds=40"]
+    settings = ["algorithm.name=sync_sgd", "train.epochs=5", "checkpoint.every_rounds=40"]
     _, said = together(partial(run, whole, *settings), partial(stopped, parts, *settings))
     assert "run.resume=auto goes on from round" in said
-    halfway = passes(parts)
+    halfway = epochs(parts)
     assert 1 <= halfway < 5
-    assert "goes on after pass" in run(parts, *settings, "run.resume=auto")
+    assert "resumed after epoch" in run(parts, *settings, "run.resume=auto")
     assert_same(whole, parts)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [[TAU, "aggregation.mode=solo"], ["algorithm.name=eager_sgd"]])
 def test_methods_that_go_by_the_clock_stop_and_go_on_too(tmp_path: Path, settings: list[str]) -> None:
-    stopped(tmp_path, *settings, "train.passes=60")
-    done = passes(tmp_path)
-    run(tmp_path, *settings, f"train.passes={done + 2}", "run.resume=auto")
-    assert [row["pass"] for row in rows(tmp_path)] == list(range(1, done + 3))
+    stopped(tmp_path, *settings, "train.epochs=60")
+    done = epochs(tmp_path)
+    run(tmp_path, *settings, f"train.epochs={done + 2}", "run.resume=auto")
+    assert [row["epoch"] for row in rows(tmp_path)] == list(range(1, done + 3))
     seen = [row["samples_seen"] for row in rows(tmp_path)]
     assert all(later > earlier for earlier, later in zip(seen, seen[1:], strict=False))
 
@@ -106,14 +106,14 @@ def test_methods_that_go_by_the_clock_stop_and_go_on_too(tmp_path: Path, setting
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     """A rank is killed again and again; each time the job goes on from what it had saved."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    settings = [TAU, "train.passes=25", "checkpoint.every_rounds=7"]
+    settings = [TAU, "train.epochs=25", "checkpoint.every_rounds=7"]
     run(whole, *settings)
     rng, kills = random.Random(1), 0
     while True:
-        before = passes(killed)
+        before = epochs(killed)
         job = launched(killed, *settings, "run.resume=auto")
         if kills < 3:
-            while job.poll() is None and passes(killed) <= before:
+            while job.poll() is None and epochs(killed) <= before:
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 0.2))
             victims = [p for p in psutil.process_iter() if is_rank(p, killed)]
@@ -138,9 +138,9 @@ def is_rank(process: psutil.Process, folder: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three passes with a checkpoint at the end of each."""
+    """A run of three epochs with a checkpoint at the end of each."""
     folder = tmp_path_factory.mktemp("base") / "run"
-    run(folder, TAU, "train.passes=3", "checkpoint.every_sec=0")
+    run(folder, TAU, "train.epochs=3", "checkpoint.every_sec=0")
     return folder
 
 
@@ -155,21 +155,21 @@ def copy(base: Path, tmp_path: Path) -> Path:
     ("cluster.classes.slow.ranks=[1, 2]", "was saved by 2 ranks, and this job has 3"),
 ])
 def test_another_configuration_is_refused(copy: Path, change: str, named: str) -> None:
-    said = run(copy, TAU, "train.passes=4", "run.resume=auto", change, status=2)
+    said = run(copy, TAU, "train.epochs=4", "run.resume=auto", change, status=2)
     assert "Traceback" not in said and named in said
-    assert passes(copy) == 3, "nothing was touched"
+    assert epochs(copy) == 3, "nothing was touched"
 
 
 @pytest.mark.slow
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy: Path, tmp_path: Path) -> None:
-    run(tmp_path / "whole", TAU, "train.passes=4")
+    run(tmp_path / "whole", TAU, "train.epochs=4")
     newest = sorted((copy / "checkpoints").glob("0*"))[-1]
     shard = newest / "rank0001.safetensors"
     content = bytearray(shard.read_bytes())
     content[-5] ^= 1
     shard.write_bytes(content)
-    said = run(copy, TAU, "train.passes=4", "run.resume=auto")
-    resumed = next(line for line in said.splitlines() if "goes on after pass" in line)
+    said = run(copy, TAU, "train.epochs=4", "run.resume=auto")
+    resumed = next(line for line in said.splitlines() if "resumed after epoch" in line)
     assert f"round {int(newest.name)}" not in resumed and "rank0001" in said
     assert_same(tmp_path / "whole", copy)
 
@@ -178,13 +178,13 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy: Path, tmp_path: 
 def test_averages_go_on_the_way_that_was_measured_at_first(copy: Path) -> None:
     """Rounding differs between the two ways."""
     settings = [TAU, "run.resume=reshape", "cluster.classes.slow.ranks=[1, 2]", "aggregation.path=measured"]
-    run(copy, *settings, "train.passes=4", "checkpoint.every_sec=0")
+    run(copy, *settings, "train.epochs=4", "checkpoint.every_sec=0")
     on_another_path(copy)
-    said = run(copy, *settings, "train.passes=5", "checkpoint.every_sec=0")
+    said = run(copy, *settings, "train.epochs=5", "checkpoint.every_sec=0")
     assert "averages go" not in said and json.loads((copy / "summary.json").read_text())["path"] == "hierarchical"
     after = rows(copy)
-    said = run(copy, *settings, "train.passes=4")
-    assert "there the run has ended" in said and "train.passes" in said and rows(copy) == after
+    said = run(copy, *settings, "train.epochs=4")
+    assert "there the run has ended" in said and "train.epochs" in said and rows(copy) == after
 
 
 def on_another_path(folder: Path) -> None:
@@ -196,18 +196,18 @@ def on_another_path(folder: Path) -> None:
     states = [found.load(rank) | {"path": "hierarchical"} for rank in range(meta.world_size)]
     shutil.rmtree(found.path)
     infos = [store.write_shard(number, rank, state) for rank, state in enumerate(states)]
-    store.commit(number, infos, passes=meta.passes, made_with=meta.made_with)
+    store.commit(number, infos, epochs=meta.epochs, made_with=meta.made_with)
 
 
 def test_on_another_number_of_ranks(copy: Path) -> None:
     before = rows(copy)
     losses = Store(copy).at(before[-1]["round"]).load(0)["rank0"]["sampler"]["losses"]
-    settings = [TAU, "run.resume=reshape", "cluster.classes.slow.ranks=[1, 2]", "train.passes=5"]
+    settings = [TAU, "run.resume=reshape", "cluster.classes.slow.ranks=[1, 2]", "train.epochs=5"]
     said = run(copy, *settings, "checkpoint.every_sec=0", "aggregation.path=measured")
-    assert "goes on after pass 3" in said and "reshaped" in said
+    assert "resumed after epoch 3" in said and "reshaped" in said
     assert len(re.findall(r"averages go the (flat|hierarchical) way: flat \S+ ms, hierarchical \S+ ms", said)) == 1
     after = rows(copy)
-    assert after[:3] == before and [row["pass"] for row in after] == [1, 2, 3, 4, 5]
+    assert after[:3] == before and [row["epoch"] for row in after] == [1, 2, 3, 4, 5]
     assert after[3]["samples_seen"] > before[2]["samples_seen"] and after[3]["round"] > before[2]["round"]
     assert after[3]["train_loss"] < before[0]["train_loss"], "it went on from the model"
     assert [row["lr"] for row in after] == pytest.approx([0.02] * 3 + [0.01] * 2)
@@ -218,5 +218,5 @@ def test_on_another_number_of_ranks(copy: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("change", "named"), [("model.args.hidden=[16]", "another model")])
 def test_reshaping_something_else_is_refused(copy: Path, change: str, named: str) -> None:
-    said = run(copy, TAU, "train.passes=5", "run.resume=reshape", change, status=2)
+    said = run(copy, TAU, "train.epochs=5", "run.resume=reshape", change, status=2)
     assert named in said and "run.resume" in said and "Traceback" not in said

@@ -53,7 +53,7 @@ def test_in_pieces_it_comes_to_the_same_bit_by_bit(
     number = names.index(case)
     rows = [[json.loads(line) for line in (folder / f"{run}{number}" / "metrics.jsonl").read_text().splitlines()]
             for run in ("whole", "pieces")]
-    kept = [[[row[key] for key in ("pass", "round", "samples_seen", "train_loss", "lr")] for row in some]
+    kept = [[[row[key] for key in ("epoch", "round", "samples_seen", "train_loss", "lr")] for row in some]
             for some in rows]
     assert kept[0] == kept[1] and kept[0], "no row is lost or doubled"
 

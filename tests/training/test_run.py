@@ -23,12 +23,12 @@ from hvd_hetero.launch import launcher
 ROOT = Path(__file__).parents[2]
 RANKS = Path(__file__).parents[1] / "ranks"
 DEFAULT = ROOT / "configs" / "default.yaml"
-CLASS_KEYS = {"left_out",
+CLASS_KEYS = {"excluded",
     "name", "device", "ranks", "tau", "batch_size", "weight", "slowdown", "step_sec", "steps", "samples", "time_sec",
     "blocked_fraction", "peak_gpu_bytes",
 }
 SUMMARY_KEYS = {
-    "algorithm", "world_size", "seed", "emulated", "emulation", "rounds", "passes", "samples_seen", "wall_sec",
+    "algorithm", "world_size", "seed", "emulated", "emulation", "rounds", "epochs", "samples_seen", "wall_sec",
     "train_sec", "path", "eval", "classes",
 }
 EVAL_KEYS = {"final_accuracy", "best_accuracy", "final_loss"}
@@ -76,9 +76,9 @@ def assert_adds_up(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def default_run(hvd_hetero: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Three passes of the default run with tau from measured speeds."""
+    """Three epochs of the default run with tau from measured speeds."""
     folder = tmp_path_factory.mktemp("default") / "run"
-    settings = ["train.passes=3", "train.adapt_tau=false", "profile.seconds=0.5"]
+    settings = ["train.epochs=3", "train.adapt_tau=false", "profile.seconds=0.5"]
     done = hvd_hetero(["launch", DEFAULT, f"run.dir={folder}", *settings])
     assert done.returncode == 0, done.stderr
     return folder, done
@@ -99,7 +99,7 @@ def test_summary_has_the_documented_keys(default_run: Run) -> None:
 def test_summary_adds_up(default_run: Run) -> None:
     summary = assert_adds_up(default_run[0])
     assert (summary["algorithm"], summary["world_size"], summary["seed"]) == ("biased_local_sgd", 2, 0)
-    assert summary["emulated"] is True and summary["passes"] == 3
+    assert summary["emulated"] is True and summary["epochs"] == 3
     fast, slow = summary["classes"]
     assert (fast["name"], fast["device"], fast["ranks"], fast["slowdown"]) == ("fast", "cpu", [0], 1.0)
     assert (slow["name"], slow["device"], slow["ranks"], slow["slowdown"]) == ("slow", "cpu", [1], 8.0)
@@ -107,9 +107,9 @@ def test_summary_adds_up(default_run: Run) -> None:
     assert fast["weight"] == pytest.approx(128 / (128 + slow["tau"]))
 
 
-def test_a_row_a_pass(default_run: Run) -> None:
+def test_a_row_an_epoch(default_run: Run) -> None:
     rows, summary = rows_of(default_run[0]), summary_of(default_run[0])
-    assert [row["pass"] for row in rows] == [1, 2, 3]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
     for row, before in zip(rows[1:], rows, strict=False):
         for key in ("round", "samples_seen", "wall_sec", "train_sec"):
             assert row[key] > before[key]
@@ -122,7 +122,7 @@ def test_a_row_a_pass(default_run: Run) -> None:
 
 
 def test_it_learns(default_run: Run) -> None:
-    """Three passes take a network that guesses (10 %) most of the way."""
+    """Three epochs take a network that guesses (10 %) most of the way."""
     rows = rows_of(default_run[0])
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
     assert summary_of(default_run[0])["eval"]["best_accuracy"] > 0.7
@@ -134,7 +134,7 @@ def test_the_folder_of_a_run(default_run: Run) -> None:
     assert {"config.yaml", "metrics.jsonl", "summary.json", "checkpoint", "tensorboard", "environment.json"} <= names
     assert not [name for name in names if name.endswith(".part")]
     config = load([folder / "config.yaml"], (), algorithms.method)
-    assert config.train.passes == 3 and config.profile.seconds == 0.5 and config.run.dir == str(folder)
+    assert config.train.epochs == 3 and config.profile.seconds == 0.5 and config.run.dir == str(folder)
     assert config.sampling.scheme == "separate", "what the method decided is written down"
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["versions"]["torch"] == torch.__version__
@@ -178,7 +178,7 @@ def test_what_a_person_sees(default_run: Run) -> None:
     for part in ("fast", "slow (x8 emulated)", "compute s", "blocked s", "EMULATED", "accuracy"):
         assert part in table
     assert "class slow (x8 emulated): ranks [1], tau" in done.stdout
-    last = next(line for line in done.stderr.splitlines() if "pass 3/3" in line)
+    last = next(line for line in done.stderr.splitlines() if "epoch 3/3" in line)
     assert f"fast blocked {rows_of(default_run[0])[-1]['blocked_fraction']['fast']:.2%}" in last
     for noise in ("rank 1:", "<std", "Traceback", "Process 0", "error"):
         assert noise not in done.stdout + done.stderr
@@ -191,7 +191,7 @@ def test_plain_horovodrun_line(horovodrun: Callable[..., Any], tmp_path: Path) -
     """horovodrun -np 2 -H localhost:2 hvd-hetero train configs/default.yaml key=value ..., with classes found by
     horovodrun's ranks themselves: auto, one class of all CPU ranks."""
     program = Path(sys.executable).with_name("hvd-hetero")
-    done = horovodrun(2, [program, "train", DEFAULT, f"run.dir={tmp_path / 'run'}", "train.passes=1",
+    done = horovodrun(2, [program, "train", DEFAULT, f"run.dir={tmp_path / 'run'}", "train.epochs=1",
                           "cluster.classes=auto", "train.tau=8", "eval.metric=none"], hosts="localhost:2")
     assert done.returncode == 0, done.stderr
     summary = assert_adds_up(tmp_path / "run")
@@ -218,7 +218,7 @@ def test_a_job_on_one_remote_host_is_told_the_way_to_it(hosts: list[tuple[str, i
 
 
 def test_a_single_rank_needs_no_horovodrun(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
-    done = hvd_hetero(["train", f"run.dir={tmp_path / 'run'}", "cluster.classes={only: {ranks: 0}}", "train.passes=1"])
+    done = hvd_hetero(["train", f"run.dir={tmp_path / 'run'}", "cluster.classes={only: {ranks: 0}}", "train.epochs=1"])
     assert done.returncode == 0, done.stderr
     summary = assert_adds_up(tmp_path / "run")
     assert [(c["name"], c["ranks"], c["weight"], c["tau"]) for c in summary["classes"]] == [("only", [0], 1.0, 128)]
@@ -228,7 +228,7 @@ def test_a_single_rank_needs_no_horovodrun(hvd_hetero: Callable[..., Any], tmp_p
 # ---- the same twice -------------------------------------------------------------------------------------------------
 
 SEEDED = [
-    "train.tau={quick: 8, mid: 3, slow: 1}", "train.batch_size={quick: 16, mid: 16, slow: 8}", "train.passes=3",
+    "train.tau={quick: 8, mid: 3, slow: 1}", "train.batch_size={quick: 16, mid: 16, slow: 8}", "train.epochs=3",
     "model.target=own_parts:norm_net", "run.seed=7",
 ]
 EVEN = [
@@ -287,8 +287,8 @@ def test_classes_by_host(twice: tuple[Path, Path], which: int) -> None:
         ("quick", [0, 1], 8, 16), ("mid", [2], 3, 16), ("slow", [3], 1, 8),
     ]
     assert [c["weight"] for c in summary["classes"]] == pytest.approx([8 / 20, 3 / 20, 1 / 20])
-    rounds_per_pass = 1437 // (2 * 8 * 16 + 3 * 16 + 8)
-    assert (summary["rounds"], summary["passes"]) == (3 * rounds_per_pass, 3)
+    rounds_per_epoch = 1437 // (2 * 8 * 16 + 3 * 16 + 8)
+    assert (summary["rounds"], summary["epochs"]) == (3 * rounds_per_epoch, 3)
     ranks = json.loads((twice[which] / "environment.json").read_text())["ranks"]
     hosts = ["localhost"] * (2 if which == 0 else 3)
     assert [fact["host"] for fact in ranks] == hosts + ["127.0.0.1"] * (4 - len(hosts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from job_helpers import processes_with, rank_pids, when
 
 from hvd_hetero.comm.kv_store import ORPHAN
 from hvd_hetero.errors import EXIT_STUCK
-from hvd_hetero.telemetry.heartbeat import Pulse
-from hvd_hetero.training.watchdog import Sight
+from hvd_hetero.telemetry.heartbeat import Heartbeat
+from hvd_hetero.training.watchdog import PeerStatus
 
 RANKS = Path(__file__).parents[1] / "ranks"
-ENDLESS = ["train.tau={fast: 8, slow: 4}", "cluster.classes.slow.slowdown=1", "train.passes=1000000"]
+ENDLESS = ["train.tau={fast: 8, slow: 4}", "cluster.classes.slow.slowdown=1", "train.epochs=1000000"]
 
 
 def in_mid_run(folder: Path) -> Callable[[], bool]:
@@ -36,9 +37,19 @@ def test_a_rank_that_hangs_in_the_users_code_is_named_with_its_stack(
                        "model.target=hangs:writer", "model.args={at: 300}"], cwd=RANKS)
     assert done.returncode == EXIT_STUCK, done.stdout + done.stderr
     assert "hvd-hetero: error: rank 1 on localhost has made no progress for 5 s in local step\n" in done.stderr
-    assert "os.write(pipe, bytes(4096))" in done.stderr and "in forward" in done.stderr, "its stack"
+    assert "hangs.py" in done.stderr and "in forward" in done.stderr, "its stack"
     assert "hvd-hetero: error: the job failed: rank 1 on localhost ended first, with status 5; it said: " in done.stderr
     assert processes_with(str(tmp_path)) == []
+
+
+def test_a_rank_that_lets_no_thread_run_says_where_it_is_and_is_ended(
+    horovodrun: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = horovodrun(2, [sys.executable, RANKS / "holds_the_gil.py"], cwd=tmp_path)
+    assert done.returncode != 0
+    assert "rank 1 on localhost has said nothing for 6 s" in done.stderr
+    assert "Timeout (0:00:04" in done.stderr and "in forward" in done.stderr, "its stack, by a thread without Python"
+    assert processes_with("holds_the_gil.py") == []
 
 
 @pytest.mark.slow
@@ -86,18 +97,18 @@ def test_ranks_without_a_launcher_leave(hvd_hetero: Callable[..., Any], tmp_path
 
 
 def test_what_was_waited_in_is_left_again() -> None:
-    pulse = Pulse()
-    pulse.begin("local step")
-    before = pulse.count
-    with pytest.raises(RuntimeError), pulse.waiting("average.0"):
-        assert pulse.waits and pulse.phase == "collective average.0"
+    heartbeat = Heartbeat()
+    heartbeat.begin("local step")
+    before = heartbeat.count
+    with pytest.raises(RuntimeError), heartbeat.waiting("average.0"):
+        assert heartbeat.waits and heartbeat.phase == "collective average.0"
         raise RuntimeError
-    assert not pulse.waits and pulse.phase == "local step"
-    assert pulse.count > before, "to have come through a collective is progress"
+    assert not heartbeat.waits and heartbeat.phase == "local step"
+    assert heartbeat.count > before, "to have come through a collective is progress"
 
 
 def test_a_rank_is_silent_while_it_says_nothing_new() -> None:
-    sight = Sight()
+    sight = PeerStatus()
     assert not sight.look(None, 5.0), "it has not begun"
     beat = {"number": 1, "host": "h2", "phase": "local step"}
     assert sight.look(beat, 5.0) and sight.silent_sec == 0

@@ -15,7 +15,7 @@ from hvd_hetero.config.schema import EvalConfig
 from hvd_hetero.data import TensorSource
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.plan import make_plan
-from hvd_hetero.training.epoch import evaluate
+from hvd_hetero.training.evaluation import evaluate
 from hvd_hetero.training.run_records import how_good, note
 from hvd_hetero.worker.factories import metric_by_name, per_sample_loss
 from hvd_hetero.worker.index_feed import check_number

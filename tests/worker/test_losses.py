@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hvd_hetero.data import TensorSource
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.worker.factories import accuracy, loss_of_module, metric_by_name, per_sample_loss
-from hvd_hetero.worker.losses import NOT_COUNTED, PerSample, joined, mean, per_sample
+from hvd_hetero.worker.losses import NOT_COUNTED, PerSample, concat, mean, per_sample
 from hvd_hetero.worker.worker import Worker
 
 F = nn.functional
@@ -236,7 +236,7 @@ def test_a_functions_own_weights_are_those_of_the_mean() -> None:
 
 def test_what_is_passed_on_tells_what_does_not_count_from_what_has_gone_bad() -> None:
     losses = torch.tensor([1.0, float("nan"), -float("inf"), 5.0])
-    values, weights = joined([(losses, torch.tensor([1.0, 1.0, 2.0, 0.0])), (torch.tensor([7.0]), None)])
+    values, weights = concat([(losses, torch.tensor([1.0, 1.0, 2.0, 0.0])), (torch.tensor([7.0]), None)])
     assert values.tolist() == pytest.approx([1.0, float("nan"), float("nan"), NOT_COUNTED, 7.0], nan_ok=True)
     assert weights.tolist() == [1.0, 1.0, 2.0, 0.0, 1.0]
 

@@ -67,10 +67,10 @@ def test_samples_may_stay_where_they_are() -> None:
 def test_the_closing_table_tells_of_gpus_where_there_are_some() -> None:
     def shown(peak: int | None) -> str:
         own = {"name": "a", "device": "cuda", "ranks": [0], "tau": 1, "batch_size": 2, "weight": 1.0, "slowdown": 1.0,
-               "step_sec": 0.1, "steps": 3, "samples": 6, "left_out": 0, "peak_gpu_bytes": peak,
+               "step_sec": 0.1, "steps": 3, "samples": 6, "excluded": 0, "peak_gpu_bytes": peak,
                "time_sec": {"compute": 1.0, "data": 0.0, "blocked": 0.0, "comm": 0.0}}  # fmt: skip
         best = {"final_accuracy": None, "best_accuracy": None, "final_loss": 0.5}
-        return closing_table({"classes": [own], "eval": best, "algorithm": "x", "passes": 1, "rounds": 1,
+        return closing_table({"classes": [own], "eval": best, "algorithm": "x", "epochs": 1, "rounds": 1,
                               "samples_seen": 6, "train_sec": 1.0, "wall_sec": 1.0, "emulated": False})
 
     assert "GPU GB" in shown(2_500_000_000) and "2.50" in shown(2_500_000_000)

@@ -29,7 +29,7 @@ def found(horovodrun: Callable[..., Any], tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("name", CASES)
 def test_it_trains_and_both_ranks_have_what_was_evaluated(found: Found, name: str) -> None:
     first, second = (of_rank[name]["model"] for of_rank in found)
-    if "byteps" not in name:  # a server's model is of the pass before
+    if "byteps" not in name:  # a server's model is of the epoch before
         assert all(torch.equal(first[key], second[key]) for key in first)
     torch.manual_seed(0)
     model = CASES[name][0]()

@@ -58,7 +58,7 @@ def _check_row(row: Row, comparison: Comparison, built: dict[str, Components]) -
         if cluster is None:
             return Checked(row, config, None)
         startup.check(config, built[key], cluster)
-        method = algorithms.build(config, cluster, len(built[key].dataset.train), built[key].least_batch)
+        method = algorithms.build(config, cluster, len(built[key].dataset.train), built[key].min_batch)
         if method.needs_speeds:
             return Checked(row, config, int(config.train.tau))  # derived: tau is the fastest class's
         plan = method.make_plan(None)

@@ -50,7 +50,7 @@ class Budget:
     Attributes:
         equal: what all rows get the same amount of.
         amount: local steps of a fast rank, samples of all ranks, or seconds of training; None: what the first row
-            takes for its ``train.passes``, with the same seed.
+            takes for its ``train.epochs``, with the same seed.
     """
 
     equal: str = field(default="fast_steps", metadata={"choices": tuple(LIMITS)})
@@ -92,9 +92,9 @@ class Row:
         limit = self.limit(amount)
         own: dict[str, Any] = {"run.seed": seed, "run.dir": str(folder), "run.overwrite": True}
         if limit is not None:
-            own |= {"train.passes": None, LIMITS[self.budget.equal]: limit}
+            own |= {"train.epochs": None, LIMITS[self.budget.equal]: limit}
         elif not self.leads:
-            own["train.passes"] = 1  # the budget is not known yet: this is to be checked, not run
+            own["train.epochs"] = 1  # the budget is not known yet: this is to be checked, not run
         try:
             config = load(self.files, layered(self.overrides, own), algorithms.method)
             if self.times != 1 and config.train.scheduler_args:
@@ -105,7 +105,7 @@ class Row:
             raise self.complaint(error) from error
 
     def limit(self, amount: float | None = None) -> float | None:
-        """What ends the row's runs: an integer for steps and samples; None where its passes do, or it is not known."""
+        """What ends the row's runs: an integer for steps and samples; None where its epochs do, or it is not known."""
         amount = self.budget.amount if self.budget.amount is not None else amount
         if amount is None:
             return None
@@ -220,9 +220,9 @@ def _stretched(arguments: Mapping[str, Any], times: float) -> dict[str, Any]:
 def _rows(content: Any, workload: str, files: tuple[Path, ...], shared: Mapping[str, Any], budget: Budget) -> list[Row]:
     if not isinstance(content, list) or not content:
         raise ConfigError("rows", content, "is not a list of rows", "write - {label: ..., method: ..., overrides: ...}")
-    if budget.amount is not None and "train.passes" in shared:
+    if budget.amount is not None and "train.epochs" in shared:
         remedy = "leave one of them out (budget.amount=null: as much as the first row takes)"
-        raise ConfigError("train.passes", shared["train.passes"], "budget.amount ends the runs already", remedy)
+        raise ConfigError("train.epochs", shared["train.epochs"], "budget.amount ends the runs already", remedy)
     rows: list[Row] = []
     for i, item in enumerate(content):
         where = f"rows[{i}]"
@@ -239,9 +239,9 @@ def _rows(content: Any, workload: str, files: tuple[Path, ...], shared: Mapping[
             raise ConfigError(f"{where}.times", times, "is no share of the budget", "give a number above 0")
         own = _overrides(f"{where}.overrides", item)
         leads = not rows and budget.amount is None
-        if "train.passes" in own and not leads:
+        if "train.epochs" in own and not leads:
             remedy = "say times, a share of the budget, instead"
-            raise ConfigError(f"{where}.train.passes", own["train.passes"], "the budget ends this row", remedy)
+            raise ConfigError(f"{where}.train.epochs", own["train.epochs"], "the budget ends this row", remedy)
         if leads and times != 1:
             raise ConfigError(f"{where}.times", times, "is on the row that sets the budget", "set budget.amount")
         overrides = layered(shared, method, own)

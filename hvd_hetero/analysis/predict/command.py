@@ -10,8 +10,8 @@ from pathlib import Path
 from hvd_hetero.analysis.predict.advice import batches, recommended, sweep, worth
 from hvd_hetero.analysis.predict.methods import method
 from hvd_hetero.analysis.predict.predict import Scenario
-from hvd_hetero.analysis.predict.speeds import Given, gather
-from hvd_hetero.analysis.predict.tables import Foretold, as_json, as_text
+from hvd_hetero.analysis.predict.speeds import Assumptions, gather
+from hvd_hetero.analysis.predict.tables import Forecast, as_json, as_text
 from hvd_hetero.config.load import load
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.files import check_writable, write_text
@@ -19,7 +19,7 @@ from hvd_hetero.files import check_writable, write_text
 NO_PICTURES = "No pictures: matplotlib is not installed (pip install 'hvd-hetero[report]')."
 
 
-def plan(files: Sequence[str], overrides: Sequence[str], given: Given, out: str | None = None) -> None:
+def plan(files: Sequence[str], overrides: Sequence[str], given: Assumptions, out: str | None = None) -> None:
     """Foretells what each method would take, and prints it; writes ``table.json`` and pictures into a folder.
 
     Raises:
@@ -35,13 +35,13 @@ def plan(files: Sequence[str], overrides: Sequence[str], given: Given, out: str 
     if advice is None:
         problem = next(row.problem for _, row in reversed(rows))
         raise ConfigError("train.tau", config.train.tau, f"no tau can be planned: {problem}", "change what it names")
-    foretold = Foretold(scenario, scenario.methods(), rows, advice, batches(scenario), worth(scenario, advice.tau))
+    foretold = Forecast(scenario, scenario.methods(), rows, advice, batches(scenario), worth(scenario, advice.tau))
     print(as_text(foretold))
     if out is not None:
         print(_write(Path(out), foretold))
 
 
-def _write(folder: Path, foretold: Foretold) -> str:
+def _write(folder: Path, foretold: Forecast) -> str:
     """Writes everything into a folder; returns a sentence about it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ class Lockstep(AlgorithmConfig):
 @dataclass(frozen=True)
 class DLB(Lockstep):
     global_batch: Optional[int] = None  # noqa: UP045 (OmegaConf reads the annotations at run time)
-    least: int = 1
+    min_local_batch: int = 1
 
 
 @dataclass(frozen=True)

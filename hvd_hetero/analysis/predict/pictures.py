@@ -9,13 +9,13 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from hvd_hetero.analysis.predict.looks import SETTINGS, bar, line
-from hvd_hetero.analysis.predict.tables import Foretold
+from hvd_hetero.analysis.predict.tables import Forecast
 
 DPI = 150
 KINDS = ("compute", "blocked", "comm")
 
 
-def draw(foretold: Foretold, folder: Path) -> list[Path]:
+def draw(foretold: Forecast, folder: Path) -> list[Path]:
     """Writes ``methods.png`` and ``tau.png``; returns their paths."""
     paths = [folder / "methods.png", folder / "tau.png"]
     for path, figure in zip(paths, (methods(foretold), taus(foretold)), strict=True):
@@ -23,7 +23,7 @@ def draw(foretold: Foretold, folder: Path) -> list[Path]:
     return paths
 
 
-def methods(foretold: Foretold) -> Figure:
+def methods(foretold: Forecast) -> Figure:
     """Stacked bars: where each class's time would go, by method."""
     rows = [(row.label, row.classes or {}) for row in foretold.methods]
     found = [(f"{label} · {name}", spent) for label, classes in rows for name, spent in classes.items()]
@@ -46,7 +46,7 @@ def methods(foretold: Foretold) -> Figure:
     return figure
 
 
-def taus(foretold: Foretold) -> Figure:
+def taus(foretold: Forecast) -> Figure:
     """Blocked shares and speed of local SGD over the fastest class's tau."""
     rows = [(tau, row) for tau, row in foretold.sweep if row.problem is None]
     x = [tau for tau, _ in rows]

@@ -19,7 +19,7 @@ from hvd_hetero.config.schema import Config
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.local_steps import SHRINK, WAIT_AVOIDING, derive_tau, shrink_batches, too_slow_classes
 from hvd_hetero.planning.plan import IDLE, SERVER, Plan, apportion, lockstep_plan, make_plan
-from hvd_hetero.planning.stop_criteria import Done, check_limits, next_rounds, round_samples
+from hvd_hetero.planning.stop_criteria import RunProgress, check_limits, next_rounds, round_samples
 
 MOST_ROUNDS = 1000
 MOST_DRAWS = 1_000_000
@@ -112,7 +112,7 @@ class Scenario:
         ranks = self.cluster.size
         whole: int = getattr(self.config.algorithm, "global_batch", None) or sum(
             len(c.ranks) * self.batch_size[c.name] for c in self.cluster.classes)
-        least = getattr(self.config.algorithm, "least", 1)
+        least = getattr(self.config.algorithm, "min_local_batch", 1)
         if whole < least * ranks:
             problem = f"{ranks} ranks share it, and each gets {least} at least"
             raise ConfigError("algorithm.global_batch", whole, problem, f"set {least * ranks} or more")
@@ -169,25 +169,26 @@ class Scenario:
         self._check_several()
         if self.config.train.max_fast_steps is not None:
             problem = "eager_sgd hands out samples as ranks ask for them, so nobody knows who takes how many steps"
-            raise ConfigError("train.max_fast_steps", self.config.train.max_fast_steps, problem, "set train.passes")
+            raise ConfigError("train.max_fast_steps", self.config.train.max_fast_steps, problem, "set train.epochs")
         plan = self._plan_of({rank: self.batch_size[c.name] for c in self.cluster.classes for rank in c.ranks})
         spec, ranks = self.config.aggregation, self.cluster.size
         outcome = partial(
             self._groups(plan), self._sum_sec(ranks), self._rng(), mode=mode, contributions=max(MOST_EVENTS, 5 * ranks),
             sync_every=spec.sync_every, max_lag=spec.max_lag, law=self.known.jitter_law,
         )
-        # the rounds of a pass are only what its samples come to
+        # the rounds of an epoch are only what its samples come to
         return self._follow(lambda _: plan, lambda p: outcome, sent_bytes(ranks, self.known.model_bytes),
                             self._samples(plan, outcome) / round_samples(plan))
 
     # ---- plans and time ---------------------------------------------------------------------------------------------
 
     def _plan(self, tau: Mapping[str, int], batch: Mapping[str, int]) -> Plan:
-        return make_plan(self.cluster, self.known.samples, tau, batch, epoch=self.config.train.epoch)
+        return make_plan(self.cluster, self.known.samples, tau, batch, epoch_length=self.config.train.epoch_length)
 
     def _plan_of(self, batches: Mapping[int, int], others: str = IDLE) -> Plan:
-        epoch = self.config.train.epoch
-        return lockstep_plan(self.cluster, self.known.samples, batches, others=others, epoch=epoch, tau=self.tau)
+        length = self.config.train.epoch_length
+        samples = self.known.samples
+        return lockstep_plan(self.cluster, samples, batches, others=others, epoch_length=length, tau=self.tau)
 
     def _batches(self, plan: Plan) -> list[int]:
         """By rank."""
@@ -232,17 +233,17 @@ class Scenario:
         self, following: Callable[[Plan | None], Plan], simulate: Callable[[Plan], Outcome], sent: float,
         rounds_of: float | None = None,
     ) -> Prediction:
-        """Goes through the passes as the trainer does, with times as simulated.
+        """Goes through the epochs as the trainer does, with times as simulated.
 
         Args:
-            following: the plan of the next pass from that of the last one; the same object if nothing changes.
+            following: the plan of the next epoch from that of the last one; the same object if nothing changes.
             sent: bytes, of one rank in one collective.
             rounds_of: the plan's rounds that a simulation stands for, where those are not its collectives.
         """
         plan = following(None)
         check_limits(self.config.train, plan)
         outcome = simulate(plan)
-        done, seconds, averages, samples = Done(), 0.0, 0.0, 0.0
+        done, seconds, averages, samples = RunProgress(), 0.0, 0.0, 0.0
         spent = {c.name: np.zeros(4) for c in plan.classes}
         while rounds := next_rounds(self.config.train, plan, done):
             times = rounds / (rounds_of or outcome.rounds)

@@ -131,7 +131,7 @@ def partial(
     patience_sec: float = math.inf,
     law: str = LOGNORMAL,
 ) -> Outcome:
-    """Rounds that whoever is ready starts, as in docs/partial.md, without the ends of passes.
+    """Rounds that whoever is ready starts, as in docs/partial.md, without the ends of epochs.
 
     Args:
         mode: ``solo`` or ``majority``.

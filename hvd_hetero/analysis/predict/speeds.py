@@ -20,7 +20,7 @@ MOST_JITTER = 2.0
 
 
 @dataclass(frozen=True)
-class Given:
+class Assumptions:
     """What stands on the command line."""
 
     profile: str | None = None
@@ -76,7 +76,7 @@ class Known:
     jitter_law: str = LOGNORMAL
 
 
-def gather(config: Config, given: Given) -> Known:
+def gather(config: Config, given: Assumptions) -> Known:
     """Puts configuration, profile and command line together; the command line wins.
 
     Raises:
@@ -155,7 +155,7 @@ def _cluster(config: Config, profile: Profile | None) -> Cluster:
 
 
 def _speeds(
-    names: Sequence[str], batch_size: Mapping[str, int], given: Given, profile: Profile | None, notes: list[str]
+    names: Sequence[str], batch_size: Mapping[str, int], given: Assumptions, profile: Profile | None, notes: list[str]
 ) -> dict[str, Speed]:
     measured = {c.name: c for c in profile.classes} if profile is not None else {}
     step_ms, jitter = _by_class("--step-ms", given.step_ms, names), _by_class("--jitter", given.jitter, names)
@@ -200,7 +200,7 @@ def _by_class(option: str, text: str | None, names: Sequence[str]) -> dict[str, 
     return found
 
 
-def _model_bytes(given: Given, profile: Profile | None) -> float:
+def _model_bytes(given: Assumptions, profile: Profile | None) -> float:
     if given.params is not None and given.model_mb is not None:
         raise ConfigError("--params", given.params, "--model-mb says the same", "give one of them")
     if given.params is not None:
@@ -212,7 +212,7 @@ def _model_bytes(given: Given, profile: Profile | None) -> float:
     return profile.parameter_bytes
 
 
-def _link(given: Given, profile: Profile | None, notes: list[str]) -> Link:
+def _link(given: Assumptions, profile: Profile | None, notes: list[str]) -> Link:
     latency = None if given.latency_ms is None else given.latency_ms / 1e3
     rate = None if given.bandwidth_mbit is None else given.bandwidth_mbit * 1e6 / 8
     ranks = sum(c.ranks for c in profile.classes) if profile is not None else 0

@@ -12,13 +12,13 @@ from hvd_hetero.analysis.predict.predict import Scenario
 from hvd_hetero.analysis.predict.prediction import Prediction
 
 LEFT_OUT = (
-    "Foretold are training seconds: no start, measuring, evaluation, dealing of samples, or ends of passes; how well a "
+    "Forecast are training seconds: no start, measuring, evaluation, dealing of samples, or ends of epochs; how well a "
     "method learns is another matter. Blocked is the share of a class's time spent waiting."
 )
 
 
 @dataclass(frozen=True)
-class Foretold:
+class Forecast:
     """All that was found out.
 
     Attributes:
@@ -34,7 +34,7 @@ class Foretold:
     worth: Sequence[Worth]
 
 
-def as_text(foretold: Foretold) -> str:
+def as_text(foretold: Forecast) -> str:
     """Tables and sentences."""
     scenario = foretold.scenario
     names = [c.name for c in scenario.cluster.classes]
@@ -73,7 +73,7 @@ def _by_class(numbers: dict[str, int]) -> str:
     return "/".join(map(str, numbers.values()))
 
 
-def _notes(foretold: Foretold) -> list[str]:
+def _notes(foretold: Forecast) -> list[str]:
     """What cannot run, and what was assumed."""
     cannot = [f"{row.label} cannot run: {row.problem}" for row in foretold.methods if row.problem is not None]
     failing: dict[str, list[str]] = {}
@@ -84,7 +84,7 @@ def _notes(foretold: Foretold) -> list[str]:
     return [*cannot, *foretold.scenario.known.notes, LEFT_OUT]
 
 
-def as_json(foretold: Foretold) -> dict[str, Any]:
+def as_json(foretold: Forecast) -> dict[str, Any]:
     """What ``table.json`` holds; shares and times as fractions and seconds."""
     scenario, advice = foretold.scenario, foretold.advice
     return {

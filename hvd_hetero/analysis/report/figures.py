@@ -26,8 +26,8 @@ class Figures:
         train_sec: seconds of training, without start, profiling and evaluation; ``wall_sec`` has all of it.
         fast_steps: local steps of the rank that took the most.
         rounds: how often the ranks averaged.
-        epochs: passes, the last one perhaps in part.
-        rounds_per_epoch: averages in a whole pass.
+        epochs: epochs, the last one perhaps in part.
+        rounds_per_epoch: averages in a whole epoch.
         blocked: by class, the share of its time spent waiting for others.
         emulation: why times are not those of real devices, where ``emulated``.
     """

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from hvd_hetero.analysis.report.figures import CONTRIBUTED, fast_steps, partial_shares
 from hvd_hetero.analysis.report.runs import Run, Series, emulation
 from hvd_hetero.analysis.report.style import KINDS, SETTINGS, bar, fit, line
-from hvd_hetero.telemetry.trace import Lap, from_chrome
+from hvd_hetero.telemetry.trace import Span, from_chrome
 
 SPAN_FOR_LOG = 4.0
 """A time axis is logarithmic where the slowest series takes this many times as long as the quickest."""
@@ -184,11 +184,11 @@ def timeline(run: Run, title: str) -> Figure | None:
     with rc_context({**SETTINGS, "axes.grid.axis": "x"}):
         figure = Figure(figsize=(9.5, 1.5 + 0.42 * len(ranks)), layout="constrained")
         axes = figure.subplots()
-        for lane, laps in enumerate(ranks):
+        for lane, spans in enumerate(ranks):
             for kind in KINDS:
-                spans = [(1e3 * (a - start), 1e3 * (b - a)) for k, a, b in laps if k == kind and b > start]
+                bars = [(1e3 * (a - start), 1e3 * (b - a)) for k, a, b in spans if k == kind and b > start]
                 edge = {"edgecolor": "white"} if kind in OWN_WORK else {}  # so that steps can be told apart
-                axes.broken_barh(spans, (lane - 0.38, 0.76), linewidth=0.3, **{**bar(kind), **edge})
+                axes.broken_barh(bars, (lane - 0.38, 0.76), linewidth=0.3, **{**bar(kind), **edge})
         axes.set_yticks(range(len(lanes)), lanes)
         axes.set_ylim(len(lanes) - 0.4, -0.6)
         axes.set_xlim(0, 1e3 * (end - start))
@@ -199,7 +199,7 @@ def timeline(run: Run, title: str) -> Figure | None:
     return figure
 
 
-def _window(ranks: Sequence[Sequence[Lap]]) -> tuple[float, float]:
-    """From the first local step to the end of the last recorded lap: dealing the samples comes before."""
-    start = min(a for laps in ranks for kind, a, _ in laps if kind in OWN_WORK)
-    return start, max(b for laps in ranks for _, _, b in laps)
+def _window(ranks: Sequence[Sequence[Span]]) -> tuple[float, float]:
+    """From the first local step to the end of the last recorded span: dealing the samples comes before."""
+    start = min(a for spans in ranks for kind, a, _ in spans if kind in OWN_WORK)
+    return start, max(b for spans in ranks for _, _, b in spans)

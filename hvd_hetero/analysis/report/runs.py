@@ -72,7 +72,7 @@ def emulation(series: Sequence[Series]) -> list[str]:
 
 
 def read_run(path: str | Path) -> Run:
-    """Reads a run folder; one whose run was cut short will do, once it has finished a pass.
+    """Reads a run folder; one whose run was cut short will do, once it has finished an epoch.
 
     Raises:
         ConfigError: no such folder, not that of a run, nothing in it yet, or a file that cannot be read.
@@ -87,7 +87,7 @@ def read_run(path: str | Path) -> Run:
         raise ConfigError("RUN", str(folder / "config.yaml"), problem, "leave the run out")
     rows = _read(folder / METRICS, lambda text: [_mapping(line) for line in text.splitlines()])
     if not rows:
-        raise ConfigError("RUN", str(path), "has not finished a pass", "wait for it, or leave it out")
+        raise ConfigError("RUN", str(path), "has not finished an epoch", "wait for it, or leave it out")
     plan = _read(folder / "plan.json", _mapping)
     rest = [_read(folder / name, _mapping) if (folder / name).exists() else None for name in (SUMMARY, TRACE)]
     return Run(folder, settings, rows, plan, *rest)

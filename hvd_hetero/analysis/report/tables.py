@@ -28,14 +28,14 @@ def closing_table(summary: Mapping[str, Any]) -> str:
             rows[-1].append("-" if peak is None else f"{peak / 1e9:.2f}")
     result = summary["eval"]
     figures = [
-        f"{summary['algorithm']}: {summary['passes']} passes, {summary['rounds']} rounds",
+        f"{summary['algorithm']}: {summary['epochs']} epochs, {summary['rounds']} rounds",
         f"{summary['samples_seen']} samples",
         f"training {summary['train_sec']:.1f} s of {summary['wall_sec']:.1f} s",
     ]
     if result["final_accuracy"] is not None:
         figures.append(f"accuracy {100 * result['final_accuracy']:.2f}% (best {100 * result['best_accuracy']:.2f}%)")
     figures.append(f"loss {or_dash(result['final_loss'])}")
-    if lost := [f"{c['name']} {c['left_out']}" for c in summary["classes"] if c.get("left_out")]:
+    if lost := [f"{c['name']} {c['excluded']}" for c in summary["classes"] if c.get("excluded")]:
         figures.append(f"LEFT OUT of averages (NaN, Inf): {', '.join(lost)}")
     if summary["emulated"]:
         figures.append(" and ".join(STAMPS[reason] for reason in summary["emulation"]))

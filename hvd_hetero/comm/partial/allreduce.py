@@ -10,7 +10,7 @@ leaves an empty one; what is contributed later goes with the next round. So each
 
 from __future__ import annotations
 
-import sys
+import math
 import threading
 import time
 from collections import deque
@@ -23,9 +23,20 @@ from torch import Tensor
 from hvd_hetero.comm.async_ops import PeerLost, guarded
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.partial.control_channel import connect
-from hvd_hetero.comm.partial.coordinator import ARRIVED, CLAIM, CLOSING, FINAL, FINISHED, FULL, OFFER, START, Referee
+from hvd_hetero.comm.partial.coordinator import (
+    ARRIVED,
+    CLAIM,
+    CLOSING,
+    FINAL,
+    FINISHED,
+    FULL,
+    OFFER,
+    START,
+    Coordinator,
+)
 from hvd_hetero.comm.partial.rounds import Round, done_unless
 from hvd_hetero.comm.partial.send_buffer import SendBuffer
+from hvd_hetero.log import LOGGER
 from hvd_hetero.telemetry.staleness import Counts
 
 BROKEN = "another rank is gone (the channel to rank 0 is broken)"
@@ -36,7 +47,7 @@ class PartialAllreduce:
 
     Args:
         size: P, elements of the vector.
-        mode: ``solo``, ``majority`` or ``full``, see :class:`hvd_hetero.comm.partial.coordinator.Referee`.
+        mode: ``solo``, ``majority`` or ``full``, see :class:`hvd_hetero.comm.partial.coordinator.Coordinator`.
         units: all ranks, by what arrives as a whole.
         seed: of majority's initiators; the same on all ranks.
         sync_every: every so many rounds each rank joins only when it has something to send: nothing that is sent is
@@ -49,7 +60,7 @@ class PartialAllreduce:
         pinned: whether results lie in memory from which a GPU copies while the host goes on.
 
     Attributes:
-        closing: whether a whole unit has finished the pass, so that the others should come to an end.
+        closing: whether a whole unit has finished the epoch, so that the others should come to an end.
     """
 
     def __init__(
@@ -70,7 +81,7 @@ class PartialAllreduce:
         pinned: bool = False,
     ) -> None:
         assert comm.size > 1 and sync_every >= 1 and max_lag >= 1
-        self._rank, self._pulse = comm.rank, comm.pulse
+        self._rank, self._pulse, self._watch = comm.rank, comm.heartbeat, comm.watch
         self._full = 1 if mode == FULL else sync_every
         self._max_lag = max_lag
         self._changed = threading.Condition()
@@ -79,10 +90,10 @@ class PartialAllreduce:
         self._rounds: deque[Round] = deque()
         self._offers: deque[int] = deque()
         self._next, self._taken = first, first
-        self._in_pass, self._stopped, self.closing = True, False, False
+        self._in_epoch, self._stopped, self.closing = True, False, False
         self._error: BaseException | None = None
         self.counts = Counts()
-        self._link, self._hub = connect(comm, hosts, Referee(units, mode, seed, first).hear)
+        self._link, self._hub = connect(comm, hosts, Coordinator(units, mode, seed, first).handle)
         self._threads = [
             threading.Thread(target=self._watched, args=(run,), name=f"hvd_hetero.{run.__name__}", daemon=True)
             for run in (self._read, self._help)
@@ -111,7 +122,7 @@ class PartialAllreduce:
         self._say(ARRIVED, self._taken)
 
     def take(self, patience_sec: float | None = None) -> list[Round]:
-        """The results that are there and were not taken yet, in order; waits for one if there is none.
+        """The results that are there and were not taken yet, in order; waits for one if there is none, and books that.
 
         Args:
             patience_sec: how long to wait at most; None: as long as it takes.
@@ -123,6 +134,8 @@ class PartialAllreduce:
             self._rounds.clear()
             self._taken += len(taken)
             self._changed.notify_all()
+        if taken or patience_sec != 0:
+            self._watch.waited(taken[0].started if taken else math.inf)
         return taken
 
     def done(self, rounds: Sequence[Round]) -> None:
@@ -132,23 +145,23 @@ class PartialAllreduce:
                 self._buffer.give_back(item)
 
     def claim(self, samples: int) -> None:
-        """Asks for samples of the pass; :meth:`offered` has the answer."""
+        """Asks for samples of the epoch; :meth:`offered` has the answer."""
         self._say(CLAIM, samples)
 
     def offered(self) -> int:
-        """Place in the pass of the first of the samples asked for; no two ranks are offered the same."""
+        """Place in the epoch of the first of the samples asked for; no two ranks are offered the same."""
         with self._pulse.waiting("partial.offer"), self._changed:
             self._changed.wait_for(lambda: self._offers or self._error or self._stopped)
             self._check()
             return self._offers.popleft()
 
     def finish(self) -> Iterator[list[Round]]:
-        """Ends this rank's part of the pass: gives results as they come, up to the round that empties all buffers.
+        """Ends this rank's part of the epoch: gives results as they come, up to the round that empties all buffers.
 
         When it is through, all ranks have had the same results, and nothing is left unsent.
         """
         with self._changed:
-            self._in_pass = False
+            self._in_epoch = False
             self._changed.notify_all()
         self._say(FINISHED, 0)
         last = False
@@ -156,7 +169,7 @@ class PartialAllreduce:
             taken = self.take()
             last = taken[-1].final
             yield taken
-        self._in_pass, self.closing = True, False
+        self._in_epoch, self.closing = True, False
 
     def take_counts(self) -> Counts:
         """What this rank has sent since the last call."""
@@ -230,8 +243,7 @@ class PartialAllreduce:
                     self.counts.waited_for += 1
                     if not said:
                         said = True
-                        print(f"rank {self._rank} is {self._max_lag} rounds behind: the others wait for it", flush=True,
-                              file=sys.stderr)
+                        LOGGER.warning("rank %s is %s rounds behind: the others wait for it", self._rank, self._max_lag)
                 self._changed.wait_for(lambda: self._over() or self._may_join(number, final))  # noqa: B023
                 if self._over():
                     return
@@ -254,4 +266,4 @@ class PartialAllreduce:
         if number - self._taken >= self._max_lag:
             return False
         full = (number + 1) % self._full == 0
-        return bool(not full or final or self._buffer.filled or not self._in_pass)
+        return bool(not full or final or self._buffer.filled or not self._in_epoch)

@@ -21,7 +21,7 @@ import psutil
 import torch
 
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.partial.coordinator import Order
+from hvd_hetero.comm.partial.coordinator import Command
 
 MESSAGE = struct.Struct("<Bq")
 SECRET_BYTES = 32
@@ -29,10 +29,10 @@ ADDRESS_BYTES = 64
 RETRY_SEC = 0.1
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30000}
 """A peer of which nothing is heard for half a minute is gone; seconds, the last one milliseconds."""
-Hear = Callable[[int, int, int], Sequence[Order]]
+Handler = Callable[[int, int, int], Sequence[Command]]
 
 
-class Link:
+class ControlClient:
     """One rank's end of the channel: two threads may use it, one to send and one to receive."""
 
     def __init__(self, address: tuple[str, int], secret: bytes, rank: int) -> None:
@@ -61,21 +61,21 @@ class Link:
             self._wire.close()
 
 
-class Hub:
-    """Hears all links and passes on what ``hear`` makes of it; when a link ends, all do.
+class ControlServer:
+    """Hears all links and passes on what ``handle`` makes of it; when a link ends, all do.
 
     Nobody may wait for a round that a rank which is gone was to start.
 
     Args:
         address: of the interface to listen on.
         ranks: how many links there will be; then no more are taken.
-        hear: called with (rank, what, number) in one thread. If it raises, all links end.
+        handle: called with (rank, what, number) in one thread. If it raises, all links end.
     """
 
-    def __init__(self, address: str, ranks: int, secret: bytes, hear: Hear) -> None:
+    def __init__(self, address: str, ranks: int, secret: bytes, handle: Handler) -> None:
         self._server = socket.create_server((address, 0), backlog=max(ranks, 16))
         self.address: tuple[str, int] = self._server.getsockname()
-        self._secret, self._ranks, self._hear = secret, ranks, hear
+        self._secret, self._ranks, self._handle = secret, ranks, handle
         self._changed = threading.Condition()
         self._strangers: set[_Wire] = set()
         self._links: dict[int, _Wire] = {}
@@ -138,7 +138,7 @@ class Hub:
                         what, number = MESSAGE.unpack(ready.recv_bytes(MESSAGE.size))
                     except (EOFError, OSError, struct.error):
                         return
-                    for whom, order, value in self._hear(ranks[ready], what, number):
+                    for whom, order, value in self._handle(ranks[ready], what, number):
                         self._tell(ranks, whom, MESSAGE.pack(order, value))
         finally:
             for rank in ranks.values():
@@ -169,22 +169,22 @@ class Hub:
             thread.join(timeout=5)
 
 
-def connect(comm: Comm, hosts: int, hear: Hear) -> tuple[Link, Hub | None]:
+def connect(comm: Comm, hosts: int, handle: Handler) -> tuple[ControlClient, ControlServer | None]:
     """Opens the channel; all ranks call it together.
 
     Args:
         hosts: how many the ranks are on.
-        hear: rank 0's; see :class:`Hub`.
+        handle: rank 0's; see :class:`ControlServer`.
     """
     hub, secret = None, secrets.token_bytes(SECRET_BYTES)
     told = torch.zeros(SECRET_BYTES + ADDRESS_BYTES, dtype=torch.uint8)
     if comm.rank == 0:
-        hub = Hub("127.0.0.1" if hosts == 1 else own_address(), comm.size, secret, hear)
+        hub = ControlServer("127.0.0.1" if hosts == 1 else own_address(), comm.size, secret, handle)
         where = f"{hub.address[0]} {hub.address[1]}".ljust(ADDRESS_BYTES).encode()
         told = torch.tensor(list(secret + where), dtype=torch.uint8)
     said = bytes(comm.broadcast(told, "activation.address").tolist())
     host, port = said[SECRET_BYTES:].decode().split()
-    link = Link((host, int(port)), said[:SECRET_BYTES], comm.rank)
+    link = ControlClient((host, int(port)), said[:SECRET_BYTES], comm.rank)
     comm.barrier("activation.connected")
     return link, hub
 

@@ -12,11 +12,11 @@ import numpy as np
 SOLO, MAJORITY, FULL = "solo", "majority", "full"
 MODES = (SOLO, MAJORITY, FULL)
 ARRIVED, CLAIM, FINISHED = 1, 2, 3
-"""What a rank says: it has contributed and needs round N next; it wants N samples; its pass is over."""
+"""What a rank says: it has contributed and needs round N next; it wants N samples; its epoch is over."""
 START, FINAL, OFFER, CLOSING = 11, 12, 13, 14
-"""What a rank is told: join round N; join round N, the last of the pass; samples from N on; stop soon."""
+"""What a rank is told: join round N; join round N, the last of the epoch; samples from N on; stop soon."""
 
-Order = tuple[int | None, int, int]
+Command = tuple[int | None, int, int]
 """Whom (None: everybody), what, and a number."""
 
 
@@ -28,7 +28,7 @@ def initiator(seed: int, number: int, ranks: int) -> list[int]:
     return [int(rank) for rank in np.random.default_rng((seed, number)).permutation(ranks)]
 
 
-class Referee:
+class Coordinator:
     """Hears every rank and says who is to do what.
 
     - ``solo``: the first unit to arrive at the next round starts it.
@@ -48,15 +48,15 @@ class Referee:
         self._units = [frozenset(unit) for unit in units]
         self._unit_of = {rank: unit for unit in self._units for rank in unit}
         self._mode, self._seed, self._next = mode, seed, first
-        self._begin_pass()
+        self._begin_epoch()
 
-    def _begin_pass(self) -> None:
+    def _begin_epoch(self) -> None:
         self._arrived: set[int] = set()
         self._finished: set[int] = set()
         self._claimed = 0
         self._closing = False
 
-    def hear(self, rank: int, what: int, number: int) -> list[Order]:
+    def handle(self, rank: int, what: int, number: int) -> list[Command]:
         """What follows from one message of a rank; messages of one rank come in the order in which it sent them."""
         if what == CLAIM:
             self._claimed += number
@@ -69,16 +69,16 @@ class Referee:
         assert what == FINISHED
         self._finished.add(rank)
         if len(self._finished) == len(self._unit_of):
-            self._begin_pass()
+            self._begin_epoch()
             return [(None, FINAL, self._count())]
-        orders: list[Order] = []
+        orders: list[Command] = []
         if not self._closing and any(unit <= self._finished for unit in self._units):
             self._closing = True
             orders.append((None, CLOSING, 0))
         return orders + self._started()
 
-    def _started(self) -> list[Order]:
-        """Starts the next round if the right unit is there; ranks whose pass is over are not waited for."""
+    def _started(self) -> list[Command]:
+        """Starts the next round if the right unit is there; ranks whose epoch is over are not waited for."""
         if self._mode == MAJORITY:
             order = initiator(self._seed, self._next, len(self._unit_of))
             first = next(rank for rank in order if rank not in self._finished)

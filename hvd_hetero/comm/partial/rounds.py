@@ -26,7 +26,7 @@ class Round:
         own: ``[P]`` what this rank had contributed, unweighted, if it is kept; else None.
         contributions: how many of this rank's were in it.
         started: when this rank learned that the round started, by ``time.perf_counter``.
-        final: whether it is the last one of the pass.
+        final: whether it is the last one of the epoch.
     """
 
     number: int
