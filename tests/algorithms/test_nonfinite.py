@@ -26,7 +26,8 @@ from hvd_hetero.analysis.report.figures import figures
 from hvd_hetero.analysis.report.runs import Series, read_run
 from hvd_hetero.analysis.report.tables import closing_table
 from hvd_hetero.checkpoint import Store
-from hvd_hetero.cluster.device_classes import Cluster, DeviceClass, RankFacts
+from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
+from hvd_hetero.cluster.hardware import RankFacts
 from hvd_hetero.comm.flat_params import FlatState
 from hvd_hetero.comm.nonfinite import FLAG_SLOTS, Exclusions, finite, scale_, write_validity_flags
 from hvd_hetero.errors import EXIT_NON_FINITE, NonFiniteError

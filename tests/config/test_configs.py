@@ -50,7 +50,7 @@ def small(builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 @pytest.fixture
 def papers_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight GPUs, the datasets by their sizes, and small models in place of those with weights of their own."""
-    monkeypatch.setattr("hvd_hetero.cluster.device_classes._gpus", lambda: (GPUS, ""))
+    monkeypatch.setattr("hvd_hetero.cluster.hardware._gpus", lambda: (GPUS, ""))
     readers = {name: stand_in(DATASETS[name], samples) for name, samples in SIZES.items()}
     monkeypatch.setattr("hvd_hetero.data.DATASETS", {**DATASETS, **readers})
     monkeypatch.setattr("hvd_hetero.models.MODELS", {name: small(builder) for name, builder in MODELS.items()})

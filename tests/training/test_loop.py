@@ -14,7 +14,7 @@ BUSY_SEC, STEP_SEC, SLOWDOWN = 64, 0.5, 1000
 PROGRAM = f"""
 import torch
 import hvd_hetero
-from hvd_hetero.telemetry import stopwatch
+from hvd_hetero.telemetry import emulation, stopwatch
 
 class Clock:
     now = slept = 0.0
@@ -28,7 +28,7 @@ class Clock:
     def sleep(self, seconds):
         self.slept += seconds
 
-clock = stopwatch.time = Clock()
+clock = emulation.time = stopwatch.time = Clock()
 settings = {{"cluster.classes": {{"slow": {{"ranks": [0], "slowdown": {SLOWDOWN}, "threads": 1}}}},
              "train.tau": {{"slow": 2}}, "train.batch_size": 4, "train.epochs": 1}}
 loop = hvd_hetero.Loop(torch.nn.Linear(3, 2), (torch.randn(16, 3), torch.zeros(16, dtype=torch.long)), settings)

@@ -18,7 +18,8 @@ from store_helpers import NEW, OLD, save_round, some_state
 from hvd_hetero.checkpoint import Files, Store
 from hvd_hetero.checkpoint.background_write import Best, Write, copied
 from hvd_hetero.checkpoint.export import save_model
-from hvd_hetero.cluster.device_classes import RankFacts, assign
+from hvd_hetero.cluster.device_classes import assign
+from hvd_hetero.cluster.hardware import RankFacts
 from hvd_hetero.comm.kv_store import JobEnv
 from hvd_hetero.config.load import device_classes, load
 from hvd_hetero.data import TensorSource

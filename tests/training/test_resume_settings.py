@@ -15,7 +15,8 @@ from store_helpers import NEW, OLD, around, save_round
 
 from hvd_hetero import algorithms
 from hvd_hetero.checkpoint import Store
-from hvd_hetero.cluster.device_classes import RankFacts, assign
+from hvd_hetero.cluster.device_classes import assign
+from hvd_hetero.cluster.hardware import RankFacts
 from hvd_hetero.config.load import device_classes, load
 from hvd_hetero.config.schema import RESHAPE, Config
 from hvd_hetero.data.alike import facts_of

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hvd_hetero.cluster.device_classes import RankFacts, assign
+from hvd_hetero.cluster.device_classes import assign
+from hvd_hetero.cluster.hardware import RankFacts
 from hvd_hetero.config.load import device_classes
 from hvd_hetero.config.schema import EvalConfig
 from hvd_hetero.data import TensorSource
