@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.horovod
+
 EXAMPLES = Path(__file__).parents[1] / "scripts" / "examples"
 
 

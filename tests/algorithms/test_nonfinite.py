@@ -14,28 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from ranks_methods import oracle
+from ranks_methods.cases import CLASSES, POISONED, model
+from together import together
+from torch import nn
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero.algorithms import REGISTRY, get
+from hvd_hetero.algorithms.local_sgd import LocalSGD
+from hvd_hetero.analysis.report.figures import figures
+from hvd_hetero.analysis.report.runs import Series, read_run
+from hvd_hetero.analysis.report.tables import closing_table
+from hvd_hetero.checkpoint import Store
+from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
+from hvd_hetero.cluster.hardware import RankFacts
+from hvd_hetero.comm.flat_params import FlatState
+from hvd_hetero.comm.nonfinite import FLAG_SLOTS, Exclusions, finite, scale_, write_validity_flags
+from hvd_hetero.errors import EXIT_NON_FINITE, NonFiniteError
+from hvd_hetero.telemetry.run_folder import METRICS, to_json
+from hvd_hetero.telemetry.time_accounts import Accounts
 
-import torch  # noqa: E402
-from ranks_methods import oracle  # noqa: E402
-from ranks_methods.cases import CLASSES, POISONED, model  # noqa: E402
-from together import together  # noqa: E402
-from torch import nn  # noqa: E402
-
-from hvd_hetero.algorithms import REGISTRY, get  # noqa: E402
-from hvd_hetero.algorithms.local_sgd import LocalSGD  # noqa: E402
-from hvd_hetero.analysis.report.figures import figures  # noqa: E402
-from hvd_hetero.analysis.report.runs import Series, read_run  # noqa: E402
-from hvd_hetero.analysis.report.tables import closing_table  # noqa: E402
-from hvd_hetero.checkpoint import Store  # noqa: E402
-from hvd_hetero.cluster.device_classes import Cluster, DeviceClass  # noqa: E402
-from hvd_hetero.cluster.hardware import RankFacts  # noqa: E402
-from hvd_hetero.comm.flat_params import FlatState  # noqa: E402
-from hvd_hetero.comm.nonfinite import FLAG_SLOTS, Exclusions, finite, scale_, write_validity_flags  # noqa: E402
-from hvd_hetero.errors import EXIT_NON_FINITE, NonFiniteError  # noqa: E402
-from hvd_hetero.telemetry.run_folder import METRICS, to_json  # noqa: E402
-from hvd_hetero.telemetry.time_accounts import Accounts  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 SCRIPT = Path(__file__).parents[1] / "ranks_methods" / "run_cases.py"
 RANKS = Path(__file__).parents[1] / "ranks"

@@ -6,14 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from method_helpers import TWO, method
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero.algorithms.base import Algorithm
+from hvd_hetero.algorithms.local_sgd import LocalSGD
+from hvd_hetero.planning.rebalance import Rebalancer
 
-from method_helpers import TWO, method  # noqa: E402
-
-from hvd_hetero.algorithms.base import Algorithm  # noqa: E402
-from hvd_hetero.algorithms.local_sgd import LocalSGD  # noqa: E402
-from hvd_hetero.planning.rebalance import Rebalancer  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 SPEEDS = {"fast": 0.001, "slow": 0.008}
 

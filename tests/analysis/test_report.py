@@ -219,9 +219,8 @@ def test_ranks_that_meet_in_partial_collectives_are_traced_on_one_clock(eager: t
     for spans in ranks:
         assert {"compute", "comm"} <= {kind for kind, _, _ in spans} <= set(KINDS)
         assert all(a[2] <= b[1] + 1e-5 for a, b in zip(spans, spans[1:], strict=False))
-    first, second = ([span for span in spans if span[0] == "comm"][0] for spans in ranks)  # samples are dealt to both
-    woken_late_sec = 0.2  # on a busy machine the one may be through before the other is woken up
-    assert max(first[1], second[1]) <= min(first[2], second[2]) + woken_late_sec
+    (_, dealt, _), (_, _, got) = ([span for span in spans if span[0] == "comm"][0] for spans in ranks)
+    assert dealt <= got, "rank 0 deals samples to both; it may be through before rank 1 is woken up"
 
 
 def test_long_names_stay_apart_as_file_names() -> None:

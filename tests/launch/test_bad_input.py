@@ -163,6 +163,7 @@ def test_plain_horovodrun_says_it_once(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.horovod
 def test_the_launcher_starts_nothing(tmp_path: Path) -> None:
     """The real one, with a Python to run horovodrun by that would tell."""
     (tmp_path / "python").write_text(f"#!/bin/sh\ntouch {tmp_path / 'was-started'}\n")

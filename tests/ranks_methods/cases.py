@@ -88,7 +88,7 @@ CASES: dict[str, Case] = {
         "train.warmup_rounds": 5,
     }),
     "sync, label smoothing": Case("sync_sgd", {"train.loss_args": {"label_smoothing": 0.2}}),
-    "sync, fast": Case("sync_sgd", {"algorithm.participants": "fast"}),
+    "sync, fast": Case("sync_sgd", {"algorithm.participants": "fast", "run.trace_rounds": 4}),
     "sync, rank 0 idle": Case("sync_sgd", {"algorithm.participants": "fast"}, "rank0_slow", "norm"),
     "sync, one rank": Case("sync_sgd", {"algorithm.participants": "fast"}, "alone"),
     "sync, BatchNorm": Case("sync_sgd", UNEVEN, model="norm"),

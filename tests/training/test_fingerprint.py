@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero.config.load import load
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.training.fingerprint import PACKAGE, check_same, digest_of, fingerprint, shapes
 
-from torch import nn  # noqa: E402
-
-from hvd_hetero.config.load import load  # noqa: E402
-from hvd_hetero.errors import ConfigError  # noqa: E402
-from hvd_hetero.training.fingerprint import PACKAGE, check_same, digest_of, fingerprint, shapes  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 UNLIKE = Path(__file__).parents[1] / "ranks" / "unlike.py"
 PREFIX = "hvd-hetero: error: "

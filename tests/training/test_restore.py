@@ -10,31 +10,30 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from store_helpers import NEW, OLD, save_round, some_state
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("horovod")
+from hvd_hetero.checkpoint import Files, Store
+from hvd_hetero.checkpoint.background_write import Best, Write, copied
+from hvd_hetero.checkpoint.export import save_model
+from hvd_hetero.cluster.device_classes import assign
+from hvd_hetero.cluster.hardware import RankFacts
+from hvd_hetero.comm.kv_store import JobEnv
+from hvd_hetero.config.load import device_classes, load
+from hvd_hetero.data import TensorSource
+from hvd_hetero.errors import EXIT_LOST
+from hvd_hetero.launch.horovodrun import End
+from hvd_hetero.launch.supervisor import Supervisor
+from hvd_hetero.planning.plan import make_plan
+from hvd_hetero.telemetry.run_folder import METRICS, RunFolder
+from hvd_hetero.telemetry.staleness import KINDS, Counts
+from hvd_hetero.training.run_records import say_resumed
+from hvd_hetero.training.stop_request import StopRequest
+from hvd_hetero.worker.epoch import Epoch
 
-import numpy as np  # noqa: E402
-from store_helpers import NEW, OLD, save_round, some_state  # noqa: E402
-
-from hvd_hetero.checkpoint import Files, Store  # noqa: E402
-from hvd_hetero.checkpoint.background_write import Best, Write, copied  # noqa: E402
-from hvd_hetero.checkpoint.export import save_model  # noqa: E402
-from hvd_hetero.cluster.device_classes import assign  # noqa: E402
-from hvd_hetero.cluster.hardware import RankFacts  # noqa: E402
-from hvd_hetero.comm.kv_store import JobEnv  # noqa: E402
-from hvd_hetero.config.load import device_classes, load  # noqa: E402
-from hvd_hetero.data import TensorSource  # noqa: E402
-from hvd_hetero.errors import EXIT_LOST  # noqa: E402
-from hvd_hetero.launch.horovodrun import End  # noqa: E402
-from hvd_hetero.launch.supervisor import Supervisor  # noqa: E402
-from hvd_hetero.planning.plan import make_plan  # noqa: E402
-from hvd_hetero.telemetry.run_folder import METRICS, RunFolder  # noqa: E402
-from hvd_hetero.telemetry.staleness import KINDS, Counts  # noqa: E402
-from hvd_hetero.training.run_records import say_resumed  # noqa: E402
-from hvd_hetero.training.stop_request import StopRequest  # noqa: E402
-from hvd_hetero.worker.epoch import Epoch  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 ROWS = [{"epoch": number, "samples_seen": 100 * number, "train_loss": 1.0} for number in range(1, 7)]
 

@@ -15,16 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
+from together import together
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero.checkpoint import Store
+from hvd_hetero.errors import EXIT_STOPPED
 
-import psutil  # noqa: E402
-import torch  # noqa: E402
-from together import together  # noqa: E402
-
-from hvd_hetero.checkpoint import Store  # noqa: E402
-from hvd_hetero.errors import EXIT_STOPPED  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 TAU = "train.tau={fast: 8, slow: 2}"
 COMMON = ["train.batch_size=8", "cluster.classes.slow.slowdown=1", "model.args.hidden=[32]", "run.trace_rounds=0",
@@ -83,7 +82,7 @@ def assert_same(one: Path, other: Path) -> None:
 def test_stopped_within_an_epoch_and_gone_on_is_bit_equal(tmp_path: Path) -> None:
     """Through the launcher; tests/training/test_resume_methods.py has all methods."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    settings = ["algorithm.name=sync_sgd", "train.epochs=5", "checkpoint.every_rounds=2"]
+    settings = ["algorithm.name=sync_sgd", "train.epochs=5", "checkpoint.every_rounds=40"]
     _, said = together(partial(run, whole, *settings), partial(stopped, parts, *settings))
     assert "run.resume=auto goes on from round" in said
     halfway = epochs(parts)

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from ranks_methods.cases import BY_THE_CLOCK, RESUMED, RESUMED_SLOW, SIZE
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero.algorithms import REGISTRY
 
-import torch  # noqa: E402
-from ranks_methods.cases import BY_THE_CLOCK, RESUMED, RESUMED_SLOW, SIZE  # noqa: E402
-
-from hvd_hetero.algorithms import REGISTRY  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 SCRIPT = Path(__file__).parents[1] / "ranks_methods" / "resume_cases.py"
 
