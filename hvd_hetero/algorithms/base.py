@@ -17,7 +17,8 @@ from hvd_hetero.errors import ConfigError, nearest
 from hvd_hetero.planning.local_steps import ERROR
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.telemetry.staleness import Counts
-from hvd_hetero.worker.index_feed import Feed, Segment, SegmentResult
+from hvd_hetero.worker.epoch import Segment
+from hvd_hetero.worker.index_feed import Feed
 from hvd_hetero.worker.worker import Worker
 
 
@@ -42,7 +43,7 @@ class Algorithm:
         modes: what ``algorithm.mode`` may be, where the method has variants.
         claims_samples: whether ranks get the samples of an epoch bit by bit, so that no class has a part of its own.
         flat_gradients: whether gradients are views into flat vectors, and sparse ones are added up in there.
-        sends_at_once: whether each gradient is sent as soon as the backward epoch has made it, dense and in one piece.
+        sends_at_once: whether each gradient is sent as soon as the backward pass has made it, dense and in one piece.
         batch_varies: whether a rank's batch may become smaller than it is set to be.
         plan: the one followed now, and ``mine``, this rank's part of it; both from :meth:`start` on.
         reason: why :meth:`replan` last changed it, for a person to read.
@@ -106,6 +107,11 @@ class Algorithm:
         """Whether ranks are on their own in an epoch, so that meeting them all means to come to rest first."""
         return self.claims_samples
 
+    @property
+    def follows_plan(self) -> bool:
+        """Whether each rank takes the steps of the plan, no more and no less."""
+        return not self.claims_samples
+
     def make_plan(self, step_sec: Mapping[str, float] | None) -> Plan:
         """What every class does in a round; the same on every rank, from the same measured times.
 
@@ -124,17 +130,18 @@ class Algorithm:
         self.plan, self.mine = plan, plan.of_rank(self._rank)
 
     def deal(self, feed: Feed, plan: Plan, whole: Plan) -> NDArray[Any]:
-        """The samples of an epoch, as :class:`hvd_hetero.worker.index_feed.Segment` has them."""
+        """The samples of an epoch, as :class:`hvd_hetero.worker.epoch.Epoch` has them."""
         return feed.deal_whole(plan) if self.claims_samples else feed.deal(plan, whole)
 
-    def run_epoch(self, given: Segment, worker: Worker, comm: Comm) -> SegmentResult:
-        """All rounds of an epoch, up to the last collective of the last one."""
-        batches = given.read(given.rows)
-        for done in range(given.plan.rounds):
-            given.begin_round(done)
+    def run_segment(self, segment: Segment, worker: Worker, comm: Comm) -> None:
+        """Go through the rounds of a segment, up to the last collective of the last one, and note each step."""
+        batches = segment.batches()
+        for number in range(segment.rounds):
+            segment.start_round(number)
             self.run_round(worker, batches, comm)
-            given.end_round()
-        return SegmentResult(given.plan.rounds, given.plan.rounds * self.mine.tau)
+            segment.note(self.mine.tau, number)
+            segment.finish_round()
+        segment.averages = segment.rounds
 
     def run_round(self, worker: Worker, batches: Iterator[Batch], comm: Comm) -> None:
         """One round of this rank, all its collectives included."""

@@ -12,7 +12,7 @@ The mathematics is that of synchronous SGD on the fast class. What carries it is
 which a rank sends each other rank a piece of its own choice: one for the push and one for the pull of every s
 consecutive partitions, all of them on the way at once. So it is really the server that sums, in the order of the
 workers, and per step a worker sends and receives each gradient element once; no ring of workers is involved. Unlike
-BytePS itself, a push does not start before the whole backward epoch is done, and workers do not share in the summing.
+BytePS itself, a push does not start before the whole backward pass is done, and workers do not share in the summing.
 """
 
 from __future__ import annotations
@@ -72,7 +72,6 @@ class BytePS(Lockstep):
         sums = [summable(vector) for vector in self.vectors]
         if self.mine.role == SERVER:
             self.servers.sum_(sums, "gradient")
-            worker.watch.collective()
             return
         for inputs, targets in worker.pace.steps(batches, 1):
             self.keep_buffers(worker)
@@ -82,7 +81,6 @@ class BytePS(Lockstep):
             write_validity_flags(sums, good, share=self.mine.weight)
             worker.pace.pause()
             self.servers.sum_(sums, "gradient")
-            worker.watch.collective()
             renormalize(comm, sums, good, "gradient", self.ranks)
             for gradient, total in zip(self.vectors, sums, strict=True):
                 if gradient is not total:

@@ -57,7 +57,7 @@ class Delayed:
     """
 
     def __init__(self, worker: Worker, comm: Comm) -> None:
-        self._worker, self._comm, self._pulse = worker, comm.clone_for_thread(), comm.heartbeat
+        self._worker, self._comm, self._own_comm = worker, comm.clone_for_thread(), comm
         self._weights: SimpleQueue[float | None] = SimpleQueue()
         self._problems: SimpleQueue[BaseException | None] = SimpleQueue()
         self._on_its_way = False
@@ -107,7 +107,7 @@ class Delayed:
         """
         if not self._on_its_way:
             return
-        with self._pulse.waiting("delayed"):
+        with self._own_comm.booked(), self._own_comm.heartbeat.waiting("delayed"):
             problem = self._problems.get()
         self._on_its_way = False
         if problem is not None:

@@ -26,9 +26,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from hvd_hetero.algorithms.synchronous import Lockstep
 from hvd_hetero.comm.averaging import check_partial
 from hvd_hetero.comm.communicator import Comm
@@ -42,7 +39,7 @@ from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.telemetry.staleness import Counts
-from hvd_hetero.worker.index_feed import Segment, SegmentResult
+from hvd_hetero.worker.epoch import Segment
 from hvd_hetero.worker.worker import Worker
 
 
@@ -88,56 +85,48 @@ class EagerSGD(Lockstep):
             pinned=self._host is not None,
         )
 
-    def run_epoch(self, given: Segment, worker: Worker, comm: Comm) -> SegmentResult:
+    def run_segment(self, segment: Segment, worker: Worker, comm: Comm) -> None:
         partial, first, self._averages = self.partial, self.partial.version, 0
-        rows, at = list[NDArray[Any]](), list[int]()
-        self._used = 0
-        batches = self._handed_out(given, rows)
+        batches = self._claimed(segment)
         partial.claim(self.mine.batch_size)
         while True:
             for inputs, targets in worker.pace.steps(batches, 1):
                 self.keep_buffers(worker)
                 worker.gradient(inputs, targets, self.mine.weight)
-            if len(rows) == len(at):
+            if len(segment.rows) == len(segment.at):
                 break
-            at.append(partial.version - first)
-            # the answer comes while this rank waits for the round; who claims everything leaves nobody anything
-            partial.claim(len(given.rows) if given.stopping() else self.mine.batch_size)
+            segment.note(1, partial.version - first)
+            # the answer comes while this rank waits for the round; to claim everything leaves the others nothing
+            partial.claim(segment.samples if segment.is_stopping() else self.mine.batch_size)
             gradient = concat(self._gradients) if self._host is None else self._host.take()
             if finite([gradient]):
                 partial.contribute(gradient)
-                self._apply(partial.take(), worker, given, first)
+                self._apply(partial.take(), worker, segment, first)
             else:  # others may be waiting for this rank to contribute, so it waits for nothing
                 self.leave_out(worker, comm)
-                self._apply(partial.take(patience_sec=0), worker, given, first)
+                self._apply(partial.take(patience_sec=0), worker, segment, first)
         for results in partial.finish():
-            self._apply(results, worker, given, first)
+            self._apply(results, worker, segment, first)
         worker.state.refresh()
         check_partial(comm, worker.state.parameters(), self._averages)
-        taken = np.stack(rows) if rows else np.empty((0, self.mine.batch_size), dtype=np.int64)
-        return SegmentResult(self._averages, len(rows), taken, np.array(at, dtype=np.int64), self._used)
+        segment.averages = self._averages
 
-    def _handed_out(self, given: Segment, rows: list[NDArray[Any]]) -> Iterator[Batch]:
-        """The batches that this rank is offered, as long as there are whole ones; notes their samples."""
-        size = self.mine.batch_size
-        while (start := self.partial.offered()) + size <= len(given.rows):
-            rows.append(given.rows[start : start + size])
-            self._used = start + size
-            yield from given.read(rows[-1][None])
+    def _claimed(self, segment: Segment) -> Iterator[Batch]:
+        """The batches that this rank is offered, as long as there are whole ones."""
+        while (batch := segment.claim(self.partial.offered(), self.mine.batch_size)) is not None:
+            yield from batch
 
-    def _apply(self, results: Sequence[Round], worker: Worker, given: Segment, first: int) -> None:
+    def _apply(self, results: Sequence[Round], worker: Worker, segment: Segment, first: int) -> None:
         """One optimizer step along each result."""
-        if results:
-            worker.watch.waited(results[0].started)
         for result in results:
             if result.weight:  # the last round of an epoch finds the buffers empty, as a rule
-                given.begin_round(result.number - first)
+                segment.start_round(result.number - first)
                 for gradient, part in zip(self._gradients, parts_of(result.total, self._gradients), strict=True):
                     gradient.copy_(part, non_blocking=True)
                 worker.apply()
                 self._averages += 1
                 self._comm.excluded.since = 0
-                given.end_round()
+                segment.finish_round()
         worker.pace.pause()  # what was copied from is not given back before it has been copied
         self.partial.done(results)
 

@@ -30,7 +30,7 @@ from hvd_hetero.planning.local_steps import (
 from hvd_hetero.planning.plan import Plan, check_least_round, make_plan
 from hvd_hetero.planning.rebalance import Rebalancer
 from hvd_hetero.telemetry.staleness import Counts
-from hvd_hetero.worker.index_feed import Segment, SegmentResult
+from hvd_hetero.worker.epoch import Segment
 from hvd_hetero.worker.worker import Worker
 
 BLOCKING = "blocking"
@@ -64,6 +64,10 @@ class LocalSGD(Algorithm):
     @property
     def needs_quiesce(self) -> bool:
         return self.aggregation.mode != BLOCKING or self.too_slow == WAIT_AVOIDING or self.aggregation.delayed
+
+    @property
+    def follows_plan(self) -> bool:
+        return self.merging is None
 
     def check(self) -> None:
         super().check()
@@ -161,15 +165,15 @@ class LocalSGD(Algorithm):
                 break
         return self.plan
 
-    def run_epoch(self, given: Segment, worker: Worker, comm: Comm) -> SegmentResult:
+    def run_segment(self, segment: Segment, worker: Worker, comm: Comm) -> None:
         if self.merging is not None:
             part = self.mine.batch_size / self.batch_size[self.mine.name]  # of a step, where the batch is shrunk
-            return self.merging.run_epoch(given, worker, self.mine.tau, part)
-        worked = super().run_epoch(given, worker, comm)
+            self.merging.run_segment(segment, worker, self.mine.tau, part)
+            return
+        super().run_segment(segment, worker, comm)
         if self.delayed is not None:
             self.delayed.settle()
             self._average(worker, comm)
-        return worked
 
     def end_epoch(self, worker: Worker, comm: Comm) -> None:
         average_others(comm, worker.state, self.mine.weight, only_new=self.merging is None)
@@ -190,7 +194,6 @@ class LocalSGD(Algorithm):
             return
         self.delayed.settle()
         self.delayed.begin(self.mine.weight)
-        worker.watch.collective()
         if self.aggregation.optimizer_state == "reset":
             worker.optimizer.state.clear()
 
@@ -200,7 +203,6 @@ class LocalSGD(Algorithm):
         good, kept = average(comm, worker.state, self.mine.weight), self.aggregation.optimizer_state
         if kept == "average":
             self.optimizer_average.average(worker.optimizer, self.mine.weight, good)
-        worker.watch.collective()
         if kept == "reset" or (kept == "local" and not good):
             worker.optimizer.state.clear()
         self.outer.step()

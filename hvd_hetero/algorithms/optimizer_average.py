@@ -69,6 +69,10 @@ class OptimizerAverage:
         Raises:
             NonFiniteError: as :func:`hvd_hetero.comm.averaging.average`.
         """
+        with self._comm.booked():
+            self._average(optimizer, weight, good)
+
+    def _average(self, optimizer: torch.optim.Optimizer, weight: float, good: bool) -> None:
         own = dict(self._own(optimizer))
         self._agree(sorted(own))
         floating = [entry for entry in self._entries if not entry.is_count]

@@ -27,10 +27,8 @@ optimizer's state is cleared.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,7 +43,7 @@ from hvd_hetero.comm.partial.rounds import Round
 from hvd_hetero.config.schema import AggregationConfig
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.telemetry.staleness import Counts
-from hvd_hetero.worker.index_feed import Segment, SegmentResult
+from hvd_hetero.worker.epoch import Segment
 from hvd_hetero.worker.worker import Worker
 
 
@@ -108,33 +106,31 @@ class PartialModelAveraging:
         self._common.copy_(concat(self._params))
         self._open(number)
 
-    def run_epoch(self, given: Segment, worker: Worker, tau: int, part: float) -> SegmentResult:
+    def run_segment(self, segment: Segment, worker: Worker, tau: int, part: float) -> None:
         """Rounds of tau local steps until a class has had all its samples; then everybody is merged.
 
         Args:
             part: how much of a step a step of this rank weighs.
         """
-        partial, at = self._partial, list[int]()
-        batches, first, self._averages = given.read(given.rows), partial.version, 0
-        for _ in range(given.plan.rounds):
+        partial, batches = self._partial, segment.batches()
+        first, self._averages = partial.version, 0
+        for _ in range(segment.rounds):
             number = partial.version - first
-            given.begin_round(number)
-            steps = worker.local_steps(batches, tau, lambda: partial.closing or given.stopping())
-            at += [number] * steps
+            segment.start_round(number)
+            steps = worker.local_steps(batches, tau, lambda: partial.closing or segment.is_stopping())
+            segment.note(steps, number)
             if self._contribute(steps * part):
                 rounds = partial.take(None if self._unmerged >= self._spec.max_lag else self._spec.patience_sec)
             else:  # others may be waiting for this rank to contribute
                 rounds = partial.take(patience_sec=0)
-            worker.watch.waited(rounds[0].started if rounds else math.inf)
             self._merge(rounds)
-            given.end_round()
-            if partial.closing or given.stopping():
+            segment.finish_round()
+            if partial.closing or segment.is_stopping():
                 break
         for rounds in partial.finish():
-            worker.watch.waited(rounds[0].started)
             self._merge(rounds)
         check_partial(self._comm, self._params, self._averages)
-        return SegmentResult(self._averages, len(at), given.rows[: len(at)], np.array(at, dtype=np.int64))
+        segment.averages = self._averages
 
     @torch.no_grad()
     def _contribute(self, steps: float) -> bool:

@@ -4,13 +4,13 @@ A round is one step. With B = sum_i b_i, on worker i, from the model x that all 
 
     draw b_i samples from the worker's share of the epoch
     g_i = gradient of their mean loss at x
-    g   = sum_i (b_i / B) g_i           # the gradient of the joined batch; allreduce, as the backward epoch goes
+    g   = sum_i (b_i / B) g_i           # the gradient of the joined batch; allreduce, as the backward pass goes
     x   = x - lr * g                    # the same on every worker: replicas never differ
 
 With equal batches the sum is the mean over workers. Everybody waits for the slowest at every step;
 ``algorithm.participants: fast`` trains on the fast class alone, while the others idle (tau 0, no samples, weight 0).
 
-``hvd.DistributedOptimizer`` sends each parameter's gradient as soon as the backward epoch has made it; gradient
+``hvd.DistributedOptimizer`` sends each parameter's gradient as soon as the backward pass has made it; gradient
 clipping comes after the sum, so it is that of the joined batch. BatchNorm normalizes each rank's own share; running
 statistics are averaged at the end of an epoch.
 
@@ -56,16 +56,16 @@ class SyncSGD(Lockstep):
 
     def run_round(self, worker: Worker, batches: Iterator[Batch], comm: Comm) -> None:
         if not self.mine.tau:
-            worker.watch.skip_collective()
+            comm.sit_out()
             return
         for inputs, targets in worker.pace.steps(batches, 1):
             self.keep_buffers(worker)
             self.sum.sent(partial(worker.gradient, inputs, targets, self.mine.weight))
             worker.pace.pause()
             with self.sum.finished(worker.optimizer):
-                if not finite(worker.gradients()):
-                    self._sum_again(worker, inputs, targets, comm)
-                worker.watch.collective()
+                with comm.booked():
+                    if not finite(worker.gradients()):
+                        self._sum_again(worker, inputs, targets, comm)
                 worker.apply()
 
     def _sum_again(self, worker: Worker, inputs: Any, targets: Tensor, comm: Comm) -> None:

@@ -15,7 +15,7 @@ from hvd_hetero.comm.nonfinite import finite
 from hvd_hetero.config.schema import AggregationConfig, AlgorithmConfig
 from hvd_hetero.errors import ConfigError, NonFiniteError
 from hvd_hetero.planning.plan import IDLE, Plan, lockstep_plan
-from hvd_hetero.worker.index_feed import Segment, SegmentResult
+from hvd_hetero.worker.epoch import Segment
 from hvd_hetero.worker.worker import Worker
 
 ALL, FAST = "all", "fast"
@@ -78,12 +78,11 @@ class Lockstep(Algorithm):
             epoch_length=self.train.epoch_length, tau=steps,
         )
 
-    def run_epoch(self, given: Segment, worker: Worker, comm: Comm) -> SegmentResult:
-        worked = super().run_epoch(given, worker, comm)
+    def run_segment(self, segment: Segment, worker: Worker, comm: Comm) -> None:
+        super().run_segment(segment, worker, comm)
         worker.state.refresh()
         if self.mine.tau and not finite(worker.state.parameters()):  # a step itself may have gone too far
             raise NonFiniteError(comm.excluded.round, self.ranks, everybody=True)
-        return worked
 
     def keep_buffers(self, worker: Worker) -> None:
         """Remembers running statistics, before a step."""

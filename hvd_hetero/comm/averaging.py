@@ -36,6 +36,14 @@ def average(comm: Comm, state: FlatState, weight: float, name: str = "average") 
         NonFiniteError: on all ranks, if no rank's model is good, or if a bad one is to stop the job.
         UserError: a tensor is not what it was, so that it cannot be averaged.
     """
+    with comm.booked():
+        good = _average(comm, state, weight, name)
+    if not good:
+        comm.excluded.note()
+    return good
+
+
+def _average(comm: Comm, state: FlatState, weight: float, name: str) -> bool:
     news = state.refresh()
     vectors = [summable(vector) for vector in state.padded]
     contents = [vector[:-FLAG_SLOTS] for vector in vectors]
@@ -53,8 +61,6 @@ def average(comm: Comm, state: FlatState, weight: float, name: str = "average") 
     others.finish()
     if news:
         others.agree()
-    if not good:
-        comm.excluded.note()
     return good
 
 

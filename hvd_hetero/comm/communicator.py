@@ -10,6 +10,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import horovod.torch as hvd
@@ -25,7 +26,7 @@ from hvd_hetero.comm.nonfinite import Exclusions
 from hvd_hetero.comm.paths import FLAT, paths_of
 from hvd_hetero.comm.tensor_slots import as_bytes
 from hvd_hetero.config.schema import AggregationConfig
-from hvd_hetero.telemetry.heartbeat import Heartbeat
+from hvd_hetero.telemetry.stopwatch import Stopwatch
 
 STOP = "stop"
 
@@ -40,7 +41,7 @@ class Comm:
         spec: how weighted sums travel, and what happens if a rank's values are non-finite. ``path`` is ``flat`` (scale
             locally, one global sum; host tensors only), ``hierarchical`` (within classes, among leaders, back),
             ``auto`` (flat where all classes are on the CPU) or ``measured``.
-        heartbeat: told of every collective.
+        watch: books the time in what is :meth:`booked`; its heartbeat is told of every collective.
 
     Attributes:
         paths: those to choose between, one if there is nothing to choose.
@@ -52,10 +53,11 @@ class Comm:
     """
 
     def __init__(
-        self, cluster: Cluster, rank: int, spec: AggregationConfig | None = None, heartbeat: Heartbeat | None = None
+        self, cluster: Cluster, rank: int, spec: AggregationConfig | None = None, watch: Stopwatch | None = None
     ) -> None:
         spec = spec or AggregationConfig()
-        self.rank, self.size, self.heartbeat = rank, cluster.size, heartbeat or Heartbeat()
+        self.rank, self.size, self.watch = rank, cluster.size, watch or Stopwatch()
+        self.heartbeat = self.watch.heartbeat
         self.excluded = Exclusions(rank, spec.nan == STOP)
         mine = cluster.class_of(rank)
         self._peers = mine.ranks
@@ -76,8 +78,18 @@ class Comm:
         self._staging: dict[tuple[torch.dtype, int], Tensor] = {}
         self._copying: torch.cuda.Stream | None = None
 
-    def take(self, path: str) -> None:
-        """Takes this path from now on, if it is one of :attr:`paths`; all ranks are told the same."""
+    @contextmanager
+    def booked(self) -> Iterator[None]:
+        """Book all collectives of a block, with the time since the last span, as one in which all ranks meet."""
+        yield
+        self.watch.collective()
+
+    def sit_out(self) -> None:
+        """Take no part in what the other ranks book as one collective."""
+        self.watch.skip_collective()
+
+    def set_path(self, path: str) -> None:
+        """Take this path from now on, if it is one of :attr:`paths`; all ranks are told the same."""
         self.path = path if path in self.paths else self.path
 
     # ---- the aggregation --------------------------------------------------------------------------------------------
@@ -300,7 +312,8 @@ class Comm:
     def clone_for_thread(self) -> Comm:
         """The same ranks, for a thread beside the rank's own: its waiting is not the rank's."""
         other = copy.copy(self)
-        other.heartbeat, other._staging, other._copying = Heartbeat(), {}, None
+        other.watch, other._staging, other._copying = Stopwatch(), {}, None
+        other.heartbeat = other.watch.heartbeat
         return other
 
     def barrier(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Summing gradients while the backward epoch still runs: Horovod's DistributedOptimizer among some ranks of the job."""
+"""Summing gradients while the backward pass still runs: Horovod's DistributedOptimizer among some ranks of the job."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class GradientSum:
         self._travel = Summable if as_they_are else OnHost
 
     def wrap(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer, made to send each gradient as soon as the backward epoch has computed it."""
+        """The optimizer, made to send each gradient as soon as the backward pass has computed it."""
         if len(self._ranks) == 1:
             return optimizer
         named = [(f"gradient.{name}", p) for name, p in model.named_parameters() if p.requires_grad]
@@ -90,7 +90,7 @@ class GradientSum:
         return wrapped
 
     def sent(self, backward: Callable[[], Any]) -> None:
-        """Runs a backward epoch, from which gradients leave."""
+        """Runs a backward pass, from which gradients leave."""
         guarded(backward)
 
     @contextmanager

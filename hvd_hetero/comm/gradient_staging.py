@@ -1,4 +1,4 @@
-"""Gradients on their way from a device to the host, copied while the backward epoch still goes on."""
+"""Gradients on their way from a device to the host, copied while the backward pass still goes on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hvd_hetero.comm.tensor_slots import real_view
 
 
 class HostGradients:
-    """A copy of flat gradients in host memory, which follows each backward epoch parameter by parameter.
+    """A copy of flat gradients in host memory, which follows each backward pass parameter by parameter.
 
     Args:
         params: whose gradients are views of the vectors.
@@ -47,7 +47,7 @@ class HostGradients:
 
     @torch.no_grad()
     def take(self) -> Tensor:
-        """The gradients of the backward epoch that has ended, ``[P]``; valid until the next one begins."""
+        """The gradients of the backward pass that has ended, ``[P]``; valid until the next one begins."""
         for param in list(self._left):  # it had no part in the loss, and its gradient is zero
             self._copy(self._parts[param], param)
         self._left = set(self._parts)

@@ -32,11 +32,12 @@ class Servers:
         Args:
             vectors: ``[P]`` each, of the same lengths and types on all ranks, on the rank's own device.
         """
-        for i, vector in enumerate(vectors):
-            if self._serving:
-                self._serve(vector.numel(), vector.dtype, f"{name}.{i}")
-            else:
-                self._ask(vector, f"{name}.{i}")
+        with self._comm.booked():
+            for i, vector in enumerate(vectors):
+                if self._serving:
+                    self._serve(vector.numel(), vector.dtype, f"{name}.{i}")
+                else:
+                    self._ask(vector, f"{name}.{i}")
 
     def turns(self, length: int, itemsize: int) -> list[list[int]]:
         """For each turn, how many elements each server sums."""

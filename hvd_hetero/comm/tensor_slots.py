@@ -1,6 +1,6 @@
 """The places in a module that hold its parameters and buffers, and the memory of what lies there.
 
-A module may put another tensor into such a place at any time: ``self.mean = 0.9 * self.mean + ...`` in a forward epoch
+A module may put another tensor into such a place at any time: ``self.mean = 0.9 * self.mean + ...`` in a forward pass
 replaces a buffer. So what has to follow the model remembers places, not tensors.
 """
 

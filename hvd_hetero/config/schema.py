@@ -92,6 +92,7 @@ class ClusterConfig:
 class DataConfig:
     name: Optional[str] = "digits"  # noqa: UP045
     root: Optional[str] = _key(None, NOTHING)  # noqa: UP045
+    download: bool = _key(False, NOTHING)
     target: Optional[str] = None  # noqa: UP045
     args: dict[str, Any] = _key({})
     workers: int = _key(0, FIGURES, at_least=0, at_most=256)

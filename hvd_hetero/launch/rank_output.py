@@ -57,7 +57,7 @@ class RankOutput:
             self.take(stream, rank, pipe.read(size))
 
     def take(self, stream: int, rank: int, block: bytes) -> None:
-        """Segment on what has become whole by another block of a rank's output."""
+        """Pass on what has become whole by another block of a rank's output."""
         source = (stream, rank)
         *lines, rest = LINE_ENDS.split(self._rests.pop(source, b"") + block)
         if len(rest) > LINE_BYTES:
@@ -66,7 +66,7 @@ class RankOutput:
         self._put(stream, b"".join(part for line in lines for part in self._parts(source, line)))
 
     def end(self, failed: bool) -> None:
-        """Segment on what has no end.
+        """Pass on what has no end.
 
         Args:
             failed: whether a rank was ended: the last word may be its shell's about that, which is told otherwise, on a

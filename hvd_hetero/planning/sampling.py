@@ -109,22 +109,6 @@ class Sampler:
         self.biased = state.get("biased", self.biased)
 
 
-def in_order(values: Mapping[int, NDArray[Any]], rounds: int, tau: Mapping[int, int]) -> NDArray[Any]:
-    """Puts what each rank did in an epoch into one sequence, by (round, step, rank).
-
-    Args:
-        values: ``[rounds * tau_rank * B_rank]`` by rank, in the order in which the rank worked on them.
-        tau: local steps of each rank in a round.
-
-    Returns:
-        ``[K]``, everything.
-    """
-    steps = {rank: values[rank].reshape(rounds, tau[rank], -1) for rank in sorted(values) if tau[rank]}
-    longest = max(tau.values())
-    parts = [steps[rank][:, step] for step in range(longest) for rank in steps if step < tau[rank]]
-    return np.concatenate(parts, axis=1).reshape(-1)
-
-
 def newest_last(at: Sequence[NDArray[Any]], batch: Sequence[int]) -> NDArray[Any]:
     """The order (round, step, rank) of what ranks worked on, where each took steps as it could.
 

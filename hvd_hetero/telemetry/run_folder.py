@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from hvd_hetero.cluster.device_classes import Cluster
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.files import check_no_links, write_text
+from hvd_hetero.log import LOGGER
 from hvd_hetero.secrets import without_passwords
 from hvd_hetero.telemetry.trace import TRACE
 
@@ -78,7 +79,7 @@ class RunFolder:
             self._show(row)
         except OSError as error:
             self._events = None
-            print(f"no more TensorBoard events: {error.strerror}", file=sys.stderr, flush=True)
+            LOGGER.warning("no more TensorBoard events: %s", error.strerror)
 
     def _show(self, row: Mapping[str, Any]) -> None:
         if self._events is None:
@@ -94,13 +95,13 @@ class RunFolder:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._rows.write(self._unwritten) :]
         except OSError as error:
-            print(f"{METRICS} cannot be written now: {error.strerror}", file=sys.stderr, flush=True)
+            LOGGER.warning("%s cannot be written now: %s", METRICS, error.strerror)
 
     def _keep(self, size: int) -> None:
         """Drops rows of epochs that will be done again."""
         there = os.fstat(self._rows.fileno()).st_size
         if there < size:
-            print(f"{self.path / METRICS}: rows are missing that the checkpoint knew of", file=sys.stderr, flush=True)
+            LOGGER.warning("%s: rows are missing that the checkpoint knew of", self.path / METRICS)
         self._rows.truncate(min(size, there))
 
     @property

@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.kv_store import JobEnv
 from hvd_hetero.config.schema import RESHAPE, Config
 from hvd_hetero.errors import UserError
+from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan
-from hvd_hetero.training.epoch import EpochProgress
 from hvd_hetero.training.fingerprint import made_with
 from hvd_hetero.training.resume import Found, places
 from hvd_hetero.training.stop_request import StopRequest
+from hvd_hetero.worker.epoch import Progress
 
 NONE = -1
 PATH_BYTES = 4096
@@ -44,7 +45,7 @@ GROWTH = 4
 class SyncDecision:
     """What all ranks agree on after a segment: how far the epoch is, whether to stop, and whether to save."""
 
-    reached: EpochProgress
+    progress: Progress
     stop: bool
     due: bool
 
@@ -133,11 +134,11 @@ class Saver:
         every = self._spec.every_rounds
         return min(left, self._segment, every - rounds % every if every else left)
 
-    def agree(self, reached: EpochProgress, length: int, rounds: int) -> SyncDecision:
+    def agree(self, progress: Progress, length: int, rounds: int) -> SyncDecision:
         """Meets all ranks after a segment.
 
         Args:
-            reached: how far this rank has come in it.
+            progress: how far this rank has come in it.
             length: rounds that it was to have.
             rounds: of the run, before it.
         """
@@ -146,15 +147,18 @@ class Saver:
         worth = round(self._segment_sec * length / max(now - self._began, 1e-6))
         said = [self.stopping(), self._write is not None and self._write.busy, lead and due,
                 lead and max(1, min(worth, GROWTH * length))]
-        reached, (stop, busy, late, segment) = reached.agreed(self._comm, said)
+        mine = astuple(progress)
+        most = self._comm.max([float(number) for number in (*mine, *said)], "epoch.progress")
+        progress = Progress(*(int(number) for number in most[: len(mine)]))
+        stop, busy, late, segment = most[len(mine) :]
         self._segment = int(segment)
         if not busy:
             self._settle()
-        number = rounds + reached.rounds
+        number = rounds + progress.averages
         save = bool(late) and self._write is None
         if spec.every_rounds is not None:  # in partial collectives rounds do not come in the planned numbers
             save = save or number // spec.every_rounds > max(self._tried, 0) // spec.every_rounds
-        return SyncDecision(reached, bool(stop), save and number > self._tried)
+        return SyncDecision(progress, bool(stop), save and number > self._tried)
 
     def save(self, number: int, epochs: int, state: Callable[[], Any], wait: bool, value: float | None = None) -> None:
         """Saves every rank's state; if that cannot be done, the run goes on without, and says so.
@@ -200,7 +204,7 @@ class Saver:
             return
         problem = self._write.problem
         if problem.startswith(f"rank {self._comm.rank}:"):  # the others' they say themselves
-            print(f"no checkpoint at round {self._write.number}: {problem}", flush=True)
+            LOGGER.warning("no checkpoint at round %s: %s", self._write.number, problem)
         if not self._comm.max([float(bool(problem))], "checkpoint.done")[0]:
             self.saved_round = self._write.number
         self._write = None

@@ -329,7 +329,7 @@ class _DryRun:
 
 @contextmanager
 def _counted(model: nn.Module) -> Iterator[dict[str, int]]:
-    """Count how often a backward epoch adds to the gradient of each parameter, by name."""
+    """Count how often a backward pass adds to the gradient of each parameter, by name."""
     times: dict[str, int] = {}
 
     def count(name: str, param: Tensor) -> None:

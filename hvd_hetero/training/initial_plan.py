@@ -11,6 +11,7 @@ from hvd_hetero.algorithms.base import Algorithm
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.data import Source
 from hvd_hetero.errors import ConfigError, UserError
+from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.speed_profile import known_speeds
 from hvd_hetero.training.startup import Job
@@ -51,7 +52,7 @@ def choose_path(algorithm: Algorithm, measure: Measurement) -> None:
         found = measure.choose_path()
         if comm.rank == 0:
             times = ", ".join(f"{path} {1e3 * sec:.3g} ms" for path, sec in found.items())
-            print(f"averages go the {comm.path} way: {times}", flush=True)
+            LOGGER.info("averages go the %s way: %s", comm.path, times)
 
 
 def start_together(algorithm: Algorithm, plan: Plan, worker: Worker, comm: Comm) -> None:
@@ -83,7 +84,7 @@ def _known(job: Job, comm: Comm) -> dict[str, float] | None:
         else:
             if known is not None:
                 told = [known[0][name] for name in names]
-                print(f"step times from {known[1]}; profile.reuse=false measures them", flush=True)
+                LOGGER.info("step times from %s; profile.reuse=false measures them", known[1])
     said = comm.broadcast(torch.tensor(told, dtype=torch.float64), "profile.known").tolist()
     if math.isnan(said[0]):
         raise error

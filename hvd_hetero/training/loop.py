@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,11 +18,13 @@ from hvd_hetero.algorithms.local_sgd import LocalSGD
 from hvd_hetero.comm.averaging import average, average_others
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.flat_params import FlatState
+from hvd_hetero.comm.kv_store import job_env
 from hvd_hetero.config.load import load
 from hvd_hetero.config.schema import AggregationConfig, Config
 from hvd_hetero.data import Batch, read
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, Plain, RankError, UserError
+from hvd_hetero.log import logged
 from hvd_hetero.planning.sampling import Sampler
 from hvd_hetero.planning.stop_criteria import RunProgress, check_limits, next_rounds
 from hvd_hetero.random_state import seed_all
@@ -72,15 +75,17 @@ class Round:
 class Loop:
     """The rounds of a run, for a loop written by hand::
 
-        loop = Loop(model, (inputs, targets), {"train.tau": {"fast": 32, "slow": 4}})
-        optimizer = torch.optim.SGD(loop.model.parameters(), lr=0.1)
-        for round in loop:
-            for x, y in round:
-                optimizer.zero_grad()
-                losses = cross_entropy(loop.model(x), y, reduction="none")
-                losses.mean().backward()
-                optimizer.step()
-                round.losses(losses)
+        with Loop(model, (inputs, targets), {"train.tau": {"fast": 32, "slow": 4}}) as loop:
+            optimizer = torch.optim.SGD(loop.model.parameters(), lr=0.1)
+            for round in loop:
+                for x, y in round:
+                    optimizer.zero_grad()
+                    losses = cross_entropy(loop.model(x), y, reduction="none")
+                    losses.mean().backward()
+                    optimizer.step()
+                    round.losses(losses)
+            if loop.rank == 0:
+                torch.save(loop.model.state_dict(), "model.pt")
 
     When an inner loop has ended, the models of all ranks are averaged with their weights. Make the optimizer after the
     loop, from ``loop.model``: its parameters have moved into a flat vector on the rank's device.
@@ -118,6 +123,7 @@ class Loop:
 
         with ExitStack() as after:
             after.enter_context(process_restored())
+            after.enter_context(logged(job_env().rank))
             exit_on_error(lambda: self._start(startup.start(prepare)))
             self._after = after.pop_all()
 
@@ -129,7 +135,9 @@ class Loop:
         self._state = FlatState(self.model, policies=config.aggregation.state)
         self._source = on_device(started.components.dataset.train, device, "training")
         self._generator = torch.Generator(device).manual_seed(config.run.seed * 1000003 + self.rank)
-        self._comm = Comm(cluster, self.rank, config.aggregation, started.watchdog.heartbeat)
+        clock = thread_cpu_clock(device, started.placement.threads)
+        self._watch = Stopwatch(thread_cpu_clock=clock, heartbeat=started.watchdog.heartbeat)
+        self._comm = Comm(cluster, self.rank, config.aggregation, self._watch)
         self._comm.broadcast_state(self._state)
         samples = len(self._source)
         self.plan = algorithms.build(config, cluster, samples).make_plan(None)
@@ -139,8 +147,6 @@ class Loop:
         self._feed = Feed(self._comm, samples, sampler if self.rank == 0 else None)
         check_limits(config.train, self.plan)
         self._train = config.train
-        clock = thread_cpu_clock(device, started.placement.threads)
-        self._watch = Stopwatch(thread_cpu_clock=clock, heartbeat=started.watchdog.heartbeat)
         self._pace = SlowdownEmulator(self._watch, cluster.class_of(self.rank).slowdown, self._synchronize)
         self._watchdog = started.watchdog
         seed_all(config.run.seed * 1000003 + self.rank)  # dropout differs from rank to rank
@@ -167,8 +173,11 @@ class Loop:
                 excluded = not exit_on_error(partial(average, self._comm, self._state, mine.weight))
                 self._comm.excluded.round += 1
             exit_on_error(partial(average_others, self._comm, self._state, mine.weight, only_new=True))
-            exit_on_error(partial(self._feed.collect, part, concat(taken)[0]))
+            at = np.repeat(np.arange(rounds), mine.tau)
+            shapes = [(rounds * c.tau, c.batch_size) for c in part.by_rank()]
+            exit_on_error(partial(self._feed.collect, rows, at, concat(taken)[0], shapes))
             done = done.after(part)
+            self._watch.take()  # nothing is told of the times of a loop
 
     def _steps(self, batches: Iterator[Batch], count: int) -> Iterator[Batch]:
         # What was between two rounds, an average and the user's own, is no part of a step that is to be stretched.
@@ -184,12 +193,25 @@ class Loop:
                 return
             yield batch
 
+    def __enter__(self) -> Loop:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        """Leave the job together with all other ranks; a rank that fails leaves it alone, and ends the job so."""
+        if error is None:
+            self.close()
+        else:
+            self._leave()
+
     def close(self) -> None:
-        """Leaves the job together with all other ranks; call it when the model has been saved.
+        """Leave the job together with all other ranks; call it when the model has been saved, or use ``with``.
 
         Cores, threads and warnings are as they were before the loop was made, and another one may be made.
         """
         self._comm.close()
+        self._leave()
+
+    def _leave(self) -> None:
         self._watchdog.stop()
         self._after.close()
 

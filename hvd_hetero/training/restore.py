@@ -10,15 +10,16 @@ import numpy as np
 
 from hvd_hetero.algorithms.base import Algorithm
 from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.data import Source
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.telemetry.run_folder import RunFolder
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.training.checkpointer import Saver
-from hvd_hetero.training.epoch import EpochState
 from hvd_hetero.training.resume import places
 from hvd_hetero.training.run_records import RESHAPED, say_resumed
 from hvd_hetero.training.startup import Job
+from hvd_hetero.worker.epoch import Epoch
 from hvd_hetero.worker.index_feed import Feed
 from hvd_hetero.worker.worker import Worker
 
@@ -38,7 +39,8 @@ class Run(Protocol):
     watch: Stopwatch
     folder: RunFolder | None
     saver: Saver | None
-    ongoing: EpochState | None
+    epoch: Epoch | None
+    source: Source
     best: dict[str, float | None]
     begin: float
 
@@ -46,19 +48,19 @@ class Run(Protocol):
     def over(self) -> bool: ...
 
 
-def state_of(run: Run, ongoing: EpochState | None) -> dict[str, Any]:
+def state_of(run: Run, epoch: Epoch | None) -> dict[str, Any]:
     """Everything that decides how this rank goes on, in an epoch under way or between two."""
     state: dict[str, Any] = {name: getattr(run, name).state_dict() for name in PARTS}
     state |= {"plan": run.plan.to_dict(), "best": run.best, "wall_sec": time.perf_counter() - run.begin,
               "path": run.comm.path, "classes": places(run.job.cluster)}  # fmt: skip
-    if ongoing is not None:
-        ongoing.count(run.comm.excluded.take(), run.algorithm.counts())
-        state["ongoing"] = ongoing.state_dict()
+    if epoch is not None:
+        epoch.count(run.comm.excluded.take(), run.algorithm.counts())
+        state["epoch"] = epoch.state_dict()
         state["watch"] = run.watch.state_dict()
     if run.folder is not None and run.feed.sampler is not None:
         kept = {"rows_bytes": run.folder.rows_bytes, "samples_seen": run.accounts.samples_seen,
                 "data": run.job.data.get("training")}  # fmt: skip
-        state["rank0"] = {**kept, "sampler": run.feed.sampler.state_dict(), "feed": run.feed.state_dict()}
+        state["rank0"] = {**kept, "sampler": run.feed.sampler.state_dict()}
     return state
 
 
@@ -69,13 +71,12 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
     run.best = dict(state["best"])
     run.begin -= state["wall_sec"]
     place = f"epoch {run.accounts.epochs}, round {run.accounts.rounds}"
-    if "ongoing" in state:
-        run.ongoing = EpochState.from_state(state["ongoing"])
+    if "epoch" in state:
+        run.epoch = Epoch.from_state(state["epoch"], run.source, run.worker.generator)
         run.watch.load_state_dict(state["watch"])
-        place += f", in the next epoch {run.ongoing.reached.rounds} rounds later"
+        place += f", in the next epoch {run.epoch.progress.averages} rounds later"
     if run.feed.sampler is not None:
         run.feed.sampler.load_state_dict(state["rank0"]["sampler"])
-        run.feed.load_state_dict(state["rank0"]["feed"])
         say_resumed(place, run.over)
 
 

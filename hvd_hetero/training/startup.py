@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -60,6 +62,8 @@ def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
     """
     restrict_umask()
     torch.set_num_threads(1)  # until this rank knows which cores are its own
+    if not faulthandler.is_enabled():  # a rank that crashes in compiled code says where
+        faulthandler.enable(file=sys.__stderr__ or 2)
     env = job_env()
     watchdog = Watchdog(env)
     try:

@@ -28,14 +28,16 @@ from hvd_hetero.telemetry.stopwatch import Stopwatch, thread_cpu_clock
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import Recorder
 from hvd_hetero.training.checkpointer import Saver, SyncDecision
-from hvd_hetero.training.epoch import EpochFigures, EpochState, RoundSpans, evaluate, gather_figures, say_taus
+from hvd_hetero.training.epoch import EpochFigures, RoundSpans, gather_figures, say_taus
+from hvd_hetero.training.evaluation import evaluate
 from hvd_hetero.training.initial_plan import first_plan, start_together
 from hvd_hetero.training.restore import carry_over, restore, state_of
 from hvd_hetero.training.resume import Found, check_fits, check_places
 from hvd_hetero.training.run_records import how_good, note, write_start, write_summary, write_trace
 from hvd_hetero.training.startup import Job, make_worker
 from hvd_hetero.worker.components import as_user_error
-from hvd_hetero.worker.index_feed import Feed, Segment
+from hvd_hetero.worker.epoch import Epoch, Segment
+from hvd_hetero.worker.index_feed import Feed
 from hvd_hetero.worker.memory import batch_that_fits, on_device, peak_bytes, told_by_class
 from hvd_hetero.worker.step_benchmark import compile_steps
 
@@ -67,7 +69,7 @@ class Trainer:
         if run_dir is not None and job.env.rank == 0:
             kept = () if found is None else (found.state["rank0"][key] for key in ("rows_bytes", "samples_seen"))
             self.folder = RunFolder(run_dir, config.run.overwrite or config.run.resume is not None, *kept)
-        self.comm = Comm(job.cluster, job.env.rank, config.aggregation, job.watchdog.heartbeat)
+        self.comm = Comm(job.cluster, job.env.rank, config.aggregation, self.watch)
 
     def prepare(self) -> None:
         """Starts all ranks from one model, measures their speeds if they are needed, and makes the plan.
@@ -89,7 +91,7 @@ class Trainer:
         if state is not None and not reshaped:
             check_places(state, self.job.cluster)
             known = Plan.from_dict(state["plan"])
-            self.comm.take(state["path"])
+            self.comm.set_path(state["path"])
         with self._memory_told():
             self.plan = known or first_plan(self.job, self.algorithm, self.worker, self.source, self.comm)
             compile_steps(self.worker, self.source, self.plan.of_rank(self.comm.rank).batch_size)
@@ -100,7 +102,7 @@ class Trainer:
         self.best: dict[str, float | None] = dict.fromkeys(("final_accuracy", "best_accuracy", "final_loss"))
         self.feed = Feed(self.comm, len(self.source), self._sampler() if self.comm.rank == 0 else None)
         self.recorder = Recorder(self.watch, config.run.trace_rounds)
-        self.ongoing: EpochState | None = None
+        self.epoch: Epoch | None = None
         if state is not None:
             (carry_over if reshaped else restore)(self, state)
 
@@ -115,13 +117,13 @@ class Trainer:
             write_start(self.folder, config, self.job.cluster, self.plan)
         expected = expected_epochs(config.train, self.plan)
         self.progress = Progress(expected, self.job.env.columns, accounts.epochs) if comm.rank == 0 else None
-        before = accounts.steps[comm.rank] + (0 if self.ongoing is None else self.ongoing.steps)
+        before = accounts.steps[comm.rank] + (0 if self.epoch is None else self.epoch.steps)
         self.worker.pace.delays = delays(config.delays, comm.rank, comm.size, before)
         self.watch.skip()
         with nullcontext() if self.saver is None or not self.saver.active else self.saver.stopping:
-            while (ongoing := self.ongoing or self._begin_epoch()) is not None:
-                agreed = self._work(ongoing)
-                row = self._end_epoch(ongoing)
+            while (epoch := self.epoch or self._begin_epoch()) is not None:
+                agreed = self._work(epoch)
+                row = self._end_epoch(epoch)
                 if self.saver is not None and self.saver.active and (self.over or agreed.due or agreed.stop):
                     self._save(None, wait=self.over or agreed.stop, row=row)
                 if agreed.stop and not self.over:
@@ -145,8 +147,8 @@ class Trainer:
 
     # ---- an epoch ---------------------------------------------------------------------------------------------------
 
-    def _begin_epoch(self) -> EpochState | None:
-        """Deals the next epoch, if there is one."""
+    def _begin_epoch(self) -> Epoch | None:
+        """Deal the next epoch, if there is one."""
         rounds = next_rounds(self.config.train, self.plan, self.accounts.done)
         if rounds == 0:
             return None
@@ -155,57 +157,49 @@ class Trainer:
         if self.accounts.epochs < TRACED_EPOCHS:
             self.recorder.start()
         self.watch.heartbeat.begin("dealing samples")
-        generator = self.worker.generator.get_state()
-        rows = self.algorithm.deal(self.feed, part, self.plan)
-        self.watch.collective()
-        return EpochState(part, rows, self.algorithm.claims_samples, generator)
+        indices = self.algorithm.deal(self.feed, part, self.plan)
+        return Epoch(part, indices, self.source, self.worker.generator)
 
-    def _work(self, ongoing: EpochState) -> SyncDecision:
-        """Works the epoch off, in segments between which it can be saved; returns what was agreed after the last."""
-        spans = RoundSpans(self.watch, self.recorder, ongoing.work_sec)
-        tau, saver = self.algorithm.mine.tau, self.saver
-        active = saver is not None and saver.active
+    def _work(self, epoch: Epoch) -> SyncDecision:
+        """Train an epoch in segments, between which it can be saved; return what was agreed after the last."""
+        spans = RoundSpans(self.watch, self.recorder, epoch.work_sec)
+        saver = self.saver if self.saver is not None and self.saver.active else None
         while True:
-            left, rounds = ongoing.left, self.accounts.rounds + ongoing.reached.rounds
-            length = saver.segment(left, rounds) if saver is not None and active else left
-            part, rows = ongoing.segment(length, tau)
-            given = Segment(
-                part, rows, lambda rows: ongoing.batches(self.source, rows, self.worker.generator),
-                partial(self._warm_up, rounds), spans.end_round,
-                saver.stopping if saver is not None and active else lambda: False,
-            )  # fmt: skip
+            left, before = epoch.rounds_left, self.accounts.rounds + epoch.progress.averages
+            length = left if saver is None else saver.segment(left, before)
+            is_stopping = (lambda: False) if saver is None else saver.stopping
+            segment = Segment(epoch, length, partial(self._start_round, before), spans.end_round, is_stopping)
             with self._memory_told():
-                worked = self.algorithm.run_epoch(given, self.worker, self.comm)
-            reached = ongoing.reach(worked, tau)
-            if saver is None or not active:
-                ongoing.add(worked, reached)
-                return SyncDecision(reached, False, False)
-            agreed = saver.agree(reached, length, rounds)
-            self.watch.collective()
-            ongoing.add(worked, agreed.reached)
-            if ongoing.left == 0 or (length >= left and not agreed.stop):
+                self.algorithm.run_segment(segment, self.worker, self.comm)
+            progress = epoch.finish(segment, self.algorithm.mine.tau)
+            if saver is None:
+                epoch.add(segment, progress)
+                return SyncDecision(progress, False, False)
+            with self.comm.booked():
+                agreed = saver.agree(progress, length, before)
+            epoch.add(segment, agreed.progress)
+            if epoch.rounds_left == 0 or (length >= left and not agreed.stop):
                 return agreed
             if agreed.due or agreed.stop:
-                self._save(ongoing, wait=agreed.stop)
+                self._save(epoch, wait=agreed.stop)
             if agreed.stop:
                 raise self._stopped()
 
-    def _end_epoch(self, ongoing: EpochState) -> dict[str, Any]:
-        """Gathers what the epoch came to, plans the next one, evaluates; returns the row of figures."""
+    def _end_epoch(self, epoch: Epoch) -> dict[str, Any]:
+        """Gather what the epoch came to, plan the next one, evaluate; return the row of figures."""
         config, comm, worker, accounts = self.config, self.comm, self.worker, self.accounts
         self.recorder.stop()
         self.watch.heartbeat.begin("end of an epoch")
-        self.ongoing, plan, worked = None, ongoing.plan, ongoing.worked()
-        self.algorithm.end_epoch(worker, comm)
-        losses, weights = worker.take_losses()
-        if worked.at is None:
-            self.feed.collect(plan, losses)
-        else:
-            self.feed.collect_as_worked(worked, losses)
-        self.watch.collective()
-        step_sec = RoundSpans(self.watch, self.recorder, ongoing.work_sec).step_sec(worked, self.algorithm.mine.tau)
-        excluded, counts = ongoing.count(comm.excluded.take(), self.algorithm.counts())
-        done = gather_figures(comm, self.watch, accounts, plan, worked, losses, weights, step_sec, excluded)
+        self.epoch, plan, is_planned = None, epoch.plan, self.algorithm.follows_plan
+        shapes = [(plan.rounds * c.tau, c.batch_size) for c in plan.by_rank()] if is_planned else None
+        with comm.booked():
+            self.algorithm.end_epoch(worker, comm)
+            losses, weights = worker.take_losses()
+            self.feed.collect(*epoch.results(), losses, shapes)
+        spans = RoundSpans(self.watch, self.recorder, epoch.work_sec)
+        step_sec = spans.step_sec(epoch, self.algorithm.mine.tau, is_planned)
+        excluded, counts = epoch.count(comm.excluded.take(), self.algorithm.counts())
+        done = gather_figures(comm, self.watch, accounts, epoch, losses, weights, step_sec, excluded)
         if not self.over:
             self.plan = self._replan(self.plan, done)
         rate = worker.optimizer.param_groups[0]["lr"]
@@ -241,8 +235,8 @@ class Trainer:
 
         return told_by_class(name, batch_size, lambda: batch_that_fits(step, worker.device, batch_size))
 
-    def _warm_up(self, before: int, number: int) -> None:
-        """Sets number and learning rate of a round: so many in earlier epochs, and its number in this one."""
+    def _start_round(self, before: int, number: int) -> None:
+        """Set number and learning rate of a round, which has this number in its segment, with ``before`` before it."""
         rounds, self.comm.excluded.round = self.config.train.warmup_rounds, before + number + 1
         if rounds:  # always: a late rank may skip the round with which the warm-up ends
             self.worker.warm_up(min(1.0, (before + number + 1) / rounds))
@@ -260,11 +254,11 @@ class Trainer:
 
     # ---- saving and the end -----------------------------------------------------------------------------------------
 
-    def _save(self, ongoing: EpochState | None, wait: bool, row: Mapping[str, Any] | None = None) -> None:
+    def _save(self, epoch: Epoch | None, wait: bool, row: Mapping[str, Any] | None = None) -> None:
         assert self.saver is not None
         self.watch.heartbeat.begin("checkpoint")
-        number = self.accounts.rounds + (0 if ongoing is None else ongoing.reached.rounds)
-        self.saver.save(number, self.accounts.epochs, lambda: state_of(self, ongoing), wait, how_good(row or {}))
+        number = self.accounts.rounds + (0 if epoch is None else epoch.progress.averages)
+        self.saver.save(number, self.accounts.epochs, lambda: state_of(self, epoch), wait, how_good(row or {}))
         self.watch.skip()
 
     def _stopped(self) -> Stopped:
@@ -278,7 +272,7 @@ class Trainer:
     @property
     def over(self) -> bool:
         """Whether the run has come to its end, between two epochs."""
-        return self.ongoing is None and next_rounds(self.config.train, self.plan, self.accounts.done) == 0
+        return self.epoch is None and next_rounds(self.config.train, self.plan, self.accounts.done) == 0
 
     def close(self) -> None:
         """Leaves the job together with all other ranks."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,54 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError, Plain
 from hvd_hetero.planning.plan import Plan
-from hvd_hetero.planning.sampling import Sampler, in_order, newest_last
+from hvd_hetero.planning.sampling import Sampler, newest_last
 
-Dealt = dict[int, NDArray[Any]]
 EVERYBODY = "everybody"
 """Under this name an epoch is drawn that ranks are handed out bit by bit."""
 
-
-@dataclass(frozen=True)
-class Segment:
-    """What a rank is given of one epoch: all of it, or a segment.
-
-    Attributes:
-        plan: with the rounds of this segment.
-        rows: this rank's samples ``[rounds * tau, B]``, a row a step; ``[N]``, everybody's, where a method hands them
-            out itself.
-        read: gives the batches of some rows.
-        begin_round: to be called before each round with its number in this segment, and ``end_round`` after it.
-        stopping: whether this rank was asked to stop; a method that goes in lockstep need not ask.
-    """
-
-    plan: Plan
-    rows: NDArray[Any]
-    read: Callable[[NDArray[Any]], Iterator[Batch]]
-    begin_round: Callable[[int], None]
-    end_round: Callable[[], None]
-    stopping: Callable[[], bool]
-
-
-@dataclass(frozen=True)
-class SegmentResult:
-    """What a rank did in an epoch.
-
-    Attributes:
-        rounds: averages that were made, the same on all ranks.
-        steps: of this rank.
-        rows: ``[steps, B]``, the samples it trained on, where that was not fixed beforehand; and
-        at: ``[steps]``, the round that it was in.
-        used: how many of the samples that were handed out are used up, as far as this rank knows.
-    """
-
-    rounds: int
-    steps: int
-    rows: NDArray[Any] | None = None
-    at: NDArray[Any] | None = None
-    used: int = 0
 
 
 class Feed:
@@ -73,14 +31,6 @@ class Feed:
     def __init__(self, comm: Comm, samples: int, sampler: Sampler | None) -> None:
         self._comm, self.sampler = comm, sampler
         self._dtype = torch.int32 if samples < 2**31 else torch.int64
-        self._dealt: Dealt = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """On rank 0: who was dealt what in the epoch that is under way."""
-        return {"dealt": [self._dealt[rank] for rank in sorted(self._dealt)]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._dealt = {rank: np.asarray(rows) for rank, rows in enumerate(state["dealt"])}
 
     def deal(self, plan: Plan, whole: Plan) -> NDArray[Any]:
         """This rank's indices for one epoch, ``[rounds * tau, B]``, a row a step.
@@ -93,12 +43,13 @@ class Feed:
         everything = torch.empty(sum(sizes), dtype=self._dtype)
         if self.sampler is not None:
             drawn, counts = self.sampler.draw(whole.epoch_samples()), plan.epoch_samples()
-            self._dealt = {}
+            dealt: dict[int, NDArray[Any]] = {}
             for c in plan.classes:
                 ends = np.cumsum([sizes[rank] for rank in c.ranks])
-                self._dealt |= dict(zip(c.ranks, np.split(drawn[c.name][: counts[c.name]], ends[:-1]), strict=True))
-            everything = torch.from_numpy(np.concatenate([self._dealt[rank] for rank in range(len(sizes))]))
-        everything = self._comm.broadcast(everything, "epoch.indices")
+                dealt |= dict(zip(c.ranks, np.split(drawn[c.name][: counts[c.name]], ends[:-1]), strict=True))
+            everything = torch.from_numpy(np.concatenate([dealt[rank] for rank in range(len(sizes))]))
+        with self._comm.booked():
+            everything = self._comm.broadcast(everything, "epoch.indices")
         if self.sampler is not None:
             self.sampler.begin(whole.epoch_samples())
         mine = everything.split(sizes)[self._comm.rank].numpy()
@@ -110,37 +61,39 @@ class Feed:
         whole = torch.empty(sum(plan.epoch_samples().values()), dtype=self._dtype)
         if self.sampler is not None:
             whole = torch.from_numpy(self.sampler.draw({EVERYBODY: len(whole)})[EVERYBODY])
-        whole = self._comm.broadcast(whole, "epoch.indices")
+        with self._comm.booked():
+            whole = self._comm.broadcast(whole, "epoch.indices")
         return whole.numpy()
 
-    def collect_as_worked(self, worked: SegmentResult, losses: Tensor) -> None:
-        """As :meth:`collect`, where each rank says itself what it trained on, and when.
+    def collect(
+        self, indices: NDArray[Any], at: NDArray[Any], losses: Tensor, shapes: Sequence[tuple[int, int]] | None = None
+    ) -> None:
+        """Take what this rank trained on into rank 0's table of losses.
 
         Args:
+            indices: ``[steps, B]``, the samples of each step.
+            at: ``[steps]``, the round of each step.
             losses: ``[steps * B]``, in training order; -inf for samples that do not count.
+            shapes: steps and B by rank, where they are as planned.
         """
-        assert worked.rows is not None and worked.at is not None
-        shape = torch.tensor([worked.steps, worked.rows.shape[1]])
-        shapes = [row.tolist() for row in self._comm.gather(shape, "epoch.shapes")]
-        sizes = [steps * batch for steps, batch in shapes]
-        rows = torch.from_numpy(np.ascontiguousarray(worked.rows.reshape(-1))).to(self._dtype)
-        indices = self._comm.gather(rows, "epoch.rows", sizes)
-        check_number(len(losses), sizes[self._comm.rank])
-        at = self._comm.gather(torch.from_numpy(worked.at), "epoch.at", [steps for steps, _ in shapes])
-        gathered = self._comm.gather(losses, "epoch.losses", sizes)
-        if self.sampler is not None:
-            order = newest_last([a.numpy() for a in at], [batch for _, batch in shapes])
-            self.sampler.record(torch.cat(indices).numpy()[order], torch.cat(gathered).numpy()[order])
-
-    def collect(self, plan: Plan, losses: Tensor) -> None:
-        """Takes this rank's losses ``[rounds * tau * B]`` of the epoch, in training order, into rank 0's table."""
-        sizes = self._sizes(plan)
-        check_number(len(losses), sizes[self._comm.rank])
-        gathered = self._comm.gather(losses, "epoch.losses", sizes)
-        if self.sampler is not None:
-            tau = {rank: c.tau for rank, c in enumerate(plan.by_rank())}
-            values = {rank: part.numpy() for rank, part in enumerate(gathered)}
-            self.sampler.record(in_order(self._dealt, plan.rounds, tau), in_order(values, plan.rounds, tau))
+        steps, batch = indices.shape
+        check_number(len(losses), steps * batch)
+        if shapes is None:
+            told = self._comm.gather(torch.tensor([steps, batch]), "epoch.shapes")
+            shapes = [(int(row[0]), int(row[1])) for row in told]
+        parts = (torch.from_numpy(np.ascontiguousarray(at, dtype=np.int32)),
+                 torch.from_numpy(np.ascontiguousarray(indices.reshape(-1))).to(self._dtype).view(torch.int32),
+                 losses.float().view(torch.int32))  # fmt: skip
+        words = self._dtype.itemsize // 4  # in one collective, whatever the types
+        sizes = [steps * (1 + batch * (words + 1)) for steps, batch in shapes]
+        gathered = self._comm.gather(torch.cat(parts), "epoch.results", sizes)
+        if self.sampler is None:
+            return
+        cut = [part.split([steps, steps * batch * words, steps * batch])
+               for part, (steps, batch) in zip(gathered, shapes, strict=True)]  # fmt: skip
+        order = newest_last([at.numpy() for at, _, _ in cut], [batch for _, batch in shapes])
+        self.sampler.record(torch.cat([rows for _, rows, _ in cut]).view(self._dtype).numpy()[order],
+                            torch.cat([values for _, _, values in cut]).view(torch.float32).numpy()[order])  # fmt: skip
 
     @staticmethod
     def _sizes(plan: Plan) -> list[int]:

@@ -29,7 +29,7 @@ Undo = Callable[[], Any]
 def snapshot(*roots: Any) -> Callable[[], None]:
     """Remember everything that is reached from some objects; calling the result puts it back, bit for bit.
 
-    EpochProgress are the attributes of objects, the items of containers, what functions have captured, and of tensors
+    Reached are the attributes of objects, the items of containers, what functions have captured, and of tensors
     their memory and their gradients. Not looked into are classes, modules of Python, datasets, which may be large, and
     what the standard library has (threads, files, loggers): what happens there cannot be undone. Only what has changed
     is touched. What is in a GPU's memory is kept in the host's.

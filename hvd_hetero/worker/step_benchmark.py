@@ -142,11 +142,11 @@ class Measurement:
         restore = self.worker.snapshot()
         times: dict[str, list[float]] = {}
         for path in self.comm.paths * TURNS:
-            self.comm.take(path)
+            self.comm.set_path(path)
             times.setdefault(path, []).append(max(self._averages_sec(AVERAGES // TURNS)))  # the last to have it
         restore()
         found = {path: statistics.median(seconds) for path, seconds in times.items()}
-        self.comm.take(min(found, key=found.__getitem__))
+        self.comm.set_path(min(found, key=found.__getitem__))
         return found
 
     def average_sec(self) -> float:
@@ -161,5 +161,6 @@ class Measurement:
             start = time.perf_counter()
             average(self.comm, self.worker.state, 1 / self.comm.size)
             times.append(time.perf_counter() - start)
+        self.worker.watch.take()
         mine = torch.tensor([statistics.median(times)], dtype=torch.float64)
         return [float(t) for t in self.comm.gather(mine, "profile.averages")]

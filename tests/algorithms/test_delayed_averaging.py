@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,7 +42,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[...,
         state = SimpleNamespace(vectors=[torch.zeros(4)], params=[4], refresh=lambda: False)
         cpu = torch.device("cpu")
         worker: Any = SimpleNamespace(device=cpu, state=state, optimizer=SimpleNamespace(state={}))
-        comm: Any = SimpleNamespace(beside=lambda: None, heartbeat=Heartbeat())
+        comm: Any = SimpleNamespace(clone_for_thread=lambda: None, heartbeat=Heartbeat(), booked=nullcontext)
         made.append(delayed_averaging.Delayed(worker, comm))
         return made[-1]
 

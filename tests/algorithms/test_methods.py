@@ -77,7 +77,7 @@ def test_local_sgd_as_in_one_process(found: Found, case: str) -> None:
 @pytest.mark.parametrize("case", [name for name, case in SMALL.items() if case.classes == "one"])
 def test_one_class_and_tau_1_is_synchronous_sgd(found: Found, case: str) -> None:
     """Plain SGD: the mean of the models after one step is the step along the mean gradient."""
-    torch.testing.assert_close(final(found, case), oracle.concat(CASES[case], dealt(found, case)), **TOLERANCE)
+    torch.testing.assert_close(final(found, case), oracle.joined(CASES[case], dealt(found, case)), **TOLERANCE)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -195,11 +195,11 @@ def test_a_mask_of_infinities_is_no_bad_number() -> None:
     assert net.get_buffer("mask").data_ptr() in [t.data_ptr() for t in state.others.tensors().values()]
 
 
-def test_it_is_said_now_and_then(capfd: pytest.CaptureFixture[str]) -> None:
+def test_it_is_said_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
     excluded = Exclusions(3)
     for excluded.round in range(1, 10):
         excluded.note()
-    said = capfd.readouterr().err.splitlines()
+    said = caplog.messages
     assert [line.split("round ")[1].split(";")[0] for line in said] == ["1", "2", "4", "8"]
     assert all("rank 3" in line for line in said)
     assert (excluded.take(), excluded.take(), excluded.count) == (9, 0, 9)

@@ -1,4 +1,4 @@
-"""Gradients copied to the host as the backward epoch makes them; on the CPU here, where only the stream is missing."""
+"""Gradients copied to the host as the backward pass makes them; on the CPU here, where only the stream is missing."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import struct
 import subprocess
 import sys
@@ -65,7 +64,7 @@ def fashion_mnist(folder: Path, cut: int) -> Path:
         images = struct.pack(">4i", 0x803, 20, 28, 28) + bytes(20 * 28 * 28)
         labels = struct.pack(">2i", 0x801, 20) + bytes(range(10)) * 2
         (raw / f"{split}-images-idx3-ubyte").write_bytes(images[: len(images) - (cut if split == "t10k" else 0)])
-        (raw / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(labels)
     return raw / "t10k-images-idx3-ubyte"
 
 
@@ -74,7 +73,7 @@ def test_a_truncated_dataset(launched: Callable[..., tuple[int, str, str]], tmp_
     file = fashion_mnist(tmp_path, cut=100)
     status, _, err = launched(*words)
     assert status == 2
-    assert_one_message(err, str(file), "'", "fetch the file again")
+    assert_one_message(err, str(file.parent), '"', "remove this folder and set data.download=true")
     assert "truncated" in err
     file.write_bytes(file.read_bytes() + bytes(100))
     status, _, err = launched(*words, "train.tau={fast: 32, slow: 32}")

@@ -122,7 +122,7 @@ def test_epochs_that_wait_for_their_judgement_are_saved() -> None:
     assert second.latest == {"fast": 1.0, "slow": 12.0}
 
 
-def test_the_step_time_of_a_epoch_is_that_of_its_second_half() -> None:
+def test_the_step_time_of_an_epoch_is_that_of_its_second_half() -> None:
     assert settled_step_sec([40.0] * 10 + [120.0] * 10, [10] * 20) == pytest.approx(12.0)
 
 

@@ -247,7 +247,7 @@ def test_state_continues_the_drawing() -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_epoch_drawn_in_the_background_is_the_one_that_would_have_been_drawn(
+def test_an_epoch_drawn_in_the_background_is_the_one_that_would_have_been_drawn(
     scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if another one is wanted in the end, or the state was saved before."""

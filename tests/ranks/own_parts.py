@@ -40,7 +40,7 @@ class AuxiliaryNet(nn.Module):
 
 
 class InPlaceNet(AuxiliaryNet):
-    """Overwrites what its backward epoch needs."""
+    """Overwrites what its backward pass needs."""
 
     def forward(self, x: Tensor) -> Any:
         hidden = torch.sigmoid(self.out(self.flat(x)))

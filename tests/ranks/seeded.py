@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import hvd_hetero
-from hvd_hetero.algorithms import local
+from hvd_hetero.algorithms import local_sgd
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.flat_params import FlatState
 from hvd_hetero.comm.kv_store import job_env
 
 digests: list[str] = []
-average = local.average
+average = local_sgd.average
 
 
 def noting(comm: Comm, state: FlatState, *args: Any, **options: Any) -> bool:
@@ -29,7 +29,7 @@ def noting(comm: Comm, state: FlatState, *args: Any, **options: Any) -> bool:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    local.average = noting
+    local_sgd.average = noting
     summary = hvd_hetero.train(None, sys.argv[2:])
     rank = job_env().rank
     assert (summary is None) == (rank != 0)

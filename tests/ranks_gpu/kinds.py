@@ -34,7 +34,7 @@ def conv() -> nn.Module:
 
 
 class Recurrent(nn.Module):
-    """Lays its weights together anew in each forward epoch, which puts other tensors into their places."""
+    """Lays its weights together anew in each forward pass, which puts other tensors into their places."""
 
     def __init__(self) -> None:
         super().__init__()

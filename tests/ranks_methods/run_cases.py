@@ -42,10 +42,10 @@ class RecordedFeed(Feed):
         self.whole = True
         return super().deal_whole(plan)
 
-    def collect_as_worked(self, worked: Any, losses: Any) -> None:
+    def collect(self, indices: Any, *results: Any) -> None:
         if self.whole:
-            RecordedFeed.dealt.append(torch.from_numpy(worked.rows.copy()).long())
-        super().collect_as_worked(worked, losses)
+            RecordedFeed.dealt.append(torch.from_numpy(indices.copy()).long())
+        super().collect(indices, *results)
 
 
 def run(case: Case, env: JobEnv, folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.kv_store import job_env
 from hvd_hetero.comm.partial.allreduce import PartialAllreduce
 from hvd_hetero.config.schema import ClassConfig
-from hvd_hetero.training.api import guarded
+from hvd_hetero.training.api import exit_on_error
 
 SIZE, ROUNDS = 1000, 20
 
@@ -40,4 +40,4 @@ def main(folder: Path, mode: str, fails: bool) -> None:
 
 
 if __name__ == "__main__":
-    guarded(lambda: main(Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "1"))
+    exit_on_error(lambda: main(Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "1"))

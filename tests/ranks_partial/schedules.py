@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hvd_hetero.cluster.device_classes import RankFacts
 
-SegmentResult = Sequence[tuple[Tensor, Tensor]]
+Worked = Sequence[tuple[Tensor, Tensor]]
 """Of one rank: its samples ``[steps, B]`` and the round of each step."""
 
 
@@ -91,7 +91,7 @@ class Case(Replica):
         self.step([part.view_as(p) for part, p in zip(parts, self.net.parameters(), strict=True)])
 
 
-def eager(case: Schedule, worked: Sequence[SegmentResult]) -> tuple[Tensor, list[list[int]]]:
+def eager(case: Schedule, worked: Sequence[Worked]) -> tuple[Tensor, list[list[int]]]:
     """The final weights, and by rank the round of each step."""
     one = Case(case)  # type: ignore[arg-type]
     ranks = len(worked)
@@ -115,7 +115,7 @@ def eager(case: Schedule, worked: Sequence[SegmentResult]) -> tuple[Tensor, list
     return history[-1], done
 
 
-def merging(case: Schedule, worked: Sequence[SegmentResult]) -> tuple[Tensor, list[list[int]]]:
+def merging(case: Schedule, worked: Sequence[Worked]) -> tuple[Tensor, list[list[int]]]:
     """The same for models: x, each rank's own progress on top of it, and who is merged when."""
     settings = case.overrides()
     lr, momentum = settings.get("aggregation.outer_lr", 1.0), settings.get("aggregation.outer_momentum", 0.0)

@@ -26,9 +26,8 @@ from hvd_hetero.comm.kv_store import job_env  # noqa: E402
 from hvd_hetero.comm.partial.allreduce import PartialAllreduce  # noqa: E402
 from hvd_hetero.config.load import device_classes, load  # noqa: E402
 from hvd_hetero.training import startup, trainer
-from hvd_hetero.training.epoch import EpochState  # noqa: E402
 from hvd_hetero.training.watchdog import Watchdog  # noqa: E402
-from hvd_hetero.worker import components
+from hvd_hetero.worker import components, epoch
 from hvd_hetero.worker.components import UserObjects  # noqa: E402
 from hvd_hetero.worker.index_feed import Feed  # noqa: E402
 
@@ -91,7 +90,7 @@ def main(folder: Path, name: str) -> None:
 
     turns.rounds = arrived
 
-    def read(self: Any, source: Any, rows: Any, generator: Any) -> Iterator[Any]:
+    def read(source: Any, rows: Any, generator: Any, start: int = 0) -> Iterator[Any]:
         for i, batch in enumerate(source.batches(rows, generator)):
             if i % case.steps_a_turn(env.rank) == 0:
                 turns.wait()
@@ -101,14 +100,14 @@ def main(folder: Path, name: str) -> None:
         threading.Timer(0.3, turns.finish).start()  # by then the others have been told
         yield from finished(self)
 
-    def collect(self: Any, work: Any, losses: Any) -> None:
-        worked.append((torch.from_numpy(work.rows.copy()).long(), torch.from_numpy(work.at.copy())))
-        collected(self, work, losses)
+    def collect(self: Any, indices: Any, at: Any, *results: Any) -> None:
+        worked.append((torch.from_numpy(indices.copy()).long(), torch.from_numpy(at.copy()).long()))
+        collected(self, indices, at, *results)
 
-    finished, collected = PartialAllreduce.finish, Feed.collect_as_worked
-    EpochState.batches = read  # type: ignore[method-assign]
+    finished, collected = PartialAllreduce.finish, Feed.collect
+    epoch.read = read  # type: ignore[assignment]
     PartialAllreduce.finish = finish  # type: ignore[method-assign]
-    Feed.collect_as_worked = collect  # type: ignore[method-assign]
+    Feed.collect = collect  # type: ignore[method-assign]
     # nobody comes to rest within an epoch in order to save
     config = load((), case.overrides() | {"checkpoint.every_sec": None}, algorithms.method)
     given = UserObjects(model=lambda: model(case.model), train_data=data(), test_data=data())

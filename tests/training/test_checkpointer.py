@@ -67,5 +67,5 @@ def test_a_failure_in_the_next_round_does_not_lose_what_was_saved(
         assert checkpoints(run) == [1], "the round before the failure"
     run = runs["1:2"]
     done = hvd_hetero(["launch", *SETTINGS, f"run.dir={run}", "run.resume=auto"], cwd=RANKS, env=no_sync)
-    assert done.returncode == 0 and "goes on after epoch 0, round 0, in the next epoch 1 rounds later" in done.stdout
+    assert done.returncode == 0 and "resumed after epoch 0, round 0, in the next epoch 1 rounds later" in done.stdout
     assert checkpoints(run) == [3, 2] and "no checkpoint" not in done.stdout

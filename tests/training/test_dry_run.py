@@ -39,7 +39,7 @@ def tried(model: Any, settings: dict[str, Any] | None = None, data: Any = (X, Y)
 
 
 class Net(nn.Module):
-    """Head of three classes behind some layers, and a forward epoch made of a function."""
+    """Head of three classes behind some layers, and a forward pass made of a function."""
 
     def __init__(self, *layers: nn.Module, run: Callable[[Net, Tensor], Any] | None = None) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Net(nn.Module):
 
 
 class Keeps(Net):
-    """Keeps what cannot be copied, and changes whatever it holds in every forward epoch."""
+    """Keeps what cannot be copied, and changes whatever it holds in every forward pass."""
 
     def __init__(self) -> None:
         super().__init__(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
@@ -303,7 +303,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         lambda: linear(run=checkpointed(True)), {"settings": SYNC},
         "model='Net': the gradient of layers.0.weight is made in 2 pieces, and sync_sgd sends the first one"),
     "lazy, and not used": (lambda: Net(nn.LazyLinear(8), run=lambda net, x: net.head(x)), {},
-                           "model='Net': layers.0.weight is lazy, and its forward epoch does not use it"),
+                           "model='Net': layers.0.weight is lazy, and its forward pass does not use it"),
     "lazy, and does not fit": (lambda: Net(nn.LazyConv2d(8, 3)), {}, "model='Net': it has lazy modules, and fails"),
     "asks for a closure": (linear, {"optimizer": lambda params: Closure(params, 0.1)}, "optimizer='<lambda>': fails"),
     "a parameter in two groups": (

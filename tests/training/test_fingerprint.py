@@ -64,7 +64,8 @@ def test_a_host_without_the_data_is_named(horovodrun: Callable[..., Any], tmp_pa
     file = tmp_path / "a.yaml"
     file.write_text(f"data: {{name: cifar10, root: '{tmp_path}/${{oc.env:HOROVOD_RANK}}'}}\nmodel: {{name: resnet20}}")
     done = horovodrun(2, [sys.executable, "-m", "hvd_hetero", "train", file, f"run.dir={tmp_path / 'run'}"])
-    assert said_once(done).startswith(f"rank 1: data.root='{tmp_path}/1': is not a folder; put there cifar-10-batches")
+    expected = f"rank 1: data.root='{tmp_path}/1': is not a folder; set data.download=true, put there cifar-10-batches"
+    assert said_once(done).startswith(expected)
 
 
 def test_no_clock_is_compared_with_that_of_another_host() -> None:

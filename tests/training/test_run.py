@@ -107,7 +107,7 @@ def test_summary_adds_up(default_run: Run) -> None:
     assert fast["weight"] == pytest.approx(128 / (128 + slow["tau"]))
 
 
-def test_a_row_a_epoch(default_run: Run) -> None:
+def test_a_row_an_epoch(default_run: Run) -> None:
     rows, summary = rows_of(default_run[0]), summary_of(default_run[0])
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     for row, before in zip(rows[1:], rows, strict=False):

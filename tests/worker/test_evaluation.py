@@ -17,7 +17,7 @@ from hvd_hetero.config.schema import EvalConfig  # noqa: E402
 from hvd_hetero.data import TensorSource  # noqa: E402
 from hvd_hetero.errors import ConfigError  # noqa: E402
 from hvd_hetero.planning.plan import make_plan  # noqa: E402
-from hvd_hetero.training.epoch import evaluate  # noqa: E402
+from hvd_hetero.training.evaluation import evaluate  # noqa: E402
 from hvd_hetero.training.run_records import how_good, note  # noqa: E402
 from hvd_hetero.worker.factories import metric_by_name, per_sample_loss  # noqa: E402
 from hvd_hetero.worker.index_feed import check_number  # noqa: E402

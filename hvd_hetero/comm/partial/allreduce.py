@@ -10,7 +10,7 @@ leaves an empty one; what is contributed later goes with the next round. So each
 
 from __future__ import annotations
 
-import sys
+import math
 import threading
 import time
 from collections import deque
@@ -36,6 +36,7 @@ from hvd_hetero.comm.partial.coordinator import (
 )
 from hvd_hetero.comm.partial.rounds import Round, done_unless
 from hvd_hetero.comm.partial.send_buffer import SendBuffer
+from hvd_hetero.log import LOGGER
 from hvd_hetero.telemetry.staleness import Counts
 
 BROKEN = "another rank is gone (the channel to rank 0 is broken)"
@@ -80,7 +81,7 @@ class PartialAllreduce:
         pinned: bool = False,
     ) -> None:
         assert comm.size > 1 and sync_every >= 1 and max_lag >= 1
-        self._rank, self._pulse = comm.rank, comm.heartbeat
+        self._rank, self._pulse, self._watch = comm.rank, comm.heartbeat, comm.watch
         self._full = 1 if mode == FULL else sync_every
         self._max_lag = max_lag
         self._changed = threading.Condition()
@@ -121,7 +122,7 @@ class PartialAllreduce:
         self._say(ARRIVED, self._taken)
 
     def take(self, patience_sec: float | None = None) -> list[Round]:
-        """The results that are there and were not taken yet, in order; waits for one if there is none.
+        """The results that are there and were not taken yet, in order; waits for one if there is none, and books that.
 
         Args:
             patience_sec: how long to wait at most; None: as long as it takes.
@@ -133,6 +134,8 @@ class PartialAllreduce:
             self._rounds.clear()
             self._taken += len(taken)
             self._changed.notify_all()
+        if taken or patience_sec != 0:
+            self._watch.waited(taken[0].started if taken else math.inf)
         return taken
 
     def done(self, rounds: Sequence[Round]) -> None:
@@ -240,8 +243,7 @@ class PartialAllreduce:
                     self.counts.waited_for += 1
                     if not said:
                         said = True
-                        print(f"rank {self._rank} is {self._max_lag} rounds behind: the others wait for it", flush=True,
-                              file=sys.stderr)
+                        LOGGER.warning("rank %s is %s rounds behind: the others wait for it", self._rank, self._max_lag)
                 self._changed.wait_for(lambda: self._over() or self._may_join(number, final))  # noqa: B023
                 if self._over():
                     return
