@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import inspect
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -137,6 +138,18 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 def test_classes_in_architecture_exist() -> None:
     assert unknown_classes(ARCHITECTURE.read_text()) == set()
+
+
+def test_the_parts_of_a_method_exist() -> None:
+    """The table under "A new method"."""
+    table = (ROOT / "docs" / "methods.md").read_text().partition("## A new method")[2]
+    parts = [span for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for span in SPAN.findall(row)]
+    assert "make_plan(step_sec)" in parts
+    for part in parts:
+        name, _, arguments = part.rstrip(")").partition("(")
+        found = getattr(algorithms.Algorithm, name)
+        if arguments:
+            assert list(inspect.signature(found).parameters)[1:] == arguments.split(", "), part
 
 
 @pytest.mark.parametrize(("check", "text", "found"), [
