@@ -1,4 +1,4 @@
-"""Documents name only what exists: files, modules, classes, settings, and the places that links point to."""
+"""Documents and comments name only what exists: files, modules, classes, settings, and what links point to."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 FILE = re.compile(r"(?<![\w./-])((?:[\w-]+/)*[\w-]+\.py|(?:scripts|configs|docs|tests|docker)/[\w./-]*\w)")
 OWN_NAME = re.compile(r"\bhvd_hetero(?:\.\w+)+")
+OWN_FILE = re.compile(r"\b(?:hvd_hetero|docs)/[\w/]*\w\.(?:py|md)\b")
+REFERENCE = re.compile(r":\w+:`~?(hvd_hetero[\w.]+)`")
 SECTIONS = [section.name for section in dataclasses.fields(Config)]
 SETTING = re.compile(rf"(?<![\w./-])((?:{'|'.join(SECTIONS)})\.[\w*]+)")
 ENDINGS = {"py", "json", "jsonl", "csv", "pt", "md"}
@@ -150,6 +152,16 @@ def test_the_parts_of_a_method_exist() -> None:
         found = getattr(algorithms.Algorithm, name)
         if arguments:
             assert list(inspect.signature(found).parameters)[1:] == arguments.split(", "), part
+
+
+def test_comments_and_docstrings_name_what_exists() -> None:
+    """Files by their path in the tree, and the names of the package in references such as ``:class:`...```."""
+    stale = set()
+    for path in [*PACKAGE.rglob("*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("configs/**/*.yaml")]:
+        text = path.read_text()
+        stale |= {(name(path), file) for file in OWN_FILE.findall(text) if not (ROOT / file).exists()}
+        stale |= {(name(path), dotted) for dotted in REFERENCE.findall(text) if not exists(dotted)}
+    assert stale == set()
 
 
 @pytest.mark.parametrize(("check", "text", "found"), [

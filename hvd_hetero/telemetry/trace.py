@@ -33,7 +33,7 @@ class Recorder:
         self.spans: list[Span] = []
 
     def start(self) -> None:
-        """Records anew; what was recorded before is dropped."""
+        """Start recording; drop what was recorded before."""
         self._left = self._rounds
         if self._left:
             self.spans = self._watch.spans = []
