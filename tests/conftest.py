@@ -76,7 +76,7 @@ def hvd_hetero() -> Callable[..., Done]:
 @pytest.fixture
 def without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process finds no GPU, wherever it runs."""
-    monkeypatch.setattr("hvd_hetero.cluster.device_classes._gpus", lambda: ([], ""))
+    monkeypatch.setattr("hvd_hetero.cluster.hardware._gpus", lambda: ([], ""))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
 

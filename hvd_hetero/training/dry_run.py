@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hvd_hetero import algorithms, data
 from hvd_hetero.checkpoint import CheckpointError, join, split
-from hvd_hetero.cluster.device_classes import has_bf16, local_facts
+from hvd_hetero.cluster.hardware import has_bf16, local_facts
 from hvd_hetero.comm.kv_store import job_env
 from hvd_hetero.config.instantiate import Place, cause
 from hvd_hetero.config.load import device_classes

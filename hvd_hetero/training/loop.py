@@ -28,7 +28,8 @@ from hvd_hetero.log import logged
 from hvd_hetero.planning.sampling import Sampler
 from hvd_hetero.planning.stop_criteria import RunProgress, check_limits, next_rounds
 from hvd_hetero.random_state import seed_all
-from hvd_hetero.telemetry.stopwatch import SlowdownEmulator, Stopwatch, thread_cpu_clock
+from hvd_hetero.telemetry.emulation import SlowdownEmulator, thread_cpu_clock
+from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.training import startup
 from hvd_hetero.training.api import exit_on_error
 from hvd_hetero.training.process import process_restored

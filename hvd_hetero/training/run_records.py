@@ -16,7 +16,8 @@ from hvd_hetero.comm.horovod_build import build_info
 from hvd_hetero.config.schema import Config
 from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan
-from hvd_hetero.telemetry.run_folder import SUMMARY, RunFolder, environment
+from hvd_hetero.telemetry.environment import environment
+from hvd_hetero.telemetry.run_folder import SUMMARY, RunFolder
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import TRACE, Recorder, from_numbers, timeline, to_chrome
 

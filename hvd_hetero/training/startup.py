@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from hvd_hetero import algorithms
-from hvd_hetero.cluster.device_classes import Cluster, Placement, RankFacts, assign, has_bf16, local_facts, place
+from hvd_hetero.cluster.device_classes import Cluster, assign
+from hvd_hetero.cluster.hardware import RankFacts, has_bf16, local_facts
+from hvd_hetero.cluster.placement import Placement, place
 from hvd_hetero.comm.kv_store import JobEnv, exchange, job_env
 from hvd_hetero.config.load import device_classes
 from hvd_hetero.config.schema import AUTO, Config

@@ -23,8 +23,10 @@ from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.sampling import Sampler
 from hvd_hetero.planning.stop_criteria import check_limits, expected_epochs, next_rounds
 from hvd_hetero.random_state import seed_all
-from hvd_hetero.telemetry.run_folder import Progress, RunFolder, say_missing
-from hvd_hetero.telemetry.stopwatch import Stopwatch, thread_cpu_clock
+from hvd_hetero.telemetry.emulation import thread_cpu_clock
+from hvd_hetero.telemetry.progress import Progress
+from hvd_hetero.telemetry.run_folder import RunFolder, say_missing
+from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import Recorder
 from hvd_hetero.training.checkpointer import Saver, SyncDecision

@@ -16,7 +16,8 @@ from hvd_hetero.data import Batch, Source, read
 from hvd_hetero.data.batch import sample_counts
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.random_state import RandomState
-from hvd_hetero.telemetry.stopwatch import SlowdownEmulator, Stopwatch
+from hvd_hetero.telemetry.emulation import SlowdownEmulator
+from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.worker.extra_state import extra_state, load_extra_state
 from hvd_hetero.worker.losses import Numbers, PerSample, concat, mean_gradient, name_of, per_sample, weighted_sums
 from hvd_hetero.worker.modes import evaluating, set_mode

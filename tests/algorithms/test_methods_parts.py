@@ -19,8 +19,9 @@ from hvd_hetero.algorithms.base import Algorithm  # noqa: E402
 from hvd_hetero.algorithms.dlb import DLB  # noqa: E402
 from hvd_hetero.algorithms.outer_optimizer import Outer  # noqa: E402
 from hvd_hetero.algorithms.synchronous import choose  # noqa: E402
-from hvd_hetero.cluster import device_classes  # noqa: E402
-from hvd_hetero.cluster.device_classes import DeviceClass, has_bf16  # noqa: E402
+from hvd_hetero.cluster import hardware  # noqa: E402
+from hvd_hetero.cluster.device_classes import DeviceClass  # noqa: E402
+from hvd_hetero.cluster.hardware import has_bf16  # noqa: E402
 from hvd_hetero.comm.flat_params import FlatState  # noqa: E402
 from hvd_hetero.comm.parameter_server import Servers  # noqa: E402
 from hvd_hetero.planning.plan import apportion  # noqa: E402
@@ -140,7 +141,7 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_parameters() -> None:
 
 @pytest.mark.parametrize(("flags", "expected"), [("sse avx512_bf16 avx", True), ("sse avx512f", False), ("", False)])
 def test_a_cpu_tells_whether_it_has_bfloat16(monkeypatch: pytest.MonkeyPatch, flags: str, expected: bool) -> None:
-    monkeypatch.setattr(device_classes, "_cpu_info", lambda name: flags if name == "flags" else "")
+    monkeypatch.setattr(hardware, "_cpu_info", lambda name: flags if name == "flags" else "")
     assert has_bf16("cpu") is expected
 
 

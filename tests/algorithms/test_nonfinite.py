@@ -29,7 +29,8 @@ from hvd_hetero.analysis.report.figures import figures  # noqa: E402
 from hvd_hetero.analysis.report.runs import Series, read_run  # noqa: E402
 from hvd_hetero.analysis.report.tables import closing_table  # noqa: E402
 from hvd_hetero.checkpoint import Store  # noqa: E402
-from hvd_hetero.cluster.device_classes import Cluster, DeviceClass, RankFacts  # noqa: E402
+from hvd_hetero.cluster.device_classes import Cluster, DeviceClass  # noqa: E402
+from hvd_hetero.cluster.hardware import RankFacts  # noqa: E402
 from hvd_hetero.comm.flat_params import FlatState  # noqa: E402
 from hvd_hetero.comm.nonfinite import FLAG_SLOTS, Exclusions, finite, scale_, write_validity_flags  # noqa: E402
 from hvd_hetero.errors import EXIT_NON_FINITE, NonFiniteError  # noqa: E402

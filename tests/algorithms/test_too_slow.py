@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from hvd_hetero.cluster.device_classes import Cluster, DeviceClass, RankFacts
+from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
+from hvd_hetero.cluster.hardware import RankFacts
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.local_steps import derive_tau, shrink_batches, too_slow_classes
 from hvd_hetero.planning.plan import make_plan

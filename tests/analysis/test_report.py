@@ -20,7 +20,8 @@ from hvd_hetero.analysis.report.runs import group, read_run
 from hvd_hetero.analysis.report.write import final_table, slug
 from hvd_hetero.cli import main
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.telemetry.stopwatch import DELAYED, KINDS, SLOWED
+from hvd_hetero.telemetry.emulation import DELAYED, SLOWED
+from hvd_hetero.telemetry.stopwatch import KINDS
 from hvd_hetero.telemetry.trace import from_chrome
 
 SETTINGS = ["train.epochs=3", "train.lr=0.1", "train.tau={fast: 4, slow: 1}", "train.batch_size=8",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvd_hetero.cluster import device_classes
+from hvd_hetero.cluster import hardware
 
 OWN = Path(__file__).parents[1] / "ranks"
 PREFIX = "hvd-hetero: error: "
@@ -44,7 +44,7 @@ def test_one_gpu_for_two_ranks(
 ) -> None:
     """Refused with the key for it; with it, there is nothing to complain of but a driver that is not here."""
     gpu = SimpleNamespace(name="one", pci_domain_id=0, pci_bus_id=999, pci_device_id=0)
-    monkeypatch.setattr(device_classes, "_gpus", lambda: ([gpu], ""))
+    monkeypatch.setattr(hardware, "_gpus", lambda: ([gpu], ""))
     classes = "cluster.classes={quick: {device: cuda, ranks: [0]}, slow: {device: cuda, ranks: [1]}, c: {ranks: [2]}}"
     status, _, err = launched(classes)
     assert status == 2

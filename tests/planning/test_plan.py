@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_hetero.cluster.device_classes import Cluster, DeviceClass, RankFacts
+from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
+from hvd_hetero.cluster.hardware import RankFacts
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.local_steps import derive_tau, planned_step_sec
 from hvd_hetero.planning.plan import Plan, apportion, check_bias_to, check_least_round, make_plan

@@ -25,7 +25,9 @@ from ranks_methods.cases import data, model  # noqa: E402
 from ranks_methods.run_cases import RecordedFeed  # noqa: E402
 
 from hvd_hetero import algorithms  # noqa: E402
-from hvd_hetero.cluster.device_classes import Placement, RankFacts, assign  # noqa: E402
+from hvd_hetero.cluster.device_classes import assign  # noqa: E402
+from hvd_hetero.cluster.hardware import RankFacts  # noqa: E402
+from hvd_hetero.cluster.placement import Placement  # noqa: E402
 from hvd_hetero.comm.communicator import hvd  # noqa: E402
 from hvd_hetero.comm.kv_store import JobEnv, job_env  # noqa: E402
 from hvd_hetero.config.load import device_classes, load  # noqa: E402

@@ -21,7 +21,8 @@ from ranks_methods.cases import data, model  # noqa: E402
 from ranks_partial.schedules import CASES, facts  # noqa: E402
 
 from hvd_hetero import algorithms  # noqa: E402
-from hvd_hetero.cluster.device_classes import Placement, assign  # noqa: E402
+from hvd_hetero.cluster.device_classes import assign  # noqa: E402
+from hvd_hetero.cluster.placement import Placement  # noqa: E402
 from hvd_hetero.comm.kv_store import job_env  # noqa: E402
 from hvd_hetero.comm.partial.allreduce import PartialAllreduce  # noqa: E402
 from hvd_hetero.config.load import device_classes, load  # noqa: E402

@@ -15,7 +15,7 @@ PROGRAM = f"""
 import time
 import torch
 import hvd_hetero
-from hvd_hetero.telemetry import stopwatch
+from hvd_hetero.telemetry import emulation, stopwatch
 
 class Recorder:
     slept = 0.0
@@ -24,7 +24,7 @@ class Recorder:
     def sleep(self, seconds):
         self.slept += seconds
 
-recorder = stopwatch.time = Recorder()
+recorder = emulation.time = stopwatch.time = Recorder()
 settings = {{"cluster.classes": {{"slow": {{"ranks": [0], "slowdown": {SLOWDOWN}, "threads": 1}}}},
              "train.tau": {{"slow": 2}}, "train.batch_size": 4, "train.epochs": 1}}
 loop = hvd_hetero.Loop(torch.nn.Linear(3, 2), (torch.randn(16, 3), torch.zeros(16, dtype=torch.long)), settings)

@@ -21,7 +21,8 @@ from store_helpers import NEW, OLD, save_round, some_state  # noqa: E402
 from hvd_hetero.checkpoint import Files, Store  # noqa: E402
 from hvd_hetero.checkpoint.background_write import Best, Write, copied  # noqa: E402
 from hvd_hetero.checkpoint.export import save_model  # noqa: E402
-from hvd_hetero.cluster.device_classes import RankFacts, assign  # noqa: E402
+from hvd_hetero.cluster.device_classes import assign  # noqa: E402
+from hvd_hetero.cluster.hardware import RankFacts  # noqa: E402
 from hvd_hetero.comm.kv_store import JobEnv  # noqa: E402
 from hvd_hetero.config.load import device_classes, load  # noqa: E402
 from hvd_hetero.data import TensorSource  # noqa: E402

@@ -18,7 +18,8 @@ from store_helpers import NEW, OLD, around, save_round  # noqa: E402
 
 from hvd_hetero import algorithms  # noqa: E402
 from hvd_hetero.checkpoint import Store  # noqa: E402
-from hvd_hetero.cluster.device_classes import RankFacts, assign  # noqa: E402
+from hvd_hetero.cluster.device_classes import assign  # noqa: E402
+from hvd_hetero.cluster.hardware import RankFacts  # noqa: E402
 from hvd_hetero.config.load import device_classes, load  # noqa: E402
 from hvd_hetero.config.schema import RESHAPE, Config  # noqa: E402
 from hvd_hetero.data.alike import facts_of  # noqa: E402

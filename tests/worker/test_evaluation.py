@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
 
-from hvd_hetero.cluster.device_classes import RankFacts, assign  # noqa: E402
+from hvd_hetero.cluster.device_classes import assign  # noqa: E402
+from hvd_hetero.cluster.hardware import RankFacts  # noqa: E402
 from hvd_hetero.config.load import device_classes  # noqa: E402
 from hvd_hetero.config.schema import EvalConfig  # noqa: E402
 from hvd_hetero.data import TensorSource  # noqa: E402

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from hvd_hetero.analysis.predict.link import Link, fitted
 from hvd_hetero.analysis.predict.simulator import LAWS, LOGNORMAL
-from hvd_hetero.cluster.device_classes import Cluster, DeviceClass, RankFacts, assign, integers, parse_hosts
+from hvd_hetero.cluster.device_classes import Cluster, DeviceClass, assign, integers
+from hvd_hetero.cluster.hardware import RankFacts
+from hvd_hetero.cluster.hosts import parse_hosts
 from hvd_hetero.config.load import device_classes, per_class
 from hvd_hetero.config.schema import AUTO, Config
 from hvd_hetero.errors import ConfigError, nearest

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hvd_hetero.telemetry.stopwatch import DELAYED, KINDS, SLOWED
+from hvd_hetero.telemetry.emulation import DELAYED, SLOWED
+from hvd_hetero.telemetry.stopwatch import KINDS
 
 STAMPS = {SLOWED: "EMULATED slow devices", DELAYED: "INJECTED delays"}
 

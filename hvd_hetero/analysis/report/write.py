@@ -19,7 +19,7 @@ from hvd_hetero.analysis.report.tables import or_dash
 from hvd_hetero.config.schema import Config
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.files import check_writable, write_text
-from hvd_hetero.telemetry.stopwatch import DELAYED, SLOWED
+from hvd_hetero.telemetry.emulation import DELAYED, SLOWED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
