@@ -138,6 +138,11 @@ def test_links_lead_somewhere(path: Path) -> None:
     assert broken_links(path, path.read_text()) == set()
 
 
+def test_pictures_are_small() -> None:
+    sizes = {name(path): path.stat().st_size for path in (ROOT / "docs" / "images").iterdir()}
+    assert sizes and max(sizes.values()) < 100_000
+
+
 def test_classes_in_architecture_exist() -> None:
     assert unknown_classes(ARCHITECTURE.read_text()) == set()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -116,6 +117,16 @@ def test_the_result_fits_on_a_page_of_1100_pixels(run: Path) -> None:
                for (_, text), may in zip(cells, wraps, strict=True)]
     columns = [max(lengths[i::width]) for i in range(width)]
     assert sum(7.5 * column + 15 for column in columns) < 1060
+
+
+def test_the_readme_s_picture_is_drawn_from_two_runs(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra [report] is not installed")
+    for method in ("sync_sgd", "biased_local_sgd"):
+        shutil.copytree(run, tmp_path / method)
+    script = Path(__file__).parents[2] / "scripts" / "picture"
+    subprocess.run([sys.executable, script, tmp_path / "a.svg", "--runs", tmp_path], check=True, timeout=120)
+    text = (tmp_path / "a.svg").read_text()
+    assert "fast rank" in text and "waits" in text and "time [ms]" in text
 
 
 def test_pictures_show_something(written: Path) -> None:
