@@ -123,6 +123,7 @@ class TrainConfig:
     optimizer_args: dict[str, Any] = _key({"momentum": 0.9})
     scheduler: Optional[str] = None  # noqa: UP045
     scheduler_args: dict[str, Any] = _key({})
+    scheduler_unit: str = _key("epoch", choices=("epoch", "round"))
     warmup_rounds: int = _key(0, at_least=0)
     clip_norm: Optional[float] = _key(None, above=0)  # noqa: UP045
     autocast: Any = False

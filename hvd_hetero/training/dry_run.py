@@ -274,7 +274,7 @@ class _DryRun:
         with telling_it, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the optimizer takes no steps meanwhile
             for _ in range(min(self._config.train.epochs or 2, MOST_EPOCHS)):
-                worker.end_epoch()
+                worker.step_scheduler()
 
     def _save(self, worker: Worker) -> None:
         keys = [key for key in ("every_sec", "every_rounds") if getattr(self._config.checkpoint, key) is not None]

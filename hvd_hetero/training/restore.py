@@ -85,8 +85,9 @@ def carry_over(run: Run, state: Mapping[str, Any]) -> None:
     run.algorithm.carry_over(state["algorithm"])
     assert run.saver is not None
     run.accounts.carry_over(state["accounts"], run.saver.saved_round)
-    for _ in range(run.accounts.epochs):
-        run.worker.end_epoch()
+    by_epochs = run.job.config.train.scheduler_unit == "epoch"
+    for _ in range(run.accounts.epochs if by_epochs else run.accounts.rounds):
+        run.worker.step_scheduler()
     run.best = dict(state["best"])
     run.begin -= state["wall_sec"]
     if run.feed.sampler is not None:

@@ -24,6 +24,7 @@ from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.files import restrict_umask
 from hvd_hetero.planning.injected_delays import check_delays
 from hvd_hetero.planning.plan import check_bias_to
+from hvd_hetero.planning.schedules import check_schedule
 from hvd_hetero.planning.stop_criteria import check_limits
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.training.fingerprint import check_same, fingerprint
@@ -155,6 +156,7 @@ def check(config: Config, components: Components, cluster: Cluster) -> None:
         problem = f"{config.algorithm.name} hands out samples as ranks ask for them, to no class in particular"
         raise ConfigError("sampling.scheme", config.sampling.scheme, problem, "set sampling.scheme=uniform")
     check_delays(config.delays)
+    check_schedule(config.train)
     check_bias_to(config.sampling.bias_to, [c.name for c in cluster.classes])
 
 

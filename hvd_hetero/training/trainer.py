@@ -21,6 +21,7 @@ from hvd_hetero.errors import Stopped
 from hvd_hetero.planning.injected_delays import delays
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.sampling import Sampler
+from hvd_hetero.planning.schedules import NAMES, rate_factor, run_share
 from hvd_hetero.planning.stop_criteria import check_limits, expected_epochs, next_rounds
 from hvd_hetero.random_state import seed_all
 from hvd_hetero.telemetry.emulation import thread_cpu_clock
@@ -170,7 +171,9 @@ class Trainer:
             left, before = epoch.rounds_left, self.accounts.rounds + epoch.progress.averages
             length = left if saver is None else saver.segment(left, before)
             is_stopping = (lambda: False) if saver is None else saver.stopping
-            segment = Segment(epoch, length, partial(self._start_round, before), spans.end_round, is_stopping)
+            segment = Segment(epoch, length, is_stopping)
+            segment.start_round = partial(self._start_round, segment, before)
+            segment.finish_round = partial(self._finish_round, spans)
             with self._memory_told():
                 self.algorithm.run_segment(segment, self.worker, self.comm)
             progress = epoch.finish(segment, self.algorithm.mine.tau)
@@ -205,9 +208,8 @@ class Trainer:
         if not self.over:
             self.plan = self._replan(self.plan, done)
         rate = worker.optimizer.param_groups[0]["lr"]
-        what = f"fails after {accounts.epochs} epochs"
-        with as_user_error("train.scheduler", type(worker.scheduler).__name__, what, "let it last as long as the run"):
-            worker.end_epoch()
+        if config.train.scheduler_unit == "epoch":
+            self._step_scheduler(f"{accounts.epochs} epochs")
         row = accounts.row(plan)
         row |= {"wall_sec": time.perf_counter() - self.begin, "train_loss": done.loss, "lr": rate,
                 "samples_per_sec": done.samples / done.seconds}  # fmt: skip
@@ -237,11 +239,28 @@ class Trainer:
 
         return told_by_class(name, batch_size, lambda: batch_that_fits(step, worker.device, batch_size))
 
-    def _start_round(self, before: int, number: int) -> None:
+    def _start_round(self, segment: Segment, before: int, number: int) -> None:
         """Set number and learning rate of a round, which has this number in its segment, with ``before`` before it."""
-        rounds, self.comm.excluded.round = self.config.train.warmup_rounds, before + number + 1
-        if rounds:  # always: a late rank may skip the round with which the warm-up ends
-            self.worker.warm_up(min(1.0, (before + number + 1) / rounds))
+        train, self.comm.excluded.round = self.config.train, before + number + 1
+        factor = 1.0
+        if train.warmup_rounds:  # always: a late rank may skip the round with which the warm-up ends
+            factor = min(1.0, (before + number + 1) / train.warmup_rounds)
+        if train.scheduler in NAMES:
+            rounds = segment.rounds_done(self.algorithm.mine.tau) + 0.5  # the middle of the one that begins
+            share = run_share(train, self.plan, self.accounts.done, rounds)
+            factor *= rate_factor(train.scheduler, share, train.scheduler_args)
+        if train.warmup_rounds or train.scheduler in NAMES:
+            self.worker.scale_rate(factor)
+
+    def _finish_round(self, spans: RoundSpans) -> None:
+        spans.end_round()
+        if self.config.train.scheduler_unit == "round":
+            self._step_scheduler(f"{self.comm.excluded.round} rounds")
+
+    def _step_scheduler(self, after: str) -> None:
+        name, what = type(self.worker.scheduler).__name__, f"fails after {after}"
+        with as_user_error("train.scheduler", name, what, "let it last as long as the run"):
+            self.worker.step_scheduler()
 
     def _replan(self, plan: Plan, done: EpochFigures) -> Plan:
         new = self.algorithm.replan(done.step_sec)

@@ -59,7 +59,7 @@ def train(settings: Mapping[str, Any], given: UserObjects | None, env: JobEnv, f
         place = Placement("cuda:0" if on_gpu else "cpu", 1, None)
         RecordedFeed.dealt = []
         this = trainer.Trainer(startup.Job(env, config, parts, cluster, place, Watchdog(env)), folder, found)
-        this.worker.end_epoch = after(this.worker.end_epoch, lambda: graphs.append(compiled()))
+        this._end_epoch = after(this._end_epoch, lambda: graphs.append(compiled()))  # type: ignore[method-assign]
         try:
             this.prepare()
             graphs.append(compiled())
@@ -77,9 +77,10 @@ def train(settings: Mapping[str, Any], given: UserObjects | None, env: JobEnv, f
 
 
 def after(call: Any, then: Any) -> Any:
-    def both() -> None:
-        call()
+    def both(*args: Any) -> Any:
+        result = call(*args)
         then()
+        return result
 
     return both
 
