@@ -116,7 +116,7 @@ class RunFolder:
 
 
 def say_missing(path: Path, error: Exception) -> None:
-    """Tells that a file of the result could not be written; the run goes on to what else there is."""
+    """Tells that a file of the result could not be written; the run continues with the other files."""
     reason = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
     print(f"hvd-hetero: error: {path} is missing or old: {reason}", file=sys.stderr, flush=True)
 

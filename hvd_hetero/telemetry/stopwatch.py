@@ -41,7 +41,7 @@ class Stopwatch:
         self.spans: list[tuple[str, float, float]] | None = None
 
     def skip(self) -> None:
-        """Starts the next span now; the time since the last one is nobody's."""
+        """Starts the next span now; the time since the last one is not booked."""
         self._lap("")
 
     def span(self, kind: str) -> float:
@@ -97,7 +97,7 @@ class Stopwatch:
         self.seconds, self.collectives = dict(state["seconds"]), list(state["collectives"])
 
     def take(self) -> tuple[dict[str, float], list[float]]:
-        """Returns the seconds by kind and the list of collectives since the last call, and starts anew."""
+        """Returns the seconds by kind and the list of collectives since the last call, and clears them."""
         taken = dict(self.seconds), self.collectives
         self.seconds, self.collectives = dict.fromkeys(self.seconds, 0.0), []
         return taken

@@ -1,4 +1,4 @@
-"""Where every rank's time went, and what every device class did; added up over epochs."""
+"""Add up over epochs where every rank's time went, and what every device class did."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Accounts:
         self.emulation = emulation_reasons(before=(*self.emulation, *state["emulation"]))
 
     def carry_over(self, state: Mapping[str, Any], rounds: int) -> None:
-        """Goes on from the totals of other ranks' accounts; what was each class's own is not counted any more.
+        """Continue from the totals of other ranks' accounts; the figures of single classes are dropped.
 
         Args:
             rounds: so far, with those of an epoch that was not finished.

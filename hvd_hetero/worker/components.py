@@ -100,7 +100,7 @@ class Origins:
 
 
 def build(config: Config, given: UserObjects | None = None) -> Components:
-    """Loads the data and makes the model; :func:`hvd_hetero.training.dry_run.dry_run` tries both out.
+    """Loads the data and makes the model; :func:`hvd_hetero.training.dry_run.build` tries both out.
 
     Raises:
         ConfigError: anything of it cannot be made.

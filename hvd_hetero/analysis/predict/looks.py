@@ -1,4 +1,4 @@
-"""How tables and pictures look: as in a report, taken from its files alone.
+"""The look of tables and pictures: that of a report, taken from its files alone.
 
 The package hvd_hetero.analysis.report imports the methods, and with them torch, which planning has to do without.
 """

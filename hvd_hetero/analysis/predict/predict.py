@@ -1,4 +1,4 @@
-"""What each method would take for the work that a configuration asks for. The plans are those that a run would make."""
+"""Predict what each method would take for the work that a configuration asks for, by a run's own plans."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Scenario:
 
     @property
     def capacity(self) -> float:
-        """Samples a second if nobody waited or communicated."""
+        """Samples a second if no rank waited or communicated."""
         return sum(len(c.ranks) * self.batch_size[c.name] / self.step_sec[c.name] for c in self.cluster.classes)
 
     def without(self, name: str) -> Scenario:

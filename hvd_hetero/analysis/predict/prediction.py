@@ -1,4 +1,4 @@
-"""What is foretold of one method."""
+"""The prediction of one method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known beforehand: step times by class and batch, their jitter, the link, the sizes of model and data."""
+"""The inputs of a prediction: step times by class and batch, their jitter, the link, the sizes of model and data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST_JITTER = 2.0
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What stands on the command line."""
+    """The options of the command line."""
 
     profile: str | None = None
     step_ms: str | None = None

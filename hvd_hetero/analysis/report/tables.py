@@ -1,4 +1,4 @@
-"""What a person reads of a run: tables."""
+"""Format the tables of a run."""
 
 from __future__ import annotations
 
