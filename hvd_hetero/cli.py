@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 
 import hvd_hetero
+from hvd_hetero.comm.kv_store import job_env
 from hvd_hetero.config.overrides import is_setting
 from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_STOPPED, NonFiniteError, Stopped, UserError
 from hvd_hetero.files import restrict_umask
+from hvd_hetero.log import logged
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides = [word for word in words if is_setting(word)]
     restrict_umask()
     try:
-        return int(args.run(args, files, overrides) or 0)
+        with logged(job_env().rank):
+            return int(args.run(args, files, overrides) or 0)
     except UserError as error:
         print(f"hvd-hetero: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, through no link, and for nobody else to change."""
+"""Write files: whole or not at all, through no link, writable by the user alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The random generators that people's own code draws from: Python's, numpy's, torch's, and a GPU's."""
+"""The random generators that the user's code draws from: Python's, numpy's, torch's, and a GPU's."""
 
 from __future__ import annotations
 

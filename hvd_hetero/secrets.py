@@ -9,7 +9,7 @@ SECRET = re.compile(r"TOKEN(?!IZERS_)|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?K
 
 
 def is_secret(name: str, value: str) -> bool:
-    """Tell whether nobody else is to see a variable: by its name, or because a password stands in its value."""
+    """Tell whether a variable is secret: by its name, or because a password stands in its value."""
     return SECRET.search(name) is not None or without_passwords(value) != value
 
 

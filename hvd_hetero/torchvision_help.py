@@ -1,4 +1,4 @@
-"""Help for torchvision where it was built for another torch: ``import torchvision`` works, whoever asks for it.
+"""Help for torchvision where it was built for another torch: ``import torchvision`` works, wherever it stands.
 
 A build for CUDA beside a CPU torch cannot load its operators, yet at import it describes two of them to torch, and
 fails because they do not exist. Declared by name alone they let the import pass; only who calls them fails.

@@ -25,6 +25,8 @@ from hvd_hetero.config.load import load
 from hvd_hetero.training.fingerprint import made_with
 
 AGAIN = "fetch the file again"
+DOWNLOAD = "set data.download=true"
+BATCHES = "cifar-10-batches-py"
 PROFILE = "make one with hvd-hetero profile"
 ALONE = ["cluster.classes={a: {ranks: 0}}", "train.tau={a: 4}"]
 
@@ -50,33 +52,33 @@ class Evil:
 # ---- datasets -------------------------------------------------------------------------------------------------------
 
 
-def fashion(name: str, content: Callable[[bytes], bytes] | None) -> Callable[[Path], None]:
+def fashion(name: str, content: Callable[[bytes], bytes] | None, folder: str = "fashion-mnist",
+            ending: str = ".gz") -> Callable[[Path], None]:
     """Fashion-MNIST of 20 images a split, one file of it changed, or left out."""
 
     def make(tmp: Path) -> None:
+        (tmp / folder).mkdir(parents=True)
         for split in ("train", "t10k"):
             files = {f"{split}-images-idx3-ubyte": struct.pack(">4i", 0x803, 20, 28, 28) + bytes(20 * 28 * 28),
                      f"{split}-labels-idx1-ubyte": struct.pack(">2i", 0x801, 20) + bytes(range(10)) * 2}
             for each, raw in files.items():
-                if each == name and content is not None:
-                    (tmp / each).write_bytes(content(raw))
-                elif each != name:
-                    (tmp / each).write_bytes(raw)
-                elif name.endswith("labels-idx1-ubyte"):
-                    (tmp / f"{each}.gz").write_bytes(gzip.compress(raw)[:-9])
+                if each == name and content is None:
+                    continue
+                raw = content(raw) if each == name and content is not None else raw
+                (tmp / folder / f"{each}{ending}").write_bytes(gzip.compress(raw) if ending else raw)
 
     return make
 
 
 def cifar(content: Any) -> Callable[[Path], None]:
-    """CIFAR-10 as published for Python, its third batch replaced; a function is given the folder."""
+    """CIFAR-10 in the published layout, whose third batch is given, and of which no checksum is right."""
 
     def make(tmp: Path) -> None:
-        good = {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]}
-        for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        (tmp / BATCHES).mkdir()
+        for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta"):
             this = content(tmp) if callable(content) else content
-            put = this if name == "data_batch_3" else good
-            (tmp / name).write_bytes(put if isinstance(put, bytes) else pickle.dumps(put))
+            put = this if name == "data_batch_3" else {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]}
+            (tmp / BATCHES / name).write_bytes(put if isinstance(put, bytes) else pickle.dumps(put))
 
     return make
 
@@ -87,18 +89,6 @@ def npz(name: str, **arrays: Any) -> Callable[[Path], None]:
 
 def text(name: str, content: str | bytes) -> Callable[[Path], None]:
     return lambda tmp: (tmp / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-def flowers(labels: Any, trnid: Any = (1,)) -> Callable[[Path], None]:
-    def make(tmp: Path) -> None:
-        from scipy.io import savemat
-
-        (tmp / "jpg").mkdir()
-        (tmp / "jpg" / "image_00001.jpg").write_bytes(b"no image")
-        savemat(tmp / "imagelabels.mat", {"labels": labels})
-        savemat(tmp / "setid.mat", {"trnid": list(trnid), "valid": [1], "tstid": [1]})
-
-    return make
 
 
 def both(*makers: Callable[[Path], Any]) -> Callable[[Path], None]:
@@ -116,31 +106,39 @@ def data(name: str, *words: str) -> list[str]:
 CODED = np.zeros((2, 3, 32, 32), np.uint8)
 OBJECTS = np.array([{"a": 1}, {"b": 2}], dtype=object)
 TRAIN, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+RAW = ("FashionMNIST/raw", "")
 PACKED = {"jpeg": np.zeros(4, np.uint8), "offsets": np.array([0, 4]), "y": [0], "split": [0]}
 
 DATA = [
-    Case("fashion none", None, data("fashion_mnist"), "data.root=", "train-images"),
-    Case("fashion no file", fashion(TRAIN, None), data("fashion_mnist"), "data.root=", TRAIN),
-    Case("fashion magic", fashion(TRAIN, lambda raw: b"\x89PNG" + raw[4:]), data("fashion_mnist"), "{tmp}/" + TRAIN,
-         AGAIN),
-    Case("fashion empty", fashion(TRAIN, lambda raw: b""), data("fashion_mnist"), "{tmp}/" + TRAIN, AGAIN),
-    Case("fashion labels", fashion(LABELS, lambda raw: raw[:-1] + b"\xff"), data("fashion_mnist"), "{tmp}/" + LABELS,
-         AGAIN),
+    Case("fashion none", None, data("fashion_mnist"), "data.root=", DOWNLOAD),
+    Case("fashion no file", fashion(TRAIN, None), data("fashion_mnist"), "data.root=", "FashionMNIST/raw"),
+    Case("fashion magic", fashion(TRAIN, lambda raw: b"\x89PNG" + raw[4:]), data("fashion_mnist"),
+         "{tmp}/fashion-mnist/" + TRAIN + ".gz", AGAIN),
+    Case("fashion empty", fashion(TRAIN, lambda raw: b""), data("fashion_mnist"),
+         "{tmp}/fashion-mnist/" + TRAIN + ".gz", AGAIN),
+    Case("fashion labels", fashion(LABELS, lambda raw: raw[:-1] + b"\xff"), data("fashion_mnist"),
+         "{tmp}/fashion-mnist/" + LABELS + ".gz", AGAIN),
     Case("fashion few", fashion(LABELS, lambda raw: struct.pack(">2i", 0x801, 3) + bytes(3)), data("fashion_mnist"),
-         "{tmp}/" + LABELS, AGAIN),
-    Case("fashion gzip", fashion(LABELS, None), data("fashion_mnist"), "{tmp}/" + LABELS + ".gz", AGAIN),
-    Case("cifar evil", cifar(lambda tmp: {"data": Evil(tmp), "labels": []}), data("cifar10"), "{tmp}/data_batch_3",
-         AGAIN),
-    Case("cifar cut", cifar(pickle.dumps({"data": np.zeros(9)})[:-40]), data("cifar10"), "{tmp}/data_batch_3", AGAIN),
-    Case("cifar foreign", cifar(b"\x89PNG and so on"), data("cifar10"), "{tmp}/data_batch_3", AGAIN),
-    Case("cifar list", cifar([1, 2]), data("cifar10"), "{tmp}/data_batch_3", AGAIN),
-    Case("cifar keys", cifar({"images": 3}), data("cifar10"), "{tmp}/data_batch_3", AGAIN),
-    Case("cifar shape", cifar({"data": np.zeros((2, 9), np.uint8), "labels": [0, 1]}), data("cifar10"),
-         "{tmp}/data_batch_3", AGAIN),
-    Case("cifar label", cifar({"data": np.zeros((1, 3072), np.uint8), "labels": [10]}), data("cifar10"),
-         "{tmp}/data_batch_3", AGAIN),
-    Case("cifar100 binary", both(text("train.bin", bytes(3000)), text("test.bin", bytes(3074))), data("cifar100"),
-         "{tmp}/train.bin", AGAIN),
+         "{tmp}/fashion-mnist/" + LABELS + ".gz", AGAIN),
+    Case("fashion gzip", both(fashion(LABELS, None), text(f"fashion-mnist/{LABELS}.gz", "no gzip")),
+         data("fashion_mnist"), "{tmp}/fashion-mnist/" + LABELS + ".gz", AGAIN),
+    Case("fashion raw magic", fashion(TRAIN, lambda raw: b"\x89PNG" + raw[4:], *RAW), data("fashion_mnist"),
+         "{tmp}/FashionMNIST/raw", DOWNLOAD),
+    Case("fashion raw empty", fashion(TRAIN, lambda raw: b"", *RAW), data("fashion_mnist"), "{tmp}/FashionMNIST/raw",
+         DOWNLOAD),
+    Case("fashion raw no file", fashion(TRAIN, None, *RAW), data("fashion_mnist"), "{tmp}/FashionMNIST/raw", DOWNLOAD),
+    Case("fashion raw few", fashion(LABELS, lambda raw: struct.pack(">2i", 0x801, 3) + bytes(3), *RAW),
+         data("fashion_mnist"), "{tmp}/FashionMNIST/raw", AGAIN),
+    Case("cifar none", None, data("cifar10"), "data.root=", DOWNLOAD),
+    Case("cifar evil", cifar(lambda tmp: {"data": Evil(tmp), "labels": []}), data("cifar10"), "{tmp}/" + BATCHES,
+         DOWNLOAD),
+    Case("cifar foreign", cifar(b"\x89PNG and so on"), data("cifar10"), "{tmp}/" + BATCHES, DOWNLOAD),
+    Case("cifar100 empty", lambda tmp: (tmp / "cifar-100-python").mkdir(), data("cifar100"), "{tmp}/cifar-100-python",
+         DOWNLOAD),
+    Case("download into a file", text("x", ""), data("cifar10", "data.download=true", "data.root={tmp}/x"),
+         "data.download=True: CIFAR10 cannot be downloaded into {tmp}/x: ", "check the network"),
+    Case("download none", None, data("tiny_imagenet", "data.download=true"), "data.download=True",
+         "data.download=false"),
     Case("npz objects", npz("cifar10-1k.npz", x_train_coded=OBJECTS, y_train=[0], x_test_coded=CODED, y_test=[0]),
          data("cifar10"), "{tmp}/cifar10-1k.npz", AGAIN),
     Case("npz keys", npz("cifar10-1k.npz", x=CODED), data("cifar10"), "{tmp}/cifar10-1k.npz", AGAIN),
@@ -150,19 +148,22 @@ DATA = [
     Case("npz part", npz("cifar10-1k.npz", x=CODED), data("cifar10", "data.args={parts: [2k]}"), "data.args.parts=",
          "1k"),
     Case("flowers none", None, data("flowers102"), "data.root=", "setid.mat"),
-    Case("flowers mat", both(flowers([1]), text("setid.mat", "MATLAB? no")), data("flowers102"), "{tmp}/setid.mat",
-         AGAIN),
-    Case("flowers text", flowers(["rose"]), data("flowers102"), "{tmp}/imagelabels.mat", AGAIN),
-    Case("flowers numbers", flowers([1], trnid=(7,)), data("flowers102"), "{tmp}/setid.mat", AGAIN),
-    Case("flowers image", flowers([1]), data("flowers102"), "{tmp}/jpg/image_00001.jpg", AGAIN),
+    Case("flowers mat", lambda tmp: (tmp / "flowers-102" / "jpg").mkdir(parents=True), data("flowers102"),
+         "{tmp}/flowers-102", DOWNLOAD),
     Case("flowers packed", npz("flowers102-64.npz", **PACKED), data("flowers102"), "{tmp}/flowers102-64.npz", AGAIN),
     Case("flowers size", npz("flowers102-64.npz", **PACKED), data("flowers102", "data.args={size: 0}"),
          "data.args.size=0",
          "pixels"),
     Case("tiny none", None, data("tiny_imagenet"), "data.root=", "val_annotations.txt"),
-    Case("tiny class", both(lambda tmp: [(tmp / d).mkdir() for d in ("train", "val")], text("val/val_annotations.txt",
-         "a\tb")),
+    Case("tiny empty", lambda tmp: [(tmp / d).mkdir() for d in ("train", "val")], data("tiny_imagenet"), "{tmp}/train",
+         AGAIN),
+    Case("tiny class", both(lambda tmp: [(tmp / d).mkdir(parents=True) for d in ("train/n01", "val")],
+         text("train/n01/x.JPEG", ""), text("val/val_annotations.txt", "a\tb")),
          data("tiny_imagenet"), "{tmp}/val/val_annotations.txt", AGAIN),
+    Case("folders none", None, data("image_folder"), "data.root=", "train and val"),
+    Case("folders image", both(lambda tmp: [(tmp / d).mkdir(parents=True) for d in ("train/a", "test/a")],
+         text("train/a/x.png", "no image"), text("test/a/x.png", "no image")),
+         data("image_folder"), "{tmp}/train/a/x.png", AGAIN),
     Case("ag_news row", both(text("train.csv", "1,a\n"), text("test.csv", "1,a,b\n")), data("ag_news"),
          "{tmp}/train.csv", AGAIN),
     Case("ag_news class", both(text("train.csv", "9,a,b\n"), text("test.csv", "1,a,b\n")), data("ag_news"),

@@ -1,4 +1,4 @@
-"""What several test modules share: jobs under real horovodrun, ended for certain."""
+"""What several test modules share: jobs under real horovodrun, ended for certain; what is skipped, and why."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +58,6 @@ def horovodrun() -> Callable[..., Done]:
     """
 
     def run(np: int, args: Sequence[Any], hosts: str | None = None, timeout: float = 120, **options: Any) -> Done:
-        pytest.importorskip("horovod", reason="Horovod is not installed: run scripts/setup")
         program = str(Path(sys.executable).with_name("horovodrun"))
         line = [program, "--gloo", "-np", str(np), "-H", hosts or f"localhost:{np}", *map(str, args)]
         return run_group(line, timeout=timeout, **options)
@@ -76,7 +78,7 @@ def hvd_hetero() -> Callable[..., Done]:
 @pytest.fixture
 def without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process finds no GPU, wherever it runs."""
-    monkeypatch.setattr("hvd_hetero.cluster.device_classes._gpus", lambda: ([], ""))
+    monkeypatch.setattr("hvd_hetero.cluster.hardware._gpus", lambda: ([], ""))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
 
@@ -104,12 +106,75 @@ def launched(
     return launch
 
 
+# ---- what is skipped ------------------------------------------------------------------------------------------------
+
+
+JOBS = {"horovodrun", "hvd_hetero", "launched"}
+"""Fixtures that start jobs, or try out what a job trains; no test that takes one runs without Horovod."""
+
+
+@cache
+def horovod_error() -> str:
+    """Return why Horovod cannot be imported, or "" if it can."""
+    try:
+        import_module("horovod.torch")
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
+def without_horovod() -> str:
+    """Return the reason of everything that is skipped for want of Horovod."""
+    return f"Horovod cannot be imported ({horovod_error()}): run scripts/setup"
+
+
+class Module(pytest.Module):
+    """A test module that is skipped if it cannot be imported for want of Horovod."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            if isinstance(error.__cause__, ImportError) and str(error.__cause__) == horovod_error():
+                pytest.skip(without_horovod(), allow_module_level=True)
+            raise
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
+    return Module.from_parent(parent, path=module_path)
+
+
+def pytest_sessionstart() -> None:
+    required = [name for name in ("CI", "HVD_HETERO_REQUIRE_HOROVOD") if os.environ.get(name)]
+    if required and horovod_error():
+        pytest.exit(f"{without_horovod()}. It is required since {required[0]} is set.", returncode=1)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also the variants of jobs that others stand for")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--slow"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="a variant that takes long: give --slow"))
+    for item in items:
+        if not config.getoption("--slow") and item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="a variant that takes long: give --slow"))
+        elif (item.get_closest_marker("horovod") or JOBS & fixtures_of(item)) and horovod_error():
+            item.add_marker(pytest.mark.skip(reason=without_horovod()))
+
+
+def fixtures_of(item: pytest.Item) -> set[str]:
+    """Return the names of all fixtures that a test takes, and that these take."""
+    return set(getattr(item, "fixturenames", ()))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None, None, None]:
+    """Count what was skipped, by reason, below all else."""
+    yield
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter((report.longrepr[2].removeprefix("Skipped: "), isinstance(report, pytest.CollectReport))
+                      for report in skipped if isinstance(report.longrepr, tuple))
+    if reasons:
+        terminalreporter.section("skipped, by reason")
+    for (reason, whole), count in reasons.most_common():
+        terminalreporter.line(f"{count:5} {'module' if whole else 'test'}{'s' * (count > 1)}: {reason}")

@@ -7,7 +7,8 @@ from typing import Any
 
 from hvd_hetero import algorithms
 from hvd_hetero.algorithms.policy import Policy
-from hvd_hetero.cluster.device_classes import Cluster, DeviceClass, RankFacts
+from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
+from hvd_hetero.cluster.hardware import RankFacts
 from hvd_hetero.config.load import load
 
 TWO = (DeviceClass("fast", "cpu", (0, 1)), DeviceClass("slow", "cpu", (2, 3, 4), slowdown=8.0))

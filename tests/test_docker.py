@@ -96,7 +96,8 @@ def test_runs_as_an_ordinary_user(name: str) -> None:
 
 @pytest.mark.parametrize("name", DOCKERFILES)
 def test_base_image_and_package_lists(name: str) -> None:
-    base = steps(name, "FROM")
+    given = dict(argument.split("=", 1) for argument in steps(name, "ARG"))
+    base = [given.get(image.removeprefix("$"), image) for image in steps(name, "FROM")]
     assert len(base) == 1 and re.search(r":[\w.-]*\d", base[0]) and not base[0].endswith(":latest")
     for run in steps(name, "RUN"):
         if "apt-get install" in run:
@@ -141,6 +142,19 @@ def test_services_build_from_this_tree() -> None:
             assert source in compose()["volumes"] and target == "/app/runs"
     images = [service["image"] for service in compose()["services"].values()]
     assert len(set(images)) == len(images), "services that are built differently have images of their own"
+
+
+def test_every_compose_can_read_the_file_and_finds_the_volume_of_earlier_runs() -> None:
+    """Docker Compose 1.29 refuses a project's name in the file, and would make a volume for each name."""
+    assert set(compose()) == {"services", "volumes"}
+    assert compose()["volumes"] == {"runs": {"name": "hvd-hetero_runs"}}
+
+
+def test_the_check_with_an_engine_says_at_which_step_it_ends(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "docker_check"), "--log", str(tmp_path / "log")]
+    done = subprocess.run(command, env={**os.environ, "PATH": ""}, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert re.fullmatch(r"FAILED +engine +\d+\.\d s  there is no docker on the path\n", done.stdout)
 
 
 def test_gpu_service_reserves_gpus() -> None:

@@ -1,4 +1,4 @@
-"""The example programs run as their first lines say, on two real ranks."""
+"""The example programs run as their first lines say, on two real ranks, or in one process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.horovod
 
 EXAMPLES = Path(__file__).parents[1] / "scripts" / "examples"
 
@@ -37,6 +39,11 @@ def test_own_loop(tmp_path: Path) -> None:
     out = run([program("horovodrun"), "-np", "2", sys.executable, str(EXAMPLES / "own_loop.py")], tmp_path)
     (line,) = [line for line in out.splitlines() if "accuracy" in line]
     assert float(line.split()[-1]) > 0.85
+
+
+def test_method_in_one_process(tmp_path: Path) -> None:
+    out = run([sys.executable, str(EXAMPLES / "method_in_one_process.py")], tmp_path)
+    assert float(out.split()[-1]) > 0.85
 
 
 def test_own_target_in_a_configuration(tmp_path: Path) -> None:

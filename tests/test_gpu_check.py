@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+pytestmark = pytest.mark.horovod
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "gpu_check"

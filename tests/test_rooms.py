@@ -6,13 +6,13 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hvd_hetero"
-BASE = {"errors", "files", "secrets", "describe", "random_state", "torchvision_help"}
+BASE = {"errors", "files", "log", "secrets", "describe", "random_state", "torchvision_help"}
 ROOMS = ["config", "cluster", "planning", "telemetry", "data", "models", "comm", "checkpoint", "worker", "algorithms",
          "training", "launch", "analysis", "cli", "__main__"]
 """Each may import from those before it, and all from the base."""
@@ -115,10 +115,14 @@ def collectives(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
     """Calls of Horovod's collectives, however Horovod was imported, and of what is handed one to call."""
     for node in ast.walk(tree):
         for called in (node.func, *node.args) if isinstance(node, ast.Call) else ():
-            name = called.attr if isinstance(called, ast.Attribute) else ""
-            owner = getattr(getattr(called, "value", None), "id", "")
-            if owner == "hvd" and (NAMED.fullmatch(name) or name in UNNAMEABLE or name.endswith("_object")):
-                yield name, node
+            if isinstance(called, ast.Attribute) and is_collective(called):
+                yield called.attr, node
+
+
+def is_collective(used: ast.Attribute) -> bool:
+    """Whether this is one of Horovod's collectives, called or not."""
+    owner, name = getattr(used.value, "id", ""), used.attr
+    return owner == "hvd" and bool(NAMED.fullmatch(name) or name in UNNAMEABLE or name.endswith("_object"))
 
 
 def unnamed(tree: ast.AST) -> list[str]:
@@ -140,13 +144,16 @@ def test_horovod_is_always_imported_as_hvd() -> None:
                 assert node.module != "horovod.torch", name
 
 
-@pytest.mark.parametrize(("name", "tree"), [m for m in MODULES if room(m[0]) == "comm"], ids=lambda x: x if x else None)
-def test_every_collective_has_a_name(name: str, tree: ast.Module) -> None:
-    assert unnamed(tree) == []
+def test_every_collective_has_a_name() -> None:
+    assert {name: lines for name, tree in MODULES if (lines := unnamed(tree))} == {}
 
 
-def test_there_are_collectives_to_check() -> None:
-    assert sum(len(list(collectives(tree))) for _, tree in MODULES) >= 8
+def test_the_check_sees_every_use_of_a_collective() -> None:
+    """Each is called on the spot or handed to a call, and stands in comm; there is no other way to use one."""
+    for name, tree in MODULES:
+        uses = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_collective(node)]
+        assert len(uses) == len(list(collectives(tree))), name
+    assert {room(name) for name, tree in MODULES if any(collectives(tree))} == {"comm"}
 
 
 @pytest.mark.parametrize(("line", "bad"), [
@@ -169,32 +176,97 @@ def test_the_check_itself(line: str, bad: bool) -> None:
 # ---- other rules ----------------------------------------------------------------------------------------------------
 
 
-def test_the_environment_is_read_in_launch_and_comm_only() -> None:
-    readers = {
+def rooms_that_use(*attributes: str) -> set[str]:
+    return {
         room(name)
         for name, tree in MODULES
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "environb")
+        if isinstance(node, ast.Attribute) and node.attr in attributes
     }
-    assert readers <= {"launch", "comm"}
+
+
+def test_the_environment_is_read_in_launch_and_comm_only() -> None:
+    assert rooms_that_use("environ", "getenv", "environb") == {"launch", "comm"}
 
 
 def test_devices_are_looked_for_in_cluster_only() -> None:
-    lookers = {
-        room(name)
-        for name, tree in MODULES
+    assert rooms_that_use("is_available", "device_count") == {"cluster"}
+
+
+CLASS_NAMES = {"fast", "slow", "gpu"}
+ROLES = {
+    "planning.plan",  # sampling.bias_to
+    "algorithms.synchronous", "analysis.predict.predict",  # algorithm.participants, and its prediction
+}
+"""Where a setting asks for the class in a role, whatever it is called."""
+
+
+def says_class_name(tree: ast.AST, constants: set[str]) -> bool:
+    """Whether a class's name is written in this tree, or a constant that holds one."""
+    return any(
+        (isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in CLASS_NAMES)
+        or (isinstance(node, ast.Name) and node.id in constants)
+        or (isinstance(node, ast.Attribute) and node.attr in constants)
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and node.attr in ("is_available", "device_count")
+    )
+
+
+def constants_of(tree: ast.Module) -> set[str]:
+    """The constants of a module that hold a class's name, alone or with others, or another such constant."""
+    found: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value and says_class_name(node.value, found):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return found
+
+
+def branches(tree: ast.AST, constants: set[str]) -> list[int]:
+    """The lines that compare something with a class's name, by an operator, a case or a prefix."""
+    names = constants | {
+        alias.asname or alias.name
+        for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+        for alias in node.names if alias.name in constants
     }
-    assert lookers <= {"cluster", "launch"}
+    return [node.lineno for node in ast.walk(tree) for part in compared(node) if says_class_name(part, names)]
+
+
+def compared(node: ast.AST) -> Sequence[ast.AST]:
+    """What a node compares something with, if it does."""
+    match node:
+        case ast.Compare():
+            return [node]
+        case ast.Match():
+            return [case.pattern for case in node.cases]
+        case ast.Call(func=ast.Attribute(attr="startswith" | "endswith")):
+            return node.args
+        case ast.Subscript(value=ast.Dict()):
+            return [node.value]
+    return []
 
 
 def test_no_code_branches_on_a_classs_name() -> None:
-    """`fast` and `slow` are names in a config; only the plan knows them, as roles that `bias_to` may ask for."""
-    for name, tree in MODULES:
-        if name in ("config.load", "config.schema", "planning.plan"):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Compare):
-                words = {c.value for c in ast.walk(node) if isinstance(c, ast.Constant) and isinstance(c.value, str)}
-                assert not words & {"fast", "slow", "gpu"}, f"{name}, line {node.lineno}"
+    """`fast` and `slow` are names in a config; the code knows them only as roles that a setting may ask for."""
+    constants = set().union(*(constants_of(tree) for _, tree in MODULES))
+    found = {name: lines for name, tree in MODULES if (lines := branches(tree, constants))}
+    assert set(found) == ROLES, found
+
+
+@pytest.mark.parametrize(("source", "bad"), [
+    ("if name == 'fast': pass", True),
+    ("if name in ('fast', 'cpu'): pass", True),
+    ("if name.startswith('slow'): pass", True),
+    ("FAST = 'fast'\nif name == FAST: pass", True),
+    ("FAST: str = 'fast'\nQUICK = (FAST, 'quick')\nok = name not in QUICK", True),
+    ("from roles import SLOW as tortoise\nif name == tortoise: pass", True),
+    ("import roles\nif name == roles.SLOW: pass", True),
+    ("match name:\n    case 'cpu' | 'gpu': pass", True),
+    ("match name:\n    case roles.SLOW: pass", True),
+    ("lr = {'fast': 1, 'slow': 2}[name]", True),
+    ("if name == plan.fastest.name: pass", False),
+    ("bias_to = 'fast'", False),
+    ("if kind == 'quick': pass", False),
+])
+def test_the_check_for_class_names_itself(source: str, bad: bool) -> None:
+    tree = ast.parse(source)
+    assert bool(branches(tree, constants_of(tree) | {"SLOW"})) is bad

@@ -1,4 +1,4 @@
-"""One checkpoint on its way to the disk, written by threads beside the training."""
+"""Write one checkpoint in threads while the ranks train."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from hvd_hetero.errors import UserError
 
 
 class CheckpointError(UserError):
-    """A checkpoint cannot be written, or not be gone on from.
+    """A checkpoint cannot be written, or cannot be resumed from.
 
     Attributes:
         file: the file, or the dotted path inside a state.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hvd_hetero.checkpoint.durable_files import if_it_can
 
 FOLDER = "checkpoint"
-MODEL = "model.pt"
+MODEL, AVERAGED = "model.pt", "averaged.pt"
 
 
 def _is_plain(value: Any) -> bool:
@@ -27,19 +27,19 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, Tensor) or type(value) in (bool, int, float, str, bytes)
 
 
-def save_model(run_dir: Path, model: nn.Module) -> Path:
+def save_model(run_dir: Path, model: nn.Module, name: str = MODEL) -> Path:
     """Writes the model's weights under ``checkpoint/``; after a crash the old file is there or the new one, whole."""
     folder = run_dir / FOLDER
-    part, path = folder / f".{MODEL}.part", folder / MODEL
+    part, path = folder / f".{name}.part", folder / name
     weights = {}
-    for name, value in model.state_dict().items():
+    for key, value in model.state_dict().items():
         # clone: a view into the flat vector would take the whole vector's storage along, once for each tensor
         value = value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
         if _is_plain(value):
-            weights[name] = value
+            weights[key] = value
         else:  # what a module returns from get_extra_state
             problem = f"a {type(value).__name__}, which only pickle could save"
-            warnings.warn(f"{path}: {name} is not in it: {problem}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{path}: {key} is not in it: {problem}", RuntimeWarning, stacklevel=2)
     folder.mkdir(exist_ok=True)
     try:
         with part.open("wb") as file:

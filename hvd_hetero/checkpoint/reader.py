@@ -130,7 +130,7 @@ def _look(path: Path, number: int) -> Checkpoint:
 
 
 def _offer(error: CheckpointError, older: int | None) -> CheckpointError:
-    """The same, with what else there is to go on from."""
+    """Describe the problem, with the older checkpoints that can be resumed from."""
     other = "there is no older one: start anew" if older is None else f"go on from round {older}, the next older one"
     text = f"{error.remedy}, or {other}" if error.remedy and older is not None else error.remedy or other
     return CheckpointError(error.file, error.problem, text)

@@ -162,7 +162,7 @@ class Store:
         return float(value) if content.get("metric", metric) == metric and isinstance(value, (int, float)) else None
 
     def rewind(self, round: int | None) -> None:
-        """Removes everything newer than the checkpoint that a run goes on from, or everything if it starts anew.
+        """Remove everything newer than the checkpoint that a run resumes from, or everything if there is none.
 
         What the run had done after it is not part of the run any more, and must not be taken up later.
 
@@ -182,7 +182,7 @@ class Store:
             self._remove_if_empty(self.folder)
 
     def _tidy(self, current: int, files: Container[str]) -> None:
-        """Removes checkpoints beyond those to keep, and what interrupted writes left; newer rounds go on."""
+        """Remove checkpoints beyond those to keep, and what interrupted writes left; newer rounds are left alone."""
         for path in self._ours(current):
             if path.name != MANIFEST and path.name not in files:
                 self._files.remove(path)

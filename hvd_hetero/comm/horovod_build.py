@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hvd_hetero.cluster.device_classes import Cluster, RankFacts, shares_a_gpu
+from hvd_hetero.cluster.device_classes import Cluster, shares_a_gpu
+from hvd_hetero.cluster.hardware import RankFacts
 from hvd_hetero.errors import ConfigError
 
 MIXED_HOSTS = "mixed-hosts"

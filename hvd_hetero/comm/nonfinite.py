@@ -9,7 +9,6 @@ way that a rank has something for all to agree on.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from hvd_hetero.comm.tensor_slots import real_view
 from hvd_hetero.errors import NonFiniteError
+from hvd_hetero.log import LOGGER
 
 FLAG_SLOTS = 3
 SUMMED = (torch.float16, torch.float32, torch.float64)
@@ -108,8 +108,8 @@ class Exclusions:
         self.since += 1
         if self.count & (self.count - 1) == 0:
             times = "" if self.count == 1 else f", {self.count} times so far"
-            print(f"hvd-hetero: rank {self._rank}: its values are non-finite (NaN, Inf) in round {self.round}; "
-                  f"it was left out{times}", file=sys.stderr, flush=True)
+            LOGGER.warning("hvd-hetero: rank %s: its values are non-finite (NaN, Inf) in round %s; it was excluded%s",
+                           self._rank, self.round, times)  # fmt: skip
 
     def take(self) -> int:
         """How many since the last call."""

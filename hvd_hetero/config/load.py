@@ -1,4 +1,4 @@
-"""How files and command lines are merged into the configuration, and its checks.
+"""Merge files and command lines into the configuration, and check it.
 
 Layers are merged in order: the schema's built-in values, then each file, then each ``key=value``. Sections merge key by
 key; mappings with free keys (``cluster.classes``, ``train.tau``, any ``*args``) are replaced as a whole, while
@@ -244,7 +244,7 @@ def _assign(schema: Any, target: Any, key: str, value: Any, named: Collection[st
 
 
 def _nearest_key(prefix: str, name: Any, names: Sequence[str]) -> str:
-    """Looks among the neighbours first, then in all sections: people forget the section as often as they mistype."""
+    """Look for the nearest key in the section first, then in all sections."""
     if difflib.get_close_matches(str(name), names, n=1, cutoff=0.6):
         return nearest(f"{prefix}{name}", [f"{prefix}{other}" for other in names])
     keys = [f"{s.name}.{k}" for s in dataclasses.fields(Config) for k in dataclasses.asdict(getattr(Config(), s.name))]

@@ -71,7 +71,7 @@ def _value(word: str) -> Any:
     begin, end = word.strip()[:1], word.strip()[-1:]
     if begin in ENDS or begin == "!":
         if ENDS.get(begin, end) != end:
-            raise YAMLError("it goes on after its end")
+            raise YAMLError("it resumed after its end")
         return _yaml(word)
     if MISREAD.search(word) is None:
         with suppress(YAMLError):

@@ -92,6 +92,7 @@ class ClusterConfig:
 class DataConfig:
     name: Optional[str] = "digits"  # noqa: UP045
     root: Optional[str] = _key(None, NOTHING)  # noqa: UP045
+    download: bool = _key(False, NOTHING)
     target: Optional[str] = None  # noqa: UP045
     args: dict[str, Any] = _key({})
     workers: int = _key(0, FIGURES, at_least=0, at_most=256)
@@ -122,6 +123,7 @@ class TrainConfig:
     optimizer_args: dict[str, Any] = _key({"momentum": 0.9})
     scheduler: Optional[str] = None  # noqa: UP045
     scheduler_args: dict[str, Any] = _key({})
+    scheduler_unit: str = _key("epoch", choices=("epoch", "round"))
     warmup_rounds: int = _key(0, at_least=0)
     clip_norm: Optional[float] = _key(None, above=0)  # noqa: UP045
     autocast: Any = False
@@ -192,6 +194,9 @@ class EvalConfig:
     every_epochs: int = _key(1, FIGURES, at_least=1)
     batch_size: int = _key(256, FIGURES, at_least=1)
     metric: str = _key("accuracy", FIGURES)
+    average: str = _key("none", FIGURES, choices=("none", "ema", "lawa"))
+    half_life: Optional[float] = _key(None, FIGURES, above=0)  # noqa: UP045
+    last: int = _key(5, FIGURES, at_least=1)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a setting may be: its type and limits, and which settings contradict each other. Pure."""
+"""Check limits of settings, and settings that contradict each other. Pure."""
 
 from __future__ import annotations
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hvd_hetero.config.instantiate import call, check_arguments, choose, import_target
-from hvd_hetero.data import cifar, images, photos, text
+from hvd_hetero.data import images, photos, text
 from hvd_hetero.data.batch import Batch
 from hvd_hetero.data.own import as_source
 from hvd_hetero.data.source import MapSource, Source, TensorSource, Transform, read
@@ -27,11 +28,13 @@ __all__ = [
 
 DATASETS: Mapping[str, Callable[..., Splits]] = {
     "digits": images.digits,
+    "mnist": images.mnist,
     "fashion_mnist": images.fashion_mnist,
-    "cifar10": cifar.cifar10,
-    "cifar100": cifar.cifar100,
+    "cifar10": images.cifar10,
+    "cifar100": images.cifar100,
     "flowers102": photos.flowers102,
     "tiny_imagenet": photos.tiny_imagenet,
+    "image_folder": photos.image_folder,
     "ag_news": text.ag_news,
 }
 WITHOUT_FILES = ("digits",)
@@ -47,7 +50,7 @@ class Dataset:
 
 
 def load(name: str | None, root: str | None, target: str | None, args: Mapping[str, Any], *, workers: int = 0,
-         seed: int = 0) -> Dataset:
+         seed: int = 0, download: bool = False) -> Dataset:
     """Load a dataset.
 
     Args:
@@ -59,21 +62,29 @@ def load(name: str | None, root: str | None, target: str | None, args: Mapping[s
             :func:`hvd_hetero.data.split.adapt`.
         workers: worker processes of data that is streamed.
         seed: of the validation split and of label noise; the same on every rank.
+        download: fetch the published files where they are missing, once for all ranks that have the same folder.
 
     Raises:
         ConfigError: unknown name or argument, missing or corrupt files, sizes that do not agree.
     """
     if target:
+        if download:
+            raise ConfigError("data.download", True, "is for named datasets", "have data.target download its own")
         return _load_target(target, args, workers)
     reader = choose("data.name", name, DATASETS)
     if root is None and name not in WITHOUT_FILES:
         problem = f"'{name}' is read from files"
         raise ConfigError("data.root", root, problem, "set it to the folder that holds them")
-    own = {"root": Path(root).expanduser() if root is not None else None}
+    own: dict[str, Any] = {"root": Path(root).expanduser() if root is not None else None}
+    if "download" in signature(reader).parameters:
+        own["download"] = download
+    elif download:
+        remedy = "set data.download=false, and put the files into data.root"
+        raise ConfigError("data.download", True, f"torchvision downloads no '{name}'", remedy)
     common = {key: value for key, value in args.items() if key in COMMON_ARGUMENTS}
     rest = {key: value for key, value in args.items() if key not in COMMON_ARGUMENTS}
-    if "root" in rest:
-        raise ConfigError("data.args.root", rest["root"], "is not an argument", "set data.root")
+    for key in own.keys() & rest.keys():
+        raise ConfigError(f"data.args.{key}", rest[key], "is not an argument", f"set data.{key}")
     check_arguments("data.args", reader, own | rest, also=COMMON_ARGUMENTS)
     check_arguments("data.args", adapt, {"splits": None, "seed": seed} | common)
     splits = adapt(reader(**own, **rest), seed, **common)

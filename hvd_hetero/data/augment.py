@@ -45,7 +45,7 @@ class Normalize:
 
 
 class Resize:
-    """Scale images to a square, then go on with the next transform.
+    """Scale images to a square, then apply the next transform.
 
     Args:
         size: height and width of the result.
@@ -66,7 +66,7 @@ class Resize:
 
 
 class CenterCrop:
-    """Cut the middle out of images, then go on with the next transform.
+    """Cut the middle out of images, then apply the next transform.
 
     Args:
         size: height and width of the result.

@@ -1,8 +1,9 @@
-"""Small grey images that sit in memory: digits and Fashion-MNIST."""
+"""Small images that sit in memory: digits, MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100."""
 
 from __future__ import annotations
 
 import gzip
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hvd_hetero.data.augment import Normalize
-from hvd_hetero.data.files import check_images, class_numbers, corrupt, folder_with, missing, read_bytes
+from hvd_hetero.data import packed
+from hvd_hetero.data.augment import Normalize, RandomCropFlip
+from hvd_hetero.data.files import class_numbers, missing
+from hvd_hetero.data.published import read_published
 from hvd_hetero.data.split import Split, Splits, stratified
 
 
@@ -46,41 +49,57 @@ def _digits() -> tuple[NDArray[Any], NDArray[Any]]:
     return pixels, numbers
 
 
-def fashion_mnist(root: Path) -> Splits:
-    """Fashion-MNIST, grey images ``[N, 1, 28, 28]``, from its four idx files, packed or not."""
-    kinds = ("images-idx3-ubyte", "labels-idx1-ubyte")
-    names = [f"{split}-{kind}*" for split in ("train", "t10k") for kind in kinds]
-    folders = ["FashionMNIST/raw", "raw", "fashion-mnist", "."]
-    folder = folder_with(root, folders, names)
-    if folder is None:
-        wanted = ", ".join(name.replace("*", "(.gz)") for name in names)
-        raise missing(root, f"FashionMNIST/raw (or fashion-mnist) with {wanted}")
-
-    def split(name: str) -> Split:
-        images_path, labels_path = (sorted(folder.glob(f"{name}-{kind}*"))[0] for kind in kinds)
-        images = read_idx(images_path, dimensions=3)
-        labels = read_idx(labels_path, dimensions=1)
-        pixels = torch.from_numpy(check_images(images_path, images, (28, 28))).unsqueeze(1)
-        return Split(pixels, class_numbers(labels_path, labels, len(images), classes=10))
-
-    normalize = Normalize((0.2860,), (0.3530,))
-    return Splits(split("train"), split("t10k"), normalize, normalize)
+def mnist(root: Path, download: bool = False) -> Splits:
+    """MNIST, grey images ``[N, 1, 28, 28]``; ``root`` holds ``MNIST/raw`` with the four idx files."""
+    found = _in_memory("MNIST", "MNIST/raw", root, download)
+    return _splits(found, root, "MNIST/raw with the four idx files", Normalize((0.1307,), (0.3081,)))
 
 
-def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """Read an idx file of unsigned bytes: magic number, one big-endian size per dimension, data.
+def fashion_mnist(root: Path, download: bool = False) -> Splits:
+    """Fashion-MNIST, likewise; ``root`` holds ``FashionMNIST/raw``, or ``fashion-mnist`` with the packed files."""
+    found = _in_memory("FashionMNIST", "FashionMNIST/raw", root, download) or packed.fashion_mnist(root)
+    what = "FashionMNIST/raw with the four idx files, or fashion-mnist with them as *.gz"
+    return _splits(found, root, what, Normalize((0.2860,), (0.3530,)))
 
-    Raises:
-        ConfigError: another magic number, or a length that its own header contradicts.
+
+def cifar10(root: Path, download: bool = False, parts: Sequence[str] | None = None, augment: bool = True) -> Splits:
+    """CIFAR-10, colour images ``[N, 3, 32, 32]``.
+
+    Args:
+        root: holds ``cifar-10-batches-py``, or the packed ``cifar10-*.npz``.
+        download: fetch the published files where they are missing.
+        parts: which packed files, e.g. ``[20k]``; the published ones, or all packed ones, if not given.
+        augment: training images are cropped at random out of a frame of 4 zeros, and mirrored.
     """
-    raw = read_bytes(path, "an idx file")
-    head = 4 * (1 + dimensions)
-    if len(raw) < head:
-        raise corrupt(path, f"{len(raw)} bytes", f"an idx header of {head} bytes")
-    magic, *shape = np.frombuffer(raw, ">i4", count=1 + dimensions).tolist()
-    if magic != 0x0800 + dimensions:
-        raise corrupt(path, f"magic number {magic:#06x}", f"{0x0800 + dimensions:#06x}")
-    size = head + int(np.prod(shape, dtype=np.int64))
-    if len(raw) != size:
-        raise corrupt(path, f"{len(raw)} bytes", f"{size} bytes for {tuple(shape)}, as its header says")
-    return np.frombuffer(bytearray(raw), np.uint8, offset=head).reshape(shape)
+    published = _in_memory("CIFAR10", "cifar-10-batches-py", root, download) if parts is None else None
+    what = "cifar-10-batches-py, or the packed cifar10-*.npz"
+    statistics = Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    return _splits(published or packed.cifar10(root, parts), root, what, statistics, augment)
+
+
+def cifar100(root: Path, download: bool = False, augment: bool = True) -> Splits:
+    """CIFAR-100 with its 100 fine classes; ``root`` holds ``cifar-100-python``, see :func:`cifar10`."""
+    found = _in_memory("CIFAR100", "cifar-100-python", root, download)
+    statistics = Normalize((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+    return _splits(found, root, "cifar-100-python", statistics, augment)
+
+
+def _splits(found: packed.Pair | None, root: Path, what: str, statistics: Normalize, augment: bool = False) -> Splits:
+    if found is None:
+        raise missing(root, what, can_download=True)
+    return Splits(*found, RandomCropFlip(32, padding=4, then=statistics) if augment else statistics, statistics)
+
+
+def _in_memory(name: str, folder: str, root: Path, download: bool) -> packed.Pair | None:
+    """Read both splits of a published dataset that torchvision holds in memory."""
+    found = read_published(name, folder, root, download, {"train": True}, {"train": False})
+    if found is None:
+        return None
+    train, test = (_split(data, root / folder) for data in found)
+    return train, test
+
+
+def _split(data: Any, path: Path) -> Split:
+    pixels = torch.as_tensor(data.data)  # [N, H, W] or [N, H, W, 3]
+    pixels = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+    return Split(pixels, class_numbers(path, data.targets, len(pixels), len(data.classes)))

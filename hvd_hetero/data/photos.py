@@ -1,40 +1,36 @@
-"""Photographs: Oxford Flowers 102 and Tiny ImageNet, streamed from files or decoded once into memory."""
+"""Photographs: Oxford Flowers 102, Tiny ImageNet and the user's own folders, streamed or decoded once into memory."""
 
 from __future__ import annotations
 
 import importlib
-import io
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from torch import Tensor
 
+from hvd_hetero.data import packed
 from hvd_hetero.data.augment import CenterCrop, ImageTransform, Normalize, RandomCropFlip, Resize
-from hvd_hetero.data.files import class_numbers, corrupt, folder_with, missing, read_npz, reading
-from hvd_hetero.data.split import Split, Splits
+from hvd_hetero.data.files import corrupt, decode_all, missing, read_image, reading
+from hvd_hetero.data.published import read_published
+from hvd_hetero.data.split import Split, Splits, joined
 from hvd_hetero.errors import ConfigError
 
 # Of ImageNet, because published weights expect them.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def flowers102(root: Path, size: int | None = None, augment: bool = True, with_val: bool = False,
-               with_test: bool = False) -> Splits:
+def flowers102(root: Path, download: bool = False, size: int | None = None, augment: bool = True,
+               with_val: bool = False, with_test: bool = False) -> Splits:
     """Oxford Flowers 102, colour images ``[N, 3, size, size]``.
 
-    The official photographs are streamed: worker processes decode them, scale the shorter side to 8/7 of
-    ``size`` and cut out the middle square; the rest happens on whole batches.
-
     Args:
-        root: holds ``flowers-102`` with ``jpg``, ``imagelabels.mat`` and ``setid.mat``, or the packed
-            ``flowers102-64.npz``, which sits in memory.
-        size: height and width; 224 for the official files, 64 for the packed ones if not given.
+        root: holds ``flowers-102`` with ``jpg``, ``imagelabels.mat`` and ``setid.mat``, which is streamed (see
+            :func:`image_folder`), or the packed ``flowers102-64.npz``, which sits in memory.
+        download: fetch the published files where they are missing.
+        size: height and width; 224 for the published files, 64 for the packed ones if not given.
         augment: training images are cropped at random and mirrored.
         with_val: train on the official validation split too.
         with_test: train on the official test split too (7169 images in all), and be tested on the validation split.
@@ -42,64 +38,41 @@ def flowers102(root: Path, size: int | None = None, augment: bool = True, with_v
     _check_size(size)
     if with_val and with_test:
         raise ConfigError("data.args.with_test", True, "beside with_val nothing is left to test on", "set one of them")
-    own, other = ((0, 2), 1) if with_test else ((0, 1) if with_val else (0,), 2)  # 0 train, 1 validation, 2 test
-    folder = folder_with(root, ["flowers-102", "flowers102", "."], ["jpg", "imagelabels.mat", "setid.mat"])
-    if folder is not None:
-        size = size or 224
-        stored = round(size * 8 / 7)
-        normalize = Normalize(MEAN, STD)
-        center = CenterCrop(size, normalize)
-        crop = RandomCropFlip(size, 0, normalize) if augment else center
-        return Splits(*_official_flowers(folder, own, other), crop, center, partial(read_image, size=stored))
-    packed = folder_with(root, [".", "flowers102"], ["flowers102-64.npz"])
-    if packed is None:
+    names = ("train", "val", "test")
+    own, other = ((0, 2), 1) if with_test else ((0, 1) if with_val else (0,), 2)
+    wanted = [{"split": names[number], "loader": str} for number in (*own, other)]
+    published = read_published("Flowers102", "flowers-102", root, download, *wanted)
+    if published is not None:
+        images = {Path(data[i][0]) for data in published for i in range(len(data))}
+        folder = min(images).parent
+        if lost := sorted(images - {*folder.iterdir()}):
+            raise ConfigError(str(folder), lost[0].name, "is not there", f"put the {len(lost)} lost images back")
+        *train, test = map(_listed, published)
+        return _photographs(joined(train), test, size or 224, augment)
+    found = packed.flowers102(root, own, other)
+    if found is None:
         files = "jpg/image_00001.jpg and so on, imagelabels.mat, setid.mat"
-        raise missing(root, f"flowers-102 with {files}, or the packed flowers102-64.npz")
-    path = packed / "flowers102-64.npz"
-    arrays = read_npz(path, ["jpeg", "offsets", "y", "split"])
-    images = decode_all(path, _cut(path, arrays["jpeg"], arrays["offsets"]), size=64)
-    everything = Split(images, class_numbers(path, arrays["y"], len(images), classes=102))
-    split = class_numbers(path, arrays["split"], len(images), classes=3).numpy()
-    train, test = np.flatnonzero(np.isin(split, own)), np.flatnonzero(split == other)
-    return Splits(everything.take(train), everything.take(test),
-                  *_small_transforms(64, size, augment))
+        raise missing(root, f"flowers-102 with {files}, or the packed flowers102-64.npz", can_download=True)
+    return Splits(*found, *_small_transforms(size or 64, augment))
 
 
-def _official_flowers(folder: Path, own: Sequence[int], other: int) -> tuple[Split, Split]:
-    labels_path = folder / "imagelabels.mat"
-    labels = _read_mat(labels_path, ["labels"])["labels"]
-    with reading(labels_path, "class numbers"):
-        numbers = labels.astype(np.int64) - 1
-    targets = class_numbers(labels_path, numbers, len(labels), classes=102)
-    names = ["trnid", "valid", "tstid"]
-    sets = _read_mat(folder / "setid.mat", names)
-    train = np.concatenate([sets[names[number]] for number in own])
-    jpg = folder / "jpg"
-    there = {path.name for path in jpg.iterdir()}
+def image_folder(root: Path, size: int = 224, augment: bool = True, stream: bool = True) -> Splits:
+    """Images of one's own, a folder for each class; colour images ``[N, 3, size, size]``.
 
-    def split(numbers: np.ndarray) -> Split:
-        numbers = numbers.astype(np.int64)
-        if not len(numbers) or numbers.min() < 1 or numbers.max() > len(targets):
-            expected = f"image numbers in 1 .. {len(targets)}"
-            raise corrupt(folder / "setid.mat", f"{len(numbers)} numbers", expected)
-        files = [f"image_{number:05d}.jpg" for number in numbers]
-        lost = [name for name in files if name not in there]
-        if lost:
-            raise ConfigError(str(jpg), lost[0], "is not there", f"put the {len(lost)} lost images back")
-        return Split(np.array([str(jpg / name) for name in files]), targets[torch.from_numpy(numbers - 1)])
+    Each image is decoded, its shorter side is scaled to 8/7 of ``size``, and the middle square is cut out; the rest
+    happens on whole batches.
 
-    return split(train), split(sets[names[other]])
-
-
-def _read_mat(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Read vectors from a MATLAB file."""
-    with reading(path, f"a MATLAB file with {', '.join(names)}"):
-        try:
-            # Slow to import, and only these files need it.
-            content: dict[str, Any] = importlib.import_module("scipy.io").loadmat(path)
-        except Exception as error:  # scipy's own error classes and those of its parsing
-            raise OSError(str(error)) from error
-        return {name: np.asarray(content[name]).reshape(-1) for name in names}
+    Args:
+        root: holds ``train`` and ``val`` (or, without it, ``test``), each with a folder of images for every class.
+        size: height and width.
+        augment: training images are cropped at random and mirrored.
+        stream: worker processes decode the files again and again; otherwise all sit in memory.
+    """
+    _check_size(size)
+    test = root / ("val" if (root / "val").is_dir() else "test")
+    if not (root / "train").is_dir() or not test.is_dir():
+        raise missing(root, "train and val (or test), each with a folder of images for every class")
+    return _photographs(*_folders(root / "train", test), size, augment, stream)
 
 
 def tiny_imagenet(root: Path, size: int = 64, augment: bool = True, stream: bool = False) -> Splits:
@@ -111,97 +84,65 @@ def tiny_imagenet(root: Path, size: int = 64, augment: bool = True, stream: bool
         root: holds ``tiny-imagenet-200`` with ``train`` and ``val``, or the packed ``tiny-imagenet-*.npz``.
         size: height and width; images of 64 pixels are scaled up on the device, as a whole batch.
         augment: training images are cropped at random out of a frame of 8 zeros, and mirrored.
-        stream: worker processes decode the files again and again; otherwise all sit in memory.
+        stream: as for :func:`image_folder`.
     """
     _check_size(size)
-    transforms = _small_transforms(64, size, augment)
-    folder = folder_with(root, ["tiny-imagenet-200", "."], ["train", "val/val_annotations.txt"])
-    if folder is not None:
-        train, test = _official_tiny(folder)
-        if stream:
-            return Splits(train, test, *transforms, partial(read_image, size=64))
-        return Splits(_in_memory(train), _in_memory(test), *transforms)
-    packed = folder_with(root, [".", "tiny-imagenet"], ["tiny-imagenet-*.npz"])
-    if packed is None:
+    transforms = _small_transforms(size, augment)
+    for folder in (root / "tiny-imagenet-200", root):
+        if (folder / "train").is_dir() and (folder / "val").is_dir():
+            return _decoded(Splits(*_folders(folder / "train", folder / "val"), *transforms), 64, stream)
+    found = packed.tiny_imagenet(root)
+    if found is None:
         what = "train/<wnid>/images/*.JPEG, val/images/*.JPEG and val/val_annotations.txt"
         raise missing(root, f"tiny-imagenet-200 with {what}, or the packed tiny-imagenet-20.npz")
-    path = sorted(packed.glob("tiny-imagenet-*.npz"))[0]
-    kinds = ("jpeg", "offsets", "y")
-    arrays = read_npz(path, [*(f"{kind}_{split}" for split in ("train", "val") for kind in kinds), "wnids"])
-
-    def split(name: str) -> Split:
-        images = decode_all(path, _cut(path, arrays[f"jpeg_{name}"], arrays[f"offsets_{name}"]), size=64)
-        return Split(images, class_numbers(path, arrays[f"y_{name}"], len(images), len(arrays["wnids"])))
-
-    return Splits(split("train"), split("val"), *transforms)
+    return Splits(*found, *transforms)
 
 
-def _official_tiny(folder: Path) -> tuple[Split, Split]:
-    number = {path.name: i for i, path in enumerate(sorted((folder / "train").glob("n*")))}
-    train = [(str(path), i) for name, i in number.items()
-             for path in sorted((folder / "train" / name / "images").glob("*.JPEG"))]
-    annotations = folder / "val" / "val_annotations.txt"
-    test = []
-    with reading(annotations, "lines of a file name, a tab and a class"):
-        for line in annotations.read_text().splitlines():
-            name, wnid = line.split("\t")[:2]
-            test.append((str(folder / "val" / "images" / name), number[wnid]))
-    if not train or not test:
-        raise corrupt(folder, f"{len(train)} training and {len(test)} validation images", "some of both")
-    return _named(train), _named(test)
+def _folders(train: Path, test: Path) -> tuple[Split, Split]:
+    """List images by the folders of their classes, of which Tiny ImageNet has a table for its validation images."""
+    read: Any = importlib.import_module("torchvision.datasets").ImageFolder
+    what = "a folder of images for every class"
+    with reading(train, what):
+        classes = read(train, loader=str)
+    annotations = test / "val_annotations.txt"
+    if annotations.is_file():
+        with reading(annotations, "lines of a file name, a tab and a class"):
+            rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
+            return _listed(classes), _listed([(test / "images" / name, classes.class_to_idx[c]) for name, c in rows])
+    with reading(test, what):
+        others = read(test, loader=str)
+    if differ := sorted({*classes.classes} ^ {*others.classes}):
+        raise corrupt(test, f"classes differ in {differ}", f"the classes of {train}", "make the folders the same")
+    return _listed(classes), _listed(others)
 
 
-def _named(samples: Sequence[tuple[str, int]]) -> Split:
-    names, targets = zip(*samples, strict=True)
-    return Split(np.array(names), torch.tensor(targets))
+def _listed(dataset: Any) -> Split:
+    """Return the file names and classes that a dataset gives as its items."""
+    names, targets = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
+    return Split(np.array([*map(str, names)]), torch.tensor(targets))
 
 
-def _in_memory(split: Split) -> Split:
-    assert isinstance(split.inputs, np.ndarray)
-    with ThreadPoolExecutor() as pool:  # decoding leaves Python's lock
-        images = list(pool.map(partial(read_image, size=64), split.inputs.tolist()))
-    return Split(torch.stack(images), split.targets)
+def _photographs(train: Split, test: Split, size: int, augment: bool, stream: bool = True) -> Splits:
+    center = CenterCrop(size, Normalize(MEAN, STD))
+    crop = RandomCropFlip(size, 0, Normalize(MEAN, STD)) if augment else center
+    return _decoded(Splits(train, test, crop, center), round(size * 8 / 7), stream)
 
 
-def _cut(path: Path, blob: np.ndarray, offsets: np.ndarray) -> list[bytes]:
-    """Part JPEG files that lie one after the other."""
-    if not len(offsets) or offsets[0] != 0 or offsets[-1] != len(blob) or (np.diff(offsets) <= 0).any():
-        raise corrupt(path, f"offsets that end at {offsets[-1:]}", f"rising ones from 0 to {len(blob)}")
-    return [blob[a:b].tobytes() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+def _decoded(splits: Splits, size: int, stream: bool) -> Splits:
+    """Have the files of both splits decoded to ``size`` pixels, now or by worker processes."""
+    decode = partial(read_image, size=size)
+    if stream:
+        return replace(splits, decode=decode)
+    train, test = (Split(decode_all(part.inputs, decode), part.targets) for part in (splits.train, splits.test))
+    return replace(splits, train=train, test=test)
 
 
-def decode_all(path: Path, jpegs: Sequence[bytes], size: int) -> Tensor:
-    """Decode images that lie in one file into uint8 ``[N, 3, size, size]``.
-
-    Raises:
-        ConfigError: one cannot be decoded.
-    """
-    with reading(path, "JPEG images"), ThreadPoolExecutor() as pool:
-        return torch.stack(list(pool.map(partial(_decode, size=size), map(io.BytesIO, jpegs))))
-
-
-def read_image(path: str, size: int) -> Tensor:
-    """Read an image file as uint8 ``[3, size, size]``: shorter side scaled to ``size``, middle square.
-
-    Raises:
-        ConfigError: it cannot be decoded.
-    """
-    with reading(Path(path), "an image"):
-        return _decode(path, size)
-
-
-def _decode(file: Any, size: int) -> Tensor:
-    with Image.open(file) as image:
-        image.draft("RGB", (size, size))  # a large JPEG is decoded at half, a quarter, an eighth of its size
-        square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
-
-
-def _small_transforms(stored: int, size: int | None, augment: bool) -> tuple[ImageTransform, ImageTransform]:
+def _small_transforms(size: int, augment: bool) -> tuple[ImageTransform, ImageTransform]:
+    """Return the transforms of images of 64 pixels that are to have ``size``."""
     plain: ImageTransform = Normalize(MEAN, STD)
-    if size not in (None, stored):
-        plain = Resize(int(size or stored), plain)
-    return (RandomCropFlip(stored, stored // 8, plain) if augment else plain), plain
+    if size != 64:
+        plain = Resize(size, plain)
+    return (RandomCropFlip(64, 8, plain) if augment else plain), plain
 
 
 def _check_size(size: int | None) -> None:

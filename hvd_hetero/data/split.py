@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,13 @@ class Split:
             return Split({name: part[rows] for name, part in self.inputs.items()}, self.targets[rows])
         inputs = self.inputs[indices] if isinstance(self.inputs, np.ndarray) else self.inputs[rows]
         return Split(inputs, self.targets[rows])
+
+
+def joined(splits: Sequence[Split]) -> Split:
+    """Return splits one after the other, all of tensors or all of file names."""
+    inputs: list[Any] = [split.inputs for split in splits]
+    join = np.concatenate if isinstance(inputs[0], np.ndarray) else torch.cat
+    return Split(join(inputs), torch.cat([split.targets for split in splits]))
 
 
 @dataclass(frozen=True)

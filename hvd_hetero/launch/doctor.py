@@ -16,7 +16,8 @@ import torch
 import hvd_hetero
 from hvd_hetero import algorithms
 from hvd_hetero.cluster.cgroups import cpu_limit, memory_limit
-from hvd_hetero.cluster.device_classes import RankFacts, assign, limit_threads, local_facts
+from hvd_hetero.cluster.device_classes import assign
+from hvd_hetero.cluster.hardware import RankFacts, limit_threads, local_facts
 from hvd_hetero.comm.horovod_build import build_info
 from hvd_hetero.comm.kv_store import exchange, job_env
 from hvd_hetero.config.load import device_classes, load

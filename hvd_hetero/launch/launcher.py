@@ -15,15 +15,9 @@ import psutil
 
 from hvd_hetero import algorithms
 from hvd_hetero.checkpoint import Store
-from hvd_hetero.cluster.device_classes import (
-    Cluster,
-    RankFacts,
-    assign,
-    integers,
-    limit_threads,
-    local_facts,
-    parse_hosts,
-)
+from hvd_hetero.cluster.device_classes import Cluster, assign, integers
+from hvd_hetero.cluster.hardware import RankFacts, limit_threads, local_facts
+from hvd_hetero.cluster.hosts import parse_hosts
 from hvd_hetero.config.load import device_classes, load
 from hvd_hetero.config.schema import AUTO, Config
 from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_STOPPED, ConfigError, nearest

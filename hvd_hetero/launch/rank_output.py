@@ -1,4 +1,4 @@
-"""What ranks say, put together by their launcher: every byte as it came, lines whole, and named after their rank."""
+"""Pass on the output of ranks: every byte as it came, whole lines, with the rank before them."""
 
 from __future__ import annotations
 

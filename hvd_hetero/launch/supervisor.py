@@ -160,7 +160,7 @@ class Supervisor:
 
 
 def without(config: Config, hosts: Sequence[Host], lost: Collection[str]) -> list[str]:
-    """Settings for a job that goes on without some hosts: the ranks that remain are numbered anew."""
+    """Return settings for a job that resumes without some hosts: the ranks that remain are renumbered."""
     left = [(host, slots) for host, slots in hosts if host not in lost]
     settings = ["cluster.hosts=" + ",".join(f"{host}:{slots}" for host, slots in left)]
     classes = config.cluster.classes

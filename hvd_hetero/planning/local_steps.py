@@ -1,4 +1,4 @@
-"""How many local steps every device class takes in a round, and of what batches, by what a step takes it.
+"""Derive local steps and batches of every device class from its step time.
 
 Pure arithmetic (no torch, no Horovod).
 """

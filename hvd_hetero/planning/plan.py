@@ -95,7 +95,7 @@ class Plan:
         return [self.of_rank(rank) for rank in range(sum(len(c.ranks) for c in self.classes))]
 
     def without_step_times(self) -> Plan:
-        """The same plan, for a job of one class, whose speed nobody has to measure."""
+        """Return the plan without step times, for a job of one class, whose speed is not measured."""
         return replace(self, classes=tuple(replace(c, step_sec=None) for c in self.classes))
 
     def to_dict(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvd_hetero.cluster.device_classes import usable_cores
+from hvd_hetero.cluster.hardware import usable_cores
 
 Indices = NDArray[np.integer[Any]]
 Losses = NDArray[np.float32]

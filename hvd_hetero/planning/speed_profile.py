@@ -126,7 +126,7 @@ def key_of(config: Config, cluster: Cluster) -> dict[str, Any]:
 
 
 def kept_at(key: Mapping[str, Any]) -> Path:
-    """Where a profile with this key is kept if nobody says otherwise."""
+    """Return where a profile with this key is kept by default."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return Path.home() / ".cache" / "hvd-hetero" / "profiles" / f"{digest}.json"
 

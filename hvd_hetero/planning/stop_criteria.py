@@ -1,4 +1,4 @@
-"""Where a run ends, decided by arithmetic on figures that all ranks share. Pure (no torch, no Horovod)."""
+"""Decide where a run ends, from figures that all ranks share. Pure (no torch, no Horovod)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank is doing, written down by its main thread for whoever watches it."""
+"""Note what a rank is doing: its main thread writes, the watchdog reads."""
 
 from __future__ import annotations
 

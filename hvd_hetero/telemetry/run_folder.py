@@ -5,20 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
-import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from hvd_hetero.cluster.device_classes import Cluster
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.files import check_no_links, write_text
-from hvd_hetero.secrets import without_passwords
+from hvd_hetero.log import LOGGER
 from hvd_hetero.telemetry.trace import TRACE
 
 SUMMARY = "summary.json"
@@ -78,7 +73,7 @@ class RunFolder:
             self._show(row)
         except OSError as error:
             self._events = None
-            print(f"no more TensorBoard events: {error.strerror}", file=sys.stderr, flush=True)
+            LOGGER.warning("no more TensorBoard events: %s", error.strerror)
 
     def _show(self, row: Mapping[str, Any]) -> None:
         if self._events is None:
@@ -94,13 +89,13 @@ class RunFolder:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._rows.write(self._unwritten) :]
         except OSError as error:
-            print(f"{METRICS} cannot be written now: {error.strerror}", file=sys.stderr, flush=True)
+            LOGGER.warning("%s cannot be written now: %s", METRICS, error.strerror)
 
     def _keep(self, size: int) -> None:
         """Drops rows of epochs that will be done again."""
         there = os.fstat(self._rows.fileno()).st_size
         if there < size:
-            print(f"{self.path / METRICS}: rows are missing that the checkpoint knew of", file=sys.stderr, flush=True)
+            LOGGER.warning("%s: rows are missing that the checkpoint knew of", self.path / METRICS)
         self._rows.truncate(min(size, there))
 
     @property
@@ -121,7 +116,7 @@ class RunFolder:
 
 
 def say_missing(path: Path, error: Exception) -> None:
-    """Tells that a file of the result could not be written; the run goes on to what else there is."""
+    """Tells that a file of the result could not be written; the run continues with the other files."""
     reason = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
     print(f"hvd-hetero: error: {path} is missing or old: {reason}", file=sys.stderr, flush=True)
 
@@ -148,91 +143,3 @@ def check_run_dir(path: str | Path, overwrite: bool) -> None:
     check_no_links("run.dir", Path(path), (METRICS, "tensorboard", "checkpoint", "checkpoints"))
     if not overwrite and any((Path(path) / name).exists() for name in (SUMMARY, "config.yaml")):
         raise ConfigError("run.dir", str(path), "already holds a run", "choose another, or set run.overwrite=true")
-
-
-class Progress:
-    """Shows rank 0's progress: a bar where the launcher says that there is a terminal, else a line now and then.
-
-    Args:
-        columns: width of the terminal, or None.
-        done: epochs that a run which goes on had done before.
-    """
-
-    LINE_SEC = 5.0
-
-    def __init__(
-        self, epochs: int | None, columns: int | None, done: int = 0, stream: TextIO = sys.stderr
-    ) -> None:
-        self._epochs, self._stream = epochs, stream  # epochs: None where only the clock ends the run
-        self._last_line = 0.0
-        self._bar = None
-        if columns:
-            from tqdm import tqdm
-
-            # The figures are what one looks at; the bar takes what is left of a narrow terminal.
-            form = "epoch {n_fmt}/{total_fmt} |{bar:8}| {remaining} left{postfix}"
-            self._bar = tqdm(
-                total=epochs, initial=done, bar_format=form, ncols=columns, file=stream, leave=True, mininterval=0
-            )
-
-    def update(self, row: Mapping[str, Any], fastest: str) -> None:
-        """Shows a metrics row; the last one is always shown."""
-        done = row["epoch"]
-        figures = {
-            "round": str(row["round"]),
-            "loss": _short(row["train_loss"]),
-            "acc": _percent(row.get("eval_accuracy")),
-            "samples/s": _short(row["samples_per_sec"]),
-            f"{fastest} blocked": _percent(row["blocked_fraction"][fastest]),
-        }
-        if self._bar is not None:
-            self._bar.set_postfix(figures, refresh=False)
-            self._bar.update(1)
-        elif done == self._epochs or time.monotonic() - self._last_line >= self.LINE_SEC:
-            self._last_line = time.monotonic()
-            text = "  ".join(f"{name} {value}" for name, value in figures.items())
-            total = "" if self._epochs is None else f"/{self._epochs}"
-            print(f"epoch {done}{total}  {text}", file=self._stream, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def _short(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f}%"
-
-
-def environment(cluster: Cluster, horovod: Mapping[str, Any]) -> dict[str, Any]:
-    """What a reader needs to know of where a run was made."""
-    packages = ("torch", "torchvision", "numpy", "omegaconf", "hvd-hetero")
-    return {
-        "versions": {"python": platform.python_version(), "horovod": dict(horovod)}
-        | {name: _version(name) for name in packages},
-        "platform": platform.platform(),
-        "ranks": [fact.to_dict() for fact in cluster.facts],
-        "command": [without_passwords(word) for word in sys.argv],
-        "git_revision": _git_revision(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git_revision() -> str | None:
-    """Of the working directory, where the user's own code and configs are."""
-    command = ["git", "-C", os.getcwd(), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

@@ -1,4 +1,4 @@
-"""Where every rank's time went, and what every device class did; added up over epochs."""
+"""Add up over epochs where every rank's time went, and what every device class did."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 from hvd_hetero.cluster.device_classes import Cluster
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.stop_criteria import RunProgress
+from hvd_hetero.telemetry.emulation import emulation_reasons
 from hvd_hetero.telemetry.staleness import PartialAccounts
-from hvd_hetero.telemetry.stopwatch import KINDS, emulation, split_waiting
+from hvd_hetero.telemetry.stopwatch import KINDS, split_waiting
 
 
 class Accounts:
@@ -20,12 +21,12 @@ class Accounts:
         delayed: whether steps are delayed on purpose.
 
     Attributes:
-        emulation: why the times are not those of real devices, see :func:`timing.emulation`; in earlier jobs too.
+        emulation: why the times are not those of real devices, in earlier jobs too.
     """
 
     def __init__(self, cluster: Cluster, delayed: bool = False) -> None:
         self._cluster = cluster
-        self.emulation = emulation(cluster.emulated, delayed)
+        self.emulation = emulation_reasons(cluster.emulated, delayed)
         self.seconds = [dict.fromkeys(KINDS, 0.0) for _ in range(cluster.size)]
         self.steps = [0] * cluster.size
         self.samples = [0] * cluster.size
@@ -78,10 +79,10 @@ class Accounts:
         self.rounds, self.epochs = state["rounds"], state["epochs"]
         self.partial.load_state_dict(state["partial"])
         self.earlier = RunProgress(**state["earlier"])
-        self.emulation = emulation(before=(*self.emulation, *state["emulation"]))
+        self.emulation = emulation_reasons(before=(*self.emulation, *state["emulation"]))
 
     def carry_over(self, state: Mapping[str, Any], rounds: int) -> None:
-        """Goes on from the totals of other ranks' accounts; what was each class's own is not counted any more.
+        """Continue from the totals of other ranks' accounts; the figures of single classes are dropped.
 
         Args:
             rounds: so far, with those of an epoch that was not finished.
@@ -89,7 +90,7 @@ class Accounts:
         other = Accounts(self._cluster)
         other.load_state_dict(state)
         self.rounds, self.epochs, self.earlier = rounds, other.epochs, other.done
-        self.emulation = emulation(before=(*self.emulation, *other.emulation))
+        self.emulation = emulation_reasons(before=(*self.emulation, *other.emulation))
 
     @property
     def done(self) -> RunProgress:

@@ -33,7 +33,7 @@ class Recorder:
         self.spans: list[Span] = []
 
     def start(self) -> None:
-        """Records anew; what was recorded before is dropped."""
+        """Start recording; drop what was recorded before."""
         self._left = self._rounds
         if self._left:
             self.spans = self._watch.spans = []
@@ -96,7 +96,7 @@ def _off(spans: Sequence[Span], others: Sequence[Span]) -> float:
 
 
 def _joined(spans: Sequence[Span]) -> list[Span]:
-    """Spans of the same kind that follow each other as one, such as a step and the sleep that segments it."""
+    """Spans of the same kind that follow each other as one, such as a step and the sleep that stretches it."""
     result: list[Span] = []
     for kind, start, end in spans:
         if result and result[-1][0] == kind and result[-1][2] == start:

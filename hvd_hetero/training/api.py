@@ -14,6 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torch import nn
+
 from hvd_hetero import algorithms
 from hvd_hetero.comm.async_ops import PEER_LOST
 from hvd_hetero.comm.kv_store import job_env
@@ -33,13 +35,15 @@ from hvd_hetero.errors import (
     UserError,
 )
 from hvd_hetero.files import check_writable
+from hvd_hetero.log import logged
 from hvd_hetero.random_state import RandomState
 from hvd_hetero.telemetry.run_folder import check_run_dir
 from hvd_hetero.training import dry_run, startup
 from hvd_hetero.training.process import process_restored
 from hvd_hetero.training.resume import check_data, find
 from hvd_hetero.training.trainer import Trainer
-from hvd_hetero.worker.components import Components, UserObjects
+from hvd_hetero.worker.components import Components, MakeOptimizer, MakeScheduler, UserObjects
+from hvd_hetero.worker.losses import PerSample
 
 PEER_GONE_SEC = 1.0
 """A survivor leaves so much later than the rank that failed, so that the launcher sees that one end first."""
@@ -50,7 +54,14 @@ KILLED_SEC = 0.2
 def train(
     config: str | Path | Sequence[str | Path] | None = None,
     overrides: Mapping[str, Any] | Sequence[str] = (),
-    **given: Any,
+    *,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    train_data: Any = None,
+    test_data: Any = None,
+    loss: PerSample | None = None,
+    optimizer: MakeOptimizer | None = None,
+    scheduler: MakeScheduler | None = None,
+    metric: PerSample | None = None,
 ) -> dict[str, Any] | None:
     """Trains one model on all ranks of the job; every rank calls it.
 
@@ -60,7 +71,12 @@ def train(
     Args:
         config: a YAML file or several, merged in order; None is the built-in default.
         overrides: dotted keys and their values, ``{"train.epochs": 10}``, or ``key=value`` texts.
-        **given: objects in place of names in the configuration: see :class:`hvd_hetero.worker.components.UserObjects`.
+        model: a module, or a function without arguments that makes one; in place of ``model`` in the configuration,
+            as what follows is in place of its keys.
+        train_data: a map-style dataset, or a tuple (inputs, targets) of tensors; ``test_data`` the same.
+        loss: ``loss(outputs, targets) -> [B]``, or that and weights ``[B]``, see :mod:`hvd_hetero.worker.losses`.
+        optimizer: ``optimizer(parameters)`` makes a torch optimizer; ``scheduler(optimizer)`` a scheduler.
+        metric: ``metric(outputs, targets)``, as the loss.
 
     Returns:
         The content of ``summary.json`` on rank 0, None on the others.
@@ -72,13 +88,17 @@ def train(
         NonFiniteError: no rank's numbers are good any more; with more than one rank, the job ends with status 6
         instead.
     """
+    given = UserObjects(model, train_data, test_data, loss, optimizer, scheduler, metric)
+
     def prepare() -> tuple[Config, Components]:
         loaded = load(config, overrides, algorithms.method)
-        return loaded, dry_run.build(loaded, UserObjects.of(given))
+        return loaded, dry_run.build(loaded, given)
 
     with ExitStack() as after:
         after.enter_context(process_restored())
-        if (env := job_env()).rank or env.launched:  # said once a job: by the launcher, else by rank 0
+        env = job_env()
+        after.enter_context(logged(env.rank))
+        if env.rank or env.launched:  # said once a job: by the launcher, else by rank 0
             warnings.simplefilter("ignore", RenamedKeyWarning)
         after.callback(RandomState.capture().restore)
         after.callback(gc.collect)  # a next call needs the memory, and data workers end

@@ -24,6 +24,7 @@ from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.kv_store import JobEnv
 from hvd_hetero.config.schema import RESHAPE, Config
 from hvd_hetero.errors import UserError
+from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.training.fingerprint import made_with
 from hvd_hetero.training.resume import Found, places
@@ -203,7 +204,7 @@ class Saver:
             return
         problem = self._write.problem
         if problem.startswith(f"rank {self._comm.rank}:"):  # the others' they say themselves
-            print(f"no checkpoint at round {self._write.number}: {problem}", flush=True)
+            LOGGER.warning("no checkpoint at round %s: %s", self._write.number, problem)
         if not self._comm.max([float(bool(problem))], "checkpoint.done")[0]:
             self.saved_round = self._write.number
         self._write = None

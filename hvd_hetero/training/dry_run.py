@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hvd_hetero import algorithms, data
 from hvd_hetero.checkpoint import CheckpointError, join, split
-from hvd_hetero.cluster.device_classes import has_bf16, local_facts
+from hvd_hetero.cluster.hardware import has_bf16, local_facts
 from hvd_hetero.comm.kv_store import job_env
 from hvd_hetero.config.instantiate import Place, cause
 from hvd_hetero.config.load import device_classes
@@ -274,7 +274,7 @@ class _DryRun:
         with telling_it, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the optimizer takes no steps meanwhile
             for _ in range(min(self._config.train.epochs or 2, MOST_EPOCHS)):
-                worker.end_epoch()
+                worker.step_scheduler()
 
     def _save(self, worker: Worker) -> None:
         keys = [key for key in ("every_sec", "every_rounds") if getattr(self._config.checkpoint, key) is not None]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.rebalance import settled_step_sec
 from hvd_hetero.telemetry.stopwatch import KINDS, Stopwatch
@@ -79,4 +80,4 @@ def say_taus(old: Plan, new: Plan, reason: str) -> None:
     changes = [f"tau of {a.name} {a.tau} -> {b.tau}" for a, b in pairs if a.tau != b.tau]
     if changes:
         steps = ", ".join(f"{c.name} {1e3 * c.step_sec:.3g} ms" for c in new.classes if c.step_sec is not None)
-        print(f"{', '.join(changes)}: a step now takes {steps}; {reason}", flush=True)
+        LOGGER.info("%s: a step now takes %s; %s", ", ".join(changes), steps, reason)

@@ -12,6 +12,7 @@ from hvd_hetero.algorithms.policy import Policy
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.data import Source
 from hvd_hetero.errors import ConfigError, UserError
+from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.speed_profile import known_speeds
 from hvd_hetero.training.startup import Job
@@ -52,7 +53,7 @@ def choose_path(policy: Policy, measure: Measurement) -> None:
         found = measure.choose_path()
         if comm.rank == 0:
             times = ", ".join(f"{path} {1e3 * sec:.3g} ms" for path, sec in found.items())
-            print(f"averages go the {comm.path} way: {times}", flush=True)
+            LOGGER.info("averages go the %s way: %s", comm.path, times)
 
 
 def start_together(algorithm: Executor, plan: Plan, worker: Worker, comm: Comm) -> None:
@@ -84,7 +85,7 @@ def _known(job: Job, comm: Comm) -> dict[str, float] | None:
         else:
             if known is not None:
                 told = [known[0][name] for name in names]
-                print(f"step times from {known[1]}; profile.reuse=false measures them", flush=True)
+                LOGGER.info("step times from %s; profile.reuse=false measures them", known[1])
     said = comm.broadcast(torch.tensor(told, dtype=torch.float64), "profile.known").tolist()
     if math.isnan(said[0]):
         raise error

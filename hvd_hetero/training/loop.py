@@ -18,15 +18,18 @@ from hvd_hetero.algorithms.local_sgd import LocalSGD
 from hvd_hetero.comm.averaging import average, average_others
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.flat_params import FlatState
+from hvd_hetero.comm.kv_store import job_env
 from hvd_hetero.config.load import load
 from hvd_hetero.config.schema import AggregationConfig, Config
 from hvd_hetero.data import Batch, read
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, Plain, RankError, UserError
+from hvd_hetero.log import logged
 from hvd_hetero.planning.sampling import Sampler
 from hvd_hetero.planning.stop_criteria import RunProgress, check_limits, next_rounds
 from hvd_hetero.random_state import seed_all
-from hvd_hetero.telemetry.stopwatch import SlowdownEmulator, Stopwatch, thread_cpu_clock
+from hvd_hetero.telemetry.emulation import SlowdownEmulator, thread_cpu_clock
+from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.training import startup
 from hvd_hetero.training.api import exit_on_error
 from hvd_hetero.training.process import process_restored
@@ -73,15 +76,17 @@ class Round:
 class Loop:
     """The rounds of a run, for a loop written by hand::
 
-        loop = Loop(model, (inputs, targets), {"train.tau": {"fast": 32, "slow": 4}})
-        optimizer = torch.optim.SGD(loop.model.parameters(), lr=0.1)
-        for round in loop:
-            for x, y in round:
-                optimizer.zero_grad()
-                losses = cross_entropy(loop.model(x), y, reduction="none")
-                losses.mean().backward()
-                optimizer.step()
-                round.losses(losses)
+        with Loop(model, (inputs, targets), {"train.tau": {"fast": 32, "slow": 4}}) as loop:
+            optimizer = torch.optim.SGD(loop.model.parameters(), lr=0.1)
+            for round in loop:
+                for x, y in round:
+                    optimizer.zero_grad()
+                    losses = cross_entropy(loop.model(x), y, reduction="none")
+                    losses.mean().backward()
+                    optimizer.step()
+                    round.losses(losses)
+            if loop.rank == 0:
+                torch.save(loop.model.state_dict(), "model.pt")
 
     When an inner loop has ended, the models of all ranks are averaged with their weights. Make the optimizer after the
     loop, from ``loop.model``: its parameters have moved into a flat vector on the rank's device.
@@ -119,6 +124,7 @@ class Loop:
 
         with ExitStack() as after:
             after.enter_context(process_restored())
+            after.enter_context(logged(job_env().rank))
             exit_on_error(lambda: self._start(startup.start(prepare)))
             self._after = after.pop_all()
 
@@ -188,12 +194,25 @@ class Loop:
                 return
             yield batch
 
+    def __enter__(self) -> Loop:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        """Leave the job together with all other ranks; a rank that fails leaves it alone, and ends the job so."""
+        if error is None:
+            self.close()
+        else:
+            self._leave()
+
     def close(self) -> None:
-        """Leaves the job together with all other ranks; call it when the model has been saved.
+        """Leave the job together with all other ranks; call it when the model has been saved, or use ``with``.
 
         Cores, threads and warnings are as they were before the loop was made, and another one may be made.
         """
         self._comm.close()
+        self._leave()
+
+    def _leave(self) -> None:
         self._watchdog.stop()
         self._after.close()
 

@@ -16,6 +16,7 @@ from hvd_hetero.telemetry.run_folder import RunFolder
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.training.checkpointer import Saver
+from hvd_hetero.training.iterate_average import IterateAverage
 from hvd_hetero.training.resume import places
 from hvd_hetero.training.run_records import RESHAPED, say_resumed
 from hvd_hetero.training.startup import Job
@@ -42,6 +43,7 @@ class Run(Protocol):
     epoch: Epoch | None
     source: Source
     best: dict[str, float | None]
+    averaged: IterateAverage | None
     begin: float
 
     @property
@@ -60,7 +62,8 @@ def state_of(run: Run, epoch: Epoch | None) -> dict[str, Any]:
     if run.folder is not None and run.feed.sampler is not None:
         kept = {"rows_bytes": run.folder.rows_bytes, "samples_seen": run.accounts.samples_seen,
                 "data": run.job.data.get("training")}  # fmt: skip
-        state["rank0"] = {**kept, "sampler": run.feed.sampler.state_dict()}
+        state["rank0"] = {**kept, "sampler": run.feed.sampler.state_dict(),
+                          "averaged": None if run.averaged is None else run.averaged.state_dict()}  # fmt: skip
     return state
 
 
@@ -77,6 +80,8 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
         place += f", in the next epoch {run.epoch.progress.averages} rounds later"
     if run.feed.sampler is not None:
         run.feed.sampler.load_state_dict(state["rank0"]["sampler"])
+        if run.averaged is not None and state["rank0"]["averaged"] is not None:
+            run.averaged.load_state_dict(state["rank0"]["averaged"])
         say_resumed(place, run.over)
 
 
@@ -85,8 +90,9 @@ def carry_over(run: Run, state: Mapping[str, Any]) -> None:
     run.algorithm.carry_over(state["algorithm"])
     assert run.saver is not None
     run.accounts.carry_over(state["accounts"], run.saver.saved_round)
-    for _ in range(run.accounts.epochs):
-        run.worker.end_epoch()
+    by_epochs = run.job.config.train.scheduler_unit == "epoch"
+    for _ in range(run.accounts.epochs if by_epochs else run.accounts.rounds):
+        run.worker.step_scheduler()
     run.best = dict(state["best"])
     run.begin -= state["wall_sec"]
     if run.feed.sampler is not None:

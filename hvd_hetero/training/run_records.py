@@ -14,8 +14,10 @@ from hvd_hetero.cluster.device_classes import Cluster
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.horovod_build import build_info
 from hvd_hetero.config.schema import Config
+from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan
-from hvd_hetero.telemetry.run_folder import SUMMARY, RunFolder, environment
+from hvd_hetero.telemetry.environment import environment
+from hvd_hetero.telemetry.run_folder import SUMMARY, RunFolder
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import TRACE, Recorder, from_numbers, timeline, to_chrome
 
@@ -25,9 +27,9 @@ numbers, measured speeds and what was done of an epoch are not"""
 
 def say_resumed(place: str, over: bool) -> None:
     """Tells where a run goes on, and if it does not because it has come to its end already."""
-    print(f"goes on after {place}", flush=True)
+    LOGGER.info("resumed after %s", place)
     if over:
-        print("there the run has ended: for more, raise its limits (train.epochs, train.max_*)", flush=True)
+        LOGGER.info("there the run has ended: for more, raise its limits (train.epochs, train.max_*)")
 
 
 def write_start(folder: RunFolder, config: Config, cluster: Cluster, plan: Plan) -> None:
@@ -40,7 +42,7 @@ def write_start(folder: RunFolder, config: Config, cluster: Cluster, plan: Plan)
         work = f"tau {c.tau}, batch {c.batch_size}, weight {c.weight:.4f}{step}" if c.tau else c.role
         slowdown = cluster.class_of(c.ranks[0]).slowdown
         name = c.name + (f" (x{slowdown:g} emulated)" if slowdown > 1 else "")
-        print(f"class {name}: ranks {list(c.ranks)}, {work}", flush=True)
+        LOGGER.info("class %s: ranks %s, %s", name, list(c.ranks), work)
 
 
 def write_trace(folder: RunFolder | None, comm: Comm, cluster: Cluster, recorder: Recorder) -> None:
@@ -94,6 +96,8 @@ def note(best: dict[str, float | None], row: Mapping[str, Any]) -> None:
     best["final_loss"] = row["eval_loss"]
     accuracy = row.get("eval_accuracy")
     best["final_accuracy"] = None if accuracy is None or math.isnan(accuracy) else accuracy
+    if "averaged_loss" in row:
+        best["averaged_loss"], best["averaged_accuracy"] = row["averaged_loss"], row.get("averaged_accuracy")
     if best["final_accuracy"] is not None:
         best["best_accuracy"] = max(best["final_accuracy"], best["best_accuracy"] or 0.0)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +13,9 @@ from typing import Any
 import torch
 
 from hvd_hetero import algorithms
-from hvd_hetero.cluster.device_classes import Cluster, Placement, RankFacts, assign, has_bf16, local_facts, place
+from hvd_hetero.cluster.device_classes import Cluster, assign
+from hvd_hetero.cluster.hardware import RankFacts, has_bf16, local_facts
+from hvd_hetero.cluster.placement import Placement, place
 from hvd_hetero.comm.kv_store import JobEnv, exchange, job_env
 from hvd_hetero.config.load import device_classes
 from hvd_hetero.config.schema import AUTO, Config
@@ -20,6 +24,7 @@ from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.files import restrict_umask
 from hvd_hetero.planning.injected_delays import check_delays
 from hvd_hetero.planning.plan import check_bias_to
+from hvd_hetero.planning.schedules import check_schedule
 from hvd_hetero.planning.stop_criteria import check_limits
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.training.fingerprint import check_same, fingerprint
@@ -60,6 +65,8 @@ def start(prepare: Callable[[], tuple[Config, Components]]) -> Job:
     """
     restrict_umask()
     torch.set_num_threads(1)  # until this rank knows which cores are its own
+    if not faulthandler.is_enabled():  # a rank that crashes in compiled code says where
+        faulthandler.enable(file=sys.__stderr__ or 2)
     env = job_env()
     watchdog = Watchdog(env)
     try:
@@ -149,6 +156,7 @@ def check(config: Config, components: Components, cluster: Cluster) -> None:
         problem = f"{config.algorithm.name} hands out samples as ranks ask for them, to no class in particular"
         raise ConfigError("sampling.scheme", config.sampling.scheme, problem, "set sampling.scheme=uniform")
     check_delays(config.delays)
+    check_schedule(config.train)
     check_bias_to(config.sampling.bias_to, [c.name for c in cluster.classes])
 
 

@@ -14,23 +14,27 @@ import torch
 from torch import Tensor
 
 from hvd_hetero import algorithms
-from hvd_hetero.checkpoint.export import FOLDER, MODEL, save_model
+from hvd_hetero.checkpoint.export import AVERAGED, FOLDER, MODEL, save_model
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.data import read
 from hvd_hetero.errors import Stopped
 from hvd_hetero.planning.injected_delays import delays
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.sampling import Sampler
-from hvd_hetero.planning.stop_criteria import check_limits, expected_epochs, next_rounds
+from hvd_hetero.planning.schedules import NAMES, rate_factor, run_share
+from hvd_hetero.planning.stop_criteria import check_limits, expected_epochs, fast_steps, next_rounds
 from hvd_hetero.random_state import seed_all
-from hvd_hetero.telemetry.run_folder import Progress, RunFolder, say_missing
-from hvd_hetero.telemetry.stopwatch import Stopwatch, thread_cpu_clock
+from hvd_hetero.telemetry.emulation import thread_cpu_clock
+from hvd_hetero.telemetry.progress import Progress
+from hvd_hetero.telemetry.run_folder import RunFolder, say_missing
+from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import Recorder
 from hvd_hetero.training.checkpointer import Saver, SyncDecision
 from hvd_hetero.training.epoch import EpochFigures, RoundSpans, gather_figures, say_taus
 from hvd_hetero.training.evaluation import evaluate
 from hvd_hetero.training.initial_plan import first_plan, start_together
+from hvd_hetero.training.iterate_average import NONE, IterateAverage, half_life
 from hvd_hetero.training.restore import carry_over, restore, state_of
 from hvd_hetero.training.resume import Found, check_fits, check_places
 from hvd_hetero.training.run_records import how_good, note, write_start, write_summary, write_trace
@@ -102,6 +106,10 @@ class Trainer:
         self.best: dict[str, float | None] = dict.fromkeys(("final_accuracy", "best_accuracy", "final_loss"))
         self.feed = Feed(self.comm, len(self.source), self._sampler() if self.comm.rank == 0 else None)
         self.recorder = Recorder(self.watch, config.run.trace_rounds)
+        spec = config.eval
+        self.averaged = None if spec.average == NONE else IterateAverage(
+            spec.average, self.worker.state, half_life(spec, config.train, self.plan), spec.last
+        )
         self.epoch: Epoch | None = None
         if state is not None:
             (carry_over if reshaped else restore)(self, state)
@@ -132,13 +140,13 @@ class Trainer:
                 self.saver.stopping.forget()
         write_trace(self.folder, comm, self.job.cluster, self.recorder)
         peaks = comm.gather(torch.tensor([peak_bytes(self.worker.device)]), "peaks")
+        if self.averaged is not None:
+            with self.averaged.in_place(comm):
+                self._export(AVERAGED)
         if self.folder is None or self.progress is None:
             return None
         self.progress.close()
-        try:
-            save_model(self.folder.path, self.worker.model)
-        except Exception as error:  # whatever a model's own state_dict or the disk may raise: the figures come next
-            say_missing(self.folder.path / FOLDER / MODEL, error)
+        self._export(MODEL)
         cluster, path = self.job.cluster, comm.path
         classes = accounts.classes(self.plan)
         for item, own in zip(cluster.classes, classes, strict=True):
@@ -168,7 +176,9 @@ class Trainer:
             left, before = epoch.rounds_left, self.accounts.rounds + epoch.progress.averages
             length = left if saver is None else saver.segment(left, before)
             is_stopping = (lambda: False) if saver is None else saver.stopping
-            segment = Segment(epoch, length, partial(self._start_round, before), spans.end_round, is_stopping)
+            segment = Segment(epoch, length, is_stopping)
+            segment.start_round = partial(self._start_round, segment, before)
+            segment.finish_round = partial(self._finish_round, spans)
             with self._memory_told():
                 self.algorithm.run_segment(segment)
             progress = epoch.finish(segment, self.algorithm.mine.tau)
@@ -196,6 +206,8 @@ class Trainer:
             self.algorithm.end_epoch()
             losses, weights = worker.take_losses()
             self.feed.collect(*epoch.results(), losses, shapes)
+        if self.averaged is not None and comm.rank == 0:
+            self.averaged.end_epoch()
         spans = RoundSpans(self.watch, self.recorder, epoch.work_sec)
         step_sec = spans.step_sec(epoch, self.algorithm.mine.tau, is_planned)
         excluded, counts = epoch.count(comm.excluded.take(), self.algorithm.counts())
@@ -203,9 +215,8 @@ class Trainer:
         if not self.over:
             self.plan = self._replan(self.plan, done)
         rate = worker.optimizer.param_groups[0]["lr"]
-        what = f"fails after {accounts.epochs} epochs"
-        with as_user_error("train.scheduler", type(worker.scheduler).__name__, what, "let it last as long as the run"):
-            worker.end_epoch()
+        if config.train.scheduler_unit == "epoch":
+            self._step_scheduler(f"{accounts.epochs} epochs")
         row = accounts.row(plan)
         row |= {"wall_sec": time.perf_counter() - self.begin, "train_loss": done.loss, "lr": rate,
                 "samples_per_sec": done.samples / done.seconds}  # fmt: skip
@@ -213,6 +224,10 @@ class Trainer:
             row["partial"] = accounts.partial.enter(comm.gather(counts, "epoch.counts"))
         if accounts.epochs % config.eval.every_epochs == 0 or self.over:
             row |= evaluate(comm, worker, self.test, self.plan, config.eval)
+            if self.averaged is not None:
+                with self.averaged.in_place(comm):
+                    found = evaluate(comm, worker, self.test, self.plan, config.eval)
+                row |= {name.replace("eval", "averaged", 1): value for name, value in found.items()}
             note(self.best, row)
         if self.folder is not None and self.progress is not None:
             self.folder.row(row)
@@ -235,11 +250,30 @@ class Trainer:
 
         return told_by_class(name, batch_size, lambda: batch_that_fits(step, worker.device, batch_size))
 
-    def _start_round(self, before: int, number: int) -> None:
+    def _start_round(self, segment: Segment, before: int, number: int) -> None:
         """Set number and learning rate of a round, which has this number in its segment, with ``before`` before it."""
-        rounds, self.comm.excluded.round = self.config.train.warmup_rounds, before + number + 1
-        if rounds:  # always: a late rank may skip the round with which the warm-up ends
-            self.worker.warm_up(min(1.0, (before + number + 1) / rounds))
+        train, self.comm.excluded.round = self.config.train, before + number + 1
+        factor = 1.0
+        if train.warmup_rounds:  # always: a late rank may skip the round with which the warm-up ends
+            factor = min(1.0, (before + number + 1) / train.warmup_rounds)
+        if train.scheduler in NAMES:
+            rounds = segment.rounds_done(self.algorithm.mine.tau) + 0.5  # the middle of the one that begins
+            share = run_share(train, self.plan, self.accounts.done, rounds)
+            factor *= rate_factor(train.scheduler, share, train.scheduler_args)
+        if train.warmup_rounds or train.scheduler in NAMES:
+            self.worker.scale_rate(factor)
+
+    def _finish_round(self, spans: RoundSpans) -> None:
+        spans.end_round()
+        if self.averaged is not None and self.comm.rank == 0:
+            self.averaged.end_round(fast_steps(self.plan))
+        if self.config.train.scheduler_unit == "round":
+            self._step_scheduler(f"{self.comm.excluded.round} rounds")
+
+    def _step_scheduler(self, after: str) -> None:
+        name, what = type(self.worker.scheduler).__name__, f"fails after {after}"
+        with as_user_error("train.scheduler", name, what, "let it last as long as the run"):
+            self.worker.step_scheduler()
 
     def _replan(self, plan: Plan, done: EpochFigures) -> Plan:
         new = self.algorithm.replan(done.step_sec)
@@ -251,6 +285,15 @@ class Trainer:
             if self.feed.sampler is not None:
                 self.feed.sampler.biased = new.biased(self.config.sampling.bias_to)
         return new
+
+    def _export(self, name: str) -> None:
+        """Save the model for other programs, on rank 0."""
+        if self.folder is None:
+            return
+        try:
+            save_model(self.folder.path, self.worker.model, name)
+        except Exception as error:  # whatever a model's own state_dict or the disk may raise: the figures come next
+            say_missing(self.folder.path / FOLDER / name, error)
 
     # ---- saving and the end -----------------------------------------------------------------------------------------
 

@@ -9,12 +9,12 @@ in which the watching thread itself did not run does not count.
 
 from __future__ import annotations
 
+import faulthandler
 import math
 import os
 import sys
 import threading
 import time
-import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -31,6 +31,8 @@ AWAY_SEC = 10.0
 """What a look may take; if one takes longer, this process was not running."""
 PREPARING_SEC = 60.0
 """What a rank may take without a sign of progress before its first step, at least: there is more in one piece."""
+STACKS_AT = 0.75
+"""Of the time without progress after which a rank is ended; by then a thread that can run has put this off."""
 
 
 @dataclass
@@ -88,10 +90,14 @@ class Watchdog:
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(BEAT_TIMEOUT_SEC)
+        faulthandler.cancel_dump_traceback_later()
 
     def _run(self) -> None:
         while not self._stopped.is_set():
             every_sec = min(self._limit_sec / 4, BEAT_SEC)
+            if math.isfinite(self._limit_sec):
+                # code that lets no other thread run, this one neither, is ended by the other ranks: say where it is
+                faulthandler.dump_traceback_later(STACKS_AT * self._limit_sec, file=_stderr())
             self._tick(every_sec + AWAY_SEC)
             self._wake.wait(every_sec)
             self._wake.clear()
@@ -148,20 +154,15 @@ class Watchdog:
     @staticmethod
     def _end(status: int, message: str, stacks: bool = False) -> NoReturn:
         """Leaves at once, whatever the other threads are doing."""
-        text = f"hvd-hetero: error: {message}\n{_stacks() if stacks else ''}"
         anyway = threading.Timer(AWAY_SEC, os._exit, [status])  # where nobody reads, a full pipe would hold it
         anyway.daemon = True
         anyway.start()
         with suppress(OSError):
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode(errors="replace"))
+            os.write(_stderr(), f"hvd-hetero: error: {message}\n".encode(errors="replace"))
+            if stacks:
+                faulthandler.dump_traceback(_stderr())
         os._exit(status)
 
 
-def _stacks() -> str:
-    """What each thread of this process is doing."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    own = threading.get_ident()
-    frames = {ident: frame for ident, frame in sys._current_frames().items() if ident != own}
-    return "".join(
-        f"{names.get(ident, 'a thread')}:\n{''.join(traceback.format_stack(frame))}" for ident, frame in frames.items()
-    )
+def _stderr() -> int:
+    return sys.__stderr__.fileno() if sys.__stderr__ else 2

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from hvd_hetero.config.instantiate import cause
 from hvd_hetero.config.schema import Config, DataConfig, ModelConfig
 from hvd_hetero.data import Batch, Dataset, Source
 from hvd_hetero.describe import describe
-from hvd_hetero.errors import ConfigError, UserError, nearest
+from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.random_state import seed_all
 from hvd_hetero.worker.factories import (
     loss_of_module,
@@ -37,7 +37,7 @@ MakeScheduler = Callable[[torch.optim.Optimizer], Any]
 
 @dataclass(frozen=True)
 class UserObjects:
-    """What a program epochs in place of names in a configuration; None means as configured.
+    """What a program passes in place of names in a configuration; None means as configured.
 
     Attributes:
         model: a module, or a function without arguments that makes one.
@@ -54,19 +54,6 @@ class UserObjects:
     optimizer: MakeOptimizer | None = None
     scheduler: MakeScheduler | None = None
     metric: PerSample | None = None
-
-    @classmethod
-    def of(cls, objects: Mapping[str, Any]) -> UserObjects:
-        """What a program epochs by these names.
-
-        Raises:
-            ConfigError: there is no such argument.
-        """
-        names = [item.name for item in fields(cls)]
-        for name, value in objects.items():
-            if name not in names:
-                raise ConfigError(name, _short(value), "is no argument", nearest(name, names))
-        return cls(**objects)
 
 
 @dataclass(frozen=True)
@@ -113,7 +100,7 @@ class Origins:
 
 
 def build(config: Config, given: UserObjects | None = None) -> Components:
-    """Loads the data and makes the model; :func:`hvd_hetero.training.dry_run.dry_run` tries both out.
+    """Loads the data and makes the model; :func:`hvd_hetero.training.dry_run.build` tries both out.
 
     Raises:
         ConfigError: anything of it cannot be made.
@@ -153,7 +140,8 @@ def first_samples(source: Source, count: int, origins: Origins, split: str = "tr
 def _dataset(config: Config, given: UserObjects) -> Dataset:
     spec = config.data
     if given.train_data is None and given.test_data is None:
-        return data.load(spec.name, spec.root, spec.target, spec.args, workers=spec.workers, seed=config.run.seed)
+        return data.load(spec.name, spec.root, spec.target, spec.args, workers=spec.workers, seed=config.run.seed,
+                         download=spec.download)
     for name, other in (("test_data", "train_data"), ("train_data", "test_data")):
         if getattr(given, name) is None:
             raise ConfigError(name, None, f"{other} was given without {name}", "give both")

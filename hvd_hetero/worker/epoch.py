@@ -46,20 +46,20 @@ class Segment:
 
     Args:
         rounds: that it has, by the plan.
-        start_round: called with a round's number in the segment before it, and ``finish_round`` after it.
         is_stopping: whether this rank was asked to stop; a method that goes in lockstep need not ask.
 
     Attributes:
+        start_round: to be called with a round's number in the segment before it, and ``finish_round`` after it.
         averages: set by the method: how many were made.
         claimed: samples that are used up as far as this rank knows, where ranks claim them.
     """
 
     def __init__(
-        self, epoch: Epoch, rounds: int, start_round: Callable[[int], None] = lambda number: None,
-        finish_round: Callable[[], None] = lambda: None, is_stopping: Callable[[], bool] = lambda: False,
-    ) -> None:  # fmt: skip
-        self._epoch, self.rounds = epoch, rounds
-        self.start_round, self.finish_round, self.is_stopping = start_round, finish_round, is_stopping
+        self, epoch: Epoch, rounds: int, is_stopping: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._epoch, self.rounds, self.is_stopping = epoch, rounds, is_stopping
+        self.start_round: Callable[[int], None] = lambda number: None
+        self.finish_round: Callable[[], None] = lambda: None
         self.averages = self.claimed = 0
         self.at: list[int] = []
         self.rows: list[Indices] = []
@@ -67,6 +67,13 @@ class Segment:
     def batches(self) -> Iterator[Batch]:
         """Yield this rank's batches, where it has samples of its own."""
         return self._epoch.batches()
+
+    def rounds_done(self, tau: int) -> float:
+        """Return the rounds of the epoch's plan that are done, by this rank's own steps or by claimed samples."""
+        epoch = self._epoch
+        if epoch.is_claimed:
+            return (epoch.progress.claimed + self.claimed) / epoch.round_samples
+        return epoch.progress.planned + (len(self.at) / tau if tau else 0)
 
     def note(self, steps: int, number: int) -> None:
         """Note that this rank has taken ``steps`` steps in round ``number`` of the segment."""

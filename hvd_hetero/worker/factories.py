@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hvd_hetero.config.instantiate import import_target
 from hvd_hetero.errors import ConfigError
+from hvd_hetero.planning.schedules import NAMES
 from hvd_hetero.worker.losses import IGNORED, Numbers, PerSample, mean_of_targets, named_loss, with_arguments
 
 ACCURACY = "accuracy"
@@ -85,12 +86,14 @@ def optimizer_maker(
 
 
 def scheduler_maker(name: str | None, args: Mapping[str, Any]) -> Callable[[torch.optim.Optimizer], Any] | None:
-    """Makes a learning-rate scheduler by its ``torch.optim.lr_scheduler`` name or import path; it steps once an epoch.
+    """Makes a learning-rate scheduler by its ``torch.optim.lr_scheduler`` name or import path.
+
+    Schedules by progress are none: see :mod:`hvd_hetero.planning.schedules`.
 
     Raises:
         ConfigError: unknown name or argument.
     """
-    if name is None:
+    if name is None or name in NAMES:
         return None
     kind = _torch_class("train.scheduler", name, torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
     return lambda optimizer: _made("train.scheduler_args", lambda: kind(optimizer, **args), args)
@@ -101,8 +104,10 @@ def _torch_class(key: str, name: str, module: Any, kind: type) -> Callable[..., 
         return import_target(key, name)
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, kind)):
+        also = f", {', '.join(NAMES)}" if key == "train.scheduler" else ""
         known = ", ".join(n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, kind))
-        raise ConfigError(key, name, f"is not in {module.__name__}", f"known are {known}; or give package.module:class")
+        remedy = f"known are {known}{also}; or give package.module:class"
+        raise ConfigError(key, name, f"is not in {module.__name__}", remedy)
     return found
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hvd_hetero.data import Source, TensorSource
 from hvd_hetero.errors import ConfigError, RankError
+from hvd_hetero.log import LOGGER
 
 DATA_SHARE = 0.5
 """Data take as much of a GPU's free memory at most; what a step needs on top is not known beforehand."""
@@ -30,8 +31,8 @@ def on_device(source: Source, device: str, split: str) -> Source:
     free = torch.cuda.mem_get_info(torch.device(device))[0]
     if source.nbytes <= DATA_SHARE * free:
         return source.to(device)
-    print(f"{split} data: {gigabytes(source.nbytes)} stay on the host, {device} has {gigabytes(free)} free; batches go "
-          "there one by one", flush=True)
+    LOGGER.info("%s data: %s stay on the host, %s has %s free; batches go there one by one",
+                split, gigabytes(source.nbytes), device, gigabytes(free))  # fmt: skip
     return source.fed_to(device)
 
 

@@ -16,7 +16,8 @@ from hvd_hetero.data import Batch, Source, read
 from hvd_hetero.data.batch import sample_counts
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.random_state import RandomState
-from hvd_hetero.telemetry.stopwatch import SlowdownEmulator, Stopwatch
+from hvd_hetero.telemetry.emulation import SlowdownEmulator
+from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.worker.extra_state import extra_state, load_extra_state
 from hvd_hetero.worker.losses import Numbers, PerSample, concat, mean_gradient, name_of, per_sample, weighted_sums
 from hvd_hetero.worker.modes import evaluating, set_mode
@@ -213,14 +214,14 @@ class Worker:
         taken, self._losses = concat(self._losses), []
         return taken
 
-    def warm_up(self, factor: float) -> None:
-        """Scales the scheduled learning rate, in (0, 1], until the next call."""
+    def scale_rate(self, factor: float) -> None:
+        """Scale the scheduled learning rate, by a factor in [0, 1], until the next call."""
         for group, rate in zip(self.optimizer.param_groups, self._scheduled, strict=True):
             group["lr"] = rate * factor
 
-    def end_epoch(self) -> None:
-        """Steps the scheduler, from the scheduled rate and not from a warm-up's."""
-        self.warm_up(1.0)
+    def step_scheduler(self) -> None:
+        """Step the scheduler, from the scheduled rate and not from a scaled one."""
+        self.scale_rate(1.0)
         if self.scheduler is not None:
             self.scheduler.step()
         self._scheduled = [group["lr"] for group in self.optimizer.param_groups]

@@ -23,7 +23,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from hvd_hetero import algorithms
-from hvd_hetero.cluster.device_classes import Cluster, RankFacts, assign, local_facts, place
+from hvd_hetero.cluster.device_classes import Cluster, assign
+from hvd_hetero.cluster.hardware import RankFacts, local_facts
+from hvd_hetero.cluster.placement import place
 from hvd_hetero.comm.async_ops import begin, finished
 from hvd_hetero.comm.communicator import Comm, hvd
 from hvd_hetero.comm.kv_store import JobEnv, exchange, job_env

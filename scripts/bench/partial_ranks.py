@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hvd_hetero.cluster.device_classes import RankFacts, assign
+from hvd_hetero.cluster.device_classes import assign
+from hvd_hetero.cluster.hardware import RankFacts
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.kv_store import job_env
 from hvd_hetero.comm.partial.allreduce import PartialAllreduce

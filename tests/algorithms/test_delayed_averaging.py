@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero.algorithms.averaging import delayed
+from hvd_hetero.comm.async_ops import PeerLost
+from hvd_hetero.telemetry.heartbeat import Heartbeat
 
-import torch  # noqa: E402
-
-from hvd_hetero.algorithms.averaging import delayed  # noqa: E402
-from hvd_hetero.comm.async_ops import PeerLost  # noqa: E402
-from hvd_hetero.telemetry.heartbeat import Heartbeat  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 SOON_SEC = 20.0
 
@@ -83,8 +81,8 @@ def test_closing_does_not_wait_for_what_is_on_its_way(running: Callable[..., del
     mine = running(average)
     mine.send(0.5)
     assert begun.wait(SOON_SEC)
-    those, start = threads(), time.monotonic()
+    those = threads()
     mine.close()
-    assert time.monotonic() - start < SOON_SEC / 2 and those[0].is_alive()
+    assert those[0].is_alive(), "else it was waited for until it gave up"
     let_go.set()
     assert ended(those)

@@ -8,23 +8,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from method_helpers import GPU, ONE, TWO, method, of
+from torch import nn
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero.algorithms.averaging.outer_optimizer import OuterOptimizer
+from hvd_hetero.algorithms.dlb import DLB
+from hvd_hetero.algorithms.synchronous import choose
+from hvd_hetero.cluster import hardware
+from hvd_hetero.cluster.device_classes import DeviceClass
+from hvd_hetero.cluster.hardware import has_bf16
+from hvd_hetero.comm.flat_params import FlatState
+from hvd_hetero.comm.parameter_server import Servers
+from hvd_hetero.planning.plan import apportion
+from hvd_hetero.worker.factories import per_sample_loss
+from hvd_hetero.worker.worker import Worker
 
-import torch  # noqa: E402
-from method_helpers import GPU, ONE, TWO, method, of  # noqa: E402
-from torch import nn  # noqa: E402
-
-from hvd_hetero.algorithms.averaging.outer_optimizer import OuterOptimizer  # noqa: E402
-from hvd_hetero.algorithms.dlb import DLB  # noqa: E402
-from hvd_hetero.algorithms.synchronous import choose  # noqa: E402
-from hvd_hetero.cluster import device_classes  # noqa: E402
-from hvd_hetero.cluster.device_classes import DeviceClass, has_bf16  # noqa: E402
-from hvd_hetero.comm.flat_params import FlatState  # noqa: E402
-from hvd_hetero.comm.parameter_server import Servers  # noqa: E402
-from hvd_hetero.planning.plan import apportion  # noqa: E402
-from hvd_hetero.worker.factories import per_sample_loss  # noqa: E402
-from hvd_hetero.worker.worker import Worker  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 # ---- DLB ------------------------------------------------------------------------------------------------------------
 
@@ -139,7 +139,7 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_parameters() -> None:
 
 @pytest.mark.parametrize(("flags", "expected"), [("sse avx512_bf16 avx", True), ("sse avx512f", False), ("", False)])
 def test_a_cpu_tells_whether_it_has_bfloat16(monkeypatch: pytest.MonkeyPatch, flags: str, expected: bool) -> None:
-    monkeypatch.setattr(device_classes, "_cpu_info", lambda name: flags if name == "flags" else "")
+    monkeypatch.setattr(hardware, "_cpu_info", lambda name: flags if name == "flags" else "")
     assert has_bf16("cpu") is expected
 
 

@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from method_helpers import ONE, TWINS, TWO, method, of
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero import algorithms
+from hvd_hetero.cluster.device_classes import DeviceClass
+from hvd_hetero.config.load import load
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.training.loop import check_supported_by_loop
 
-from method_helpers import ONE, TWINS, TWO, method, of  # noqa: E402
-
-from hvd_hetero import algorithms  # noqa: E402
-from hvd_hetero.cluster.device_classes import DeviceClass  # noqa: E402
-from hvd_hetero.config.load import load  # noqa: E402
-from hvd_hetero.errors import ConfigError  # noqa: E402
-from hvd_hetero.training.loop import check_supported_by_loop  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

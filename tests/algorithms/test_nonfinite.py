@@ -14,27 +14,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from ranks_methods import oracle
+from ranks_methods.cases import CLASSES, POISONED, model
+from together import together
+from torch import nn
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero.algorithms import REGISTRY, get
+from hvd_hetero.algorithms.local_sgd import LocalSGD
+from hvd_hetero.analysis.report.figures import figures
+from hvd_hetero.analysis.report.runs import Series, read_run
+from hvd_hetero.analysis.report.tables import closing_table
+from hvd_hetero.checkpoint import Store
+from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
+from hvd_hetero.cluster.hardware import RankFacts
+from hvd_hetero.comm.flat_params import FlatState
+from hvd_hetero.comm.nonfinite import FLAG_SLOTS, Exclusions, finite, scale_, write_validity_flags
+from hvd_hetero.errors import EXIT_NON_FINITE, NonFiniteError
+from hvd_hetero.telemetry.run_folder import METRICS, to_json
+from hvd_hetero.telemetry.time_accounts import Accounts
 
-import torch  # noqa: E402
-from ranks_methods import oracle  # noqa: E402
-from ranks_methods.cases import CLASSES, POISONED, model  # noqa: E402
-from together import together  # noqa: E402
-from torch import nn  # noqa: E402
-
-from hvd_hetero.algorithms import REGISTRY, get  # noqa: E402
-from hvd_hetero.algorithms.local_sgd import LocalSGD  # noqa: E402
-from hvd_hetero.analysis.report.figures import figures  # noqa: E402
-from hvd_hetero.analysis.report.runs import Series, read_run  # noqa: E402
-from hvd_hetero.analysis.report.tables import closing_table  # noqa: E402
-from hvd_hetero.checkpoint import Store  # noqa: E402
-from hvd_hetero.cluster.device_classes import Cluster, DeviceClass, RankFacts  # noqa: E402
-from hvd_hetero.comm.flat_params import FlatState  # noqa: E402
-from hvd_hetero.comm.nonfinite import FLAG_SLOTS, Exclusions, finite, scale_, write_validity_flags  # noqa: E402
-from hvd_hetero.errors import EXIT_NON_FINITE, NonFiniteError  # noqa: E402
-from hvd_hetero.telemetry.run_folder import METRICS, to_json  # noqa: E402
-from hvd_hetero.telemetry.time_accounts import Accounts  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 SCRIPT = Path(__file__).parents[1] / "ranks_methods" / "run_cases.py"
 RANKS = Path(__file__).parents[1] / "ranks"
@@ -195,11 +195,11 @@ def test_a_mask_of_infinities_is_no_bad_number() -> None:
     assert net.get_buffer("mask").data_ptr() in [t.data_ptr() for t in state.others.tensors().values()]
 
 
-def test_it_is_said_now_and_then(capfd: pytest.CaptureFixture[str]) -> None:
+def test_it_is_said_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
     excluded = Exclusions(3)
     for excluded.round in range(1, 10):
         excluded.note()
-    said = capfd.readouterr().err.splitlines()
+    said = caplog.messages
     assert [line.split("round ")[1].split(";")[0] for line in said] == ["1", "2", "4", "8"]
     assert all("rank 3" in line for line in said)
     assert (excluded.take(), excluded.take(), excluded.count) == (9, 0, 9)

@@ -5,12 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from method_helpers import TWO, method
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
-
-from method_helpers import TWO, method  # noqa: E402
-
-from hvd_hetero.algorithms.local_sgd import LocalSGD  # noqa: E402
+from hvd_hetero.algorithms.local_sgd import LocalSGD
 
 SPEEDS = {"fast": 0.001, "slow": 0.008}
 

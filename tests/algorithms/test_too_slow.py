@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from hvd_hetero.cluster.device_classes import Cluster, DeviceClass, RankFacts
+from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
+from hvd_hetero.cluster.hardware import RankFacts
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.local_steps import derive_tau, shrink_batches, too_slow_classes
 from hvd_hetero.planning.plan import make_plan
@@ -67,9 +68,9 @@ def test_not_even_one_sample_fits() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.horovod
 @pytest.mark.parametrize("way", ["shrink_batch", "wait_avoiding", "leave_out"])
 def test_whole_jobs(hvd_hetero: Callable[..., Any], tmp_path: Path, way: str) -> None:
-    pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
     speeds = ["cluster.classes.slow.slowdown=60", "train.tau=16", "train.batch_size=16", "train.epochs=2"]
     profile = ["profile.seconds=0.3", "profile.reuse=false"]
     done = hvd_hetero(["launch", *speeds, *profile, f"cluster.too_slow={way}", f"run.dir={tmp_path / 'run'}"])

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from hvd_hetero.cluster.cgroups import Limit, cpu_limit, memory_limit
-from hvd_hetero.cluster.device_classes import RankFacts, assign, limit_threads, local_facts, place, usable_cores
+from hvd_hetero.cluster.device_classes import assign
+from hvd_hetero.cluster.hardware import RankFacts, limit_threads, local_facts, usable_cores
+from hvd_hetero.cluster.placement import place
 from hvd_hetero.config.load import device_classes
 from hvd_hetero.launch import doctor
 

@@ -11,18 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_hetero.cluster.device_classes import (
-    Cluster,
-    RankFacts,
-    assign,
-    integers,
-    local_facts,
-    numa_nodes,
-    parse_hosts,
-    pci_node,
-    place,
-    shares_a_gpu,
-)
+from hvd_hetero.cluster.device_classes import Cluster, assign, integers, shares_a_gpu
+from hvd_hetero.cluster.hardware import RankFacts, local_facts, numa_nodes, pci_node
+from hvd_hetero.cluster.hosts import parse_hosts
+from hvd_hetero.cluster.placement import place
 from hvd_hetero.config.load import device_classes
 from hvd_hetero.errors import ConfigError
 

@@ -20,7 +20,8 @@ from horovod.runner.common.util.hosts import SlotInfo
 from horovod.runner.http.http_server import RendezvousServer
 from ranks.comm_cases import LAYOUTS, TAUS, cases
 
-from hvd_hetero.cluster.device_classes import Cluster, DeviceClass, RankFacts
+from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
+from hvd_hetero.cluster.hardware import RankFacts
 from hvd_hetero.comm import gradient_allreduce, horovod_build
 from hvd_hetero.comm.async_ops import PeerLost, guarded
 from hvd_hetero.comm.communicator import Comm

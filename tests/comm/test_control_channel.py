@@ -17,10 +17,10 @@ from typing import Any
 import psutil
 import pytest
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero.comm.partial.control_channel import MESSAGE, ControlClient, ControlServer, own_address
+from hvd_hetero.comm.partial.coordinator import Command
 
-from hvd_hetero.comm.partial.control_channel import MESSAGE, ControlClient, ControlServer, own_address  # noqa: E402
-from hvd_hetero.comm.partial.coordinator import Command  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 SECRET, HOME = b"s" * 32, "127.0.0.1"
 TO_ALL, TO_ONE = 1, 2

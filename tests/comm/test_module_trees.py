@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from ranks_models.trees import FLOATING, KINDS, LAYOUTS, OTHERS
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
-
-from ranks_models.trees import FLOATING, KINDS, LAYOUTS, OTHERS  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 SCRIPT = Path(__file__).parents[1] / "ranks_models" / "run_trees.py"
 TREES = 60

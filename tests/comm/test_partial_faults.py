@@ -16,7 +16,7 @@ import psutil
 import pytest
 from conftest import _end
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+pytestmark = pytest.mark.horovod
 
 TESTS = Path(__file__).parents[1]
 PROGRAM = TESTS / "ranks_partial" / "faults.py"

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero.comm.partial.send_buffer import SendBuffer
+from hvd_hetero.telemetry.staleness import Counts
 
-import torch  # noqa: E402
-
-from hvd_hetero.comm.partial.send_buffer import SendBuffer  # noqa: E402
-from hvd_hetero.telemetry.staleness import Counts  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 
 def buffer(**options: object) -> SendBuffer:

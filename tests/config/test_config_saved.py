@@ -47,7 +47,8 @@ DECIDES = {
     NUMBERS: """
         run.seed cluster.too_slow data.name data.target data.args model.name model.target model.args train.batch_size
         train.epoch_length train.tau train.tau_margin train.adapt_tau train.loss train.loss_args train.optimizer
-        train.lr train.optimizer_args train.scheduler train.scheduler_args train.warmup_rounds train.clip_norm
+        train.lr train.optimizer_args train.scheduler train.scheduler_args train.scheduler_unit train.warmup_rounds
+        train.clip_norm
         train.autocast train.matmul_precision train.channels_last sampling.scheme sampling.high_loss_ratio
         sampling.bias_to aggregation.weights aggregation.mode aggregation.sync_every aggregation.max_lag
         aggregation.patience_sec aggregation.optimizer_state aggregation.outer_lr aggregation.outer_momentum
@@ -59,12 +60,13 @@ DECIDES = {
         cluster.hosts cluster.classes cluster.affinity cluster.gpu_cores cluster.share_gpus cluster.network_interface
         cluster.cycle_time_ms
         data.workers train.compile aggregation.path aggregation.chunk_mb profile.seconds profile.warmup_steps
-        profile.reuse profile.file eval.every_epochs eval.batch_size eval.metric delays.distribution delays.seed
+        profile.reuse profile.file eval.every_epochs eval.batch_size eval.metric eval.average eval.half_life eval.last
+        delays.distribution delays.seed
         delays.sec delays.ranks delays.sigma""",
     COURSE: """
         run.trace_rounds run.watchdog_sec cluster.start_timeout_sec cluster.gloo_timeout_sec checkpoint.every_sec
         checkpoint.every_rounds checkpoint.keep""",
-    NOTHING: "run.dir run.overwrite run.resume run.name launch.environment data.root",
+    NOTHING: "run.dir run.overwrite run.resume run.name launch.environment data.root data.download",
 }
 """A new key has to be thought of here: who resumes with another value of it gets another model, or not."""
 

@@ -1,145 +1,68 @@
-"""CIFAR from official files that the tests make, packed files, real files, and bad ones."""
+"""CIFAR from files as published, which the tests make, packed files, real files, and bad ones."""
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import pickle
-import shutil
-import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from data_helpers import REAL, RNG, everything, first_batch, get, real_data
+from published_files import make_cifar
 
 from hvd_hetero.errors import ConfigError
 
-
-def make_cifar(folder: Path, write: object, rows: int = 6) -> np.ndarray:
-    """Write the six batch files in one of the official formats; returns the training pixels."""
-    folder.mkdir(parents=True)
-    ending = ".bin" if write is write_binary else ""
-    pixels = RNG.integers(0, 256, (6, rows, 3072), dtype=np.uint8)
-    labels = RNG.integers(0, 10, (6, rows))
-    for i in range(6):
-        name = "test_batch" if i == 5 else f"data_batch_{i + 1}"
-        write(folder / f"{name}{ending}", pixels[i], labels[i])  # type: ignore[operator]
-    return pixels[:5].reshape(-1, 3, 32, 32)
+datasets = importlib.import_module("torchvision.datasets")  # hvd_hetero has to be there first
 
 
-def write_text_keys(path: Path, pixels: np.ndarray, labels: np.ndarray) -> None:
-    content = {"data": pixels, "labels": labels.tolist(), "filenames": ["a"]}
-    path.write_bytes(pickle.dumps(content, protocol=2))
+@pytest.fixture
+def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, np.ndarray]]:
+    """``cifar(classes=10)`` makes what torchvision takes for the published files, and returns its pixels by split."""
+
+    def make(classes: int = 10) -> dict[str, np.ndarray]:
+        pixels, attributes = make_cifar(tmp_path, classes)
+        for key, value in attributes.items():
+            monkeypatch.setattr(getattr(datasets, f"CIFAR{classes}"), key, value)
+        return pixels
+
+    return make
 
 
-def write_bytes_keys(path: Path, pixels: np.ndarray, labels: np.ndarray) -> None:
-    content = {b"data": pixels, b"labels": labels.tolist(), b"batch_label": b"training batch"}
-    path.write_bytes(pickle.dumps(content, protocol=5))
-
-
-def write_python2(path: Path, pixels: np.ndarray, labels: np.ndarray) -> None:
-    """Write the very opcodes of the published files: protocol 2 with Python 2's byte strings."""
-    def text(value: bytes) -> bytes:
-        return b"T" + struct.pack("<i", len(value)) + value
-
-    def number(value: int) -> bytes:
-        return b"J" + struct.pack("<i", value)
-
-    dtype = b"cnumpy\ndtype\n" + text(b"u1") + b"K\0K\x01\x87R(K\x03" + text(b"|") + b"NNN" + number(-1) * 2
-    dtype += b"K\0tb"
-    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85" + text(b"b") + b"\x87R"
-    shape = number(pixels.shape[0]) + number(pixels.shape[1]) + b"\x86"
-    array += b"(K\x01" + shape + dtype + b"\x89" + text(pixels.tobytes()) + b"tb"
-    listed = b"](" + b"".join(number(int(label)) for label in labels) + b"e"
-    path.write_bytes(b"\x80\x02}(" + text(b"data") + array + text(b"labels") + listed + b"u.")
-
-
-def write_binary(path: Path, pixels: np.ndarray, labels: np.ndarray) -> None:
-    path.write_bytes(np.concatenate([labels[:, None].astype(np.uint8), pixels], axis=1).tobytes())
-
-
-@pytest.mark.parametrize("write", [write_text_keys, write_bytes_keys, write_python2, write_binary])
-@pytest.mark.parametrize("below", [True, False])
-def test_cifar10_official_files(tmp_path: Path, write: object, below: bool) -> None:
-    folder = tmp_path / ("cifar-10-batches-bin" if write is write_binary else "cifar-10-batches-py")
-    pixels = make_cifar(folder, write)
-    data = get("cifar10", tmp_path if below else folder, augment=False)
-    inputs, targets = everything(data.train)
-    assert np.array_equal(inputs.numpy(), pixels) and targets.shape == (30,) and len(data.test) == 6
+@pytest.mark.parametrize("classes", [10, 100])
+def test_published_files(tmp_path: Path, cifar: Callable[..., dict[str, np.ndarray]], classes: int) -> None:
+    pixels = cifar(classes)
+    for root in (tmp_path, next(tmp_path.glob("cifar-*"))):
+        data = get(f"cifar{classes}", root, augment=False)
+        for source, split in ((data.train, "train"), (data.test, "test")):
+            inputs, targets = everything(source)
+            assert np.array_equal(inputs.numpy(), pixels[split]) and inputs.is_contiguous()
+            assert targets[:6].tolist() == [classes - 1 - i for i in range(6)] and len(targets) == len(inputs)
+    mean, deviation = (0.4914, 0.2470) if classes == 10 else (0.5071, 0.2673)
     images, _ = first_batch(data.train, [4])
-    expected = (pixels[4, 0] / 255 - 0.4914) / 0.2470
-    assert np.allclose(images[0, 0].numpy(), expected, atol=1e-5)
+    assert np.allclose(images[0, 0].numpy(), (pixels["train"][4, 0] / 255 - mean) / deviation, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["python", "binary"])
-def test_cifar100_official_files_give_fine_labels(tmp_path: Path, kind: str) -> None:
-    folder = tmp_path / f"cifar-100-{kind}"
-    folder.mkdir()
-    pixels = RNG.integers(0, 256, (7, 3072), dtype=np.uint8)
-    fine, coarse = np.arange(93, 100), np.arange(7)
-    for name in ("train", "test"):
-        if kind == "python":
-            content = {"data": pixels, "fine_labels": fine.tolist(), "coarse_labels": coarse.tolist()}
-            (folder / name).write_bytes(pickle.dumps(content, protocol=2))
-        else:
-            rows = np.concatenate([coarse[:, None], fine[:, None], pixels], axis=1).astype(np.uint8)
-            (folder / f"{name}.bin").write_bytes(rows.tobytes())
-    for root in (tmp_path, folder):
-        data = get("cifar100", root)
-        assert np.array_equal(everything(data.train)[0].numpy(), pixels.reshape(7, 3, 32, 32))
-        assert everything(data.test)[1].tolist() == fine.tolist()
-    assert first_batch(data.train, [0, 1])[0].shape == (2, 3, 32, 32)
-
-
-def test_cifar100_is_not_any_folder_with_train_and_test(tmp_path: Path) -> None:
-    (tmp_path / "train").mkdir()
-    (tmp_path / "test").mkdir()
-    with pytest.raises(ConfigError, match="no such dataset"):
-        get("cifar100", tmp_path)
-
-
-def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+def test_what_is_not_as_published_is_refused_before_it_is_read(
+    tmp_path: Path, cifar: Callable[..., dict[str, np.ndarray]]
+) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return os.mkdir, (str(tmp_path / "was-run"),)
 
-    folder = tmp_path / "cifar-10-batches-py"
-    make_cifar(folder, write_text_keys)
-    (folder / "data_batch_2").write_bytes(pickle.dumps({"data": Evil(), "labels": []}))
-    with pytest.raises(ConfigError, match="has no place in a data file") as caught:
-        get("cifar10", tmp_path)
-    assert caught.value.key == str(folder / "data_batch_2")
-    assert not (tmp_path / "was-run").exists()
-
-
-@pytest.mark.parametrize(("content", "message"), [
-    ({"data": np.zeros((3, 3072), np.uint8), "labels": [0, 1]}, "3, one for each"),
-    ({"data": np.zeros((3, 3071), np.uint8), "labels": [0, 1, 2]}, "uint8 images"),
-    ({"data": np.zeros((3, 3072), np.uint8), "labels": [0, 1, 10]}, "labels 0 to 10"),
-    ({"labels": [0, 1, 10]}, "keys data and labels"),
-    ([1], "pickled dict"),
-])
-def test_bad_cifar10_batches(tmp_path: Path, content: object, message: str) -> None:
-    folder = tmp_path / "cifar-10-batches-py"
-    make_cifar(folder, write_text_keys)
-    (folder / "test_batch").write_bytes(pickle.dumps(content))
-    with pytest.raises(ConfigError, match=message) as caught:
-        get("cifar10", tmp_path)
-    assert caught.value.key == str(folder / "test_batch")
-
-
-def test_truncated_cifar10_batches(tmp_path: Path) -> None:
-    for name, write in (("cifar-10-batches-py/data_batch_3", write_text_keys),
-                        ("cifar-10-batches-bin/data_batch_3.bin", write_binary)):
-        path = tmp_path / name
-        make_cifar(path.parent, write)
-        path.write_bytes(path.read_bytes()[:-1000])
-        with pytest.raises(ConfigError, match="truncated or corrupt") as caught:
+    cifar()
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_2"
+    whole = path.read_bytes()
+    for content in (pickle.dumps({"data": Evil(), "labels": []}), whole[:-1000], None):
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(ConfigError, match="truncated or corrupt.*data.download=true") as caught:
             get("cifar10", tmp_path)
-        assert caught.value.key == str(path)
-        shutil.rmtree(path.parent)
+        assert caught.value.key == str(path.parent)
+    assert not (tmp_path / "was-run").exists()
 
 
 def code(pixels: np.ndarray) -> np.ndarray:

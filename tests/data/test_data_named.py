@@ -1,15 +1,18 @@
-"""Named datasets: what all have in common, digits, and Fashion-MNIST from made and from real files."""
+"""Named datasets: what all have in common, digits, MNIST and Fashion-MNIST from made and from real files."""
 
 from __future__ import annotations
 
 import gzip
-import struct
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from data_helpers import REAL, RNG, everything, get, real_data
+from data_helpers import REAL, everything, get, real_data
+from published_files import idx, make_mnist
 
 from hvd_hetero.data import load
 from hvd_hetero.data.images import _digits
@@ -73,82 +76,99 @@ def test_limits_spread_over_the_split() -> None:
     ("digits", {"validation": 1.0}, "data.args.validation", "not a share"),
     ("digits", {"validation": 0.0001}, "data.args.validation", "empty"),
     ("digits", {"root": "x"}, "data.args.root", "set data.root"),
+    ("cifar10", {"download": True}, "data.args.download", "set data.download"),
     ("cifar10", {}, "data.root", "read from files"),
 ])
 def test_bad_names_and_arguments(name: str, args: dict, key: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        load(name, None, None, args, workers=0, seed=0)
+        load(name, "/" if "download" in args else None, None, args, workers=0, seed=0)
     assert caught.value.key == key
 
 
-@pytest.mark.parametrize(("name", "wanted"), [("fashion_mnist", "train-images-idx3-ubyte"),
-                                             ("cifar10", "cifar-10-batches-py")])
-def test_missing_files_are_named(tmp_path: Path, name: str, wanted: str) -> None:
+@pytest.mark.parametrize(("name", "wanted", "can_download"), [
+    ("mnist", "MNIST/raw", True), ("fashion_mnist", "FashionMNIST/raw", True), ("cifar10", "cifar-10-batches-py", True),
+    ("cifar100", "cifar-100-python", True), ("flowers102", "setid.mat", True),
+    ("tiny_imagenet", "val_annotations.txt", False), ("image_folder", "train and val", False),
+])
+def test_a_missing_dataset_is_told_with_the_folder_and_what_to_do(
+    tmp_path: Path, name: str, wanted: str, can_download: bool
+) -> None:
     for root, message in ((tmp_path, "no such dataset"), (tmp_path / "nowhere", "not a folder")):
         with pytest.raises(ConfigError, match=message) as caught:
             get(name, root)
-        assert caught.value.key == "data.root" and wanted in caught.value.remedy
+        assert (caught.value.key, caught.value.value) == ("data.root", str(root))
+        for part in (wanted, "HVD_HETERO_DATA=FOLDER", *(["data.download=true"] if can_download else [])):
+            assert part in caught.value.remedy
+        assert ("data.download" in caught.value.remedy) is can_download
 
 
-# Fashion-MNIST ---------------------------------------------------------------------------------------------
+# MNIST and Fashion-MNIST -----------------------------------------------------------------------------------
 
 
-def write_idx(path: Path, array: np.ndarray) -> None:
-    raw = struct.pack(f">i{array.ndim}i", 0x0800 + array.ndim, *array.shape) + array.tobytes()
-    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
-
-
-def make_fashion(folder: Path, ending: str) -> dict[str, np.ndarray]:
-    folder.mkdir(parents=True)
-    arrays = {}
-    for split, count in (("train", 12), ("t10k", 5)):
-        arrays[split] = RNG.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        write_idx(folder / f"{split}-images-idx3-ubyte{ending}", arrays[split])
-        write_idx(folder / f"{split}-labels-idx1-ubyte{ending}", np.arange(count, dtype=np.uint8) % 10)
-    return arrays
-
-
-@pytest.mark.parametrize("ending", ["", ".gz"])
-@pytest.mark.parametrize("folder", ["FashionMNIST/raw", "fashion-mnist", "."])
-def test_fashion_mnist_files_packed_or_not_here_or_below(tmp_path: Path, ending: str, folder: str) -> None:
-    arrays = make_fashion(tmp_path / "root" / folder, ending)
-    data = get("fashion_mnist", tmp_path / "root")
+@pytest.mark.parametrize(("name", "made", "ending", "below"), [
+    ("mnist", "MNIST/raw", "", ""), ("mnist", "MNIST/raw", "", "MNIST"), ("mnist", "MNIST/raw", "", "MNIST/raw"),
+    ("fashion_mnist", "FashionMNIST/raw", "", ""), ("fashion_mnist", "FashionMNIST/raw", "", "FashionMNIST/raw"),
+    ("fashion_mnist", "fashion-mnist", ".gz", ""), ("fashion_mnist", "fashion-mnist", ".gz", "fashion-mnist"),
+])
+def test_mnist_files_here_or_below(tmp_path: Path, name: str, made: str, ending: str, below: str) -> None:
+    arrays = make_mnist(tmp_path / made, ending)
+    data = get(name, tmp_path / below)
     for source, split in ((data.train, "train"), (data.test, "t10k")):
         inputs, targets = everything(source)
         assert np.array_equal(inputs.squeeze(1).numpy(), arrays[split])
         assert targets.tolist() == [i % 10 for i in range(len(arrays[split]))]
     images, _ = next(data.train.batches(np.array([[2, 1]]), torch.Generator()))
-    expected = (arrays["train"][[2, 1]] / 255.0 - 0.2860) / 0.3530
-    assert np.allclose(images.squeeze(1).numpy(), expected, atol=1e-5)
+    mean, deviation = (0.1307, 0.3081) if name == "mnist" else (0.2860, 0.3530)
+    assert np.allclose(images.squeeze(1).numpy(), (arrays["train"][[2, 1]] / 255.0 - mean) / deviation, atol=1e-5)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda raw: raw[:-100], "bytes for"),
-    (lambda raw: raw[:7], "idx header"),
-    (lambda raw: b"\0\0\x08\x01" + raw[4:], "magic number 0x0801"),
-])
-def test_bad_fashion_mnist_images(tmp_path: Path, change: object, message: str) -> None:
-    make_fashion(tmp_path / "raw", "")
-    path = tmp_path / "raw" / "train-images-idx3-ubyte"
-    path.write_bytes(change(path.read_bytes()))  # type: ignore[operator]  # pytest's parameters have no type
-    with pytest.raises(ConfigError, match=message) as caught:
+def test_packed_files_are_read_without_importing_torchvision(tmp_path: Path) -> None:
+    """It takes a second on every rank."""
+    make_mnist(tmp_path / "fashion-mnist", ".gz")
+    code = f"import sys; from hvd_hetero.data import load; load('fashion_mnist', {str(tmp_path)!r}, None, {{}}); "
+    done = subprocess.run([sys.executable, "-c", code + "print('torchvision' in sys.modules)"], capture_output=True,
+                          text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "False"
+
+
+IMAGES = "train-images-idx3-ubyte"
+
+
+@pytest.mark.parametrize("change", [lambda raw: raw[:-100], lambda raw: raw[:7], lambda raw: b"\x89PNG" + raw[4:]])
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_bad_images(tmp_path: Path, ending: str, change: Callable[[bytes], bytes]) -> None:
+    folder = tmp_path / ("fashion-mnist" if ending else "FashionMNIST/raw")
+    make_mnist(folder, ending)
+    path = folder / f"{IMAGES}{ending}"
+    raw = path.read_bytes()
+    path.write_bytes(gzip.compress(change(gzip.decompress(raw))) if ending else change(raw))
+    with pytest.raises(ConfigError, match="truncated or corrupt") as caught:
         get("fashion_mnist", tmp_path)
-    assert caught.value.key == str(path)
+    assert caught.value.key == str(path if ending else folder)
 
 
-def test_bad_fashion_mnist_gzip_and_labels(tmp_path: Path) -> None:
-    make_fashion(tmp_path / "raw", ".gz")
-    images, labels = (tmp_path / "raw" / f"train-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1"))
+def test_bad_gzip_and_labels(tmp_path: Path) -> None:
+    make_mnist(tmp_path, ".gz")
+    images, labels = tmp_path / f"{IMAGES}.gz", tmp_path / "train-labels-idx1-ubyte.gz"
     whole = images.read_bytes()
     images.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ConfigError, match="EOFError") as caught:
         get("fashion_mnist", tmp_path)
     assert caught.value.key == str(images)
     images.write_bytes(whole)
+    make_mnist(tmp_path / "FashionMNIST" / "raw")
+    published = tmp_path / "FashionMNIST" / "raw" / "train-labels-idx1-ubyte"
     for wrong, message in (([0] * 11, "12, one for each"), ([10] * 12, r"0 \.\. 9")):
-        write_idx(labels, np.array(wrong, np.uint8))
+        raw = idx(np.array(wrong, np.uint8))
+        labels.write_bytes(gzip.compress(raw))
+        published.write_bytes(raw)
+        for root in (tmp_path, tmp_path / "FashionMNIST" / "raw"):
+            with pytest.raises(ConfigError, match=message):
+                get("fashion_mnist", root)
+        published.parent.rename(tmp_path / "aside")  # the packed ones are read where there are no others
         with pytest.raises(ConfigError, match=message):
             get("fashion_mnist", tmp_path)
+        (tmp_path / "aside").rename(published.parent)
 
 
 @real_data

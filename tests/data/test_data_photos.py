@@ -1,7 +1,8 @@
-"""Flowers and Tiny ImageNet: official trees that the tests make, packed files, and bad ones."""
+"""Photographs: published trees and folders that the tests make, packed files, and bad ones."""
 
 from __future__ import annotations
 
+import importlib
 import io
 from pathlib import Path
 
@@ -10,16 +11,14 @@ import pytest
 import torch
 from data_helpers import REAL, RNG, everything, first_batch, get, real_data
 from PIL import Image
-from scipy.io import savemat
+from published_files import make_flowers, make_folders, picture
 
 from hvd_hetero.data import MapSource, TensorSource
-from hvd_hetero.data.photos import MEAN, STD, read_image
+from hvd_hetero.data.files import read_image
+from hvd_hetero.data.photos import MEAN, STD
 from hvd_hetero.errors import ConfigError
 
-
-def picture(value: int, width: int = 64, height: int = 64) -> Image.Image:
-    """Make one of a single grey, so that its class can be read off its pixels after JPEG."""
-    return Image.new("RGB", (width, height), (value, value, value))
+datasets = importlib.import_module("torchvision.datasets")  # hvd_hetero has to be there first
 
 
 def level(images: torch.Tensor) -> list[int]:
@@ -37,20 +36,16 @@ def jpeg(value: int) -> bytes:
 # Flowers ---------------------------------------------------------------------------------------------------
 
 
-def make_flowers(folder: Path, sizes: tuple[int, int] = (80, 60)) -> None:
-    """Twelve photographs; number i is of class (i - 1) % 3 and of grey 10 i."""
-    (folder / "jpg").mkdir(parents=True)
-    for i in range(1, 13):
-        picture(10 * i, *sizes).save(folder / "jpg" / f"image_{i:05d}.jpg", quality=95)
-    savemat(folder / "imagelabels.mat", {"labels": np.arange(12)[None] % 3 + 1})
-    savemat(folder / "setid.mat", {"trnid": np.array([[1, 5, 9, 2]], np.uint16), "valid": np.array([[3, 4]]),
-                                   "tstid": np.array([[12, 6, 7, 8, 10, 11]])})
+@pytest.fixture
+def flowers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for key, value in make_flowers(tmp_path).items():
+        monkeypatch.setattr(datasets.Flowers102, key, value)
+    return tmp_path / "flowers-102"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_official_flowers_stream_through_workers(tmp_path: Path, workers: int) -> None:
-    make_flowers(tmp_path / "flowers-102")
-    data = get("flowers102", tmp_path, workers=workers, size=28)
+def test_published_flowers_stream_through_workers(flowers: Path, workers: int) -> None:
+    data = get("flowers102", flowers.parent, workers=workers, size=28)
     assert isinstance(data.train, MapSource) and (len(data.train), len(data.test)) == (4, 6)
     images, targets = first_batch(data.train, [3, 1, 1])
     assert images.shape == (3, 3, 28, 28) and images.dtype == torch.float32
@@ -59,14 +54,13 @@ def test_official_flowers_stream_through_workers(tmp_path: Path, workers: int) -
     assert targets.tolist() == [2] and level(images) == pytest.approx([120], abs=1)
 
 
-def test_official_flowers_with_the_validation_split_and_the_arguments_of_all(tmp_path: Path) -> None:
-    make_flowers(tmp_path)
-    assert len(get("flowers102", tmp_path, with_val=True).train) == 6
-    swapped = get("flowers102", tmp_path, with_test=True)
+def test_published_flowers_with_the_validation_split_and_the_arguments_of_all(flowers: Path) -> None:
+    assert len(get("flowers102", flowers, with_val=True).train) == 6
+    swapped = get("flowers102", flowers, with_test=True)
     assert (len(swapped.train), len(swapped.test)) == (10, 2)
-    held = get("flowers102", tmp_path, with_val=True, validation=0.5, size=8)
+    held = get("flowers102", flowers, with_val=True, validation=0.5, size=8)
     assert len(held.train) + len(held.test) == 6 and isinstance(held.test, MapSource)
-    assert first_batch(get("flowers102", tmp_path).train, [0])[0].shape == (1, 3, 224, 224)
+    assert first_batch(get("flowers102", flowers).train, [0])[0].shape == (1, 3, 224, 224)
 
 
 def test_photographs_are_scaled_by_the_shorter_side_and_cut_in_the_middle(tmp_path: Path) -> None:
@@ -78,29 +72,20 @@ def test_photographs_are_scaled_by_the_shorter_side_and_cut_in_the_middle(tmp_pa
     assert (image[0, :, 1:-1] == 255).all() and not image[1:].any()
 
 
-def test_bad_official_flowers(tmp_path: Path) -> None:
-    make_flowers(tmp_path)
-    data = get("flowers102", tmp_path, workers=1, size=28)
-    broken = tmp_path / "jpg" / "image_00005.jpg"
+def test_bad_published_flowers(flowers: Path) -> None:
+    data = get("flowers102", flowers, workers=1, size=28)
+    broken = flowers / "jpg" / "image_00005.jpg"
     broken.write_bytes(broken.read_bytes()[:300])
     with pytest.raises(ConfigError, match="truncated or corrupt") as caught:
         first_batch(data.train, [1])
     assert caught.value.key == str(broken)
     broken.unlink()
-    with pytest.raises(ConfigError, match="image_00005.jpg.*is not there"):
-        get("flowers102", tmp_path)
-    for name, content, message in [
-        ("setid.mat", {"trnid": [0], "valid": [1], "tstid": [2]}, r"image numbers in 1 \.\. 12"),
-        ("imagelabels.mat", {"labels": [103] * 12}, r"labels in 0 \.\. 101"),
-        ("imagelabels.mat", {"label": [1] * 12}, "MATLAB file with labels"),
-    ]:
-        savemat(tmp_path / name, content)
-        with pytest.raises(ConfigError, match=message) as caught:
-            get("flowers102", tmp_path)
-        assert caught.value.key == str(tmp_path / name)
-    (tmp_path / "imagelabels.mat").write_bytes(b"no such thing")
-    with pytest.raises(ConfigError, match="MATLAB file"):
-        get("flowers102", tmp_path)
+    with pytest.raises(ConfigError, match="image_00005.jpg.*is not there; put the 1 lost"):
+        get("flowers102", flowers)
+    (flowers / "imagelabels.mat").write_bytes(b"no such thing")
+    with pytest.raises(ConfigError, match="truncated or corrupt.*data.download=true") as caught:
+        get("flowers102", flowers)
+    assert caught.value.key == str(flowers)
 
 
 def blob(values: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -187,14 +172,49 @@ def test_packed_tiny_imagenet(tmp_path: Path) -> None:
         get("tiny_imagenet", tmp_path)
 
 
-@pytest.mark.parametrize(("name", "wanted"), [("flowers102", "setid.mat"),
-                                              ("tiny_imagenet", "val_annotations.txt")])
-def test_missing_files_are_named(tmp_path: Path, name: str, wanted: str) -> None:
-    with pytest.raises(ConfigError, match="no such dataset") as caught:
-        get(name, tmp_path)
-    assert wanted in caught.value.remedy
+@pytest.mark.parametrize("name", ["flowers102", "tiny_imagenet", "image_folder"])
+def test_bad_sizes(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         get(name, tmp_path, size=0)
+
+
+# Folders ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("test", ["val", "test"])
+def test_folders_of_images(tmp_path: Path, test: str, stream: bool) -> None:
+    make_folders(tmp_path, train={"cat": [10, 20], "ape": [30]}, **{test: {"cat": [40], "ape": [50]}})
+    data = get("image_folder", tmp_path, size=32, stream=stream)
+    assert isinstance(data.train, MapSource if stream else TensorSource)
+    images, targets = first_batch(data.train, [0, 1, 2])
+    assert images.shape == (3, 3, 32, 32) and targets.tolist() == [0, 1, 1] and level(images) == [30, 10, 20]
+    images, targets = first_batch(data.test, [1, 0])
+    assert targets.tolist() == [1, 0] and level(images) == [40, 50]
+    assert first_batch(get("image_folder", tmp_path).test, [0])[0].shape == (1, 3, 224, 224)
+
+
+def test_of_val_and_test_val_is_tested_on(tmp_path: Path) -> None:
+    make_folders(tmp_path, train={"a": [10]}, val={"a": [20]}, test={"a": [30]})
+    assert level(first_batch(get("image_folder", tmp_path, size=8).test, [0])[0]) == [20]
+
+
+def test_bad_folders(tmp_path: Path) -> None:
+    make_folders(tmp_path, train={"a": [10], "b": []}, val={"a": [20], "c": [30]})
+    with pytest.raises(ConfigError, match="classes b") as caught:
+        get("image_folder", tmp_path)
+    assert caught.value.key == str(tmp_path / "train")
+    make_folders(tmp_path / "train", b={".": [10]})
+    with pytest.raises(ConfigError, match=r"classes differ in \['b', 'c'\]") as caught:
+        get("image_folder", tmp_path)
+    assert caught.value.key == str(tmp_path / "val")
+
+
+def test_tiny_imagenet_with_folders_for_its_validation_images(tmp_path: Path) -> None:
+    splits = {"n01": [10, 20], "n02": [30]}
+    make_folders(tmp_path / "tiny-imagenet-200", train=splits, val={"n01": [40], "n02": [50]})
+    images, targets = first_batch(get("tiny_imagenet", tmp_path).test, [1, 0])
+    assert targets.tolist() == [1, 0] and level(images) == [50, 40]
 
 
 @real_data

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bad_commands import COMMANDS, GOOD, OBJECTS
+from bad_files import CHECKPOINTS, DATA, OTHERS, Case
+from bad_settings import SETTINGS
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+import hvd_hetero
+from hvd_hetero.cli import main
+from hvd_hetero.errors import UserError
 
-from bad_commands import COMMANDS, GOOD, OBJECTS  # noqa: E402
-from bad_files import CHECKPOINTS, DATA, OTHERS, Case  # noqa: E402
-from bad_settings import SETTINGS  # noqa: E402
-
-import hvd_hetero  # noqa: E402
-from hvd_hetero.cli import main  # noqa: E402
-from hvd_hetero.errors import UserError  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 OWN = Path(__file__).parents[1] / "ranks"
 BY_SETTINGS = [Case(",".join(words), None, ["launch", *words], f"{key}={value}", remedy)

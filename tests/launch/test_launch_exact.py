@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from together import together
 
-pytest.importorskip("horovod", reason="Horovod is not installed: run scripts/setup")
+pytestmark = pytest.mark.horovod
 
 MODULE = """
 import json, os, sys, torch

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero.launch import profile as profile_command
 
-from hvd_hetero.launch import profile as profile_command  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 THREE = {"a": {"ranks": [0]}, "b": {"ranks": [1], "slowdown": 3}, "c": {"ranks": [2], "slowdown": 6}}
 QUICK = ["profile.seconds=0.2", f"cluster.classes={json.dumps(THREE)}", "train.tau=32"]

@@ -11,23 +11,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from store_helpers import save_round, some_state
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero import algorithms, data, models
+from hvd_hetero.analysis.report.write import slug
+from hvd_hetero.checkpoint import CheckpointError, Store
+from hvd_hetero.cli import main
+from hvd_hetero.config.load import load
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.files import check_no_links, check_writable, restrict_umask, write_text
+from hvd_hetero.planning.speed_profile import load_profile
+from hvd_hetero.secrets import without_passwords
+from hvd_hetero.telemetry.run_folder import RunFolder
+from hvd_hetero.training.api import run_dir
 
-import torch  # noqa: E402
-from store_helpers import save_round, some_state  # noqa: E402
-
-from hvd_hetero import algorithms, data, models  # noqa: E402
-from hvd_hetero.analysis.report.write import slug  # noqa: E402
-from hvd_hetero.checkpoint import CheckpointError, Store  # noqa: E402
-from hvd_hetero.cli import main  # noqa: E402
-from hvd_hetero.config.load import load  # noqa: E402
-from hvd_hetero.errors import ConfigError  # noqa: E402
-from hvd_hetero.files import check_no_links, check_writable, restrict_umask, write_text  # noqa: E402
-from hvd_hetero.planning.speed_profile import load_profile  # noqa: E402
-from hvd_hetero.secrets import without_passwords  # noqa: E402
-from hvd_hetero.telemetry.run_folder import RunFolder  # noqa: E402
-from hvd_hetero.training.api import run_dir  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 PACKAGE = Path(__file__).parents[2] / "hvd_hetero"
 CALLS = [(path, node) for path in PACKAGE.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))

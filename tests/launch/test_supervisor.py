@@ -6,14 +6,13 @@ import json
 import os
 import re
 import signal
-import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from job_helpers import rank_pids, when
 from together import together
 
 from hvd_hetero.config.load import load
@@ -23,36 +22,6 @@ from hvd_hetero.launch.supervisor import Restarts, check_options, remaining_clas
 
 RANKS = Path(__file__).parents[1] / "ranks"
 SETTINGS = ["train.tau={fast: 8, slow: 4}", "cluster.classes.slow.slowdown=1", "run.trace_rounds=0"]
-
-
-def rank_pids(folder: Path, rank: int) -> list[int]:
-    """Processes of a rank of the job whose run is in the folder."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            line, environment = ((place / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
-        except OSError:
-            continue
-        wanted = f"HOROVOD_RANK={rank}".encode() in environment
-        if wanted and b"train" in line and any(str(folder).encode() in word for word in line):
-            found.append(int(place.name))
-    return found
-
-
-def when(happened: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
-    """Does something beside the job, once something has happened in it."""
-
-    def wait() -> None:
-        deadline = time.monotonic() + 280
-        while not happened():
-            if time.monotonic() > deadline:
-                return
-            time.sleep(0.02)
-        act()
-
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    return thread
 
 
 def rows(folder: Path) -> list[tuple[Any, ...]]:

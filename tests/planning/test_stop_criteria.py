@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from hvd_hetero.cluster.device_classes import Cluster, DeviceClass, RankFacts
+from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
+from hvd_hetero.cluster.hardware import RankFacts
 from hvd_hetero.config.schema import TrainConfig
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.plan import Plan, make_plan

@@ -35,7 +35,9 @@ def main(folder: Path, hosts: str) -> None:
     import torch
     from torch import nn
 
-    from hvd_hetero.cluster.device_classes import Cluster, DeviceClass, RankFacts, parse_hosts
+    from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
+    from hvd_hetero.cluster.hardware import RankFacts
+    from hvd_hetero.cluster.hosts import parse_hosts
     from hvd_hetero.comm.averaging import average
     from hvd_hetero.comm.communicator import Comm, hvd
     from hvd_hetero.comm.flat_params import FlatState

@@ -25,7 +25,9 @@ from ranks_methods.cases import data, model  # noqa: E402
 from ranks_methods.run_cases import RecordedFeed  # noqa: E402
 
 from hvd_hetero import algorithms  # noqa: E402
-from hvd_hetero.cluster.device_classes import Placement, RankFacts, assign  # noqa: E402
+from hvd_hetero.cluster.device_classes import assign  # noqa: E402
+from hvd_hetero.cluster.hardware import RankFacts  # noqa: E402
+from hvd_hetero.cluster.placement import Placement  # noqa: E402
 from hvd_hetero.comm.communicator import hvd  # noqa: E402
 from hvd_hetero.comm.kv_store import JobEnv, job_env  # noqa: E402
 from hvd_hetero.config.load import device_classes, load  # noqa: E402
@@ -57,7 +59,7 @@ def train(settings: Mapping[str, Any], given: UserObjects | None, env: JobEnv, f
         place = Placement("cuda:0" if on_gpu else "cpu", 1, None)
         RecordedFeed.dealt = []
         this = trainer.Trainer(startup.Job(env, config, parts, cluster, place, Watchdog(env)), folder, found)
-        this.worker.end_epoch = after(this.worker.end_epoch, lambda: graphs.append(compiled()))
+        this._end_epoch = after(this._end_epoch, lambda: graphs.append(compiled()))  # type: ignore[method-assign]
         try:
             this.prepare()
             graphs.append(compiled())
@@ -75,9 +77,10 @@ def train(settings: Mapping[str, Any], given: UserObjects | None, env: JobEnv, f
 
 
 def after(call: Any, then: Any) -> Any:
-    def both() -> None:
-        call()
+    def both(*args: Any) -> Any:
+        result = call(*args)
         then()
+        return result
 
     return both
 

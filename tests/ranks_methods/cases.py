@@ -88,7 +88,7 @@ CASES: dict[str, Case] = {
         "train.warmup_rounds": 5,
     }),
     "sync, label smoothing": Case("sync_sgd", {"train.loss_args": {"label_smoothing": 0.2}}),
-    "sync, fast": Case("sync_sgd", {"algorithm.participants": "fast"}),
+    "sync, fast": Case("sync_sgd", {"algorithm.participants": "fast", "run.trace_rounds": 4}),
     "sync, rank 0 idle": Case("sync_sgd", {"algorithm.participants": "fast"}, "rank0_slow", "norm"),
     "sync, one rank": Case("sync_sgd", {"algorithm.participants": "fast"}, "alone"),
     "sync, BatchNorm": Case("sync_sgd", UNEVEN, model="norm"),
@@ -150,11 +150,19 @@ RESUMED = {name: CASES[name] for name in (
 RESUMED["sync, fast, warm-up and cosine"] = Case(
     "sync_sgd", {**CASES["sync, warm-up and cosine"].settings, "algorithm.participants": "fast"}
 )
+RESUMED["biased, cosine by rounds, averaged iterates"] = Case("biased_local_sgd", {
+    **TAU31, "eval.average": "ema", "eval.half_life": 5.0,
+    "train.scheduler": "cosine", "train.scheduler_args": {"warmup": 0.2, "floor": 0.1},
+})  # fmt: skip
+RESUMED["balanced, a scheduler that steps by rounds"] = Case("balanced_local_sgd", {
+    "train.tau": 3, "train.scheduler": "ExponentialLR", "train.scheduler_args": {"gamma": 0.9},
+    "train.scheduler_unit": "round",
+})  # fmt: skip
 RESUMED["unbalanced, separate, noisy"] = Case("unbalanced_local_sgd", {**TAU31, **SEPARATE}, model="noisy")
 """Interrupted again and again they come to the same, to the last bit. (Horovod joins the gradients of synchronous SGD
 as they come: from three ranks on their sums are rounded differently from run to run.)"""
 RESUMED_SLOW = ("sync, rank 0 idle", "byteps, more servers than partitions", "biased, hierarchical", "unified, to fast",
-                "AdamW", "sync, fast, warm-up and cosine")
+                "AdamW", "sync, fast, warm-up and cosine", "balanced, a scheduler that steps by rounds")
 """Of these, those that others stand for."""
 BY_THE_CLOCK = ("dlb", "eager_sgd")
 """Methods that cannot, since real time has a say in what they do."""

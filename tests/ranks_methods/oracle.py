@@ -51,7 +51,7 @@ def _good(net: nn.Module) -> bool:
     return all(bool(t.isfinite().all()) for t in net.state_dict().values())
 
 
-def concat(case: Case, dealt: Dealt) -> dict[str, Tensor]:
+def joined(case: Case, dealt: Dealt) -> dict[str, Tensor]:
     """SGD of one process on the batches of all ranks, joined; without the batches in which a sample is poisoned."""
     one = Replica(case)
     done = 0

@@ -16,7 +16,9 @@ import torch
 from cases import CLASSES, RESUMED, Case, data, model
 
 from hvd_hetero import algorithms
-from hvd_hetero.cluster.device_classes import Placement, RankFacts, assign
+from hvd_hetero.cluster.device_classes import assign
+from hvd_hetero.cluster.hardware import RankFacts
+from hvd_hetero.cluster.placement import Placement
 from hvd_hetero.comm.communicator import hvd
 from hvd_hetero.comm.kv_store import JobEnv, job_env
 from hvd_hetero.config.load import device_classes, load

@@ -3,11 +3,13 @@
 ``run_cases.py FOLDER poisoned`` takes those of ``cases.POISONED`` that are for the job's number of ranks.
 
 It writes ``FOLDER/rank{N}.pt``: by case the rank's final model, the indices it was dealt in each epoch, and on rank 0
-the summary. All process sets are made by the first ``hvd.init``, and each run's ``Comm`` finds its own.
+the summary and the laps of all ranks, where they are traced.
+All process sets are made by the first ``hvd.init``, and each run's ``Comm`` finds its own.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,13 @@ import torch
 from cases import CASES, CLASSES, POISONED, Case, data, model
 
 from hvd_hetero import algorithms
-from hvd_hetero.cluster.device_classes import Placement, RankFacts, assign
+from hvd_hetero.cluster.device_classes import assign
+from hvd_hetero.cluster.hardware import RankFacts
+from hvd_hetero.cluster.placement import Placement
 from hvd_hetero.comm.communicator import hvd
 from hvd_hetero.comm.kv_store import JobEnv, job_env
 from hvd_hetero.config.load import device_classes, load
+from hvd_hetero.telemetry.trace import TRACE, from_chrome
 from hvd_hetero.training import startup, trainer
 from hvd_hetero.training.watchdog import Watchdog
 from hvd_hetero.worker import components
@@ -60,8 +65,10 @@ def run(case: Case, env: JobEnv, folder: Path) -> dict[str, Any]:
     this.prepare()
     summary = this.run()
     this.algorithm.close()
+    written = (folder / TRACE).read_text() if env.rank == 0 and config.run.trace_rounds else None
+    trace = from_chrome(json.loads(written))[0] if written else []
     return {"model": this.worker.model.state_dict(), "dealt": RecordedFeed.dealt, "summary": summary,
-            "excluded": this.comm.excluded.count}
+            "excluded": this.comm.excluded.count, "trace": trace}
 
 
 def main(folder: Path, poisoned: bool) -> None:

@@ -15,7 +15,8 @@ import torch
 from trees import build, change
 
 from hvd_hetero.checkpoint import ShardInfo, Store
-from hvd_hetero.cluster.device_classes import RankFacts, assign
+from hvd_hetero.cluster.device_classes import assign
+from hvd_hetero.cluster.hardware import RankFacts
 from hvd_hetero.comm.averaging import average, average_others
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.flat_params import FlatState

@@ -11,7 +11,7 @@ from ranks_methods.cases import BASE, model
 from ranks_methods.oracle import Replica
 from torch import Tensor
 
-from hvd_hetero.cluster.device_classes import RankFacts
+from hvd_hetero.cluster.hardware import RankFacts
 
 Worked = Sequence[tuple[Tensor, Tensor]]
 """Of one rank: its samples ``[steps, B]`` and the round of each step."""

@@ -1,7 +1,7 @@
-"""Every rank runs this: ``scripted.py FOLDER CASE``: the ranks compute in a given order, whatever their real speed.
+"""Every rank runs this: ``scripted.py FOLDER CASE...``: the ranks compute in a given order, whatever their real speed.
 
 A rank that is about to work waits for its turn; when it comes back for more, what it did has had all its effects, and
-it is the next one's turn. So who is late for which round is known beforehand. Writes ``FOLDER/rank{N}.pt``.
+it is the next one's turn. So who is late for which round is known beforehand. Writes ``FOLDER/rank{N}.pt``, by case.
 """
 
 from __future__ import annotations
@@ -9,20 +9,22 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from ranks_methods.cases import data, model  # noqa: E402
-from ranks_partial.schedules import CASES, facts  # noqa: E402
+from ranks_partial.schedules import CASES, Schedule, facts  # noqa: E402
 
 from hvd_hetero import algorithms  # noqa: E402
-from hvd_hetero.cluster.device_classes import Placement, assign  # noqa: E402
-from hvd_hetero.comm.kv_store import job_env  # noqa: E402
+from hvd_hetero.cluster.device_classes import assign  # noqa: E402
+from hvd_hetero.cluster.placement import Placement  # noqa: E402
+from hvd_hetero.comm.kv_store import JobEnv, job_env  # noqa: E402
 from hvd_hetero.comm.partial.allreduce import PartialAllreduce  # noqa: E402
 from hvd_hetero.config.load import device_classes, load  # noqa: E402
 from hvd_hetero.training import startup, trainer
@@ -77,9 +79,20 @@ class Turns:
         self.release()
 
 
-def main(folder: Path, name: str) -> None:
+def main(folder: Path, names: Sequence[str]) -> None:
     torch.set_num_threads(1)
-    env, case = job_env(), CASES[name]
+    env = job_env()
+    found = {}
+    for number, name in enumerate(names):
+        own = folder / str(number)
+        own.mkdir(exist_ok=True)
+        with pytest.MonkeyPatch.context() as patch:
+            found[name] = run(own, CASES[name], env, patch)
+    torch.save(found, folder / f"rank{env.rank}.pt")
+
+
+def run(folder: Path, case: Schedule, env: JobEnv, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Train one case; return what this rank found."""
     turns = Turns(folder, case.order, env.rank)
     worked: list[Any] = []
 
@@ -105,9 +118,9 @@ def main(folder: Path, name: str) -> None:
         collected(self, indices, at, *results)
 
     finished, collected = PartialAllreduce.finish, Feed.collect
-    epoch.read = read  # type: ignore[assignment]
-    PartialAllreduce.finish = finish  # type: ignore[method-assign]
-    Feed.collect = collect  # type: ignore[method-assign]
+    patch.setattr(epoch, "read", read)
+    patch.setattr(PartialAllreduce, "finish", finish)
+    patch.setattr(Feed, "collect", collect)
     # nobody comes to rest within an epoch in order to save
     config = load((), case.overrides() | {"checkpoint.every_sec": None}, algorithms.method)
     given = UserObjects(model=lambda: model(case.model), train_data=data(), test_data=data())
@@ -119,10 +132,9 @@ def main(folder: Path, name: str) -> None:
     this.prepare()
     summary = this.run()
     table = this.feed.sampler.losses if env.rank == 0 else None
-    torch.save({"model": this.worker.model.state_dict(), "worked": worked, "summary": summary, "losses": table},
-               folder / f"rank{env.rank}.pt")
     this.close()
+    return {"model": this.worker.model.state_dict(), "worked": worked, "summary": summary, "losses": table}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -15,14 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("horovod", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero.comm.horovodrun import BLOCK_BYTES, HEADER, STDERR, STDOUT
+from hvd_hetero.config.load import load
+from hvd_hetero.errors import EXIT_BAD_INPUT
+from hvd_hetero.launch import launcher
+from hvd_hetero.launch.horovodrun import End
+from hvd_hetero.launch.rank_output import LINE_BYTES, RankOutput, write_all
 
-from hvd_hetero.comm.horovodrun import BLOCK_BYTES, HEADER, STDERR, STDOUT  # noqa: E402
-from hvd_hetero.config.load import load  # noqa: E402
-from hvd_hetero.errors import EXIT_BAD_INPUT  # noqa: E402
-from hvd_hetero.launch import launcher  # noqa: E402
-from hvd_hetero.launch.horovodrun import End  # noqa: E402
-from hvd_hetero.launch.rank_output import LINE_BYTES, RankOutput, write_all  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 # ---- real ranks -----------------------------------------------------------------------------------------------------
 

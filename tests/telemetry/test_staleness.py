@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
-
-from hvd_hetero.telemetry.staleness import (  # noqa: E402
+from hvd_hetero.telemetry.staleness import (
     AGES,
     KINDS,
-    Counts,  # noqa: E402
+    Counts,
     PartialAccounts,
     to_numbers,
 )
+
+pytestmark = pytest.mark.horovod
 
 TIMES = st.integers(0, 1000)
 STALENESS = st.dictionaries(st.integers(0, 2 * AGES), st.integers(1, 100), max_size=6).map(Counter)

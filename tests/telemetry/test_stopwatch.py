@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_hetero.telemetry import stopwatch
-from hvd_hetero.telemetry.stopwatch import SlowdownEmulator, Stopwatch, split_waiting
+from hvd_hetero.telemetry import emulation, stopwatch
+from hvd_hetero.telemetry.emulation import SlowdownEmulator
+from hvd_hetero.telemetry.stopwatch import Stopwatch, split_waiting
 
 
 class Clock:
@@ -34,6 +35,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(stopwatch, "time", clock)
+    monkeypatch.setattr(emulation, "time", clock)
     return clock
 
 
@@ -166,6 +168,7 @@ def test_what_the_core_does_meanwhile_is_no_part_of_an_emulated_step(monkeypatch
     """A step of 2 s own time that was interrupted for 3 s is stretched by 7 times its own time, not by 7 times 5 s."""
     clock, own = Clock(), Clock()
     monkeypatch.setattr(stopwatch, "time", clock)
+    monkeypatch.setattr(emulation, "time", clock)
     watch = Stopwatch(clock, own)
     for _ in SlowdownEmulator(watch, slowdown=8.0).steps(iter(range(2)), 2):
         clock.now += 5.0
@@ -184,6 +187,7 @@ def test_short_steps_sleep_together(clock: Clock) -> None:
 def test_what_a_sleep_overshoots_is_taken_off_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(overshoot_sec=0.25)
     monkeypatch.setattr(stopwatch, "time", clock)
+    monkeypatch.setattr(emulation, "time", clock)
     watch = Stopwatch(clock)
     run_steps(clock, SlowdownEmulator(watch, slowdown=2.0), 100, data_sec=0.0, step_sec=1.0)
     assert watch.take()[0]["compute"] == pytest.approx(2 * 100 + 0.25), "only the last one is still owed"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hvd_hetero.cluster.device_classes import Cluster, DeviceClass, RankFacts
-from hvd_hetero.telemetry.stopwatch import DELAYED, SLOWED
+from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
+from hvd_hetero.cluster.hardware import RankFacts
+from hvd_hetero.telemetry.emulation import DELAYED, SLOWED
 from hvd_hetero.telemetry.time_accounts import Accounts
 
 FACTS = (RankFacts(0, "here", 0, (), "cpu", (0,)),)

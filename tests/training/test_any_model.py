@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from ranks_models.models import CASES, NOT_REPEATABLE, Case
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
-
-import torch  # noqa: E402
-from ranks_models.models import CASES, NOT_REPEATABLE, Case  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 SCRIPT = Path(__file__).parents[1] / "ranks_models" / "run_models.py"
 Found = list[dict[str, dict[str, Any]]]

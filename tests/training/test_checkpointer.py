@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from together import together
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero.checkpoint import Store
 
-from together import together  # noqa: E402
-
-from hvd_hetero.checkpoint import Store  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 RANKS = Path(__file__).parents[1] / "ranks"
+TRAIN = [sys.executable, "-m", "hvd_hetero", "train"]
+"""Without the launcher, which would try out the model once more."""
 SETTINGS = ["model.target=fails_next:model", "train.tau={fast: 8, slow: 2}", "cluster.classes.slow.slowdown=1",
             "checkpoint.every_rounds=1", "train.max_samples=120", "run.trace_rounds=0",
             "train.scheduler=fails_next:Halving"]  # fmt: skip
@@ -55,17 +57,19 @@ def no_sync(tmp_path: Path) -> dict[str, str]:
 
 
 def test_a_failure_in_the_next_round_does_not_lose_what_was_saved(
-    hvd_hetero: Callable[..., Any], tmp_path: Path, no_sync: dict[str, str]
+    horovodrun: Callable[..., Any], tmp_path: Path, no_sync: dict[str, str]
 ) -> None:
     """Neither where rank 0 fails, which finishes checkpoints, nor where another one does."""
     runs = {"0:8": tmp_path / "first", "1:2": tmp_path / "second"}
-    calls = [partial(hvd_hetero, ["launch", *SETTINGS, f"run.dir={run}"], cwd=RANKS, env={"HVD_HETERO_TEST_FAILS": who})
-             for who, run in runs.items()]  # fmt: skip
+    calls = []
+    for who, run in runs.items():
+        line = [*TRAIN, *SETTINGS, f"run.dir={run}"]
+        calls.append(partial(horovodrun, 2, line, cwd=RANKS, env={"HVD_HETERO_TEST_FAILS": who}))
     for (who, run), done in zip(runs.items(), together(*calls), strict=True):
         assert done.returncode == 1, done.stdout + done.stderr
         assert f"rank {who[0]} on localhost failed: RuntimeError: the next round is not" in done.stderr
         assert checkpoints(run) == [1], "the round before the failure"
     run = runs["1:2"]
-    done = hvd_hetero(["launch", *SETTINGS, f"run.dir={run}", "run.resume=auto"], cwd=RANKS, env=no_sync)
-    assert done.returncode == 0 and "goes on after epoch 0, round 0, in the next epoch 1 rounds later" in done.stdout
+    done = horovodrun(2, [*TRAIN, *SETTINGS, f"run.dir={run}", "run.resume=auto"], cwd=RANKS, env=no_sync)
+    assert done.returncode == 0 and "resumed after epoch 0, round 0, in the next epoch 1 rounds later" in done.stdout
     assert checkpoints(run) == [3, 2] and "no checkpoint" not in done.stdout

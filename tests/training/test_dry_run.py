@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.optim import SGD, lr_scheduler
 from torch.utils.checkpoint import checkpoint
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero import algorithms
+from hvd_hetero.config.load import load
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.random_state import RandomState, seed_all
+from hvd_hetero.training.dry_run import build
+from hvd_hetero.worker.components import Components, UserObjects
 
-from hvd_hetero import algorithms  # noqa: E402
-from hvd_hetero.config.load import load  # noqa: E402
-from hvd_hetero.errors import ConfigError  # noqa: E402
-from hvd_hetero.random_state import RandomState, seed_all  # noqa: E402
-from hvd_hetero.training.dry_run import build  # noqa: E402
-from hvd_hetero.worker.components import Components, UserObjects  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 X = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.arange(24 * 4).reshape(24, 4) % 20

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from job_helpers import processes_with
 from torch.utils.data import DataLoader, Dataset
 
 from hvd_hetero.config.instantiate import in_a_line
@@ -15,19 +15,6 @@ from hvd_hetero.errors import EXIT_BAD_INPUT
 from hvd_hetero.launch.horovodrun import meaning_of
 
 RANKS = Path(__file__).parents[1] / "ranks"
-
-
-def processes_with(text: str) -> list[str]:
-    """Command lines of all running processes that hold a text."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if text in line and int(file.parent.name) != os.getpid():
-            found.append(line)
-    return found
 
 
 def test_a_fault_on_one_rank_ends_the_job(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:

@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero.config.load import load
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.training.fingerprint import PACKAGE, check_same, digest_of, fingerprint, shapes
 
-from torch import nn  # noqa: E402
-
-from hvd_hetero.config.load import load  # noqa: E402
-from hvd_hetero.errors import ConfigError  # noqa: E402
-from hvd_hetero.training.fingerprint import PACKAGE, check_same, digest_of, fingerprint, shapes  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 UNLIKE = Path(__file__).parents[1] / "ranks" / "unlike.py"
 PREFIX = "hvd-hetero: error: "
@@ -64,7 +63,8 @@ def test_a_host_without_the_data_is_named(horovodrun: Callable[..., Any], tmp_pa
     file = tmp_path / "a.yaml"
     file.write_text(f"data: {{name: cifar10, root: '{tmp_path}/${{oc.env:HOROVOD_RANK}}'}}\nmodel: {{name: resnet20}}")
     done = horovodrun(2, [sys.executable, "-m", "hvd_hetero", "train", file, f"run.dir={tmp_path / 'run'}"])
-    assert said_once(done).startswith(f"rank 1: data.root='{tmp_path}/1': is not a folder; put there cifar-10-batches")
+    expected = f"rank 1: data.root='{tmp_path}/1': is not a folder; set data.download=true, put there cifar-10-batches"
+    assert said_once(done).startswith(expected)
 
 
 def test_no_clock_is_compared_with_that_of_another_host() -> None:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero.checkpoint import Store
 
-import torch  # noqa: E402
-
-from hvd_hetero.checkpoint import Store  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 SCRIPT = Path(__file__).parents[1] / "ranks" / "many_calls.py"
 REFUSED = {"refused everywhere", "refused between ranks", "refused after the start"}

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from together import together
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
-
-import torch  # noqa: E402
-from together import together  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 OWN = Path(__file__).parents[1] / "ranks"
+TRAIN = [sys.executable, "-m", "hvd_hetero", "train"]
+"""Without the launcher, which would try out the model once more."""
 
 
-def test_evaluating_more_often_leaves_the_run_as_it_is(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
+def test_evaluating_more_often_leaves_the_run_as_it_is(horovodrun: Callable[..., Any], tmp_path: Path) -> None:
     settings = ["model.target=noise:Noisy", "data.target=noise:data", "train.loss_args={}", "train.epochs=3",
                 "train.tau={fast: 4, slow: 2}", "cluster.classes.slow.slowdown=1", "run.trace_rounds=0"]  # fmt: skip
     found = []
@@ -26,7 +28,7 @@ def test_evaluating_more_often_leaves_the_run_as_it_is(hvd_hetero: Callable[...,
         folder = tmp_path / str(often)
         folder.mkdir()
         words = [*settings, f"eval.every_epochs={often}", f"model.args.folder={folder}", f"run.dir={folder}/run"]
-        found.append((folder, partial(hvd_hetero, ["launch", *words], cwd=OWN)))
+        found.append((folder, partial(horovodrun, 2, [*TRAIN, *words], cwd=OWN)))
     for done in together(*(call for _, call in found)):
         assert done.returncode == 0, done.stdout + done.stderr
     rows, drawn, models = [], [], []

@@ -10,30 +10,30 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from store_helpers import NEW, OLD, save_round, some_state
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("horovod")
+from hvd_hetero.checkpoint import Files, Store
+from hvd_hetero.checkpoint.background_write import Best, Write, copied
+from hvd_hetero.checkpoint.export import save_model
+from hvd_hetero.cluster.device_classes import assign
+from hvd_hetero.cluster.hardware import RankFacts
+from hvd_hetero.comm.kv_store import JobEnv
+from hvd_hetero.config.load import device_classes, load
+from hvd_hetero.data import TensorSource
+from hvd_hetero.errors import EXIT_LOST
+from hvd_hetero.launch.horovodrun import End
+from hvd_hetero.launch.supervisor import Supervisor
+from hvd_hetero.planning.plan import make_plan
+from hvd_hetero.telemetry.run_folder import METRICS, RunFolder
+from hvd_hetero.telemetry.staleness import KINDS, Counts
+from hvd_hetero.training.run_records import say_resumed
+from hvd_hetero.training.stop_request import StopRequest
+from hvd_hetero.worker.epoch import Epoch
 
-import numpy as np  # noqa: E402
-from store_helpers import NEW, OLD, save_round, some_state  # noqa: E402
-
-from hvd_hetero.checkpoint import Files, Store  # noqa: E402
-from hvd_hetero.checkpoint.background_write import Best, Write, copied  # noqa: E402
-from hvd_hetero.checkpoint.export import save_model  # noqa: E402
-from hvd_hetero.cluster.device_classes import RankFacts, assign  # noqa: E402
-from hvd_hetero.comm.kv_store import JobEnv  # noqa: E402
-from hvd_hetero.config.load import device_classes, load  # noqa: E402
-from hvd_hetero.data import TensorSource  # noqa: E402
-from hvd_hetero.errors import EXIT_LOST  # noqa: E402
-from hvd_hetero.launch.horovodrun import End  # noqa: E402
-from hvd_hetero.launch.supervisor import Supervisor  # noqa: E402
-from hvd_hetero.planning.plan import make_plan  # noqa: E402
-from hvd_hetero.telemetry.run_folder import METRICS, RunFolder  # noqa: E402
-from hvd_hetero.telemetry.staleness import KINDS, Counts  # noqa: E402
-from hvd_hetero.training.run_records import say_resumed  # noqa: E402
-from hvd_hetero.training.stop_request import StopRequest  # noqa: E402
-from hvd_hetero.worker.epoch import Epoch  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 ROWS = [{"epoch": number, "samples_seen": 100 * number, "train_loss": 1.0} for number in range(1, 7)]
 
@@ -61,22 +61,23 @@ def test_a_checkpoint_before_the_first_new_row_knows_the_rows_that_were_kept(tmp
     assert epochs(tmp_path) == [1, 2, 3, 4, 5, 6], "neither lost nor doubled"
 
 
-def test_rows_that_are_gone_are_told_and_not_made_up(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_rows_that_are_gone_are_told_and_not_made_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     size = written(tmp_path, ROWS[:2])[-1]
     (tmp_path / METRICS).write_text("")
     written(tmp_path, ROWS[2:3], keep=size)
-    assert "rows are missing" in capfd.readouterr().err and epochs(tmp_path) == [3]
+    assert "rows are missing" in caplog.text and epochs(tmp_path) == [3]
 
 
 @pytest.mark.parametrize("over", [True, False])
-def test_a_run_that_has_ended_says_what_would_let_it_go_on(over: bool, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_has_ended_says_what_would_let_it_go_on(over: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     say_resumed("epoch 3, round 6", over)
-    said = capfd.readouterr().out
-    assert "goes on after epoch 3, round 6" in said and ("train.epochs" in said) == over
+    said = caplog.text
+    assert "resumed after epoch 3, round 6" in said and ("train.epochs" in said) == over
 
 
 def test_a_row_that_the_disk_does_not_take_comes_with_the_next_one(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = RunFolder(tmp_path, overwrite=False)
     whole, parts = folder._rows, iter([5])
@@ -91,7 +92,7 @@ def test_a_row_that_the_disk_does_not_take_comes_with_the_next_one(
 
     folder._rows = Full()  # type: ignore[assignment]
     folder.row(ROWS[0])
-    assert f"{METRICS} cannot be written now: No space left" in capfd.readouterr().err
+    assert f"{METRICS} cannot be written now: No space left" in caplog.text
     folder._rows = whole
     folder.row(ROWS[1])
     folder.close()

@@ -15,16 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
+from together import together
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero.checkpoint import Store
+from hvd_hetero.errors import EXIT_STOPPED
 
-import psutil  # noqa: E402
-import torch  # noqa: E402
-from together import together  # noqa: E402
-
-from hvd_hetero.checkpoint import Store  # noqa: E402
-from hvd_hetero.errors import EXIT_STOPPED  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 TAU = "train.tau={fast: 8, slow: 2}"
 COMMON = ["train.batch_size=8", "cluster.classes.slow.slowdown=1", "model.args.hidden=[32]", "run.trace_rounds=0",
@@ -83,12 +82,12 @@ def assert_same(one: Path, other: Path) -> None:
 def test_stopped_within_an_epoch_and_gone_on_is_bit_equal(tmp_path: Path) -> None:
     """Through the launcher; tests/training/test_resume_methods.py has all methods."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    settings = ["algorithm.name=sync_sgd", "train.epochs=5", "checkpoint.every_rounds=2"]
+    settings = ["algorithm.name=sync_sgd", "train.epochs=5", "checkpoint.every_rounds=40"]
     _, said = together(partial(run, whole, *settings), partial(stopped, parts, *settings))
     assert "run.resume=auto goes on from round" in said
     halfway = epochs(parts)
     assert 1 <= halfway < 5
-    assert "goes on after epoch" in run(parts, *settings, "run.resume=auto")
+    assert "resumed after epoch" in run(parts, *settings, "run.resume=auto")
     assert_same(whole, parts)
 
 
@@ -170,7 +169,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy: Path, tmp_path: 
     content[-5] ^= 1
     shard.write_bytes(content)
     said = run(copy, TAU, "train.epochs=4", "run.resume=auto")
-    resumed = next(line for line in said.splitlines() if "goes on after epoch" in line)
+    resumed = next(line for line in said.splitlines() if "resumed after epoch" in line)
     assert f"round {int(newest.name)}" not in resumed and "rank0001" in said
     assert_same(tmp_path / "whole", copy)
 
@@ -205,7 +204,7 @@ def test_on_another_number_of_ranks(copy: Path) -> None:
     losses = Store(copy).at(before[-1]["round"]).load(0)["rank0"]["sampler"]["losses"]
     settings = [TAU, "run.resume=reshape", "cluster.classes.slow.ranks=[1, 2]", "train.epochs=5"]
     said = run(copy, *settings, "checkpoint.every_sec=0", "aggregation.path=measured")
-    assert "goes on after epoch 3" in said and "reshaped" in said
+    assert "resumed after epoch 3" in said and "reshaped" in said
     assert len(re.findall(r"averages go the (flat|hierarchical) way: flat \S+ ms, hierarchical \S+ ms", said)) == 1
     after = rows(copy)
     assert after[:3] == before and [row["epoch"] for row in after] == [1, 2, 3, 4, 5]

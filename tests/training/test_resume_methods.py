@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from ranks_methods.cases import BY_THE_CLOCK, RESUMED, RESUMED_SLOW, SIZE
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero.algorithms import REGISTRY
 
-import torch  # noqa: E402
-from ranks_methods.cases import BY_THE_CLOCK, RESUMED, RESUMED_SLOW, SIZE  # noqa: E402
-
-from hvd_hetero.algorithms import REGISTRY  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 SCRIPT = Path(__file__).parents[1] / "ranks_methods" / "resume_cases.py"
 
@@ -54,7 +53,8 @@ def test_in_pieces_it_comes_to_the_same_bit_by_bit(
     number = names.index(case)
     rows = [[json.loads(line) for line in (folder / f"{run}{number}" / "metrics.jsonl").read_text().splitlines()]
             for run in ("whole", "pieces")]
-    kept = [[[row[key] for key in ("epoch", "round", "samples_seen", "train_loss", "lr")] for row in some]
+    keys = ("epoch", "round", "samples_seen", "train_loss", "lr", "averaged_loss")
+    kept = [[[row.get(key) for key in keys] for row in some]
             for some in rows]
     assert kept[0] == kept[1] and kept[0], "no row is lost or doubled"
 

@@ -10,22 +10,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from store_helpers import NEW, OLD, around, save_round
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero import algorithms
+from hvd_hetero.checkpoint import Store
+from hvd_hetero.cluster.device_classes import assign
+from hvd_hetero.cluster.hardware import RankFacts
+from hvd_hetero.config.load import device_classes, load
+from hvd_hetero.config.schema import RESHAPE, Config
+from hvd_hetero.data.alike import facts_of
+from hvd_hetero.data.source import TensorSource
+from hvd_hetero.errors import ConfigError, UserError
+from hvd_hetero.training.fingerprint import made_with
+from hvd_hetero.training.resume import Found, check_data, check_places, find, places
 
-import torch  # noqa: E402
-from store_helpers import NEW, OLD, around, save_round  # noqa: E402
-
-from hvd_hetero import algorithms  # noqa: E402
-from hvd_hetero.checkpoint import Store  # noqa: E402
-from hvd_hetero.cluster.device_classes import RankFacts, assign  # noqa: E402
-from hvd_hetero.config.load import device_classes, load  # noqa: E402
-from hvd_hetero.config.schema import RESHAPE, Config  # noqa: E402
-from hvd_hetero.data.alike import facts_of  # noqa: E402
-from hvd_hetero.data.source import TensorSource  # noqa: E402
-from hvd_hetero.errors import ConfigError, UserError  # noqa: E402
-from hvd_hetero.training.fingerprint import made_with  # noqa: E402
-from hvd_hetero.training.resume import Found, check_data, check_places, find, places  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 BASE = {"run.dir": "here", "data.args": {"when": "2024-01-01"},
         "train.optimizer_args": {"momentum": 0.9, "betas": (0.9, 0.99)}}  # fmt: skip

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from test_faults import processes_with
-from test_supervisor import rank_pids, when
+from job_helpers import processes_with, rank_pids, when
 
 from hvd_hetero.comm.kv_store import ORPHAN
 from hvd_hetero.errors import EXIT_STUCK
@@ -37,9 +37,19 @@ def test_a_rank_that_hangs_in_the_users_code_is_named_with_its_stack(
                        "model.target=hangs:writer", "model.args={at: 300}"], cwd=RANKS)
     assert done.returncode == EXIT_STUCK, done.stdout + done.stderr
     assert "hvd-hetero: error: rank 1 on localhost has made no progress for 5 s in local step\n" in done.stderr
-    assert "os.write(pipe, bytes(4096))" in done.stderr and "in forward" in done.stderr, "its stack"
+    assert "hangs.py" in done.stderr and "in forward" in done.stderr, "its stack"
     assert "hvd-hetero: error: the job failed: rank 1 on localhost ended first, with status 5; it said: " in done.stderr
     assert processes_with(str(tmp_path)) == []
+
+
+def test_a_rank_that_lets_no_thread_run_says_where_it_is_and_is_ended(
+    horovodrun: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = horovodrun(2, [sys.executable, RANKS / "holds_the_gil.py"], cwd=tmp_path)
+    assert done.returncode != 0
+    assert "rank 1 on localhost has said nothing for 6 s" in done.stderr
+    assert "Timeout (0:00:04" in done.stderr and "in forward" in done.stderr, "its stack, by a thread without Python"
+    assert processes_with("holds_the_gil.py") == []
 
 
 @pytest.mark.slow

@@ -9,19 +9,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
+from hvd_hetero.cluster.device_classes import assign
+from hvd_hetero.cluster.hardware import RankFacts
+from hvd_hetero.config.load import device_classes
+from hvd_hetero.config.schema import EvalConfig
+from hvd_hetero.data import TensorSource
+from hvd_hetero.errors import ConfigError
+from hvd_hetero.planning.plan import make_plan
+from hvd_hetero.training.evaluation import evaluate
+from hvd_hetero.training.run_records import how_good, note
+from hvd_hetero.worker.factories import metric_by_name, per_sample_loss
+from hvd_hetero.worker.index_feed import check_number
+from hvd_hetero.worker.worker import Worker
 
-from hvd_hetero.cluster.device_classes import RankFacts, assign  # noqa: E402
-from hvd_hetero.config.load import device_classes  # noqa: E402
-from hvd_hetero.config.schema import EvalConfig  # noqa: E402
-from hvd_hetero.data import TensorSource  # noqa: E402
-from hvd_hetero.errors import ConfigError  # noqa: E402
-from hvd_hetero.planning.plan import make_plan  # noqa: E402
-from hvd_hetero.training.evaluation import evaluate  # noqa: E402
-from hvd_hetero.training.run_records import how_good, note  # noqa: E402
-from hvd_hetero.worker.factories import metric_by_name, per_sample_loss  # noqa: E402
-from hvd_hetero.worker.index_feed import check_number  # noqa: E402
-from hvd_hetero.worker.worker import Worker  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 
 class Alone:

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvd_hetero.cluster.device_classes import RankFacts, assign
+from hvd_hetero.cluster.device_classes import assign
+from hvd_hetero.cluster.hardware import RankFacts
 from hvd_hetero.config.load import device_classes
 from hvd_hetero.planning.plan import make_plan
 from hvd_hetero.planning.sampling import Sampler
+from hvd_hetero.worker.index_feed import Feed
 
-pytest.importorskip("horovod.torch")
-
-from hvd_hetero.worker.index_feed import Feed  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 FAST, SLOW, SAMPLES = "quick", "slow", 1000
 

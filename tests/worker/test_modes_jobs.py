@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from ranks.modes_and_steps import CASES, data
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
-
-import torch  # noqa: E402
-from ranks.modes_and_steps import CASES, data  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 SCRIPT = Path(__file__).parents[1] / "ranks" / "modes_and_steps.py"
 Found = list[dict[str, dict[str, Any]]]

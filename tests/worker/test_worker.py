@@ -102,22 +102,22 @@ def rate(mine: Worker) -> float:
 
 def test_warm_up_scales_the_scheduled_rate_and_leaves_the_schedule_alone() -> None:
     mine = worker(scheduler="StepLR", lr=0.8)
-    mine.warm_up(0.25)
+    mine.scale_rate(0.25)
     assert rate(mine) == pytest.approx(0.2)
-    mine.warm_up(0.5)
+    mine.scale_rate(0.5)
     assert rate(mine) == pytest.approx(0.4), "of the scheduled rate, not of the last one"
     mine.optimizer.step()
-    mine.end_epoch()
+    mine.step_scheduler()
     assert rate(mine) == pytest.approx(0.4), "half of 0.8, though the warm-up stood at a half"
-    mine.warm_up(0.5)
-    mine.end_epoch()
+    mine.scale_rate(0.5)
+    mine.step_scheduler()
     assert rate(mine) == pytest.approx(0.2)
 
 
 def test_without_a_scheduler_the_rate_stays() -> None:
     mine = worker(lr=0.8)
-    mine.warm_up(0.1)
-    mine.end_epoch()
+    mine.scale_rate(0.1)
+    mine.step_scheduler()
     assert rate(mine) == 0.8
 
 
@@ -287,7 +287,7 @@ def test_the_way_that_the_last_rank_is_done_with_first_is_taken(monkeypatch: pyt
     mine = worker()
     before = [v.clone() for v in mine.state.vectors]
     taken: list[str] = []
-    comm = SimpleNamespace(paths=("flat", "hierarchical"), take=taken.append)
+    comm = SimpleNamespace(paths=("flat", "hierarchical"), set_path=taken.append)
 
     def averages_sec(self: Measurement, count: int) -> list[float]:
         for vector in self.worker.state.vectors:

@@ -1,4 +1,4 @@
-"""What can be found wrong with a comparison before anything runs."""
+"""Check a comparison before anything runs."""
 
 from __future__ import annotations
 

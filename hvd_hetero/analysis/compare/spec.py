@@ -1,4 +1,4 @@
-"""What a comparison file says. All rows of a workload get the same budget; a run is one row with one seed."""
+"""Read a comparison file. All rows of a workload get the same budget; a run is one row with one seed."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _stretched(arguments: Mapping[str, Any], times: float) -> dict[str, Any]:
-    """A scheduler's arguments for a run so many times as long: what is counted in epochs grows with it."""
+    """Return a scheduler's arguments for a run n times as long: what is counted in epochs grows with it."""
     result = dict(arguments)
     for key in EPOCHS:
         value = result.get(key)

@@ -21,7 +21,7 @@ UNITS = {"fast_steps": "local steps of a fast rank", "samples": "samples of all 
 
 @dataclass
 class Result:
-    """What is known of one row.
+    """The figures of one row.
 
     Attributes:
         runs: of the seeds that finished.

@@ -1,4 +1,4 @@
-"""What a run would take, foretold from measured speeds without torch or Horovod: ``hvd-hetero plan``."""
+"""Predict what a run would take from measured speeds, without torch or Horovod: ``hvd-hetero plan``."""
 
 from hvd_hetero.analysis.predict.command import plan
 

@@ -1,4 +1,4 @@
-"""What follows from predictions: which tau, which batch, and whether a slow class is worth having."""
+"""Derive advice from predictions: which tau, which batch, and whether a slow class is worth having."""
 
 from __future__ import annotations
 

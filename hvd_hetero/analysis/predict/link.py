@@ -1,4 +1,4 @@
-"""How long collectives take on a link. Pure arithmetic.
+"""Compute how long collectives take on a link. Pure arithmetic.
 
 An allreduce over m ranks, with ``bytes`` on each of them, takes::
 
@@ -28,7 +28,7 @@ class Link:
         return self.latency_sec * _depth(ranks) + sent_bytes(ranks, nbytes) / self.bytes_per_sec
 
     def served_sec(self, workers: int, servers: int, nbytes: float) -> float:
-        """Seconds in which workers push gradients to servers and pull the sums: two exchanges of everybody.
+        """Seconds in which workers push gradients to servers and pull the sums: two exchanges of all ranks.
 
         Each takes as long as its busiest rank: a worker sends all of its gradient, a server receives every worker's
         share for it.

@@ -91,7 +91,7 @@ class Scenario:
 
     @property
     def capacity(self) -> float:
-        """Samples a second if nobody waited or communicated."""
+        """Samples a second if no rank waited or communicated."""
         return sum(len(c.ranks) * self.batch_size[c.name] / self.step_sec[c.name] for c in self.cluster.classes)
 
     def without(self, name: str) -> Scenario:

@@ -1,4 +1,4 @@
-"""How long rounds take on unequal ranks: a discrete-event simulation. Pure (numpy alone; no torch, no Horovod).
+"""Simulate rounds on unequal ranks by discrete events. Pure (numpy alone; no torch, no Horovod).
 
 **A rank's work.** A local step takes ``step_sec`` on average; ``jitter`` is the standard deviation of one step over its
 mean. Steps are independent, so tau of them are drawn as one number, with the mean and the variance of their sum:
@@ -66,7 +66,7 @@ class Spent:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a simulation came to.
+    """The result of a simulation.
 
     Attributes:
         rounds: collectives that were made.
@@ -80,7 +80,7 @@ class Outcome:
 def blocking(
     groups: Sequence[Group], rounds: int, comm_sec: float, rng: np.random.Generator, law: str = LOGNORMAL
 ) -> Outcome:
-    """Simulate rounds in which all ranks wait for the slowest; the collective comes after."""
+    """Simulate rounds in which all ranks wait for the slowest one, then take part in the collective."""
     work = [_works(g, rounds, rng, law) for g in groups]
     last = np.max([w.max(axis=1) for w in work], axis=0)
     seconds = float(last.sum()) + rounds * comm_sec
@@ -122,7 +122,7 @@ def partial(
     rounds: int | None = None, contributions: int | None = None, sync_every: int = 32, max_lag: int = 32,
     patience_sec: float = math.inf, law: str = LOGNORMAL,
 ) -> Outcome:  # fmt: skip
-    """Simulate rounds that the first to be ready starts, as in docs/partial.md, without the ends of epochs.
+    """Simulate rounds that the first rank that is ready starts, as in docs/partial.md, without the ends of epochs.
 
     Args:
         mode: ``solo`` or ``majority``.
@@ -182,7 +182,7 @@ class _Partial:
             self._begin(rank, 0.0)
 
     def until(self, rounds: float, contributions: float) -> float:
-        """Runs until a group, or everybody together, has contributed so often; returns the time."""
+        """Run until a group, or all ranks together, have made n contributions; return the time."""
         behind, total = [size * rounds for size in self._group_size], 0
         while True:
             now, what, rank = heapq.heappop(self._queue)

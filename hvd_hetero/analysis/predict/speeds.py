@@ -1,4 +1,4 @@
-"""What is known beforehand: step times by class and batch, their jitter, the link, the sizes of model and data."""
+"""The inputs of a prediction: step times by class and batch, their jitter, the link, the sizes of model and data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 
 from hvd_hetero.analysis.predict.link import Link, fitted
 from hvd_hetero.analysis.predict.simulator import LAWS, LOGNORMAL
-from hvd_hetero.cluster.device_classes import Cluster, DeviceClass, RankFacts, assign, integers, parse_hosts
+from hvd_hetero.cluster.device_classes import Cluster, DeviceClass, assign, integers
+from hvd_hetero.cluster.hardware import RankFacts
+from hvd_hetero.cluster.hosts import parse_hosts
 from hvd_hetero.config.load import device_classes, per_class
 from hvd_hetero.config.schema import AUTO, Config
 from hvd_hetero.errors import ConfigError, nearest
@@ -21,7 +23,7 @@ MOST_JITTER = 2.0
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What stands on the command line."""
+    """The options of the command line."""
 
     profile: str | None = None
     step_ms: str | None = None

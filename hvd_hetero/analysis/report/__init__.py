@@ -1,4 +1,4 @@
-"""What a person reads of runs: tables, pictures, one page that holds them all."""
+"""Report runs: tables, pictures, one page that holds them all."""
 
 from hvd_hetero.analysis.report.tables import closing_table, table
 from hvd_hetero.analysis.report.write import report

@@ -6,14 +6,19 @@ import base64
 from collections.abc import Sequence
 from html import escape
 
+LONGEST_NUMBER = 14
+"""Characters of a cell that is kept on one line: an accuracy with its deviation."""
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 68rem; margin: 2rem auto;
        padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 p.note { color: #444; } p.stamp { border: 2px solid #1a1a1a; display: inline-block; padding: .1rem .6rem; }
 div.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #ccc; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { border-bottom: 2px solid #1a1a1a; }
+th, td { padding: .25rem .5rem; font-size: .9rem; vertical-align: top; border-bottom: 1px solid #ccc;
+         text-align: right; white-space: nowrap; }
+th:first-child, td:first-child, td.text { text-align: left; } th { border-bottom: 2px solid #1a1a1a; }
+th, td:first-child, td.text { white-space: normal; overflow-wrap: break-word; }
+td.text { word-break: break-word; max-width: 24rem; } details { margin-top: 1rem; } summary { cursor: pointer; }
 img { max-width: 100%; height: auto; }
 """
 
@@ -38,11 +43,12 @@ class Page:
         self._parts.append(f'<p class="stamp">{escape(text)}</p>')
 
     def table(self, rows: Sequence[Sequence[str]]) -> None:
-        """A table, the first row a heading."""
-        head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
-        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
-        inner = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-        self._parts.append(f'<div class="wide"><table>{inner}</table></div>')
+        """Add a table, the first row a heading."""
+        self._parts.append(_table(rows))
+
+    def folded_table(self, text: str, rows: Sequence[Sequence[str]]) -> None:
+        """Add a table that opens on a click."""
+        self._parts.append(f"<details><summary>{escape(text)}</summary>\n{_table(rows)}\n</details>")
 
     def picture(self, png: bytes, text: str) -> None:
         """A picture, and what it shows, for those who cannot see it."""
@@ -53,3 +59,14 @@ class Page:
         body = "\n".join(self._parts)
         head = f'<meta charset="utf-8">\n<title>{escape(self._title)}</title>\n<style>{STYLE}</style>'
         return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in rows[0])
+    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows[1:])
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    """Numbers stay on one line, longer texts may wrap, so that the page need not scroll sideways."""
+    return f"<td{' class=text' if len(text) > LONGEST_NUMBER else ''}>{escape(text)}</td>"

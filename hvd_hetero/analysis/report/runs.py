@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.telemetry import stopwatch
+from hvd_hetero.telemetry.emulation import emulation_reasons
 from hvd_hetero.telemetry.run_folder import METRICS, SUMMARY
 from hvd_hetero.telemetry.trace import TRACE
 
@@ -45,7 +45,7 @@ class Run:
         slow = any(self.settings.get(key, 1) > 1 for key in planned)
         delayed = self.settings.get("delays.distribution") is not None
         before = self.rows[-1].get("emulation", ())  # of jobs that this one goes on from
-        return stopwatch.emulation(slow, delayed, before)
+        return emulation_reasons(slow, delayed, before)
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class Series:
     @property
     def emulation(self) -> tuple[str, ...]:
         """As :attr:`Run.emulation`, of any run."""
-        return stopwatch.emulation(before=(reason for run in self.runs for reason in run.emulation))
+        return emulation_reasons(before=(reason for run in self.runs for reason in run.emulation))
 
 
 def emulation(series: Sequence[Series]) -> list[str]:
     """Why times of some of the series are not those of real devices, each reason once."""
-    return list(stopwatch.emulation(before=(reason for s in series for reason in s.emulation)))
+    return list(emulation_reasons(before=(reason for s in series for reason in s.emulation)))
 
 
 def read_run(path: str | Path) -> Run:

@@ -1,4 +1,4 @@
-"""How pictures look: colours that colour-blind people tell apart, hatches and line styles that survive grey print."""
+"""Style of pictures: colours that colour-blind people tell apart, hatches and line styles that survive grey print."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def bar(kind: str) -> dict[str, Any]:
 
 
 def fit(text: str, width: int) -> str:
-    """A text in at most two lines of so many characters: names of series may be long, and pictures are not wide."""
+    """Wrap a text to at most two lines of ``width`` characters: names of series may be long."""
     return textwrap.fill(text, width, max_lines=2, placeholder=" …", break_on_hyphens=False)
 
 

@@ -1,4 +1,4 @@
-"""What a person reads of a run: tables."""
+"""Format the tables of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hvd_hetero.telemetry.stopwatch import DELAYED, KINDS, SLOWED
+from hvd_hetero.telemetry.emulation import DELAYED, SLOWED
+from hvd_hetero.telemetry.stopwatch import KINDS
 
 STAMPS = {SLOWED: "EMULATED slow devices", DELAYED: "INJECTED delays"}
 
@@ -35,6 +36,10 @@ def closing_table(summary: Mapping[str, Any]) -> str:
     if result["final_accuracy"] is not None:
         figures.append(f"accuracy {100 * result['final_accuracy']:.2f}% (best {100 * result['best_accuracy']:.2f}%)")
     figures.append(f"loss {or_dash(result['final_loss'])}")
+    if result.get("averaged_loss") is not None:
+        share = result["averaged_accuracy"]
+        accuracy = "" if share is None else f"accuracy {100 * share:.2f}%, "
+        figures.append(f"averaged model: {accuracy}loss {or_dash(result['averaged_loss'])}")
     if lost := [f"{c['name']} {c['excluded']}" for c in summary["classes"] if c.get("excluded")]:
         figures.append(f"LEFT OUT of averages (NaN, Inf): {', '.join(lost)}")
     if summary["emulated"]:

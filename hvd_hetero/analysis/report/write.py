@@ -6,19 +6,20 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvd_hetero.analysis.report.figures import Figures, figures
 from hvd_hetero.analysis.report.page import Page
-from hvd_hetero.analysis.report.runs import Series, differing, emulation, group, read_run, shown
+from hvd_hetero.analysis.report.runs import Series, differing, emulation, flat, group, read_run, shown
 from hvd_hetero.analysis.report.style import check_matplotlib
 from hvd_hetero.analysis.report.tables import or_dash
+from hvd_hetero.config.schema import Config
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.files import check_writable, write_text
-from hvd_hetero.telemetry.stopwatch import DELAYED, SLOWED
+from hvd_hetero.telemetry.emulation import DELAYED, SLOWED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -130,8 +131,15 @@ def _chapter(out: Path, page: Page, chapter: Chapter) -> None:
         write_text(out / f"{before}trace-{slug(s.label)}.json", json.dumps(s.runs[0].trace))
     if traced:
         page.note("The trace-*.json files beside this page hold the same rounds, for Perfetto (ui.perfetto.dev).")
-    page.heading("Settings that differ" if len(series) > 1 else "Settings")
-    page.table(_settings(series))
+    if len(series) > 1:
+        page.heading("Settings that differ")
+        page.table(_settings(series, differing([s.runs[0] for s in series])))
+        return
+    page.heading("Settings")
+    changed, built_in = _by_default(series[0])
+    page.table(_settings(series, changed))
+    if built_in:
+        page.folded_table(f"{len(built_in)} settings with their built-in values", _settings(series, built_in))
 
 
 def final_table(series: Sequence[Series]) -> Table:
@@ -170,8 +178,15 @@ def slug(text: str) -> str:
     return name if len(name) <= 80 else f"{name[:71]}-{sha256(name.encode()).hexdigest()[:8]}"
 
 
-def _settings(series: Sequence[Series]) -> Table:
+def _by_default(series: Series) -> tuple[list[str], list[str]]:
+    """Split a run's settings, those of the section ``run`` aside, into changed ones and built-in ones."""
+    defaults = flat(asdict(Config()))
+    settings = {key: value for key, value in series.runs[0].settings.items() if not key.startswith("run.")}
+    built_in = [key for key, value in settings.items() if key in defaults and defaults[key] == value]
+    return [key for key in settings if key not in built_in], built_in
+
+
+def _settings(series: Sequence[Series], keys: Sequence[str]) -> Table:
     first = [s.runs[0] for s in series]
-    keys = differing(first) if len(series) > 1 else [key for key in first[0].settings if not key.startswith("run.")]
     rows = [["key", *(s.label for s in series)]]
     return rows + [[key, *(shown(run.settings.get(key, "-")) for run in first)] for key in keys]

@@ -11,7 +11,6 @@ leaves an empty one; what is contributed later goes with the next round. So each
 from __future__ import annotations
 
 import math
-import sys
 import threading
 import time
 from collections import deque
@@ -37,6 +36,7 @@ from hvd_hetero.comm.partial.coordinator import (
 )
 from hvd_hetero.comm.partial.rounds import Round, done_unless
 from hvd_hetero.comm.partial.send_buffer import SendBuffer
+from hvd_hetero.log import LOGGER
 from hvd_hetero.telemetry.staleness import Counts
 
 BROKEN = "another rank is gone (the channel to rank 0 is broken)"
@@ -243,8 +243,7 @@ class PartialAllreduce:
                     self.counts.waited_for += 1
                     if not said:
                         said = True
-                        print(f"rank {self._rank} is {self._max_lag} rounds behind: the others wait for it", flush=True,
-                              file=sys.stderr)
+                        LOGGER.warning("rank %s is %s rounds behind: the others wait for it", self._rank, self._max_lag)
                 self._changed.wait_for(lambda: self._over() or self._may_join(number, final))  # noqa: B023
                 if self._over():
                     return

@@ -1,0 +1,68 @@
+"""Learning-rate schedules by progress: what share of a run is done, whatever its budget is counted in. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from hvd_hetero.config.schema import TrainConfig
+from hvd_hetero.errors import ConfigError, Plain, nearest
+from hvd_hetero.planning.plan import Plan
+from hvd_hetero.planning.stop_criteria import RunProgress, fast_steps, round_samples
+
+COSINE, LINEAR = "cosine", "linear"
+NAMES = (COSINE, LINEAR)
+ARGUMENTS: Mapping[str, float] = {"warmup": 0.0, "floor": 0.0}
+"""Share of the run in which the rate rises linearly from 0; share of the rate that is left at the run's end."""
+
+
+def check_schedule(train: TrainConfig) -> None:
+    """Refuse arguments that a named schedule does not have.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if train.scheduler is None and train.scheduler_unit != "epoch":
+        problem = "there is no scheduler that could step"
+        raise ConfigError("train.scheduler_unit", train.scheduler_unit, problem, "set train.scheduler")
+    if train.scheduler not in NAMES:
+        return
+    for name, value in train.scheduler_args.items():
+        key = f"train.scheduler_args.{name}"
+        if name not in ARGUMENTS:
+            raise ConfigError(key, value, f"is no argument of {train.scheduler}", nearest(name, ARGUMENTS))
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= 1 or (name == "warmup" and value == 1):
+            raise ConfigError(key, Plain(value), "is no share", "give a number from 0 to 1 (below 1 for warmup)")
+
+
+def rate_factor(name: str, share: float, args: Mapping[str, Any]) -> float:
+    """Return the factor of the learning rate where ``share`` of the run is done, in [0, 1]."""
+    given = {**ARGUMENTS, **args}
+    warmup, floor = given["warmup"], given["floor"]
+    if share < warmup:
+        return share / warmup
+    left = 1 - (share - warmup) / (1 - warmup)
+    shape = left if name == LINEAR else 0.5 * (1 - math.cos(math.pi * left))
+    return floor + (1 - floor) * shape
+
+
+def run_share(train: TrainConfig, plan: Plan, done: RunProgress, rounds: float) -> float:
+    """Return what share of a run is done; of several limits, by the one that is nearest.
+
+    Args:
+        done: at the end of the last epoch.
+        rounds: of the epoch under way. The seconds of a round are taken to be those of the epochs before it, so that
+            all ranks come to the same share; in the first epoch none have passed.
+    """
+    shares = [0.0]
+    if train.epochs is not None:
+        shares.append((done.epochs + rounds / plan.rounds) / train.epochs)
+    if train.max_fast_steps is not None:
+        shares.append((done.fast_steps + rounds * fast_steps(plan)) / train.max_fast_steps)
+    if train.max_samples is not None:
+        shares.append((done.samples + rounds * round_samples(plan)) / train.max_samples)
+    if train.max_train_sec is not None and done.rounds:
+        shares.append(done.train_sec * (1 + rounds / done.rounds) / train.max_train_sec)
+    return min(1.0, max(shares))
