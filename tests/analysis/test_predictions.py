@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,8 +19,8 @@ EQUAL = ["cluster.classes={fast: {ranks: [0]}, slow: {ranks: [1]}}", "train.batc
 
 def scenario(overrides: Sequence[str] = (), **given: Any) -> Scenario:
     config = load([], [*EQUAL, *overrides], algorithms.method)
-    known = {"step_ms": "fast=1,slow=8", "params": 1000, "samples": 1440} | given
-    return Scenario(config, gather(config, Assumptions(**known)))
+    given = {"step_ms": "fast=1,slow=8", "params": 1000, "samples": 1440} | given
+    return Scenario(config, gather(config, Assumptions(**given)))
 
 
 def by_label(rows: Sequence[Prediction]) -> dict[str, Prediction]:
@@ -94,6 +95,45 @@ def test_eager_sgd_counts_all_samples_once() -> None:
         assert row.samples == pytest.approx(3 * 1440, rel=1e-3)
     solo = by_label(scenario().methods())["eager_sgd, solo"]
     assert solo.samples_per_sec == pytest.approx(4 / 0.001 + 4 / 0.008, rel=0.05), "nobody waits for anybody"
+
+
+def test_every_method_of_the_registry_is_predicted() -> None:
+    """Unbalanced local SGD under the name that it shares with biased: which samples it takes makes no difference."""
+    assert {row.method for row in scenario().methods()} == set(algorithms.REGISTRY) - {"unbalanced_local_sgd"}
+
+
+@pytest.mark.parametrize(("settings", "label", "says"), [
+    (["algorithm.name=dlb", "algorithm.global_batch=1"], "dlb", "2 ranks share it, and each gets 1 at least"),
+    (["algorithm.name=dlb", "aggregation.outer_lr=0.5"], "dlb", "dlb averages gradients, not models"),
+    (["aggregation.optimizer_state=average"], "biased local SGD, solo", "no time at which all ranks are there"),
+    (["cluster.too_slow=leave_out"], "biased local SGD, solo", "goes on without late classes already"),
+    (["cluster.classes={only: {ranks: [0, 1]}}"], "byteps", "(classes: only)"),
+    (["train.epochs=null", "train.max_fast_steps=500"], "eager_sgd, majority", "set train.max_samples"),
+])
+def test_a_method_is_refused_in_the_words_of_its_policy(settings: list[str], label: str, says: str) -> None:
+    only = {"step_ms": "only=1"} if "only" in settings[0] else {}
+    assert says in str(by_label(scenario(settings, **only).methods())[label].problem)
+
+
+def test_settings_of_one_method_do_not_refuse_the_others() -> None:
+    """Models' outer steps mean nothing to methods that average gradients."""
+    rows = scenario(["aggregation.outer_lr=0.5", "aggregation.optimizer_state=reset"]).methods()
+    assert [row.problem for row in rows] == [None] * len(rows)
+
+
+def test_options_of_the_configured_method_count() -> None:
+    dlb = by_label(scenario(["algorithm.name=dlb", "algorithm.participants=slow"]).methods())["dlb"]
+    assert dlb.tau == {"fast": 0, "slow": 1} and dlb.blocked == pytest.approx({"fast": 1, "slow": 0})
+
+
+def test_a_prediction_replans_from_epoch_to_epoch() -> None:
+    """A shrunk batch is planned as if a step's time went with it; where it does not, the next plan shrinks it further."""
+    first = scenario(["train.tau=4", "cluster.too_slow=shrink_batch", "train.batch_size=16", "train.epochs=40"])
+    inputs = replace(first.inputs, samples=40_000,
+                     speeds={**first.inputs.speeds, "slow": Speed(((8, 0.007), (16, 0.008)))})
+    configs = (replace(first.config, train=replace(first.config.train, adapt_tau=adapts)) for adapts in (False, True))
+    once, adapted = (Scenario(config, inputs).local(4) for config in configs)
+    assert once.batch_size["slow"] == 7 and adapted.batch_size["slow"] < 7
 
 
 # ---- advice ---------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ class Entry:
 
 
 class OptimizerAverage:
-    """Replaces an optimizer's floating state (momentum) by its weighted average over all ranks; counts by the maximum.
+    """Replace an optimizer's floating state (momentum) by its weighted average over all ranks; counts by the maximum.
 
     A rank may have no state of a parameter: one that had no gradient there yet. The average is over the ranks that have
     it, with their weights scaled up to 1, and all are given it.
@@ -117,7 +117,7 @@ class OptimizerAverage:
         self._missing = {entry for entry in self._entries if any(entry not in each for each in lists)}
 
     def _value(self, own: dict[Entry, Any], entry: Entry) -> Tensor:
-        """This rank's part in an average, on the parameters' device, in memory of its own."""
+        """Return this rank's part in an average, on the parameters' device, in memory of its own."""
         device = self._params[entry.param].device
         if entry in own:
             return real_view(own[entry]).detach().to(device, copy=True)

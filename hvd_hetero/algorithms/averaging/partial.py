@@ -1,7 +1,7 @@
-"""Averaging models without waiting: a class that is late for a round is left out, and merged at the next one it makes.
+"""Average models without waiting: a class that is late for a round is left out, and merged at the next one it makes.
 
 Beyond both papers; it joins the rounds of biased local SGD with the partial collectives of eager-SGD. Every rank i
-holds the common model x of the rounds it has had the results of, and its own progress D_i since it was last merged::
+holds the global model x of the rounds it has had the results of, and its own progress D_i since it was last merged::
 
     y_i = x + D_i                                  # what the rank trains
     repeat: tau_i local steps on y_i

@@ -27,7 +27,7 @@ EFFECT = {
 
 
 class LocalSGDExecutor(Executor):
-    """x_i = tau_g(i) local steps from x; x = sum_i w_i x_i; then the outer optimizer, if there is one."""
+    """Take tau_g(i) local steps from x to x_i, average to x = sum_i w_i x_i, and take the outer step, if any."""
 
     policy: LocalSGD
     averaging: Averaging

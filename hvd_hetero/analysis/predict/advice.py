@@ -45,7 +45,7 @@ class Worth:
 
 
 def taus(scenario: Scenario) -> list[int]:
-    """Powers of two, the configured tau, and the least ones at which the slowest class takes 1, 2, ... steps in time.
+    """List powers of two, the configured tau, and the least ones at which the slowest class takes 1, 2, ... steps.
 
     A margin asks for a little more than whole multiples of the slowest class's step, or rounding takes one away.
     """
@@ -60,12 +60,12 @@ def taus(scenario: Scenario) -> list[int]:
 
 
 def sweep(scenario: Scenario) -> list[tuple[int, Prediction]]:
-    """Local SGD at each tau of the fastest class."""
+    """Predict local SGD at each tau of the fastest class."""
     return [(tau, scenario.local(tau)) for tau in taus(scenario)]
 
 
 def recommended(scenario: Scenario, rows: Sequence[tuple[int, Prediction]]) -> Advice | None:
-    """The smallest tau that is nearly as fast as the fastest; None if none is possible."""
+    """Recommend the smallest tau that is nearly as fast as the fastest; None if none is possible."""
     possible = [(tau, row) for tau, row in rows if row.problem is None]
     if not possible:
         return None
@@ -84,13 +84,13 @@ def recommended(scenario: Scenario, rows: Sequence[tuple[int, Prediction]]) -> A
 
 
 def batches(scenario: Scenario) -> list[tuple[float, Advice]]:
-    """The best tau with smaller and larger batches, by the scale of all of them."""
-    found = ((scale, Scenario(scenario.config, scenario.known, scale)) for scale in SCALES)
+    """Recommend the best tau with smaller and larger batches, by the scale of all of them."""
+    found = ((scale, Scenario(scenario.config, scenario.inputs, scale)) for scale in SCALES)
     return [(scale, best) for scale, other in found if (best := recommended(other, sweep(other))) is not None]
 
 
 def worth(scenario: Scenario, tau: int) -> list[Worth]:
-    """What each class but the fastest adds to local SGD at this tau."""
+    """Compute what each class but the fastest adds to local SGD at this tau."""
     whole = scenario.local(tau)
     others = [c.name for c in scenario.cluster.classes if c.name != scenario.fastest]
     rest = {name: scenario.without(name).local(tau) for name in others}

@@ -20,7 +20,7 @@ NO_PICTURES = "No pictures: matplotlib is not installed (pip install 'hvd-hetero
 
 
 def plan(files: Sequence[str], overrides: Sequence[str], given: Assumptions, out: str | None = None) -> None:
-    """Foretells what each method would take, and prints it; writes ``table.json`` and pictures into a folder.
+    """Predict what each method would take, and print it; write ``table.json`` and pictures into a folder.
 
     Raises:
         ConfigError: something given is missing or cannot be, or the folder cannot be written.
@@ -28,29 +28,29 @@ def plan(files: Sequence[str], overrides: Sequence[str], given: Assumptions, out
     if out is not None:
         check_writable("--out", Path(out))
     config = load(files, overrides, algorithms.method)
-    known = gather(config, given)
-    scenario = Scenario(config, known)
+    inputs = gather(config, given)
+    scenario = Scenario(config, inputs)
     rows = sweep(scenario)
     advice = recommended(scenario, rows)
     if advice is None:
         problem = next(row.problem for _, row in reversed(rows))
         raise ConfigError("train.tau", config.train.tau, f"no tau can be planned: {problem}", "change what it names")
-    foretold = Forecast(scenario, scenario.methods(), rows, advice, batches(scenario), worth(scenario, advice.tau))
-    print(as_text(foretold))
+    forecast = Forecast(scenario, scenario.methods(), rows, advice, batches(scenario), worth(scenario, advice.tau))
+    print(as_text(forecast))
     if out is not None:
-        print(_write(Path(out), foretold))
+        print(_write(Path(out), forecast))
 
 
-def _write(folder: Path, foretold: Forecast) -> str:
-    """Writes everything into a folder; returns a sentence about it."""
+def _write(folder: Path, forecast: Forecast) -> str:
+    """Write everything into a folder; return a sentence about it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "table.json", json.dumps(as_json(foretold), indent=2) + "\n")
+        write_text(folder / "table.json", json.dumps(as_json(forecast), indent=2) + "\n")
         if importlib.util.find_spec("matplotlib") is None:
             return f"\n{folder / 'table.json'}\n{NO_PICTURES}"
         from hvd_hetero.analysis.predict.pictures import draw
 
-        return "\n" + "\n".join(map(str, [folder / "table.json", *draw(foretold, folder)]))
+        return "\n" + "\n".join(map(str, [folder / "table.json", *draw(forecast, folder)]))
     except OSError as error:
         problem = f"cannot be written: {error.strerror}"
         raise ConfigError("--out", str(folder), problem, "choose another folder") from error

@@ -22,13 +22,13 @@ class Link:
     bytes_per_sec: float = math.inf
 
     def sum_sec(self, ranks: int, nbytes: float) -> float:
-        """Seconds of an allreduce, as above."""
+        """Return the seconds of an allreduce, as above."""
         if ranks < 2:
             return 0.0
         return self.latency_sec * _depth(ranks) + sent_bytes(ranks, nbytes) / self.bytes_per_sec
 
     def served_sec(self, workers: int, servers: int, nbytes: float) -> float:
-        """Seconds in which workers push gradients to servers and pull the sums: two exchanges of all ranks.
+        """Return the seconds in which workers push gradients to servers and pull the sums: two exchanges of all ranks.
 
         Each takes as long as its busiest rank: a worker sends all of its gradient, a server receives every worker's
         share for it.
@@ -38,14 +38,14 @@ class Link:
 
 
 def sent_bytes(ranks: int, nbytes: float) -> float:
-    """Bytes that each rank sends in an allreduce."""
+    """Return the bytes that each rank sends in an allreduce."""
     return nbytes * 2 * (ranks - 1) / ranks
 
 
 def fitted(
     sum_sec: float, ranks: int, nbytes: float, latency_sec: float | None = None, bytes_per_sec: float | None = None
 ) -> Link:
-    """The link on which an allreduce takes ``sum_sec``: what is not given follows from it.
+    """Fit the link on which an allreduce takes ``sum_sec``: what is not given follows from it.
 
     With neither given, all is put down to the bandwidth. Both given, the measured seconds are not looked at.
     """

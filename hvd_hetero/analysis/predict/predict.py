@@ -17,7 +17,7 @@ from hvd_hetero.algorithms.policy import MAJORITY, SOLO, Policy
 from hvd_hetero.algorithms.synchronous import ALL, FAST, LockstepOptions, choose
 from hvd_hetero.analysis.predict.link import sent_bytes
 from hvd_hetero.analysis.predict.simulator import Group, Outcome, Spent, blocking, partial
-from hvd_hetero.analysis.predict.speeds import Known
+from hvd_hetero.analysis.predict.speeds import Inputs
 from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
 from hvd_hetero.config.load import per_class
 from hvd_hetero.config.schema import Config
@@ -72,16 +72,16 @@ class Scenario:
         scale: of all batch sizes.
     """
 
-    def __init__(self, config: Config, known: Known, scale: float = 1.0) -> None:
-        self.config, self.known, self.cluster = config, known, known.cluster
+    def __init__(self, config: Config, inputs: Inputs, scale: float = 1.0) -> None:
+        self.config, self.inputs, self.cluster = config, inputs, inputs.cluster
         names = [c.name for c in self.cluster.classes]
-        batch = per_class("train.batch_size", config.train.batch_size, [*known.speeds])
+        batch = per_class("train.batch_size", config.train.batch_size, [*inputs.speeds])
         self.batch_size = {name: max(1, round(scale * batch[name])) for name in names}
         self.scale = scale
-        self.step_sec = {name: known.speeds[name].step_sec(self.batch_size[name]) for name in names}
+        self.step_sec = {name: inputs.speeds[name].step_sec(self.batch_size[name]) for name in names}
         self.fastest = min(names, key=lambda name: self.step_sec[name])
         tau = config.train.tau
-        every = per_class("train.tau", tau, [*known.speeds])
+        every = per_class("train.tau", tau, [*inputs.speeds])
         self.taus = {name: every[name] for name in names} if isinstance(tau, Mapping) else None
         self.tau = max(every.values())
         try:
@@ -95,13 +95,13 @@ class Scenario:
         return sum(len(c.ranks) * self.batch_size[c.name] / self.step_sec[c.name] for c in self.cluster.classes)
 
     def without(self, name: str) -> Scenario:
-        """The same without a class."""
+        """Return the same scenario without a class."""
         left = [c for c in self.cluster.classes if c.name != name]
         ends = [0, *accumulate(len(c.ranks) for c in left)]
         ranks = [tuple(range(*ends)) for ends in pairwise(ends)]
         classes = tuple(DeviceClass(c.name, c.device, own) for c, own in zip(left, ranks, strict=True))
         cluster = Cluster(classes, self.cluster.facts[: ends[-1]])
-        return Scenario(self.config, replace(self.known, cluster=cluster), self.scale)
+        return Scenario(self.config, replace(self.inputs, cluster=cluster), self.scale)
 
     def methods(self) -> list[Prediction]:
         """Predict every method at the configuration's own tau and batch."""
@@ -135,7 +135,7 @@ class Scenario:
         spec = replace(config.aggregation, **{**({} if is_own else method.unused), **(aggregation or {})})
         config = replace(config, algorithm=own, train=train, aggregation=spec)
         try:
-            return replace(self._run(method(config, self.cluster, self.known.samples)), label=label)
+            return replace(self._run(method(config, self.cluster, self.inputs.samples)), label=label)
         except ConfigError as error:
             return Prediction(label, name, {}, dict(self.batch_size), problem=f"{error.problem}; {error.remedy}")
 
@@ -174,13 +174,13 @@ class Scenario:
 
     def _step_sec(self, plan: Plan) -> list[float]:
         """Return what a local step of each rank takes on average; NaN for those that take none."""
-        found = {rank: self.known.speeds[c.name].step_sec(size) if c.tau else math.nan
+        found = {rank: self.inputs.speeds[c.name].step_sec(size) if c.tau else math.nan
                  for c in plan.classes for rank, size in _batches(c)}  # fmt: skip
         return [found[rank] for rank in sorted(found)]
 
     def _collective(self, policy: Policy, plan: Plan) -> tuple[float, float]:
         """Return seconds of one collective, and the bytes that each rank sends in it."""
-        link, nbytes = self.known.link, self.known.model_bytes
+        link, nbytes = self.inputs.link, self.inputs.model_bytes
         servers = sum(len(c.ranks) for c in plan.classes if c.role == SERVER)
         ranks = sum(len(c.ranks) for c in plan.classes if _joins(policy, c)) - servers
         if servers:
@@ -189,11 +189,11 @@ class Scenario:
 
     def _simulate(self, policy: Policy, plan: Plan) -> Outcome:
         """Simulate rounds of a plan, by the collectives that its ranks meet in."""
-        size, spec, law = self.cluster.size, policy.aggregation, self.known.jitter_law
+        size, spec, law = self.cluster.size, policy.aggregation, self.inputs.jitter_law
         comm_sec, rng = self._collective(policy, plan)[0], np.random.default_rng(self.config.run.seed)
         groups = [
-            Group(c.name, ranks, self.known.speeds[c.name].step_sec(batch) if c.tau else 0.0, c.tau,
-                  self.known.speeds[c.name].jitter, _joins(policy, c))
+            Group(c.name, ranks, self.inputs.speeds[c.name].step_sec(batch) if c.tau else 0.0, c.tau,
+                  self.inputs.speeds[c.name].jitter, _joins(policy, c))
             for c in plan.classes for batch, ranks in Counter(batch for _, batch in _batches(c)).items()
         ]  # fmt: skip
         mode = policy.partial_mode(self.step_sec)

@@ -93,7 +93,7 @@ def blocking(
 
 
 def _works(g: Group, rounds: int, rng: np.random.Generator, law: str) -> Floats:
-    """Seconds of computing, ``[rounds, ranks]``."""
+    """Draw seconds of computing, ``[rounds, ranks]``."""
     mean, spread = g.tau * g.step_sec, _spread(g, law)
     if not spread:
         return np.full((rounds, g.ranks), mean)
@@ -102,14 +102,14 @@ def _works(g: Group, rounds: int, rng: np.random.Generator, law: str) -> Floats:
 
 
 def _spread(g: Group, law: str) -> float:
-    """Of a round's work, relative to its mean; of its logarithm, where that is what is normal."""
+    """Return the deviation of a round's work over its mean; of its logarithm, where that is normal."""
     assert law in LAWS
     relative = 0.0 if law == NONE or not g.tau else g.jitter / math.sqrt(g.tau)
     return math.sqrt(math.log1p(relative**2)) if law == LOGNORMAL else relative
 
 
 def _by_name(groups: Sequence[Group], spent: Sequence[tuple[Floats, Floats, Floats, Floats]]) -> dict[str, Spent]:
-    """Means over the ranks of each class, of compute, blocked, comm and steps by rank."""
+    """Average over the ranks of each class, of compute, blocked, comm and steps by rank."""
     found = {}
     for name in dict.fromkeys(g.name for g in groups):
         mine = [arrays for g, arrays in zip(groups, spent, strict=True) if g.name == name]
@@ -223,7 +223,7 @@ class _Partial:
             self._join_late(rank, now)
 
     def _start_if_ready(self, unit: int, now: float) -> None:
-        """Starts the next round if the unit that has just gained a rank is complete, and may start it."""
+        """Start the next round if the unit that has just gained a rank is complete, and may start it."""
         if self._there[unit] < self._unit_size[unit] or (self._mode == MAJORITY and unit != self._initiator):
             return
         number, self.started, self._started_at = self.started, self.started + 1, now

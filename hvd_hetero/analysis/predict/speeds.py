@@ -38,7 +38,7 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Speed:
-    """How long a step of one class takes.
+    """Step times of one class, by batch size.
 
     Attributes:
         points: seconds of a step by batch size, as measured, the smallest batch first.
@@ -49,7 +49,7 @@ class Speed:
     jitter: float = 0.0
 
     def step_sec(self, batch: float) -> float:
-        """Straight lines through what was measured, the outer ones prolonged; through 0 where there is one point."""
+        """Interpolate between measured batches, and prolong the outer lines; through 0 where there is one point."""
         (a, start), *rest = self.points
         for b, end in rest:
             if batch <= b or b == self.points[-1][0]:
@@ -60,8 +60,8 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class Known:
-    """All that a prediction stands on.
+class Inputs:
+    """All inputs of a prediction.
 
     Attributes:
         samples: n, training samples.
@@ -78,8 +78,8 @@ class Known:
     jitter_law: str = LOGNORMAL
 
 
-def gather(config: Config, given: Assumptions) -> Known:
-    """Puts configuration, profile and command line together; the command line wins.
+def gather(config: Config, given: Assumptions) -> Inputs:
+    """Gather configuration, profile and command line; the command line wins.
 
     Raises:
         ConfigError: something is missing, or cannot be.
@@ -105,7 +105,7 @@ def gather(config: Config, given: Assumptions) -> Known:
         ranks = next((len(own.ranks) for own in cluster.classes if own.name == c.name), c.ranks)
         if ranks != c.ranks:
             notes.append(f"Class {c.name} was measured with {c.ranks} ranks and is planned with {ranks}.")
-    return Known(cluster, speeds, link, model_bytes, samples, tuple(notes), law)
+    return Inputs(cluster, speeds, link, model_bytes, samples, tuple(notes), law)
 
 
 def _checked(path: str, profile: Profile) -> Profile:
@@ -125,7 +125,7 @@ def _checked(path: str, profile: Profile) -> Profile:
 
 
 def _number(key: str, value: object, above: float | None = None) -> None:
-    """Raises ConfigError unless it is a finite number of at least 0, or above a limit."""
+    """Refuse what is no finite number of at least 0, or above a limit."""
     fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not (fits and isinstance(value, (int, float)) and (value >= 0 if above is None else value > above)):
         wanted = "0 or more" if above is None else f"a number above {above:g}"
@@ -133,7 +133,7 @@ def _number(key: str, value: object, above: float | None = None) -> None:
 
 
 def _cluster(config: Config, profile: Profile | None) -> Cluster:
-    """The ranks of the configuration where it tells them, else those of the profile."""
+    """Make the ranks of the configuration where it names them, else those of the profile."""
     classes, hosts = config.cluster.classes, config.cluster.hosts
     if classes != AUTO:
         chosen = device_classes(classes)
@@ -187,7 +187,7 @@ def _speeds(
 
 
 def _by_class(option: str, text: str | None, names: Sequence[str]) -> dict[str, float]:
-    """Reads ``fast=6.4,slow=58``."""
+    """Read ``fast=6.4,slow=58``."""
     found: dict[str, float] = {}
     for item in text.split(",") if text is not None else ():
         name, _, number = (part.strip() for part in item.partition("="))

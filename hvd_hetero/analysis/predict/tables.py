@@ -18,7 +18,7 @@ LEFT_OUT = (
 
 @dataclass(frozen=True)
 class Forecast:
-    """All that was found out.
+    """All predictions and the advice.
 
     Attributes:
         sweep: local SGD by tau of the fastest class.
@@ -33,24 +33,24 @@ class Forecast:
     worth: Sequence[Worth]
 
 
-def as_text(foretold: Forecast) -> str:
-    """Tables and sentences."""
-    scenario = foretold.scenario
+def as_text(forecast: Forecast) -> str:
+    """Return tables and sentences."""
+    scenario = forecast.scenario
     names = [c.name for c in scenario.cluster.classes]
     parts = [
         "\n".join(f"class {c.name}, ranks {len(c.ranks)}: {1e3 * scenario.step_sec[c.name]:.4g} ms a step of "
-                  f"{scenario.batch_size[c.name]}, jitter {scenario.known.speeds[c.name].jitter:.2g}"
+                  f"{scenario.batch_size[c.name]}, jitter {scenario.inputs.speeds[c.name].jitter:.2g}"
                   for c in scenario.cluster.classes),
-        table([["method", *_head(names)], *([row.label, *_cells(row, names)] for row in foretold.methods)]),
+        table([["method", *_head(names)], *([row.label, *_cells(row, names)] for row in forecast.methods)]),
         table([["local SGD", *_head(names)],
-               *([f"tau {tau}{' *' if tau == foretold.advice.tau else ''}", *_cells(row, names)]
-                 for tau, row in foretold.sweep if row.problem is None)]),
+               *([f"tau {tau}{' *' if tau == forecast.advice.tau else ''}", *_cells(row, names)]
+                 for tau, row in forecast.sweep if row.problem is None)]),
         table([["batch sizes", "best tau", *_head(names)],
                *([_by_class(advice.prediction.batch_size), str(advice.tau), *_cells(advice.prediction, names)]
-                 for _, advice in foretold.batches)]),
-        f"* Recommended: {foretold.advice.reason}",
-        "\n".join(w.sentence for w in foretold.worth) or "There is no class to leave out.",
-        "\n".join(_notes(foretold)),
+                 for _, advice in forecast.batches)]),
+        f"* Recommended: {forecast.advice.reason}",
+        "\n".join(w.sentence for w in forecast.worth) or "There is no class to leave out.",
+        "\n".join(_notes(forecast)),
     ]
     return "\n\n".join(parts)
 
@@ -72,33 +72,33 @@ def _by_class(numbers: dict[str, int]) -> str:
     return "/".join(map(str, numbers.values()))
 
 
-def _notes(foretold: Forecast) -> list[str]:
-    """What cannot run, and what was assumed."""
-    cannot = [f"{row.label} cannot run: {row.problem}" for row in foretold.methods if row.problem is not None]
+def _notes(forecast: Forecast) -> list[str]:
+    """List what cannot run, and what was assumed."""
+    cannot = [f"{row.label} cannot run: {row.problem}" for row in forecast.methods if row.problem is not None]
     failing: dict[str, list[str]] = {}
-    for tau, row in foretold.sweep:
+    for tau, row in forecast.sweep:
         if row.problem is not None:
             failing.setdefault(row.problem, []).append(str(tau))
     cannot += [f"tau {', '.join(numbers)} cannot be planned: {problem}" for problem, numbers in failing.items()]
-    return [*cannot, *foretold.scenario.known.notes, LEFT_OUT]
+    return [*cannot, *forecast.scenario.inputs.notes, LEFT_OUT]
 
 
-def as_json(foretold: Forecast) -> dict[str, Any]:
-    """What ``table.json`` holds; shares and times as fractions and seconds."""
-    scenario, advice = foretold.scenario, foretold.advice
+def as_json(forecast: Forecast) -> dict[str, Any]:
+    """Return the content of ``table.json``; shares and times as fractions and seconds."""
+    scenario, advice = forecast.scenario, forecast.advice
     return {
         "classes": [
             {"name": c.name, "ranks": len(c.ranks), "batch_size": scenario.batch_size[c.name],
-             "step_sec": scenario.step_sec[c.name], "jitter": scenario.known.speeds[c.name].jitter}
+             "step_sec": scenario.step_sec[c.name], "jitter": scenario.inputs.speeds[c.name].jitter}
             for c in scenario.cluster.classes
         ],
-        "methods": [_row(row) for row in foretold.methods],
-        "sweep": [{"tau_fastest": tau, **_row(row)} for tau, row in foretold.sweep],
+        "methods": [_row(row) for row in forecast.methods],
+        "sweep": [{"tau_fastest": tau, **_row(row)} for tau, row in forecast.sweep],
         "batches": [{"scale": scale, "tau_fastest": best.tau, **_row(best.prediction)}
-                    for scale, best in foretold.batches],
+                    for scale, best in forecast.batches],
         "recommended": {"tau_fastest": advice.tau, "reason": advice.reason, **_row(advice.prediction)},
-        "worth": [{**asdict(w), "worth_having": w.worth_having, "sentence": w.sentence} for w in foretold.worth],
-        "notes": _notes(foretold),
+        "worth": [{**asdict(w), "worth_having": w.worth_having, "sentence": w.sentence} for w in forecast.worth],
+        "notes": _notes(forecast),
     }
 
 
