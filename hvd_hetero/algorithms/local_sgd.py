@@ -153,8 +153,8 @@ class LocalSGD(Policy):
                 continue
             if len(proposed.training) < len(self.plan.training):
                 continue  # a class that is left out is measured no more, and could never come back
-            saved = judge.capacity_saved(self.plan, proposed, times)
             if is_gain(self.plan, proposed):
+                saved = judge.capacity_saved(self.plan, proposed, times)
                 self.reason = f"{saved:.1%} of what all can do would wait no more"
                 self.plan = proposed
                 break

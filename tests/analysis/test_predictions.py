@@ -127,7 +127,7 @@ def test_options_of_the_configured_method_count() -> None:
 
 
 def test_a_prediction_replans_from_epoch_to_epoch() -> None:
-    """A shrunk batch is planned as if a step's time went with it; where it does not, the next plan shrinks it further."""
+    """A shrunk batch is planned as if a step went with it; where it does not, the next plan shrinks it further."""
     first = scenario(["train.tau=4", "cluster.too_slow=shrink_batch", "train.batch_size=16", "train.epochs=40"])
     inputs = replace(first.inputs, samples=40_000,
                      speeds={**first.inputs.speeds, "slow": Speed(((8, 0.007), (16, 0.008)))})

@@ -162,7 +162,7 @@ class Scenario:
             for name, s in outcome.classes.items():
                 spent[name] += times * np.array([s.compute, s.blocked, s.comm, s.steps])
             done = replace(done.after(replace(plan, rounds=rounds)), train_sec=seconds)
-            if (new := policy.replan(step_sec)) != plan:
+            if (new := policy.replan(step_sec)) is not plan and new != plan:
                 plan, outcome, step_sec = new, self._simulate(policy, new), self._step_sec(new)
         training = [c.name for c in plan.training]
         return Prediction(
