@@ -137,6 +137,10 @@ class SamplingConfig:
     scheme: Optional[str] = _key(None, choices=("separate", "uniform", "unified"))  # noqa: UP045
     high_loss_ratio: float = _key(0.5, at_least=0, at_most=1)
     bias_to: str = "fast"
+    until: float = _key(1.0, above=0, at_most=1)
+    anneal: bool = _key(False)
+    selection: str = _key("hard", choices=("hard", "soft"))
+    smoothing: float = _key(0.0, at_least=0, at_most=0.999)
 
 
 @dataclass(frozen=True)

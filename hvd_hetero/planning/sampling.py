@@ -17,10 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvd_hetero.cluster.hardware import usable_cores
+from hvd_hetero.config.schema import SamplingConfig
 
 Indices = NDArray[np.integer[Any]]
 Losses = NDArray[np.float32]
 Mask = NDArray[np.bool_]
+Choose = Callable[[np.random.Generator, Losses, int], Mask]
 WORTH_A_THREAD = 1_000_000
 """Samples, of which drawing an epoch takes tens of milliseconds."""
 BUCKETS, WHOLE, BLOCK = 256, 1 << 21, 1 << 19
@@ -37,21 +39,35 @@ class Sampler:
         scheme: one of :data:`SCHEMES`.
         high_loss_ratio: p, the share of the biased class's samples that are those of the highest losses.
         biased: name of the class that gets them.
+        until: share of the run from which on sampling is uniform; with ``anneal`` p falls linearly to 0 until then.
+        soft: draw high losses by their rank, see :func:`_softly`, and not the very highest.
+        smoothing: share of a sample's former loss that is kept.
         seed: of the draws; the same seed and the same losses give the same draws.
 
     Attributes:
         biased: name of the class that gets the hard samples.
         losses: ``[n]`` training loss of each sample when it was last trained on, +inf if it never was.
+        share: of the run that is done; to be set before each draw.
     """
 
-    def __init__(self, samples: int, scheme: str, high_loss_ratio: float, biased: str, seed: int) -> None:
+    def __init__(
+        self, samples: int, scheme: str, high_loss_ratio: float, biased: str, seed: int, *,
+        until: float = 1.0, anneal: bool = False, soft: bool = False, smoothing: float = 0.0,
+    ) -> None:  # fmt: skip
         self.losses: Losses = np.full(samples, np.inf, dtype=np.float32)
         self._draw = SCHEMES[scheme]
-        self._ratio = high_loss_ratio
-        self.biased = biased
+        self._ratio, self._until, self._anneal, self._smoothing = high_loss_ratio, until, anneal, smoothing
+        self._choose = _softly if soft else _highest
+        self.biased, self.share = biased, 0.0
         self._rng = np.random.default_rng(seed)
         self._thread: ThreadPoolExecutor | None = None
         self._begun: tuple[dict[str, int], Any, Future[tuple[dict[str, Indices], Any]]] | None = None
+
+    @classmethod
+    def of(cls, spec: SamplingConfig, samples: int, biased: str, seed: int) -> Sampler:
+        """Make the sampler that a configuration asks for."""
+        return cls(samples, str(spec.scheme), spec.high_loss_ratio, biased, seed, until=spec.until,
+                   anneal=spec.anneal, soft=spec.selection == "soft", smoothing=spec.smoothing)  # fmt: skip
 
     def draw(self, counts: Mapping[str, int]) -> dict[str, Indices]:
         """Draws N_g sample indices for every class, in random order, none twice within a class.
@@ -66,8 +82,14 @@ class Sampler:
         if begun is not None and begun[:2] == (dict(counts), self._rng.bit_generator.state):
             drawn, self._rng.bit_generator.state = begun[2].result()
         else:
-            drawn = self._draw(self._rng, self.losses, counts, self.biased, self._ratio)
+            draw = _uniform if self.share >= self._until else self._draw
+            drawn = draw(self._rng, self.losses, counts, self.biased, self.ratio, self._choose)
         return {name: drawn[name] for name in counts}
+
+    @property
+    def ratio(self) -> float:
+        """p as it is now."""
+        return self._ratio * (max(0.0, 1 - self.share / self._until) if self._anneal else 1.0)
 
     def begin(self, counts: Mapping[str, int]) -> None:
         """Begins to draw the next epoch in a thread, where the scheme does not go by losses, and n makes it worth it.
@@ -79,7 +101,7 @@ class Sampler:
         rng, counts = copy.deepcopy(self._rng), dict(counts)
 
         def draw() -> tuple[dict[str, Indices], Any]:
-            return _uniform(rng, self.losses, counts, self.biased, self._ratio), rng.bit_generator.state
+            return _uniform(rng, self.losses, counts, self.biased, 0.0), rng.bit_generator.state
 
         self._thread = self._thread or ThreadPoolExecutor(1, "hvd_hetero.sampling")
         self._begun = (counts, self._rng.bit_generator.state, self._thread.submit(draw))
@@ -97,6 +119,10 @@ class Sampler:
             without = indices[~counted]
             self.losses[without] = np.where(np.isposinf(self.losses[without]), -np.inf, self.losses[without])
             indices, losses = indices[counted], losses[counted]
+        if self._smoothing:
+            former = self.losses[indices]
+            mixed = self._smoothing * former + (1 - self._smoothing) * losses
+            losses = np.where(np.isfinite(former) & np.isfinite(losses), mixed, losses)
         # numpy assigns repeated indices one after the other, so the newest loss is the one left behind
         self.losses[indices] = np.where(np.isnan(losses), np.float32(np.inf), losses)
 
@@ -230,37 +256,55 @@ def _highest(rng: np.random.Generator, losses: Losses, count: int) -> Mask:
     return above
 
 
-def _biased_draw(rng: np.random.Generator, losses: Losses, total: int, ratio: float) -> Mask:
+def _softly(rng: np.random.Generator, losses: Losses, count: int) -> Mask:
+    """Draw ``count`` samples without replacement, each in proportion to ((r + 1/2) / n)^(n / count - 1), r its rank.
+
+    The probability of Composer's selective backpropagation; the draw is that of Efraimidis and Spirakis (2006).
+    """
+    n, chosen = len(losses), np.zeros(len(losses), dtype=bool)
+    if count in (0, n):
+        return np.full(n, count == n)
+    order = np.lexsort((rng.random(n), losses))  # ties at random
+    log_weight = (n / count - 1) * np.log((np.arange(n) + 0.5) / n)
+    keys = np.log(-np.log(rng.random(n))) - log_weight  # the smallest are drawn
+    chosen[order[np.argpartition(keys, count)[:count]]] = True
+    return chosen
+
+
+def _biased_draw(rng: np.random.Generator, losses: Losses, total: int, ratio: float, choose: Choose) -> Mask:
     """floor(p N) samples of the highest losses, the rest of N uniformly from the others."""
     count = math.floor(ratio * total + 1e-9)  # 0.29 * 100 is a little less than 29 in floating point
-    hard = _highest(rng, losses, count)
+    hard = choose(rng, losses, count)
     hard |= _some(rng, ~hard, total - count)
     return hard
 
 
 def _uniform(
-    rng: np.random.Generator, losses: Losses, counts: Mapping[str, int], biased: str, ratio: float
-) -> dict[str, Indices]:
+    rng: np.random.Generator, losses: Losses, counts: Mapping[str, int], biased: str, ratio: float,
+    choose: Choose = _highest,
+) -> dict[str, Indices]:  # fmt: skip
     """One joint permutation, dealt to the classes without replacement; losses do not matter."""
     return _deal(rng, np.ones(len(losses), dtype=bool), counts)
 
 
 def _separate(
-    rng: np.random.Generator, losses: Losses, counts: Mapping[str, int], biased: str, ratio: float
-) -> dict[str, Indices]:
+    rng: np.random.Generator, losses: Losses, counts: Mapping[str, int], biased: str, ratio: float,
+    choose: Choose = _highest,
+) -> dict[str, Indices]:  # fmt: skip
     """The biased class gets hard samples; every other class draws from all samples, independently of it."""
     drawn: dict[str, Indices] = {}
     for name, count in counts.items():
-        own = _biased_draw(rng, losses, count, ratio) if name == biased else np.ones(len(losses), dtype=bool)
+        own = _biased_draw(rng, losses, count, ratio, choose) if name == biased else np.ones(len(losses), dtype=bool)
         drawn |= _deal(rng, own, {name: count})
     return drawn
 
 
 def _unified(
-    rng: np.random.Generator, losses: Losses, counts: Mapping[str, int], biased: str, ratio: float
-) -> dict[str, Indices]:
+    rng: np.random.Generator, losses: Losses, counts: Mapping[str, int], biased: str, ratio: float,
+    choose: Choose = _highest,
+) -> dict[str, Indices]:  # fmt: skip
     """The biased class draws first; the others draw without replacement from what is left."""
-    first = _biased_draw(rng, losses, counts[biased], ratio)
+    first = _biased_draw(rng, losses, counts[biased], ratio, choose)
     others = {name: count for name, count in counts.items() if name != biased}
     return _deal(rng, first, {biased: counts[biased]}) | _deal(rng, ~first, others)
 
@@ -273,7 +317,7 @@ def _deal(rng: np.random.Generator, among: Mask, counts: Mapping[str, int]) -> d
 
 
 Scheme = Callable[
-    [np.random.Generator, Losses, Mapping[str, int], str, float],
+    [np.random.Generator, Losses, Mapping[str, int], str, float, Choose],
     dict[str, Indices],
 ]
 SCHEMES: dict[str, Scheme] = {"separate": _separate, "uniform": _uniform, "unified": _unified}

@@ -26,6 +26,7 @@ from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, Plain, RankError, UserError
 from hvd_hetero.log import logged
 from hvd_hetero.planning.sampling import Sampler
+from hvd_hetero.planning.schedules import run_share
 from hvd_hetero.planning.stop_criteria import RunProgress, check_limits, next_rounds
 from hvd_hetero.random_state import seed_all
 from hvd_hetero.telemetry.emulation import SlowdownEmulator, thread_cpu_clock
@@ -144,8 +145,8 @@ class Loop:
         self.plan = algorithms.policy(config, cluster, samples).make_plan(None)
         spec = config.sampling
         biased = self.plan.biased(spec.bias_to)
-        sampler = Sampler(samples, str(spec.scheme), spec.high_loss_ratio, biased, config.run.seed)
-        self._feed = Feed(self._comm, samples, sampler if self.rank == 0 else None)
+        sampler = Sampler.of(spec, samples, biased, config.run.seed) if self.rank == 0 else None
+        self._feed = Feed(self._comm, samples, sampler)
         check_limits(config.train, self.plan)
         self._train = config.train
         self._pace = SlowdownEmulator(self._watch, cluster.class_of(self.rank).slowdown, self._synchronize)
@@ -161,6 +162,8 @@ class Loop:
         done, excluded, self._comm.excluded.round = RunProgress(), False, 1
         while rounds := next_rounds(self._train, self.plan, done):
             part = replace(self.plan, rounds=rounds)
+            if self._feed.sampler is not None:
+                self._feed.sampler.share = run_share(self._train, self.plan, done, 0.0)
             rows = exit_on_error(partial(self._feed.deal, part, self.plan))
             batches = read(self._source, rows, self._generator)
             taken: list[Numbers] = []

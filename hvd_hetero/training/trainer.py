@@ -165,6 +165,8 @@ class Trainer:
         if self.accounts.epochs < TRACED_EPOCHS:
             self.recorder.start()
         self.watch.heartbeat.begin("dealing samples")
+        if self.feed.sampler is not None:
+            self.feed.sampler.share = run_share(self.config.train, self.plan, self.accounts.done, 0.0)
         indices = self.algorithm.deal(self.feed, part, self.plan)
         return Epoch(part, indices, self.source, self.worker.generator)
 
@@ -238,7 +240,7 @@ class Trainer:
 
     def _sampler(self) -> Sampler:
         spec, biased = self.config.sampling, self.plan.biased(self.config.sampling.bias_to)
-        return Sampler(len(self.source), str(spec.scheme), spec.high_loss_ratio, biased, self.config.run.seed)
+        return Sampler.of(spec, len(self.source), biased, self.config.run.seed)
 
     def _memory_told(self) -> AbstractContextManager[None]:
         """What a class without enough memory for its steps ends with."""

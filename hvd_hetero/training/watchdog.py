@@ -32,7 +32,7 @@ AWAY_SEC = 10.0
 PREPARING_SEC = 60.0
 """What a rank may take without a sign of progress before its first step, at least: there is more in one piece."""
 STACKS_AT = 0.75
-"""Of the time without progress after which a rank is ended; by then a thread that can run has put this off."""
+"""Of the time after which a silent rank is given up; a thread that can run has put this off by then."""
 
 
 @dataclass
@@ -95,9 +95,9 @@ class Watchdog:
     def _run(self) -> None:
         while not self._stopped.is_set():
             every_sec = min(self._limit_sec / 4, BEAT_SEC)
-            if math.isfinite(self._limit_sec):
-                # code that lets no other thread run, this one neither, is ended by the other ranks: say where it is
-                faulthandler.dump_traceback_later(STACKS_AT * self._limit_sec, file=_stderr())
+            # code that lets no other thread run, this one neither, is ended by the other ranks: say where it is
+            silent_sec = min(self._limit_sec, self._env.orphan_sec + LOST_LATER_SEC)
+            faulthandler.dump_traceback_later(STACKS_AT * silent_sec, file=_stderr())
             self._tick(every_sec + AWAY_SEC)
             self._wake.wait(every_sec)
             self._wake.clear()
