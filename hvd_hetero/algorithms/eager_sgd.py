@@ -4,7 +4,7 @@ Synchronous SGD whose allreduce of gradients is partial. On each of the m ranks,
 first and k, the number of the next result to take::
 
     repeat until the samples of the epoch are used up:
-        take the next batch that nobody has taken
+        take the next batch that no rank has taken
         s = s + (1/m) gradient of its mean loss at x    # late gradients are added, never overwritten
         say that this rank is there for round k
         wait for round k; for each result g that has come, in order:
@@ -13,7 +13,7 @@ first and k, the number of the next result to take::
 
 ``algorithm.mode: solo``: a round starts when the first rank is there. ``majority``: when a rank drawn for this round
 is there, so that on average half of them are. All ranks take part at once with what the send buffer holds: a fresh
-gradient, an old one, several, or none. Every ``aggregation.sync_every`` rounds all ranks are waited for, and nobody
+gradient, an old one, several, or none. Every ``aggregation.sync_every`` rounds all ranks are waited for, and no rank
 falls behind by more than ``aggregation.max_lag`` rounds. Faster ranks take more of the batches; the epoch ends for all
 together, with one round for what is left in the buffers.
 

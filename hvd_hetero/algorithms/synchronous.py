@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from hvd_hetero.algorithms.policy import Policy
 from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
-from hvd_hetero.config.schema import AlgorithmConfig
+from hvd_hetero.config.schema import AggregationConfig, AlgorithmConfig
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.plan import IDLE, Plan, lockstep_plan
 
@@ -36,10 +36,8 @@ class Lockstep(Policy):
 
     Options: ClassVar[type[AlgorithmConfig]] = LockstepOptions
     others: ClassVar[str] = IDLE
-    unused: ClassVar[Mapping[str, Any]] = {
-        "weights": "uniform", "optimizer_state": "local", "outer_lr": 1.0, "outer_momentum": 0.0,
-        "outer_nesterov": False, "delayed": False, "mode": "blocking",
-    }  # fmt: skip
+    unused: ClassVar[Mapping[str, Any]] = {key: getattr(AggregationConfig(weights="uniform"), key) for key in (
+        "weights", "optimizer_state", "outer_lr", "outer_momentum", "outer_nesterov", "delayed", "mode")}  # fmt: skip
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:

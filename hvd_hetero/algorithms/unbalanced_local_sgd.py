@@ -7,7 +7,7 @@ A round, on worker i of class g among m workers, from the common model x::
     repeat tau_g times:                 # tau_g = max(1, round(tau_fast * t_fast / t_g)), and see train.tau_margin
         draw a mini-batch of B_g samples from the worker's share of the epoch
         x_i = x_i - lr * gradient(x_i)
-    x = (1/m) sum_i x_i                 # whoever took fewer steps counts as much
+    x = (1/m) sum_i x_i                 # a rank with fewer steps counts as much
 
 Samples are drawn uniformly, without replacement over all classes. With equal tau it is balanced local SGD.
 """

@@ -10,18 +10,18 @@ holds the global model x of the rounds it has had the results of, and its own pr
         D_i = 0 for i in P_k
 
 v_i is the number of steps in D_i, or 1 with uniform weights. Running statistics are states and not progress: theirs
-are averaged, with the same weights, over the ranks in P_k, and whoever takes the result goes on from the average. If
-nobody is late, P_k is everybody, D_i = x_i - x, and x becomes sum_i w_i x_i: the blocking average. A round starts when
+are averaged, with the same weights, over the ranks in P_k, and each rank continues from the average. If no rank is
+late, P_k are all ranks, D_i = x_i - x, and x becomes sum_i w_i x_i: the blocking average. A round starts when
 the first class is there (solo), or the class of a rank drawn for this round (majority). All ranks apply all results in
 the same order, so x is the same on all of them, to the last bit. An outer optimizer, where there is one, takes the
 average that a round proposes, as it always does.
 
-Nobody waits for a round for longer than ``aggregation.patience_sec``: a rank that has its tau steps behind it and no
-result goes on from y_i, and what it does is merged a round later. Only one that is ``aggregation.max_lag`` rounds ahead
+No rank waits for a round for longer than ``aggregation.patience_sec``: one that has taken its tau steps and has no
+result continues from y_i, and what it does is merged a round later. Only one that is ``aggregation.max_lag`` rounds ahead
 waits. In every ``aggregation.sync_every``-th round all classes take part. An epoch ends when one class has had all its
 samples; the others stop after the step that they are in.
 
-Progress that holds NaN or Inf is given to nobody: the rank goes back to y_i as it was when it last gave some, and its
+Progress that holds NaN or Inf is not contributed: the rank goes back to y_i as it was when it last contributed, and its
 optimizer's state is cleared.
 """
 

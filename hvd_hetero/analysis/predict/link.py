@@ -4,7 +4,7 @@ An allreduce over m ranks, with ``bytes`` on each of them, takes::
 
     latency * ceil(log2 m) + bytes / bandwidth * 2 (m - 1) / m
 
-the time of a ring's two halves, its starts in a tree; one rank has nobody to talk to. :func:`fitted` finds what was not
+the time of a ring's two halves, its starts in a tree; one rank alone sends nothing. :func:`fitted` finds what was not
 given of a link from an allreduce that was measured.
 """
 
