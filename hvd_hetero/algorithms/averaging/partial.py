@@ -17,9 +17,9 @@ the same order, so x is the same on all of them, to the last bit. An outer optim
 average that a round proposes, as it always does.
 
 No rank waits for a round for longer than ``aggregation.patience_sec``: one that has taken its tau steps and has no
-result continues from y_i, and what it does is merged a round later. Only one that is ``aggregation.max_lag`` rounds ahead
-waits. In every ``aggregation.sync_every``-th round all classes take part. An epoch ends when one class has had all its
-samples; the others stop after the step that they are in.
+result continues from y_i, and what it does is merged a round later. Only one that is ``aggregation.max_lag`` rounds
+ahead waits. In every ``aggregation.sync_every``-th round all classes take part. An epoch ends when one class has had
+all its samples; the others stop after the step that they are in.
 
 Progress that holds NaN or Inf is not contributed: the rank goes back to y_i as it was when it last contributed, and its
 optimizer's state is cleared.
