@@ -11,7 +11,7 @@ from hvd_hetero.config.load import per_class
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning import local_steps
 from hvd_hetero.planning.local_steps import LEAVE_OUT, SHRINK, WAIT_AVOIDING
-from hvd_hetero.planning.plan import Plan, check_least_round, make_plan
+from hvd_hetero.planning.plan import NORMALISED, Plan, check_least_round, make_plan, progress_factors
 from hvd_hetero.planning.rebalance import Rebalancer
 
 BLOCKING = "blocking"
@@ -57,6 +57,11 @@ class LocalSGD(Policy):
         if not self.has_blocking_average and self.needs_speeds and self.too_slow == LEAVE_OUT:
             problem = f"aggregation.mode={self.aggregation.mode} goes on without late classes already"
             raise ConfigError("cluster.too_slow", LEAVE_OUT, problem, "set cluster.too_slow=wait_avoiding")
+        if self.aggregation.weights == NORMALISED and (not self.has_blocking_average or self._may_avoid_waiting):
+            key, value = ("cluster.too_slow", self.too_slow) if self.has_blocking_average else (
+                "aggregation.mode", self.aggregation.mode)  # fmt: skip
+            problem = "adds up what ranks contribute as it comes, which aggregation.weights=normalised does not fit"
+            raise ConfigError(key, value, problem, "set aggregation.weights=steps, or wait for all ranks")
         if self.needs_speeds and (self.too_slow, self.aggregation.optimizer_state) == (LEAVE_OUT, "average"):
             problem = "a class that is left out has no optimizer state to be averaged"
             raise ConfigError("cluster.too_slow", LEAVE_OUT, problem, "set aggregation.optimizer_state=local or reset")
@@ -125,6 +130,12 @@ class LocalSGD(Policy):
             self.cluster, self.samples, self.taus(step_sec), batch, weights=str(self.aggregation.weights),
             epoch_length=self.train.epoch_length, step_sec=step_sec, whole_batch=self.batch_size,
         )  # fmt: skip
+
+    def progress_factor(self, name: str) -> float:
+        """Return how often the progress of a class's ranks counts in the average of a round."""
+        if self.aggregation.weights != NORMALISED:
+            return 1.0
+        return progress_factors(self.plan, self.aggregation.max_extrapolation).get(name, 1.0)
 
     def start(self, plan: Plan) -> None:
         super().start(plan)

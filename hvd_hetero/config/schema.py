@@ -145,7 +145,8 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class AggregationConfig:
-    weights: Optional[str] = _key(None, choices=("steps", "uniform"))  # noqa: UP045
+    weights: Optional[str] = _key(None, choices=("steps", "uniform", "normalised"))  # noqa: UP045
+    max_extrapolation: float = _key(2.0, at_least=1)
     mode: str = _key("blocking", choices=("blocking", "solo", "majority"))
     sync_every: int = _key(32, at_least=1)
     max_lag: int = _key(32, at_least=1)

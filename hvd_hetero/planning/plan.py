@@ -15,6 +15,9 @@ from hvd_hetero.cluster.device_classes import Cluster
 from hvd_hetero.errors import ConfigError
 
 TRAIN, IDLE, SERVER = "train", "idle", "server"
+UNIFORM, NORMALISED = "uniform", "normalised"
+SHORT = 8
+"""Local steps of a round up to which the progress of ranks is added up as far as ``aggregation.max_extrapolation``."""
 LESS = "set a smaller train.tau or train.batch_size, or use more data"
 
 
@@ -129,7 +132,8 @@ def make_plan(
         samples: n, training samples.
         tau: local steps in a round, by class.
         batch_size: of one rank, by class.
-        weights: ``steps``, w_i = tau_i / sum_j tau_j (paper, eq. 4), or ``uniform``, w_i = 1/m.
+        weights: ``steps``, w_i = tau_i / sum_j tau_j (paper, eq. 4); ``normalised``, the same, after
+            :func:`progress_factors`; or ``uniform``, w_i = 1/m.
         epoch_length: ``dataset``, floor(n / sum_g m_g B_g tau_g) rounds, or ``fast_steps``, the paper's
             floor(n / (B m tau_fast)) rounds, with B and tau of the fastest class and all m workers.
         step_sec: measured seconds of a local step, by class.
@@ -139,7 +143,7 @@ def make_plan(
         ConfigError: fewer samples than one round consumes.
     """
     part = {name: size / (whole_batch or batch_size)[name] for name, size in batch_size.items()}
-    shares = {name: steps * part[name] if weights == "steps" else float(steps > 0) for name, steps in tau.items()}
+    shares = {name: steps * part[name] if weights != UNIFORM else float(steps > 0) for name, steps in tau.items()}
     total = sum(shares[c.name] * len(c.ranks) for c in cluster.classes)
     classes = tuple(
         ClassPlan(
@@ -220,6 +224,25 @@ def check_least_round(
     if least > samples:
         problem = f"one round takes at least {least} samples, the training set has {samples}"
         raise ConfigError("train.tau", tau_fastest, problem, LESS)
+
+
+def progress_factors(plan: Plan, most: float) -> dict[str, float]:
+    """Return f by class: a rank's progress counts f times in a normalised average, x + sum_i w_i f_i (x_i - x).
+
+    With w_i by steps, f_i = tau_max / tau_i gives every local gradient the same coefficient, and the average moves as
+    far as the class of tau_max alone would (FedNova, Wang et al. 2020, with tau_eff = tau_max). The coefficients
+    w_i f_i add up to more than 1 then. Along directions in which a local optimizer arrives within a round, all ranks
+    make the same way, so that the sum has to stay below 2: it is at most 1 + (most - 1) min(1, 8 / tau_max), since the
+    longer a round is, the more such directions there are.
+
+    Args:
+        most: ``aggregation.max_extrapolation``.
+    """
+    longest = max(c.tau for c in plan.training)
+    factors = {c.name: longest / c.tau for c in plan.training}
+    total = sum(len(c.ranks) * c.weight * factors[c.name] for c in plan.training)
+    bound = 1 + (most - 1) * min(1.0, SHORT / longest)
+    return {name: factor * min(1.0, bound / total) for name, factor in factors.items()}
 
 
 def check_bias_to(bias_to: str, names: Sequence[str]) -> None:

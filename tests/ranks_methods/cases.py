@@ -74,6 +74,7 @@ SEPARATE = {"sampling.scheme": "separate", "sampling.high_loss_ratio": 0.0}
 UNIFIED = {"sampling.scheme": "unified", "sampling.high_loss_ratio": 0.4}
 TO_SLOW = {"sampling.high_loss_ratio": 1.0, "sampling.bias_to": "slow"}
 ADAMW = {"train.optimizer": "AdamW", "train.lr": 0.01, "train.optimizer_args": {}}
+ALIKE = {"aggregation.weights": "normalised"}
 NESTEROV = {"aggregation.outer_lr": 0.5, "aggregation.outer_momentum": 0.9, "aggregation.outer_nesterov": True}
 IN_STEP = {"aggregation.sync_every": 1, "aggregation.patience_sec": 60}
 
@@ -125,6 +126,14 @@ CASES: dict[str, Case] = {
     "outer, Nesterov": Case("biased_local_sgd", {**TAU31, **NESTEROV}),
     "outer, Nesterov, BatchNorm": Case("biased_local_sgd", {**TAU31, **NESTEROV}, model="norm"),
     "momentum averaged": Case("biased_local_sgd", {**TAU31, "aggregation.optimizer_state": "average"}),
+    "normalised": Case("biased_local_sgd", {**TAU31, **ALIKE}),
+    "normalised, bounded, BatchNorm": Case(
+        "unbalanced_local_sgd", {**TAU31, **ALIKE, "aggregation.max_extrapolation": 1.25}, model="norm"
+    ),
+    "normalised, outer, hierarchical": Case(
+        "biased_local_sgd", {**TAU31, **ALIKE, "aggregation.outer_lr": 0.5}, path="hierarchical"
+    ),
+    "normalised, delayed": Case("biased_local_sgd", {**TAU31, **ALIKE, "aggregation.delayed": True}),
     "momentum reset": Case("biased_local_sgd", {**TAU31, "aggregation.optimizer_state": "reset"}),
     "solo, nobody late": Case("biased_local_sgd", {**TAU31, **IN_STEP, "aggregation.mode": "solo"}),
     "majority, nobody late, Nesterov, BatchNorm": Case(
@@ -145,7 +154,7 @@ CASES: dict[str, Case] = {
 RESUMED = {name: CASES[name] for name in (
     "sync, fast", "sync, rank 0 idle", "byteps, one server", "byteps, more servers than partitions", "balanced",
     "biased", "biased, hierarchical", "unified, to fast", "outer, Nesterov, BatchNorm",
-    "momentum averaged", "AdamW",
+    "momentum averaged", "AdamW", "normalised, delayed",
 )}  # fmt: skip
 RESUMED["sync, fast, warm-up and cosine"] = Case(
     "sync_sgd", {**CASES["sync, warm-up and cosine"].settings, "algorithm.participants": "fast"}

@@ -109,6 +109,8 @@ def local(case: Case, dealt: Dealt) -> dict[str, Tensor]:
     weights = [1 / len(tau)] * len(tau)
     if case.method == "biased_local_sgd" and settings.get("aggregation.weights") != "uniform":
         weights = [tau[r] / sum(tau.values()) for r in sorted(tau)]
+    normalised = settings.get("aggregation.weights") == "normalised"
+    coefficient = every_gradient_alike(list(tau.values()), settings.get("aggregation.max_extrapolation", 2.0))
     replicas = {rank: Replica(case) for rank in sorted(tau)}
     x = list(replicas[0].net.parameters())
     common = [p.detach().clone().requires_grad_() for p in x]
@@ -125,6 +127,10 @@ def local(case: Case, dealt: Dealt) -> dict[str, Tensor]:
             kept = sum(w for w, fit in zip(weights, good, strict=True) if fit)
             scaled = [w / kept if fit else 0.0 for w, fit in zip(weights, good, strict=True)]
             mean = _mean([r.net for r in replicas.values()], scaled)
+            if normalised:
+                for p, (name, _) in zip(common, replicas[0].net.named_parameters(), strict=True):
+                    moved = sum(dict(r.net.named_parameters())[name].detach() - p.detach() for r in replicas.values())
+                    mean[name] = p.detach() + coefficient * moved
             for p, (name, _) in zip(common, replicas[0].net.named_parameters(), strict=True):
                 p.grad = p.detach() - mean[name]
             outer.step()
@@ -135,6 +141,12 @@ def local(case: Case, dealt: Dealt) -> dict[str, Tensor]:
     return replicas[0].net.state_dict()
 
 
+def every_gradient_alike(taus: Sequence[int], most: float) -> float:
+    """The coefficient of each rank's progress: 1 / m_eff, m_eff = sum tau / max tau; together no more than they may."""
+    effective = sum(taus) / max(taus)
+    return min(1 / effective, (1 + (most - 1) * min(1.0, 8 / max(taus))) / len(taus))
+
+
 def delayed(case: Case, dealt: Dealt) -> dict[str, Tensor]:
     """Local SGD of which each average is taken in a round later; with fixed weights."""
     settings, classes = case.overrides(), CLASSES[case.classes]
@@ -142,22 +154,29 @@ def delayed(case: Case, dealt: Dealt) -> dict[str, Tensor]:
     steps = case.method == "biased_local_sgd"
     weights = [tau[r] / sum(tau.values()) if steps else 1 / len(tau) for r in sorted(tau)]
     replicas = {rank: Replica(case) for rank in sorted(tau)}
+    most, normalised = settings.get("aggregation.max_extrapolation", 2.0), (
+        settings.get("aggregation.weights") == "normalised")  # fmt: skip
+    alike = every_gradient_alike(list(tau.values()), most) if normalised else None
     for number in range(len(dealt[0])):
         sent: list[nn.Module] = []
+        base = {name: p.detach().clone() for name, p in replicas[0].net.named_parameters()}
         for done in range(len(dealt[0][number]) // tau[0]):
             for rank, replica in replicas.items():
                 for rows in dealt[rank][number][done * tau[rank] : (done + 1) * tau[rank]]:
                     replica.step(replica.gradient(rows))
-            _take_in(sent, weights, list(replicas.values()))
+            _take_in(sent, weights, list(replicas.values()), alike, base)
             sent = [copy.deepcopy(replica.net) for replica in replicas.values()]
             if settings.get("aggregation.optimizer_state") == "reset":
                 _reset_momentum(list(replicas.values()), weights)
-        _take_in(sent, weights, list(replicas.values()))
+        _take_in(sent, weights, list(replicas.values()), alike, base)
         _set_all(replicas.values(), _mean([r.net for r in replicas.values()], weights))
     return replicas[0].net.state_dict()
 
 
-def _take_in(sent: Sequence[nn.Module], weights: Sequence[float], replicas: Sequence[Replica]) -> None:
+def _take_in(
+    sent: Sequence[nn.Module], weights: Sequence[float], replicas: Sequence[Replica], alike: float | None = None,
+    base: dict[str, Tensor] | None = None,
+) -> None:  # fmt: skip
     """What a replica has done since it sent its model comes on top of the mean of what was sent.
 
     One whose numbers were bad then has nothing to add, and begins anew.
@@ -167,6 +186,11 @@ def _take_in(sent: Sequence[nn.Module], weights: Sequence[float], replicas: Sequ
     good = [_good(net) for net in sent]
     kept = sum(w for w, fit in zip(weights, good, strict=True) if fit)
     mean = _mean(sent, [w / kept if fit else 0.0 for w, fit in zip(weights, good, strict=True)])
+    if alike is not None and base is not None:
+        for name, before in base.items():
+            moved = sum(dict(net.named_parameters())[name].detach() - before for net in sent)
+            mean[name] = before + alike * moved
+            base[name] = mean[name].clone()
     for net, replica, fit in zip(sent, replicas, good, strict=True):
         own = replica.net.state_dict()
         for name, before in net.state_dict().items():

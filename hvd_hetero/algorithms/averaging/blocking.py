@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from hvd_hetero.algorithms.averaging.optimizer_average import OptimizerAverage
 from hvd_hetero.algorithms.averaging.outer_optimizer import OuterOptimizer
@@ -48,6 +51,17 @@ class Averaging:
         self.outer.load_state_dict(state)
 
 
+@torch.no_grad()
+def scale_progress(params: Sequence[Tensor], base: Sequence[Tensor], factor: float) -> None:
+    """Move parameters to x + f (x_i - x) from where they are, x_i, in place.
+
+    Args:
+        base: x, what the round began with.
+    """
+    for x, before in zip(params, base, strict=True):
+        x.sub_(before).mul_(factor).add_(before)
+
+
 class BlockingAveraging(Averaging):
     """Average the models of all ranks at the end of each round, x = sum_i w_i x_i.
 
@@ -66,7 +80,12 @@ class BlockingAveraging(Averaging):
     def run_round(self, batches: Iterator[Batch], mine: ClassPlan) -> None:
         """Take the local steps of one round, and average the models."""
         self.outer.snapshot()
+        factor = self.policy.progress_factor(mine.name)
+        base = None if factor == 1 else [x.clone() for x in self.worker.state.parameters()]
         self.worker.local_steps(batches, mine.tau)
+        if base is not None:
+            self.worker.state.refresh()
+            scale_progress(self.worker.state.parameters(), base, factor)
         self.average_models(mine.weight)
 
     def average_models(self, weight: float) -> None:

@@ -14,13 +14,14 @@ meet in order to save, s_i is waited for and the models are averaged as they are
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
 
 import torch
+from torch import Tensor
 
-from hvd_hetero.algorithms.averaging.blocking import BlockingAveraging
+from hvd_hetero.algorithms.averaging.blocking import BlockingAveraging, scale_progress
 from hvd_hetero.algorithms.local_sgd import LocalSGD
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.nonfinite import finite
@@ -39,6 +40,7 @@ class DelayedAveraging(BlockingAveraging):
         self._in_flight = InFlightAverage(worker, comm)
 
     def run_segment(self, segment: Segment, mine: ClassPlan) -> None:
+        self._in_flight.begin()
         super().run_segment(segment, mine)
         self._in_flight.receive()
         self.average_models(mine.weight)
@@ -46,7 +48,7 @@ class DelayedAveraging(BlockingAveraging):
     def run_round(self, batches: Iterator[Batch], mine: ClassPlan) -> None:
         self.worker.local_steps(batches, mine.tau)
         self._in_flight.receive()
-        self._in_flight.send(mine.weight)
+        self._in_flight.send(mine.weight, self.policy.progress_factor(mine.name))
         if self.spec.optimizer_state == "reset":
             self.worker.optimizer.state.clear()
 
@@ -69,14 +71,24 @@ class InFlightAverage:
         self._stream = torch.cuda.Stream(worker.device) if worker.device.type == "cuda" else None
         threading.Thread(target=self._serve, name="hvd_hetero.delayed", daemon=True).start()
 
-    def send(self, weight: float) -> None:
-        """Send what the model is now; what was sent before has been received."""
+    def begin(self) -> None:
+        """Take note of the model that all ranks hold."""
+        self._base = [x.clone() for x in self._worker.state.parameters()]
+
+    def send(self, weight: float, factor: float = 1.0) -> None:
+        """Send what the model is now; what was sent before has been received.
+
+        Args:
+            factor: how often this rank's progress counts, since the last average that it has received.
+        """
         assert not self._is_sent
         state = self._worker.state
         state.refresh()  # what it finds is agreed on where all ranks meet
         self._sent = [v.clone() for v in state.vectors]
         self._mean = [v.clone() for v in state.vectors]
         self._good = finite(self._sent)
+        if factor != 1:
+            scale_progress(self._parts(self._mean), self._base, factor)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._worker.device))
         self._is_sent = True
@@ -126,6 +138,12 @@ class InFlightAverage:
                 x[params:] = mean[params:]
             else:
                 x.copy_(mean)
+        self._base = [part.clone() for part in self._parts(self._mean)]
+
+    def _parts(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the parameters' parts of vectors, those that have one."""
+        pairs = zip(vectors, self._worker.state.params, strict=True)
+        return [vector[:count] for vector, count in pairs if count]
 
     def close(self) -> None:
         """Let the thread end, after what it is waiting for."""
