@@ -151,7 +151,6 @@ OBJECTS: list[tuple[str, dict[str, Any], str, str]] = [
     ("scheduler metric", {"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau}, "scheduler='Reduce", "arguments"),
     ("metric number", {"metric": 3}, "metric='int'", "eval.metric=none"),
     ("metric mean", {"metric": lambda out, y: 1.0}, "metric=", "reduction='none'"),
-    ("argument", {"optimiser": 3}, "optimiser='int'", "'optimizer'"),
     ("config number", {"config": 3}, "config=3", "YAML file"),
     ("config dict", {"config": {"train": 3}}, "config={'train': 3}", "YAML file"),
     ("config none", {"config": "none.yaml"}, "config file='none.yaml'", "path"),

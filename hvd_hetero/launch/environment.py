@@ -114,7 +114,7 @@ def _remedy(config: Config, names: list[str]) -> str:
     them, are = ("it", "it is") if len(names) == 1 else ("them", "they are")
     listed = ",".join([*config.launch.environment, *names])
     variables = f"{', '.join(names)} on to ranks, though {are} set here and looked for"
-    return f"{variables}; launch.environment=[{listed}] epochs {them} on"
+    return f"{variables}; launch.environment=[{listed}] passes {them} on"
 
 
 def _is_users() -> bool:

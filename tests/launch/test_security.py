@@ -52,8 +52,7 @@ def test_nothing_is_unpickled() -> None:
     unpickling = {"pickle.load", "pickle.loads", "cloudpickle.load", "cloudpickle.loads", "dill.load", "marshal.loads",
                   "joblib.load", "yaml.load", "yaml.unsafe_load", "eval", "exec", "shelve.open"}
     assert not [(path.name, call.lineno) for path, call in CALLS if ast.unparse(call.func) in unpickling]
-    users = {f"{path.parent.name}/{path.name}" for path in PACKAGE.rglob("*.py") if "import pickle" in path.read_text()}
-    assert users == {"data/files.py"}
+    assert not [path for path in PACKAGE.rglob("*.py") if "import pickle" in path.read_text()]
     assert not [call.lineno for _, call in CALLS for k in call.keywords
                 if k.arg in ("shell", "trust_remote_code") and ast.unparse(k.value) == "True"]
 

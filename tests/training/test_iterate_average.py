@@ -9,16 +9,15 @@ import pytest
 import torch
 from torch import nn
 
+from hvd_hetero.cluster.device_classes import assign
+from hvd_hetero.cluster.hardware import RankFacts
+from hvd_hetero.comm.flat_params import FlatState
+from hvd_hetero.config.load import device_classes
 from hvd_hetero.config.schema import EvalConfig, TrainConfig
+from hvd_hetero.planning.plan import Plan, make_plan
+from hvd_hetero.training.iterate_average import EMA, LAWA, SHARE, UNKNOWN, IterateAverage, half_life
 
-pytest.importorskip("horovod.torch", reason="Horovod is not installed: run scripts/setup")
-
-from hvd_hetero.cluster.device_classes import assign  # noqa: E402
-from hvd_hetero.cluster.hardware import RankFacts  # noqa: E402
-from hvd_hetero.comm.flat_params import FlatState  # noqa: E402
-from hvd_hetero.config.load import device_classes  # noqa: E402
-from hvd_hetero.planning.plan import Plan, make_plan  # noqa: E402
-from hvd_hetero.training.iterate_average import EMA, LAWA, SHARE, UNKNOWN, IterateAverage, half_life  # noqa: E402
+pytestmark = pytest.mark.horovod
 
 
 class Alone:
