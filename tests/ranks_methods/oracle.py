@@ -107,9 +107,9 @@ def local(case: Case, dealt: Dealt) -> dict[str, Tensor]:
     given = settings["train.tau"]
     tau = {r: given[name] if isinstance(given, dict) else given for name, ranks in classes.items() for r in ranks}
     weights = [1 / len(tau)] * len(tau)
-    if case.method == "biased_local_sgd" and settings.get("aggregation.weights") != "uniform":
-        weights = [tau[r] / sum(tau.values()) for r in sorted(tau)]
     normalised = settings.get("aggregation.weights") == "normalised"
+    if normalised or (case.method == "biased_local_sgd" and settings.get("aggregation.weights") != "uniform"):
+        weights = [tau[r] / sum(tau.values()) for r in sorted(tau)]
     coefficient = every_gradient_alike(list(tau.values()), settings.get("aggregation.max_extrapolation", 2.0))
     replicas = {rank: Replica(case) for rank in sorted(tau)}
     x = list(replicas[0].net.parameters())
