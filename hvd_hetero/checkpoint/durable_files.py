@@ -116,7 +116,7 @@ def sync_folder(files: Files, path: Path) -> None:
 
 @contextlib.contextmanager
 def if_it_can() -> Iterator[None]:
-    """Lets epoch that something cannot be synced, but not that the sync failed."""
+    """Pass over that something cannot be synced, but not that the sync failed."""
     try:
         yield
     except OSError as error:

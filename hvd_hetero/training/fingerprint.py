@@ -110,4 +110,5 @@ def _remedy(what: str, host: str, first: str) -> str:
         return f"bring its file on {host} up to date with that on {first}"
     if what.startswith(MODEL):
         return "make the same model on all ranks, with the same names, shapes and types, and the same parts frozen"
-    return f"give all ranks the same configuration files and settings ({host} and {first} have others)"
+    where = "" if host == first else f" ({host} and {first} have others)"
+    return f"give all ranks the same configuration files and settings{where}"

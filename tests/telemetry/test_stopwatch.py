@@ -14,7 +14,7 @@ from hvd_hetero.telemetry.stopwatch import Stopwatch, split_waiting
 
 
 class Clock:
-    """Time that epochs when told; also stands in for the module ``time``."""
+    """Time that passes when told; also stands in for the module ``time``."""
 
     def __init__(self, overshoot_sec: float = 0.0) -> None:
         self.now = 100.0
