@@ -43,7 +43,7 @@ from hvd_hetero.worker.components import as_user_error
 from hvd_hetero.worker.epoch import Epoch, Segment
 from hvd_hetero.worker.index_feed import Feed
 from hvd_hetero.worker.memory import batch_that_fits, on_device, peak_bytes, told_by_class
-from hvd_hetero.worker.step_benchmark import compile_steps
+from hvd_hetero.worker.step_benchmark import take_first_steps
 
 TRACED_EPOCHS = 2
 """An epoch's first rounds are recorded in place of the last epoch's; the first epoch warms up caches and
@@ -98,7 +98,7 @@ class Trainer:
             self.comm.set_path(state["path"])
         with self._memory_told():
             self.plan = known or first_plan(self.job, self.algorithm.policy, self.worker, self.source, self.comm)
-            compile_steps(self.worker, self.source, self.plan.of_rank(self.comm.rank).batch_size)
+            take_first_steps(self.worker, self.source, self.plan.of_rank(self.comm.rank).batch_size)
         check_limits(config.train, self.plan)
         self.comm.agree(self.plan.digest(), "plan", "plan")
         start_together(self.algorithm, self.plan, self.worker, self.comm)

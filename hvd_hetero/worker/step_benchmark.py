@@ -25,7 +25,7 @@ and so do all of an emulated rank: in longer ones its caches would be warmer tha
 MIN_CHUNKS = 3
 AVERAGES = 10
 TURNS = 3
-COMPILED_STEPS = 3
+FIRST_STEPS = 3
 """CUDA graphs are recorded in the second step and played from the third on."""
 
 
@@ -81,16 +81,18 @@ def measure_step(
     return Measured(step_sec, math.sqrt(squares / (len(chunks) - 1)) / step_sec)
 
 
-def compile_steps(worker: Worker, source: Source, batch_size: int) -> None:
-    """Compile the training step before training starts; model, optimizer and random state are left as they were.
+def take_first_steps(worker: Worker, source: Source, batch_size: int) -> None:
+    """Take the steps that compile and load kernels before training starts, and leave everything as it was.
 
-    Without this the first round of a compiling class takes the compiler's time, and all other ranks wait for it.
+    Without this the first round of a class that compiles, or is on a GPU, takes so much longer than it is planned to,
+    and all other ranks wait for it. Their time is not booked.
     """
-    if worker.compiles and batch_size:
+    if batch_size and (worker.compiles or worker.device.type == "cuda"):
         restore = worker.snapshot()
-        rows = np.random.default_rng(0).integers(len(source), size=(COMPILED_STEPS, batch_size))
-        worker.local_steps(read(source, rows, worker.generator), COMPILED_STEPS)
+        rows = np.random.default_rng(0).integers(len(source), size=(FIRST_STEPS, batch_size))
+        worker.local_steps(read(source, rows, worker.generator), FIRST_STEPS)
         restore()
+        worker.watch.take()
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import statistics
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,13 @@ class Bench:
 
     def alone(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The summary of the GPU rank's own run, while the others wait."""
+        return self.on_rank_0(lambda: self.trained_alone(name, settings)[1]) or {}
+
+    def trained_alone(self, name: str, settings: Mapping[str, Any]) -> tuple[trainer.Trainer, dict[str, Any]]:
+        """Trains on rank 0 without the others; only that calls it."""
         classes = {"gpu": {"device": self.device, "ranks": [0]}}
         one = assign(device_classes(classes), self.facts[:1])
-        return self.on_rank_0(lambda: self.trained(name, {**settings, "cluster.classes": classes}, one)[1]) or {}
+        return self.trained(name, {**settings, "cluster.classes": classes}, one)
 
     def plain(self, *more: str) -> float:
         """Samples per second of the plain loop, while the others wait."""
@@ -152,19 +157,42 @@ def speed(bench: Bench) -> dict[str, Any]:
 def graphs(bench: Bench) -> dict[str, Any]:
     """One setting after another is added, so that it is seen which of them does what."""
     limits = {**SPEED_ONLY, "train.batch_size": 32, "train.max_train_sec": bench.seconds}
-    steps: dict[str, dict[str, Any]] = {
+    settings: dict[str, dict[str, Any]] = {
         "eager": {},
-        "fused": {"train.optimizer_args": {"momentum": 0.9, "fused": True}},
-        "graphs": {"train.compile": "reduce-overhead" if bench.on_gpu else None},
+        "fused and graphs": {"train.optimizer_args": {"momentum": 0.9, "fused": True},
+                             "train.compile": "reduce-overhead" if bench.on_gpu else None},
         "channels_last": {"train.channels_last": True},
-    }
-    plain, found = bench.plain("train.batch_size=32"), dict[str, float]()
-    for name, more in steps.items():
+        "tf32": {"train.matmul_precision": "high"},
+    }  # fmt: skip
+    plain, found = bench.plain("train.batch_size=32"), dict[str, Any]()
+
+    def measure(name: str) -> dict[str, Any]:
+        made, summary = bench.trained_alone(name, limits)
+        return {"over_plain": rate(summary) / plain, "time_sec": summary["classes"][0]["time_sec"],
+                "steps": steps_of(summary), **kernels(made)}  # fmt: skip
+
+    for name, more in settings.items():
         limits |= more
-        made = bench.alone(name, limits)  # on all ranks
-        if made:
-            found[name] = rate(made) / plain
-    return {"plain_samples_per_sec": plain, "over_plain": found}
+        startup.set_precision(str(limits.get("train.matmul_precision", "highest")))
+        found[name] = bench.on_rank_0(lambda: measure(name))  # noqa: B023
+    startup.set_precision("highest")
+    return {"plain_samples_per_sec": plain, **found}
+
+
+def kernels(made: trainer.Trainer, steps: int = 20) -> dict[str, Any]:
+    """What a local step launches, and what takes the GPU longest: milliseconds of a step."""
+    worker, source = made.worker, made.source
+    size = made.plan.of_rank(0).batch_size
+    rows = np.random.default_rng(0).integers(len(source), size=(2 * steps, size))
+    batches = read(source, rows, worker.generator)
+    worker.local_steps(batches, steps)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
+        seconds = timed(lambda: worker.local_steps(batches, steps))
+    events = [e for e in prof.key_averages() if e.device_type == DeviceType.CUDA]
+    times = {e.key[:60]: e.self_device_time_total / 1e3 / steps for e in events}
+    launches = [e.name for e in prof.events() or [] if e.name.startswith("cu") and "Launch" in e.name]
+    return {"step_ms": 1e3 * seconds / steps, "gpu_ms": sum(times.values()), "launches": Counter(launches),
+            "longest": dict(sorted(times.items(), key=lambda item: -item[1])[:4])}  # fmt: skip
 
 
 def average(bench: Bench) -> dict[str, Any]:
@@ -210,47 +238,60 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def steps(bench: Bench) -> dict[str, Any]:
+    """The local steps of a job against those of the plain loop, in one process."""
+    result = bench.on_rank_0(lambda: _steps(bench)) or {}
+    agreed("steps")
+    return result
+
+
+def _steps(bench: Bench) -> dict[str, Any]:
+    count, batch = (50, 128) if bench.on_gpu else (5, 2)
+    made, _ = bench.trained_alone("steps", {**SPEED_ONLY, "train.batch_size": batch, "train.max_train_sec": 0.1})
+    worker, source = made.worker, made.source
+    rows = np.random.default_rng(0).integers(len(source), size=(count, batch))
+
+    def ours() -> None:
+        worker.local_steps(read(source, rows, worker.generator), count)
+
+    plain, _ = PLAIN["plain_step"]([*bench.config, f"train.batch_size={batch}"], bench.device)
+    turns = [(timed(ours), timed(lambda: [plain() for _ in range(count)])) for _ in range(TURNS)]
+    result: dict[str, Any] = {
+        "steps_over_plain": statistics.median(theirs / own for own, theirs in turns),
+        "step_ms": 1e3 * statistics.median(own for own, _ in turns) / count,
+        "plain_step_ms": 1e3 * statistics.median(theirs for _, theirs in turns) / count,
+    }
+    with profiled(bench) as prof:
+        ours()
+    names = [e.name for e in sorted(prof.events() or [], key=lambda e: e.time_range.start)]
+    launched = [name.startswith("cudaLaunch") for name in names]
+    at = [n for n, name in enumerate(names) if name in WAITS]
+    result |= {
+        "steps": count, "waits": len(at), "waits_at": [sum(launched[:n]) / max(sum(launched), 1) for n in at],
+        "items": names.count("aten::_local_scalar_dense"), "launches_a_step": sum(launched) / count,
+        "host_ms_a_step": hot(prof, count),
+    }  # fmt: skip
+    with profiled(bench) as prof:
+        for _ in range(count):
+            plain()
+    return result | {"plain_host_ms_a_step": hot(prof, count)}
+
+
 def trace(bench: Bench) -> dict[str, Any]:
-    """Ten rounds with delayed averages; then steps without any."""
+    """Ten rounds with delayed averages."""
     settings = {**SPEED_ONLY, "aggregation.delayed": True, "cluster.classes": bench.classes(1),
                 "train.epoch_length": "dataset",
                 "train.tau": {"gpu": 4, "cpu": 1}, "train.batch_size": {"gpu": GPU_BOUND, "cpu": 2}}  # fmt: skip
     if not bench.on_gpu:
         settings |= {"train.tau": {"gpu": 1, "cpu": 1}, "train.batch_size": 2}
     tau = settings["train.tau"]["gpu"]
-    with profiled(bench) as prof, marked_rounds():
-        made, _ = bench.trained("delayed", {**settings, "train.max_fast_steps": tau * (ROUNDS + 4)})
-    result: dict[str, Any] = {}
-    if bench.env.rank == 0:
-        events = list(prof.events() or [])
-        ends = sorted(e.time_range.end for e in events if e.name == ROUND)
-        result = {"rounds": ROUNDS, **idle(events, ends[2], ends[2 + ROUNDS])}
-        worker, source = made.worker, made.source
-        steps, batch = (50, 128) if bench.on_gpu else (5, 2)
-        rows = np.random.default_rng(0).integers(len(source), size=(steps, batch))
-        worker.local_steps(read(source, rows, worker.generator), steps)
-        with profiled(bench) as prof:
-            worker.local_steps(read(source, rows, worker.generator), steps)
-        names = [e.name for e in sorted(prof.events() or [], key=lambda e: e.time_range.start)]
-        launched = [name.startswith("cudaLaunch") for name in names]
-        at = [n for n, name in enumerate(names) if name in WAITS]
-        result |= {
-            "steps": steps, "waits": len(at), "waits_at": [sum(launched[:n]) / max(sum(launched), 1) for n in at],
-            "items": names.count("aten::_local_scalar_dense"), "launches_a_step": sum(launched) / steps,
-            "host_ms_a_step": hot(prof, steps),
-        }  # fmt: skip
-        plain, _ = PLAIN["plain_step"]([*bench.config, f"train.batch_size={batch}"], bench.device)
-        turns = [(timed(lambda: worker.local_steps(read(source, rows, worker.generator), steps)),
-                  timed(lambda: [plain() for _ in range(steps)])) for _ in range(TURNS)]  # fmt: skip
-        result["steps_over_plain"] = statistics.median(theirs / ours for ours, theirs in turns)
-        with profiled(bench) as prof:
-            for _ in range(steps):
-                plain()
-        names = [e.name for e in prof.events() or []]
-        result |= {"plain_launches_a_step": sum(name.startswith("cudaLaunch") for name in names) / steps,
-                   "plain_host_ms_a_step": hot(prof, steps)}  # fmt: skip
-    agreed("trace")
-    return result
+    with nullcontext() if bench.env.rank else profiled(bench) as prof, marked_rounds():
+        bench.trained("delayed", {**settings, "train.max_fast_steps": tau * (ROUNDS + 4)})
+    if prof is None:
+        return {}
+    events = list(prof.events() or [])
+    ends = sorted(e.time_range.end for e in events if e.name == ROUND)
+    return {"rounds": ROUNDS, **idle(events, ends[2], ends[2 + ROUNDS])}
 
 
 def hot(prof: Any, steps: int) -> dict[str, float]:
@@ -341,25 +382,29 @@ def ddp(bench: Bench) -> dict[str, Any]:
 
 
 def question(bench: Bench) -> dict[str, Any]:
-    """Three ranks on the GPU, of which two are emulated to be eight times slower."""
+    """Three ranks on the GPU, of which two are emulated to be four times slower; the rate falls to zero."""
     limits = {"train.epochs": None, "train.max_train_sec": bench.seconds, "checkpoint.every_sec": None,
-              "profile.reuse": False, "cluster.too_slow": "shrink_batch", "train.lr": 0.1, "train.scheduler": None,
-              "cluster.classes": bench.classes(3, slowdown=8.0)}  # fmt: skip
+              "profile.reuse": False, "cluster.too_slow": "shrink_batch", "train.lr": 0.1,
+              "train.scheduler": "cosine", "train.scheduler_args": {"floor": 0.0},
+              "cluster.classes": bench.classes(3, slowdown=4.0)}  # fmt: skip
     biased = {"algorithm.name": "biased_local_sgd"}
     uniform = {"aggregation.weights": "uniform"}
-    plain = {"sampling.scheme": "uniform"}
+    plain, normalised = {"sampling.scheme": "uniform"}, {"aggregation.weights": "normalised"}
     runs: dict[str, dict[str, Any]] = {
         "fast alone": {"algorithm.name": "sync_sgd", "algorithm.participants": "fast"},
         "dlb": {"algorithm.name": "dlb"},
     } | {
         f"{name}, tau {tau}": {**biased, **more, "train.tau": tau}
         for tau in (4, 32)
-        for name, more in (("both biases", {}), ("weights by steps", plain), ("uniform", {**plain, **uniform}))
+        for name, more in (("both biases", {}), ("weights by steps", plain), ("uniform", {**plain, **uniform}),
+                           ("normalised", {**plain, **normalised}))
     }
     result = {}
     for name, settings in runs.items():
         bench.trained(name, {**limits, **settings})
         result[name] = reached(bench, name)
+        if bench.env.rank == 0:
+            print(f"{name}: {result[name]}", flush=True)
     return result
 
 
@@ -375,7 +420,7 @@ def reached(bench: Bench, name: str) -> dict[str, Any] | None:
             "train_sec": rows[-1]["train_sec"]}  # fmt: skip
 
 
-ROWS = {call.__name__: call for call in (speed, graphs, average, trace, accuracy, question)}
+ROWS = {call.__name__: call for call in (speed, steps, graphs, average, trace, accuracy, question)}
 
 
 def main(folder: str, out: str, device: str, seconds: str, target: str, rows: str, *config: str) -> None:
