@@ -121,6 +121,7 @@ class TrainConfig:
     optimizer: str = "SGD"
     lr: float = _key(0.02, above=0)
     optimizer_args: dict[str, Any] = _key({"momentum": 0.9})
+    groups: list[Any] = _key([])
     scheduler: Optional[str] = None  # noqa: UP045
     scheduler_args: dict[str, Any] = _key({})
     scheduler_unit: str = _key("epoch", choices=("epoch", "round"))

@@ -42,8 +42,9 @@ from hvd_hetero.training import dry_run, startup
 from hvd_hetero.training.process import process_restored
 from hvd_hetero.training.resume import check_data, find
 from hvd_hetero.training.trainer import Trainer
-from hvd_hetero.worker.components import Components, MakeOptimizer, MakeScheduler, UserObjects
+from hvd_hetero.worker.components import Components, MakeScheduler, UserObjects
 from hvd_hetero.worker.losses import PerSample
+from hvd_hetero.worker.parameter_groups import MakeOptimizer
 
 PEER_GONE_SEC = 1.0
 """A survivor leaves so much later than the rank that failed, so that the launcher sees that one end first."""
@@ -75,7 +76,8 @@ def train(
             as what follows is in place of its keys.
         train_data: a map-style dataset, or a tuple (inputs, targets) of tensors; ``test_data`` the same.
         loss: ``loss(outputs, targets) -> [B]``, or that and weights ``[B]``, see :mod:`hvd_hetero.worker.losses`.
-        optimizer: ``optimizer(parameters)`` makes a torch optimizer; ``scheduler(optimizer)`` a scheduler.
+        optimizer: ``optimizer(parameters)`` makes a torch optimizer, or ``optimizer(named_parameters)`` of pairs (name,
+            parameter); ``scheduler(optimizer)`` a scheduler.
         metric: ``metric(outputs, targets)``, as the loss.
 
     Returns:

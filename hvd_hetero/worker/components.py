@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,9 +29,9 @@ from hvd_hetero.worker.factories import (
 )
 from hvd_hetero.worker.losses import IGNORED, PerSample
 from hvd_hetero.worker.modes import evaluating
+from hvd_hetero.worker.parameter_groups import MakeOptimizer, freeze, grouped, options_of
 from hvd_hetero.worker.worker import forward
 
-MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 MakeScheduler = Callable[[torch.optim.Optimizer], Any]
 
 
@@ -43,7 +43,8 @@ class UserObjects:
         model: a module, or a function without arguments that makes one.
         train_data: a map-style dataset, or a tuple (inputs, targets) of tensors; ``test_data`` the same.
         loss: ``loss(outputs, targets) -> [B]``, or that and weights ``[B]``, see :mod:`hvd_hetero.worker.losses`.
-        optimizer: ``optimizer(parameters)`` makes a torch optimizer; ``scheduler(optimizer)`` a scheduler.
+        optimizer: ``optimizer(parameters)`` makes a torch optimizer, or ``optimizer(named_parameters)`` of pairs (name,
+            parameter); ``scheduler(optimizer)`` a scheduler.
         metric: ``metric(outputs, targets)``, likewise.
     """
 
@@ -120,8 +121,19 @@ def build(config: Config, given: UserObjects | None = None) -> Components:
         scheduler=given.scheduler or scheduler_maker(train.scheduler, train.scheduler_args),
     )
     _give_shapes(components, origins)
+    components = replace(components, optimizer=_with_groups(components, train.groups))
     check_state(components.model, config.aggregation.state)
     return components
+
+
+def _with_groups(components: Components, groups: list[Any]) -> MakeOptimizer:
+    """Freeze what is to be frozen, and let the optimizer have its groups."""
+    model, trains = components.model, [p for p in components.model.parameters() if p.requires_grad]
+    options = options_of(model, groups)
+    freeze(options)
+    if trains and not any(p.requires_grad for p in trains):
+        raise ConfigError("train.groups", groups, "freezes all that is trained", "leave some parameters to train")
+    return grouped(components.optimizer, model, options, groups)
 
 
 def first_samples(source: Source, count: int, origins: Origins, split: str = "training") -> Batch:

@@ -13,6 +13,7 @@ from hvd_hetero.config.instantiate import import_target
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.schedules import NAMES
 from hvd_hetero.worker.losses import IGNORED, Numbers, PerSample, mean_of_targets, named_loss, with_arguments
+from hvd_hetero.worker.parameter_groups import MakeOptimizer, asks_for_names
 
 ACCURACY = "accuracy"
 
@@ -73,16 +74,18 @@ def is_accuracy(metric: PerSample | None) -> bool:
     return getattr(metric, "func", metric) is accuracy
 
 
-def optimizer_maker(
-    name: str, lr: float, args: Mapping[str, Any]
-) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+def optimizer_maker(name: str, lr: float, args: Mapping[str, Any]) -> MakeOptimizer:
     """Makes an optimizer by its ``torch.optim`` name or import path.
 
     Raises:
         ConfigError: unknown name or argument.
     """
     kind = _torch_class("train.optimizer", name, torch.optim, torch.optim.Optimizer)
-    return lambda params: _made("train.optimizer_args", lambda: kind(params, lr=lr, **args), args)
+
+    def made(params: Any) -> Any:
+        return _made("train.optimizer_args", lambda: kind(params, lr=lr, **args), args)
+
+    return (lambda named_parameters: made(named_parameters)) if asks_for_names(kind) else made
 
 
 def scheduler_maker(name: str | None, args: Mapping[str, Any]) -> Callable[[torch.optim.Optimizer], Any] | None:

@@ -55,6 +55,13 @@ class Onlooker(torch.optim.SGD):
         raise NotImplementedError("it only looks on")
 
 
+def by_name(named_parameters: Any, lr: float, **args: Any) -> torch.optim.Optimizer:
+    """Makes its groups itself, by names."""
+    biases = [p for name, p in named_parameters if name.endswith("bias")]
+    others = [p for name, p in named_parameters if not name.endswith("bias")]
+    return torch.optim.SGD([{"params": others}, {"params": biases, "weight_decay": 0.5}], lr=lr, **args)
+
+
 def no_parameters() -> nn.Module:
     return nn.Flatten()
 

@@ -76,6 +76,14 @@ TO_SLOW = {"sampling.high_loss_ratio": 1.0, "sampling.bias_to": "slow"}
 ADAMW = {"train.optimizer": "AdamW", "train.lr": 0.01, "train.optimizer_args": {}}
 ALIKE = {"aggregation.weights": "normalised"}
 NESTEROV = {"aggregation.outer_lr": 0.5, "aggregation.outer_momentum": 0.9, "aggregation.outer_nesterov": True}
+GROUPS: dict[str, Any] = {
+    "train.groups": [
+        {"match": "*.bias", "weight_decay": 0, "lr_scale": 3.0, "frozen": True},
+        {"match": "0.bias", "frozen": False},
+        {"match": "2.weight", "lr_scale": 0.5},
+    ],
+    "train.optimizer_args": {"momentum": 0.9, "weight_decay": 0.2},
+}
 IN_STEP = {"aggregation.sync_every": 1, "aggregation.patience_sec": 60}
 
 CASES: dict[str, Case] = {
@@ -148,13 +156,28 @@ CASES: dict[str, Case] = {
         model="norm", path="hierarchical",
     ),
     "AdamW": Case("biased_local_sgd", {**TAU31, **ADAMW}),
+    # some parameters otherwise
+    "sync, groups, warm-up and cosine": Case("sync_sgd", {
+        "train.epochs": 3, "train.scheduler": "CosineAnnealingLR", "train.scheduler_args": {"T_max": 3},
+        "train.warmup_rounds": 5, "train.clip_norm": 0.3, **GROUPS,
+    }),
+    "byteps, groups": Case("byteps", {"algorithm.partition_bytes": 80, **GROUPS}),
+    "dlb, groups": Case("dlb", {"algorithm.global_batch": 13, "train.epochs": 4, **GROUPS}),
+    "groups, delayed": Case("biased_local_sgd", {**TAU31, **GROUPS, "aggregation.delayed": True}),
+    "groups, solo, nobody late": Case("biased_local_sgd", {
+        **TAU31, **IN_STEP, **GROUPS, "aggregation.mode": "solo",
+    }),
+    "groups, AdamW averaged": Case("biased_local_sgd", {
+        **TAU31, **GROUPS, **ADAMW, "train.optimizer_args": {"weight_decay": 0.2},
+        "aggregation.optimizer_state": "average",
+    }),
     "AdamW averaged": Case("biased_local_sgd", {**TAU31, **ADAMW, "aggregation.optimizer_state": "average"}),
 }
 
 RESUMED = {name: CASES[name] for name in (
     "sync, fast", "sync, rank 0 idle", "byteps, one server", "byteps, more servers than partitions", "balanced",
     "biased", "biased, hierarchical", "unified, to fast", "outer, Nesterov, BatchNorm",
-    "momentum averaged", "AdamW", "normalised, delayed",
+    "momentum averaged", "AdamW", "normalised, delayed", "groups, AdamW averaged",
 )}  # fmt: skip
 RESUMED["sync, fast, warm-up and cosine"] = Case(
     "sync_sgd", {**CASES["sync, warm-up and cosine"].settings, "algorithm.participants": "fast"}

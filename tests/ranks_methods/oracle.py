@@ -23,22 +23,31 @@ class Replica:
         self.net = model(case.model)
         kind = getattr(torch.optim, self.settings.get("train.optimizer", "SGD"))
         args = self.settings["train.optimizer_args"]
-        self.optimizer = kind(self.net.parameters(), lr=self.settings["train.lr"], **args)
+        self.scales = [1.0]
+        params: Any = self.net.parameters()
+        if "train.groups" in self.settings:  # what cases.GROUPS comes to
+            first, last = self.net[0], self.net[2]
+            last.bias.requires_grad_(False)
+            params = [{"params": [first.weight]}, {"params": [first.bias], "weight_decay": 0.0},
+                      {"params": [last.weight]}]  # fmt: skip
+            self.scales = [1.0, 3.0, 0.5]
+        self.optimizer = kind(params, lr=self.settings["train.lr"], **args)
+        self.params = [p for p in self.net.parameters() if p.requires_grad]
         self.inputs, self.targets = data(case.poisoned)
 
     def gradient(self, rows: Tensor) -> list[Tensor]:
         """Of the mean loss of these samples."""
         smoothing = self.settings.get("train.loss_args", {}).get("label_smoothing", 0.0)
         loss = nn.functional.cross_entropy(self.net(self.inputs[rows]), self.targets[rows], label_smoothing=smoothing)
-        return list(torch.autograd.grad(loss, list(self.net.parameters())))
+        return list(torch.autograd.grad(loss, self.params))
 
     def step(self, gradient: Sequence[Tensor], lr: float | None = None) -> None:
         norm, most = torch.sqrt(sum((g**2).sum() for g in gradient)), self.settings.get("train.clip_norm")
         factor = 1.0 if most is None else min(1.0, most / (float(norm) + 1e-6))
-        for p, g in zip(self.net.parameters(), gradient, strict=True):
+        for p, g in zip(self.params, gradient, strict=True):
             p.grad = g * factor
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr or group["lr"]
+        for group, scale in zip(self.optimizer.param_groups, self.scales, strict=True):
+            group["lr"] = (lr or self.settings["train.lr"]) * scale
         self.optimizer.step()
 
 

@@ -71,7 +71,7 @@ def _check_row(row: Row, comparison: Comparison, built: dict[str, Components]) -
 def _content(config: Config) -> str:
     """What the trained objects are made from, as a key."""
     train = dataclasses.asdict(config.train)
-    used = {name: train[name] for name in train if name.startswith(("loss", "optimizer", "scheduler"))}
+    used = {name: train[name] for name in train if name.startswith(("loss", "optimizer", "scheduler", "groups"))}
     return json.dumps([dataclasses.asdict(config.data), dataclasses.asdict(config.model), used, config.eval.metric],
                       sort_keys=True, default=str)
 
