@@ -9,7 +9,16 @@ from collections.abc import Sequence
 import hvd_hetero
 from hvd_hetero.comm.kv_store import job_env
 from hvd_hetero.config.overrides import is_setting
-from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_NON_FINITE, EXIT_STOPPED, NonFiniteError, Stopped, UserError
+from hvd_hetero.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_NON_FINITE,
+    EXIT_STOPPED,
+    ConfigError,
+    NonFiniteError,
+    Plain,
+    Stopped,
+    UserError,
+)
 from hvd_hetero.files import restrict_umask
 from hvd_hetero.log import logged
 
@@ -65,6 +74,15 @@ def _parser() -> argparse.ArgumentParser:
     command("compare", _compare, "many runs that share a budget, one after another, in one table; half-done ones go on")
     planner = command("plan", _plan, "foretell from measured speeds what each method would take; needs no torch")
     _plan_options(planner)
+    evaluator = command("evaluate", _evaluate, "the loss and metric of a run's model on the test set", config=False)
+    evaluator.add_argument("config", nargs="+", metavar="RUN|key=value", help="a run's folder, and settings over its")
+    exporter = command("export", _export, "write a run's weights for other programs", config=False)
+    exporter.add_argument("run_dir", metavar="RUN", help="a run's folder")
+    kinds = "FILE.safetensors, FILE.pt, or a folder for a model that has save_pretrained"
+    exporter.add_argument("--to", required=True, metavar="FILE", help=kinds)
+    for after in (evaluator, exporter):
+        which = "last (default), best, averaged, or the number of a round"
+        after.add_argument("--checkpoint", default="last", metavar="WHICH", help=which)
     reporter = command("report", _report, "pictures, tables and one HTML page of finished runs", config=False)
     reporter.add_argument("runs", nargs="+", metavar="RUN", help="run folders; seeds of one setup make a band")
     reporter.add_argument("--out", metavar="DIR", help="where to; default RUN/report for one run, report for several")
@@ -123,6 +141,24 @@ def _plan(args: argparse.Namespace, files: list[str], overrides: list[str]) -> N
 
     assumed = Assumptions(**{name: getattr(args, name) for name in Assumptions.__dataclass_fields__})
     plan(files, overrides, assumed, args.out)
+
+
+def _evaluate(args: argparse.Namespace, files: list[str], overrides: list[str]) -> None:
+    from hvd_hetero.telemetry.run_folder import to_json
+    from hvd_hetero.training.api import exit_on_error
+    from hvd_hetero.training.saved_model import evaluate_run
+
+    if len(files) != 1:
+        raise ConfigError("RUN", Plain(" ".join(files)), "is not one folder of a run", "give the run.dir of one")
+    found = exit_on_error(lambda: evaluate_run(files[0], args.checkpoint, overrides))
+    if job_env().rank == 0:
+        print(to_json(found), end="", flush=True)
+
+
+def _export(args: argparse.Namespace, files: list[str], overrides: list[str]) -> None:
+    from hvd_hetero.training.saved_model import export
+
+    print(export(args.run_dir, args.checkpoint, args.to))
 
 
 def _report(args: argparse.Namespace, files: list[str], overrides: list[str]) -> None:
