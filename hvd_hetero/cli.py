@@ -86,7 +86,27 @@ def _parser() -> argparse.ArgumentParser:
     reporter = command("report", _report, "pictures, tables and one HTML page of finished runs", config=False)
     reporter.add_argument("runs", nargs="+", metavar="RUN", help="run folders; seeds of one setup make a band")
     reporter.add_argument("--out", metavar="DIR", help="where to; default RUN/report for one run, report for several")
+    teller = command("status", _status, "how a run stands, from its folder alone, while it goes too", config=False)
+    teller.add_argument("folder", metavar="RUN")
+    teller.add_argument("--watch", action="store_true", help="again and again, until it has ended")
+    teller.add_argument("--json", action="store_true", help="as JSON, a line each time")
+    for name, text in (("stop", "ask a run to save and to end"), ("save", "ask a run for a checkpoint now")):
+        asking = command(name, _ask, text, config=False)
+        asking.add_argument("folder", metavar="RUN")
+        asking.set_defaults(what=name)
     return parser
+
+
+def _status(args: argparse.Namespace, files: list[str], overrides: list[str]) -> None:
+    from hvd_hetero.analysis.live.status import status
+
+    status(args.folder, args.json, args.watch)
+
+
+def _ask(args: argparse.Namespace, files: list[str], overrides: list[str]) -> None:
+    from hvd_hetero.analysis.live.status import ask
+
+    print(ask(args.folder, args.what))
 
 
 def _train(args: argparse.Namespace, files: list[str], overrides: list[str]) -> None:

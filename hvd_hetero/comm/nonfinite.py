@@ -111,7 +111,12 @@ class Exclusions:
             LOGGER.warning("hvd-hetero: rank %s: its values are non-finite (NaN, Inf) in round %s; it was excluded%s",
                            self._rank, self.round, times)  # fmt: skip
 
+    @property
+    def untaken(self) -> int:
+        """How many since the last :meth:`take`."""
+        return self.count - self._taken
+
     def take(self) -> int:
         """How many since the last call."""
-        taken, self._taken = self.count - self._taken, self.count
+        taken, self._taken = self.untaken, self.count
         return taken

@@ -66,3 +66,12 @@ def run_share(train: TrainConfig, plan: Plan, done: RunProgress, rounds: float) 
     if train.max_train_sec is not None and done.rounds:
         shares.append(done.train_sec * (1 + rounds / done.rounds) / train.max_train_sec)
     return min(1.0, max(shares))
+
+
+def left_sec(spent_sec: float, before: float, share: float) -> float | None:
+    """Return the seconds that a run will take from now on, at the pace so far; None before anything is done.
+
+    Args:
+        spent_sec: by this job, in which the share of the run that is done has grown from ``before`` to ``share``.
+    """
+    return spent_sec * (1 - share) / (share - before) if share > before else None

@@ -14,6 +14,7 @@ from typing import Any
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.files import check_no_links, write_text
 from hvd_hetero.log import LOGGER
+from hvd_hetero.telemetry.run_status import LIVE_TRACE, LOOK, SAVE, STATUS
 from hvd_hetero.telemetry.trace import TRACE
 
 SUMMARY = "summary.json"
@@ -38,10 +39,12 @@ class RunFolder:
         check_run_dir(self.path, overwrite or keep_bytes is not None)
         try:
             self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            old = [self.path / name for name in (SAVE, LOOK, LIVE_TRACE)]
             if keep_bytes is None:
-                old = [self.path / name for name in (SUMMARY, METRICS, TRACE)]
-                for path in (*old, *self.path.glob("tensorboard/events.*")):
-                    path.unlink(missing_ok=True)
+                old += [self.path / name for name in (SUMMARY, METRICS, TRACE, STATUS)]
+                old += self.path.glob("tensorboard/events.*")
+            for path in old:
+                path.unlink(missing_ok=True)
             self._rows = (self.path / METRICS).open("ab", buffering=0)
             self._keep(keep_bytes or 0)
         except OSError as error:

@@ -8,9 +8,11 @@ thread beside the next segments.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from hvd_hetero.config.schema import RESHAPE, Config
 from hvd_hetero.errors import UserError
 from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan
+from hvd_hetero.telemetry.run_status import SAVE
 from hvd_hetero.training.fingerprint import made_with
 from hvd_hetero.training.resume import Found, places
 from hvd_hetero.training.stop_request import StopRequest
@@ -43,11 +46,16 @@ GROWTH = 4
 
 @dataclass(frozen=True)
 class SyncDecision:
-    """What all ranks agree on after a segment: how far the epoch is, whether to stop, and whether to save."""
+    """What all ranks agree on after a segment: how far the epoch is, whether to stop, and whether to save.
+
+    Attributes:
+        figures: the maxima of what ranks gave.
+    """
 
     progress: Progress
     stop: bool
     due: bool
+    figures: Sequence[float] = ()
 
 
 class Saver:
@@ -58,7 +66,7 @@ class Saver:
         needs_quiesce: whether the method has to come to rest before all ranks can meet.
 
     Attributes:
-        saved_round: that is on the disk, or is gone on from.
+        saved_round: that is on the disk, or is gone on from; ``saved_at``, when that was, by this process's clock.
     """
 
     def __init__(self, run_dir: str | Path, config: Config, env: JobEnv, comm: Comm, needs_quiesce: bool) -> None:
@@ -71,7 +79,8 @@ class Saver:
         self._store = Store(self._run_dir, self._spec.keep)
         self.stopping = StopRequest(self._run_dir)
         self._began = time.monotonic()
-        self._saved_at, self._tried, self.saved_round = time.monotonic(), NONE, NONE
+        self._tried_at = self.saved_at = time.monotonic()
+        self._tried = self.saved_round = NONE
         self._write: Write | None = None
         self._best: float | None = None
 
@@ -134,23 +143,25 @@ class Saver:
         every = self._spec.every_rounds
         return min(left, self._segment, every - rounds % every if every else left)
 
-    def agree(self, progress: Progress, length: int, rounds: int) -> SyncDecision:
+    def agree(self, progress: Progress, length: int, rounds: int, figures: Sequence[float] = ()) -> SyncDecision:
         """Meets all ranks after a segment.
 
         Args:
             progress: how far this rank has come in it.
             length: rounds that it was to have.
             rounds: of the run, before it.
+            figures: as many on every rank.
         """
         now, spec, lead = time.monotonic(), self._spec, self._comm.rank == 0
-        due = spec.every_sec is not None and now - self._saved_at >= spec.every_sec
+        due = spec.every_sec is not None and now - self._tried_at >= spec.every_sec
+        due = due or (lead and os.path.exists(self._run_dir / SAVE))
         worth = round(self._segment_sec * length / max(now - self._began, 1e-6))
         said = [self.stopping(), self._write is not None and self._write.busy, lead and due,
                 lead and max(1, min(worth, GROWTH * length))]
         mine = astuple(progress)
-        most = self._comm.max([float(number) for number in (*mine, *said)], "epoch.progress")
+        most = self._comm.max([float(number) for number in (*mine, *said, *figures)], "epoch.progress")
         progress = Progress(*(int(number) for number in most[: len(mine)]))
-        stop, busy, late, segment = most[len(mine) :]
+        stop, busy, late, segment, *figures = most[len(mine) :]
         self._segment = int(segment)
         if not busy:
             self._settle()
@@ -158,7 +169,7 @@ class Saver:
         save = bool(late) and self._write is None
         if spec.every_rounds is not None:  # in partial collectives rounds do not come in the planned numbers
             save = save or number // spec.every_rounds > max(self._tried, 0) // spec.every_rounds
-        return SyncDecision(progress, bool(stop), save and number > self._tried)
+        return SyncDecision(progress, bool(stop), save and number > self._tried, figures)
 
     def save(self, number: int, epochs: int, state: Callable[[], Any], wait: bool, value: float | None = None) -> None:
         """Saves every rank's state; if that cannot be done, the run goes on without, and says so.
@@ -170,11 +181,14 @@ class Saver:
             value: the evaluation at this time, if there was one: the best one's checkpoint is kept.
         """
         self._finish()
+        if self._comm.rank == 0:
+            with suppress(OSError):
+                (self._run_dir / SAVE).unlink()
         if number > self.saved_round:  # one that could not be saved is tried again, where the job ends
             best = Best(value, self._config.eval.metric) if value is not None and self._is_best(value) else None
             self._write = Write(self._store, self._env, number, epochs, self._made_with,
                                 state if wait else lambda: copied(state()), best)
-            self._saved_at, self._tried = time.monotonic(), number
+            self._tried_at, self._tried = time.monotonic(), number
             if wait:
                 self._finish()
 
@@ -206,5 +220,5 @@ class Saver:
         if problem.startswith(f"rank {self._comm.rank}:"):  # the others' they say themselves
             LOGGER.warning("no checkpoint at round %s: %s", self._write.number, problem)
         if not self._comm.max([float(bool(problem))], "checkpoint.done")[0]:
-            self.saved_round = self._write.number
+            self.saved_round, self.saved_at = self._write.number, self._tried_at
         self._write = None

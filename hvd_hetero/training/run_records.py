@@ -45,8 +45,10 @@ def write_start(folder: RunFolder, config: Config, cluster: Cluster, plan: Plan)
         LOGGER.info("class %s: ranks %s, %s", name, list(c.ranks), work)
 
 
-def write_trace(folder: RunFolder | None, comm: Comm, cluster: Cluster, recorder: Recorder) -> None:
-    """Every rank's recorded spans; all ranks call it."""
+def write_trace(
+    folder: RunFolder | None, comm: Comm, cluster: Cluster, recorder: Recorder, name: str = TRACE
+) -> None:
+    """Every rank's recorded spans, into a file of this name; all ranks call it."""
     numbers = torch.tensor(recorder.to_numbers(), dtype=torch.float64)
     sizes = [int(size) for size in comm.gather(torch.tensor([len(numbers)]), "trace.sizes")]
     gathered = comm.gather(numbers, "trace", sizes)
@@ -55,7 +57,7 @@ def write_trace(folder: RunFolder | None, comm: Comm, cluster: Cluster, recorder
         classes = [cluster.class_of(rank) for rank in range(comm.size)]
         slower = [f", x{c.slowdown:g} emulated" if c.slowdown > 1 else "" for c in classes]
         lanes = [f"rank {rank}, {c.name} ({c.device}{slower[rank]})" for rank, c in enumerate(classes)]
-        folder.write(TRACE, json.dumps(to_chrome(spans, lanes)))
+        folder.write(name, json.dumps(to_chrome(spans, lanes)))
 
 
 def write_summary(

@@ -27,6 +27,7 @@ from hvd_hetero.random_state import seed_all
 from hvd_hetero.telemetry.emulation import thread_cpu_clock
 from hvd_hetero.telemetry.progress import Progress
 from hvd_hetero.telemetry.run_folder import RunFolder, say_missing
+from hvd_hetero.telemetry.run_status import EVALUATING, FAILED, FINISHED, STOPPED, TRAINING
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import Recorder
@@ -35,6 +36,7 @@ from hvd_hetero.training.epoch import EpochFigures, RoundSpans, gather_figures, 
 from hvd_hetero.training.evaluation import evaluate
 from hvd_hetero.training.initial_plan import first_plan, start_together
 from hvd_hetero.training.iterate_average import NONE, IterateAverage, half_life
+from hvd_hetero.training.live_status import LiveStatus
 from hvd_hetero.training.restore import carry_over, restore, state_of
 from hvd_hetero.training.resume import Found, check_fits, check_places
 from hvd_hetero.training.run_records import how_good, note, write_start, write_summary, write_trace
@@ -74,6 +76,7 @@ class Trainer:
             kept = () if found is None else (found.state["rank0"][key] for key in ("rows_bytes", "samples_seen"))
             self.folder = RunFolder(run_dir, config.run.overwrite or config.run.resume is not None, *kept)
         self.comm = Comm(job.cluster, job.env.rank, config.aggregation, self.watch)
+        self.status = LiveStatus(self)
 
     def prepare(self) -> None:
         """Starts all ranks from one model, measures their speeds if they are needed, and makes the plan.
@@ -127,6 +130,7 @@ class Trainer:
         self.progress = Progress(expected, self.job.env.columns, accounts.epochs) if comm.rank == 0 else None
         before = accounts.steps[comm.rank] + (0 if self.epoch is None else self.epoch.steps)
         self.worker.pace.delays = delays(config.delays, comm.rank, comm.size, before)
+        self.status.begin()
         self.watch.skip()
         with nullcontext() if self.saver is None or not self.saver.active else self.saver.stopping:
             while (epoch := self.epoch or self._begin_epoch()) is not None:
@@ -151,7 +155,9 @@ class Trainer:
         classes = accounts.classes(self.plan)
         for item, own in zip(cluster.classes, classes, strict=True):
             own["peak_gpu_bytes"] = max(int(peaks[r]) for r in item.ranks) if item.device == "cuda" else None
-        return write_summary(self.folder, config, cluster, classes, accounts, path, self.best, self.begin)
+        summary = write_summary(self.folder, config, cluster, classes, accounts, path, self.best, self.begin)
+        self.status.enter(FINISHED)
+        return summary
 
     # ---- an epoch ---------------------------------------------------------------------------------------------------
 
@@ -162,6 +168,7 @@ class Trainer:
             return None
         part = replace(self.plan, rounds=rounds)
         self.watch.skip()
+        self.status.enter(TRAINING)
         if self.accounts.epochs < TRACED_EPOCHS:
             self.recorder.start()
         self.watch.heartbeat.begin("dealing samples")
@@ -181,6 +188,7 @@ class Trainer:
             segment = Segment(epoch, length, is_stopping)
             segment.start_round = partial(self._start_round, segment, before)
             segment.finish_round = partial(self._finish_round, spans)
+            self.status.start_segment()
             with self._memory_told():
                 self.algorithm.run_segment(segment)
             progress = epoch.finish(segment, self.algorithm.mine.tau)
@@ -188,8 +196,9 @@ class Trainer:
                 epoch.add(segment, progress)
                 return SyncDecision(progress, False, False)
             with self.comm.booked():
-                agreed = saver.agree(progress, length, before)
+                agreed = saver.agree(progress, length, before, self.status.figures(epoch, segment))
             epoch.add(segment, agreed.progress)
+            self.status.meet(epoch, agreed.figures)
             if epoch.rounds_left == 0 or (length >= left and not agreed.stop):
                 return agreed
             if agreed.due or agreed.stop:
@@ -225,6 +234,7 @@ class Trainer:
         if counts is not None:
             row["partial"] = accounts.partial.enter(comm.gather(counts, "epoch.counts"))
         if accounts.epochs % config.eval.every_epochs == 0 or self.over:
+            self.status.enter(EVALUATING)
             row |= evaluate(comm, worker, self.test, self.plan, config.eval)
             if self.averaged is not None:
                 with self.averaged.in_place(comm):
@@ -233,6 +243,7 @@ class Trainer:
             note(self.best, row)
         if self.folder is not None and self.progress is not None:
             self.folder.row(row)
+            self.status.end_epoch(row)
             self.progress.update(row, self.plan.fastest.name)
         return row
 
@@ -267,6 +278,7 @@ class Trainer:
 
     def _finish_round(self, spans: RoundSpans) -> None:
         spans.end_round()
+        self.status.end_round()
         if self.averaged is not None and self.comm.rank == 0:
             self.averaged.end_round(fast_steps(self.plan))
         if self.config.train.scheduler_unit == "round":
@@ -312,6 +324,7 @@ class Trainer:
             self.progress.close()
             self.folder.close()
             self.saver.stopping.forget()
+            self.status.enter(STOPPED)
         return Stopped(self.saver.newest())
 
     @property
@@ -321,6 +334,7 @@ class Trainer:
 
     def close(self) -> None:
         """Leaves the job together with all other ranks."""
+        self.status.enter(FAILED)  # unless it has ended otherwise
         self.algorithm.close()
         if self.folder is not None:
             self.folder.close()
@@ -336,4 +350,5 @@ class Trainer:
         if saves and self.saver is not None:
             self.watch.heartbeat.begin("checkpoint")
             self.saver.abandon()
+        self.status.enter(FAILED)
         self.algorithm.close()

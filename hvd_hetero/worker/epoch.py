@@ -107,6 +107,7 @@ class Epoch:
     Attributes:
         progress: as all ranks have agreed on it.
         work_sec: compute and data of each round of this rank.
+        excluded: averages that this rank was excluded from, as far as they were counted.
     """
 
     def __init__(self, plan: Plan, indices: Indices, source: Source, generator: torch.Generator) -> None:
@@ -117,7 +118,7 @@ class Epoch:
         self._at: list[int] = []
         self._rows: list[Indices] = []
         self._batches: Iterator[Batch] | None = None
-        self._start, self._excluded = 0, 0
+        self._start, self.excluded = 0, 0
         self._counts = torch.zeros(NUMBERS, dtype=torch.int64)
 
     @property
@@ -187,17 +188,17 @@ class Epoch:
             excluded: averages that this rank was excluded from.
             sent: in partial collectives; None for a method that has none.
         """
-        self._excluded += excluded
+        self.excluded += excluded
         if sent is None:
-            return self._excluded, None
+            return self.excluded, None
         self._counts += to_numbers(sent)
-        return self._excluded, self._counts
+        return self.excluded, self._counts
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "plan": self.plan.to_dict(), "indices": self.indices, "generator": self._state,
             "progress": list(astuple(self.progress)), "work_sec": self.work_sec, "at": self._at, "rows": self._rows,
-            "excluded": self._excluded, "counts": self._counts,
+            "excluded": self.excluded, "counts": self._counts,
         }  # fmt: skip
 
     @classmethod
@@ -208,5 +209,5 @@ class Epoch:
         epoch.progress = Progress(*state["progress"])
         epoch.work_sec, epoch._at = list(state["work_sec"]), list(state["at"])
         epoch._rows = [np.asarray(rows) for rows in state["rows"]]
-        epoch._start, epoch._excluded, epoch._counts = epoch.steps, state["excluded"], state["counts"].clone()
+        epoch._start, epoch.excluded, epoch._counts = epoch.steps, state["excluded"], state["counts"].clone()
         return epoch
