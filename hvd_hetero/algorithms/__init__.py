@@ -22,6 +22,7 @@ REGISTRY = {
     "byteps": "BytePS",
     "dlb": "DLB",
     "eager_sgd": "EagerSGD",
+    "m_sync_sgd": "MSyncSGD",
 }
 
 

@@ -11,6 +11,7 @@ from hvd_hetero.config.load import per_class
 from hvd_hetero.config.schema import AlgorithmConfig, Config
 from hvd_hetero.errors import ConfigError, nearest
 from hvd_hetero.planning.plan import Plan
+from hvd_hetero.planning.quorum import Quorum
 
 SOLO, MAJORITY = "solo", "majority"
 
@@ -31,6 +32,7 @@ class Policy:
         defaults: what the method means by ``sampling.scheme`` and ``aggregation.weights`` where they are not set.
         modes: what ``algorithm.mode`` may be, where the method has variants.
         claims_samples: whether ranks get the samples of an epoch bit by bit, so that no class has a part of its own.
+        drops_late: whether what comes too late for its round is dropped; else it goes with the next one.
         flat_gradients: whether gradients are views into flat vectors, and sparse ones are added up in there.
         sends_at_once: whether each gradient is sent as soon as the backward pass has made it, dense and in one piece.
         unused: keys of ``aggregation`` that mean nothing to the method, and the values that they are left at.
@@ -44,6 +46,7 @@ class Policy:
     defaults: ClassVar[Mapping[str, str]] = {"sampling.scheme": "uniform", "aggregation.weights": "uniform"}
     modes: ClassVar[Sequence[str]] = ()
     claims_samples: ClassVar[bool] = False
+    drops_late: ClassVar[bool] = False
     flat_gradients: ClassVar[bool] = False
     sends_at_once: ClassVar[bool] = False
     batch_varies: ClassVar[bool] = False
@@ -83,6 +86,15 @@ class Policy:
     def partial_mode(self, step_sec: Mapping[str, float]) -> str | None:
         """Return how partial collectives are started at these speeds; None if each waits for all ranks."""
         return None
+
+    def quorum(self) -> Quorum | None:
+        """Return what a round waits for, by the plan that is followed; None in all modes but that one."""
+        return None
+
+    @property
+    def sync_every(self) -> int:
+        """Every so many partial rounds all ranks are waited for."""
+        return self.aggregation.sync_every
 
     def is_blocking(self, step_sec: Mapping[str, float]) -> bool:
         """Tell whether a round waits for the slowest class, at these speeds."""
