@@ -23,6 +23,12 @@ REGISTRY = {
     "dlb": "DLB",
     "eager_sgd": "EagerSGD",
     "m_sync_sgd": "MSyncSGD",
+    "asgd": "ASGD",
+    "ringmaster_asgd": "RingmasterASGD",
+    "rennala_sgd": "RennalaSGD",
+    "malenia_sgd": "MaleniaSGD",
+    "ringleader_asgd": "RingleaderASGD",
+    "async_diloco": "AsyncDiLoCo",
 }
 
 

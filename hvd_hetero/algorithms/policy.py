@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from hvd_hetero.algorithms.server_rule import Rule
 from hvd_hetero.cluster.device_classes import Cluster
 from hvd_hetero.comm.paths import paths_of
 from hvd_hetero.config.load import per_class
@@ -89,6 +90,15 @@ class Policy:
 
     def quorum(self) -> Quorum | None:
         """Return what a round waits for, by the plan that is followed; None in all modes but that one."""
+        return None
+
+    def server_rule(self) -> Rule | None:
+        """Return what a server does with what ranks push to it; None for the methods without one."""
+        return None
+
+    @property
+    def steps_of_push(self) -> int | None:
+        """Local steps that go into one push to a server; None: those of a round."""
         return None
 
     @property

@@ -17,7 +17,7 @@ from hvd_hetero.algorithms.m_sync_sgd import MSyncOptions
 from hvd_hetero.algorithms.policy import MAJORITY, SOLO, Policy
 from hvd_hetero.algorithms.synchronous import ALL, FAST, LockstepOptions, choose
 from hvd_hetero.analysis.predict.link import sent_bytes
-from hvd_hetero.analysis.predict.simulator import Group, Outcome, Spent, blocking, draw_works, partial
+from hvd_hetero.analysis.predict.simulator import Group, Outcome, Spent, blocking, draw_works, partial, served
 from hvd_hetero.analysis.predict.speeds import Inputs
 from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
 from hvd_hetero.config.load import per_class
@@ -27,6 +27,7 @@ from hvd_hetero.planning.plan import IDLE, SERVER, ClassPlan, Plan
 from hvd_hetero.planning.quorum import QUORUM, best_quorum
 from hvd_hetero.planning.stop_criteria import RunProgress, check_limits, next_rounds, round_samples
 
+SERVED = ("asgd", "ringmaster_asgd", "rennala_sgd", "malenia_sgd", "ringleader_asgd", "async_diloco")
 MOST_ROUNDS = 1000
 MOST_DRAWS = 1_000_000
 MOST_EVENTS = 30_000
@@ -120,6 +121,7 @@ class Scenario:
             self._predict("biased local SGD, solo", "biased_local_sgd", self.taus, {"mode": SOLO, "delayed": False}),
             *([self._predict("biased local SGD, quorum", "biased_local_sgd", self.taus, {"delayed": False})]
               if self.config.aggregation.mode == QUORUM else []),
+            *(self._predict(name, name, self.taus) for name in SERVED),
             self._predict(f"m_sync_sgd, {m:g} of {self.cluster.size}", "m_sync_sgd", quorum=m),
         ]
 
@@ -168,12 +170,13 @@ class Scenario:
         policy.start(plan)
         check_limits(self.config.train, plan)
         outcome, step_sec = self._simulate(policy, plan), self._step_sec(plan)
-        done, seconds, averages, samples = RunProgress(), 0.0, 0.0, 0.0
+        done, seconds, averages, samples, pushes = RunProgress(), 0.0, 0.0, 0.0, 0.0
         spent = {c.name: np.zeros(5) for c in plan.classes}
         while rounds := next_rounds(self.config.train, plan, done):
             times = rounds / _plan_rounds(policy, plan, outcome)
             seconds += times * outcome.seconds
             averages += times * outcome.rounds
+            pushes += times * outcome.pushes
             samples += times * _samples(plan, outcome)
             for name, s in outcome.classes.items():
                 spent[name] += times * np.array([s.compute, s.blocked, s.comm, s.steps, s.dropped])
@@ -184,7 +187,8 @@ class Scenario:
         return Prediction(
             "", policy.options.name, {c.name: c.tau for c in plan.classes},
             {c.name: c.batch_size for c in plan.classes}, seconds, samples, averages,
-            averages * self._collective(policy, plan)[1], max(spent[name][2] for name in training),
+            pushes * self.inputs.model_bytes or averages * self._collective(policy, plan)[1],
+            max(spent[name][2] for name in training),
             {name: Spent(*map(float, s)) for name, s in spent.items()},
         )  # fmt: skip
 
@@ -212,6 +216,10 @@ class Scenario:
                   self.inputs.speeds[c.name].jitter, _joins(policy, c))
             for c in plan.classes for batch, ranks in Counter(batch for _, batch in _batches(c)).items()
         ]  # fmt: skip
+        if (rule := policy.server_rule()) is not None:
+            groups = [replace(g, tau=policy.steps_of_push or g.tau) for g in groups]
+            return served(groups, rule, self.inputs.link.exchange_sec(self.inputs.model_bytes), rng,
+                          pushes=max(MOST_EVENTS // 3, 20 * size), law=law)  # fmt: skip
         mode = policy.partial_mode(self.step_sec)
         if mode is None:
             rounds = max(20, min(MOST_ROUNDS, MOST_DRAWS // size)) if any(g.jitter for g in groups) else 1

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvd_hetero.algorithms.policy import MAJORITY, SOLO
+from hvd_hetero.algorithms.server_rule import Rule
 from hvd_hetero.planning.quorum import ROUNDING, Quorum
 
 NONE, NORMAL, LOGNORMAL = "none", "normal", "lognormal"
@@ -71,12 +72,14 @@ class Outcome:
     """The result of a simulation.
 
     Attributes:
-        rounds: collectives that were made.
+        rounds: collectives that were made, or updates of a server's model.
+        pushes: to a server, by each rank on average.
     """
 
     seconds: float
     rounds: int
     classes: dict[str, Spent]
+    pushes: float = 0.0
 
 
 def blocking(
@@ -149,6 +152,63 @@ def partial(
     columns = [np.split(np.array(column, dtype=np.float64), ends) for column in by_rank]
     spent = [(a, b, c, n * g.tau, d * g.tau) for g, a, b, c, n, d in zip(groups, *columns, strict=True)]
     return Outcome(now, run.completed, _by_name(groups, spent))
+
+
+def served(
+    groups: Sequence[Group], rule: Rule, exchange_sec: float, rng: np.random.Generator, *, pushes: int,
+    law: str = LOGNORMAL,
+) -> Outcome:  # fmt: skip
+    """Simulate ranks that push to a server when they are ready, and go on when they have its answer.
+
+    Args:
+        rule: what becomes of a push; called in the order in which the server gets to them.
+        exchange_sec: of a push and its answer; the server makes one after another.
+        pushes: with so many it ends.
+    """
+    rule.step = lambda direction, factor: None
+    group = [g for g in groups for _ in range(g.ranks)]
+    spent = np.zeros((5, len(group)))  # by the fields of Spent
+    compute, blocked, comm, steps, dropped = spent
+    laws = {id(g): (g.tau * g.step_sec, _spread(g, law)) for g in groups}
+    queue: list[tuple[float, int, int, float]] = []
+
+    def begin(rank: int, now: float) -> None:
+        mean, spread = laws[id(group[rank])]
+        sec = mean * draw_factor(rng.standard_normal(), spread, law) if spread else mean
+        compute[rank] += sec
+        heapq.heappush(queue, (now + sec, 1, rank, now))
+
+    for rank in range(len(group)):
+        begin(rank, 0.0)
+    free = now = 0.0
+    count = 0
+    while count < pushes:
+        now, is_ready, rank, _ = heapq.heappop(queue)
+        if is_ready:
+            free = max(free, now) + exchange_sec
+            blocked[rank] += free - exchange_sec - now
+            comm[rank] += exchange_sec
+            heapq.heappush(queue, (free, 0, rank, now))
+            continue
+        count += 1
+        steps[rank] += group[rank].tau
+        dropped[rank] += 0 if rule.arrive(rank, 0.0) else group[rank].tau
+        begin(rank, now)
+    for until, is_ready, rank, since in queue:  # what has not come to its end
+        if is_ready:
+            compute[rank] -= until - max(since, now)
+        else:
+            over = until - now
+            comm[rank] -= min(over, exchange_sec)
+            blocked[rank] -= max(0.0, over - exchange_sec)
+    ends = np.cumsum([g.ranks for g in groups])[:-1]
+    by_group = [tuple(columns) for columns in zip(*(np.split(row, ends) for row in spent), strict=True)]
+    return Outcome(now, rule.version, _by_name(groups, by_group), count / len(group))
+
+
+def draw_factor(z: float, spread: float, law: str) -> float:
+    """Return what a step takes over its mean, from a standard normal number."""
+    return max(0.0, 1 + spread * z) if law == NORMAL else math.exp(spread * z - spread**2 / 2)
 
 
 ROUND, STEP, PATIENCE = 0, 1, 2
@@ -307,7 +367,7 @@ class _Partial:
         if not self._normals:
             self._normals = self._rng.standard_normal(BLOCK).tolist()
         z = self._normals.pop()
-        return max(0.0, 1 + spread * z) if self._law == NORMAL else math.exp(spread * z - spread**2 / 2)
+        return draw_factor(z, spread, self._law)
 
     def _draw_initiator(self) -> None:
         self._initiator = self._unit[int(self._rng.integers(self._size))]

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import horovod.torch as hvd
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from hvd_hetero.comm.async_ops import PeerLost, guarded
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.partial.control_channel import connect
+from hvd_hetero.comm.partial.control_channel import ControlServer, connect
 from hvd_hetero.comm.partial.coordinator import (
     ARRIVED,
     CLAIM,
@@ -99,7 +100,8 @@ class PartialAllreduce:
         self._in_epoch, self._stopped, self.closing = True, False, False
         self._error: BaseException | None = None
         self.counts = Counts()
-        self._link, self._hub = connect(comm, hosts, Coordinator(units, mode, seed, first, quorum).handle)
+        coordinator = Coordinator(units, mode, seed, first, quorum)
+        self._link, self._hub = connect(comm, hosts, partial(ControlServer, handle=coordinator.handle))
         self._threads = [
             threading.Thread(target=self._watched, args=(run,), name=f"hvd_hetero.{run.__name__}", daemon=True)
             for run in (self._read, self._help)
