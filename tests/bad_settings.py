@@ -4,6 +4,7 @@ from __future__ import annotations
 
 THREE = "cluster.classes={a: {ranks: 0}, b: {ranks: 1-2}}"
 ONE = ["cluster.classes={fast: {ranks: [0]}}", "cluster.hosts=localhost:1"]
+QUORUM = "aggregation.mode=quorum"
 SOLO, EAGER = "aggregation.mode=solo", "algorithm.name=eager_sgd"
 STEP, CYCLE = "train.scheduler=StepLR", "train.scheduler=OneCycleLR"
 SYNC, BALANCED = "algorithm.name=sync_sgd", "algorithm.name=balanced_local_sgd"
@@ -52,6 +53,15 @@ SETTINGS: list[tuple[list[str], str, str, str]] = [
     ([SOLO, "algorithm.name=dlb"], "aggregation.mode", "'solo'", "algorithm.name=eager_sgd"),
     ([SOLO, "aggregation.optimizer_state=average"], "aggregation.optimizer_state", "'average'", "local or reset"),
     (["aggregation.mode=sometimes"], "aggregation.mode", "'sometimes'", "solo, majority"),
+    ([QUORUM], "aggregation.quorum", "None", "from 1 to 2"),
+    ([QUORUM, "aggregation.quorum=3"], "aggregation.quorum", "3.0", "above the number of ranks, 2"),
+    ([QUORUM, "aggregation.quorum=1.5"], "aggregation.quorum", "1.5", "no whole number"),
+    ([QUORUM, "aggregation.quorum=0"], "aggregation.quorum", "0", "above 0"),
+    (["aggregation.quorum=1"], "aggregation.quorum", "1.0", "aggregation.mode=quorum"),
+    ([EAGER, "algorithm.mode=quorum", "algorithm.quorum=3"], "algorithm.quorum", "3.0", "from 1 to 2"),
+    ([EAGER, "algorithm.quorum=1"], "algorithm.quorum", "1.0", "algorithm.mode=quorum"),
+    (["algorithm.name=m_sync_sgd", "algorithm.quorum=3"], "algorithm.quorum", "3.0", "above the number of ranks, 2"),
+    (["algorithm.name=m_sync_sgd", "aggregation.sync_every=3"], "aggregation.sync_every", "3", "leave it at 32"),
     (["aggregation.sync_every=0"], "aggregation.sync_every", "0", "1 or more"),
     (["aggregation.max_lag=0"], "aggregation.max_lag", "0", "1 or more"),
     ([EAGER, *ONE], "algorithm.name", "'eager_sgd'", "start more ranks"),

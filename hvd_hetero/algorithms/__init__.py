@@ -22,6 +22,13 @@ REGISTRY = {
     "byteps": "BytePS",
     "dlb": "DLB",
     "eager_sgd": "EagerSGD",
+    "m_sync_sgd": "MSyncSGD",
+    "asgd": "ASGD",
+    "ringmaster_asgd": "RingmasterASGD",
+    "rennala_sgd": "RennalaSGD",
+    "malenia_sgd": "MaleniaSGD",
+    "ringleader_asgd": "RingleaderASGD",
+    "async_diloco": "AsyncDiLoCo",
 }
 
 

@@ -12,6 +12,7 @@ from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning import local_steps
 from hvd_hetero.planning.local_steps import LEAVE_OUT, SHRINK, WAIT_AVOIDING
 from hvd_hetero.planning.plan import NORMALISED, Plan, check_least_round, make_plan, progress_factors
+from hvd_hetero.planning.quorum import QUORUM, Quorum, check_quorum
 from hvd_hetero.planning.rebalance import Rebalancer
 
 BLOCKING = "blocking"
@@ -52,6 +53,7 @@ class LocalSGD(Policy):
             raise ConfigError("aggregation.outer_nesterov", True, "needs momentum", remedy)
         if self.aggregation.delayed:
             self._check_delayed()
+        check_quorum("aggregation.quorum", self.aggregation.quorum, self.cluster.size, self.aggregation.mode)
         if not self.has_blocking_average or (self._may_avoid_waiting and self.cluster.size > 1):
             self._check_partial()
         if not self.has_blocking_average and self.needs_speeds and self.too_slow == LEAVE_OUT:
@@ -105,6 +107,11 @@ class LocalSGD(Policy):
     def mode(self) -> str:
         """What starts a round where no class is waited for."""
         return SOLO if self.has_blocking_average else self.aggregation.mode
+
+    def quorum(self) -> Quorum | None:
+        if self.aggregation.mode != QUORUM or self.aggregation.quorum is None:
+            return None
+        return Quorum.of(self.aggregation.quorum, [c.weight for c in self.plan.by_rank()])
 
     def partial_mode(self, step_sec: Mapping[str, float]) -> str | None:
         avoids_waiting = self.is_partial or (self.too_slow == WAIT_AVOIDING and self._late(step_sec))

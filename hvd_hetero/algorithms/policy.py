@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from hvd_hetero.algorithms.server_rule import Rule
 from hvd_hetero.cluster.device_classes import Cluster
 from hvd_hetero.comm.paths import paths_of
 from hvd_hetero.config.load import per_class
 from hvd_hetero.config.schema import AlgorithmConfig, Config
 from hvd_hetero.errors import ConfigError, nearest
 from hvd_hetero.planning.plan import Plan
+from hvd_hetero.planning.quorum import Quorum
 
 SOLO, MAJORITY = "solo", "majority"
 
@@ -31,6 +33,7 @@ class Policy:
         defaults: what the method means by ``sampling.scheme`` and ``aggregation.weights`` where they are not set.
         modes: what ``algorithm.mode`` may be, where the method has variants.
         claims_samples: whether ranks get the samples of an epoch bit by bit, so that no class has a part of its own.
+        drops_late: whether what comes too late for its round is dropped; else it goes with the next one.
         flat_gradients: whether gradients are views into flat vectors, and sparse ones are added up in there.
         sends_at_once: whether each gradient is sent as soon as the backward pass has made it, dense and in one piece.
         unused: keys of ``aggregation`` that mean nothing to the method, and the values that they are left at.
@@ -44,6 +47,7 @@ class Policy:
     defaults: ClassVar[Mapping[str, str]] = {"sampling.scheme": "uniform", "aggregation.weights": "uniform"}
     modes: ClassVar[Sequence[str]] = ()
     claims_samples: ClassVar[bool] = False
+    drops_late: ClassVar[bool] = False
     flat_gradients: ClassVar[bool] = False
     sends_at_once: ClassVar[bool] = False
     batch_varies: ClassVar[bool] = False
@@ -83,6 +87,24 @@ class Policy:
     def partial_mode(self, step_sec: Mapping[str, float]) -> str | None:
         """Return how partial collectives are started at these speeds; None if each waits for all ranks."""
         return None
+
+    def quorum(self) -> Quorum | None:
+        """Return what a round waits for, by the plan that is followed; None in all modes but that one."""
+        return None
+
+    def server_rule(self) -> Rule | None:
+        """Return what a server does with what ranks push to it; None for the methods without one."""
+        return None
+
+    @property
+    def steps_of_push(self) -> int | None:
+        """Local steps that go into one push to a server; None: those of a round."""
+        return None
+
+    @property
+    def sync_every(self) -> int:
+        """Every so many partial rounds all ranks are waited for."""
+        return self.aggregation.sync_every
 
     def is_blocking(self, step_sec: Mapping[str, float]) -> bool:
         """Tell whether a round waits for the slowest class, at these speeds."""

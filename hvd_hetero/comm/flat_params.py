@@ -165,6 +165,22 @@ class FlatState:
                 param.grad = _shaped(part, param, self._channels_last)
         return gradients
 
+    @torch.no_grad()
+    def on_host(self) -> tuple[list[Tensor], list[Tensor], dict[Tensor, nn.Parameter]]:
+        """Copy what is trained to the host.
+
+        Returns:
+            Vectors ``[P]`` as :meth:`parameters`, vectors of gradients, and for each trainable parameter of the module
+            one that is, with its gradient, a view into them.
+        """
+        vectors = [part.to("cpu", copy=True) for part in self.parameters()]
+        gradients, copies = [torch.zeros_like(vector) for vector in vectors], {}
+        for own, *both in zip(self._by_vector, vectors, gradients, strict=True):
+            for tensor, value, gradient in zip(own, *(_parts(vector, own) for vector in both), strict=True):
+                copies[tensor] = nn.Parameter(_shaped(value, tensor, self._channels_last))
+                copies[tensor].grad = _shaped(gradient, tensor, self._channels_last)
+        return vectors, gradients, copies
+
     def tensors(self) -> list[Tensor]:
         """All tensors that decide the model's outputs, the same ones in the same order on all ranks at the start."""
         return [*self.vectors, *self.others.tensors().values()]

@@ -148,7 +148,8 @@ class SamplingConfig:
 class AggregationConfig:
     weights: Optional[str] = _key(None, choices=("steps", "uniform", "normalised"))  # noqa: UP045
     max_extrapolation: float = _key(2.0, at_least=1)
-    mode: str = _key("blocking", choices=("blocking", "solo", "majority"))
+    mode: str = _key("blocking", choices=("blocking", "solo", "majority", "quorum"))
+    quorum: Optional[float] = _key(None, above=0)  # noqa: UP045
     sync_every: int = _key(32, at_least=1)
     max_lag: int = _key(32, at_least=1)
     patience_sec: float = _key(0.05, at_least=0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 AGES = 65
 """Ages are told apart up to this one less 1; what is older counts there."""
-KINDS = ("fresh", "late", "empty", "waited_for")
+KINDS = ("fresh", "late", "empty", "waited_for", "dropped", "lost_samples")
 NUMBERS = len(KINDS) + AGES
 
 
@@ -23,6 +23,8 @@ class Counts:
     Attributes:
         staleness: contributions by age: rounds between the model they were computed on and the round they went with.
         waited_for: rounds that this rank held up, because it had too many results left to take.
+        dropped: contributions that came too late for a method that takes fresh ones alone, with ``lost_samples``
+            samples in them.
     """
 
     fresh: int = 0
@@ -30,6 +32,8 @@ class Counts:
     empty: int = 0
     waited_for: int = 0
     staleness: Counter[int] = field(default_factory=Counter)
+    dropped: int = 0
+    lost_samples: int = 0
 
 
 def to_numbers(counts: Counts) -> Tensor:

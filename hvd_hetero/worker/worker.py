@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -93,6 +93,15 @@ class Worker:
         self._steps = False
         self.scheduler = None if self._make_scheduler is None else self._make_scheduler(self.optimizer)
         self._scheduled = [group["lr"] for group in self.optimizer.param_groups]
+
+    def optimizer_of(self, copies: Mapping[Tensor, nn.Parameter]) -> torch.optim.Optimizer:
+        """Make an optimizer of the same kind for copies of the trainable parameters."""
+        return self._make_optimizer([copies[param] for param in self._params])
+
+    def clip(self, params: Iterable[Tensor]) -> None:
+        """Clip gradients by the norm that is set."""
+        if self._clip_norm is not None:
+            nn.utils.clip_grad_norm_(params, self._clip_norm)
 
     @property
     def compiles(self) -> bool:
@@ -190,8 +199,7 @@ class Worker:
     def apply(self) -> None:
         """One optimizer step along the gradient at hand."""
         self._end_rest()
-        if self._clip_norm is not None:
-            nn.utils.clip_grad_norm_(self._params, self._clip_norm)
+        self.clip(self._params)
         self.optimizer.step()
 
     def _losses_of(

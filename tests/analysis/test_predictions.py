@@ -97,6 +97,18 @@ def test_eager_sgd_counts_all_samples_once() -> None:
     assert solo.samples_per_sec == pytest.approx(4 / 0.001 + 4 / 0.008, rel=0.05), "nobody waits for anybody"
 
 
+def test_m_sync_waits_for_the_m_of_the_least_time_and_loses_what_is_late() -> None:
+    """Fast 1 ms, slow 8 ms: one gradient each ms beats two each 8 ms; then all that the slow rank does is lost."""
+    row = next(row for row in scenario().methods() if row.method == "m_sync_sgd")
+    assert row.label == "m_sync_sgd, 1 of 2" and row.classes is not None
+    fast, slow = row.classes["fast"], row.classes["slow"]
+    assert (fast.dropped, slow.blocked) == pytest.approx((0, 0), abs=0.01) and slow.dropped == slow.steps > 0
+    assert row.samples == pytest.approx(3 * 1440, rel=1e-3)
+    both = next(row for row in scenario(step_ms="fast=1,slow=1.4").methods() if row.method == "m_sync_sgd")
+    assert both.label == "m_sync_sgd, 2 of 2" and both.classes is not None and both.classes["slow"].dropped == 0
+    assert both.blocked["fast"] == pytest.approx(2 / 7, rel=0.01)
+
+
 def test_every_method_of_the_registry_is_predicted() -> None:
     """Unbalanced local SGD under the name that it shares with biased: which samples it takes makes no difference."""
     assert {row.method for row in scenario().methods()} == set(algorithms.REGISTRY) - {"unbalanced_local_sgd"}

@@ -21,6 +21,7 @@ from hvd_hetero.analysis.predict.simulator import (
     blocking,
     partial,
 )
+from hvd_hetero.planning.quorum import Quorum
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -122,6 +123,28 @@ def test_majority_waits_for_half_of_the_ranks_on_average() -> None:
     found = partial(groups, 50.0, rng(), mode=MAJORITY, rounds=rounds)
     assert found.seconds / found.rounds == pytest.approx(150 + (m - 1) / 2, rel=0.003)
     assert partial(groups, 50.0, rng(), rounds=rounds).seconds / rounds == pytest.approx(150, rel=0.003)
+
+
+def test_a_quorum_waits_for_the_mth_and_drops_the_rest_where_that_is_the_rule() -> None:
+    """Steps of 2, 3 and 5 s, m = 2: rounds each 3 s; the third rank ends its step at 5, 11, ... s, too late."""
+    groups = [Group(f"{sec:g}", 1, sec) for sec in (2.0, 3.0, 5.0)]
+    found = partial(groups, 0.0, rng(), contributions=800, quorum=Quorum.of(2, (1, 1, 1)), drops_late=True,
+                    sync_every=10**9)
+    assert found.seconds / found.rounds == pytest.approx(3, rel=0.01)
+    shares = {name: s.dropped / s.steps for name, s in found.classes.items()}
+    assert shares == pytest.approx({"2": 0, "3": 0, "5": 1}, abs=0.01)
+    kept = partial(groups, 0.0, rng(), contributions=800, quorum=Quorum.of(2, (1, 1, 1)), sync_every=10**9)
+    assert kept.seconds == pytest.approx(found.seconds) and all(s.dropped == 0 for s in kept.classes.values())
+
+
+def test_with_a_quorum_of_models_those_who_are_through_go_on() -> None:
+    """tau 4: the round lasts until the second rank has its 4 steps, 8 s; the first takes 8, the third 1.6."""
+    groups = [Group(f"{sec:g}", 1, sec, 4) for sec in (1.0, 2.0, 5.0)]
+    found = partial(groups, 0.0, rng(), rounds=200, by_class=True, quorum=Quorum.of(2, (1, 1, 1)))
+    assert found.seconds / found.rounds == pytest.approx(8, rel=0.02)
+    steps = {name: s.steps / found.rounds for name, s in found.classes.items()}
+    assert steps == pytest.approx({"1": 8, "2": 4, "5": 1.6}, rel=0.02)
+    assert sum(s.blocked for s in found.classes.values()) == 0
 
 
 @settings(max_examples=60, deadline=None)

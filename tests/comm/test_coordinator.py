@@ -20,6 +20,7 @@ from hvd_hetero.comm.partial.coordinator import (
     Coordinator,
     initiator,
 )
+from hvd_hetero.planning.quorum import QUORUM, Quorum
 
 EACH = [(0,), (1,), (2,)]
 CLASSES = [(0, 1), (2, 3)]
@@ -96,6 +97,52 @@ def test_a_class_starts_a_round_without_its_finished_ranks() -> None:
     coordinator = Coordinator(CLASSES, SOLO, seed=0)
     assert coordinator.handle(0, ARRIVED, 0) == []
     assert coordinator.handle(1, FINISHED, 0) == [(None, START, 0)]
+
+
+# ---- quorums --------------------------------------------------------------------------------------------------------
+
+
+def of(value: float, weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0), **options: int) -> Coordinator:
+    return Coordinator(CLASSES, QUORUM, seed=0, quorum=Quorum.of(value, weights), **options)
+
+
+def test_a_quorum_of_ranks_starts_a_round_whoever_they_are() -> None:
+    coordinator = of(3)
+    assert coordinator.handle(3, ARRIVED, 0) == coordinator.handle(0, ARRIVED, 0) == []
+    assert coordinator.handle(0, ARRIVED, 0) == [], "nobody counts twice"
+    assert coordinator.handle(2, ARRIVED, 0) == [(None, START, 0)]
+    assert coordinator.handle(1, ARRIVED, 0) == [], "late"
+    assert coordinator.handle(0, ARRIVED, 1) == coordinator.handle(2, ARRIVED, 1) == [], "it does not count for round 1"
+    assert coordinator.handle(1, ARRIVED, 1) == [(None, START, 1)]
+
+
+def test_a_quorum_of_one_is_solo_by_rank_and_one_of_all_waits_for_everybody() -> None:
+    one, every = of(1), of(4)
+    assert one.handle(2, ARRIVED, 0) == [(None, START, 0)]
+    assert [every.handle(rank, ARRIVED, 0) for rank in range(4)] == [[], [], [], [(None, START, 0)]]
+
+
+def test_a_quorum_may_be_a_share_of_the_weights() -> None:
+    """Ranks 0 and 1 have 0.8 of them: both are enough for 0.75, one with both others is not."""
+    weights = (0.4, 0.4, 0.1, 0.1)
+    coordinator = of(0.75, weights)
+    assert [coordinator.handle(rank, ARRIVED, 0) for rank in (2, 3, 1)] == [[], [], []]
+    assert coordinator.handle(0, ARRIVED, 0) == [(None, START, 0)]
+    assert coordinator.handle(1, ARRIVED, 1) == []
+    assert coordinator.handle(0, ARRIVED, 1) == [(None, START, 1)]
+    assert of(0.8, weights).handle(0, ARRIVED, 0) == []
+
+
+def test_a_quorum_shrinks_with_the_ranks_that_still_train() -> None:
+    coordinator = of(3)
+    assert coordinator.handle(2, ARRIVED, 0) == coordinator.handle(1, ARRIVED, 0) == []
+    assert coordinator.handle(0, FINISHED, 0) == [], "ranks 1, 2 and 3 still train, and 3 of them are wanted"
+    orders = coordinator.handle(1, FINISHED, 0)
+    assert orders == [(None, CLOSING, 0)], "rank 1 has nothing to wait for; 2 and 3 are left"
+    assert coordinator.handle(3, ARRIVED, 0) == [(None, START, 0)]
+    assert coordinator.handle(3, FINISHED, 0) == []
+    assert coordinator.handle(2, FINISHED, 0) == [(None, FINAL, 1)]
+    assert coordinator.handle(0, ARRIVED, 2) == [], "the next epoch wants three again"
 
 
 def test_no_sample_is_offered_twice() -> None:

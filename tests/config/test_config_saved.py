@@ -51,7 +51,8 @@ DECIDES = {
         train.warmup_rounds train.clip_norm
         train.autocast train.matmul_precision train.channels_last sampling.scheme sampling.high_loss_ratio
         sampling.bias_to sampling.until sampling.anneal sampling.selection sampling.smoothing
-        aggregation.weights aggregation.max_extrapolation aggregation.mode aggregation.sync_every aggregation.max_lag
+        aggregation.weights aggregation.max_extrapolation aggregation.mode aggregation.quorum algorithm.quorum
+        algorithm.noise aggregation.sync_every aggregation.max_lag
         aggregation.patience_sec aggregation.optimizer_state aggregation.outer_lr aggregation.outer_momentum
         aggregation.outer_nesterov aggregation.delayed aggregation.state algorithm.name algorithm.mode
         algorithm.participants algorithm.global_batch algorithm.min_local_batch

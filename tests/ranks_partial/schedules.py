@@ -38,14 +38,25 @@ class Schedule:
         classes = {f"c{rank}": {"device": "cpu", "ranks": [rank]} for rank in range(len(self.tau))}
         tau = {name: self.tau[rank] for rank, name in enumerate(classes)}
         method = {"algorithm.name": self.method, "cluster.classes": classes, "train.tau": tau, "train.epochs": 1}
-        return {**BASE, **method, "aggregation.sync_every": 1000, "aggregation.patience_sec": 60, **self.settings}
+        never = {} if self.method == "m_sync_sgd" else {"aggregation.sync_every": 1000}
+        return {**BASE, **method, **never, "aggregation.patience_sec": 60, **self.settings}
 
     def steps_a_turn(self, rank: int) -> int:
-        """A turn is one step of eager-SGD, one round of local steps."""
-        return self.tau[rank]
+        """A turn is one step of eager-SGD or with a quorum, one round of local steps."""
+        return 1 if self.quorum else self.tau[rank]
+
+    @property
+    def quorum(self) -> int:
+        """Ranks that a round waits for; 0: the first one."""
+        return int(self.settings.get("aggregation.quorum", self.settings.get("algorithm.quorum", 0)))
+
+    @property
+    def sums_gradients(self) -> bool:
+        return self.method in ("eager_sgd", "m_sync_sgd")
 
 
 SOLO = {"aggregation.mode": "solo"}
+STSYN = {"aggregation.mode": "quorum", "aggregation.quorum": 2}
 OUTER = {"aggregation.outer_lr": 0.7, "aggregation.outer_momentum": 0.5}
 CASES = {
     "eager": Schedule("eager_sgd", [0, 0, 0, 1]),
@@ -54,6 +65,15 @@ CASES = {
     "merging": Schedule("biased_local_sgd", [0, 0, 0, 1], SOLO, tau=(3, 1)),
     "merging, now one first, now the other": Schedule("biased_local_sgd", [0, 1, 1, 0, 0], SOLO, tau=(2, 2)),
     "merging, uniform": Schedule("unbalanced_local_sgd", [0, 0, 1], SOLO, tau=(3, 1)),
+    "quorum, drops late": Schedule("m_sync_sgd", [0, 1, 2, 1, 2, 0], {"algorithm.quorum": 2}, tau=(1, 1, 1)),
+    "quorum, uneven": Schedule(
+        "m_sync_sgd", [0, 1, 2], {"algorithm.quorum": 2, "train.batch_size": {"c0": 4, "c1": 2, "c2": 3}}, tau=(1, 1, 1)
+    ),
+    "quorum, keeps late": Schedule(
+        "eager_sgd", [0, 1, 2, 1, 2, 0], {"algorithm.mode": "quorum", "algorithm.quorum": 2}, tau=(1, 1, 1)
+    ),
+    "quorum of models": Schedule("biased_local_sgd", [0, 0, 1, 0, 2, 1], STSYN, tau=(2, 2, 2)),
+    "quorum of models, uniform": Schedule("balanced_local_sgd", [0, 1, 1, 2], {**STSYN, "train.tau": 2}, tau=(2, 2, 2)),
     "merging, outer": Schedule("biased_local_sgd", [0, 0, 1, 0, 2], {**SOLO, **OUTER}, tau=(3, 1, 2)),
 }
 
@@ -91,31 +111,48 @@ class Case(Replica):
         self.step([part.view_as(p) for part, p in zip(parts, self.net.parameters(), strict=True)])
 
 
-def eager(case: Schedule, worked: Sequence[Worked]) -> tuple[Tensor, list[list[int]]]:
-    """The final weights, and by rank the round of each step."""
-    one = Case(case)  # type: ignore[arg-type]
-    ranks = len(worked)
+def eager(case: Schedule, worked: Sequence[Worked]) -> tuple[Tensor, list[list[int]], list[int]]:
+    """The final weights, by rank the round of each step, and by rank how many gradients were dropped."""
+    one, drops = Case(case), case.method == "m_sync_sgd"  # type: ignore[arg-type]
+    ranks, sizes = len(worked), [w[0][0].shape[1] for w in worked]
     history, buffers, versions = [one.vector()], [torch.zeros(())] * ranks, [0] * ranks
+    there, dropped, weights = set[int](), [0] * ranks, [0.0] * ranks
+
+    def finish_round() -> None:
+        nonlocal buffers, weights
+        one.set(history[-1])
+        one.step_along(sum(buffers) / (sum(weights) if drops else 1))  # type: ignore[arg-type, operator]
+        history.append(one.vector())
+        buffers, weights = [torch.zeros(())] * ranks, [0.0] * ranks
+        there.clear()
+
     done: list[list[int]] = [[] for _ in worked]
     rows = [list(w[0][0]) for w in worked]
     for rank in turns(case.order, [len(r) for r in rows]):
         one.set(history[versions[rank]])
         done[rank].append(versions[rank])
-        buffers[rank] = buffers[rank] + one.flat_gradient(rows[rank].pop(0)) / ranks
-        if versions[rank] == len(history) - 1:  # not late: starts the round
-            one.set(history[-1])
-            one.step_along(sum(buffers))  # type: ignore[arg-type]
-            history.append(one.vector())
-            buffers = [torch.zeros(())] * ranks
-        versions[rank] = len(history) - 1
+        gradient = one.flat_gradient(rows[rank].pop(0)) * sizes[rank] / sum(sizes)
+        is_late = versions[rank] < len(history) - 1
+        if is_late and drops:
+            dropped[rank] += 1
+        else:
+            buffers[rank] = buffers[rank] + gradient
+            weights[rank] += sizes[rank] / sum(sizes)
+        if is_late:
+            versions[rank] = len(history) - 1
+            continue
+        there.add(rank)
+        if len(there) >= case.quorum:
+            waited = {rank, *there}
+            finish_round()
+            for other in waited:
+                versions[other] = len(history) - 1
     if any(b.dim() for b in buffers):
-        one.set(history[-1])
-        one.step_along(sum(buffers))  # type: ignore[arg-type]
-        history.append(one.vector())
-    return history[-1], done
+        finish_round()
+    return history[-1], done, dropped
 
 
-def merging(case: Schedule, worked: Sequence[Worked]) -> tuple[Tensor, list[list[int]]]:
+def merging(case: Schedule, worked: Sequence[Worked]) -> tuple[Tensor, list[list[int]], list[int]]:
     """The same for models: x, each rank's own progress on top of it, and who is merged when."""
     settings = case.overrides()
     lr, momentum = settings.get("aggregation.outer_lr", 1.0), settings.get("aggregation.outer_momentum", 0.0)
@@ -136,23 +173,29 @@ def merging(case: Schedule, worked: Sequence[Worked]) -> tuple[Tensor, list[list
         history.append(history[-1] - lr * velocity)
         for rank in range(len(worked)):
             progress[rank], steps[rank] = torch.zeros_like(start), 0
+        there.clear()
 
-    rounds = [-(-len(r) // case.tau[rank]) for rank, r in enumerate(rows)]
+    there, since = set[int](), [0] * len(worked)
+    rounds = [-(-len(r) // case.steps_a_turn(rank)) for rank, r in enumerate(rows)]
     for rank in turns(case.order, rounds):
         mine = replicas[rank]
         mine.set(own[rank])
-        for _ in range(min(case.tau[rank], len(rows[rank]))):
+        for _ in range(min(case.steps_a_turn(rank), len(rows[rank]))):
             done[rank].append(versions[rank])
             mine.step_along(mine.flat_gradient(rows[rank].pop(0)))
             steps[rank] += 1
+            since[rank] += 1
         progress[rank] = progress[rank] + mine.vector() - own[rank]
-        if versions[rank] == len(history) - 1:
-            merge()
-        versions[rank] = len(history) - 1
+        if versions[rank] == len(history) - 1 and (not case.quorum or since[rank] >= case.tau[rank]):
+            there.add(rank)
+            if len(there) >= case.quorum:
+                merge()
+        if versions[rank] < len(history) - 1:
+            versions[rank], since[rank] = len(history) - 1, 0
         own[rank] = history[-1] + progress[rank]
     if any(steps):
         merge()
-    return history[-1], done
+    return history[-1], done, [0] * len(worked)
 
 
 def final(state: Mapping[str, Tensor]) -> Tensor:

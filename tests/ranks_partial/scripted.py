@@ -98,7 +98,7 @@ def run(folder: Path, case: Schedule, env: JobEnv, patch: pytest.MonkeyPatch) ->
 
     def arrived() -> int:
         algorithm = this.algorithm
-        partial = (algorithm if case.method == "eager_sgd" else algorithm.averaging).partial
+        partial = (algorithm if case.sums_gradients else algorithm.averaging).partial
         return int(partial.version + len(partial._rounds))
 
     turns.rounds = arrived
@@ -117,6 +117,20 @@ def run(folder: Path, case: Schedule, env: JobEnv, patch: pytest.MonkeyPatch) ->
         worked.append((torch.from_numpy(indices.copy()).long(), torch.from_numpy(at.copy()).long()))
         collected(self, indices, at, *results)
 
+    def pop(self: Any, patience_sec: float | None = None) -> Any:
+        taken = popped(self, 0.3 if case.quorum and patience_sec is None else patience_sec)
+        if taken or patience_sec is not None:
+            return taken
+        turns.release()  # it is others whom this rank waits for
+        return popped(self, None)
+
+    def has_started(self: Any) -> bool:
+        time.sleep(0.1)  # by then this rank has been told
+        return bool(started.fget(self))
+
+    popped, started = PartialAllreduce.pop, PartialAllreduce.has_started
+    patch.setattr(PartialAllreduce, "pop", pop)
+    patch.setattr(PartialAllreduce, "has_started", property(has_started))
     finished, collected = PartialAllreduce.finish, Feed.collect
     patch.setattr(epoch, "read", read)
     patch.setattr(PartialAllreduce, "finish", finish)

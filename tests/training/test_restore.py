@@ -220,7 +220,7 @@ def test_what_was_counted_in_an_epoch_is_saved_with_it() -> None:
     again = Epoch.from_state(copied(epoch.state_dict()), source, generator)
     excluded, counts = again.count(2, Counts(fresh=1, staleness=Counter({0: 1})))
     assert excluded == 3 and counts is not None
-    assert counts.tolist()[: len(KINDS) + 3] == [4, 1, 0, 0, 4, 0, 1]
+    assert counts.tolist()[: len(KINDS) + 3] == [4, 1, 0, 0, 0, 0, 4, 0, 1]
     assert again.count(0, None) == (3, None), "a method without partial collectives"
 
 

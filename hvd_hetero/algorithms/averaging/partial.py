@@ -12,14 +12,18 @@ holds the global model x of the rounds it has had the results of, and its own pr
 v_i is the number of steps in D_i, or 1 with uniform weights. Running statistics are states and not progress: theirs
 are averaged, with the same weights, over the ranks in P_k, and each rank continues from the average. If no rank is
 late, P_k are all ranks, D_i = x_i - x, and x becomes sum_i w_i x_i: the blocking average. A round starts when
-the first class is there (solo), or the class of a rank drawn for this round (majority). All ranks apply all results in
-the same order, so x is the same on all of them, to the last bit. An outer optimizer, where there is one, takes the
-average that a round proposes, as it always does.
+the first class is there (solo), the class of a rank drawn for this round (majority), or a quorum of ranks (quorum). All
+ranks apply all results in the same order, so x is the same on all of them, to the last bit. An outer optimizer, where
+there is one, takes the average that a round proposes, as it always does.
 
 No rank waits for a round for longer than ``aggregation.patience_sec``: one that has taken its tau steps and has no
 result continues from y_i, and what it does is merged a round later. Only one that is ``aggregation.max_lag`` rounds
 ahead waits. In every ``aggregation.sync_every``-th round all classes take part. An epoch ends when one class has had
 all its samples; the others stop after the step that they are in.
+
+Mode quorum is STSyn (Zhu et al., TSP 2024): a round ends when K ranks have taken their tau steps, and every rank that
+has taken one takes part with all it has taken; those that are through go on meanwhile. So a rank contributes after each
+step, and is there after tau of them. What it does after a round has begun goes with the next one: nothing is lost.
 
 Progress that holds NaN or Inf is not contributed: the rank goes back to y_i as it was when it last contributed, and its
 optimizer's state is cleared.
@@ -65,26 +69,39 @@ class PartialAveraging(Averaging):
         self.partial = PartialAllreduce(
             self.comm, whole.numel(), whole.dtype, self.policy.mode, latest=sum(b.numel() for b in self._buffers),
             units=[c.ranks for c in self.policy.cluster.classes], seed=self.policy.seed, sync_every=spec.sync_every,
-            max_lag=spec.max_lag, weigh=float if spec.weights == "steps" else lambda steps: 1.0, first=first,
+            max_lag=spec.max_lag, quorum=self.policy.quorum(),
+            weigh=float if spec.weights == "steps" else lambda steps: 1.0, first=first,
             hosts=len({fact.host for fact in self.policy.cluster.facts}),
         )  # fmt: skip
 
     def run_segment(self, segment: Segment, mine: ClassPlan) -> None:
-        """Run rounds of tau local steps until a class has had all its samples; then merge all ranks."""
+        """Run rounds of tau local steps until a class has had all its samples; then merge all ranks.
+
+        With a quorum, steps are contributed one by one, and a rank goes on until a round begins.
+        """
+        by_step = self.policy.quorum() is not None
+        at_once, most = (1, self.spec.max_lag * mine.tau) if by_step else (mine.tau, self.spec.max_lag)
         part = mine.batch_size / self.policy.batch_size[mine.name]  # of a step, where the batch is shrunk
         partial, batches = self.partial, segment.batches()
-        first, self._averages = partial.version, 0
-        for _ in range(segment.rounds):
+        first, self._averages, since = partial.version, 0, 0
+        for _ in range(segment.rounds * mine.tau // at_once):
             number = partial.version - first
-            segment.start_round(number)
-            steps = self.worker.local_steps(batches, mine.tau, lambda: partial.closing or segment.is_stopping())
+            if since == 0:
+                segment.start_round(number)
+            steps = self.worker.local_steps(batches, at_once, lambda: partial.closing or segment.is_stopping())
             segment.note(steps, number)
-            if self._contribute(steps * part):
-                rounds = partial.pop(None if self._unmerged >= self.spec.max_lag else self.spec.patience_sec)
-            else:  # others may be waiting for this rank to contribute
-                rounds = partial.pop(patience_sec=0)
+            since += steps
+            patience: float | None = 0.0  # others may be waiting for this rank to contribute
+            if self._contribute(steps * part, arrived=not by_step or since >= mine.tau):
+                if self._unmerged >= most:
+                    patience = None
+                elif not by_step or partial.has_started:
+                    patience = self.spec.patience_sec
+            rounds = partial.pop(patience)
             self._merge(rounds)
-            segment.finish_round()
+            if rounds or not by_step:
+                segment.finish_round()
+                since = 0
             if partial.closing or segment.is_stopping():
                 break
         for rounds in partial.finish():
@@ -93,7 +110,7 @@ class PartialAveraging(Averaging):
         segment.averages = self._averages
 
     @torch.no_grad()
-    def _contribute(self, steps: float) -> bool:
+    def _contribute(self, steps: float, arrived: bool) -> bool:
         """Contribute the progress since the last time; return False, and go back, if it is non-finite."""
         self.worker.state.refresh()
         if not finite([*self._params, *self._buffers]):
@@ -105,7 +122,8 @@ class PartialAveraging(Averaging):
             return False
         progress = (concat(self._params) - self._global_model).to("cpu")
         fresh = progress if self._in_flight is None else progress - self._in_flight
-        self.partial.contribute(concat([fresh, *(b.to("cpu") for b in self._buffers)]), steps)
+        vector = concat([fresh, *(b.to("cpu") for b in self._buffers)])
+        self.partial.contribute(vector, steps, arrived=arrived)
         self._in_flight = progress
         self._unmerged += 1
         return True

@@ -37,7 +37,8 @@ class EagerSGDExecutor(SynchronousExecutor):
         whole, policy, spec = concat(self._gradients), self.policy, self.policy.aggregation
         self.partial = PartialAllreduce(
             self.comm, whole.numel(), whole.dtype, policy.mode, units=[(rank,) for rank in policy.ranks],
-            seed=policy.seed, sync_every=spec.sync_every, max_lag=spec.max_lag, first=first,
+            seed=policy.seed, sync_every=policy.sync_every, max_lag=spec.max_lag, first=first,
+            quorum=policy.quorum(), drops_late=policy.drops_late,
             hosts=len({fact.host for fact in policy.cluster.facts}), pinned=self._host is not None,
         )  # fmt: skip
 
@@ -56,7 +57,8 @@ class EagerSGDExecutor(SynchronousExecutor):
             partial.claim(segment.samples if segment.is_stopping() else self.mine.batch_size)
             gradient = concat(self._gradients) if self._host is None else self._host.take()
             if finite([gradient]):
-                partial.contribute(gradient)
+                share = self.mine.weight if self.policy.drops_late else 1.0
+                partial.contribute(gradient, share, samples=self.mine.batch_size)
                 self._apply(partial.pop(), segment, first)
             else:  # others may be waiting for this rank to contribute, so it waits for nothing
                 self.exclude_step()
@@ -77,6 +79,8 @@ class EagerSGDExecutor(SynchronousExecutor):
         for result in results:
             if result.weight:  # the last round of an epoch finds the buffers empty, as a rule
                 segment.start_round(result.number - first)
+                if self.policy.drops_late:
+                    result.total.div_(result.weight)
                 for gradient, part in zip(self._gradients, parts_of(result.total, self._gradients), strict=True):
                     gradient.copy_(part, non_blocking=True)
                 self.worker.apply()

@@ -27,6 +27,10 @@ class Link:
             return 0.0
         return self.latency_sec * _depth(ranks) + sent_bytes(ranks, nbytes) / self.bytes_per_sec
 
+    def exchange_sec(self, nbytes: float) -> float:
+        """Return the seconds in which one rank pushes a vector to one server and pulls the model."""
+        return 2 * (self.latency_sec + nbytes / self.bytes_per_sec)
+
     def served_sec(self, workers: int, servers: int, nbytes: float) -> float:
         """Return the seconds in which workers push gradients to servers and pull the sums: two exchanges of all ranks.
 

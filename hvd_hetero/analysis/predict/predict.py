@@ -13,18 +13,21 @@ import numpy as np
 
 from hvd_hetero import algorithms
 from hvd_hetero.algorithms.local_sgd import BLOCKING
+from hvd_hetero.algorithms.m_sync_sgd import MSyncOptions
 from hvd_hetero.algorithms.policy import MAJORITY, SOLO, Policy
 from hvd_hetero.algorithms.synchronous import ALL, FAST, LockstepOptions, choose
 from hvd_hetero.analysis.predict.link import sent_bytes
-from hvd_hetero.analysis.predict.simulator import Group, Outcome, Spent, blocking, partial
+from hvd_hetero.analysis.predict.simulator import Group, Outcome, Spent, blocking, draw_works, partial, served
 from hvd_hetero.analysis.predict.speeds import Inputs
 from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
 from hvd_hetero.config.load import per_class
 from hvd_hetero.config.schema import Config
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.plan import IDLE, SERVER, ClassPlan, Plan
+from hvd_hetero.planning.quorum import QUORUM, best_quorum
 from hvd_hetero.planning.stop_criteria import RunProgress, check_limits, next_rounds, round_samples
 
+SERVED = ("asgd", "ringmaster_asgd", "rennala_sgd", "malenia_sgd", "ringleader_asgd", "async_diloco")
 MOST_ROUNDS = 1000
 MOST_DRAWS = 1_000_000
 MOST_EVENTS = 30_000
@@ -105,6 +108,7 @@ class Scenario:
 
     def methods(self) -> list[Prediction]:
         """Predict every method at the configuration's own tau and batch."""
+        m = self.best_quorum
         return [
             self._predict("sync_sgd, all", "sync_sgd", participants=ALL),
             self._predict("sync_sgd, fast", "sync_sgd", participants=FAST),
@@ -115,7 +119,21 @@ class Scenario:
             self._predict("eager_sgd, solo", "eager_sgd", mode=SOLO),
             self._predict("eager_sgd, majority", "eager_sgd", mode=MAJORITY),
             self._predict("biased local SGD, solo", "biased_local_sgd", self.taus, {"mode": SOLO, "delayed": False}),
+            *([self._predict("biased local SGD, quorum", "biased_local_sgd", self.taus, {"delayed": False})]
+              if self.config.aggregation.mode == QUORUM else []),
+            *(self._predict(name, name, self.taus) for name in SERVED),
+            self._predict(f"m_sync_sgd, {m:g} of {self.cluster.size}", "m_sync_sgd", quorum=m),
         ]
+
+    @property
+    def best_quorum(self) -> float:
+        """The ranks that m-Synchronous SGD waits for: as configured, or those with which it takes the least time."""
+        own, rng, size = self.config.algorithm, np.random.default_rng(self.config.run.seed), self.cluster.size
+        own = own if isinstance(own, MSyncOptions) else MSyncOptions()
+        ranks = [Group(c.name, len(c.ranks), self.step_sec[c.name], 1, self.inputs.speeds[c.name].jitter)
+                 for c in self.cluster.classes]  # fmt: skip
+        drawn = [draw_works(g, max(1, MOST_DRAWS // 10 // size), rng, self.inputs.jitter_law) for g in ranks]
+        return own.quorum or best_quorum(np.concatenate(drawn, axis=1), size if own.noise is None else own.noise)
 
     def local(self, tau: int, taus: Mapping[str, int] | None = None) -> Prediction:
         """Predict local SGD whose fastest class takes tau steps in a round, the others by their speed or as given."""
@@ -152,15 +170,16 @@ class Scenario:
         policy.start(plan)
         check_limits(self.config.train, plan)
         outcome, step_sec = self._simulate(policy, plan), self._step_sec(plan)
-        done, seconds, averages, samples = RunProgress(), 0.0, 0.0, 0.0
-        spent = {c.name: np.zeros(4) for c in plan.classes}
+        done, seconds, averages, samples, pushes = RunProgress(), 0.0, 0.0, 0.0, 0.0
+        spent = {c.name: np.zeros(5) for c in plan.classes}
         while rounds := next_rounds(self.config.train, plan, done):
             times = rounds / _plan_rounds(policy, plan, outcome)
             seconds += times * outcome.seconds
             averages += times * outcome.rounds
+            pushes += times * outcome.pushes
             samples += times * _samples(plan, outcome)
             for name, s in outcome.classes.items():
-                spent[name] += times * np.array([s.compute, s.blocked, s.comm, s.steps])
+                spent[name] += times * np.array([s.compute, s.blocked, s.comm, s.steps, s.dropped])
             done = replace(done.after(replace(plan, rounds=rounds)), train_sec=seconds)
             if (new := policy.replan(step_sec)) is not plan and new != plan:
                 plan, outcome, step_sec = new, self._simulate(policy, new), self._step_sec(new)
@@ -168,7 +187,8 @@ class Scenario:
         return Prediction(
             "", policy.options.name, {c.name: c.tau for c in plan.classes},
             {c.name: c.batch_size for c in plan.classes}, seconds, samples, averages,
-            averages * self._collective(policy, plan)[1], max(spent[name][2] for name in training),
+            pushes * self.inputs.model_bytes or averages * self._collective(policy, plan)[1],
+            max(spent[name][2] for name in training),
             {name: Spent(*map(float, s)) for name, s in spent.items()},
         )  # fmt: skip
 
@@ -196,14 +216,20 @@ class Scenario:
                   self.inputs.speeds[c.name].jitter, _joins(policy, c))
             for c in plan.classes for batch, ranks in Counter(batch for _, batch in _batches(c)).items()
         ]  # fmt: skip
+        if (rule := policy.server_rule()) is not None:
+            groups = [replace(g, tau=policy.steps_of_push or g.tau) for g in groups]
+            return served(groups, rule, self.inputs.link.exchange_sec(self.inputs.model_bytes), rng,
+                          pushes=max(MOST_EVENTS // 3, 20 * size), law=law)  # fmt: skip
         mode = policy.partial_mode(self.step_sec)
         if mode is None:
             rounds = max(20, min(MOST_ROUNDS, MOST_DRAWS // size)) if any(g.jitter for g in groups) else 1
             return blocking(groups, rounds, comm_sec, rng, law)
+        apart = max(g.tau for g in groups) if policy.quorum() else 1
         # gradients go with what each rank contributes, models with what a class does
         until: dict[str, Any] = {"contributions": max(MOST_EVENTS, 5 * size)} if policy.claims_samples else {
-            "by_class": True, "rounds": max(20, MOST_EVENTS // size // 4), "patience_sec": spec.patience_sec}
-        return partial(groups, comm_sec, rng, mode=mode, sync_every=spec.sync_every, max_lag=spec.max_lag, law=law,
+            "by_class": True, "rounds": max(20, MOST_EVENTS // size // (4 * apart)), "patience_sec": spec.patience_sec}
+        return partial(groups, comm_sec, rng, mode=MAJORITY if mode == MAJORITY else SOLO, quorum=policy.quorum(),
+                       sync_every=policy.sync_every, max_lag=spec.max_lag, law=law, drops_late=policy.drops_late,
                        **until)  # fmt: skip
 
 

@@ -17,12 +17,14 @@ import heapq
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hvd_hetero.algorithms.policy import MAJORITY, SOLO
+from hvd_hetero.algorithms.server_rule import Rule
+from hvd_hetero.planning.quorum import ROUNDING, Quorum
 
 NONE, NORMAL, LOGNORMAL = "none", "normal", "lognormal"
 LAWS = (NONE, NORMAL, LOGNORMAL)
@@ -51,12 +53,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of a class by kind, and the local steps it took; means over its ranks."""
+    """Seconds of a class by kind, its local steps, and those of them that were dropped; means over its ranks."""
 
     compute: float
     blocked: float
     comm: float
     steps: float
+    dropped: float = 0.0
 
     @property
     def blocked_share(self) -> float:
@@ -69,30 +72,32 @@ class Outcome:
     """The result of a simulation.
 
     Attributes:
-        rounds: collectives that were made.
+        rounds: collectives that were made, or updates of a server's model.
+        pushes: to a server, by each rank on average.
     """
 
     seconds: float
     rounds: int
     classes: dict[str, Spent]
+    pushes: float = 0.0
 
 
 def blocking(
     groups: Sequence[Group], rounds: int, comm_sec: float, rng: np.random.Generator, law: str = LOGNORMAL
 ) -> Outcome:
     """Simulate rounds in which all ranks wait for the slowest one, then take part in the collective."""
-    work = [_works(g, rounds, rng, law) for g in groups]
+    work = [draw_works(g, rounds, rng, law) for g in groups]
     last = np.max([w.max(axis=1) for w in work], axis=0)
     seconds = float(last.sum()) + rounds * comm_sec
     spent = []
     for g, w in zip(groups, work, strict=True):
         compute, comm = w.sum(axis=0), np.full(g.ranks, rounds * comm_sec * g.joins)
         blocked = np.maximum(0.0, seconds - compute - comm)
-        spent.append((compute, blocked, comm, np.full(g.ranks, float(rounds * g.tau))))
+        spent.append((compute, blocked, comm, np.full(g.ranks, float(rounds * g.tau)), np.zeros(g.ranks)))
     return Outcome(seconds, rounds, _by_name(groups, spent))
 
 
-def _works(g: Group, rounds: int, rng: np.random.Generator, law: str) -> Floats:
+def draw_works(g: Group, rounds: int, rng: np.random.Generator, law: str) -> Floats:
     """Draw seconds of computing, ``[rounds, ranks]``."""
     mean, spread = g.tau * g.step_sec, _spread(g, law)
     if not spread:
@@ -108,8 +113,8 @@ def _spread(g: Group, law: str) -> float:
     return math.sqrt(math.log1p(relative**2)) if law == LOGNORMAL else relative
 
 
-def _by_name(groups: Sequence[Group], spent: Sequence[tuple[Floats, Floats, Floats, Floats]]) -> dict[str, Spent]:
-    """Average over the ranks of each class, of compute, blocked, comm and steps by rank."""
+def _by_name(groups: Sequence[Group], spent: Sequence[tuple[Floats, ...]]) -> dict[str, Spent]:
+    """Average over the ranks of each class, of the fields of :class:`Spent` by rank."""
     found = {}
     for name in dict.fromkeys(g.name for g in groups):
         mine = [arrays for g, arrays in zip(groups, spent, strict=True) if g.name == name]
@@ -120,25 +125,90 @@ def _by_name(groups: Sequence[Group], spent: Sequence[tuple[Floats, Floats, Floa
 def partial(
     groups: Sequence[Group], comm_sec: float, rng: np.random.Generator, *, mode: str = SOLO, by_class: bool = False,
     rounds: int | None = None, contributions: int | None = None, sync_every: int = 32, max_lag: int = 32,
-    patience_sec: float = math.inf, law: str = LOGNORMAL,
+    patience_sec: float = math.inf, law: str = LOGNORMAL, quorum: Quorum | None = None, drops_late: bool = False,
 ) -> Outcome:  # fmt: skip
     """Simulate rounds that the first rank that is ready starts, as in docs/partial.md, without the ends of epochs.
 
     Args:
-        mode: ``solo`` or ``majority``.
+        mode: ``solo`` or ``majority``; or a ``quorum`` is given, of ranks that contribute step by step where models are
+            averaged.
         by_class: a group arrives as a whole (averages of models), not each rank by itself (gradients).
         rounds: it ends when all ranks of a group have contributed so many times; or
         contributions: when all ranks together have.
+        drops_late: what is late for its round is dropped.
     """
     assert mode in (SOLO, MAJORITY) and (rounds is None) != (contributions is None)
     assert all(g.tau and g.joins for g in groups)
+    if by_step := quorum is not None and by_class:
+        rounds, through = (rounds or 0) * max(g.tau for g in groups), [g.tau for g in groups]
+        groups = [replace(g, tau=1) for g in groups]
     run = _Partial(groups, comm_sec, rng, mode, by_class, sync_every, max_lag, patience_sec, law)
+    run.quorum, run.drops_late = quorum, drops_late
+    if by_step:
+        run.through = through
     now = run.until(rounds or math.inf, contributions or math.inf)
     ends = np.cumsum([g.ranks for g in groups])[:-1]
-    by_rank = (run.compute, run.blocked, run.comm, run.count)
+    by_rank = (run.compute, run.blocked, run.comm, run.count, run.dropped)
     columns = [np.split(np.array(column, dtype=np.float64), ends) for column in by_rank]
-    spent = [(a, b, c, n * g.tau) for g, a, b, c, n in zip(groups, *columns, strict=True)]
+    spent = [(a, b, c, n * g.tau, d * g.tau) for g, a, b, c, n, d in zip(groups, *columns, strict=True)]
     return Outcome(now, run.completed, _by_name(groups, spent))
+
+
+def served(
+    groups: Sequence[Group], rule: Rule, exchange_sec: float, rng: np.random.Generator, *, pushes: int,
+    law: str = LOGNORMAL,
+) -> Outcome:  # fmt: skip
+    """Simulate ranks that push to a server when they are ready, and go on when they have its answer.
+
+    Args:
+        rule: what becomes of a push; called in the order in which the server gets to them.
+        exchange_sec: of a push and its answer; the server makes one after another.
+        pushes: with so many it ends.
+    """
+    rule.step = lambda direction, factor: None
+    group = [g for g in groups for _ in range(g.ranks)]
+    spent = np.zeros((5, len(group)))  # by the fields of Spent
+    compute, blocked, comm, steps, dropped = spent
+    laws = {id(g): (g.tau * g.step_sec, _spread(g, law)) for g in groups}
+    queue: list[tuple[float, int, int, float]] = []
+
+    def begin(rank: int, now: float) -> None:
+        mean, spread = laws[id(group[rank])]
+        sec = mean * draw_factor(rng.standard_normal(), spread, law) if spread else mean
+        compute[rank] += sec
+        heapq.heappush(queue, (now + sec, 1, rank, now))
+
+    for rank in range(len(group)):
+        begin(rank, 0.0)
+    free = now = 0.0
+    count = 0
+    while count < pushes:
+        now, is_ready, rank, _ = heapq.heappop(queue)
+        if is_ready:
+            free = max(free, now) + exchange_sec
+            blocked[rank] += free - exchange_sec - now
+            comm[rank] += exchange_sec
+            heapq.heappush(queue, (free, 0, rank, now))
+            continue
+        count += 1
+        steps[rank] += group[rank].tau
+        dropped[rank] += 0 if rule.arrive(rank, 0.0) else group[rank].tau
+        begin(rank, now)
+    for until, is_ready, rank, since in queue:  # what has not come to its end
+        if is_ready:
+            compute[rank] -= until - max(since, now)
+        else:
+            over = until - now
+            comm[rank] -= min(over, exchange_sec)
+            blocked[rank] -= max(0.0, over - exchange_sec)
+    ends = np.cumsum([g.ranks for g in groups])[:-1]
+    by_group = [tuple(columns) for columns in zip(*(np.split(row, ends) for row in spent), strict=True)]
+    return Outcome(now, rule.version, _by_name(groups, by_group), count / len(group))
+
+
+def draw_factor(z: float, spread: float, law: str) -> float:
+    """Return what a step takes over its mean, from a standard normal number."""
+    return max(0.0, 1 + spread * z) if law == NORMAL else math.exp(spread * z - spread**2 / 2)
 
 
 ROUND, STEP, PATIENCE = 0, 1, 2
@@ -152,7 +222,13 @@ class _Partial:
         completed: rounds that have ended, and ``started`` those that have begun: one more at most.
         taken: by rank, rounds whose result it has had, and ``count``, what it has contributed.
         compute: seconds by rank, as ``blocked`` and ``comm``.
+        dropped: contributions that were, by rank.
+        through: by group, after how many contributions to a round a rank is there; None: after each, and then it waits.
     """
+
+    quorum: Quorum | None = None
+    drops_late = False
+    through: Sequence[int] | None = None
 
     def __init__(
         self, groups: Sequence[Group], comm_sec: float, rng: np.random.Generator, mode: str, by_class: bool,
@@ -166,13 +242,13 @@ class _Partial:
         self._unit = self._group if by_class else list(range(size))
         self._unit_size = self._group_size if by_class else [1] * size
         self._law_of = [(g.tau * g.step_sec, _spread(g, law)) for g in groups]
-        self.taken, self.count = [0] * size, [0] * size
+        self.taken, self.count, self.dropped, self._since = [0] * size, [0] * size, [0] * size, [0] * size
         self.compute, self.blocked, self.comm = [0.0] * size, [0.0] * size, [0.0] * size
         self._began = [0.0] * size
         self._waiting: dict[int, float] = {}  # since when
         self._made: dict[int, int] = {}  # contributions that no round has taken yet
         self._arrived: set[int] = set()
-        self._there = Counter[int]()
+        self._there, self._there_weight = Counter[int](), 0.0
         self._missing: set[int] = set()
         self.completed, self.started, self._started_at, self._least_taken = 0, 0, 0.0, 0
         self._normals: list[float] = []
@@ -206,15 +282,23 @@ class _Partial:
     def _step_ended(self, rank: int, now: float) -> None:
         self.compute[rank] += now - self._began[rank]
         self._began[rank] = now
-        self._made[rank] = self._made.get(rank, 0) + 1
         self.count[rank] += 1
-        if self.taken[rank] == self.started and rank not in self._arrived:
+        self._since[rank] += 1
+        if self.drops_late and self.taken[rank] != self.started:
+            self.dropped[rank] += 1
+        else:
+            self._made[rank] = self._made.get(rank, 0) + 1
+        is_there = self.through is None or self._since[rank] >= self.through[self._group[rank]]
+        if is_there and self.taken[rank] == self.started and rank not in self._arrived:
             self._arrived.add(rank)
             self._there[self._unit[rank]] += 1
+            self._there_weight += 0.0 if self.quorum is None else self.quorum.weights[rank]
             self._start_if_ready(self._unit[rank], now)
         if self.completed > self.taken[rank]:
-            self.taken[rank] = self.completed
+            self._take(rank)
             self._begin(rank, now)
+        elif self.through is not None and self.taken[rank] == self.started:
+            self._begin(rank, now)  # it goes on until a round begins
         else:
             self._waiting[rank] = now
             if self._patience_sec < math.inf:
@@ -224,11 +308,15 @@ class _Partial:
 
     def _start_if_ready(self, unit: int, now: float) -> None:
         """Start the next round if the unit that has just gained a rank is complete, and may start it."""
-        if self._there[unit] < self._unit_size[unit] or (self._mode == MAJORITY and unit != self._initiator):
+        if self.quorum is not None:
+            if self._there_weight < self.quorum.needed * (1 - ROUNDING):
+                return
+        elif self._there[unit] < self._unit_size[unit] or (self._mode == MAJORITY and unit != self._initiator):
             return
         number, self.started, self._started_at = self.started, self.started + 1, now
         self._arrived.clear()
         self._there.clear()
+        self._there_weight = 0.0
         self._draw_initiator()
         if number - self._least_taken >= self._max_lag:
             self._least_taken = min(self.taken)
@@ -240,7 +328,7 @@ class _Partial:
 
     def _join_late(self, rank: int, now: float) -> None:
         if self.started - 1 - self.taken[rank] < self._max_lag:
-            del self._made[rank]
+            self._made.pop(rank, None)  # what it has made may have been dropped
             self._missing.remove(rank)
             self._go_if_complete(now)
 
@@ -255,8 +343,11 @@ class _Partial:
             start = max(since, self._started_at)
             self.blocked[rank] += start - since
             self.comm[rank] += now - start
-            self.taken[rank] = self.completed
+            self._take(rank)
             self._begin(rank, now)
+
+    def _take(self, rank: int) -> None:
+        self.taken[rank], self._since[rank] = self.completed, 0
 
     def _patience_ended(self, rank: int, now: float) -> None:
         # one that has gone on, and waits again by now, has a later end of its own
@@ -276,7 +367,7 @@ class _Partial:
         if not self._normals:
             self._normals = self._rng.standard_normal(BLOCK).tolist()
         z = self._normals.pop()
-        return max(0.0, 1 + spread * z) if self._law == NORMAL else math.exp(spread * z - spread**2 / 2)
+        return draw_factor(z, spread, self._law)
 
     def _draw_initiator(self) -> None:
         self._initiator = self._unit[int(self._rng.integers(self._size))]

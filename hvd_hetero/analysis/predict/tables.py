@@ -79,6 +79,9 @@ def _notes(forecast: Forecast) -> list[str]:
     for tau, row in forecast.sweep:
         if row.problem is not None:
             failing.setdefault(row.problem, []).append(str(tau))
+    lost = [(row, name, s.dropped / s.steps) for row in forecast.methods for name, s in (row.classes or {}).items()
+            if s.dropped]  # fmt: skip
+    cannot += [f"{row.label}: {share:.1%} of the samples of {name} are lost" for row, name, share in lost]
     cannot += [f"tau {', '.join(numbers)} cannot be planned: {problem}" for problem, numbers in failing.items()]
     return [*cannot, *forecast.scenario.inputs.notes, LEFT_OUT]
 

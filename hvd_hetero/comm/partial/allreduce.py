@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import horovod.torch as hvd
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from hvd_hetero.comm.async_ops import PeerLost, guarded
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.partial.control_channel import connect
+from hvd_hetero.comm.partial.control_channel import ControlServer, connect
 from hvd_hetero.comm.partial.coordinator import (
     ARRIVED,
     CLAIM,
@@ -37,6 +38,7 @@ from hvd_hetero.comm.partial.coordinator import (
 from hvd_hetero.comm.partial.rounds import Round, done_unless
 from hvd_hetero.comm.partial.send_buffer import SendBuffer
 from hvd_hetero.log import LOGGER
+from hvd_hetero.planning.quorum import Quorum
 from hvd_hetero.telemetry.staleness import Counts
 
 BROKEN = "another rank is gone (the channel to rank 0 is broken)"
@@ -47,7 +49,8 @@ class PartialAllreduce:
 
     Args:
         size: P, elements of the vector.
-        mode: ``solo``, ``majority`` or ``full``, see :class:`hvd_hetero.comm.partial.coordinator.Coordinator`.
+        mode: ``solo``, ``majority``, ``quorum`` or ``full``, see
+            :class:`hvd_hetero.comm.partial.coordinator.Coordinator`.
         units: all ranks, by what arrives as a whole.
         seed: of majority's initiators; the same on all ranks.
         sync_every: every so many rounds each rank joins only when it has something to send: nothing that is sent is
@@ -56,6 +59,8 @@ class PartialAllreduce:
         latest: so many elements at the end of the vector are states and not sums: the newest contribution's are sent.
         weigh: turns the steps in the send buffer into the factor of what is sent; None: as it is, by number of steps.
         first: number of the first round, in a resumed run.
+        quorum: in mode quorum, what is enough to start a round.
+        drops_late: whether what comes too late for the round it was made for is dropped; else it goes with the next.
         hosts: how many hosts the ranks are on.
         pinned: whether results lie in memory from which a GPU copies while the host goes on.
 
@@ -77,13 +82,15 @@ class PartialAllreduce:
         latest: int = 0,
         weigh: Callable[[float], float] | None = None,
         first: int = 0,
+        quorum: Quorum | None = None,
+        drops_late: bool = False,
         hosts: int = 1,
         pinned: bool = False,
     ) -> None:
         assert comm.size > 1 and sync_every >= 1 and max_lag >= 1
         self._rank, self._pulse, self._watch = comm.rank, comm.heartbeat, comm.watch
         self._full = 1 if mode == FULL else sync_every
-        self._max_lag = max_lag
+        self._max_lag, self._drops_late = max_lag, drops_late
         self._changed = threading.Condition()
         self._buffer = SendBuffer(size, dtype, latest, weigh, pinned)
         self._starts: deque[tuple[int, float, bool]] = deque()
@@ -93,7 +100,8 @@ class PartialAllreduce:
         self._in_epoch, self._stopped, self.closing = True, False, False
         self._error: BaseException | None = None
         self.counts = Counts()
-        self._link, self._hub = connect(comm, hosts, Coordinator(units, mode, seed, first).handle)
+        coordinator = Coordinator(units, mode, seed, first, quorum)
+        self._link, self._hub = connect(comm, hosts, partial(ControlServer, handle=coordinator.handle))
         self._threads = [
             threading.Thread(target=self._watched, args=(run,), name=f"hvd_hetero.{run.__name__}", daemon=True)
             for run in (self._read, self._help)
@@ -104,22 +112,39 @@ class PartialAllreduce:
     # ---- what a rank's own thread calls -----------------------------------------------------------------------------
 
     @property
+    def has_started(self) -> bool:
+        """Whether a round has started whose result this rank has not taken."""
+        with self._changed:
+            return bool(self._starts or self._rounds or self._next != self._taken)
+
+    @property
     def version(self) -> int:
         """Number of rounds whose results this rank has taken: the version of its model."""
         return self._taken
 
-    def contribute(self, vector: Tensor, steps: float = 1) -> None:
+    def contribute(self, vector: Tensor, steps: float = 1, *, arrived: bool = True, samples: int = 0) -> bool:
         """Adds to what goes with the next round that starts, and says that this rank is there.
 
         Args:
             vector: ``[P]`` on the host.
             steps: how much work is in it, for its weight.
+            arrived: False where this rank is still at work for that round.
+            samples: that are lost with it, if it is dropped.
+
+        Returns:
+            False if it was dropped: the round that it was made for has gone without it.
         """
         with self._changed:
             self._check()
+            if self._drops_late and self._next != self._taken:
+                self.counts.dropped += 1
+                self.counts.lost_samples += samples
+                return False
             self._buffer.add(vector, steps, self._taken)
             self._changed.notify_all()
-        self._say(ARRIVED, self._taken)
+        if arrived:
+            self._say(ARRIVED, self._taken)
+        return True
 
     def pop(self, patience_sec: float | None = None) -> list[Round]:
         """The results that are there and were not taken yet, in order; waits for one if there is none, and books that.

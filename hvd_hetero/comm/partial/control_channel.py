@@ -19,6 +19,7 @@ from multiprocessing.connection import Client, Connection, answer_challenge, del
 
 import psutil
 import torch
+from torch import Tensor
 
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.partial.coordinator import Command
@@ -40,9 +41,12 @@ class ControlClient:
         self._sending, self._receiving = threading.Lock(), threading.Lock()
         self.send(0, rank)
 
-    def send(self, what: int, number: int = 0) -> None:
+    def send(self, what: int, number: int = 0, vector: Tensor | None = None) -> None:
+        """Sends a message, and right behind it a vector, of which the other end knows length and type."""
         with self._sending:
             self._wire.connection.send_bytes(MESSAGE.pack(what, number))
+            if vector is not None:
+                self._wire.send_vector(vector)
 
     def receive(self) -> tuple[int, int]:
         """The next message.
@@ -53,6 +57,18 @@ class ControlClient:
         with self._receiving:
             what, number = MESSAGE.unpack(self._wire.connection.recv_bytes(MESSAGE.size))
         return int(what), int(number)
+
+    def answer(self, form: struct.Struct, vector: Tensor) -> tuple[int, ...]:
+        """The next message, in this form; its last number says whether a vector follows, which is received in place.
+
+        Raises:
+            EOFError, OSError: the channel is closed.
+        """
+        with self._receiving:
+            numbers: tuple[int, ...] = form.unpack(self._wire.connection.recv_bytes(form.size))
+            if numbers[-1]:
+                self._wire.receive_vector(vector)
+        return numbers
 
     def close(self) -> None:
         """Ends the channel; a thread that waits in :meth:`receive` gets an EOFError."""
@@ -169,17 +185,19 @@ class ControlServer:
             thread.join(timeout=5)
 
 
-def connect(comm: Comm, hosts: int, handle: Handler) -> tuple[ControlClient, ControlServer | None]:
+def connect(
+    comm: Comm, hosts: int, make_hub: Callable[[str, int, bytes], ControlServer]
+) -> tuple[ControlClient, ControlServer | None]:
     """Opens the channel; all ranks call it together.
 
     Args:
         hosts: how many the ranks are on.
-        handle: rank 0's; see :class:`ControlServer`.
+        make_hub: makes rank 0's end, from address, number of ranks and secret.
     """
     hub, secret = None, secrets.token_bytes(SECRET_BYTES)
     told = torch.zeros(SECRET_BYTES + ADDRESS_BYTES, dtype=torch.uint8)
     if comm.rank == 0:
-        hub = ControlServer("127.0.0.1" if hosts == 1 else own_address(), comm.size, secret, handle)
+        hub = make_hub("127.0.0.1" if hosts == 1 else own_address(), comm.size, secret)
         where = f"{hub.address[0]} {hub.address[1]}".ljust(ADDRESS_BYTES).encode()
         told = torch.tensor(list(secret + where), dtype=torch.uint8)
     said = bytes(comm.broadcast(told, "activation.address").tolist())
@@ -212,6 +230,22 @@ class _Wire:
             if hasattr(socket, name):
                 self._socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
+    def send_vector(self, vector: Tensor) -> None:
+        """Sends a contiguous vector as its bytes."""
+        self._socket.sendall(_bytes_of(vector))
+
+    def receive_vector(self, vector: Tensor) -> None:
+        """Receives one into it.
+
+        Raises:
+            EOFError, OSError: the connection ends before.
+        """
+        left = _bytes_of(vector)
+        while left:
+            if not (count := self._socket.recv_into(left)):
+                raise EOFError
+            left = left[count:]
+
     def shut(self) -> None:
         """Ends it, from any thread; whoever reads or writes it is woken."""
         _shut(self._socket)
@@ -220,6 +254,10 @@ class _Wire:
         """Gives it up, when nobody else uses it any more."""
         self.connection.close()
         self._socket.close()
+
+
+def _bytes_of(vector: Tensor) -> memoryview:
+    return memoryview(vector.view(torch.uint8).numpy().data)
 
 
 def _shut(sock: socket.socket) -> None:

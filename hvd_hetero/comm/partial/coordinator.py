@@ -9,8 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hvd_hetero.planning.quorum import QUORUM, Quorum
+
 SOLO, MAJORITY, FULL = "solo", "majority", "full"
-MODES = (SOLO, MAJORITY, FULL)
+MODES = (SOLO, MAJORITY, FULL, QUORUM)
 ARRIVED, CLAIM, FINISHED = 1, 2, 3
 """What a rank says: it has contributed and needs round N next; it wants N samples; its epoch is over."""
 START, FINAL, OFFER, CLOSING = 11, 12, 13, 14
@@ -33,6 +35,7 @@ class Coordinator:
 
     - ``solo``: the first unit to arrive at the next round starts it.
     - ``majority``: the unit of the round's initiator does, when it arrives.
+    - ``quorum``: the rank does with which enough ranks have arrived.
     - ``full``: as solo; every rank joins when it has arrived itself, so that nobody is left out.
 
     A rank arrives at a round if it has had the results of all earlier ones; one that has not is late, and starts none.
@@ -41,10 +44,14 @@ class Coordinator:
         units: all ranks, by unit.
         seed: of the initiators.
         first: number of the first round.
+        quorum: in that mode, what is enough.
     """
 
-    def __init__(self, units: Sequence[Sequence[int]], mode: str, seed: int, first: int = 0) -> None:
-        assert mode in MODES
+    def __init__(
+        self, units: Sequence[Sequence[int]], mode: str, seed: int, first: int = 0, quorum: Quorum | None = None
+    ) -> None:
+        assert mode in MODES and (mode == QUORUM) == (quorum is not None)
+        self._quorum = quorum
         self._units = [frozenset(unit) for unit in units]
         self._unit_of = {rank: unit for unit in self._units for rank in unit}
         self._mode, self._seed, self._next = mode, seed, first
@@ -79,6 +86,9 @@ class Coordinator:
 
     def _started(self) -> list[Command]:
         """Starts the next round if the right unit is there; ranks whose epoch is over are not waited for."""
+        if self._quorum is not None:
+            left = set(self._unit_of) - self._finished
+            return self._start() if self._quorum.reached(self._arrived & left, left) else []
         if self._mode == MAJORITY:
             order = initiator(self._seed, self._next, len(self._unit_of))
             first = next(rank for rank in order if rank not in self._finished)
@@ -88,9 +98,12 @@ class Coordinator:
         for unit in units:
             training = unit - self._finished
             if training and training <= self._arrived:
-                self._arrived.clear()
-                return [(None, START, self._count())]
+                return self._start()
         return []
+
+    def _start(self) -> list[Command]:
+        self._arrived.clear()
+        return [(None, START, self._count())]
 
     def _count(self) -> int:
         self._next += 1

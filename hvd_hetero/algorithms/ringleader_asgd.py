@@ -1,0 +1,71 @@
+"""Ringleader ASGD (Maranjyan and Richtarik, ICLR 2026): asynchronous, and every rank counts the same.
+
+For classes that draw from different data (``sampling.scheme=separate``). The server has the model x and two tables,
+CURRENT and NEXT, which have for every rank the mean of its gradients and their number::
+
+    rank i: push g = gradient of its batch at its x
+    server, phase 1: fold g into CURRENT_i; rank i goes on at the x it has, until every rank has a gradient in CURRENT.
+                     The rank that completes the table is the first one that is served.
+            phase 2: from a rank not yet served in this round: fold g into CURRENT_i, serve it
+                     from one that was: fold g into NEXT_i; it goes on from the current x
+            serve i: x = x - lr * (1/n) sum_j mean(CURRENT_j); rank i goes on from it
+            all have been served: CURRENT = NEXT, NEXT is empty, phase 1
+
+n updates a round, no gradient is lost, and none that is applied is older than 2 n - 2 updates. With equal speeds it is
+not synchronous SGD: the table is renewed rank by rank. The server holds two means for every rank. Where all ranks
+meet, at the end of an epoch or to save, all go on from the current x; the tables stay.
+"""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+from hvd_hetero.algorithms.asynchronous import AsynchronousLocal
+from hvd_hetero.algorithms.server_rule import Rule, mean
+
+
+class RingleaderRule(Rule):
+    """Keep two tables of the ranks' means; ``is_serving`` in phase 2."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.current, self.next = self._empty(), self._empty()
+        self.is_serving, self.served = False, list[int]()
+
+    def _empty(self) -> list[Any]:
+        return [None] * self.size
+
+    @staticmethod
+    def _fold(table: list[Any], rank: int, vector: Any) -> None:
+        before, count = table[rank] or (vector, 0)
+        table[rank] = (before + (vector - before) / (count + 1), count + 1)
+
+    def arrive(self, rank: int, vector: Any) -> bool:
+        if rank in self.served:
+            self._fold(self.next, rank, vector)
+            self.restart(rank)
+            return True
+        self._fold(self.current, rank, vector)
+        self.is_serving = self.is_serving or None not in self.current
+        if self.is_serving:
+            self._serve(rank)
+        return True
+
+    def _serve(self, rank: int) -> None:
+        self.update(mean([entry[0] for entry in self.current]))
+        self.restart(rank)
+        self.served.append(rank)
+        if len(self.served) == self.size:
+            self.current, self.next = self.next, self._empty()
+            self.is_serving, self.served = False, []
+
+    def skip(self, rank: int) -> None:
+        """Let it go on at the x it has: its mean is of gradients there."""
+
+
+@final
+class RingleaderASGD(AsynchronousLocal):
+    """Serve every rank once a round, along the mean of all ranks' means."""
+
+    def server_rule(self) -> Rule:
+        return RingleaderRule(self.cluster.size)
