@@ -104,7 +104,8 @@ def key_of(config: Config, cluster: Cluster) -> dict[str, Any]:
     """All that step times depend on: model, data, batch, optimizer, devices, threads, versions."""
     train = asdict(config.train)
     trained = {"data": asdict(config.data), "model": asdict(config.model), "loss": train["loss"]}
-    speeds = ("optimizer", "optimizer_args", "autocast", "clip_norm", "compile", "channels_last", "matmul_precision")
+    speeds = ("optimizer", "optimizer_args", "autocast", "clip_norm", "compile", "channels_last", "matmul_precision",
+              "micro_batches")  # fmt: skip
     trained |= {name: train[name] for name in speeds}
     text = json.dumps(trained, sort_keys=True, default=str)
     facts = {c.name: cluster.facts[c.ranks[0]] for c in cluster.classes}
