@@ -25,6 +25,11 @@ SETTINGS: list[tuple[list[str], str, str, str]] = [
     (["train.tau={fast: 32, slwo: 4}"], "train.tau.slwo", "4", "'slow'"),
     (["train.batch_size=0"], "train.batch_size", "0", "1 or more"),
     (["train.batch_size={fast: 8, slow: -8}"], "train.batch_size.slow", "-8", "1 or more"),
+    (["train.micro_batches=0"], "train.micro_batches", "0", "1 or more"),
+    (["train.micro_batches=many"], "train.micro_batches", "'many'", "or auto"),
+    (["train.micro_batches={fast: 1, slow: 5}"], "train.micro_batches", "{'fast': 1, 'slow': 5}", "set 4 or less"),
+    (["train.micro_batches={fast: 2}"], "train.micro_batches", "{'fast': 2}", "every class"),
+    (["train.micro_batches=3", "model.target=own_parts:norm_net"], "train.micro_batches", "3", "set 2 or less"),
     (["train.batch_size={fast: 8}"], "train.batch_size", "{'fast': 8}", "every class"),
     # classes that overlap, leave ranks out, have more ranks than there are slots, want a GPU
     ([THREE, "cluster.classes.a.ranks=0-1"], "cluster.classes.b", "[1, 2]", "take it out"),

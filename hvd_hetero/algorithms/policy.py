@@ -9,7 +9,7 @@ from hvd_hetero.algorithms.server_rule import Rule
 from hvd_hetero.cluster.device_classes import Cluster
 from hvd_hetero.comm.paths import paths_of
 from hvd_hetero.config.load import per_class
-from hvd_hetero.config.schema import AlgorithmConfig, Config
+from hvd_hetero.config.schema import AUTO, AlgorithmConfig, Config
 from hvd_hetero.errors import ConfigError, nearest
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.quorum import Quorum
@@ -38,6 +38,7 @@ class Policy:
         sends_at_once: whether each gradient is sent as soon as the backward pass has made it, dense and in one piece.
         unused: keys of ``aggregation`` that mean nothing to the method, and the values that they are left at.
         batch_varies: whether a rank's batch may become smaller than it is set to be.
+        micro_batches: by class, parts that a batch is cut into; 0: as few as fit in memory.
         plan: the one followed now, from :meth:`start` on.
         reason: why :meth:`replan` last changed it, for a person to read.
     """
@@ -58,7 +59,9 @@ class Policy:
         self.options, self.train, self.aggregation = config.algorithm, config.train, config.aggregation
         self.cluster, self.samples, self.min_batch = cluster, samples, min_batch
         self.seed, self.too_slow = config.run.seed, config.cluster.too_slow
-        self.batch_size = per_class("train.batch_size", self.train.batch_size, [c.name for c in cluster.classes])
+        names = [c.name for c in cluster.classes]
+        self.batch_size = per_class("train.batch_size", self.train.batch_size, names)
+        self.micro_batches = per_class("train.micro_batches", self.train.micro_batches, names, word=AUTO)
 
     @property
     def needs_speeds(self) -> bool:
@@ -75,6 +78,11 @@ class Policy:
         if mode is not None and mode not in self.modes:
             remedy = nearest(mode, self.modes) if self.modes else "leave it null"
             raise ConfigError("algorithm.mode", mode, f"is no variant of {name}", remedy)
+        for part, count in self.micro_batches.items():
+            if (size := self.batch_size[part]) < count * self.min_batch > self.min_batch:
+                problem = f"a batch of class {part} has {size} samples, and a micro-batch {self.min_batch} at least"
+                remedy = f"set {max(1, size // self.min_batch)} or less"
+                raise ConfigError("train.micro_batches", self.train.micro_batches, problem, remedy)
         paths_of(self.aggregation, self.cluster)
         if not self.needs_speeds:
             self.make_plan(None)

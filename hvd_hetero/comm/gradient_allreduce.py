@@ -78,14 +78,15 @@ class GradientSum:
         as_they_are = on_cpus or (sums_on_gpus(cluster, ranks) and build_info()["nccl"])
         self._travel = Summable if as_they_are else OnHost
 
-    def wrap(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer, made to send each gradient as soon as the backward pass has computed it."""
+    def wrap(self, optimizer: torch.optim.Optimizer, model: nn.Module, passes: int = 1) -> torch.optim.Optimizer:
+        """The optimizer, made to send each gradient as soon as the last of a step's backward passes has computed it."""
         if len(self._ranks) == 1:
             return optimizer
         named = [(f"gradient.{name}", p) for name, p in model.named_parameters() if p.requires_grad]
         group = self._comm.group(self._ranks)
         wrapped: torch.optim.Optimizer = hvd.DistributedOptimizer(
-            _handed_over(optimizer), named, compression=self._travel, op=hvd.Sum, process_set=group
+            _handed_over(optimizer), named, backward_passes_per_step=passes, compression=self._travel, op=hvd.Sum,
+            process_set=group,
         )
         return wrapped
 

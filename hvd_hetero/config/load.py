@@ -131,8 +131,13 @@ def device_classes(classes: Mapping[str, Any]) -> dict[str, ClassConfig]:
     return result
 
 
-def per_class(key: str, value: Any, names: Sequence[str], at_least: int = 1) -> dict[str, int]:
+def per_class(
+    key: str, value: Any, names: Sequence[str], at_least: int = 1, word: str | None = None
+) -> dict[str, int]:
     """Reads a setting that is one integer for all classes, or a mapping of class name to integer.
+
+    Args:
+        word: that may stand in place of an integer, and becomes 0.
 
     Raises:
         ConfigError: not an integer, below the limit, a class unknown or missing.
@@ -146,8 +151,8 @@ def per_class(key: str, value: Any, names: Sequence[str], at_least: int = 1) -> 
         raise ConfigError(key, value, f"gives nothing for class {missing[0]}", "name every class, or give one number")
     for name, number in table.items():
         where = f"{key}.{name}" if isinstance(value, Mapping) else key
-        check_integer(where, number, at_least)
-    return table
+        check_integer(where, number, at_least, word)
+    return {name: 0 if number == word else number for name, number in table.items()}
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------

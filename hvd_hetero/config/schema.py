@@ -108,6 +108,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     batch_size: Any = 4
+    micro_batches: Any = 1
     epochs: Optional[int] = _key(40, LENGTH, at_least=1)  # noqa: UP045
     max_fast_steps: Optional[int] = _key(None, LENGTH, at_least=1)  # noqa: UP045
     max_samples: Optional[int] = _key(None, LENGTH, at_least=1)  # noqa: UP045

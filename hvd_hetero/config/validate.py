@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from hvd_hetero.config.schema import Config
+from hvd_hetero.config.schema import AUTO, Config
 from hvd_hetero.errors import ConfigError, nearest
 
 RUN_NAME, CLASS_NAME = re.compile(r"\w[\w .+-]*"), re.compile(r"\w[\w+-]*")
@@ -35,14 +35,17 @@ def check_limits(key: str, value: Any, limits: Mapping[str, Any]) -> None:
         raise ConfigError(key, value, f"is above {limits['at_most']}", f"give {limits['at_most']} or less")
 
 
-def check_integer(key: str, value: Any, at_least: int) -> None:
-    """Refuses what is no integer, or below a limit.
+def check_integer(key: str, value: Any, at_least: int, word: str | None = None) -> None:
+    """Refuses what is no integer, or below a limit; nor the word that may stand in place of one.
 
     Raises:
         ConfigError: it is.
     """
+    if word is not None and value == word:
+        return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(key, value, "is not an integer", f"give an integer of {at_least} or more")
+        other = "" if word is None else f", or {word}"
+        raise ConfigError(key, value, "is not an integer", f"give an integer of {at_least} or more{other}")
     check_limits(key, value, {"at_least": at_least})
 
 
@@ -52,13 +55,14 @@ def check_together(config: Config) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    for key, value in (("train.tau", config.train.tau), ("train.batch_size", config.train.batch_size)):
+    train = config.train
+    for key in ("tau", "batch_size", "micro_batches"):
+        value, word = getattr(train, key), AUTO if key == "micro_batches" else None
         table = value if isinstance(value, Mapping) else {None: value}
         if not table:
-            raise ConfigError(key, value, "is empty", "give a number, or one for each class")
+            raise ConfigError(f"train.{key}", value, "is empty", "give a number, or one for each class")
         for name, number in table.items():
-            check_integer(f"{key}.{name}" if name is not None else key, number, 1)
-    train = config.train
+            check_integer(f"train.{key}.{name}" if name is not None else f"train.{key}", number, 1, word)
     if (train.epochs, train.max_fast_steps, train.max_samples, train.max_train_sec) == (None,) * 4:
         raise ConfigError("train.epochs", None, "nothing says when the run ends", "set it, or one of train.max_*")
     if train.autocast not in (False, "bf16"):

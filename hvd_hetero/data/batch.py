@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -143,3 +144,49 @@ def sample_counts(targets: Any) -> set[int]:
 def _common(counts: Iterable[set[int]]) -> set[int]:
     told = [count for count in counts if count]
     return set.intersection(*told) if told else set()
+
+
+def cut(batch: Batch, parts: int, least: int = 1) -> tuple[int, list[Batch]]:
+    """Count a batch's samples, B, and cut it into parts that follow one another, as equal as can be.
+
+    Tensors and arrays ``[B, ...]`` are cut, in containers too, and so are plain lists and tuples with an entry for each
+    sample. Numbers, texts and tensors without dimensions go with every part.
+
+    Args:
+        least: samples of a part; a batch that has too few for all parts is cut into fewer.
+
+    Raises:
+        ConfigError: how many samples it has cannot be told, or something in it does not go by samples.
+    """
+    counts = _common([sample_counts(batch[1]), sample_counts(batch[0])])
+    if len(counts) != 1:
+        raise _uncut(batch, "does not tell how many samples it has")
+    size = counts.pop()
+    count = max(1, min(parts, size // least))
+    ends = [size * number // count for number in range(count + 1)]
+    inputs, targets = ([_rows(half, size, start, end) for start, end in pairwise(ends)] for half in batch)
+    return size, list(zip(inputs, targets, strict=True))
+
+
+def _rows(value: Any, size: int, start: int, end: int) -> Any:
+    """Return the samples from ``start`` to ``end`` of what holds ``size`` samples."""
+
+    def rows(part: Any) -> Any:
+        if isinstance(part, (Tensor, np.ndarray)):
+            if part.ndim and len(part) != size:
+                raise _uncut(part, f"is not of the batch's {size} samples")
+            return part[start:end] if part.ndim else part
+        if type(part) in (list, tuple) and len(part) == size:
+            if all(size in sample_counts(entry) for entry in part):
+                raise _uncut(part, f"may be {size} parts of all samples or of one each")
+            return part[start:end]
+        if entries(part) is None and not isinstance(part, (str, bytes, int, float, complex, type(None))):
+            raise _uncut(part, "cannot be cut by samples")
+        return NotImplemented
+
+    return _applied(value, rows)
+
+
+def _uncut(part: Any, problem: str) -> ConfigError:
+    remedy = "give tensors [B, ...], or leave train.micro_batches at 1"
+    return ConfigError("train.micro_batches", Plain(describe(part)), problem, remedy)

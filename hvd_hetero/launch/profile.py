@@ -15,7 +15,7 @@ from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.speed_profile import ClassSpeed, Profile, kept_at, key_of
 from hvd_hetero.training import dry_run, startup
 from hvd_hetero.training.api import exit_on_error
-from hvd_hetero.training.initial_plan import choose_path
+from hvd_hetero.training.initial_plan import choose_micro_batches, choose_path
 from hvd_hetero.training.initial_plan import measurement as measurement_of
 from hvd_hetero.training.trainer import Trainer
 from hvd_hetero.worker.components import Components
@@ -41,6 +41,7 @@ def _measure(files: Sequence[str], overrides: Sequence[str]) -> None:
     config, cluster = started.config, started.cluster
     trainer = Trainer(started, None)
     trainer.comm.broadcast_state(trainer.worker.state)
+    choose_micro_batches(started, trainer.algorithm.policy, trainer.worker, trainer.source, trainer.comm)
     measurement = measurement_of(started, trainer.worker, trainer.source, trainer.comm)
     names = [c.name for c in cluster.classes]
     batch = per_class("train.batch_size", config.train.batch_size, names)

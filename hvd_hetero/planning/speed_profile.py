@@ -105,7 +105,7 @@ def key_of(config: Config, cluster: Cluster) -> dict[str, Any]:
     train = asdict(config.train)
     trained = {"data": asdict(config.data), "model": asdict(config.model), "loss": train["loss"]}
     speeds = ("optimizer", "optimizer_args", "groups", "autocast", "clip_norm", "compile", "channels_last",
-              "matmul_precision")
+              "matmul_precision", "micro_batches")  # fmt: skip
     trained |= {name: train[name] for name in speeds}
     text = json.dumps(trained, sort_keys=True, default=str)
     facts = {c.name: cluster.facts[c.ranks[0]] for c in cluster.classes}

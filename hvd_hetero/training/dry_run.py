@@ -28,7 +28,7 @@ from hvd_hetero.config.instantiate import Place, cause
 from hvd_hetero.config.load import device_classes
 from hvd_hetero.config.schema import AUTO, AggregationConfig, Config
 from hvd_hetero.data import Batch, Dataset
-from hvd_hetero.data.batch import to_device
+from hvd_hetero.data.batch import cut, to_device
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.planning.local_steps import SHRINK, WAIT_AVOIDING
@@ -45,6 +45,8 @@ from hvd_hetero.worker.worker import Worker
 
 T = TypeVar("T")
 SAMPLES = 2
+CUT = 7
+"""Samples of a batch that is cut on trial: fewer may be as many as a batch has parts."""
 MOST_EPOCHS = 1000
 """So many steps of a scheduler are tried out."""
 FRAME = re.compile(r'File "(.+?)", line ([0-9]+)')
@@ -98,11 +100,15 @@ def _device(config: Config, local_rank: int) -> str | None:
 
 def _may_take_one(config: Config) -> bool:
     """Say whether a step may come to have one sample: as configured, by the method, or by halves in a profile."""
-    sizes = config.train.batch_size
-    listed = list(sizes.values()) if isinstance(sizes, Mapping) else [sizes]
-    smallest = min((size for size in listed if isinstance(size, int)), default=SAMPLES)
-    varies = algorithms.get(config.algorithm.name).batch_varies or config.cluster.too_slow == SHRINK
+    counts = _listed(config.train.micro_batches)
+    smallest = min(_listed(config.train.batch_size)) // max(SAMPLES if count == AUTO else count for count in counts)
+    varies = AUTO in counts or algorithms.get(config.algorithm.name).batch_varies or config.cluster.too_slow == SHRINK
     return varies or smallest < 2 * SAMPLES
+
+
+def _listed(setting: Any) -> list[Any]:
+    """Return the values of a setting that is one for all classes, or one for each."""
+    return list(setting.values()) if isinstance(setting, Mapping) else [setting]
 
 
 class _DryRun:
@@ -135,6 +141,8 @@ class _DryRun:
     def whole(self) -> None:
         """Evaluate, train, go through the epochs, save."""
         warn_of_evaluation_mode(self._parts.model)
+        if self._config.train.micro_batches != 1:
+            cut(first_samples(self._parts.dataset.train, CUT, self._origins), 2)
         worker = self._worker()
         self._evaluate(worker)
         _check_classes(self._parts.dataset, self._outputs, self._config, self._given, self._origins)
@@ -159,7 +167,7 @@ class _DryRun:
         try:
             self._gradient(worker)
         except ConfigError as error:
-            if 1 in (sizes.values() if isinstance(sizes, Mapping) else [sizes]):
+            if 1 in _listed(sizes):
                 problem = f"a step of one sample fails: {error.problem}"
                 raise ConfigError("train.batch_size", sizes, problem, "set 2 or more") from error
             return SAMPLES
@@ -177,7 +185,7 @@ class _DryRun:
     def read_whole_batch(self) -> bool:
         """Take as many samples as the smallest step has; False if these are no more than there were."""
         sizes, before = self._config.train.batch_size, self._count
-        self._samples = max(min(sizes.values()) if isinstance(sizes, Mapping) else sizes, SAMPLES)
+        self._samples = max(min(_listed(sizes)), SAMPLES)
         self._read()
         return self._count > before
 
@@ -323,7 +331,7 @@ class _DryRun:
 
     def _batched(self, targets: Any) -> Batched:
         sizes = self._config.train.batch_size
-        batch = max(sizes.values()) if isinstance(sizes, Mapping) else sizes
+        batch = max(_listed(sizes))
         return Batched(self._outputs, targets, self._count, batch)
 
 

@@ -5,19 +5,24 @@ from __future__ import annotations
 import math
 import sys
 
+import numpy as np
 import torch
 
 from hvd_hetero.algorithms.execution.base import Executor
 from hvd_hetero.algorithms.policy import Policy
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.data import Source
+from hvd_hetero.data import Source, read
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.speed_profile import known_speeds
 from hvd_hetero.training.startup import Job
+from hvd_hetero.worker.memory import parts_that_fit
 from hvd_hetero.worker.step_benchmark import Measurement
 from hvd_hetero.worker.worker import Worker
+
+TRIED_STEPS = 2
+"""Only with the second step is all there that an optimizer keeps."""
 
 
 def measurement(job: Job, worker: Worker, source: Source, comm: Comm) -> Measurement:
@@ -44,6 +49,37 @@ def first_plan(job: Job, policy: Policy, worker: Worker, source: Source, comm: C
         measured = measurement(job, worker, source, comm).classes(policy.batch_size)
         known = {name: figures.step_sec for name, figures in measured.items()}
     return policy.make_plan(known)
+
+
+def choose_micro_batches(job: Job, policy: Policy, worker: Worker, source: Source, comm: Comm) -> None:
+    """Cut batches as little as devices' memory allows, where that is to be tried out; all ranks call it.
+
+    Raises:
+        torch.OutOfMemoryError: the smallest micro-batches do not fit, while others wait for this rank.
+    """
+    mine, tried = job.cluster.class_of(comm.rank), [name for name, count in policy.micro_batches.items() if not count]
+    size = policy.batch_size[mine.name]
+
+    def steps(count: int) -> None:
+        worker.micro_batches, restore = count, worker.snapshot()
+        rows = np.arange(TRIED_STEPS * size).reshape(TRIED_STEPS, size) % len(source)
+        try:
+            worker.local_steps(read(source, rows, worker.generator), TRIED_STEPS)
+        finally:
+            restore()
+
+    if not tried:
+        return
+    if mine.name in tried:
+        parts_that_fit(steps, max(1, size // worker.min_batch))
+    counts = [int(count) for count in comm.gather(torch.tensor([worker.micro_batches]), "micro_batches")]
+    worker.micro_batches = max(counts[rank] for rank in mine.ranks)
+    worker.watch.take()
+    for c in job.cluster.classes:
+        if c.name in tried:
+            count = max(counts[rank] for rank in c.ranks)
+            size = -(-policy.batch_size[c.name] // count)
+            LOGGER.info("class %s: train.micro_batches=%s, of %s samples, as memory allows", c.name, count, size)
 
 
 def choose_path(policy: Policy, measure: Measurement) -> None:

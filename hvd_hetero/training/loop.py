@@ -251,6 +251,9 @@ def check_supported_by_loop(config: Config) -> None:
     if config.aggregation.path == "measured":
         problem = "a hand-written loop measures nothing"
         raise ConfigError("aggregation.path", "measured", problem, "set it to auto, flat or hierarchical")
+    if config.train.micro_batches != 1:
+        problem = "a hand-written step cuts its batch itself"
+        raise ConfigError("train.micro_batches", config.train.micro_batches, problem, "leave it at 1")
     plain = AggregationConfig()
     for key in ("optimizer_state", "outer_lr", "outer_momentum", "delayed", "mode"):
         value, neutral = getattr(config.aggregation, key), getattr(plain, key)

@@ -17,7 +17,7 @@ from hvd_hetero.cluster.device_classes import Cluster, assign
 from hvd_hetero.cluster.hardware import RankFacts, has_bf16, local_facts
 from hvd_hetero.cluster.placement import Placement, place
 from hvd_hetero.comm.kv_store import JobEnv, exchange, job_env
-from hvd_hetero.config.load import device_classes
+from hvd_hetero.config.load import device_classes, per_class
 from hvd_hetero.config.schema import AUTO, Config
 from hvd_hetero.data.alike import check_alike, facts_of
 from hvd_hetero.errors import ConfigError, UserError
@@ -113,7 +113,8 @@ def _start(env: JobEnv, watchdog: Watchdog, prepare: Callable[[], tuple[Config, 
 
 def make_worker(job: Job, watch: Stopwatch) -> Worker:
     """This rank's worker, on its device."""
-    config, parts = job.config, job.components
+    config, parts, mine = job.config, job.components, job.cluster.class_of(job.env.rank)
+    cut = per_class("train.micro_batches", config.train.micro_batches, [c.name for c in job.cluster.classes], word=AUTO)
     set_precision(config.train.matmul_precision)
     return Worker(
         parts.model,
@@ -121,7 +122,7 @@ def make_worker(job: Job, watch: Stopwatch) -> Worker:
         parts.optimizer,
         parts.scheduler,
         device=job.placement.device,
-        slowdown=job.cluster.class_of(job.env.rank).slowdown,
+        slowdown=mine.slowdown,
         watch=watch,
         metric=parts.metric,
         seed=config.run.seed * 1000003 + job.env.rank,
@@ -130,6 +131,8 @@ def make_worker(job: Job, watch: Stopwatch) -> Worker:
         compile_mode=config.train.compile,
         channels_last=config.train.channels_last,
         state_policies=config.aggregation.state,
+        micro_batches=cut[mine.name] or 1,
+        min_batch=parts.min_batch,
     )
 
 

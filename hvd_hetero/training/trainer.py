@@ -34,7 +34,7 @@ from hvd_hetero.telemetry.trace import Recorder
 from hvd_hetero.training.checkpointer import Saver, SyncDecision
 from hvd_hetero.training.epoch import EpochFigures, RoundSpans, gather_figures, say_taus
 from hvd_hetero.training.evaluation import evaluate
-from hvd_hetero.training.initial_plan import first_plan, start_together
+from hvd_hetero.training.initial_plan import choose_micro_batches, first_plan, start_together
 from hvd_hetero.training.iterate_average import NONE, IterateAverage, half_life
 from hvd_hetero.training.live_status import LiveStatus
 from hvd_hetero.training.restore import carry_over, restore, state_of
@@ -98,8 +98,11 @@ class Trainer:
         if state is not None and not reshaped:
             check_places(state, self.job.cluster)
             known = Plan.from_dict(state["plan"])
+            self.worker.micro_batches = state["worker"].get("micro_batches", 1)
             self.comm.set_path(state["path"])
         with self._memory_told():
+            if known is None:
+                choose_micro_batches(self.job, self.algorithm.policy, self.worker, self.source, self.comm)
             self.plan = known or first_plan(self.job, self.algorithm.policy, self.worker, self.source, self.comm)
             take_first_steps(self.worker, self.source, self.plan.of_rank(self.comm.rank).batch_size)
         check_limits(config.train, self.plan)
@@ -143,7 +146,7 @@ class Trainer:
             if self.folder is not None and self.saver is not None:
                 self.saver.stopping.forget()
         write_trace(self.folder, comm, self.job.cluster, self.recorder)
-        peaks = comm.gather(torch.tensor([peak_bytes(self.worker.device)]), "peaks")
+        peaks = comm.gather(torch.tensor([peak_bytes(self.worker.device), self.worker.micro_batches]), "peaks")
         if self.averaged is not None:
             with self.averaged.in_place(comm):
                 self._export(AVERAGED)
@@ -154,7 +157,8 @@ class Trainer:
         cluster, path = self.job.cluster, comm.path
         classes = accounts.classes(self.plan)
         for item, own in zip(cluster.classes, classes, strict=True):
-            own["peak_gpu_bytes"] = max(int(peaks[r]) for r in item.ranks) if item.device == "cuda" else None
+            own["peak_gpu_bytes"] = max(int(peaks[r][0]) for r in item.ranks) if item.device == "cuda" else None
+            own["micro_batches"] = int(peaks[item.ranks[0]][1])
         summary = write_summary(self.folder, config, cluster, classes, accounts, path, self.best, self.begin)
         self.status.enter(FINISHED)
         return summary

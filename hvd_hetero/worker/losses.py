@@ -89,10 +89,21 @@ def concat(batches: Sequence[Numbers]) -> tuple[Tensor, Tensor]:
     """
     if not batches:
         return torch.empty(0), torch.empty(0)
-    weights = torch.cat([torch.ones_like(v) if w is None else w for v, w in batches]).float().cpu()
-    losses = torch.cat([values for values, _ in batches]).float().cpu()
+    values, counts = joined(batches)
+    losses = values.float().cpu()
+    weights = torch.ones_like(losses) if counts is None else counts.float().cpu()
     losses = losses.where(losses != NOT_COUNTED, torch.nan)
     return losses.where(weights > 0, NOT_COUNTED), weights
+
+
+def joined(parts: Sequence[Numbers]) -> Numbers:
+    """Return the numbers of parts of a batch as those of the batch, where they are."""
+    if len(parts) == 1:
+        return parts[0]
+    values = torch.cat([losses for losses, _ in parts])
+    if all(weights is None for _, weights in parts):
+        return values, None
+    return values, torch.cat([torch.ones_like(losses) if weights is None else weights for losses, weights in parts])
 
 
 def mean(total: float, weight: float) -> float:

@@ -70,7 +70,8 @@ def told_by_class(name: str, batch_size: int, fitting: Callable[[], int | None])
     estimate = "" if fit is None else f", by estimate {fit} samples would fit" if fit else ", not even one sample fits"
     problem = f"class {name} is out of GPU memory ({said}){estimate}"
     alone = f"for this class alone train.batch_size={{{name}: {fit or 1}, ...}}"
-    error = ConfigError("train.batch_size", batch_size, problem, f"set a smaller one, {alone}, or train.autocast=bf16")
+    remedy = f"set a smaller one, {alone}, train.micro_batches=auto, or train.autocast=bf16"
+    error = ConfigError("train.batch_size", batch_size, problem, remedy)
     raise RankError(str(error))
 
 
@@ -98,6 +99,29 @@ def batch_that_fits(step: Callable[[Tensor], None], device: torch.device, most: 
         needed.append(torch.cuda.max_memory_allocated(device) - before)
         torch.cuda.empty_cache()
     return largest_batch(free, needed[0], needed[1], most)
+
+
+def parts_that_fit(step: Callable[[int], None], most: int) -> int:
+    """Return how many micro-batches a step has to have: 1, or as often twice as many as there is not enough memory.
+
+    Args:
+        step: takes steps of so many.
+        most: micro-batches that there can be.
+
+    Raises:
+        torch.OutOfMemoryError: not even these fit.
+    """
+    count = 1
+    while True:
+        try:
+            step(count)
+            return count
+        except torch.OutOfMemoryError as missing:
+            if count == most:
+                raise
+            traceback.clear_frames(missing.__traceback__)  # which hold what the step had made so far
+        release()
+        count = min(2 * count, most)
 
 
 def largest_batch(free: int, one: int, two: int, most: int) -> int | None:

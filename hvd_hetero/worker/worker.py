@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from hvd_hetero.telemetry.emulation import SlowdownEmulator
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.worker.extra_state import extra_state, load_extra_state
 from hvd_hetero.worker.losses import Numbers, PerSample, concat, mean_gradient, name_of, per_sample, weighted_sums
+from hvd_hetero.worker.micro_batches import accumulate
 from hvd_hetero.worker.modes import evaluating, set_mode
 from hvd_hetero.worker.optimizer_state import load_state, save_state
 from hvd_hetero.worker.snapshot import snapshot
@@ -41,6 +43,8 @@ class Worker:
         compile_mode: of ``torch.compile``, which training steps then go through; None: they do not.
         channels_last: keep images and the weights of convolutions with their channels last in memory.
         state_policies: ``aggregation.state``, what becomes of frozen parameters and buffers that change.
+        micro_batches: parts that a batch is cut into, whose gradients are accumulated, and ``min_batch``, samples that
+            the model needs in each of them.
 
     Attributes:
         state: what an aggregation averages.
@@ -65,7 +69,10 @@ class Worker:
         compile_mode: str | None = None,
         channels_last: bool = False,
         state_policies: Mapping[str, str] | None = None,
+        micro_batches: int = 1,
+        min_batch: int = 1,
     ) -> None:
+        self.micro_batches, self.min_batch = micro_batches, min_batch
         self.device = torch.device(device)
         self.model = model.to(self.device)
         if not model.training:  # as it comes from where it was loaded; who chooses modes chooses those of its parts
@@ -141,42 +148,58 @@ class Worker:
                 break
         return done
 
-    def gradient(self, inputs: Any, targets: Tensor, weight: float = 1.0) -> Tensor:
+    def gradient(
+        self, inputs: Any, targets: Any, weight: float = 1.0, stop: Callable[[], bool] | None = None
+    ) -> Tensor:
         """Leaves the gradient of the batch's mean loss, times weight, in the parameters.
 
+        Args:
+            stop: asked between micro-batches whether those that are left are to be left out. Their gradient then is
+                taken to be zero.
+
         Returns:
-            The per-sample losses ``[B]``, on the device; they are also kept for :meth:`take_losses`.
+            The per-sample losses ``[B]``, on the device; they are also kept for :meth:`take_losses`. Samples that were
+            left out have none, and do not count.
         """
         self._end_rest()
         try:
             model = self.model if self._compiled is None else self._compiled  # a module may be false
-            numbers = self._backward(model, inputs, targets, weight)
+            numbers = self._backward(model, inputs, targets, weight, stop)
         except Exception as error:
             if self._compiled is None or self._compiled_once:
                 raise
             reason = str(error).strip().splitlines() or [type(error).__name__]
             warnings.warn(f"train.compile: goes on without it, it fails here: {reason[0]}", stacklevel=2)
             self._compiled = None
-            numbers = self._backward(self.model, inputs, targets, weight)
+            numbers = self._backward(self.model, inputs, targets, weight, stop)
         self._compiled_once = True
-        if self._compiled is not None:  # a loss may be the model's own output, which a CUDA graph writes to again
-            losses, weights = numbers
-            numbers = losses.clone(), None if weights is None else weights.clone()
         self._losses.append(numbers)
         return numbers[0]
 
-    def _backward(self, model: Callable[..., Any], inputs: Any, targets: Tensor, weight: float) -> Numbers:
+    def _backward(
+        self, model: Callable[..., Any], inputs: Any, targets: Any, weight: float, stop: Callable[[], bool] | None
+    ) -> Numbers:
         for gradient in self._gradients:
             gradient.zero_()
         if not self._gradients:
             for param in self._params:
                 param.grad = None
+        batch, losses_of = (inputs, targets), partial(self._dependent_losses, model)
+        return accumulate(batch, self.micro_batches, self.min_batch, weight, losses_of, Tensor.backward,
+                          self._scale_gradients, stop)  # fmt: skip
+
+    def _scale_gradients(self, factor: Tensor) -> None:
+        for gradient in self.gradients():
+            gradient.mul_(factor)
+
+    def _dependent_losses(self, model: Callable[..., Any], inputs: Any, targets: Any) -> Numbers:
         (losses, weights), _ = self._losses_of(inputs, targets, model)
         if not losses.requires_grad:
             problem = "does not depend on the model's parameters in this batch"
             raise ConfigError("train.loss", name_of(self._loss), problem, "compute it from the outputs, always")
-        losses.backward(mean_gradient(losses, weights, weight))  # their mean's gradient, without the mean
-        return losses.detach(), weights
+        if self._compiled is not None:  # a loss may be the model's own output, which a CUDA graph writes to again
+            losses, weights = losses.clone(), None if weights is None else weights.clone()
+        return losses, weights
 
     def gradients(self) -> list[Tensor]:
         """The gradients at hand, of those parameters that the optimizer steps along and that have one."""
@@ -185,11 +208,22 @@ class Worker:
     def _stepped(self) -> Iterator[Tensor]:
         return (p for group in self.optimizer.param_groups for p in group["params"])
 
-    def gradient_again(self, inputs: Any, targets: Tensor, weight: float) -> list[Tensor]:
+    def gradient_again(self, inputs: Any, targets: Any, weight: float) -> list[Tensor]:
         """The gradient once more, as :meth:`gradients` gives it, beside it; no hook is called."""
-        (losses, weights), _ = self._losses_of(inputs, targets)
-        params, along = [p for p in self._stepped() if p.grad is not None], mean_gradient(losses, weights, weight)
-        return list(torch.autograd.grad(losses, params, along, allow_unused=True, materialize_grads=True))
+        params = [p for p in self._stepped() if p.grad is not None]
+        total = [torch.zeros_like(p) for p in params]
+
+        def add(losses: Tensor, along: Tensor) -> None:
+            found = torch.autograd.grad(losses, params, along, allow_unused=True, materialize_grads=True)
+            torch._foreach_add_(total, found)
+
+        def rescale(factor: Tensor) -> None:
+            for gradient in total:
+                gradient.mul_(factor)
+
+        accumulate((inputs, targets), self.micro_batches, self.min_batch, weight,
+                   lambda *part: self._losses_of(*part)[0], add, rescale)  # fmt: skip
+        return total
 
     def try_gradient(self, inputs: Any, targets: Tensor) -> None:
         """Goes forward and backward over a batch and keeps nothing: no gradient, no losses; no hook is called."""
@@ -288,6 +322,7 @@ class Worker:
             "generator": self.generator.get_state(),
             "random": RandomState.capture(self.device).state_dict(),
             "losses": concat(self._losses),
+            "micro_batches": self.micro_batches,
         }
 
     @torch.no_grad()

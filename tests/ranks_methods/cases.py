@@ -111,6 +111,9 @@ CASES: dict[str, Case] = {
         "dlb", {"train.epochs": 3, "algorithm.global_batch": 13, "algorithm.min_local_batch": 2},
         model="norm", path="hierarchical",
     ),
+    "sync, micro-batches": Case("sync_sgd", {**UNEVEN, "train.micro_batches": {"fast": 3, "slow": 1}}),
+    "byteps, micro-batches": Case("byteps", {"train.micro_batches": 2}),
+    "dlb, micro-batches": Case("dlb", {"algorithm.global_batch": 13, "train.epochs": 3, "train.micro_batches": 4}),
     # local SGD
     "balanced": Case("balanced_local_sgd", {"train.tau": 3}),
     "unbalanced, equal tau": Case("unbalanced_local_sgd"),
@@ -155,6 +158,7 @@ CASES: dict[str, Case] = {
         "unbalanced_local_sgd", {**TAU31, "aggregation.delayed": True, "aggregation.optimizer_state": "reset"},
         model="norm", path="hierarchical",
     ),
+    "micro-batches": Case("biased_local_sgd", {**TAU31, "train.micro_batches": {"fast": 3, "slow": 2}}),
     "AdamW": Case("biased_local_sgd", {**TAU31, **ADAMW}),
     # some parameters otherwise
     "sync, groups, warm-up and cosine": Case("sync_sgd", {
@@ -206,6 +210,7 @@ CASES |= {
     )
     for mode in ("solo", "majority")
 }
+CASES["digits, eager_sgd, micro-batches"] = Case("eager_sgd", {"train.micro_batches": 3}, model="digits")
 CASES["digits, eager_sgd, majority"] = Case("eager_sgd", {"algorithm.mode": "majority"}, model="digits")
 
 
@@ -225,6 +230,7 @@ POISONED: dict[str, Case] = {
         ("delayed, BatchNorm", "biased_local_sgd", {**TAU31, "aggregation.delayed": True},
          {"classes": "of three", "model": "norm"}),
         ("sync, uneven batches", "sync_sgd", {**UNEVEN, "train.clip_norm": 0.3}, {"classes": "of three"}),
+        ("sync, micro-batches", "sync_sgd", {"train.micro_batches": 2}, {"classes": "of three"}),
         ("sync, BatchNorm", "sync_sgd", UNEVEN, {"classes": "of three", "model": "norm"}),
         ("sync, fast", "sync_sgd", {"algorithm.participants": "fast"}, {"classes": "of three"}),
         ("byteps, BatchNorm", "byteps", {"algorithm.partition_bytes": 80}, {"classes": "of three", "model": "norm"}),

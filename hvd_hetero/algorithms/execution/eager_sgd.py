@@ -29,8 +29,9 @@ class EagerSGDExecutor(SynchronousExecutor):
     def start(self, plan: Plan, worker: Worker, comm: Comm) -> None:
         super().start(plan, worker, comm)
         self._gradients = worker.flat_gradients()
-        on_gpu = self._gradients[0].device.type == "cuda"
-        self._host = HostGradients(worker.model.parameters(), self._gradients) if on_gpu else None
+        self._on_gpu = self._gradients[0].device.type == "cuda"
+        as_they_come = self._on_gpu and worker.micro_batches == 1
+        self._host = HostGradients(worker.model.parameters(), self._gradients) if as_they_come else None
         self._open(0)
 
     def _open(self, first: int) -> None:
@@ -39,7 +40,7 @@ class EagerSGDExecutor(SynchronousExecutor):
             self.comm, whole.numel(), whole.dtype, policy.mode, units=[(rank,) for rank in policy.ranks],
             seed=policy.seed, sync_every=policy.sync_every, max_lag=spec.max_lag, first=first,
             quorum=policy.quorum(), drops_late=policy.drops_late,
-            hosts=len({fact.host for fact in policy.cluster.facts}), pinned=self._host is not None,
+            hosts=len({fact.host for fact in policy.cluster.facts}), pinned=self._on_gpu,
         )  # fmt: skip
 
     def run_segment(self, segment: Segment) -> None:
@@ -55,7 +56,7 @@ class EagerSGDExecutor(SynchronousExecutor):
             segment.note(1, partial.version - first)
             # the answer comes while this rank waits for the round; to claim everything leaves the others nothing
             partial.claim(segment.samples if segment.is_stopping() else self.mine.batch_size)
-            gradient = concat(self._gradients) if self._host is None else self._host.take()
+            gradient = concat(self._gradients).cpu() if self._host is None else self._host.take()
             if finite([gradient]):
                 share = self.mine.weight if self.policy.drops_late else 1.0
                 partial.contribute(gradient, share, samples=self.mine.batch_size)

@@ -25,7 +25,7 @@ class SyncSGDExecutor(SynchronousExecutor):
         super().start(plan, worker, comm)
         if self.mine.tau:
             self.sum = GradientSum(comm, self.policy.ranks, self.policy.cluster)
-            worker.make_optimizer(lambda made: self.sum.wrap(made, worker.model))
+            worker.make_optimizer(lambda made: self.sum.wrap(made, worker.model, worker.micro_batches))
 
     def run_round(self, batches: Iterator[Batch]) -> None:
         worker = self.worker

@@ -21,8 +21,9 @@ def closing_table(summary: Mapping[str, Any]) -> str:
         total = sum(c["time_sec"].values()) or 1.0
         times = [f"{c['time_sec'][k]:.2f} ({100 * c['time_sec'][k] / total:.1f}%)" for k in KINDS]
         name = c["name"] + (f" (x{c['slowdown']:g} emulated)" if c["slowdown"] > 1 else "")
+        batch = str(c["batch_size"]) + (f" in {c['micro_batches']}" if c.get("micro_batches", 1) > 1 else "")
         step = "-" if c["step_sec"] is None else f"{1e3 * c['step_sec']:.3g}"
-        rows.append([name, c["device"], ",".join(map(str, c["ranks"])), str(c["tau"]), str(c["batch_size"]),
+        rows.append([name, c["device"], ",".join(map(str, c["ranks"])), str(c["tau"]), batch,
                      f"{c['weight']:.4f}", step, str(c["steps"]), str(c["samples"]), *times])
         if on_gpus:
             peak = c.get("peak_gpu_bytes")
