@@ -35,6 +35,8 @@ class Policy:
         sends_at_once: whether each gradient is sent as soon as the backward pass has made it, dense and in one piece.
         unused: keys of ``aggregation`` that mean nothing to the method, and the values that they are left at.
         batch_varies: whether a rank's batch may become smaller than it is set to be.
+        average_sec: of one average that nobody is late for; to be set before :meth:`make_plan` where
+            :attr:`needs_average_sec`, the same on all ranks.
         plan: the one followed now, from :meth:`start` on.
         reason: why :meth:`replan` last changed it, for a person to read.
     """
@@ -49,6 +51,7 @@ class Policy:
     batch_varies: ClassVar[bool] = False
     unused: ClassVar[Mapping[str, Any]] = {}
     reason: str = ""
+    average_sec: float = 0.0
 
     def __init__(self, config: Config, cluster: Cluster, samples: int, min_batch: int = 1) -> None:
         self.options, self.train, self.aggregation = config.algorithm, config.train, config.aggregation
@@ -59,6 +62,11 @@ class Policy:
     @property
     def needs_speeds(self) -> bool:
         """Whether the plan depends on measured step times."""
+        return False
+
+    @property
+    def needs_average_sec(self) -> bool:
+        """Whether the plan depends on how long an average takes."""
         return False
 
     def check(self) -> None:

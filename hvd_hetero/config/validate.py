@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from hvd_hetero.config.schema import Config
+from hvd_hetero.config.schema import AUTO, Config
 from hvd_hetero.errors import ConfigError, nearest
 
 RUN_NAME, CLASS_NAME = re.compile(r"\w[\w .+-]*"), re.compile(r"\w[\w+-]*")
@@ -52,7 +52,8 @@ def check_together(config: Config) -> None:
     Raises:
         ConfigError: naming the key.
     """
-    for key, value in (("train.tau", config.train.tau), ("train.batch_size", config.train.batch_size)):
+    sizes = [("train.tau", config.train.tau), ("train.batch_size", config.train.batch_size)]
+    for key, value in sizes[config.train.tau == AUTO :]:
         table = value if isinstance(value, Mapping) else {None: value}
         if not table:
             raise ConfigError(key, value, "is empty", "give a number, or one for each class")

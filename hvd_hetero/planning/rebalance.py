@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hvd_hetero.planning.local_steps import planned_step_sec
+from hvd_hetero.planning.local_steps import planned_step_sec, round_overhead
 from hvd_hetero.planning.plan import Plan
 
 WORTH = 0.015
@@ -23,6 +23,8 @@ BOUND = 4.0
 """By which factor at most an estimate changes at once, up or down: one measurement may be worth nothing."""
 JUDGED_MARGIN = 0.5
 """Share of the margin with which plans are judged: that between this and all of it is the dead band of small drifts."""
+SHORTER = 2
+"""Times as short a round has to be for its own sake; between that and :data:`WORTH` nothing flaps."""
 CHUNKS = 8
 JUDGED_SEC = 2.0
 """Epochs shorter than this are judged together: a fraction of a second tells a machine's moods from nothing."""
@@ -35,11 +37,15 @@ class Rebalancer:
         step_sec: seconds of a local step, by class, as measured before training.
         batch_size: that these are of.
         margin: of :func:`~hvd_hetero.planning.local_steps.planned_step_sec`, with which plans are made.
+        average_sec: of an average, where the length of a round is chosen too, and so what is ``affordable`` of it.
+        delayed: as in :func:`~hvd_hetero.planning.local_steps.round_overhead`.
     """
 
     def __init__(
-        self, step_sec: Mapping[str, float], batch_size: Mapping[str, int], margin: float = 0.0
-    ) -> None:
+        self, step_sec: Mapping[str, float], batch_size: Mapping[str, int], margin: float = 0.0, *,
+        average_sec: float = 0.0, affordable: float = 0.0, delayed: bool = False,
+    ) -> None:  # fmt: skip
+        self.average_sec, self._affordable, self._delayed = average_sec, affordable, delayed
         self.step_sec = dict(step_sec)
         self._batch_size = batch_size
         self._margin = JUDGED_MARGIN * margin
@@ -92,12 +98,20 @@ class Rebalancer:
 
     def is_worth_it(self, current: Plan, proposed: Plan) -> bool:
         """Whether to change over now; asked once a judgement, with the plan for :attr:`step_sec`."""
-        self._in_a_row = self._in_a_row + 1 if self.capacity_saved(current, proposed) >= WORTH else 0
-        fewer = any(new.tau < old.tau for old, new in zip(current.classes, proposed.classes, strict=True))
+        is_better = self.capacity_saved(current, proposed) >= WORTH or self._is_much_shorter(current, proposed)
+        self._in_a_row = self._in_a_row + 1 if is_better else 0
+        longest, now = (max(c.tau for c in plan.training) for plan in (proposed, current))
+        pairs = zip(current.classes, proposed.classes, strict=True)
+        fewer = any(new.tau * now < old.tau * longest for old, new in pairs)
         if self._in_a_row < EPOCHS * (1 if fewer else TO_MORE):
             return False
         self._in_a_row = 0
         return True
+
+    def _is_much_shorter(self, current: Plan, proposed: Plan) -> bool:
+        """Whether rounds of half the length have become affordable: shorter ones train better."""
+        halved = SHORTER * max(c.tau for c in proposed.training) <= max(c.tau for c in current.training)
+        return halved and self.waste(proposed) <= self._affordable
 
     @property
     def latest(self) -> dict[str, float]:
@@ -109,15 +123,15 @@ class Rebalancer:
         return self.waste(current, step_sec) - self.waste(proposed, step_sec)
 
     def waste(self, plan: Plan, step_sec: Mapping[str, float] | None = None) -> float:
-        """Share of the cluster's capacity that waits: 1 - samples of a round / those it could take without waiting.
+        """Share of the cluster's capacity that waits, or is spent on averages where their time is known.
 
         Slower classes count as taking longer by :data:`JUDGED_MARGIN` of the margin.
         """
         times = planned_step_sec(step_sec or self.step_sec, self._margin)
-        sample_sec = {c.name: times[c.name] / self._batch_size[c.name] for c in plan.training}
-        round_sec = max(c.tau * c.batch_size * sample_sec[c.name] for c in plan.training)
-        capacity = sum(len(c.ranks) / sample_sec[c.name] for c in plan.training)
-        return 1 - sum(c.round_samples for c in plan.training) / (round_sec * capacity)
+        own = {c.name: times[c.name] * c.batch_size / self._batch_size[c.name] for c in plan.training}
+        samples = {c.name: float(c.round_samples) / c.tau for c in plan.training}
+        taus = {c.name: c.tau for c in plan.training}
+        return round_overhead(taus, own, samples, self.average_sec, self._delayed)
 
 
 def settled_step_sec(work_sec: Sequence[float], steps: Sequence[int]) -> float:
