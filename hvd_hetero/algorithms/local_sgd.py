@@ -197,14 +197,18 @@ class LocalSGD(Policy):
                 affordable=self.train.tau_overhead if is_auto else 0.0, delayed=self.aggregation.delayed,
             )  # fmt: skip
 
-    def replan(self, step_sec: Sequence[float]) -> Plan:
-        """Derive tau anew from the epoch's own step times, where that leaves clearly less of the cluster waiting."""
+    @property
+    def rebalances(self) -> bool:
+        return self._rebalancer is not None and self.follows_plan and self.too_slow != SHRINK
+
+    def replan(self, step_sec: Sequence[float], rounds: int | None = None) -> Plan:
+        """Derive tau anew from the run's own step times, where that leaves clearly less of the cluster waiting."""
         judge = self._rebalancer
         if judge is None:
             return self.plan
         slowest = {c: max(step_sec[r] for r in c.ranks) for c in self.plan.training}
         worked = {c: sec for c, sec in slowest.items() if not math.isnan(sec)}
-        epoch_sec = self.plan.rounds * min((c.tau * sec for c, sec in worked.items()), default=0.0)
+        epoch_sec = (rounds or self.plan.rounds) * min((c.tau * sec for c, sec in worked.items()), default=0.0)
         whole = {c.name: sec * self.batch_size[c.name] / c.batch_size for c, sec in worked.items()}
         if not judge.observe(whole, epoch_sec):
             return self.plan

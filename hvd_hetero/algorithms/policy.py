@@ -118,11 +118,17 @@ class Policy:
         """Follow the first plan of a job."""
         self.plan = plan
 
-    def replan(self, step_sec: Sequence[float]) -> Plan:
-        """Plan the next epoch, and follow that plan.
+    @property
+    def rebalances(self) -> bool:
+        """Whether :meth:`replan` may come within an epoch too, from :meth:`start` on; batches stay as large then."""
+        return False
+
+    def replan(self, step_sec: Sequence[float], rounds: int | None = None) -> Plan:
+        """Plan the next epoch, or the rest of this one where it :attr:`rebalances`, and follow that plan.
 
         Args:
-            step_sec: what a local step took in the last epoch, waiting excluded, by rank; NaN where there was none.
+            step_sec: what a local step took lately, waiting excluded, by rank; NaN where there was none.
+            rounds: in which it did; None: in the last epoch.
         """
         return self.plan
 

@@ -1,4 +1,4 @@
-"""Whether other local steps would leave less of the cluster waiting, judged epoch by epoch. Pure arithmetic."""
+"""Whether other local steps would leave less of the cluster waiting, judged while a run goes on. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hvd_hetero.planning.plan import Plan
 WORTH = 0.015
 """Share of the cluster's capacity that a change must save; less is noise of the measurement."""
 EPOCHS = 2
-"""In how many judgements on end it must: one disturbed epoch changes nothing."""
+"""In how many judgements on end it must: one disturbed one changes nothing."""
 TO_MORE = 2
 """Times as many before a slow class takes more steps: it alone gains, and if they are too many the fast ones wait."""
 PLAIN = 0.1
@@ -27,7 +27,7 @@ SHORTER = 2
 """Times as short a round has to be for its own sake; between that and :data:`WORTH` nothing flaps."""
 CHUNKS = 8
 JUDGED_SEC = 2.0
-"""Epochs shorter than this are judged together: a fraction of a second tells a machine's moods from nothing."""
+"""What took less than this is judged together: a fraction of a second tells a machine's moods from nothing."""
 
 
 class Rebalancer:
@@ -51,7 +51,7 @@ class Rebalancer:
         self._margin = JUDGED_MARGIN * margin
         self._latest = dict(step_sec)
         self._in_a_row = 0
-        self._epochs: list[dict[str, float]] = []
+        self._epochs: list[tuple[dict[str, float], float]] = []
         self._seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -63,25 +63,25 @@ class Rebalancer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.step_sec, self._latest = dict(state["step_sec"]), dict(state["latest"])
         self._in_a_row = state["in_a_row"]
-        self._epochs, self._seconds = [dict(p) for p in state["epochs"]], state["seconds"]
+        self._epochs, self._seconds = [(dict(p), sec) for p, sec in state["epochs"]], state["seconds"]
 
     def observe(self, measured: Mapping[str, float], seconds: float) -> bool:
-        """Takes in an epoch; returns whether there is something to judge: a long one, or enough short ones together.
+        """Takes in an epoch or a segment of one; returns whether there is something to judge: enough of them together.
 
-        Of several epochs' step times the median counts.
+        Of several ones' step times the median counts, by how long they took.
 
         Args:
             measured: seconds of a local step for the batch sizes given at first, by class.
-            seconds: that the epoch took the fastest class.
+            seconds: that it took the fastest class.
         """
-        self._epochs.append(dict(measured))
+        self._epochs.append((dict(measured), seconds))
         self._seconds += seconds
         if self._seconds < JUDGED_SEC or len(self._epochs) == 2:  # of two, the median is no better than either
             return False
         for name, known in self.step_sec.items():
-            times = [p[name] for p in self._epochs if name in p]
+            times = [(p[name], sec) for p, sec in self._epochs if name in p]
             if times:
-                self._latest[name] = min(max(statistics.median(times), known / BOUND), known * BOUND)
+                self._latest[name] = min(max(_median(times), known / BOUND), known * BOUND)
                 self.step_sec[name] += NEW_SHARE * (self._latest[name] - known)
         self._epochs, self._seconds = [], 0.0
         return True
@@ -132,6 +132,17 @@ class Rebalancer:
         samples = {c.name: float(c.round_samples) / c.tau for c in plan.training}
         taus = {c.name: c.tau for c in plan.training}
         return round_overhead(taus, own, samples, self.average_sec, self._delayed)
+
+
+def _median(weighted: Sequence[tuple[float, float]]) -> float:
+    """Return the median of values that count by their weights."""
+    values = sorted(weighted)
+    half, reached = sum(weight for _, weight in values) / 2, 0.0
+    for value, weight in values:
+        reached += weight
+        if reached >= half:
+            return value
+    raise AssertionError("half of a sum is reached")
 
 
 def settled_step_sec(work_sec: Sequence[float], steps: Sequence[int]) -> float:

@@ -43,7 +43,7 @@ class Worth:
 
 
 def taus(scenario: Scenario) -> list[int]:
-    """List powers of two, the set and the affordable tau, and the least at which the slowest class takes 1, 2, ... steps.
+    """List powers of two, the set and the affordable tau, and the least at which the slowest class takes 1, 2, ...
 
     A margin asks for a little more than whole multiples of the slowest class's step, or rounding takes one away.
     """
