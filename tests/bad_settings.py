@@ -76,9 +76,12 @@ SETTINGS: list[tuple[list[str], str, str, str]] = [
     (["delays.distribution=lognormal"], "delays.seed", "None", "delays.seed=0"),
     (["delays.distribution=poisson"], "delays.distribution", "'poisson'", "lognormal"),
     # fewer samples than one round
-    (["data.args={train_limit: 500}"], "train.tau", "128", "smaller train.tau or train.batch_size"),
+    (["data.args={train_limit: 500}", "train.tau=128"], "train.tau", "128", "smaller train.tau or train.batch_size"),
     (["data.target=own_parts:few_samples", "train.tau={fast: 32, slow: 1}"], "train.tau", "{'fast': 32", "more data"),
-    (["train.batch_size=2000"], "train.tau", "128", "smaller train.tau or train.batch_size"),
+    (["train.batch_size=2000"], "train.tau", "1", "smaller train.tau or train.batch_size"),
+    (["train.tau=fast"], "train.tau", "'fast'", "1 or more"),
+    (["train.tau_overhead=0"], "train.tau_overhead", "0.0", "above 0"),
+    (["algorithm.name=sync_sgd", "train.epoch_length=fast_steps"], "train.tau", "'auto'", "give a number"),
     # data, model, loss, optimizer
     (["data.name=digit"], "data.name", "'digit'", "'digits'"),
     (["data.args={train_limits: 3}"], "data.args.train_limits", "3", "train_limit"),

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import final
 
 from hvd_hetero.algorithms.local_sgd import LocalSGD
+from hvd_hetero.config.schema import AUTO
 from hvd_hetero.errors import ConfigError
 
 
@@ -26,9 +27,12 @@ class BalancedLocalSGD(LocalSGD):
 
     @property
     def needs_speeds(self) -> bool:
-        return False
+        return self.train.tau == AUTO
 
     def taus(self, step_sec: Mapping[str, float] | None) -> dict[str, int]:
+        if step_sec is not None and self.train.tau == AUTO:  # all wait for the slowest class: averages alone count
+            slowest = max(step_sec, key=step_sec.__getitem__)
+            return dict.fromkeys(step_sec, self.tau_fastest(dict.fromkeys(step_sec, step_sec[slowest])))
         if not isinstance(self.train.tau, Mapping):
             return {c.name: self.train.tau for c in self.cluster.classes}
         taus = super().taus(step_sec)

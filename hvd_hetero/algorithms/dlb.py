@@ -75,7 +75,7 @@ class DLB(SyncSGD):
     def batches(self) -> dict[int, int]:
         return dict(zip(self.ranks, apportion(self.global_batch, self.shares, self.min_local_batch), strict=True))
 
-    def replan(self, step_sec: Sequence[float]) -> Plan:
+    def replan(self, step_sec: Sequence[float], rounds: int | None = None) -> Plan:
         speeds = [batch / step_sec[rank] for rank, batch in self.batches().items()]
         self.shares = [speed / sum(speeds) for speed in speeds]
         self.plan = self.make_plan(None)

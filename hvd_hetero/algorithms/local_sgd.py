@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from hvd_hetero.algorithms.policy import SOLO, Policy
 from hvd_hetero.config.load import per_class
+from hvd_hetero.config.schema import AUTO
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning import local_steps
 from hvd_hetero.planning.local_steps import LEAVE_OUT, SHRINK, WAIT_AVOIDING
@@ -16,6 +17,8 @@ from hvd_hetero.planning.quorum import QUORUM, Quorum, check_quorum
 from hvd_hetero.planning.rebalance import Rebalancer
 
 BLOCKING = "blocking"
+ROUNDS = 4
+"""Rounds of an epoch at least, where their length is chosen: the number that the paper's own experiments have."""
 
 
 class LocalSGD(Policy):
@@ -33,6 +36,10 @@ class LocalSGD(Policy):
     @property
     def needs_speeds(self) -> bool:
         return not isinstance(self.train.tau, Mapping)
+
+    @property
+    def needs_average_sec(self) -> bool:
+        return self.train.tau == AUTO
 
     @property
     def has_blocking_average(self) -> bool:
@@ -68,7 +75,8 @@ class LocalSGD(Policy):
             problem = "a class that is left out has no optimizer state to be averaged"
             raise ConfigError("cluster.too_slow", LEAVE_OUT, problem, "set aggregation.optimizer_state=local or reset")
         if self.needs_speeds:
-            check_least_round(self.cluster, self.samples, self.train.tau, self.batch_size, self.train.epoch_length)
+            least = 1 if self.train.tau == AUTO else self.train.tau
+            check_least_round(self.cluster, self.samples, least, self.batch_size, self.train.epoch_length)
 
     def _check_delayed(self) -> None:
         """Refuse what needs the average of a round at its end."""
@@ -101,7 +109,8 @@ class LocalSGD(Policy):
         return self.needs_speeds and self.too_slow == WAIT_AVOIDING
 
     def _late(self, step_sec: Mapping[str, float]) -> dict[str, float]:
-        return local_steps.too_slow_classes(self.train.tau, step_sec) if self.needs_speeds and step_sec else {}
+        longest = local_steps.LONGEST if self.train.tau == AUTO else self.train.tau
+        return local_steps.too_slow_classes(longest, step_sec) if self.needs_speeds and step_sec else {}
 
     @property
     def mode(self) -> str:
@@ -122,16 +131,54 @@ class LocalSGD(Policy):
         if isinstance(self.train.tau, Mapping):
             return per_class("train.tau", self.train.tau, [c.name for c in self.cluster.classes])
         assert step_sec is not None
-        return local_steps.derive_tau(self.train.tau, step_sec, self.too_slow, self._margin(step_sec))
+        return local_steps.derive_tau(self.tau_fastest(step_sec), step_sec, self.too_slow, self._margin(step_sec))
+
+    def tau_fastest(self, step_sec: Mapping[str, float]) -> int:
+        """Return local steps of the fastest class: as set, or of the shortest round that is affordable."""
+        if self.train.tau != AUTO:
+            return int(self.train.tau)
+        late = self._late(step_sec)
+        if late and self.too_slow == SHRINK:
+            return local_steps.LONGEST
+        waited = {name: sec for name, sec in step_sec.items() if name not in late}
+        return local_steps.shortest_round(
+            waited, self._step_samples, self.average_sec, self.train.tau_overhead, margin=self._margin(step_sec),
+            longest=self._longest(step_sec), delayed=self.aggregation.delayed,
+        )  # fmt: skip
+
+    @property
+    def _step_samples(self) -> dict[str, float]:
+        """Samples of one step of all ranks, by class."""
+        return {c.name: float(len(c.ranks) * self.batch_size[c.name]) for c in self.cluster.classes}
+
+    def _longest(self, step_sec: Mapping[str, float]) -> int:
+        """Return local steps of the fastest class in the longest round for which epochs and limits have room."""
+        fastest, train = min(step_sec, key=step_sec.__getitem__), self.train
+        samples = min(self.samples / ROUNDS, train.max_samples or self.samples)
+        in_step = {name: size * step_sec[fastest] / step_sec[name] for name, size in self._step_samples.items()}
+        rounded = sum(size for name, size in self._step_samples.items() if name != fastest) / 2
+        fits = [local_steps.LONGEST, (samples - rounded) / sum(in_step.values())]
+        if train.epoch_length == "fast_steps":
+            fits.append(self.samples / (ROUNDS * self.batch_size[fastest] * self.cluster.size))
+        if train.max_fast_steps is not None:
+            fits.append(train.max_fast_steps)
+        return max(1, math.floor(min(fits)))
 
     def _margin(self, step_sec: Mapping[str, float]) -> float:
-        """Return 0 where no rank waits for a late class: one that is early would end the epoch early, for all."""
-        return self.train.tau_margin if self.is_blocking(step_sec) else 0.0
+        """Return less of the margin, the more of the cluster waits when slower classes are early.
+
+        It is 0 where they are half of the cluster, and where no rank waits for a late class: one that is early would
+        end the epoch early, for all.
+        """
+        if not self.is_blocking(step_sec):
+            return 0.0
+        return self.train.tau_margin * max(0.0, 1 - 2 * local_steps.slower_share(step_sec, self._step_samples))
 
     def make_plan(self, step_sec: Mapping[str, float] | None) -> Plan:
         batch = self.batch_size
         if step_sec is not None and self.needs_speeds and self.too_slow == SHRINK:
-            batch = local_steps.shrink_batches(self.train.tau, step_sec, batch, self._margin(step_sec), self.min_batch)
+            tau, margin = self.tau_fastest(step_sec), self._margin(step_sec)
+            batch = local_steps.shrink_batches(tau, step_sec, batch, margin, self.min_batch)
             step_sec = {name: sec * batch[name] / self.batch_size[name] for name, sec in step_sec.items()}
         return make_plan(
             self.cluster, self.samples, self.taus(step_sec), batch, weights=str(self.aggregation.weights),
@@ -151,16 +198,24 @@ class LocalSGD(Policy):
         }
         self.late, self.is_partial = self._late(measured), self.partial_mode(measured) is not None
         if self.train.adapt_tau and self.needs_speeds and len(measured) > 1:
-            self._rebalancer = Rebalancer(measured, self.batch_size, self._margin(measured))
+            is_auto = self.train.tau == AUTO  # a round is chosen by measured times, and judged as it is chosen
+            self._rebalancer = Rebalancer(
+                measured, self.batch_size, 0.0 if is_auto else self._margin(measured), average_sec=self.average_sec,
+                affordable=self.train.tau_overhead if is_auto else 0.0, delayed=self.aggregation.delayed,
+            )  # fmt: skip
 
-    def replan(self, step_sec: Sequence[float]) -> Plan:
-        """Derive tau anew from the epoch's own step times, where that leaves clearly less of the cluster waiting."""
+    @property
+    def rebalances(self) -> bool:
+        return self._rebalancer is not None and self.follows_plan and self.too_slow != SHRINK
+
+    def replan(self, step_sec: Sequence[float], rounds: int | None = None) -> Plan:
+        """Derive tau anew from the run's own step times, where that leaves clearly less of the cluster waiting."""
         judge = self._rebalancer
         if judge is None:
             return self.plan
         slowest = {c: max(step_sec[r] for r in c.ranks) for c in self.plan.training}
         worked = {c: sec for c, sec in slowest.items() if not math.isnan(sec)}
-        epoch_sec = self.plan.rounds * min((c.tau * sec for c, sec in worked.items()), default=0.0)
+        epoch_sec = (rounds or self.plan.rounds) * min((c.tau * sec for c, sec in worked.items()), default=0.0)
         whole = {c.name: sec * self.batch_size[c.name] / c.batch_size for c, sec in worked.items()}
         if not judge.observe(whole, epoch_sec):
             return self.plan
@@ -180,9 +235,10 @@ class LocalSGD(Policy):
 
     def state_dict(self) -> dict[str, Any]:
         judged = {} if self._rebalancer is None else {"rebalancer": self._rebalancer.state_dict()}
-        return {"is_partial": self.is_partial, **judged}
+        return {"is_partial": self.is_partial, "average_sec": self.average_sec, **judged}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.is_partial = state["is_partial"]
+        self.is_partial, self.average_sec = state["is_partial"], state.get("average_sec", 0.0)
         if self._rebalancer is not None:
             self._rebalancer.load_state_dict(state["rebalancer"])
+            self._rebalancer.average_sec = self.average_sec

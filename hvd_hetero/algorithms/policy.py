@@ -39,6 +39,8 @@ class Policy:
         unused: keys of ``aggregation`` that mean nothing to the method, and the values that they are left at.
         batch_varies: whether a rank's batch may become smaller than it is set to be.
         micro_batches: by class, parts that a batch is cut into; 0: as few as fit in memory.
+        average_sec: of one average that nobody is late for; to be set before :meth:`make_plan` where
+            :attr:`needs_average_sec`, the same on all ranks.
         plan: the one followed now, from :meth:`start` on.
         reason: why :meth:`replan` last changed it, for a person to read.
     """
@@ -54,6 +56,7 @@ class Policy:
     batch_varies: ClassVar[bool] = False
     unused: ClassVar[Mapping[str, Any]] = {}
     reason: str = ""
+    average_sec: float = 0.0
 
     def __init__(self, config: Config, cluster: Cluster, samples: int, min_batch: int = 1) -> None:
         self.options, self.train, self.aggregation = config.algorithm, config.train, config.aggregation
@@ -66,6 +69,11 @@ class Policy:
     @property
     def needs_speeds(self) -> bool:
         """Whether the plan depends on measured step times."""
+        return False
+
+    @property
+    def needs_average_sec(self) -> bool:
+        """Whether the plan depends on how long an average takes."""
         return False
 
     def check(self) -> None:
@@ -140,11 +148,17 @@ class Policy:
         """Follow the first plan of a job."""
         self.plan = plan
 
-    def replan(self, step_sec: Sequence[float]) -> Plan:
-        """Plan the next epoch, and follow that plan.
+    @property
+    def rebalances(self) -> bool:
+        """Whether :meth:`replan` may come within an epoch too, from :meth:`start` on; batches stay as large then."""
+        return False
+
+    def replan(self, step_sec: Sequence[float], rounds: int | None = None) -> Plan:
+        """Plan the next epoch, or the rest of this one where it :attr:`rebalances`, and follow that plan.
 
         Args:
-            step_sec: what a local step took in the last epoch, waiting excluded, by rank; NaN where there was none.
+            step_sec: what a local step took lately, waiting excluded, by rank; NaN where there was none.
+            rounds: in which it did; None: in the last epoch.
         """
         return self.plan
 

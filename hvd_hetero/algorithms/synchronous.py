@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from hvd_hetero.algorithms.policy import Policy
 from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
-from hvd_hetero.config.schema import AggregationConfig, AlgorithmConfig
+from hvd_hetero.config.schema import AUTO, AggregationConfig, AlgorithmConfig
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.plan import IDLE, Plan, lockstep_plan
 
@@ -63,8 +63,11 @@ class Lockstep(Policy):
 
     def make_plan(self, step_sec: Mapping[str, float] | None) -> Plan:
         tau = self.train.tau
-        steps = max(tau.values()) if isinstance(tau, Mapping) else tau
         length = self.train.epoch_length
+        if tau == AUTO and length == "fast_steps":
+            problem = f"{self.options.name} measures no tau, which that many steps of an epoch are counted by"
+            raise ConfigError("train.tau", tau, problem, "give a number, or set train.epoch_length=dataset")
+        steps = 1 if tau == AUTO else max(tau.values()) if isinstance(tau, Mapping) else tau
         return lockstep_plan(
             self.cluster, self.samples, self.batches(), others=self.others, epoch_length=length, tau=steps)  # fmt: skip
 

@@ -114,7 +114,8 @@ class TrainConfig:
     max_samples: Optional[int] = _key(None, LENGTH, at_least=1)  # noqa: UP045
     max_train_sec: Optional[float] = _key(None, LENGTH, above=0)  # noqa: UP045
     epoch_length: str = _key("dataset", choices=("dataset", "fast_steps"))
-    tau: Any = 128
+    tau: Any = AUTO
+    tau_overhead: float = _key(0.02, above=0, at_most=1)
     tau_margin: float = _key(0.1, at_least=0, at_most=0.5)
     adapt_tau: bool = True
     loss: str = "cross_entropy"

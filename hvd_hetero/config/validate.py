@@ -57,7 +57,8 @@ def check_together(config: Config) -> None:
     """
     train = config.train
     for key in ("tau", "batch_size", "micro_batches"):
-        value, word = getattr(train, key), AUTO if key == "micro_batches" else None
+        value = getattr(train, key)
+        word = AUTO if key == "micro_batches" or (key == "tau" and value == AUTO) else None
         table = value if isinstance(value, Mapping) else {None: value}
         if not table:
             raise ConfigError(f"train.{key}", value, "is empty", "give a number, or one for each class")

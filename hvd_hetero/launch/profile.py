@@ -52,7 +52,7 @@ def _measure(files: Sequence[str], overrides: Sequence[str]) -> None:
     alone, others_alone = measurement.alone(batch), [measurement.alone(size) for size in sizes]
     policy = trainer.algorithm.policy
     choose_path(policy, measurement)
-    average_sec = measurement.average_sec()
+    policy.average_sec = average_sec = measurement.average_sec()
     if started.env.rank == 0:
         classes = [
             ClassSpeed(

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from hvd_hetero.errors import ConfigError
 
 ERROR, SHRINK, WAIT_AVOIDING, LEAVE_OUT = "error", "shrink_batch", "wait_avoiding", "leave_out"
+LONGEST = 512
+"""Local steps of the fastest class in the longest round that is chosen by :func:`shortest_round`."""
 
 
 def derive_tau(
@@ -50,6 +52,54 @@ def planned_step_sec(step_sec: Mapping[str, float], margin: float) -> dict[str, 
     """
     fastest = min(step_sec.values())
     return {name: sec / (1 - margin * (1 - fastest / sec)) for name, sec in step_sec.items()}
+
+
+def round_overhead(
+    tau: Mapping[str, int], step_sec: Mapping[str, float], samples: Mapping[str, float], average_sec: float = 0.0,
+    delayed: bool = False,
+) -> float:  # fmt: skip
+    """Return the share of the classes' capacity that a round spends on waiting and on the transfer of its average.
+
+    1 - sum_g s_g tau_g / ((max_g tau_g t_g + average) sum_g s_g / t_g), which is waiting (1 - transfer) + transfer.
+
+    Args:
+        samples: s_g, of one step of all ranks of a class.
+        average_sec: of one average that nobody is late for.
+        delayed: it travels beside the next round, which waits for what is left of it.
+    """
+    round_sec = max(steps * step_sec[name] for name, steps in tau.items())
+    spent = round_sec + (max(0.0, average_sec - round_sec) if delayed else average_sec)
+    capacity = sum(samples[name] / step_sec[name] for name in tau)
+    return 1 - sum(samples[name] * steps for name, steps in tau.items()) / (spent * capacity)
+
+
+def shortest_round(
+    step_sec: Mapping[str, float], samples: Mapping[str, float], average_sec: float, overhead: float, *,
+    margin: float = 0.0, longest: int = LONGEST, delayed: bool = False,
+) -> int:  # fmt: skip
+    """Return tau of the fastest class for the shortest round that is affordable (``train.tau: auto``).
+
+    Models that train apart for longer drift further apart, so a round is to be as short as waiting and transfer allow.
+
+    Args:
+        overhead: what :func:`round_overhead` may come to; if it is more in any round, the cheapest is taken.
+        margin: of :func:`derive_tau`.
+        longest: no round is longer, unless the slowest class needs it for one step.
+    """
+    least = math.ceil(max(step_sec.values()) / min(step_sec.values()) * (1 - 1e-9))
+    costs = {}
+    for tau in range(least, max(least, longest) + 1):
+        steps = derive_tau(tau, step_sec, margin=margin)
+        costs[tau] = round_overhead(steps, step_sec, samples, average_sec, delayed)
+        if costs[tau] <= overhead:
+            return tau
+    return min(costs, key=costs.__getitem__)
+
+
+def slower_share(step_sec: Mapping[str, float], samples: Mapping[str, float]) -> float:
+    """Return the share of the cluster's samples a second that is not the fastest class's."""
+    speeds = {name: samples[name] / sec for name, sec in step_sec.items()}
+    return 1 - speeds[min(step_sec, key=step_sec.__getitem__)] / sum(speeds.values())
 
 
 def too_slow_classes(tau_fastest: int, step_sec: Mapping[str, float]) -> dict[str, float]:

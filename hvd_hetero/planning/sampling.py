@@ -86,6 +86,30 @@ class Sampler:
             drawn = draw(self._rng, self.losses, counts, self.biased, self.ratio, self._choose)
         return {name: drawn[name] for name in counts}
 
+    def draw_rest(
+        self, used: Mapping[str, Indices], left: Mapping[str, Indices], counts: Mapping[str, int]
+    ) -> dict[str, Indices]:
+        """Draw the rest of an epoch for other counts: what a class has left, and others where it lacks any.
+
+        Args:
+            used: of the epoch so far, by class; ``left``: what was dealt to the class and not used.
+            counts: samples of the rest, by class.
+
+        Returns:
+            ``[counts]`` indices by class, in random order, none twice within a class in the whole epoch.
+        """
+        kept = {name: left[name][:count] for name, count in counts.items()}
+        drawn: dict[str, Indices] = {}
+        for name, count in counts.items():
+            apart = self._draw is _separate and self.share < self._until
+            taken = np.zeros(len(self.losses), dtype=bool)
+            for other in (name,) if apart else counts:
+                for part in (used[other], kept[other], drawn.get(other, kept[other])):
+                    taken[part] = True
+            more = _places(_some(self._rng, ~taken, count - len(kept[name])))
+            drawn[name] = _permuted(self._rng, np.concatenate([kept[name], more]))
+        return drawn
+
     @property
     def ratio(self) -> float:
         """p as it is now."""

@@ -132,8 +132,8 @@ def kept_at(key: Mapping[str, Any]) -> Path:
     return Path.home() / ".cache" / "hvd-hetero" / "profiles" / f"{digest}.json"
 
 
-def known_speeds(config: Config, cluster: Cluster) -> tuple[dict[str, float], Path] | None:
-    """Step times by class that were measured before for just this, and where they are kept; None if there are none.
+def known_speeds(config: Config, cluster: Cluster) -> tuple[Profile, Path] | None:
+    """What was measured before of just this, and where it is kept; None if there is nothing.
 
     Raises:
         ConfigError: ``profile.file`` is of something else, which is named.
@@ -142,7 +142,7 @@ def known_speeds(config: Config, cluster: Cluster) -> tuple[dict[str, float], Pa
         path = Path(config.profile.file)
         profile = load_profile(path)
         check_profile(profile, config, cluster)
-        return profile.step_sec, path
+        return profile, path
     if not config.profile.reuse:
         return None
     try:
@@ -151,7 +151,7 @@ def known_speeds(config: Config, cluster: Cluster) -> tuple[dict[str, float], Pa
         check_profile(profile, config, cluster)
     except (ConfigError, RuntimeError):  # none is kept, nobody has a home, or what is kept is damaged
         return None
-    return profile.step_sec, path
+    return profile, path
 
 
 def check_profile(profile: Profile, config: Config, cluster: Cluster) -> None:

@@ -36,7 +36,7 @@ from hvd_hetero.worker.epoch import Progress
 
 NONE = -1
 PATH_BYTES = 4096
-LOCKSTEP, DRAINING = (1.0, 1), (30.0, 64)
+LOCKSTEP, DRAINING = (0.7, 1), (30.0, 64)
 """How many seconds ranks work on between two agreements, and how many rounds the first time."""
 LAST_SEC = 30.0
 """What a checkpoint that is on its way gets, where the job fails meanwhile."""
@@ -49,12 +49,16 @@ class SyncDecision:
     """What all ranks agree on after a segment: how far the epoch is, whether to stop, and whether to save.
 
     Attributes:
+        step_sec: of a local step in it on the slowest rank of each class, NaN if it took none; empty where nobody met.
+        rounds: that it had.
         figures: the maxima of what ranks gave.
     """
 
     progress: Progress
     stop: bool
     due: bool
+    step_sec: tuple[float, ...] = ()
+    rounds: int = 0
     figures: Sequence[float] = ()
 
 
@@ -138,19 +142,21 @@ class Saver:
     def segment(self, left: int, rounds: int) -> int:
         """Rounds to go before the next agreement, of those that are left of the epoch, after so many of the run."""
         self._began = time.monotonic()
-        if not self.active:
-            return left
         every = self._spec.every_rounds
         return min(left, self._segment, every - rounds % every if every else left)
 
-    def agree(self, progress: Progress, length: int, rounds: int, figures: Sequence[float] = ()) -> SyncDecision:
+    def agree(
+        self, progress: Progress, length: int, rounds: int, step_sec: Sequence[float] = (),
+        figures: Sequence[float] = (),
+    ) -> SyncDecision:  # fmt: skip
         """Meets all ranks after a segment.
 
         Args:
             progress: how far this rank has come in it.
             length: rounds that it was to have.
             rounds: of the run, before it.
-            figures: as many on every rank.
+            step_sec: of its local steps in it, at the place of its class; 0 elsewhere.
+            figures: others, as many on every rank.
         """
         now, spec, lead = time.monotonic(), self._spec, self._comm.rank == 0
         due = spec.every_sec is not None and now - self._tried_at >= spec.every_sec
@@ -159,9 +165,11 @@ class Saver:
         said = [self.stopping(), self._write is not None and self._write.busy, lead and due,
                 lead and max(1, min(worth, GROWTH * length))]
         mine = astuple(progress)
-        most = self._comm.max([float(number) for number in (*mine, *said, *figures)], "epoch.progress")
+        numbers = [float(number) for number in (*mine, *said, *step_sec, *figures)]
+        most = self._comm.max(numbers, "epoch.progress")
         progress = Progress(*(int(number) for number in most[: len(mine)]))
-        stop, busy, late, segment, *figures = most[len(mine) :]
+        stop, busy, late, segment, *most = most[len(mine) :]
+        slowest = tuple(sec or math.nan for sec in most[: len(step_sec)])
         self._segment = int(segment)
         if not busy:
             self._settle()
@@ -169,7 +177,8 @@ class Saver:
         save = bool(late) and self._write is None
         if spec.every_rounds is not None:  # in partial collectives rounds do not come in the planned numbers
             save = save or number // spec.every_rounds > max(self._tried, 0) // spec.every_rounds
-        return SyncDecision(progress, bool(stop), save and number > self._tried, figures)
+        due = save and number > self._tried
+        return SyncDecision(progress, bool(stop), due, slowest, length, most[len(step_sec) :])
 
     def save(self, number: int, epochs: int, state: Callable[[], Any], wait: bool, value: float | None = None) -> None:
         """Saves every rank's state; if that cannot be done, the run goes on without, and says so.

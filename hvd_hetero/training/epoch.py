@@ -69,7 +69,8 @@ class RoundSpans:
     def step_sec(self, epoch: Epoch, tau: int, is_planned: bool) -> float:
         """Seconds of a step, towards the end of the epoch."""
         if is_planned:
-            return settled_step_sec(self._work_sec, [tau] * len(self._work_sec))
+            work = self._work_sec[epoch.since :]
+            return settled_step_sec(work, [tau] * len(work))
         # what belongs to no step of a round, such as a late rank's taking of results, counts with the next
         return self._before / epoch.steps if epoch.steps else float("nan")
 

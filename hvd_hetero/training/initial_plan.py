@@ -42,13 +42,25 @@ def first_plan(job: Job, policy: Policy, worker: Worker, source: Source, comm: C
     choose_path(policy, measurement(job, worker, source, comm))
     if not policy.needs_speeds:
         return policy.make_plan(None)
-    if len(cluster.classes) == 1:
+    if len(cluster.classes) == 1 and not policy.needs_average_sec:
         return policy.make_plan({cluster.classes[0].name: 1.0}).without_step_times()
-    known = _known(job, comm)
-    if known is None:
-        measured = measurement(job, worker, source, comm).classes(policy.batch_size)
-        known = {name: figures.step_sec for name, figures in measured.items()}
-    return policy.make_plan(known)
+    known, measure = _known(job, comm), measurement(job, worker, source, comm)
+    if known is not None:
+        step_sec, policy.average_sec = known
+    else:
+        step_sec = {name: figures.step_sec for name, figures in measure.classes(policy.batch_size).items()}
+        policy.average_sec = measure.average_sec() if policy.needs_average_sec else 0.0
+    plan = policy.make_plan(step_sec)
+    if policy.needs_average_sec and comm.rank == 0:
+        LOGGER.info("train.tau=auto: %s", told_round(plan, policy.average_sec))
+    return plan
+
+
+def told_round(plan: Plan, average_sec: float) -> str:
+    """Tell the taus of a plan, and what its rounds cost by measured times."""
+    taus = ", ".join(f"{c.name} {c.tau}" for c in plan.classes)
+    longest = max(c.tau * c.step_sec for c in plan.training if c.step_sec is not None)
+    return f"{taus} local steps, {1e3 * longest:.3g} ms a round and {1e3 * average_sec:.3g} ms an average"
 
 
 def choose_micro_batches(job: Job, policy: Policy, worker: Worker, source: Source, comm: Comm) -> None:
@@ -109,20 +121,20 @@ def start_together(algorithm: Executor, plan: Plan, worker: Worker, comm: Comm) 
         raise problem or UserError("another rank cannot begin, and has said why")
 
 
-def _known(job: Job, comm: Comm) -> dict[str, float] | None:
-    """Step times of an earlier profile, found by rank 0; what is wrong with it ends all ranks."""
+def _known(job: Job, comm: Comm) -> tuple[dict[str, float], float] | None:
+    """Step times and that of an average from an earlier profile, found by rank 0; what is wrong with it ends all."""
     names = [c.name for c in job.cluster.classes]
-    told, error = [0.0] * len(names), UserError("rank 0 says why")
+    told, error = [0.0] * (len(names) + 1), UserError("rank 0 says why")
     if comm.rank == 0:
         try:
             known = known_speeds(job.config, job.cluster)
         except ConfigError as problem:
-            told, error = [math.nan] * len(names), problem
+            told, error = [math.nan] * len(told), problem
         else:
             if known is not None:
-                told = [known[0][name] for name in names]
+                told = [*(known[0].step_sec[name] for name in names), known[0].average_sec]
                 LOGGER.info("step times from %s; profile.reuse=false measures them", known[1])
     said = comm.broadcast(torch.tensor(told, dtype=torch.float64), "profile.known").tolist()
     if math.isnan(said[0]):
         raise error
-    return dict(zip(names, said, strict=True)) if all(said) else None
+    return (dict(zip(names, said, strict=False)), said[-1]) if any(said) else None

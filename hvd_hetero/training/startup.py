@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import sys
 import warnings
@@ -152,7 +153,7 @@ def check(config: Config, components: Components, cluster: Cluster) -> None:
     policy.check()
     if not policy.needs_speeds:
         check_limits(config.train, policy.make_plan(None))
-    elif (limit := config.train.max_fast_steps) is not None and limit < config.train.tau:
+    elif config.train.tau != AUTO and (limit := config.train.max_fast_steps or math.inf) < config.train.tau:
         problem = f"one round takes {config.train.tau} steps of the fastest class"
         raise ConfigError("train.max_fast_steps", limit, problem, f"set it to {config.train.tau} or more")
     if policy.claims_samples and config.sampling.scheme != "uniform":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -22,7 +22,7 @@ from hvd_hetero.planning.injected_delays import delays
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.sampling import Sampler
 from hvd_hetero.planning.schedules import NAMES, rate_factor, run_share
-from hvd_hetero.planning.stop_criteria import check_limits, expected_epochs, fast_steps, next_rounds
+from hvd_hetero.planning.stop_criteria import check_limits, expected_epochs, fast_steps, next_rounds, round_samples
 from hvd_hetero.random_state import seed_all
 from hvd_hetero.telemetry.emulation import thread_cpu_clock
 from hvd_hetero.telemetry.progress import Progress
@@ -32,7 +32,7 @@ from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import Recorder
 from hvd_hetero.training.checkpointer import Saver, SyncDecision
-from hvd_hetero.training.epoch import EpochFigures, RoundSpans, gather_figures, say_taus
+from hvd_hetero.training.epoch import RoundSpans, gather_figures, say_taus
 from hvd_hetero.training.evaluation import evaluate
 from hvd_hetero.training.initial_plan import choose_micro_batches, first_plan, start_together
 from hvd_hetero.training.iterate_average import NONE, IterateAverage, half_life
@@ -138,7 +138,7 @@ class Trainer:
         with nullcontext() if self.saver is None or not self.saver.active else self.saver.stopping:
             while (epoch := self.epoch or self._begin_epoch()) is not None:
                 agreed = self._work(epoch)
-                row = self._end_epoch(epoch)
+                row = self._end_epoch(epoch, agreed)
                 if self.saver is not None and self.saver.active and (self.over or agreed.due or agreed.stop):
                     self._save(None, wait=self.over or agreed.stop, row=row)
                 if agreed.stop and not self.over:
@@ -184,9 +184,12 @@ class Trainer:
     def _work(self, epoch: Epoch) -> SyncDecision:
         """Train an epoch in segments, between which it can be saved; return what was agreed after the last."""
         spans = RoundSpans(self.watch, self.recorder, epoch.work_sec)
-        saver = self.saver if self.saver is not None and self.saver.active else None
+        rebalances, work = self.algorithm.policy.rebalances, epoch.work_sec
+        saver = self.saver if self.saver is not None and (self.saver.active or rebalances) else None
+        classes = [c.name for c in self.job.cluster.classes]
+        own = classes.index(self.job.cluster.class_of(self.comm.rank).name)
         while True:
-            left, before = epoch.rounds_left, self.accounts.rounds + epoch.progress.averages
+            left, before, first = epoch.rounds_left, self.accounts.rounds + epoch.progress.averages, len(work)
             length = left if saver is None else saver.segment(left, before)
             is_stopping = (lambda: False) if saver is None else saver.stopping
             segment = Segment(epoch, length, is_stopping)
@@ -199,24 +202,53 @@ class Trainer:
             if saver is None:
                 epoch.add(segment, progress)
                 return SyncDecision(progress, False, False)
+            step_sec = [0.0] * len(classes) if rebalances else []
+            if rebalances and segment.at:
+                step_sec[own] = sum(work[first:]) / len(segment.at)
             with self.comm.booked():
-                agreed = saver.agree(progress, length, before, self.status.figures(epoch, segment))
+                agreed = saver.agree(progress, length, before, step_sec, self.status.figures(epoch, segment))
             epoch.add(segment, agreed.progress)
             self.status.meet(epoch, agreed.figures)
             if epoch.rounds_left == 0 or (length >= left and not agreed.stop):
                 return agreed
+            if rebalances:
+                self._rebalance(epoch, agreed)
+                if epoch.rounds_left == 0:  # less than a round of the new plan was left
+                    return replace(agreed, step_sec=())
             if agreed.due or agreed.stop:
                 self._save(epoch, wait=agreed.stop)
             if agreed.stop:
                 raise self._stopped()
 
-    def _end_epoch(self, epoch: Epoch) -> dict[str, Any]:
+    def _rebalance(self, epoch: Epoch, agreed: SyncDecision) -> None:
+        """Deal what is left of an epoch anew, where a segment's step times ask for another plan."""
+        old, self.plan = self.plan, self._replan(self.plan, self._by_rank(agreed.step_sec), agreed.rounds)
+        if self.plan is old:
+            return
+        counted = fast_steps if self.config.train.epoch_length == "fast_steps" else round_samples
+        steps, samples = epoch.spent
+        done = self.accounts.done
+        done = replace(done, fast_steps=done.fast_steps + steps, samples=done.samples + samples)
+        limits = replace(self.config.train, max_train_sec=None)  # has been reckoned with when the epoch began
+        rounds = min(epoch.rounds_left * counted(old) // counted(self.plan), next_rounds(limits, self.plan, done))
+        part = replace(self.plan, rounds=rounds)
+        self.watch.skip()
+        self.watch.heartbeat.begin("dealing samples")
+        rest = self.feed.deal_rest(part, epoch.indices, epoch.steps) if rounds else epoch.indices[:0]
+        epoch.deal_rest(part, rest)
+
+    def _by_rank(self, step_sec: Sequence[float]) -> list[float]:
+        of_class = dict(zip((c.name for c in self.job.cluster.classes), step_sec, strict=True))
+        return [of_class[self.job.cluster.class_of(rank).name] for rank in range(self.comm.size)]
+
+    def _end_epoch(self, epoch: Epoch, agreed: SyncDecision) -> dict[str, Any]:
         """Gather what the epoch came to, plan the next one, evaluate; return the row of figures."""
         config, comm, worker, accounts = self.config, self.comm, self.worker, self.accounts
         self.recorder.stop()
         self.watch.heartbeat.begin("end of an epoch")
         self.epoch, plan, is_planned = None, epoch.plan, self.algorithm.policy.follows_plan
-        shapes = [(plan.rounds * c.tau, c.batch_size) for c in plan.by_rank()] if is_planned else None
+        as_dealt = is_planned and not epoch.since
+        shapes = [(plan.rounds * c.tau, c.batch_size) for c in plan.by_rank()] if as_dealt else None
         with comm.booked():
             self.algorithm.end_epoch()
             losses, weights = worker.take_losses()
@@ -227,8 +259,10 @@ class Trainer:
         step_sec = spans.step_sec(epoch, self.algorithm.mine.tau, is_planned)
         excluded, counts = epoch.count(comm.excluded.take(), self.algorithm.counts())
         done = gather_figures(comm, self.watch, accounts, epoch, losses, weights, step_sec, excluded)
-        if not self.over:
-            self.plan = self._replan(self.plan, done)
+        if not self.over and agreed.step_sec:
+            self.plan = self._replan(self.plan, self._by_rank(agreed.step_sec), agreed.rounds)
+        elif not self.over:
+            self.plan = self._replan(self.plan, done.step_sec)
         rate = worker.optimizer.param_groups[0]["lr"]
         if config.train.scheduler_unit == "epoch":
             self._step_scheduler(f"{accounts.epochs} epochs")
@@ -293,8 +327,8 @@ class Trainer:
         with as_user_error("train.scheduler", name, what, "let it last as long as the run"):
             self.worker.step_scheduler()
 
-    def _replan(self, plan: Plan, done: EpochFigures) -> Plan:
-        new = self.algorithm.replan(done.step_sec)
+    def _replan(self, plan: Plan, step_sec: Sequence[float], rounds: int | None = None) -> Plan:
+        new = self.algorithm.replan(step_sec, rounds)
         if new is not plan:
             self.comm.agree(new.digest(), "plan", "plan")
             if self.folder is not None:

@@ -7,7 +7,7 @@ and notes each step in it; the losses of these steps are kept by the worker, in 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from hvd_hetero.data import Batch, Source, read
 from hvd_hetero.planning.plan import Plan
+from hvd_hetero.planning.stop_criteria import fast_steps
 from hvd_hetero.telemetry.staleness import NUMBERS, Counts, to_numbers
 
 Indices = NDArray[Any]
@@ -73,7 +74,7 @@ class Segment:
         epoch = self._epoch
         if epoch.is_claimed:
             return (epoch.progress.claimed + self.claimed) / epoch.round_samples
-        return epoch.progress.planned + (len(self.at) / tau if tau else 0)
+        return epoch.rounds_done + (len(self.at) / tau if tau else 0)
 
     def note(self, steps: int, number: int) -> None:
         """Note that this rank has taken ``steps`` steps in round ``number`` of the segment."""
@@ -108,6 +109,7 @@ class Epoch:
         progress: as all ranks have agreed on it.
         work_sec: compute and data of each round of this rank.
         excluded: averages that this rank was excluded from, as far as they were counted.
+        since: rounds before what is left of the epoch was dealt anew; 0: it was not.
     """
 
     def __init__(self, plan: Plan, indices: Indices, source: Source, generator: torch.Generator) -> None:
@@ -119,6 +121,7 @@ class Epoch:
         self._rows: list[Indices] = []
         self._batches: Iterator[Batch] | None = None
         self._start, self.excluded = 0, 0
+        self.since, self._dealt, self._earlier = 0, 0, (0, 0)
         self._counts = torch.zeros(NUMBERS, dtype=torch.int64)
 
     @property
@@ -135,6 +138,30 @@ class Epoch:
     def round_samples(self) -> int:
         """Samples of a round of all ranks."""
         return sum(c.round_samples for c in self.plan.classes)
+
+    @property
+    def spent(self) -> tuple[int, int]:
+        """Steps of the rank that took the most, and samples of all ranks, so far; by the plans that were followed."""
+        rounds = self.progress.planned - self.since
+        return self._earlier[0] + rounds * fast_steps(self.plan), self._earlier[1] + rounds * self.round_samples
+
+    @property
+    def rounds_done(self) -> float:
+        """Rounds so far, in rounds of the plan as it is now."""
+        return self.progress.planned - self.since + self._earlier[0] / fast_steps(self.plan)
+
+    def deal_rest(self, plan: Plan, indices: Indices) -> None:
+        """Go on by another plan, on other samples.
+
+        Args:
+            plan: with the rounds that are left.
+            indices: as those that an epoch begins with.
+        """
+        self._earlier, self.since = self.spent, self.progress.planned
+        self.plan = replace(plan, rounds=self.since + plan.rounds)
+        self.indices = np.concatenate([self.indices[: self.steps], indices])
+        self._start = self._dealt = self.steps
+        self._batches, self._state = None, self._generator.get_state()
 
     @property
     def samples_left(self) -> int:
@@ -154,8 +181,9 @@ class Epoch:
         if self._batches is None:
             now = self._generator.get_state()
             self._generator.set_state(self._state)  # an epoch that is resumed draws what it drew before
-            self._batches = read(self._source, self.indices, self._generator, self._start)
-            if self._start:
+            begun = self._start - self._dealt
+            self._batches = read(self._source, self.indices[self._dealt :], self._generator, begun)
+            if begun:
                 self._generator.set_state(now)
         return self._batches
 
@@ -199,6 +227,7 @@ class Epoch:
             "plan": self.plan.to_dict(), "indices": self.indices, "generator": self._state,
             "progress": list(astuple(self.progress)), "work_sec": self.work_sec, "at": self._at, "rows": self._rows,
             "excluded": self.excluded, "counts": self._counts,
+            "since": self.since, "dealt": self._dealt, "earlier": self._earlier,
         }  # fmt: skip
 
     @classmethod
@@ -210,4 +239,5 @@ class Epoch:
         epoch.work_sec, epoch._at = list(state["work_sec"]), list(state["at"])
         epoch._rows = [np.asarray(rows) for rows in state["rows"]]
         epoch._start, epoch.excluded, epoch._counts = epoch.steps, state["excluded"], state["counts"].clone()
+        epoch.since, epoch._dealt, epoch._earlier = state["since"], state["dealt"], tuple(state["earlier"])
         return epoch

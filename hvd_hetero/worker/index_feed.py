@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,19 +39,45 @@ class Feed:
             whole: the plan of an epoch that is not cut short. Of one that is, the first rounds are dealt: drawn for
                 itself, a short epoch would have the biased class train on nothing but the very hardest samples.
         """
+        drawn: Mapping[str, NDArray[Any]] = {}
+        if self.sampler is not None:
+            drawn = self.sampler.draw(whole.epoch_samples())
+        mine = self._cut(plan, drawn)
+        if self.sampler is not None:
+            self.sampler.begin(whole.epoch_samples())
+        return mine
+
+    def deal_rest(self, plan: Plan, indices: NDArray[Any], steps: int) -> NDArray[Any]:
+        """Deal what is left of an epoch anew: this rank's indices of all rounds of a plan that begins now.
+
+        Args:
+            indices: what this rank was dealt, ``[rows, B]``, of which it has taken ``steps`` rows.
+        """
+        with self._comm.booked():
+            told = [row.tolist() for row in self._comm.gather(torch.tensor([steps, *indices.shape]), "rest.sizes")]
+            own = torch.from_numpy(np.ascontiguousarray(indices.reshape(-1))).to(self._dtype)
+            dealt = self._comm.gather(own, "rest.indices", [rows * batch for _, rows, batch in told])
+        drawn: Mapping[str, NDArray[Any]] = {}
+        if self.sampler is not None:
+            parts = [part.split([taken * batch, (rows - taken) * batch])
+                     for part, (taken, rows, batch) in zip(dealt, told, strict=True)]  # fmt: skip
+            used, left = ({c.name: np.concatenate([parts[rank][i].numpy() for rank in c.ranks]) for c in plan.classes}
+                          for i in (0, 1))  # fmt: skip
+            drawn = self.sampler.draw_rest(used, left, plan.epoch_samples())
+        return self._cut(plan, drawn)
+
+    def _cut(self, plan: Plan, drawn: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """This rank's part of what rank 0 has drawn for each class, as far as the plan goes."""
         sizes = self._sizes(plan)
         everything = torch.empty(sum(sizes), dtype=self._dtype)
         if self.sampler is not None:
-            drawn, counts = self.sampler.draw(whole.epoch_samples()), plan.epoch_samples()
-            dealt: dict[int, NDArray[Any]] = {}
+            counts, dealt = plan.epoch_samples(), dict[int, NDArray[Any]]()
             for c in plan.classes:
                 ends = np.cumsum([sizes[rank] for rank in c.ranks])
                 dealt |= dict(zip(c.ranks, np.split(drawn[c.name][: counts[c.name]], ends[:-1]), strict=True))
-            everything = torch.from_numpy(np.concatenate([dealt[rank] for rank in range(len(sizes))]))
+            everything = torch.from_numpy(np.concatenate([dealt[rank] for rank in range(len(sizes))])).to(self._dtype)
         with self._comm.booked():
             everything = self._comm.broadcast(everything, "epoch.indices")
-        if self.sampler is not None:
-            self.sampler.begin(whole.epoch_samples())
         mine = everything.split(sizes)[self._comm.rank].numpy()
         own = plan.of_rank(self._comm.rank)
         return mine.reshape(plan.rounds * own.tau, own.batch_size)

@@ -46,8 +46,8 @@ def test_digest_is_of_what_decides_the_run_and_its_figures() -> None:
 DECIDES = {
     NUMBERS: """
         run.seed cluster.too_slow data.name data.target data.args model.name model.target model.args train.batch_size
-        train.micro_batches train.epoch_length train.tau train.tau_margin train.adapt_tau train.loss train.loss_args
-        train.optimizer train.lr train.optimizer_args train.groups train.scheduler train.scheduler_args
+        train.micro_batches train.epoch_length train.tau train.tau_overhead train.tau_margin train.adapt_tau train.loss
+        train.loss_args train.optimizer train.lr train.optimizer_args train.groups train.scheduler train.scheduler_args
         train.scheduler_unit train.warmup_rounds train.clip_norm
         train.autocast train.matmul_precision train.channels_last sampling.scheme sampling.high_loss_ratio
         sampling.bias_to sampling.until sampling.anneal sampling.selection sampling.smoothing

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from hvd_hetero.launch import profile as profile_command
+from hvd_hetero.planning.local_steps import derive_tau, slower_share
 
 pytestmark = pytest.mark.horovod
 
@@ -33,8 +34,8 @@ def test_what_is_kept(kept: tuple[Path, str]) -> None:
     assert list(classes) == ["a", "b", "c"]
     steps = {name: c["step_sec"] for name, c in classes.items()}  # of a busy machine: in no order that is sure
     assert min(steps.values()) > 0
-    ratios = {name: min(steps.values()) / sec for name, sec in steps.items()}
-    assert content["tau"] == {name: max(1, round(32 * r * (1 - 0.1 * (1 - r)))) for name, r in ratios.items()}
+    slower = slower_share(steps, {c["name"]: c["ranks"] * c["batch_size"] for c in content["classes"]})
+    assert content["tau"] == derive_tau(32, steps, margin=0.1 * max(0.0, 1 - 2 * slower))
     assert set(classes["b"]["by_batch"]) == {"2", "4", "8"} == set(classes["b"]["by_batch_alone"])
     assert min(classes["b"]["by_batch_alone"].values()) > 0
     assert classes["b"]["by_batch_alone"]["4"] == classes["b"]["step_sec_alone"]

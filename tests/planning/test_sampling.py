@@ -266,3 +266,36 @@ def test_an_epoch_drawn_in_the_background_is_the_one_that_would_have_been_drawn(
         courses.append(drawn)
     for plain, ahead_of_it in zip(*courses, strict=True):
         assert all((plain[name] == ahead_of_it[name]).all() for name in plain)
+
+
+# ---- the rest of an epoch, dealt anew -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["separate", "uniform", "unified"])
+@pytest.mark.parametrize("rest", [{"fast": 40, "slow": 20}, {"fast": 50, "slow": 5}, {"fast": 10, "slow": 50}])
+def test_the_rest_of_an_epoch_for_other_counts(scheme: str, rest: dict[str, int]) -> None:
+    """Of 100 samples the classes have used 30 and 10 of 80 and 20."""
+    sampler = Sampler(100, scheme, 0.5, "fast", 3)
+    sampler.losses[:] = np.arange(100)
+    drawn = sampler.draw({"fast": 80, "slow": 20})
+    taken = {"fast": 30, "slow": 10}
+    used = {name: drawn[name][:count] for name, count in taken.items()}
+    left = {name: drawn[name][count:] for name, count in taken.items()}
+    found = sampler.draw_rest(used, left, rest)
+    whole = {name: np.concatenate([used[name], found[name]]) for name in rest}
+    for name, count in rest.items():
+        assert len(found[name]) == count and len(set(whole[name])) == len(whole[name]), "none twice within a class"
+        own = len(set(found[name]) & set(left[name]))
+        assert own == min(count, len(left[name])) or scheme == "separate", "its own first"
+    if scheme != "separate":
+        assert not set(whole["fast"]) & set(whole["slow"])
+
+
+def test_the_rest_is_in_random_order() -> None:
+    """What a class had left does not come before what it is given."""
+    sampler = Sampler(1000, "uniform", 0.5, "fast", 3)
+    drawn = sampler.draw({"fast": 500, "slow": 100})
+    left = {"fast": drawn["fast"][:100], "slow": drawn["slow"]}
+    found = sampler.draw_rest({name: drawn[name][:0] for name in drawn}, left, {"fast": 300, "slow": 100})["fast"]
+    own = np.isin(found, left["fast"])
+    assert 20 <= np.count_nonzero(own[:100]) <= 50

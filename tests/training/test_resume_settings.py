@@ -60,7 +60,7 @@ def test_what_does_not_decide_the_numbers_may_differ(source: Path, key: str, val
 
 
 @pytest.mark.parametrize(("key", "value", "before"), [
-    ("train.lr", 0.5, "0.02"), ("run.seed", 1, "0"), ("train.tau", 31, "128"), ("train.batch_size", 8, "4"),
+    ("train.lr", 0.5, "0.02"), ("run.seed", 1, "0"), ("train.tau", 31, "'auto'"), ("train.batch_size", 8, "4"),
     ("train.optimizer_args", {"momentum": 0.5}, "{'momentum': 0.9, 'betas': [0.9, 0.99]}"),
     ("data.args", {}, "{'when': '2024-01-01'}"), ("model.name", "cnn", "'mlp'"), ("data.target", "m:data", "None"),
     ("aggregation.outer_momentum", 0.5, "0.0"), ("train.channels_last", True, "False"),

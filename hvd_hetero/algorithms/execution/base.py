@@ -53,9 +53,9 @@ class Executor:
     def end_epoch(self) -> None:
         """Finish an epoch after its last round; when this returns, rank 0 holds the model."""
 
-    def replan(self, step_sec: Sequence[float]) -> Plan:
-        """Follow the policy's plan of the next epoch."""
-        plan = self.policy.replan(step_sec)
+    def replan(self, step_sec: Sequence[float], rounds: int | None = None) -> Plan:
+        """Follow the policy's plan of what comes next."""
+        plan = self.policy.replan(step_sec, rounds)
         self._follow()
         return plan
 

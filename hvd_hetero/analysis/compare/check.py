@@ -59,6 +59,11 @@ def _check_row(row: Row, comparison: Comparison, built: dict[str, Components]) -
             return Checked(row, config, None)
         startup.check(config, built[key], cluster)
         method = algorithms.policy(config, cluster, len(built[key].dataset.train), built[key].min_batch)
+        if method.needs_average_sec:  # how long a round is will be known once it is measured
+            if row.budget.equal == "fast_steps":
+                problem = "is not known before it is measured, and rows of equal steps have to stop at a round's end"
+                raise ConfigError("train.tau", config.train.tau, problem, "give a number, or other budgets")
+            return Checked(row, config, None)
         if method.needs_speeds:
             return Checked(row, config, int(config.train.tau))  # derived: tau is the fastest class's
         plan = method.make_plan(None)

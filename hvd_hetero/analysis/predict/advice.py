@@ -12,8 +12,6 @@ from hvd_hetero.planning.local_steps import planned_step_sec
 LARGEST_TAU = 4096
 WHOLE_STEPS = 8
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
-CLOSE = 0.05
-"""A smaller tau is better where it costs no more speed than this: models that train apart for longer drift apart."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +43,13 @@ class Worth:
 
 
 def taus(scenario: Scenario) -> list[int]:
-    """List powers of two, the configured tau, and the least ones at which the slowest class takes 1, 2, ... steps.
+    """List powers of two, the set and the affordable tau, and the least at which the slowest class takes 1, 2, ...
 
     A margin asks for a little more than whole multiples of the slowest class's step, or rounding takes one away.
     """
     fastest, slowest = min(scenario.step_sec.values()), max(scenario.step_sec.values())
     planned = max(planned_step_sec(scenario.step_sec, scenario.config.train.tau_margin).values())
-    found = {2**i for i in range(LARGEST_TAU.bit_length())} | {scenario.tau}
+    found = {2**i for i in range(LARGEST_TAU.bit_length())} | {scenario.tau, scenario.affordable}
     whole = (
         max(round(steps * slowest / fastest), math.ceil((steps - 0.5) * planned / fastest * (1 - 1e-9)))
         for steps in range(1, WHOLE_STEPS + 1)
@@ -65,20 +63,21 @@ def sweep(scenario: Scenario) -> list[tuple[int, Prediction]]:
 
 
 def recommended(scenario: Scenario, rows: Sequence[tuple[int, Prediction]]) -> Advice | None:
-    """Recommend the smallest tau that is nearly as fast as the fastest; None if none is possible."""
+    """Recommend the tau that ``train.tau=auto`` takes, or the least one above it that is possible; None if none is."""
     possible = [(tau, row) for tau, row in rows if row.problem is None]
     if not possible:
         return None
     best = max(row.samples_per_sec for _, row in possible)
-    tau, row = next((tau, row) for tau, row in possible if row.samples_per_sec >= (1 - CLOSE) * best)
+    tau, row = next(((tau, row) for tau, row in possible if tau >= scenario.affordable), possible[-1])
     own = ", ".join(f"{name} {steps}" for name, steps in row.tau.items())
     blocked = ", ".join(f"{name} {share:.1%}" for name, share in row.blocked.items())
     sizes = ", ".join(f"{name} {size}" for name, size in row.batch_size.items())
     reason = (
         f"tau {tau} ({own} local steps; batches {sizes}): {row.samples_per_sec:.4g} samples/s are "
         f"{row.samples_per_sec / scenario.capacity:.1%} of what the classes could take if nobody waited or "
-        f"communicated; blocked: {blocked}. It is the smallest within {CLOSE:.0%} of the best tau tried "
-        f"({best:.4g} samples/s): longer rounds only let the models drift further apart."
+        f"communicated; blocked: {blocked}. It is train.tau=auto: the shortest round of which waiting and averages "
+        f"take at most {scenario.config.train.tau_overhead:.0%} where no step jitters, or the cheapest; longer rounds "
+        f"let the models drift further apart (best of those tried: {best:.4g} samples/s)."
     )
     return Advice(tau, row, reason)
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from hvd_hetero import algorithms
-from hvd_hetero.algorithms.local_sgd import BLOCKING
+from hvd_hetero.algorithms.local_sgd import BLOCKING, LocalSGD
 from hvd_hetero.algorithms.m_sync_sgd import MSyncOptions
 from hvd_hetero.algorithms.policy import MAJORITY, SOLO, Policy
 from hvd_hetero.algorithms.synchronous import ALL, FAST, LockstepOptions, choose
@@ -21,7 +21,7 @@ from hvd_hetero.analysis.predict.simulator import Group, Outcome, Spent, blockin
 from hvd_hetero.analysis.predict.speeds import Inputs
 from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
 from hvd_hetero.config.load import per_class
-from hvd_hetero.config.schema import Config
+from hvd_hetero.config.schema import AUTO, Config
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.plan import IDLE, SERVER, ClassPlan, Plan
 from hvd_hetero.planning.quorum import QUORUM, best_quorum
@@ -84,13 +84,21 @@ class Scenario:
         self.step_sec = {name: inputs.speeds[name].step_sec(self.batch_size[name]) for name in names}
         self.fastest = min(names, key=lambda name: self.step_sec[name])
         tau = config.train.tau
-        every = per_class("train.tau", tau, [*inputs.speeds])
+        self.affordable = self._affordable()
+        every = per_class("train.tau", self.affordable if tau == AUTO else tau, [*inputs.speeds])
         self.taus = {name: every[name] for name in names} if isinstance(tau, Mapping) else None
         self.tau = max(every.values())
         try:
             self._fast = choose(self.cluster, FAST)[0].name
         except ConfigError:  # a run could not tell which class is the fast one; here the speeds do
             self._fast = self.fastest
+
+    def _affordable(self) -> int:
+        """Return tau of the fastest class that a run with ``train.tau=auto`` would take at these speeds."""
+        train = replace(self.config.train, tau=AUTO, batch_size=self.batch_size)
+        policy = LocalSGD(replace(self.config, train=train), self.cluster, self.inputs.samples)
+        policy.average_sec = self.inputs.link.sum_sec(self.cluster.size, self.inputs.model_bytes)
+        return policy.tau_fastest(self.step_sec)
 
     @property
     def capacity(self) -> float:
