@@ -17,9 +17,11 @@ BytePS itself, a push does not start before the whole backward pass is done, and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
+from hvd_hetero.algorithms.policy import FLOAT32
 from hvd_hetero.algorithms.synchronous import FAST, Lockstep, LockstepOptions
 from hvd_hetero.config.schema import AlgorithmConfig
 from hvd_hetero.errors import ConfigError
@@ -48,6 +50,7 @@ class BytePS(Lockstep):
     Options: ClassVar[type[AlgorithmConfig]] = BytePSOptions
     others: ClassVar[str] = SERVER
     flat_gradients: ClassVar[bool] = True
+    unused: ClassVar[Mapping[str, Any]] = {**Lockstep.unused, "wire": FLOAT32}
 
     def check(self) -> None:
         if len(self.ranks) == self.cluster.size:

@@ -26,9 +26,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Optional
+from typing import Any, ClassVar, Optional
 
-from hvd_hetero.algorithms.policy import MAJORITY, SOLO
+from hvd_hetero.algorithms.policy import FLOAT32, MAJORITY, SOLO
 from hvd_hetero.algorithms.synchronous import Lockstep
 from hvd_hetero.config.schema import AlgorithmConfig
 from hvd_hetero.errors import ConfigError
@@ -55,6 +55,7 @@ class EagerSGD(Lockstep):
     modes: ClassVar[Sequence[str]] = (SOLO, MAJORITY, QUORUM)
     claims_samples: ClassVar[bool] = True
     flat_gradients: ClassVar[bool] = True
+    unused: ClassVar[Mapping[str, Any]] = {**Lockstep.unused, "wire": FLOAT32}
 
     def check(self) -> None:
         if self.cluster.size == 1:

@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from hvd_hetero.algorithms.policy import SOLO, Policy
+from hvd_hetero.algorithms.policy import FLOAT32, SOLO, Policy
 from hvd_hetero.config.load import per_class
 from hvd_hetero.config.schema import AUTO
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning import local_steps
 from hvd_hetero.planning.local_steps import LEAVE_OUT, SHRINK, WAIT_AVOIDING
-from hvd_hetero.planning.plan import NORMALISED, Plan, check_least_round, make_plan, progress_factors
+from hvd_hetero.planning.plan import NORMALISED, ClassPlan, Plan, check_least_round, make_plan, progress_factors
 from hvd_hetero.planning.quorum import QUORUM, Quorum, check_quorum
 from hvd_hetero.planning.rebalance import Rebalancer
 
@@ -61,6 +61,10 @@ class LocalSGD(Policy):
         if self.aggregation.delayed:
             self._check_delayed()
         check_quorum("aggregation.quorum", self.aggregation.quorum, self.cluster.size, self.aggregation.mode)
+        for key, neutral in (("delay_steps", None), ("own_weight", 0.0)) if not self.aggregation.delayed else ():
+            if (value := getattr(self.aggregation, key)) != neutral:
+                problem, remedy = "is of delayed averages", "set aggregation.delayed=true too"
+                raise ConfigError(f"aggregation.{key}", value, problem, remedy)
         if not self.has_blocking_average or (self._may_avoid_waiting and self.cluster.size > 1):
             self._check_partial()
         if not self.has_blocking_average and self.needs_speeds and self.too_slow == LEAVE_OUT:
@@ -80,6 +84,11 @@ class LocalSGD(Policy):
 
     def _check_delayed(self) -> None:
         """Refuse what needs the average of a round at its end."""
+        steps, tau = self.aggregation.delay_steps, self.train.tau
+        longest = max(tau.values()) if isinstance(tau, Mapping) else tau
+        if steps is not None and steps > longest:
+            problem, remedy = f"a round has {longest} steps of the fastest class", f"set {longest} or less, or null"
+            raise ConfigError("aggregation.delay_steps", steps, problem, remedy)
         spec, kept, momentum = self.aggregation, self.aggregation.optimizer_state, self.aggregation.outer_momentum
         for key, value, fits, other in (
             ("aggregation.mode", spec.mode, spec.mode == BLOCKING, "aggregation.mode=blocking"),
@@ -95,6 +104,11 @@ class LocalSGD(Policy):
     def _check_partial(self) -> None:
         """Refuse what cannot be done without waiting for all ranks."""
         spec = self.aggregation
+        if spec.wire != FLOAT32:
+            ways = "aggregation.mode, cluster.too_slow"
+            problem = f"without waiting ({ways}) there is no time at which ranks could agree on how to round"
+            remedy = "set float32, or wait: aggregation.mode=blocking, another cluster.too_slow"
+            raise ConfigError("aggregation.wire", spec.wire, problem, remedy)
         if self.cluster.size == 1:
             remedy = "set aggregation.mode=blocking, or start more ranks"
             raise ConfigError("aggregation.mode", spec.mode, "one rank has nobody to be late for", remedy)
@@ -164,6 +178,12 @@ class LocalSGD(Policy):
             fits.append(train.max_fast_steps)
         return max(1, math.floor(min(fits)))
 
+    def step_times(self) -> Mapping[str, float] | None:
+        """Return the step times that the plan was made with, where :attr:`needs_speeds`; of one class alone, any."""
+        if not self.needs_speeds:
+            return None
+        return {c.name: (c.step_sec or 1.0) * self.batch_size[c.name] / c.batch_size for c in self.plan.classes}
+
     def _margin(self, step_sec: Mapping[str, float]) -> float:
         """Return less of the margin, the more of the cluster waits when slower classes are early.
 
@@ -190,6 +210,11 @@ class LocalSGD(Policy):
         if self.aggregation.weights != NORMALISED:
             return 1.0
         return progress_factors(self.plan, self.aggregation.max_extrapolation).get(name, 1.0)
+
+    def delay_of(self, mine: ClassPlan) -> int:
+        """Return the local steps after which a class takes in a delayed average: the same share of a round for all."""
+        steps, longest = self.aggregation.delay_steps, max(c.tau for c in self.plan.training)
+        return mine.tau if steps is None else min(mine.tau, round(steps * mine.tau / longest))
 
     def start(self, plan: Plan) -> None:
         super().start(plan)

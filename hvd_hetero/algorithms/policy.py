@@ -15,6 +15,10 @@ from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.quorum import Quorum
 
 SOLO, MAJORITY = "solo", "majority"
+FLOAT32, INT8 = "float32", "int8"
+WIRE_BYTES = {FLOAT32: 4, "float16": 2, INT8: 1}
+MOST_INT8 = 127
+"""Ranks: of the numbers from -127 to 127 that a sum may come to, each has its share."""
 
 
 class Policy:
@@ -36,6 +40,7 @@ class Policy:
         drops_late: whether what comes too late for its round is dropped; else it goes with the next one.
         flat_gradients: whether gradients are views into flat vectors, and sparse ones are added up in there.
         sends_at_once: whether each gradient is sent as soon as the backward pass has made it, dense and in one piece.
+        follows_rate: whether the plan depends on the learning rate, which :meth:`follow_rate` tells.
         unused: keys of ``aggregation`` that mean nothing to the method, and the values that they are left at.
         batch_varies: whether a rank's batch may become smaller than it is set to be.
         micro_batches: by class, parts that a batch is cut into; 0: as few as fit in memory.
@@ -54,6 +59,7 @@ class Policy:
     flat_gradients: ClassVar[bool] = False
     sends_at_once: ClassVar[bool] = False
     batch_varies: ClassVar[bool] = False
+    follows_rate: ClassVar[bool] = False
     unused: ClassVar[Mapping[str, Any]] = {}
     reason: str = ""
     average_sec: float = 0.0
@@ -65,6 +71,11 @@ class Policy:
         names = [c.name for c in cluster.classes]
         self.batch_size = per_class("train.batch_size", self.train.batch_size, names)
         self.micro_batches = per_class("train.micro_batches", self.train.micro_batches, names, word=AUTO)
+
+    @property
+    def executor_path(self) -> str:
+        """Import path of what executes the method with these settings."""
+        return self.executor
 
     @property
     def needs_speeds(self) -> bool:
@@ -91,6 +102,9 @@ class Policy:
                 problem = f"a batch of class {part} has {size} samples, and a micro-batch {self.min_batch} at least"
                 remedy = f"set {max(1, size // self.min_batch)} or less"
                 raise ConfigError("train.micro_batches", self.train.micro_batches, problem, remedy)
+        if self.aggregation.wire == INT8 and self.cluster.size > MOST_INT8:
+            problem = f"{self.cluster.size} ranks share the numbers up to {MOST_INT8}, which leaves none to some"
+            raise ConfigError("aggregation.wire", INT8, problem, "set float16")
         paths_of(self.aggregation, self.cluster)
         if not self.needs_speeds:
             self.make_plan(None)
@@ -152,6 +166,9 @@ class Policy:
     def rebalances(self) -> bool:
         """Whether :meth:`replan` may come within an epoch too, from :meth:`start` on; batches stay as large then."""
         return False
+
+    def follow_rate(self, rate: float) -> None:
+        """Learn the learning rate of the epoch that is about to be planned."""
 
     def replan(self, step_sec: Sequence[float], rounds: int | None = None) -> Plan:
         """Plan the next epoch, or the rest of this one where it :attr:`rebalances`, and follow that plan.

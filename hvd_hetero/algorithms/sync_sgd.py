@@ -14,6 +14,8 @@ With equal batches the sum is the mean over workers. Everybody waits for the slo
 clipping comes after the sum, so it is that of the joined batch. BatchNorm normalizes each rank's own share; running
 statistics are averaged at the end of an epoch.
 
+With ``aggregation.wire`` gradients are sent in fewer bits, in one piece after the backward pass.
+
 When a gradient is seen to be bad, parts of it have been sent already. But the sum is the same on all workers: where it
 holds NaN or Inf, each computes its own gradient once more, and they are summed without the bad ones.
 """
@@ -22,7 +24,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from hvd_hetero.algorithms.synchronous import Lockstep
+from hvd_hetero.algorithms.policy import FLOAT32
+from hvd_hetero.algorithms.synchronous import FLAT_GRADIENTS, Lockstep
 from hvd_hetero.errors import ConfigError
 
 
@@ -31,6 +34,11 @@ class SyncSGD(Lockstep):
 
     executor: ClassVar[str] = "hvd_hetero.algorithms.execution.sync_sgd.SyncSGDExecutor"
     sends_at_once: ClassVar[bool] = True
+
+    @property
+    def executor_path(self) -> str:
+        is_plain = self.aggregation.wire == FLOAT32
+        return self.executor if is_plain else FLAT_GRADIENTS  # how to round is agreed on when all gradients are there
 
     def check(self) -> None:
         super().check()

@@ -14,6 +14,8 @@ from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.plan import IDLE, Plan, lockstep_plan
 
 ALL, FAST = "all", "fast"
+FLAT_GRADIENTS = "hvd_hetero.algorithms.execution.flat_gradients.FlatGradientExecutor"
+"""What executes methods that send gradients in one piece."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Lockstep(Policy):
     Options: ClassVar[type[AlgorithmConfig]] = LockstepOptions
     others: ClassVar[str] = IDLE
     unused: ClassVar[Mapping[str, Any]] = {key: getattr(AggregationConfig(weights="uniform"), key) for key in (
-        "weights", "optimizer_state", "outer_lr", "outer_momentum", "outer_nesterov", "delayed", "mode")}  # fmt: skip
+        "weights", "optimizer_state", "outer_lr", "outer_momentum", "outer_nesterov", "delayed", "delay_steps",
+        "own_weight", "mode")}  # fmt: skip
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
@@ -50,7 +53,9 @@ class Lockstep(Policy):
             if (value := getattr(self.aggregation, key)) != neutral:
                 problem = f"{self.options.name} averages gradients, not models"
                 remedy = f"leave it at {neutral}, or take a local-SGD method"
-                if key == "mode" and self.claims_samples:
+                if key == "wire":
+                    problem, remedy = f"{self.options.name} sends gradients as they are", f"set {neutral}, or sync_sgd"
+                elif key == "mode" and self.claims_samples:
                     problem, remedy = "models are not averaged here, gradients are", "set algorithm.mode"
                 elif key == "mode":
                     problem, remedy = f"{self.options.name} goes in lockstep", f"{remedy}, or algorithm.name=eager_sgd"

@@ -7,6 +7,7 @@ the weighted sum stays as it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,16 +19,43 @@ from hvd_hetero.comm.paths import FLAT
 from hvd_hetero.comm.tensor_slots import digest
 from hvd_hetero.comm.untrained_averaging import OtherAverages
 from hvd_hetero.comm.weighted_sums import average_tensors, sum_good_
+from hvd_hetero.comm.wire import Wire
 from hvd_hetero.errors import NonFiniteError
 
 
-def average(comm: Comm, state: FlatState, weight: float, name: str = "average") -> bool:
+@dataclass(frozen=True)
+class Sent:
+    """What an average of models sends in place of them: their differences from a model that all ranks hold.
+
+    Attributes:
+        base: that model's vectors, in memory of their own.
+        wire: what the differences travel in.
+    """
+
+    base: Sequence[Tensor]
+    wire: Wire
+
+    def take_off(self, vectors: Sequence[Tensor]) -> None:
+        """Turn models into differences, in place."""
+        for vector, base in zip(vectors, self.base, strict=True):
+            vector.sub_(base)
+
+    def put_back(self, vectors: Sequence[Tensor]) -> None:
+        """Turn differences into models again."""
+        for vector, base in zip(vectors, self.base, strict=True):
+            vector.add_(base)
+
+
+def average(
+    comm: Comm, state: FlatState, weight: float, name: str = "average", sent: Sent | None = None
+) -> bool:
     """Replaces every rank's model by sum_i w_i x_i (paper, eq. 4) over the good ranks.
 
     What is in no flat vector follows its policy, see :mod:`hvd_hetero.comm.untrained_state`.
 
     Args:
         weight: w of this rank; the weights of all ranks sum to 1 and are equal within a class.
+        sent: how differences are sent; None: models are, as they are.
 
     Returns:
         Whether this rank's own model was good. If not, all else that its steps have made is to be forgotten too.
@@ -37,24 +65,29 @@ def average(comm: Comm, state: FlatState, weight: float, name: str = "average") 
         UserError: a tensor is not what it was, so that it cannot be averaged.
     """
     with comm.booked():
-        good = _average(comm, state, weight, name)
+        good = _average(comm, state, weight, name, sent)
     if not good:
         comm.excluded.note()
     return good
 
 
-def _average(comm: Comm, state: FlatState, weight: float, name: str) -> bool:
+def _average(comm: Comm, state: FlatState, weight: float, name: str, sent: Sent | None) -> bool:
     news = state.refresh()
     vectors = [summable(vector) for vector in state.padded]
     contents = [vector[:-FLAG_SLOTS] for vector in vectors]
     own_weight = weight
+    if sent is not None:
+        sent.take_off(contents)
     if comm.path == FLAT:
         good, weight, share = scale_(contents, weight), 1.0, weight
     else:
         good, share = finite(contents), 1.0
     others = OtherAverages(comm, state.others, own_weight, good, f"{name}.others")
     others.begin()
-    news = sum_good_(comm, vectors, good, name, weight=weight, share=share, news=news)
+    news = sum_good_(comm, vectors, good, name, weight=weight, share=share, news=news,
+                      wire=None if sent is None else sent.wire)
+    if sent is not None:
+        sent.put_back(contents)
     for own, total in zip(state.padded, vectors, strict=True):
         if own is not total:
             own.copy_(total)

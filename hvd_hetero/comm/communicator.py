@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import horovod.torch as hvd
@@ -31,6 +32,17 @@ from hvd_hetero.telemetry.stopwatch import Stopwatch
 STOP = "stop"
 
 
+@dataclass
+class Carried:
+    """Bytes that a rank has given to sums and averages, of gradients and models, since they were last taken."""
+
+    sent: int = 0
+
+    def take(self) -> int:
+        taken, self.sent = self.sent, 0
+        return taken
+
+
 class Comm:
     """The job's ranks: one process set a device class, one for the classes' leaders.
 
@@ -47,6 +59,7 @@ class Comm:
         paths: those to choose between, one if there is nothing to choose.
         path: that weighted sums take, ``flat`` or ``hierarchical``; the same on all ranks, changed between two sums.
         excluded: what this rank was left out of.
+        carried: what it has sent.
 
     Raises:
         ConfigError: this Horovod cannot make these sets on these hosts, or cannot sum on GPUs.
@@ -58,7 +71,7 @@ class Comm:
         spec = spec or AggregationConfig()
         self.rank, self.size, self.watch = rank, cluster.size, watch or Stopwatch()
         self.heartbeat = self.watch.heartbeat
-        self.excluded = Exclusions(rank, spec.nan == STOP)
+        self.excluded, self.carried = Exclusions(rank, spec.nan == STOP), Carried()
         mine = cluster.class_of(rank)
         self._peers = mine.ranks
         self._hosts, self._local_ranks = {f.host for f in cluster.facts}, {f.local_rank for f in cluster.facts}
@@ -146,13 +159,15 @@ class Comm:
         group = self._sets.get(self._peers)
 
         def begun(i: int) -> int:
+            self.carried.sent += pieces[i].nbytes
             return begin(hvd.allreduce_async_, pieces[i], op=hvd.Sum, prescale_factor=weight, process_set=group,
                           name=f"{name}.{i}")  # fmt: skip
 
         handle = begun(0) if group is not None else None
         for i, piece in enumerate(pieces):
             if handle is None:
-                piece.mul_(weight)
+                if weight != 1:
+                    piece.mul_(weight)
             else:
                 self._finish(handle, name)
                 handle = begun(i + 1) if i + 1 < len(pieces) else handle
@@ -160,6 +175,7 @@ class Comm:
 
     def _sum_(self, vector: Tensor, ranks: tuple[int, ...], name: str) -> None:
         if len(ranks) > 1:
+            self.carried.sent += vector.nbytes
             self._call(hvd.allreduce_async_, vector, op=hvd.Sum, process_set=self.group(ranks), name=name)
 
     def group(self, ranks: tuple[int, ...]) -> hvd.ProcessSet:
@@ -275,6 +291,7 @@ class Comm:
         ranks = ranks or tuple(range(self.size))
         if len(ranks) == 1:
             return lambda: None
+        self.carried.sent += tensor.nbytes
         handle = begin(hvd.allreduce_async_, tensor, op=hvd.Max, process_set=self.group(ranks), name=name)
         return lambda: self._finish(handle, name)
 
@@ -287,6 +304,7 @@ class Comm:
         Returns:
             A handle for :meth:`received`.
         """
+        self.carried.sent += tensor.nbytes
         return begin(hvd.alltoall_async, tensor, counts, name=name)
 
     def received(self, handle: int) -> Tensor:

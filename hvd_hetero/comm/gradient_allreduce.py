@@ -82,6 +82,7 @@ class GradientSum:
         """The optimizer, made to send each gradient as soon as the last of a step's backward passes has computed it."""
         if len(self._ranks) == 1:
             return optimizer
+        self._bytes = sum(summable(real_view(p)).nbytes for p in model.parameters() if p.requires_grad)
         named = [(f"gradient.{name}", p) for name, p in model.named_parameters() if p.requires_grad]
         group = self._comm.group(self._ranks)
         wrapped: torch.optim.Optimizer = hvd.DistributedOptimizer(
@@ -103,6 +104,7 @@ class GradientSum:
         if len(self._ranks) == 1:
             yield
             return
+        self._comm.carried.sent += self._bytes
         with self._comm.heartbeat.waiting("gradients"):
             for handle, _ in list(optimizer._handles.values()):
                 if handle is not None:

@@ -10,19 +10,20 @@ from torch import Tensor
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.nonfinite import FLAG_SLOTS, sum_type, write_validity_flags
 from hvd_hetero.comm.tensor_slots import real_view
+from hvd_hetero.comm.wire import Wire
 from hvd_hetero.errors import NonFiniteError
 
 
 def average_tensors(
     comm: Comm, tensors: Sequence[Tensor], good: bool, name: str, *,
-    weight: float = 1.0, share: float = 1.0, ranks: tuple[int, ...] | None = None,
+    weight: float = 1.0, share: float = 1.0, ranks: tuple[int, ...] | None = None, wire: Wire | None = None,
 ) -> None:  # fmt: skip
     """Replaces tensors, of the same shapes and types on all ranks, by their weighted sums over the good ranks.
 
     Args:
         good: whether this rank is one.
         weight: that they are to be multiplied with, equal within a class; ``share``: what is in them already.
-        ranks: those that take part: all, or one class.
+        ranks: those that take part: all, or one class; ``wire``: what sums travel in.
 
     Raises:
         NonFiniteError: as :func:`average`.
@@ -33,7 +34,7 @@ def average_tensors(
     for dtype, group in zip(types, groups, strict=True):
         flags = torch.empty(FLAG_SLOTS, dtype=dtype, device=group[0].device)
         vectors.append(torch.cat([*(real_view(t).reshape(-1).to(dtype) for t in group), flags]))
-    sum_good_(comm, vectors, good, name, weight=weight, share=share, ranks=ranks)
+    sum_good_(comm, vectors, good, name, weight=weight, share=share, ranks=ranks, wire=wire)
     for vector, group in zip(vectors, groups, strict=True):
         reals = [real_view(t) for t in group]
         for tensor, part in zip(reals, vector[:-FLAG_SLOTS].split([t.numel() for t in reals]), strict=True):
@@ -72,16 +73,21 @@ def renormalize(
 def sum_good_(
     comm: Comm, vectors: Sequence[Tensor], good: bool, name: str, *,
     weight: float = 1.0, share: float = 1.0, ranks: tuple[int, ...] | None = None, news: bool = False,
+    wire: Wire | None = None,
 ) -> bool:  # fmt: skip
     """Replaces marked vectors by their weighted sums over the good ranks; see :func:`average_tensors`.
 
     Args:
         news: whether this rank has something for all to agree on.
+        wire: what sums over these ranks travel in; None: as they are.
 
     Returns:
         Whether any rank has.
     """
     write_validity_flags(vectors, good, share, news)
     for i, vector in enumerate(vectors):
-        comm.weighted_sum_(vector, weight, f"{name}.{i}", ranks)
+        if wire is None:
+            comm.weighted_sum_(vector, weight, f"{name}.{i}", ranks)
+        else:
+            wire.sum_(comm, vector, weight, f"{name}.{i}")
     return renormalize(comm, vectors, good, name, ranks)

@@ -155,6 +155,7 @@ class AggregationConfig:
     sync_every: int = _key(32, at_least=1)
     max_lag: int = _key(32, at_least=1)
     patience_sec: float = _key(0.05, at_least=0)
+    wire: str = _key("float32", choices=("float32", "float16", "int8"))
     path: str = _key(AUTO, FIGURES, choices=(AUTO, "flat", "hierarchical", "measured"))
     chunk_mb: Optional[float] = _key(None, FIGURES, at_least=0.01)  # noqa: UP045
     optimizer_state: str = _key("local", choices=("local", "average", "reset"))
@@ -162,6 +163,8 @@ class AggregationConfig:
     outer_momentum: float = _key(0.0, at_least=0, at_most=1)
     outer_nesterov: bool = False
     delayed: bool = False
+    delay_steps: Optional[int] = _key(None, at_least=0)  # noqa: UP045
+    own_weight: float = _key(0.0, at_least=0, at_most=1)
     state: dict[str, Any] = _key({})
     nan: str = _key("leave_out", LENGTH, choices=("leave_out", "stop"))
 

@@ -48,6 +48,17 @@ def rate_factor(name: str, share: float, args: Mapping[str, Any]) -> float:
     return floor + (1 - floor) * shape
 
 
+def next_rate(train: TrainConfig, plan: Plan, done: RunProgress, scheduled: float = 1.0) -> float:
+    """Return the learning rate with which the next epoch begins.
+
+    Args:
+        scheduled: by a scheduler that steps; what is set, where the schedule goes by progress.
+    """
+    if train.scheduler not in NAMES:
+        return scheduled
+    return scheduled * rate_factor(train.scheduler, run_share(train, plan, done, 0.0), train.scheduler_args)
+
+
 def run_share(train: TrainConfig, plan: Plan, done: RunProgress, rounds: float) -> float:
     """Return what share of a run is done; of several limits, by the one that is nearest.
 

@@ -31,6 +31,8 @@ class Accounts:
         self.steps = [0] * cluster.size
         self.samples = [0] * cluster.size
         self.excluded = [0] * cluster.size
+        self.sent = [0] * cluster.size
+        self.dropped = [0] * cluster.size
         self.rounds = 0
         self.epochs = 0
         self.partial = PartialAccounts()
@@ -44,6 +46,8 @@ class Accounts:
         kinds: Sequence[Mapping[str, float]],
         collectives: Sequence[Sequence[float]],
         excluded: Sequence[int] = (),
+        sent: Sequence[int] = (),
+        dropped: Sequence[int] = (),
     ) -> float:
         """Enters one epoch; returns its seconds.
 
@@ -53,6 +57,8 @@ class Accounts:
             kinds: seconds of each kind, by rank.
             collectives: durations ``[ranks][collectives]`` in the order in which ranks met in them, NaN: not in it.
             excluded: contributions that were, because a rank's values were non-finite, by rank.
+            sent: bytes given to sums and averages, by rank.
+            dropped: samples that ranks left out of their steps.
         """
         blocked, comm = split_waiting(collectives)
         for rank, mine in enumerate(plan.by_rank()):
@@ -61,14 +67,16 @@ class Accounts:
                 self.seconds[rank][kind] += kinds[rank][kind] + together.get(kind, 0.0)
             self.steps[rank] += steps[rank]
             self.samples[rank] += steps[rank] * mine.batch_size
-        for rank, times in enumerate(excluded):
-            self.excluded[rank] += times
+        for own, new in ((self.excluded, excluded), (self.sent, sent), (self.dropped, dropped)):
+            for rank, number in enumerate(new):
+                own[rank] += number
         self.rounds += rounds
         self.epochs += 1
         return sum(kinds[0].values()) + blocked[0] + comm[0]
 
     def state_dict(self) -> dict[str, Any]:
-        counts = {name: getattr(self, name) for name in ("seconds", "steps", "samples", "excluded", "rounds", "epochs")}
+        names = ("seconds", "steps", "samples", "excluded", "sent", "dropped", "rounds", "epochs")
+        counts = {name: getattr(self, name) for name in names}
         return {**counts, "partial": self.partial.state_dict(), "earlier": asdict(self.earlier),
                 "emulation": list(self.emulation)}  # fmt: skip
 
@@ -76,6 +84,7 @@ class Accounts:
         self.seconds = [dict(mine) for mine in state["seconds"]]
         self.steps, self.samples = list(state["steps"]), list(state["samples"])
         self.excluded = list(state["excluded"])
+        self.sent, self.dropped = list(state.get("sent", self.sent)), list(state.get("dropped", self.dropped))
         self.rounds, self.epochs = state["rounds"], state["epochs"]
         self.partial.load_state_dict(state["partial"])
         self.earlier = RunProgress(**state["earlier"])
@@ -147,6 +156,8 @@ class Accounts:
                     "steps": steps,
                     "samples": sum(self.samples[r] for r in item.ranks),
                     "excluded": self.left_out_of()[item.name],
+                    "dropped": sum(self.dropped[r] for r in item.ranks),
+                    "sent_bytes": sum(self.sent[r] for r in item.ranks) / len(item.ranks),
                     "time_sec": times,
                     "blocked_fraction": _share(times, "blocked"),
                 }

@@ -245,6 +245,9 @@ def check_supported_by_loop(config: Config) -> None:
     if not issubclass(algorithms.get(config.algorithm.name), LocalSGD):
         problem = "takes its steps itself, which leaves nothing to a hand-written loop"
         raise ConfigError("algorithm.name", config.algorithm.name, problem, "choose a local-SGD method")
+    if algorithms.get(config.algorithm.name).follows_rate:
+        problem = "goes by the learning rate, which is yours in a hand-written loop"
+        raise ConfigError("algorithm.name", config.algorithm.name, problem, "choose another local-SGD method")
     if config.delays.distribution is not None:
         problem = "steps that somebody else writes are not delayed"
         raise ConfigError("delays.distribution", config.delays.distribution, problem, "leave it null")
@@ -255,7 +258,7 @@ def check_supported_by_loop(config: Config) -> None:
         problem = "a hand-written step cuts its batch itself"
         raise ConfigError("train.micro_batches", config.train.micro_batches, problem, "leave it at 1")
     plain = AggregationConfig()
-    for key in ("optimizer_state", "outer_lr", "outer_momentum", "delayed", "mode"):
+    for key in ("optimizer_state", "outer_lr", "outer_momentum", "delayed", "mode", "wire"):
         value, neutral = getattr(config.aggregation, key), getattr(plain, key)
         if value != neutral:
             problem = "a hand-written loop takes the plain average"

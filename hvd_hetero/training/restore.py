@@ -54,7 +54,7 @@ def state_of(run: Run, epoch: Epoch | None) -> dict[str, Any]:
     """Everything that decides how this rank goes on, in an epoch under way or between two."""
     state: dict[str, Any] = {name: getattr(run, name).state_dict() for name in PARTS}
     state |= {"plan": run.plan.to_dict(), "best": run.best, "wall_sec": time.perf_counter() - run.begin,
-              "path": run.comm.path, "classes": places(run.job.cluster)}  # fmt: skip
+              "path": run.comm.path, "sent": run.comm.carried.sent, "classes": places(run.job.cluster)}  # fmt: skip
     if epoch is not None:
         epoch.count(run.comm.excluded.take(), run.algorithm.counts())
         state["epoch"] = epoch.state_dict()
@@ -72,6 +72,7 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
     for part in PARTS:
         getattr(run, part).load_state_dict(state[part])
     run.best = dict(state["best"])
+    run.comm.carried.sent = state.get("sent", 0)
     run.begin -= state["wall_sec"]
     place = f"epoch {run.accounts.epochs}, round {run.accounts.rounds}"
     if "epoch" in state:

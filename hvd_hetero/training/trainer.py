@@ -21,7 +21,7 @@ from hvd_hetero.errors import Stopped
 from hvd_hetero.planning.injected_delays import delays
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.sampling import Sampler
-from hvd_hetero.planning.schedules import NAMES, rate_factor, run_share
+from hvd_hetero.planning.schedules import NAMES, next_rate, rate_factor, run_share
 from hvd_hetero.planning.stop_criteria import check_limits, expected_epochs, fast_steps, next_rounds, round_samples
 from hvd_hetero.random_state import seed_all
 from hvd_hetero.telemetry.emulation import thread_cpu_clock
@@ -117,6 +117,7 @@ class Trainer:
             spec.average, self.worker.state, half_life(spec, config.train, self.plan), spec.last
         )
         self.epoch: Epoch | None = None
+        self._tell_rate()
         if state is not None:
             (carry_over if reshaped else restore)(self, state)
 
@@ -258,14 +259,17 @@ class Trainer:
         spans = RoundSpans(self.watch, self.recorder, epoch.work_sec)
         step_sec = spans.step_sec(epoch, self.algorithm.mine.tau, is_planned)
         excluded, counts = epoch.count(comm.excluded.take(), self.algorithm.counts())
-        done = gather_figures(comm, self.watch, accounts, epoch, losses, weights, step_sec, excluded)
-        if not self.over and agreed.step_sec:
-            self.plan = self._replan(self.plan, self._by_rank(agreed.step_sec), agreed.rounds)
-        elif not self.over:
-            self.plan = self._replan(self.plan, done.step_sec)
+        done = gather_figures(
+            comm, self.watch, accounts, epoch, losses, weights, step_sec, excluded, comm.carried.take(),
+            self.algorithm.take_dropped(),
+        )  # fmt: skip
         rate = worker.optimizer.param_groups[0]["lr"]
         if config.train.scheduler_unit == "epoch":
             self._step_scheduler(f"{accounts.epochs} epochs")
+        if not self.over:
+            self._tell_rate()
+            by_clock = agreed.step_sec and (self._by_rank(agreed.step_sec), agreed.rounds)
+            self.plan = self._replan(self.plan, *(by_clock or (done.step_sec,)))
         row = accounts.row(plan)
         row |= {"wall_sec": time.perf_counter() - self.begin, "train_loss": done.loss, "lr": rate,
                 "samples_per_sec": done.samples / done.seconds}  # fmt: skip
@@ -326,6 +330,11 @@ class Trainer:
         name, what = type(self.worker.scheduler).__name__, f"fails after {after}"
         with as_user_error("train.scheduler", name, what, "let it last as long as the run"):
             self.worker.step_scheduler()
+
+    def _tell_rate(self) -> None:
+        if self.algorithm.policy.follows_rate:
+            rate = next_rate(self.config.train, self.plan, self.accounts.done, self.worker.rate)
+            self.algorithm.policy.follow_rate(rate)
 
     def _replan(self, plan: Plan, step_sec: Sequence[float], rounds: int | None = None) -> Plan:
         new = self.algorithm.replan(step_sec, rounds)

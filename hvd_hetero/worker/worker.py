@@ -256,6 +256,11 @@ class Worker:
         taken, self._losses = concat(self._losses), []
         return taken
 
+    @property
+    def rate(self) -> float:
+        """The scheduled learning rate, of the first group of parameters."""
+        return float(self._scheduled[0])
+
     def scale_rate(self, factor: float) -> None:
         """Scale the scheduled learning rate, by a factor in [0, 1], until the next call."""
         for group, rate in zip(self.optimizer.param_groups, self._scheduled, strict=True):

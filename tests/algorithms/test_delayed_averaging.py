@@ -36,7 +36,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[...,
     made = []
 
     def make(average: Callable[[list[torch.Tensor]], None]) -> delayed.InFlightAverage:
-        monkeypatch.setattr(delayed, "average_tensors", lambda comm, mean, good, name, weight: average(mean))
+        monkeypatch.setattr(delayed, "average_tensors", lambda comm, mean, good, name, **options: average(mean))
         state = SimpleNamespace(vectors=[torch.zeros(4)], params=[4], refresh=lambda: False)
         cpu = torch.device("cpu")
         worker: Any = SimpleNamespace(device=cpu, state=state, optimizer=SimpleNamespace(state={}))

@@ -23,6 +23,8 @@ pytestmark = pytest.mark.horovod
 
 SCRIPT = Path(__file__).parents[1] / "ranks_methods" / "run_cases.py"
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
+ROUNDED = {"float16": {"rtol": 1e-3, "atol": 1e-3}, "int8": {"rtol": 0.0, "atol": 0.05}}
+"""Of what travels in fewer bits; weights are about 0.3, and each step moves them by 0.05."""
 Found = list[dict[str, dict[str, Any]]]
 
 SMALL = {name: case for name, case in CASES.items() if case.model != "digits"}
@@ -48,6 +50,10 @@ def dealt(found: Found, case: str) -> dict[int, list[torch.Tensor]]:
     return {rank: found[rank][case]["dealt"] for rank in range(SIZE)}
 
 
+def tolerance(case: str) -> dict[str, float]:
+    return ROUNDED.get(CASES[case].settings.get("aggregation.wire", ""), TOLERANCE)
+
+
 def moved(found: Found, case: str) -> bool:
     """Whether training did anything at all, without which equality would say nothing."""
     before = model(CASES[case].model).state_dict()
@@ -61,7 +67,7 @@ def moved(found: Found, case: str) -> bool:
 def test_one_process_on_the_joined_batch(found: Found, case: str) -> None:
     """sync, byteps and dlb, on all ranks or a class, with any batches: the gradient is that of the joined batch."""
     expected = (oracle.normalized if CASES[case].model == "norm" else oracle.joined)(CASES[case], dealt(found, case))
-    torch.testing.assert_close(final(found, case), expected, **TOLERANCE)
+    torch.testing.assert_close(final(found, case), expected, **tolerance(case))
     assert moved(found, case)
 
 
@@ -69,7 +75,7 @@ def test_one_process_on_the_joined_batch(found: Found, case: str) -> None:
 def test_local_sgd_as_in_one_process(found: Found, case: str) -> None:
     expects = oracle.delayed if CASES[case].settings.get("aggregation.delayed") else oracle.local
     expected = expects(CASES[case], dealt(found, case))
-    torch.testing.assert_close(final(found, case), expected, **TOLERANCE)
+    torch.testing.assert_close(final(found, case), expected, **tolerance(case))
     assert moved(found, case)
 
 
@@ -96,6 +102,7 @@ def test_all_training_ranks_hold_the_same_model(found: Found, case: str) -> None
     ("byteps, two servers", "sync, fast"),
     ("balanced", "unbalanced, equal tau"),
     ("biased, nothing biased", "unbalanced, separate"),
+    ("delayed by nothing", "biased, hierarchical"),
 ])  # fmt: skip
 def test_two_names_for_the_same_thing(found: Found, one: str, other: str) -> None:
     torch.testing.assert_close(final(found, one), final(found, other), **TOLERANCE)

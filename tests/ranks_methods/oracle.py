@@ -160,9 +160,11 @@ def delayed(case: Case, dealt: Dealt) -> dict[str, Tensor]:
     """Local SGD of which each average is taken in a round later; with fixed weights."""
     settings, classes = case.overrides(), CLASSES[case.classes]
     tau = {r: settings["train.tau"][name] for name, ranks in classes.items() for r in ranks}
-    steps = case.method == "biased_local_sgd"
-    weights = [tau[r] / sum(tau.values()) if steps else 1 / len(tau) for r in sorted(tau)]
+    by_steps = case.method == "biased_local_sgd"
+    weights = [tau[r] / sum(tau.values()) if by_steps else 1 / len(tau) for r in sorted(tau)]
     replicas = {rank: Replica(case) for rank in sorted(tau)}
+    steps, kept = settings.get("aggregation.delay_steps"), settings.get("aggregation.own_weight", 0.0)
+    delay = {r: t if steps is None else round(steps * t / max(tau.values())) for r, t in tau.items()}
     most, normalised = settings.get("aggregation.max_extrapolation", 2.0), (
         settings.get("aggregation.weights") == "normalised")  # fmt: skip
     alike = every_gradient_alike(list(tau.values()), most) if normalised else None
@@ -170,21 +172,24 @@ def delayed(case: Case, dealt: Dealt) -> dict[str, Tensor]:
         sent: list[nn.Module] = []
         base = {name: p.detach().clone() for name, p in replicas[0].net.named_parameters()}
         for done in range(len(dealt[0][number]) // tau[0]):
-            for rank, replica in replicas.items():
-                for rows in dealt[rank][number][done * tau[rank] : (done + 1) * tau[rank]]:
-                    replica.step(replica.gradient(rows))
-            _take_in(sent, weights, list(replicas.values()), alike, base)
+            for later in (False, True):
+                for rank, replica in replicas.items():
+                    own = dealt[rank][number][done * tau[rank] : (done + 1) * tau[rank]]
+                    for rows in own[delay[rank] :] if later else own[: delay[rank]]:
+                        replica.step(replica.gradient(rows))
+                if not later:
+                    _take_in(sent, weights, list(replicas.values()), alike, base, kept)
             sent = [copy.deepcopy(replica.net) for replica in replicas.values()]
             if settings.get("aggregation.optimizer_state") == "reset":
                 _reset_momentum(list(replicas.values()), weights)
-        _take_in(sent, weights, list(replicas.values()), alike, base)
+        _take_in(sent, weights, list(replicas.values()), alike, base, kept)
         _set_all(replicas.values(), _mean([r.net for r in replicas.values()], weights))
     return replicas[0].net.state_dict()
 
 
 def _take_in(
     sent: Sequence[nn.Module], weights: Sequence[float], replicas: Sequence[Replica], alike: float | None = None,
-    base: dict[str, Tensor] | None = None,
+    base: dict[str, Tensor] | None = None, own_weight: float = 0.0,
 ) -> None:  # fmt: skip
     """What a replica has done since it sent its model comes on top of the mean of what was sent.
 
@@ -204,7 +209,7 @@ def _take_in(
         own = replica.net.state_dict()
         for name, before in net.state_dict().items():
             if fit and name in dict(net.named_parameters()):
-                own[name] += mean[name] - before
+                own[name] += (1 - own_weight) * (mean[name] - before)
             elif before.is_floating_point():
                 own[name].copy_(mean[name])
         if not fit:

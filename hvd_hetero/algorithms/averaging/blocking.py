@@ -12,8 +12,10 @@ from hvd_hetero.algorithms.averaging.optimizer_average import OptimizerAverage
 from hvd_hetero.algorithms.averaging.outer_optimizer import OuterOptimizer
 from hvd_hetero.algorithms.execution.base import run_rounds
 from hvd_hetero.algorithms.local_sgd import LocalSGD
-from hvd_hetero.comm.averaging import average
+from hvd_hetero.algorithms.policy import FLOAT32
+from hvd_hetero.comm.averaging import Sent, average
 from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.comm.wire import Wire
 from hvd_hetero.data import Batch
 from hvd_hetero.planning.plan import ClassPlan
 from hvd_hetero.telemetry.staleness import Counts
@@ -56,9 +58,10 @@ def scale_progress(params: Sequence[Tensor], base: Sequence[Tensor], factor: flo
     """Move parameters to x + f (x_i - x) from where they are, x_i, in place.
 
     Args:
-        base: x, what the round began with.
+        base: x, what the round began with; more may lie behind it in the same vectors.
     """
     for x, before in zip(params, base, strict=True):
+        before = before[: len(x)]
         x.sub_(before).mul_(factor).add_(before)
 
 
@@ -68,10 +71,14 @@ class BlockingAveraging(Averaging):
     The optimizer's own state (momentum) stays each rank's own, is averaged with the models, or starts anew after every
     average: ``aggregation.optimizer_state: local | average | reset``. A rank with non-finite values is excluded from
     the average, takes it as its model, and forgets its optimizer's state.
+
+    With ``aggregation.wire`` the difference from the model that the round began with travels, in fewer bits.
     """
 
     def __init__(self, policy: LocalSGD, worker: Worker, comm: Comm) -> None:
         super().__init__(policy, worker, comm)
+        is_plain = self.spec.wire == FLOAT32 or comm.size == 1
+        self.wire = None if is_plain else Wire(comm, self.spec.wire, worker.device, policy.seed)
         self._optimizer_average = OptimizerAverage([p for p in worker.model.parameters() if p.requires_grad], comm)
 
     def run_segment(self, segment: Segment, mine: ClassPlan) -> None:
@@ -80,21 +87,34 @@ class BlockingAveraging(Averaging):
     def run_round(self, batches: Iterator[Batch], mine: ClassPlan) -> None:
         """Take the local steps of one round, and average the models."""
         self.outer.snapshot()
-        factor = self.policy.progress_factor(mine.name)
-        base = None if factor == 1 else [x.clone() for x in self.worker.state.parameters()]
+        factor, state = self.policy.progress_factor(mine.name), self.worker.state
+        base = None if factor == 1 and self.wire is None else [vector.clone() for vector in state.vectors]
         self.worker.local_steps(batches, mine.tau)
-        if base is not None:
-            self.worker.state.refresh()
-            scale_progress(self.worker.state.parameters(), base, factor)
-        self.average_models(mine.weight)
+        if base is not None and factor != 1:
+            state.refresh()
+            scale_progress(state.parameters(), base, factor)
+        self.average_models(mine.weight, base)
 
-    def average_models(self, weight: float) -> None:
-        """Average the models that are here now, and take the outer step."""
+    def average_models(self, weight: float, base: Sequence[Tensor] | None) -> None:
+        """Average the models that are here now, and take the outer step.
+
+        Args:
+            base: the vectors of a model that all ranks held, where differences from it are sent.
+        """
         optimizer, kept = self.worker.optimizer, self.spec.optimizer_state
         self.worker.rest()
-        good = average(self.comm, self.worker.state, weight)
+        sent = None if self.wire is None or base is None else Sent(base, self.wire)
+        good = average(self.comm, self.worker.state, weight, sent=sent)
         if kept == "average":
             self._optimizer_average.average(optimizer, weight, good)
         if kept == "reset" or (kept == "local" and not good):
             optimizer.state.clear()
         self.outer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), **({} if self.wire is None else {"wire": self.wire.state_dict()})}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.wire is not None:
+            self.wire.load_state_dict(state["wire"])

@@ -4,8 +4,13 @@ Source: Zhou et al., "DaSGD: Squeezing SGD Parallelization Performance in Distri
 (2020). At the end of a round, on rank i, with s_i what it had at the end of the round before::
 
     m   = sum_i w_i s_i                 # has come meanwhile, or is waited for
-    x_i = x_i + (m - s_i)               # what was done since then stays
+    x_i = x_i + (1 - xi) (m - s_i)      # what was done since then stays
     s_i = x_i                           # and its average begins to travel
+
+The paper lets an average arrive d < tau steps after the round's end: with ``aggregation.delay_steps`` it is taken in
+that many steps of the fastest class into the next round, by the other classes after the same share of theirs, and so
+by all at the same time. With d = 0 it is the blocking average. xi, ``aggregation.own_weight``, keeps a share of each
+rank's own model: x_i = xi x_i + (1 - xi) (m + x_i - s_i). The paper names such a weight; this rule is our reading.
 
 Running statistics are states and not progress: they become those of m. At the end of an epoch, and before all ranks
 meet in order to save, s_i is waited for and the models are averaged as they are, so that all have the same.
@@ -23,9 +28,11 @@ from torch import Tensor
 
 from hvd_hetero.algorithms.averaging.blocking import BlockingAveraging, scale_progress
 from hvd_hetero.algorithms.local_sgd import LocalSGD
+from hvd_hetero.comm.averaging import Sent
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.nonfinite import finite
 from hvd_hetero.comm.weighted_sums import average_tensors
+from hvd_hetero.comm.wire import Wire
 from hvd_hetero.data import Batch
 from hvd_hetero.planning.plan import ClassPlan
 from hvd_hetero.worker.epoch import Segment
@@ -37,17 +44,19 @@ class DelayedAveraging(BlockingAveraging):
 
     def __init__(self, policy: LocalSGD, worker: Worker, comm: Comm) -> None:
         super().__init__(policy, worker, comm)
-        self._in_flight = InFlightAverage(worker, comm)
+        self._in_flight = InFlightAverage(worker, comm, self.wire, self.spec.own_weight)
 
     def run_segment(self, segment: Segment, mine: ClassPlan) -> None:
         self._in_flight.begin()
         super().run_segment(segment, mine)
         self._in_flight.receive()
-        self.average_models(mine.weight)
+        self.average_models(mine.weight, self._in_flight.base)
 
     def run_round(self, batches: Iterator[Batch], mine: ClassPlan) -> None:
-        self.worker.local_steps(batches, mine.tau)
+        delay = self.policy.delay_of(mine)
+        self.worker.local_steps(batches, delay)
         self._in_flight.receive()
+        self.worker.local_steps(batches, mine.tau - delay)
         self._in_flight.send(mine.weight, self.policy.progress_factor(mine.name))
         if self.spec.optimizer_state == "reset":
             self.worker.optimizer.state.clear()
@@ -61,9 +70,17 @@ class InFlightAverage:
 
     One thread takes part in all of them, and on a GPU one stream (not tried on one): on the steps' own, each copy would
     wait for the steps.
+
+    Args:
+        wire: what differences from the last average travel in; None: models do, as they are.
+        own_weight: xi, the share of a rank's own model that stays.
+
+    Attributes:
+        base: vectors of the last model that all ranks know: what they began with, or the last average.
     """
 
-    def __init__(self, worker: Worker, comm: Comm) -> None:
+    def __init__(self, worker: Worker, comm: Comm, wire: Wire | None = None, own_weight: float = 0.0) -> None:
+        self._wire, self._own_weight = wire, own_weight
         self._worker, self._comm, self._own_comm = worker, comm.clone_for_thread(), comm
         self._weights: SimpleQueue[float | None] = SimpleQueue()
         self._problems: SimpleQueue[BaseException | None] = SimpleQueue()
@@ -73,7 +90,7 @@ class InFlightAverage:
 
     def begin(self) -> None:
         """Take note of the model that all ranks hold."""
-        self._base = [x.clone() for x in self._worker.state.parameters()]
+        self.base = [vector.clone() for vector in self._worker.state.vectors]
 
     def send(self, weight: float, factor: float = 1.0) -> None:
         """Send what the model is now; what was sent before has been received.
@@ -88,7 +105,9 @@ class InFlightAverage:
         self._mean = [v.clone() for v in state.vectors]
         self._good = finite(self._sent)
         if factor != 1:
-            scale_progress(self._parts(self._mean), self._base, factor)
+            scale_progress(self._parts(self._mean), self._parts(self.base), factor)
+        if self._wire is not None:
+            Sent(self.base, self._wire).take_off(self._mean)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._worker.device))
         self._is_sent = True
@@ -99,7 +118,7 @@ class InFlightAverage:
             problem = None
             try:
                 with self._on_stream():
-                    average_tensors(self._comm, self._mean, self._good, "delayed", weight=weight)
+                    average_tensors(self._comm, self._mean, self._good, "delayed", weight=weight, wire=self._wire)
             except BaseException as error:  # it is the rank's own thread that has to end with it
                 problem = error
             self._problems.put(problem)
@@ -131,14 +150,17 @@ class InFlightAverage:
         if not self._good:
             self._worker.optimizer.state.clear()
             self._comm.excluded.note()
-        state = self._worker.state
+        state, share = self._worker.state, 1 - self._own_weight
+        if self._wire is not None:
+            Sent(self.base, self._wire).put_back(self._mean)
         for x, mean, sent, params in zip(state.vectors, self._mean, self._sent, state.params, strict=True):
             if self._good:
-                x[:params] += mean[:params] - sent[:params]
+                moved = mean[:params] - sent[:params]
+                x[:params] += moved if share == 1 else moved.mul_(share)
                 x[params:] = mean[params:]
             else:
                 x.copy_(mean)
-        self._base = [part.clone() for part in self._parts(self._mean)]
+        self.base = self._mean
 
     def _parts(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Return the parameters' parts of vectors, those that have one."""

@@ -14,7 +14,7 @@ import numpy as np
 from hvd_hetero import algorithms
 from hvd_hetero.algorithms.local_sgd import BLOCKING, LocalSGD
 from hvd_hetero.algorithms.m_sync_sgd import MSyncOptions
-from hvd_hetero.algorithms.policy import MAJORITY, SOLO, Policy
+from hvd_hetero.algorithms.policy import FLOAT32, MAJORITY, SOLO, WIRE_BYTES, Policy
 from hvd_hetero.algorithms.synchronous import ALL, FAST, LockstepOptions, choose
 from hvd_hetero.analysis.predict.link import sent_bytes
 from hvd_hetero.analysis.predict.simulator import Group, Outcome, Spent, blocking, draw_works, partial, served
@@ -25,9 +25,12 @@ from hvd_hetero.config.schema import AUTO, Config
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.plan import IDLE, SERVER, ClassPlan, Plan
 from hvd_hetero.planning.quorum import QUORUM, best_quorum
+from hvd_hetero.planning.schedules import next_rate
 from hvd_hetero.planning.stop_criteria import RunProgress, check_limits, next_rounds, round_samples
 
 SERVED = ("asgd", "ringmaster_asgd", "rennala_sgd", "malenia_sgd", "ringleader_asgd", "async_diloco")
+PLAIN = {"delayed": False, "delay_steps": None, "own_weight": 0.0, "wire": FLOAT32}
+"""What averages that nobody waits for are."""
 MOST_ROUNDS = 1000
 MOST_DRAWS = 1_000_000
 MOST_EVENTS = 30_000
@@ -126,8 +129,8 @@ class Scenario:
             self._predict("byteps", "byteps"),
             self._predict("eager_sgd, solo", "eager_sgd", mode=SOLO),
             self._predict("eager_sgd, majority", "eager_sgd", mode=MAJORITY),
-            self._predict("biased local SGD, solo", "biased_local_sgd", self.taus, {"mode": SOLO, "delayed": False}),
-            *([self._predict("biased local SGD, quorum", "biased_local_sgd", self.taus, {"delayed": False})]
+            self._predict("biased local SGD, solo", "biased_local_sgd", self.taus, {**PLAIN, "mode": SOLO}),
+            *([self._predict("biased local SGD, quorum", "biased_local_sgd", self.taus, PLAIN)]
               if self.config.aggregation.mode == QUORUM else []),
             *(self._predict(name, name, self.taus) for name in SERVED),
             self._predict(f"m_sync_sgd, {m:g} of {self.cluster.size}", "m_sync_sgd", quorum=m),
@@ -180,6 +183,7 @@ class Scenario:
         outcome, step_sec = self._simulate(policy, plan), self._step_sec(plan)
         done, seconds, averages, samples, pushes = RunProgress(), 0.0, 0.0, 0.0, 0.0
         spent = {c.name: np.zeros(5) for c in plan.classes}
+        policy.follow_rate(next_rate(self.config.train, plan, done))
         while rounds := next_rounds(self.config.train, plan, done):
             times = rounds / _plan_rounds(policy, plan, outcome)
             seconds += times * outcome.seconds
@@ -189,6 +193,7 @@ class Scenario:
             for name, s in outcome.classes.items():
                 spent[name] += times * np.array([s.compute, s.blocked, s.comm, s.steps, s.dropped])
             done = replace(done.after(replace(plan, rounds=rounds)), train_sec=seconds)
+            policy.follow_rate(next_rate(self.config.train, plan, done))
             if (new := policy.replan(step_sec)) is not plan and new != plan:
                 plan, outcome, step_sec = new, self._simulate(policy, new), self._step_sec(new)
         training = [c.name for c in plan.training]
@@ -208,7 +213,8 @@ class Scenario:
 
     def _collective(self, policy: Policy, plan: Plan) -> tuple[float, float]:
         """Return seconds of one collective, and the bytes that each rank sends in it."""
-        link, nbytes = self.inputs.link, self.inputs.model_bytes
+        link, part = self.inputs.link, WIRE_BYTES[policy.aggregation.wire] / WIRE_BYTES[FLOAT32]
+        nbytes = part * self.inputs.model_bytes
         servers = sum(len(c.ranks) for c in plan.classes if c.role == SERVER)
         ranks = sum(len(c.ranks) for c in plan.classes if _joins(policy, c)) - servers
         if servers:

@@ -16,7 +16,7 @@ def closing_table(summary: Mapping[str, Any]) -> str:
     """The table that ends a run: a row a device class, then the run's own figures."""
     head = ["class", "device", "ranks", "tau", "batch", "weight", "step ms", "steps", "samples"]
     on_gpus = any(c.get("peak_gpu_bytes") is not None for c in summary["classes"])
-    rows = [[*head, *(f"{kind} s" for kind in KINDS), *(["GPU GB"] if on_gpus else [])]]
+    rows = [[*head, *(f"{kind} s" for kind in KINDS), "sent MB", *(["GPU GB"] if on_gpus else [])]]
     for c in summary["classes"]:
         total = sum(c["time_sec"].values()) or 1.0
         times = [f"{c['time_sec'][k]:.2f} ({100 * c['time_sec'][k] / total:.1f}%)" for k in KINDS]
@@ -24,7 +24,8 @@ def closing_table(summary: Mapping[str, Any]) -> str:
         batch = str(c["batch_size"]) + (f" in {c['micro_batches']}" if c.get("micro_batches", 1) > 1 else "")
         step = "-" if c["step_sec"] is None else f"{1e3 * c['step_sec']:.3g}"
         rows.append([name, c["device"], ",".join(map(str, c["ranks"])), str(c["tau"]), batch,
-                     f"{c['weight']:.4f}", step, str(c["steps"]), str(c["samples"]), *times])
+                     f"{c['weight']:.4f}", step, str(c["steps"]), str(c["samples"]), *times,
+                     or_dash(c.get("sent_bytes", math.nan) / 1e6)])
         if on_gpus:
             peak = c.get("peak_gpu_bytes")
             rows[-1].append("-" if peak is None else f"{peak / 1e9:.2f}")
@@ -43,6 +44,8 @@ def closing_table(summary: Mapping[str, Any]) -> str:
         figures.append(f"averaged model: {accuracy}loss {or_dash(result['averaged_loss'])}")
     if lost := [f"{c['name']} {c['excluded']}" for c in summary["classes"] if c.get("excluded")]:
         figures.append(f"LEFT OUT of averages (NaN, Inf): {', '.join(lost)}")
+    if left := [f"{c['name']} {c['dropped']}" for c in summary["classes"] if c.get("dropped")]:
+        figures.append(f"samples LEFT OUT of steps: {', '.join(left)}")
     if summary["emulated"]:
         figures.append(" and ".join(STAMPS[reason] for reason in summary["emulation"]))
     return "\n".join([table(rows), "; ".join(figures), *worth(summary)])

@@ -88,7 +88,7 @@ class PartialAllreduce:
         pinned: bool = False,
     ) -> None:
         assert comm.size > 1 and sync_every >= 1 and max_lag >= 1
-        self._rank, self._pulse, self._watch = comm.rank, comm.heartbeat, comm.watch
+        self._rank, self._pulse, self._watch, self._carried = comm.rank, comm.heartbeat, comm.watch, comm.carried
         self._full = 1 if mode == FULL else sync_every
         self._max_lag, self._drops_late = max_lag, drops_late
         self._changed = threading.Condition()
@@ -280,6 +280,7 @@ class PartialAllreduce:
             if not done_unless(self._over, handle):
                 return
             item.weight = float(payload[-1])
+            self._carried.sent += payload.nbytes
             with self._changed:
                 self._rounds.append(item)
                 self._changed.notify_all()

@@ -1,0 +1,151 @@
+"""What sums travel in: unbiased, within bounds, without wrapping around, and without those whose numbers are bad."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hvd_hetero.comm.nonfinite import FLAG_SLOTS
+from hvd_hetero.comm.weighted_sums import sum_good_
+from hvd_hetero.comm.wire import BLOCK, Wire
+from hvd_hetero.errors import UserError
+
+pytestmark = pytest.mark.horovod
+
+CPU = torch.device("cpu")
+
+
+def added(one: Tensor, other: Tensor) -> Tensor:
+    total = one + other
+    assert torch.equal(one.double() + other.double(), total.double()) or total.is_floating_point()
+    return total
+
+
+class Ranks:
+    """So many ranks in one process, a thread each, that meet in sums of the type that travels; none may overflow."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self._barrier, self._given = count, threading.Barrier(count), dict[int, Tensor]()
+        self.sent: set[torch.dtype] = set()
+
+    def _meet(self, rank: int, vector: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._given[rank] = vector.clone()
+        self._barrier.wait(20)
+        total = self._given[0]
+        for other in range(1, self.count):
+            total = join(total, self._given[other])
+        self._barrier.wait(20)
+        vector.copy_(total)
+
+    def comm(self, rank: int) -> Any:
+        def weighted_sum_(vector: Tensor, weight: float, name: str, ranks: Any = None) -> None:
+            assert weight == 1
+            self.sent.add(vector.dtype)
+            self._meet(rank, vector, added)
+
+        def max_async_(vector: Tensor, name: str, ranks: Any = None) -> Callable[[], None]:
+            return lambda: self._meet(rank, vector, torch.maximum)
+
+        return SimpleNamespace(rank=rank, size=self.count, weighted_sum_=weighted_sum_, max_async_=max_async_,
+                               excluded=SimpleNamespace(stops=False))  # fmt: skip
+
+    def run(self, call: Callable[[Any], Any]) -> list[Any]:
+        results: dict[int, Any] = {}
+        threads = [threading.Thread(target=lambda rank=rank: results.update({rank: call(self.comm(rank))}))
+                   for rank in range(self.count)]  # fmt: skip
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        return [results[rank] for rank in range(self.count)]
+
+
+def summed(kind: str, parts: Sequence[Tensor], weight: float = 1.0, good: Sequence[bool] | None = None) -> list[Tensor]:
+    """By rank, the sum of weight times parts over the good ranks."""
+    ranks = Ranks(len(parts))
+
+    def one(comm: Any) -> Tensor:
+        wire = Wire(comm, kind, CPU, seed=7)
+        vector = torch.cat([parts[comm.rank], torch.zeros(FLAG_SLOTS, dtype=parts[0].dtype)])
+        fits = good is None or good[comm.rank]
+        sum_good_(comm, [vector], fits, "x", weight=weight, share=1.0, wire=wire)
+        return vector[:-FLAG_SLOTS]
+
+    found = ranks.run(one)
+    assert ranks.sent == {torch.int32 if kind == "int8" else torch.float16}
+    assert all(torch.equal(found[0], other) for other in found)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_int8_is_within_its_bound_and_right_on_average(ranks: int, dtype: torch.dtype) -> None:
+    """40 blocks of one and the same numbers: their means over the blocks are those of 40 draws."""
+    generator = torch.Generator().manual_seed(1)
+    parts = [torch.randn(BLOCK, generator=generator, dtype=dtype) * 10.0**-rank for rank in range(ranks)]
+    found = summed("int8", [part.repeat(40) for part in parts], weight=0.5)[0].view(40, BLOCK)
+    exact = 0.5 * torch.stack(parts).sum(0)
+    step = 0.5 * max(float(part.abs().max()) for part in parts) / (127 // ranks)
+    assert float((found - exact).abs().max()) <= ranks * step * (1 + 1e-5)
+    deviation = step / 2 * (ranks / 40 / BLOCK) ** 0.5
+    assert abs(float((found - exact).mean())) < 5 * deviation
+    assert float((found - exact).abs().max()) > step / 10, "it is rounded at all"
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8, 16, 127])
+def test_the_largest_numbers_of_all_ranks_do_not_wrap_around(ranks: int) -> None:
+    """In the published form, 127 / n levels, 128 of them may meet."""
+    part = torch.cat([torch.full((2 * BLOCK,), 0.1), torch.full((7,), -3.3)])
+    found = summed("int8", [part] * ranks)[0]
+    torch.testing.assert_close(found, ranks * part, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, 2 * BLOCK + 5])
+@pytest.mark.parametrize("kind", ["float16", "int8"])
+def test_zeros_and_any_length(kind: str, size: int) -> None:
+    assert torch.equal(summed(kind, [torch.zeros(size)] * 2)[0], torch.zeros(size))
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-9, 1.0, 1e30])
+def test_float16_keeps_eleven_bits_of_numbers_of_any_size(scale: float) -> None:
+    parts = [scale * torch.linspace(0.1, 1, BLOCK + 9), scale * torch.linspace(-0.05, 0.7, BLOCK + 9)]
+    found = summed("float16", parts)[0]
+    assert float(((found - sum(parts)) / scale).abs().max()) < 3 * 2**-11
+
+
+@pytest.mark.parametrize("kind", ["float16", "int8"])
+def test_a_rank_with_bad_numbers_is_left_out_before_rounding(kind: str) -> None:
+    part = torch.linspace(-1, 1, 100)
+    bad = torch.full((100,), torch.nan)
+    found = summed(kind, [part, bad, part], weight=1 / 3, good=[True, False, True])[0]
+    assert float((found - part).abs().max()) < (1e-3 if kind == "float16" else 2 / 42)
+
+
+def test_random_numbers_go_on_where_they_were() -> None:
+    def draw(wire: Wire) -> Tensor:
+        return wire._rounded(torch.full((50,), 0.5))
+
+    comm = Ranks(1).comm(0)
+    first, second = Wire(comm, "int8", CPU, 0), Wire(comm, "int8", CPU, 1)
+    draw(first)
+    assert not torch.equal(draw(first), draw(second))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(draw(first), draw(second))
+
+
+@pytest.mark.parametrize("result", [RuntimeError("no such type"), 0.0])
+def test_a_type_that_cannot_be_summed_is_refused(result: Any) -> None:
+    def weighted_sum_(vector: Tensor, *args: Any) -> None:
+        if isinstance(result, Exception):
+            raise result
+        vector.fill_(result)
+
+    comm: Any = SimpleNamespace(rank=0, size=2, weighted_sum_=weighted_sum_)
+    with pytest.raises(UserError, match=r"aggregation.wire='int8': .*; set float32"):
+        Wire(comm, "int8", CPU, 0)
