@@ -18,6 +18,8 @@ TRAIN, IDLE, SERVER = "train", "idle", "server"
 UNIFORM, NORMALISED = "uniform", "normalised"
 SHORT = 8
 """Local steps of a round up to which the progress of ranks is added up as far as ``aggregation.max_extrapolation``."""
+HALVINGS = 100
+"""Of an interval, until it is as small as a float can tell."""
 LESS = "set a smaller train.tau or train.batch_size, or use more data"
 
 
@@ -273,6 +275,26 @@ def apportion(total: int, shares: Sequence[float], at_least: int = 0) -> list[in
         counts[counts.index(max(counts))] -= 1
         counts[counts.index(min(counts))] += 1
     return counts
+
+
+def bounded(
+    values: Sequence[float], total: float, least: float, most: float, in_proportion: bool = True
+) -> list[float]:  # fmt: skip
+    """Make positive values add up to ``total`` with each between two bounds: one factor for all, then cut off.
+
+    Args:
+        least: of a value; ``least`` and ``most`` of all values enclose the total.
+        in_proportion: False: one number is added to all.
+    """
+
+    def moved(number: float) -> list[float]:
+        return [min(max(v * number if in_proportion else v + number, least), most) for v in values]
+
+    low, high = (0.0, most / min(values)) if in_proportion else (least - max(values), most - min(values))
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(moved(middle)) < total else (low, middle)
+    return moved(high)
 
 
 def _step_rate(c: ClassPlan) -> float:

@@ -89,6 +89,31 @@ def test_apportion_with_a_least_share(total: int, shares: list[float], at_least:
     assert apportion(total, shares, at_least) == expected
 
 
+FOUR = (DeviceClass("every", "cpu", (0, 1, 2, 3)),)
+OMNI = {"global_batch": 128, "deadband": 0.2, "min_local_batch": 16, "max_local_batch": 96}
+
+
+@pytest.mark.parametrize(("times", "expected"), [
+    ([1.0, 1.0, 1.0, 1.0], [32, 32, 32, 32]),
+    ([1.0, 1.0, 1.0, 2.0], [37, 37, 37, 17]),    # (40, 40, 40, 20) and 12 too many
+    ([1.0, 1.0, 1.0, 1.2], [32, 32, 32, 32]),    # (33.6, 33.6, 33.6, 28): all changes below a fifth
+    ([1.0, 1.0, 1.0, 9.0], [38, 37, 37, 16]),    # (96, 96, 96, 16): bounds, then what is over in the sum
+])  # fmt: skip
+def test_omnilearn_follows_its_published_controller(times: list[float], expected: list[int]) -> None:
+    made = dlb(FOUR, **OMNI)
+    assert batches(made) == [32] * 4
+    made.replan(times)
+    assert batches(made) == expected and sum(expected) == 128
+
+
+def test_bounds_hold_for_dlb_too_and_the_sum_stays() -> None:
+    made = dlb(FOUR, global_batch=100, max_local_batch=40, min_local_batch=5)
+    made.replan([0.1, 1.0, 1.0, 8.0])
+    assert batches(made) == [40, 28, 27, 5]
+    made.replan([40.0, 28.0, 27.0, 5.0])
+    assert batches(made) == [25] * 4
+
+
 # ---- BytePS ---------------------------------------------------------------------------------------------------------
 
 
