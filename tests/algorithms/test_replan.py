@@ -8,6 +8,7 @@ import pytest
 from method_helpers import TWO, method
 
 from hvd_hetero.algorithms.local_sgd import LocalSGD
+from hvd_hetero.algorithms.stl_sgd import STLSGD
 
 SPEEDS = {"fast": 0.001, "slow": 0.008}
 
@@ -48,3 +49,55 @@ def test_tau_is_derived_anew_with_the_margin_and_says_why() -> None:
     assert made.reason.endswith("wait no more")
     before = made.plan
     assert all(made.replan(slowed) is before for _ in range(200)), "a stable one is left alone"
+
+
+# ---- STL-SGD --------------------------------------------------------------------------------------------------------
+
+
+def stl(**settings: Any) -> STLSGD:
+    made = method({"algorithm.name": "stl_sgd", "train.batch_size": 1, "train.tau": {"fast": 8, "slow": 3}, **settings})
+    assert isinstance(made, STLSGD)
+    made.start(made.make_plan(None))
+    made.follow_rate(0.1)
+    return made
+
+
+def taus_of(made: STLSGD, *rates: float) -> list[dict[str, int]]:
+    """After each epoch, the next one's."""
+    found = []
+    for rate in rates:
+        made.follow_rate(rate)
+        found.append({c.name: c.tau for c in made.replan([0.001] * 5).classes})
+    return found
+
+
+def test_rounds_grow_as_the_rate_falls_and_the_classes_keep_their_ratio() -> None:
+    assert taus_of(stl(), 0.1, 0.05, 0.025) == [
+        {"fast": 8, "slow": 3}, {"fast": 16, "slow": 6}, {"fast": 32, "slow": 12}]
+    assert taus_of(stl(**{"algorithm.growth": 0.5}), 0.025) == [{"fast": 16, "slow": 6}]
+    assert taus_of(stl(**{"algorithm.growth": 0}), 0.025) == [{"fast": 8, "slow": 3}]
+
+
+def test_growth_has_a_bound_and_a_rate_that_rises_again_makes_rounds_short_again() -> None:
+    made = stl(**{"algorithm.max_growth": 3})
+    assert taus_of(made, 0.0, 0.1, 0.2, 0.1) == [
+        {"fast": 24, "slow": 9}, {"fast": 8, "slow": 3}, {"fast": 8, "slow": 3}, {"fast": 16, "slow": 6}]
+    assert "3 times" not in made.reason and made.reason.endswith("2 times as long as at first")
+
+
+def test_a_round_stays_within_the_data() -> None:
+    """Of 1000 samples a round of 64 and 24 steps takes 200; one of eight times as many would take 1600."""
+    made = stl(**{"train.tau": {"fast": 64, "slow": 24}, "algorithm.max_growth": 100})
+    assert taus_of(made, 0.02, 0.01) == [{"fast": 320, "slow": 120}, {"fast": 320, "slow": 120}]
+
+
+def test_derived_taus_grow_too_and_a_resumed_run_goes_on() -> None:
+    settings = {"algorithm.name": "stl_sgd", "train.batch_size": 1, "train.tau": 16, "train.tau_margin": 0}
+    first, second = method(settings), method(settings)
+    assert isinstance(first, STLSGD) and isinstance(second, STLSGD)
+    for made in (first, second):
+        made.start(made.make_plan(SPEEDS))
+    assert taus_of(first, 0.1, 0.05) == [{"fast": 16, "slow": 2}, {"fast": 32, "slow": 4}]
+    second.start(first.plan)
+    second.load_state_dict(first.state_dict())
+    assert taus_of(second, 0.05, 0.025) == [{"fast": 32, "slow": 4}, {"fast": 64, "slow": 8}]
