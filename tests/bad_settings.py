@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+DROP = "algorithm.name=drop_compute"
 THREE = "cluster.classes={a: {ranks: 0}, b: {ranks: 1-2}}"
 ONE = ["cluster.classes={fast: {ranks: [0]}}", "cluster.hosts=localhost:1"]
 QUORUM = "aggregation.mode=quorum"
 SOLO, EAGER = "aggregation.mode=solo", "algorithm.name=eager_sgd"
 STEP, CYCLE = "train.scheduler=StepLR", "train.scheduler=OneCycleLR"
-SYNC, BALANCED = "algorithm.name=sync_sgd", "algorithm.name=balanced_local_sgd"
+SYNC, BALANCED, DLB = "algorithm.name=sync_sgd", "algorithm.name=balanced_local_sgd", "algorithm.name=dlb"
 
 SETTINGS: list[tuple[list[str], str, str, str]] = [
     # unknown keys, wrong types
@@ -30,6 +31,21 @@ SETTINGS: list[tuple[list[str], str, str, str]] = [
     (["train.micro_batches={fast: 1, slow: 5}"], "train.micro_batches", "{'fast': 1, 'slow': 5}", "set 4 or less"),
     (["train.micro_batches={fast: 2}"], "train.micro_batches", "{'fast': 2}", "every class"),
     (["train.micro_batches=3", "model.target=own_parts:norm_net"], "train.micro_batches", "3", "set 2 or less"),
+    ([DLB, "algorithm.max_local_batch=3"], "algorithm.max_local_batch", "3", "set 4 or more"),
+    ([DLB, "algorithm.deadband=2"], "algorithm.deadband", "2", "1 or less"),
+    ([DROP, "algorithm.threshold=auto"], "train.micro_batches", "1", "set 2 or more"),
+    ([DROP, "train.micro_batches=2", "algorithm.threshold=soon"], "algorithm.threshold", "'soon'", "auto, or null"),
+    ([DROP, "train.micro_batches=2", "algorithm.threshold=-1"], "algorithm.threshold", "-1", "above 0"),
+    ([SOLO, "aggregation.wire=int8"], "aggregation.wire", "'int8'", "aggregation.mode=blocking"),
+    ([EAGER, "aggregation.wire=float16"], "aggregation.wire", "'float16'", "set float32"),
+    (["algorithm.name=byteps", "aggregation.wire=int8"], "aggregation.wire", "'int8'", "set float32"),
+    (["aggregation.wire=bfloat16"], "aggregation.wire", "'bfloat16'", "float16"),
+    (["cluster.classes={every: {ranks: 0-127}}", "train.batch_size=1", "train.tau=1", "aggregation.wire=int8"],
+     "aggregation.wire", "'int8'", "set float16"),
+    (["aggregation.delay_steps=0"], "aggregation.delay_steps", "0", "aggregation.delayed=true"),
+    (["aggregation.own_weight=0.5"], "aggregation.own_weight", "0.5", "aggregation.delayed=true"),
+    (["aggregation.delayed=true", "aggregation.delay_steps=129"], "aggregation.delay_steps", "129", "128 or less"),
+    ([SYNC, "aggregation.delay_steps=1"], "aggregation.delay_steps", "1", "leave it at None"),
     (["train.batch_size={fast: 8}"], "train.batch_size", "{'fast': 8}", "every class"),
     # classes that overlap, leave ranks out, have more ranks than there are slots, want a GPU
     ([THREE, "cluster.classes.a.ranks=0-1"], "cluster.classes.b", "[1, 2]", "take it out"),

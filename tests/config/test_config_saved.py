@@ -54,8 +54,12 @@ DECIDES = {
         aggregation.weights aggregation.max_extrapolation aggregation.mode aggregation.quorum algorithm.quorum
         algorithm.noise aggregation.sync_every aggregation.max_lag
         aggregation.patience_sec aggregation.optimizer_state aggregation.outer_lr aggregation.outer_momentum
-        aggregation.outer_nesterov aggregation.delayed aggregation.state algorithm.name algorithm.mode
+        aggregation.outer_nesterov aggregation.delayed aggregation.delay_steps aggregation.own_weight
+        aggregation.state aggregation.wire algorithm.name algorithm.mode
         algorithm.participants algorithm.global_batch algorithm.min_local_batch
+        algorithm.max_local_batch algorithm.deadband algorithm.threshold algorithm.normalise
+        algorithm.max_dropped
+        algorithm.warmup_steps algorithm.measured_steps algorithm.growth algorithm.max_growth
         algorithm.partition_bytes""",
     LENGTH: "train.epochs train.max_fast_steps train.max_samples train.max_train_sec aggregation.nan",
     FIGURES: """

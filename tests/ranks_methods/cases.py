@@ -114,6 +114,9 @@ CASES: dict[str, Case] = {
     "sync, micro-batches": Case("sync_sgd", {**UNEVEN, "train.micro_batches": {"fast": 3, "slow": 1}}),
     "byteps, micro-batches": Case("byteps", {"train.micro_batches": 2}),
     "dlb, micro-batches": Case("dlb", {"algorithm.global_batch": 13, "train.epochs": 3, "train.micro_batches": 4}),
+    "drop_compute, nothing left out": Case("drop_compute", {
+        **UNEVEN, "train.micro_batches": 2, "algorithm.threshold": 60, "algorithm.normalise": "done",
+    }),
     # local SGD
     "balanced": Case("balanced_local_sgd", {"train.tau": 3}),
     "unbalanced, equal tau": Case("unbalanced_local_sgd"),
@@ -158,6 +161,20 @@ CASES: dict[str, Case] = {
         "unbalanced_local_sgd", {**TAU31, "aggregation.delayed": True, "aggregation.optimizer_state": "reset"},
         model="norm", path="hierarchical",
     ),
+    "delayed by 2 steps of 3": Case("biased_local_sgd", {**TAU31, "aggregation.delayed": True,
+                                                         "aggregation.delay_steps": 2}, model="norm"),
+    "delayed by nothing": Case("biased_local_sgd", {**TAU31, "aggregation.delayed": True,
+                                                    "aggregation.delay_steps": 0}),
+    "delayed by 1 step, own weight": Case("unbalanced_local_sgd", {
+        **TAU31, "aggregation.delayed": True, "aggregation.delay_steps": 1, "aggregation.own_weight": 0.25,
+    }),
+    "wire float16": Case("biased_local_sgd", {**TAU31, "aggregation.wire": "float16", **NESTEROV}, model="norm"),
+    "wire int8": Case("biased_local_sgd", {**TAU31, "aggregation.wire": "int8"}, model="norm", path="hierarchical"),
+    "delayed, wire float16": Case("biased_local_sgd", {
+        **TAU31, "aggregation.wire": "float16", "aggregation.delayed": True, "aggregation.delay_steps": 2,
+    }),
+    "sync, wire float16": Case("sync_sgd", {**UNEVEN, "aggregation.wire": "float16"}, model="norm"),
+    "sync, wire int8": Case("sync_sgd", {"aggregation.wire": "int8", "algorithm.participants": "fast"}),
     "micro-batches": Case("biased_local_sgd", {**TAU31, "train.micro_batches": {"fast": 3, "slow": 2}}),
     "AdamW": Case("biased_local_sgd", {**TAU31, **ADAMW}),
     # some parameters otherwise
@@ -181,7 +198,8 @@ CASES: dict[str, Case] = {
 RESUMED = {name: CASES[name] for name in (
     "sync, fast", "sync, rank 0 idle", "byteps, one server", "byteps, more servers than partitions", "balanced",
     "biased", "biased, hierarchical", "unified, to fast", "outer, Nesterov, BatchNorm",
-    "momentum averaged", "AdamW", "normalised, delayed", "groups, AdamW averaged",
+    "momentum averaged", "AdamW", "normalised, delayed", "groups, AdamW averaged", "wire int8", "sync, wire int8",
+    "delayed by 2 steps of 3", "drop_compute, nothing left out",
 )}  # fmt: skip
 RESUMED["sync, fast, warm-up and cosine"] = Case(
     "sync_sgd", {**CASES["sync, warm-up and cosine"].settings, "algorithm.participants": "fast"}
@@ -193,6 +211,9 @@ RESUMED["biased, cosine by rounds, averaged iterates"] = Case("biased_local_sgd"
 RESUMED["balanced, a scheduler that steps by rounds"] = Case("balanced_local_sgd", {
     "train.tau": 3, "train.scheduler": "ExponentialLR", "train.scheduler_args": {"gamma": 0.9},
     "train.scheduler_unit": "round",
+})  # fmt: skip
+RESUMED["stl_sgd, StepLR"] = Case("stl_sgd", {
+    **TAU31, "train.epochs": 4, "train.scheduler": "StepLR", "train.scheduler_args": {"step_size": 1, "gamma": 0.5},
 })  # fmt: skip
 RESUMED["unbalanced, separate, noisy"] = Case("unbalanced_local_sgd", {**TAU31, **SEPARATE}, model="noisy")
 """Interrupted again and again they come to the same, to the last bit. (Horovod joins the gradients of synchronous SGD
@@ -230,6 +251,9 @@ POISONED: dict[str, Case] = {
         ("delayed, BatchNorm", "biased_local_sgd", {**TAU31, "aggregation.delayed": True},
          {"classes": "of three", "model": "norm"}),
         ("sync, uneven batches", "sync_sgd", {**UNEVEN, "train.clip_norm": 0.3}, {"classes": "of three"}),
+        ("sync, float16", "sync_sgd", {"aggregation.wire": "float16"}, {"classes": "of three", "model": "norm"}),
+        ("float16", "biased_local_sgd", {**TAU31, "aggregation.wire": "float16"},
+         {"classes": "of three", "model": "norm"}),
         ("sync, micro-batches", "sync_sgd", {"train.micro_batches": 2}, {"classes": "of three"}),
         ("sync, BatchNorm", "sync_sgd", UNEVEN, {"classes": "of three", "model": "norm"}),
         ("sync, fast", "sync_sgd", {"algorithm.participants": "fast"}, {"classes": "of three"}),
