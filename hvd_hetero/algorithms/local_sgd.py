@@ -19,6 +19,8 @@ from hvd_hetero.planning.rebalance import Rebalancer
 BLOCKING = "blocking"
 ROUNDS = 4
 """Rounds of an epoch at least, where their length is chosen: the number that the paper's own experiments have."""
+AVERAGED = ("average", "average_seed")
+"""What ``aggregation.optimizer_state`` may be where the optimizers' state is averaged."""
 
 
 class LocalSGD(Policy):
@@ -75,7 +77,7 @@ class LocalSGD(Policy):
                 "aggregation.mode", self.aggregation.mode)  # fmt: skip
             problem = "adds up what ranks contribute as it comes, which aggregation.weights=normalised does not fit"
             raise ConfigError(key, value, problem, "set aggregation.weights=steps, or wait for all ranks")
-        if self.needs_speeds and (self.too_slow, self.aggregation.optimizer_state) == (LEAVE_OUT, "average"):
+        if self.needs_speeds and self.too_slow == LEAVE_OUT and self.aggregation.optimizer_state in AVERAGED:
             problem = "a class that is left out has no optimizer state to be averaged"
             raise ConfigError("cluster.too_slow", LEAVE_OUT, problem, "set aggregation.optimizer_state=local or reset")
         if self.needs_speeds:
@@ -95,7 +97,7 @@ class LocalSGD(Policy):
             ("aggregation.outer_lr", spec.outer_lr, spec.outer_lr == 1, "aggregation.outer_lr=1.0"),
             ("aggregation.outer_momentum", momentum, momentum == 0, "aggregation.outer_momentum=0.0"),
             ("cluster.too_slow", self.too_slow, not self._may_avoid_waiting, "another cluster.too_slow"),
-            ("aggregation.optimizer_state", kept, kept != "average", "local or reset"),
+            ("aggregation.optimizer_state", kept, kept not in AVERAGED, "local or reset"),
         ):
             if not fits:
                 remedy = f"set {other}, or aggregation.delayed=false"
@@ -112,7 +114,7 @@ class LocalSGD(Policy):
         if self.cluster.size == 1:
             remedy = "set aggregation.mode=blocking, or start more ranks"
             raise ConfigError("aggregation.mode", spec.mode, "one rank has nobody to be late for", remedy)
-        if spec.optimizer_state == "average":
+        if spec.optimizer_state in AVERAGED:
             ways = "aggregation.mode, cluster.too_slow"
             problem = f"without waiting ({ways}) there is no time at which all ranks are there"
             remedy = "set local or reset, or wait: aggregation.mode=blocking, another cluster.too_slow"

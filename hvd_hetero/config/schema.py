@@ -158,7 +158,7 @@ class AggregationConfig:
     wire: str = _key("float32", choices=("float32", "float16", "int8"))
     path: str = _key(AUTO, FIGURES, choices=(AUTO, "flat", "hierarchical", "measured"))
     chunk_mb: Optional[float] = _key(None, FIGURES, at_least=0.01)  # noqa: UP045
-    optimizer_state: str = _key("local", choices=("local", "average", "reset"))
+    optimizer_state: str = _key("local", choices=("local", "average", "average_seed", "reset"))
     outer_lr: float = _key(1.0, above=0)
     outer_momentum: float = _key(0.0, at_least=0, at_most=1)
     outer_nesterov: bool = False

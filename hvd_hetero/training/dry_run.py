@@ -218,6 +218,9 @@ class _DryRun:
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             raise ConfigError(*key, "asks for the loss several times a step", "choose one that steps along a gradient")
+        if self._config.aggregation.optimizer_state == "average_seed" and not optimizer.defaults.get("amsgrad"):
+            problem = "keeps no largest second moment, from which aggregation.optimizer_state=average_seed begins anew"
+            raise ConfigError(*key, problem, "take Adam with train.optimizer_args={amsgrad: true}")
         self._check_modes(optimizer)
         return optimizer
 
@@ -244,8 +247,7 @@ class _DryRun:
         with _counted(worker.model) as times:
             self._gradient(worker)
         self._check_gradients(worker.model, times)
-        what, remedy = "fails in a step", "choose one that steps along a gradient"
-        with as_user_error(*self._origins.optimizer, what, remedy):
+        with as_user_error(*self._origins.optimizer, "fails in a step", "choose one that steps along a gradient"):
             worker.apply()
         self._stepped = True
 

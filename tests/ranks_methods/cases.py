@@ -192,6 +192,10 @@ CASES: dict[str, Case] = {
         **TAU31, **GROUPS, **ADAMW, "train.optimizer_args": {"weight_decay": 0.2},
         "aggregation.optimizer_state": "average",
     }),
+    "FedLALR": Case("balanced_local_sgd", {
+        **ADAMW, "train.tau": 3, "train.optimizer": "Adam", "train.optimizer_args": {"amsgrad": True},
+        "aggregation.optimizer_state": "average_seed",
+    }),
     "AdamW averaged": Case("biased_local_sgd", {**TAU31, **ADAMW, "aggregation.optimizer_state": "average"}),
 }
 

@@ -251,8 +251,16 @@ def _reset_momentum(replicas: Sequence[Replica], weights: Sequence[float]) -> No
         replica.optimizer.state.clear()
 
 
+def _seed_second_moment(replicas: Sequence[Replica], weights: Sequence[float]) -> None:
+    _average_momentum(replicas, weights)
+    for replica in replicas:
+        for state in replica.optimizer.state.values():
+            state["exp_avg_sq"] = state["max_exp_avg_sq"].clone()
+
+
 _OPTIMIZER_STATE: dict[str, Callable[[Sequence[Replica], Sequence[float]], None]] = {
     "local": lambda rs, weights: _reset_momentum([r for r, w in zip(rs, weights, strict=True) if not w], weights),
     "average": _average_momentum,
+    "average_seed": _seed_second_moment,
     "reset": _reset_momentum,
 }

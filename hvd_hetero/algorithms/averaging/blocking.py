@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_hetero.algorithms.averaging.optimizer_average import OptimizerAverage
+from hvd_hetero.algorithms.averaging.optimizer_average import SEEDED, OptimizerAverage
 from hvd_hetero.algorithms.averaging.outer_optimizer import OuterOptimizer
 from hvd_hetero.algorithms.execution.base import run_rounds
-from hvd_hetero.algorithms.local_sgd import LocalSGD
+from hvd_hetero.algorithms.local_sgd import AVERAGED, LocalSGD
 from hvd_hetero.algorithms.policy import FLOAT32
 from hvd_hetero.comm.averaging import Sent, average
 from hvd_hetero.comm.communicator import Comm
@@ -69,8 +69,8 @@ class BlockingAveraging(Averaging):
     """Average the models of all ranks at the end of each round, x = sum_i w_i x_i.
 
     The optimizer's own state (momentum) stays each rank's own, is averaged with the models, or starts anew after every
-    average: ``aggregation.optimizer_state: local | average | reset``. A rank with non-finite values is excluded from
-    the average, takes it as its model, and forgets its optimizer's state.
+    average: ``aggregation.optimizer_state: local | average | average_seed | reset``. A rank with non-finite values is
+    excluded from the average, takes it as its model, and forgets its optimizer's state.
 
     With ``aggregation.wire`` the difference from the model that the round began with travels, in fewer bits.
     """
@@ -79,7 +79,8 @@ class BlockingAveraging(Averaging):
         super().__init__(policy, worker, comm)
         is_plain = self.spec.wire == FLOAT32 or comm.size == 1
         self.wire = None if is_plain else Wire(comm, self.spec.wire, worker.device, policy.seed)
-        self._optimizer_average = OptimizerAverage([p for p in worker.model.parameters() if p.requires_grad], comm)
+        self._optimizer_average = OptimizerAverage([p for p in worker.model.parameters() if p.requires_grad], comm,
+                                                   SEEDED if self.spec.optimizer_state == "average_seed" else {})
 
     def run_segment(self, segment: Segment, mine: ClassPlan) -> None:
         run_rounds(segment, mine.tau, lambda batches: self.run_round(batches, mine))
@@ -105,7 +106,7 @@ class BlockingAveraging(Averaging):
         self.worker.rest()
         sent = None if self.wire is None or base is None else Sent(base, self.wire)
         good = average(self.comm, self.worker.state, weight, sent=sent)
-        if kept == "average":
+        if kept in AVERAGED:
             self._optimizer_average.average(optimizer, weight, good)
         if kept == "reset" or (kept == "local" and not good):
             optimizer.state.clear()

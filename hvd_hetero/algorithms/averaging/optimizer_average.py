@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ from hvd_hetero.comm.weighted_sums import average_tensors
 
 STEP = "step"
 """A count, whatever its type: bias corrections go by the rank that has taken the most steps."""
+SEEDED = {"exp_avg_sq": "max_exp_avg_sq"}
+"""With ``average_seed``, what is not sent, but begins anew from the average of another entry: the second moment of
+AMSGrad, from its largest value so far (FedLALR)."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,11 @@ class OptimizerAverage:
 
     Args:
         params: all that are trained, in an order that is the same on all ranks.
+        seeded: keys of state that is not averaged, and of that which it is set to afterwards.
     """
 
-    def __init__(self, params: list[nn.Parameter], comm: Comm) -> None:
-        self._params, self._comm = params, comm
+    def __init__(self, params: list[nn.Parameter], comm: Comm, seeded: Mapping[str, str] | None = None) -> None:
+        self._params, self._comm, self._seeded = params, comm, seeded or {}
         self._known, self._entries = "", list[Entry]()
         self._missing: set[Entry] = set()
 
@@ -67,7 +71,7 @@ class OptimizerAverage:
             NonFiniteError: as :func:`hvd_hetero.comm.averaging.average`.
         """
         with self._comm.booked():
-            own = dict(self._own(optimizer))
+            own = {entry: value for entry, value in self._own(optimizer) if entry.key not in self._seeded}
             self._agree(sorted(own))
             floating = [entry for entry in self._entries if not entry.is_count]
             values = [self._value(own, entry) for entry in floating]
@@ -89,6 +93,9 @@ class OptimizerAverage:
             most = self._comm.max(said, "optimizer.counts") if counts else []
             for entry, value in zip(counts, most, strict=True):
                 self._put(optimizer, entry, torch.tensor(value, dtype=torch.float64))
+            for state in optimizer.state.values():
+                for key, source in self._seeded.items():
+                    state[key] = state[source].clone()
 
     def _own(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Entry, Any]]:
         for number, param in enumerate(self._params):
