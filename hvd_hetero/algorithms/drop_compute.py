@@ -56,7 +56,7 @@ class DropComputeOptions(LockstepOptions):
 class DropCompute(Lockstep):
     """Let a step end for each rank when its time is up."""
 
-    executor: str = "hvd_hetero.algorithms.execution.drop_compute.DropComputeExecutor"
+    executor: ClassVar[str] = "hvd_hetero.algorithms.execution.drop_compute.DropComputeExecutor"
     options: DropComputeOptions
     Options: ClassVar[type[AlgorithmConfig]] = DropComputeOptions
     flat_gradients: ClassVar[bool] = True

@@ -88,7 +88,7 @@ class LocalSGD(Policy):
         """Refuse what needs the average of a round at its end."""
         steps, tau = self.aggregation.delay_steps, self.train.tau
         longest = max(tau.values()) if isinstance(tau, Mapping) else tau
-        if steps is not None and steps > longest:
+        if steps is not None and longest != AUTO and steps > longest:
             problem, remedy = f"a round has {longest} steps of the fastest class", f"set {longest} or less, or null"
             raise ConfigError("aggregation.delay_steps", steps, problem, remedy)
         spec, kept, momentum = self.aggregation, self.aggregation.optimizer_state, self.aggregation.outer_momentum

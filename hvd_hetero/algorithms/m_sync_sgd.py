@@ -31,7 +31,6 @@ from typing import Any, ClassVar, Optional, final
 import numpy as np
 
 from hvd_hetero.algorithms.eager_sgd import EagerOptions, EagerSGD
-from hvd_hetero.algorithms.synchronous import Lockstep
 from hvd_hetero.config.schema import AggregationConfig, AlgorithmConfig
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.plan import Plan
@@ -60,7 +59,7 @@ class MSyncSGD(EagerSGD):
     Options: ClassVar[type[AlgorithmConfig]] = MSyncOptions
     modes: ClassVar[Sequence[str]] = ()
     drops_late: ClassVar[bool] = True
-    unused: ClassVar[Mapping[str, Any]] = {**Lockstep.unused, "sync_every": AggregationConfig().sync_every}
+    unused: ClassVar[Mapping[str, Any]] = {**EagerSGD.unused, "sync_every": AggregationConfig().sync_every}
 
     @property
     def needs_speeds(self) -> bool:

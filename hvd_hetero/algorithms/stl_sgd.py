@@ -62,8 +62,8 @@ class STLSGD(LocalSGD):
         return {name: tau and max(1, math.floor(self._factor * tau + 0.5))
                 for name, tau in super().taus(step_sec).items()}  # fmt: skip
 
-    def replan(self, step_sec: Sequence[float]) -> Plan:
-        before, plan = self.plan, super().replan(step_sec)
+    def replan(self, step_sec: Sequence[float], rounds: int | None = None) -> Plan:
+        before, plan = self.plan, super().replan(step_sec, rounds)
         times = self.step_times()
         wanted = self.taus(times)
         if plan is before and wanted != {c.name: c.tau for c in plan.classes}:

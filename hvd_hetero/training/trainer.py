@@ -261,15 +261,14 @@ class Trainer:
         excluded, counts = epoch.count(comm.excluded.take(), self.algorithm.counts())
         done = gather_figures(
             comm, self.watch, accounts, epoch, losses, weights, step_sec, excluded, comm.carried.take(),
-            self.algorithm.take_dropped(),
-        )  # fmt: skip
+            self.algorithm.take_dropped())  # fmt: skip
         rate = worker.optimizer.param_groups[0]["lr"]
         if config.train.scheduler_unit == "epoch":
             self._step_scheduler(f"{accounts.epochs} epochs")
         if not self.over:
             self._tell_rate()
-            by_clock = agreed.step_sec and (self._by_rank(agreed.step_sec), agreed.rounds)
-            self.plan = self._replan(self.plan, *(by_clock or (done.step_sec,)))
+            lately = (self._by_rank(agreed.step_sec), agreed.rounds) if agreed.step_sec else (done.step_sec,)
+            self.plan = self._replan(self.plan, *lately)
         row = accounts.row(plan)
         row |= {"wall_sec": time.perf_counter() - self.begin, "train_loss": done.loss, "lr": rate,
                 "samples_per_sec": done.samples / done.seconds}  # fmt: skip
