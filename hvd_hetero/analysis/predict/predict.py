@@ -184,6 +184,7 @@ class Scenario:
         done, seconds, averages, samples, pushes = RunProgress(), 0.0, 0.0, 0.0, 0.0
         spent = {c.name: np.zeros(5) for c in plan.classes}
         policy.follow_rate(next_rate(self.config.train, plan, done))
+        seen, settled = set[str](), ""  # the policy's states with this plan: one that comes back does so for ever
         while rounds := next_rounds(self.config.train, plan, done):
             times = rounds / _plan_rounds(policy, plan, outcome)
             seconds += times * outcome.seconds
@@ -194,8 +195,14 @@ class Scenario:
                 spent[name] += times * np.array([s.compute, s.blocked, s.comm, s.steps, s.dropped])
             done = replace(done.after(replace(plan, rounds=rounds)), train_sec=seconds)
             policy.follow_rate(next_rate(self.config.train, plan, done))
+            if str(policy.state_dict()) == settled:
+                continue
             if (new := policy.replan(step_sec)) is not plan and new != plan:
                 plan, outcome, step_sec = new, self._simulate(policy, new), self._step_sec(new)
+                seen.clear()
+            state = str(policy.state_dict())
+            settled = state if state in seen else ""
+            seen.add(state)
         training = [c.name for c in plan.training]
         return Prediction(
             "", policy.options.name, {c.name: c.tau for c in plan.classes},
