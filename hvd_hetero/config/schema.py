@@ -129,7 +129,7 @@ class TrainConfig:
     scheduler_unit: str = _key("epoch", choices=("epoch", "round"))
     warmup_rounds: int = _key(0, at_least=0)
     clip_norm: Optional[float] = _key(None, above=0)  # noqa: UP045
-    autocast: Any = False
+    autocast: Optional[str] = _key(None, choices=(AUTO, "bf16", "fp16"))  # noqa: UP045
     matmul_precision: str = _key("highest", choices=("highest", "high", "medium"))
     channels_last: bool = False
     compile: Optional[str] = _key(None, FIGURES, choices=("default", "reduce-overhead", "max-autotune"))  # noqa: UP045

@@ -31,6 +31,8 @@ class Accounts:
         self.steps = [0] * cluster.size
         self.samples = [0] * cluster.size
         self.excluded = [0] * cluster.size
+        self.overflows = [0] * cluster.size
+        self.memory = [0] * cluster.size
         self.rounds = 0
         self.epochs = 0
         self.partial = PartialAccounts()
@@ -44,6 +46,8 @@ class Accounts:
         kinds: Sequence[Mapping[str, float]],
         collectives: Sequence[Sequence[float]],
         excluded: Sequence[int] = (),
+        overflows: Sequence[int] = (),
+        memory: Sequence[int] = (),
     ) -> float:
         """Enters one epoch; returns its seconds.
 
@@ -53,6 +57,7 @@ class Accounts:
             kinds: seconds of each kind, by rank.
             collectives: durations ``[ranks][collectives]`` in the order in which ranks met in them, NaN: not in it.
             excluded: contributions that were, because a rank's values were non-finite, by rank.
+            overflows: gradients that overflowed in float16, and ``memory``, the most bytes, so far, by rank.
         """
         blocked, comm = split_waiting(collectives)
         for rank, mine in enumerate(plan.by_rank()):
@@ -63,19 +68,20 @@ class Accounts:
             self.samples[rank] += steps[rank] * mine.batch_size
         for rank, times in enumerate(excluded):
             self.excluded[rank] += times
+        self.overflows, self.memory = list(overflows), list(memory)
         self.rounds += rounds
         self.epochs += 1
         return sum(kinds[0].values()) + blocked[0] + comm[0]
 
     def state_dict(self) -> dict[str, Any]:
-        counts = {name: getattr(self, name) for name in ("seconds", "steps", "samples", "excluded", "rounds", "epochs")}
-        return {**counts, "partial": self.partial.state_dict(), "earlier": asdict(self.earlier),
-                "emulation": list(self.emulation)}  # fmt: skip
+        names = ("seconds", "steps", "samples", "excluded", "overflows", "rounds", "epochs")
+        return {**{name: getattr(self, name) for name in names}, "partial": self.partial.state_dict(),
+                "earlier": asdict(self.earlier), "emulation": list(self.emulation)}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.seconds = [dict(mine) for mine in state["seconds"]]
         self.steps, self.samples = list(state["steps"]), list(state["samples"])
-        self.excluded = list(state["excluded"])
+        self.excluded, self.overflows = list(state["excluded"]), list(state["overflows"])
         self.rounds, self.epochs = state["rounds"], state["epochs"]
         self.partial.load_state_dict(state["partial"])
         self.earlier = RunProgress(**state["earlier"])
@@ -115,7 +121,9 @@ class Accounts:
             "tau": {c.name: c.tau for c in plan.classes},
             "batch_size": {c.name: c.batch_size for c in plan.classes},
             "blocked_fraction": self.blocked_fractions(),
-            "excluded": self.left_out_of(),
+            "excluded": self.by_class(self.excluded),
+            "overflows": self.by_class(self.overflows),
+            "memory_bytes": {c.name: max(self.memory[r] for r in c.ranks) for c in self._cluster.classes},
             "emulation": list(self.emulation),
         }
 
@@ -123,9 +131,9 @@ class Accounts:
         """By class, the share of its time that its ranks waited for others."""
         return {c.name: _share(self._times(c.ranks), "blocked") for c in self._cluster.classes}
 
-    def left_out_of(self) -> dict[str, int]:
-        """By class, how many contributions of its ranks were left out, because their values were non-finite."""
-        return {c.name: sum(self.excluded[r] for r in c.ranks) for c in self._cluster.classes}
+    def by_class(self, counts: Sequence[int]) -> dict[str, int]:
+        """Counts by rank, added up by class."""
+        return {c.name: sum(counts[r] for r in c.ranks) for c in self._cluster.classes}
 
     def classes(self, plan: Plan) -> list[dict[str, Any]]:
         """The ``classes`` of summary.json; seconds are means over a class's ranks, steps and samples sums."""
@@ -146,7 +154,8 @@ class Accounts:
                     "step_sec": busy / steps if steps else None,
                     "steps": steps,
                     "samples": sum(self.samples[r] for r in item.ranks),
-                    "excluded": self.left_out_of()[item.name],
+                    "excluded": self.by_class(self.excluded)[item.name],
+                    "overflows": self.by_class(self.overflows)[item.name],
                     "time_sec": times,
                     "blocked_fraction": _share(times, "blocked"),
                 }

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hvd_hetero import algorithms, data
 from hvd_hetero.checkpoint import CheckpointError, join, split
-from hvd_hetero.cluster.hardware import has_bf16, local_facts
+from hvd_hetero.cluster.hardware import autocast_type, local_facts
 from hvd_hetero.comm.kv_store import job_env
 from hvd_hetero.config.instantiate import Place, cause
 from hvd_hetero.config.load import device_classes
@@ -198,7 +198,7 @@ class _DryRun:
             worker = Worker(
                 parts.model, self._loss, self._make_optimizer, self._make_scheduler if parts.scheduler else None,
                 device=self._device, metric=self._metric if parts.metric else None, seed=self._config.run.seed,
-                clip_norm=train.clip_norm, autocast=train.autocast == "bf16" and has_bf16(self._device),
+                clip_norm=train.clip_norm, autocast=autocast_type(train.autocast, self._device),
                 channels_last=train.channels_last,
             )  # fmt: skip
         if self._method.flat_gradients:

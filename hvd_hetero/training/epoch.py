@@ -29,25 +29,28 @@ class EpochFigures:
 
 def gather_figures(
     comm: Comm, watch: Stopwatch, accounts: Accounts, epoch: Epoch, losses: torch.Tensor, weights: torch.Tensor,
-    step_sec: float, excluded: int,
+    step_sec: float, excluded: int, overflows: int, memory: int,
 ) -> EpochFigures:  # fmt: skip
     """Gathers what all ranks did in an epoch and where their time went, and enters it into the accounts.
 
     Args:
         losses: of this rank, with their ``weights``.
         step_sec: seconds of one of its steps, and ``excluded``, rounds it was left out of.
+        overflows: in float16, and ``memory``, the bytes that it took at most, both since the rank began.
     """
     kinds, collectives = watch.take()
     sums = weighted_sums(losses.double(), weights.double()).tolist()
-    figures = [*(kinds[kind] for kind in KINDS), *sums, epoch.steps, step_sec, excluded, *collectives]
+    figures = [*(kinds[kind] for kind in KINDS), *sums, epoch.steps, step_sec, excluded, overflows, memory,
+               *collectives]  # fmt: skip
     rows = [row.tolist() for row in comm.gather(torch.tensor(figures, dtype=torch.float64), "epoch.times")]
     count = len(KINDS)
     loss = mean(sum(row[count] for row in rows), sum(row[count + 1] for row in rows))
     steps = [int(row[count + 2]) for row in rows]
     spent = [dict(zip(KINDS, row, strict=False)) for row in rows]
     before = accounts.samples_seen
-    seconds = accounts.enter(epoch.plan, epoch.progress.averages, steps, spent, [row[count + 5 :] for row in rows],
-                             [int(row[count + 4]) for row in rows])
+    excluded_by, overflows_by, memory_by = ([int(row[count + i]) for row in rows] for i in (4, 5, 6))
+    seconds = accounts.enter(epoch.plan, epoch.progress.averages, steps, spent, [row[count + 7 :] for row in rows],
+                             excluded_by, overflows_by, memory_by)
     samples = accounts.samples_seen - before
     return EpochFigures(seconds, samples, loss, [row[count + 3] for row in rows])
 

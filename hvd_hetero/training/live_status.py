@@ -144,7 +144,7 @@ class LiveStatus:
 
     def _classes(self) -> dict[str, dict[str, Any]]:
         run = self._run
-        excluded = run.accounts.left_out_of()
+        excluded = run.accounts.by_class(run.accounts.excluded)
         return {c.name: {"ranks": list(c.ranks), "tau": c.tau, "batch_size": c.batch_size, "excluded": excluded[c.name],
                          "excluded_in_epoch": 0} for c in run.plan.classes}  # fmt: skip
 
@@ -156,8 +156,13 @@ class LiveStatus:
         return {"epoch": done.epochs, "round": done.rounds + rounds, "rounds_in_epoch": rounds,
                 "rounds_per_epoch": (epoch or run).plan.rounds, "share_done": share,
                 "wall_sec": time.perf_counter() - run.begin,
-                "left_sec": left_sec(time.monotonic() - self._start, self._start_share, share),
+                "left_sec": self.left_sec(share),
                 "checkpoint": self._checkpoint()}  # fmt: skip
+
+    def left_sec(self, share: float | None = None) -> float | None:
+        """Seconds to the end of the run, where so much of it is done, or as much as at the end of the last epoch."""
+        share = self._share(0) if share is None else share
+        return left_sec(time.monotonic() - self._start, self._start_share, share)
 
     def _checkpoint(self) -> dict[str, Any] | None:
         """The newest checkpoint, or the start, and how long ago it was made; None where none is ever made."""

@@ -44,7 +44,7 @@ from hvd_hetero.training.startup import Job, make_worker
 from hvd_hetero.worker.components import as_user_error
 from hvd_hetero.worker.epoch import Epoch, Segment
 from hvd_hetero.worker.index_feed import Feed
-from hvd_hetero.worker.memory import batch_that_fits, on_device, peak_bytes, told_by_class
+from hvd_hetero.worker.memory import batch_that_fits, on_device, peak_bytes, told_by_class, used_bytes
 from hvd_hetero.worker.step_benchmark import take_first_steps
 
 TRACED_EPOCHS = 2
@@ -258,7 +258,9 @@ class Trainer:
         spans = RoundSpans(self.watch, self.recorder, epoch.work_sec)
         step_sec = spans.step_sec(epoch, self.algorithm.mine.tau, is_planned)
         excluded, counts = epoch.count(comm.excluded.take(), self.algorithm.counts())
-        done = gather_figures(comm, self.watch, accounts, epoch, losses, weights, step_sec, excluded)
+        overflows = 0 if worker.scaler is None else worker.scaler.overflows
+        done = gather_figures(comm, self.watch, accounts, epoch, losses, weights, step_sec, excluded, overflows,
+                              used_bytes(worker.device))
         if not self.over and agreed.step_sec:
             self.plan = self._replan(self.plan, self._by_rank(agreed.step_sec), agreed.rounds)
         elif not self.over:
@@ -268,7 +270,8 @@ class Trainer:
             self._step_scheduler(f"{accounts.epochs} epochs")
         row = accounts.row(plan)
         row |= {"wall_sec": time.perf_counter() - self.begin, "train_loss": done.loss, "lr": rate,
-                "samples_per_sec": done.samples / done.seconds}  # fmt: skip
+                "samples_per_sec": done.samples / done.seconds,
+                "left_sec": 0.0 if self.over else self.status.left_sec()}  # fmt: skip
         if counts is not None:
             row["partial"] = accounts.partial.enter(comm.gather(counts, "epoch.counts"))
         if accounts.epochs % config.eval.every_epochs == 0 or self.over:

@@ -34,6 +34,16 @@ def test_a_former_value_is_todays(tmp_path: Path) -> None:
     assert load(None, {"train.epoch": "pass"}).train.epoch_length == "dataset"
 
 
+def test_a_former_value_of_a_key_of_today(tmp_path: Path) -> None:
+    file = tmp_path / "former.yaml"
+    file.write_text("train: {autocast: false}\n")
+    for given in ({"files": [file]}, {"overrides": ["train.autocast=false"]}):
+        renamed._warn.cache_clear()
+        with pytest.warns(RenamedKeyWarning, match="train.autocast=[Ff]alse is now train.autocast=None") as said:
+            assert load(**given).train.autocast is None
+        assert len(said) == 1
+
+
 def test_both_names_in_a_file_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "both.yaml"
     file.write_text("train: {passes: 7, epochs: 8}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from hvd_hetero.launch import launcher
 ROOT = Path(__file__).parents[2]
 RANKS = Path(__file__).parents[1] / "ranks"
 DEFAULT = ROOT / "configs" / "default.yaml"
-CLASS_KEYS = {"excluded",
+CLASS_KEYS = {"excluded", "overflows",
     "name", "device", "ranks", "tau", "batch_size", "weight", "slowdown", "step_sec", "steps", "samples", "time_sec",
     "blocked_fraction", "peak_gpu_bytes",
 }
@@ -118,7 +119,11 @@ def test_a_row_an_epoch(default_run: Run) -> None:
     assert last["eval_accuracy"] == summary["eval"]["final_accuracy"]
     assert last["eval_loss"] == summary["eval"]["final_loss"]
     assert summary["eval"]["best_accuracy"] == max(row["eval_accuracy"] for row in rows)
-    assert set(last["blocked_fraction"]) == {"fast", "slow"}
+    assert set(last["blocked_fraction"]) == set(last["memory_bytes"]) == {"fast", "slow"}
+    assert all(10**8 < size < 10**11 for size in last["memory_bytes"].values()), "of a process that has torch in it"
+    assert rows[0]["left_sec"] > 0 and last["left_sec"] == 0
+    assert last["overflows"] == {"fast": 0, "slow": 0}
+    assert re.search(r"^epoch 3/3  0 s left .*  GB fast [0-9.]+ slow [0-9.]+$", default_run[1].stderr, re.MULTILINE)
 
 
 def test_it_learns(default_run: Run) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from hvd_hetero.analysis.report.tables import or_dash, table
 from hvd_hetero.errors import ConfigError
+from hvd_hetero.telemetry.progress import span
 from hvd_hetero.telemetry.run_status import SAVE, SILENT_SEC, RunStatus, read_status
 from hvd_hetero.training.stop_request import STOP
 
@@ -115,11 +116,3 @@ def ranges(ranks: list[int]) -> str:
         else:
             parts.append([rank, rank])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
-
-
-def span(seconds: float) -> str:
-    """Return a time as a person says it."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
