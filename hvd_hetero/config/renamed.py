@@ -14,9 +14,12 @@ KEYS = {
     "train.epoch": "train.epoch_length",
     "eval.every_passes": "eval.every_epochs",
     "algorithm.least": "algorithm.min_local_batch",
+    "eval.metric": "eval.metrics",
 }
 VALUES: dict[str, Callable[[Any], Any]] = {
     "train.epoch": lambda value: "dataset" if value == "pass" else value,
+    "eval.metric": lambda value: {} if value in (None, "none") else (
+        {"accuracy" if value == "accuracy" else "metric": value}),
     "train.autocast": lambda value: None if value is False or value == "false" else value,
 }
 """Today's values, of former ones, by the key that they were given for."""

@@ -39,7 +39,9 @@ class Progress:
         figures = {
             "round": str(row["round"]),
             "loss": _short(row["train_loss"]),
-            "acc": _percent(row.get("eval_accuracy")),
+            **{"acc" if name == "eval_accuracy" else name.removeprefix("eval_"):
+               _percent(value) if name == "eval_accuracy" else _short(value)
+               for name, value in row.items() if name.startswith("eval_") and name != "eval_loss"},
             "samples/s": _short(row["samples_per_sec"]),
             f"{fastest} blocked": _percent(row["blocked_fraction"][fastest]),
             "GB": " ".join(f"{name} {size / 1e9:.3g}" for name, size in row["memory_bytes"].items()),

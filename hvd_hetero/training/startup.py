@@ -125,7 +125,7 @@ def make_worker(job: Job, watch: Stopwatch) -> Worker:
         device=job.placement.device,
         slowdown=mine.slowdown,
         watch=watch,
-        metric=parts.metric,
+        metrics=parts.metrics,
         seed=config.run.seed * 1000003 + job.env.rank,
         clip_norm=config.train.clip_norm,
         autocast=autocast_type(config.train.autocast, job.placement.device),

@@ -18,6 +18,7 @@ from hvd_hetero.checkpoint.export import AVERAGED, FOLDER, MODEL, save_model
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.data import read
 from hvd_hetero.errors import Stopped
+from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.injected_delays import delays
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.sampling import Sampler
@@ -31,6 +32,8 @@ from hvd_hetero.telemetry.run_status import EVALUATING, FAILED, FINISHED, STOPPE
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import Recorder
+from hvd_hetero.training.best import AVERAGED as OF_AVERAGE
+from hvd_hetero.training.best import EVAL, BestEvaluation
 from hvd_hetero.training.checkpointer import Saver, SyncDecision
 from hvd_hetero.training.epoch import RoundSpans, gather_figures, say_taus
 from hvd_hetero.training.evaluation import evaluate
@@ -39,7 +42,7 @@ from hvd_hetero.training.iterate_average import NONE, IterateAverage, half_life
 from hvd_hetero.training.live_status import LiveStatus
 from hvd_hetero.training.restore import carry_over, restore, state_of
 from hvd_hetero.training.resume import Found, check_fits, check_places
-from hvd_hetero.training.run_records import how_good, note, write_start, write_summary, write_trace
+from hvd_hetero.training.run_records import write_start, write_summary, write_trace
 from hvd_hetero.training.startup import Job, make_worker
 from hvd_hetero.worker.components import as_user_error
 from hvd_hetero.worker.epoch import Epoch, Segment
@@ -87,9 +90,11 @@ class Trainer:
         self.begin, config = time.perf_counter(), self.config
         self.comm.broadcast_state(self.worker.state)
         state, reshaped = None, False
+        self.best = BestEvaluation(config.eval.best, self.job.components.metrics)
         self.saver: Saver | None = None
         if self.run_dir is not None:
-            self.saver = Saver(self.run_dir, config, self.job.env, self.comm, self.algorithm.policy.needs_quiesce)
+            quiesces = self.algorithm.policy.needs_quiesce
+            self.saver = Saver(self.run_dir, config, self.job.env, self.comm, quiesces, self.best.by)
             state, reshaped = self.saver.load(self.found, self.job.cluster)
         if state is not None and reshaped:
             check_fits(state, self.worker)
@@ -109,7 +114,6 @@ class Trainer:
         self.comm.agree(self.plan.digest(), "plan", "plan")
         start_together(self.algorithm, self.plan, self.worker, self.comm)
         self.accounts = Accounts(self.job.cluster, self.config.delays.distribution is not None)
-        self.best: dict[str, float | None] = dict.fromkeys(("final_accuracy", "best_accuracy", "final_loss"))
         self.feed = Feed(self.comm, len(self.source), self._sampler() if self.comm.rank == 0 else None)
         self.recorder = Recorder(self.watch, config.run.trace_rounds)
         spec = config.eval
@@ -153,13 +157,16 @@ class Trainer:
         if self.folder is None or self.progress is None:
             return None
         self.progress.close()
+        if self.out_of_patience:
+            LOGGER.info("ended by train.patience: %d evaluations were no better than the best one, %s %s",
+                        self.best.since, self.best.by, self.best.value)  # fmt: skip
         self._export(MODEL)
         cluster, path = self.job.cluster, comm.path
         classes = accounts.classes(self.plan)
         for item, own in zip(cluster.classes, classes, strict=True):
             own["peak_gpu_bytes"] = max(int(peaks[r][0]) for r in item.ranks) if item.device == "cuda" else None
             own["micro_batches"] = int(peaks[item.ranks[0]][1])
-        summary = write_summary(self.folder, config, cluster, classes, accounts, path, self.best, self.begin)
+        summary = write_summary(self.folder, config, cluster, classes, accounts, path, self.best.summary(), self.begin)
         self.status.enter(FINISHED)
         return summary
 
@@ -168,7 +175,7 @@ class Trainer:
     def _begin_epoch(self) -> Epoch | None:
         """Deal the next epoch, if there is one."""
         rounds = next_rounds(self.config.train, self.plan, self.accounts.done)
-        if rounds == 0:
+        if rounds == 0 or self.out_of_patience:
             return None
         part = replace(self.plan, rounds=rounds)
         self.watch.skip()
@@ -276,12 +283,11 @@ class Trainer:
             row["partial"] = accounts.partial.enter(comm.gather(counts, "epoch.counts"))
         if accounts.epochs % config.eval.every_epochs == 0 or self.over:
             self.status.enter(EVALUATING)
-            row |= evaluate(comm, worker, self.test, self.plan, config.eval)
+            row |= evaluate(comm, worker, self.test, self.plan, config.eval, EVAL)
             if self.averaged is not None:
                 with self.averaged.in_place(comm):
-                    found = evaluate(comm, worker, self.test, self.plan, config.eval)
-                row |= {name.replace("eval", "averaged", 1): value for name, value in found.items()}
-            note(self.best, row)
+                    row |= evaluate(comm, worker, self.test, self.plan, config.eval, OF_AVERAGE)
+            self.best.enter(row)
         if self.folder is not None and self.progress is not None:
             self.folder.row(row)
             self.status.end_epoch(row)
@@ -356,7 +362,8 @@ class Trainer:
         assert self.saver is not None
         self.watch.heartbeat.begin("checkpoint")
         number = self.accounts.rounds + (0 if epoch is None else epoch.progress.averages)
-        self.saver.save(number, self.accounts.epochs, lambda: state_of(self, epoch), wait, how_good(row or {}))
+        good = self.best.goodness(row or {})
+        self.saver.save(number, self.accounts.epochs, lambda: state_of(self, epoch), wait, good)
         self.watch.skip()
 
     def _stopped(self) -> Stopped:
@@ -371,7 +378,14 @@ class Trainer:
     @property
     def over(self) -> bool:
         """Whether the run has come to its end, between two epochs."""
-        return self.epoch is None and next_rounds(self.config.train, self.plan, self.accounts.done) == 0
+        ends = self.out_of_patience or next_rounds(self.config.train, self.plan, self.accounts.done) == 0
+        return self.epoch is None and ends
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether as many evaluations as are to be waited for were no better than the best one."""
+        patience = self.config.train.patience
+        return patience is not None and self.best.since >= patience
 
     def close(self) -> None:
         """Leaves the job together with all other ranks."""

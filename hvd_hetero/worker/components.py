@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,12 +22,12 @@ from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.random_state import seed_all
 from hvd_hetero.worker.factories import (
     loss_of_module,
-    metric_by_name,
     optimizer_maker,
     per_sample_loss,
     scheduler_maker,
 )
 from hvd_hetero.worker.losses import IGNORED, PerSample
+from hvd_hetero.worker.metrics import Metric, read_metrics
 from hvd_hetero.worker.modes import evaluating
 from hvd_hetero.worker.parameter_groups import MakeOptimizer, freeze, grouped, options_of
 from hvd_hetero.worker.worker import forward
@@ -45,7 +45,7 @@ class UserObjects:
         loss: ``loss(outputs, targets) -> [B]``, or that and weights ``[B]``, see :mod:`hvd_hetero.worker.losses`.
         optimizer: ``optimizer(parameters)`` makes a torch optimizer, or ``optimizer(named_parameters)`` of pairs (name,
             parameter); ``scheduler(optimizer)`` a scheduler.
-        metric: ``metric(outputs, targets)``, likewise.
+        metrics: by name, see :func:`hvd_hetero.worker.metrics.read_metrics`.
     """
 
     model: nn.Module | Callable[[], nn.Module] | None = None
@@ -54,7 +54,7 @@ class UserObjects:
     loss: PerSample | None = None
     optimizer: MakeOptimizer | None = None
     scheduler: MakeScheduler | None = None
-    metric: PerSample | None = None
+    metrics: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Components:
     dataset: Dataset
     model: nn.Module
     loss: PerSample
-    metric: PerSample | None
+    metrics: Sequence[Metric]
     optimizer: MakeOptimizer
     scheduler: MakeScheduler | None
     min_batch: int = 1
@@ -81,7 +81,6 @@ class Origins:
     data: tuple[str, Any]
     model: tuple[str, Any]
     loss: tuple[str, Any]
-    metric: tuple[str, Any]
     optimizer: tuple[str, Any]
     scheduler: tuple[str, Any]
 
@@ -94,7 +93,6 @@ class Origins:
             _either("train_data", given.train_data, *_named("data", config.data)),
             _either("model", given.model, *_named("model", config.model)),
             _either("loss", given.loss, "train.loss", train.loss),
-            _either("metric", given.metric, "eval.metric", config.eval.metric),
             _either("optimizer", given.optimizer, "train.optimizer", train.optimizer),
             _either("scheduler", given.scheduler, "train.scheduler", train.scheduler),
         )
@@ -116,7 +114,8 @@ def build(config: Config, given: UserObjects | None = None) -> Components:
         dataset=dataset,
         model=_model(config, given),
         loss=per_sample_loss(train.loss, train.loss_args) if given.loss is None else loss_of_module(given.loss),
-        metric=given.metric or metric_by_name(config.eval.metric, ignored),
+        metrics=read_metrics("eval.metrics", config.eval.metrics, ignored) if given.metrics is None else (
+            read_metrics("metrics", given.metrics, ignored)),
         optimizer=given.optimizer or optimizer_maker(train.optimizer, train.lr, train.optimizer_args),
         scheduler=given.scheduler or scheduler_maker(train.scheduler, train.scheduler_args),
     )

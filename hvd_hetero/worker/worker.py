@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from hvd_hetero.comm.flat_params import FlatState
 from hvd_hetero.data import Batch, Source, read
-from hvd_hetero.data.batch import sample_counts
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.random_state import RandomState
 from hvd_hetero.telemetry.emulation import SlowdownEmulator
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.worker.extra_state import extra_state, load_extra_state
 from hvd_hetero.worker.loss_scaler import LossScaler
-from hvd_hetero.worker.losses import Numbers, PerSample, concat, mean_gradient, name_of, per_sample, weighted_sums
+from hvd_hetero.worker.losses import Numbers, PerSample, concat, mean_gradient, name_of, numbers_of
+from hvd_hetero.worker.metrics import LOSS, Metric, SampleMean
 from hvd_hetero.worker.micro_batches import accumulate
 from hvd_hetero.worker.modes import evaluating, set_mode
 from hvd_hetero.worker.optimizer_state import load_state, save_state
@@ -38,7 +38,7 @@ class Worker:
         make_scheduler: makes a learning-rate scheduler from the optimizer, or None.
         slowdown: emulate a device this many times slower: each local step is stretched by sleeping.
         watch: books the rank's time.
-        metric: as the loss; the figure that evaluation averages beside it.
+        metrics: what an evaluation fills beside the loss.
         clip_norm: gradients whose joint norm is above this are scaled down to it, before the optimizer's step.
         autocast: compute in this type, bfloat16 or float16, where PyTorch deems it safe; None: in that of the model.
             Parameters and gradients stay as they are.
@@ -50,7 +50,8 @@ class Worker:
 
     Attributes:
         state: what an aggregation averages.
-        metric: the argument.
+        measures: the mean loss as a metric, then the argument's.
+        scaler: of the losses, where it computes in float16.
         generator: on the device; the only source of the augmentation's randomness.
     """
 
@@ -64,7 +65,7 @@ class Worker:
         device: str = "cpu",
         slowdown: float = 1.0,
         watch: Stopwatch | None = None,
-        metric: PerSample | None = None,
+        metrics: Sequence[Metric] = (),
         seed: int = 0,
         clip_norm: float | None = None,
         autocast: torch.dtype | None = None,
@@ -92,7 +93,8 @@ class Worker:
         self.watch = watch or Stopwatch()
         self.pace = SlowdownEmulator(self.watch, slowdown, self._synchronize)
         self._loss = loss.to(self.device) if isinstance(loss, nn.Module) else loss
-        self.metric = metric
+        self._mean_loss = SampleMean(LOSS, "train.loss", name_of(loss), loss)
+        self.measures: list[Metric] = [self._mean_loss, *metrics]
         self._clip_norm, self._autocast = clip_norm, autocast
         self._losses: list[Numbers] = []
 
@@ -272,7 +274,7 @@ class Worker:
         with nullcontext() if kind is None else torch.autocast(self.device.type, kind):
             outputs = forward(self.model if model is None else model, inputs)
             returned = self._loss(outputs, targets)
-        return _numbers("train.loss", self._loss, returned, inputs, targets), outputs
+        return numbers_of("train.loss", self._loss, returned, inputs, targets), outputs
 
     def take_losses(self) -> tuple[Tensor, Tensor]:
         """Return losses and weights ``[K]`` of all samples since the last call, in the order of training.
@@ -297,14 +299,11 @@ class Worker:
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()  # and not inference_mode: what a module keeps of an evaluation, it may use in training
-    def evaluate(self, source: Source, indices: np.ndarray[Any, Any], batch_size: int) -> Tensor:
-        """Evaluate the model on some samples of a source; modes and random numbers are left as they were.
-
-        Returns:
-            ``[4]``: sums of losses and of their weights, then of the metric's values and of theirs.
-        """
+    def evaluate(self, source: Source, indices: np.ndarray[Any, Any], batch_size: int) -> None:
+        """Fill :attr:`measures` with some samples of a source; modes and random numbers are left as they were."""
         random, generator = RandomState.capture(self.device), self.generator.get_state()
-        sums = torch.zeros(4, dtype=torch.float64)
+        for metric in self.measures:
+            metric.begin(self.device)
         whole = len(indices) // batch_size * batch_size
         self.rest()
         with evaluating(self.model):
@@ -312,13 +311,11 @@ class Worker:
                 for inputs, targets in read(source, rows, self.generator, split="test") if rows.size else ():
                     self.watch.heartbeat.begin("evaluation")
                     losses, outputs = self._losses_of(inputs, targets)
-                    sums[:2] += weighted_sums(*losses)
-                    if self.metric is not None:
-                        returned = self.metric(outputs, targets)
-                        sums[2:] += weighted_sums(*_numbers("eval.metric", self.metric, returned, inputs, targets))
+                    self._mean_loss.enter(losses)
+                    for metric in self.measures[1:]:
+                        metric.add(outputs, targets, inputs)
         random.restore()
         self.generator.set_state(generator)
-        return sums
 
     # ---- saving and putting back ------------------------------------------------------------------------------------
 
@@ -326,8 +323,9 @@ class Worker:
         """Remembers everything that training changes; calling the result puts it back."""
         before, steps = RandomState.capture(self.device), self._steps
         put_back = snapshot(
-            self.model, self.state, self.optimizer, self.scheduler, self._loss, self.metric, self.generator, self.scaler
-        )
+            self.model, self.state, self.optimizer, self.scheduler, self._loss, self.measures, self.generator,
+            self.scaler,
+        )  # fmt: skip
 
         def restore() -> None:
             put_back()
@@ -389,20 +387,6 @@ class Worker:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # not what averages and gradients travel on
-
-
-def _numbers(key: str, function: PerSample, returned: Any, inputs: Any, targets: Any) -> Numbers:
-    """Take what a loss or a metric has returned as one number a sample; targets may be of another number than samples.
-
-    Raises:
-        ConfigError: it is not one number a sample.
-    """
-    try:
-        return per_sample(key, name_of(function), returned, sample_counts(targets))
-    except ConfigError:
-        if not (counts := sample_counts(inputs)):
-            raise
-        return per_sample(key, name_of(function), returned, counts)
 
 
 def forward(model: Callable[..., Any], inputs: Any) -> Any:

@@ -30,6 +30,9 @@ def test_former_names_work_and_are_named_in_one_warning(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_former_value_is_todays(tmp_path: Path) -> None:
+    assert load(None, ["eval.metric=none"]).eval.metrics == {}
+    assert load(None, ["eval.metric=accuracy"]).eval.metrics == {"accuracy": "accuracy"}
+    assert load(None, {"eval.metric": "a:b"}).eval.metrics == {"metric": "a:b"}
     assert load(None, ["train.epoch=pass"]).train.epoch_length == "dataset"
     assert load(None, {"train.epoch": "pass"}).train.epoch_length == "dataset"
 

@@ -197,7 +197,7 @@ def test_plain_horovodrun_line(horovodrun: Callable[..., Any], tmp_path: Path) -
     horovodrun's ranks themselves: auto, one class of all CPU ranks."""
     program = Path(sys.executable).with_name("hvd-hetero")
     done = horovodrun(2, [program, "train", DEFAULT, f"run.dir={tmp_path / 'run'}", "train.epochs=1",
-                          "cluster.classes=auto", "train.tau=8", "eval.metric=none"], hosts="localhost:2")
+                          "cluster.classes=auto", "train.tau=8", "eval.metrics={}"], hosts="localhost:2")
     assert done.returncode == 0, done.stderr
     summary = assert_adds_up(tmp_path / "run")
     assert summary["eval"]["final_accuracy"] is None and summary["eval"]["final_loss"] > 0
