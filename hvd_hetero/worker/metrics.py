@@ -213,9 +213,9 @@ def _read(key: str, name: str, entry: Any, ignored: int) -> Metric:
     if not isinstance(args, Mapping):
         raise ConfigError(f"{key}.args", args, "is no mapping", "give {name: value}")
     value = target if isinstance(target, str) or target is None else name_of(target)
-    if target == ACCURACY:
-        return SampleMean(name, key, value, partial(accuracy, ignored=ignored))
-    if isinstance(target, str):
+    if isinstance(target, str):  # a metric of torchmetrics says that it equals everything
+        if target == ACCURACY:
+            return SampleMean(name, key, value, partial(accuracy, ignored=ignored))
         if ":" not in target:
             raise ConfigError(key, target, "is not known", f"give {ACCURACY} or package.module:function")
         target = import_target(key, target)
