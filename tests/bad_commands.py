@@ -117,6 +117,8 @@ OBJECTS: list[tuple[str, dict[str, Any], str, str]] = [
     ("model frozen", {"model": nn.Linear(4, 3).requires_grad_(False)}, "model='Linear'", "some to train"),
     ("model nothing", {"model": nn.Identity()}, "model='Identity'", "some to train"),
     ("model double", {"model": nn.Linear(4, 3).double()}, "model='Linear'", "fit together"),
+    ("model half", {"model": nn.Linear(4, 3).half(), "overrides": {"train.autocast": "fp16"}}, "train.autocast='fp16'",
+     "in float32"),
     ("model meta", {"model": nn.Linear(4, 3, device="meta")}, "model='weight': this parameter", "load or initialize"),
     ("model tuple", {"model": nn.LSTM(4, 3)}, "train.loss=", "fit together"),
     ("data number", {"train_data": 3}, "train_data=3", "map-style"),

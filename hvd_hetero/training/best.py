@@ -6,13 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hvd_hetero.errors import ConfigError, nearest
 from hvd_hetero.worker.factories import ACCURACY
-from hvd_hetero.worker.metrics import LOSS, Metric, SampleMean
+from hvd_hetero.worker.metrics import LOSS, MAX, Metric, read_best
 
 EVAL, AVERAGED = "eval_", "averaged_"
 """What the names of figures begin with: of the model, and of an average of models."""
-MODES = ("max", "min")
 
 
 class BestEvaluation:
@@ -27,11 +25,11 @@ class BestEvaluation:
         since: evaluations since the best one.
 
     Raises:
-        ConfigError: there is no such metric.
+        ConfigError: as :func:`hvd_hetero.worker.metrics.read_best`.
     """
 
     def __init__(self, spec: Any, metrics: Sequence[Metric]) -> None:
-        self.metric, self.mode = _read(spec, metrics)
+        self.metric, self.mode = read_best(spec, metrics)
         of = {metric.name: metric.value for metric in metrics}
         self.by = f"{self.mode} {self.metric}" + (f" ({of[self.metric]})" if of.get(self.metric, ACCURACY) != ACCURACY
                                                   else "")  # fmt: skip
@@ -48,7 +46,7 @@ class BestEvaluation:
         loss, value = row.get(EVAL + LOSS), row.get(EVAL + self.metric)
         if loss is None or value is None or math.isnan(loss) or math.isnan(value):
             return None
-        return float(value) if self.mode == "max" else -float(value)
+        return float(value) if self.mode == MAX else -float(value)
 
     def enter(self, row: Mapping[str, Any]) -> None:
         """Take in an evaluation."""
@@ -56,7 +54,7 @@ class BestEvaluation:
         named |= {name: value for name, value in row.items() if name.startswith(AVERAGED)}
         self._last = {name: None if value is None or math.isnan(value) else value for name, value in named.items()}
         good = self.goodness(row)
-        best = None if self.value is None else (self.value if self.mode == "max" else -self.value)
+        best = None if self.value is None else (self.value if self.mode == MAX else -self.value)
         if good is not None and (best is None or good > best):
             self.value, self.since = row[EVAL + self.metric], 0
         else:
@@ -74,19 +72,3 @@ class BestEvaluation:
         self._last = dict(state["last"])
         if state["by"] == self.by:
             self.value, self.since = state["value"], state["since"]
-
-
-def _read(spec: Any, metrics: Sequence[Metric]) -> tuple[str, str]:
-    names = [LOSS, *(metric.name for metric in metrics)]
-    if spec is None:
-        return (ACCURACY, "max") if ACCURACY in names else (LOSS, "min")
-    if not isinstance(spec, Mapping) or set(spec) != {"metric", "mode"}:
-        problem = "does not say which metric is to be what"
-        raise ConfigError("eval.best", spec, problem, "write {metric: loss, mode: min}")
-    name, mode = str(spec["metric"]), spec["mode"]
-    if mode not in MODES:
-        raise ConfigError("eval.best.mode", mode, "is neither", f"give {' or '.join(MODES)}")
-    several = [metric.name for metric in metrics if not isinstance(metric, SampleMean)]
-    if name not in names and not any(name.startswith(f"{other}_") for other in several):
-        raise ConfigError("eval.best.metric", name, "is no metric of the evaluation", nearest(name, names))
-    return name, mode

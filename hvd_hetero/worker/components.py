@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from hvd_hetero import data, models
 from hvd_hetero.comm.flat_params import check_state
 from hvd_hetero.config.instantiate import cause
-from hvd_hetero.config.schema import Config, DataConfig, ModelConfig
+from hvd_hetero.config.schema import AUTO, Config, DataConfig, ModelConfig
 from hvd_hetero.data import Batch, Dataset, Source
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, UserError
@@ -27,7 +27,7 @@ from hvd_hetero.worker.factories import (
     scheduler_maker,
 )
 from hvd_hetero.worker.losses import IGNORED, PerSample
-from hvd_hetero.worker.metrics import Metric, read_metrics
+from hvd_hetero.worker.metrics import Metric, read_best, read_metrics
 from hvd_hetero.worker.modes import evaluating
 from hvd_hetero.worker.parameter_groups import MakeOptimizer, freeze, grouped, options_of
 from hvd_hetero.worker.worker import forward
@@ -119,10 +119,20 @@ def build(config: Config, given: UserObjects | None = None) -> Components:
         optimizer=given.optimizer or optimizer_maker(train.optimizer, train.lr, train.optimizer_args),
         scheduler=given.scheduler or scheduler_maker(train.scheduler, train.scheduler_args),
     )
+    read_best(config.eval.best, components.metrics)
     _give_shapes(components, origins)
+    _check_autocast(components.model, train.autocast)
     components = replace(components, optimizer=_with_groups(components, train.groups))
     check_state(components.model, config.aggregation.state)
     return components
+
+
+def _check_autocast(model: nn.Module, autocast: str | None) -> None:
+    """Refuse parameters whose gradients would vanish when they are scaled back, see worker/loss_scaler.py."""
+    half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    if half and autocast in ("fp16", AUTO):
+        problem = f"the parameter {half[0]} is float16 itself, which leaves no room for its gradient"
+        raise ConfigError("train.autocast", autocast, problem, "keep parameters in float32, or leave it null")
 
 
 def _with_groups(components: Components, groups: list[Any]) -> MakeOptimizer:

@@ -28,7 +28,7 @@ from hvd_hetero.worker.losses import IGNORED, Numbers, PerSample, mean, name_of,
 if TYPE_CHECKING:
     from hvd_hetero.comm.communicator import Comm
 
-LOSS = "loss"
+LOSS, MAX, MIN = "loss", "max", "min"
 NAME = re.compile(r"[A-Za-z]\w*")
 KEYS, OVER = ("target", "over", "args"), ("samples", "dataset")
 ONE_NUMBER = "return one number, or a dict of numbers"
@@ -170,10 +170,11 @@ class Streaming(Metric):
     def figures(self, comm: Comm | None = None, root: int = 0) -> dict[str, float]:
         if comm is None or comm.size == 1:
             return self._named(self._tried(self.metric.compute))
-        name = f"metric.{self.name}"
+        name, hooks = f"metric.{self.name}", (self.metric.distributed_available_fn, self.metric.dist_sync_fn)
         self.metric.distributed_available_fn = lambda: True
         self.metric.dist_sync_fn = lambda state, group=None: _without_gaps(comm.gather_tensors(state, f"{name}.state"))
         found = self._named(self._tried(self.metric.compute))
+        self.metric.distributed_available_fn, self.metric.dist_sync_fn = hooks  # it may be a program's, for more runs
         # devices round differently, and all ranks decide by the figures
         told: dict[str, float] = json.loads(comm.broadcast_text(json.dumps(found), name, root))
         return told
@@ -226,6 +227,30 @@ def _read(key: str, name: str, entry: Any, ignored: int) -> Metric:
         raise ConfigError(key, target, "is no metric", "give a function of outputs and targets, or leave it out")
     function = partial(target, **args) if args else target
     return SampleMean(name, key, value, function) if over == OVER[0] else WholeSet(name, key, value, function)
+
+
+def read_best(spec: Any, metrics: Sequence[Metric]) -> tuple[str, str]:
+    """Return the metric by which evaluations are compared, and max or min, which of its values is the best.
+
+    Args:
+        spec: ``eval.best``; None: the highest accuracy, or the lowest loss where there is none.
+
+    Raises:
+        ConfigError: it names no metric, or nothing else than one.
+    """
+    names = [LOSS, *(metric.name for metric in metrics)]
+    if spec is None:
+        return (ACCURACY, MAX) if ACCURACY in names else (LOSS, MIN)
+    if not isinstance(spec, Mapping) or set(spec) != {"metric", "mode"}:
+        problem = "does not say which metric is to be what"
+        raise ConfigError("eval.best", spec, problem, "write {metric: loss, mode: min}")
+    name, mode = str(spec["metric"]), spec["mode"]
+    if mode not in (MAX, MIN):
+        raise ConfigError("eval.best.mode", mode, "is neither", f"give {MAX} or {MIN}")
+    several = [metric.name for metric in metrics if not isinstance(metric, SampleMean)]
+    if name not in names and not any(name.startswith(f"{other}_") for other in several):
+        raise ConfigError("eval.best.metric", name, "is no metric of the evaluation", nearest(name, names))
+    return name, mode
 
 
 def _is_streaming(target: Any) -> bool:
