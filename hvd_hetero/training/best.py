@@ -6,11 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hvd_hetero.log import LOGGER
+from hvd_hetero.training.evaluation import AVERAGED, EVAL
 from hvd_hetero.worker.factories import ACCURACY
 from hvd_hetero.worker.metrics import LOSS, MAX, Metric, read_best
-
-EVAL, AVERAGED = "eval_", "averaged_"
-"""What the names of figures begin with: of the model, and of an average of models."""
 
 
 class BestEvaluation:
@@ -19,6 +18,7 @@ class BestEvaluation:
     Args:
         spec: ``eval.best``; None: the highest accuracy, the lowest loss where there is none.
         metrics: beside the loss.
+        patience: so many evaluations in a row may be no better than the best one; None: any number.
 
     Attributes:
         metric: by which evaluations are compared, and ``mode``, max or min.
@@ -28,11 +28,12 @@ class BestEvaluation:
         ConfigError: as :func:`hvd_hetero.worker.metrics.read_best`.
     """
 
-    def __init__(self, spec: Any, metrics: Sequence[Metric]) -> None:
+    def __init__(self, spec: Any, metrics: Sequence[Metric], patience: int | None = None) -> None:
         self.metric, self.mode = read_best(spec, metrics)
         of = {metric.name: metric.value for metric in metrics}
         self.by = f"{self.mode} {self.metric}" + (f" ({of[self.metric]})" if of.get(self.metric, ACCURACY) != ACCURACY
                                                   else "")  # fmt: skip
+        self._patience = patience
         self.value: float | None = None
         self.since = 0
         self._last: dict[str, float | None] = {}
@@ -59,6 +60,17 @@ class BestEvaluation:
             self.value, self.since = row[EVAL + self.metric], 0
         else:
             self.since += 1
+
+    @property
+    def waited_enough(self) -> bool:
+        """Whether nothing better is to be expected."""
+        return self._patience is not None and self.since >= self._patience
+
+    def tell(self) -> None:
+        """Tell that the run has ended for this, if it has."""
+        if self.waited_enough:
+            LOGGER.info("ended by train.patience: %d evaluations were no better than the best one, %s %s",
+                        self.since, self.by, self.value)  # fmt: skip
 
     def summary(self) -> dict[str, float | None]:
         """Return the last figures and the best value."""

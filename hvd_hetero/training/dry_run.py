@@ -8,12 +8,9 @@ model, loss and metric, and the random generators.
 from __future__ import annotations
 
 import inspect
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,7 +21,7 @@ from hvd_hetero import algorithms, data
 from hvd_hetero.checkpoint import CheckpointError, join, split
 from hvd_hetero.cluster.hardware import autocast_type, local_facts
 from hvd_hetero.comm.kv_store import job_env
-from hvd_hetero.config.instantiate import Place, cause
+from hvd_hetero.config.instantiate import cause
 from hvd_hetero.config.load import device_classes
 from hvd_hetero.config.schema import AUTO, AggregationConfig, Config
 from hvd_hetero.data import Batch, Dataset

@@ -21,6 +21,7 @@ from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import Recorder
 from hvd_hetero.training.checkpointer import Saver
+from hvd_hetero.training.evaluation import EVAL
 from hvd_hetero.training.run_records import write_trace
 from hvd_hetero.training.startup import Job
 from hvd_hetero.worker.epoch import Epoch, Segment
@@ -133,8 +134,8 @@ class LiveStatus:
 
     def end_epoch(self, row: Mapping[str, Any]) -> None:
         """Take in a row of ``metrics.jsonl``."""
-        names = ("train_loss", "eval_loss", "eval_accuracy", "eval_metric", "samples_per_sec")
-        self._content |= {name: row[name] for name in names if name in row} | self._place()
+        told = {name: row[name] for name in row if name in ("train_loss", "samples_per_sec") or name.startswith(EVAL)}
+        self._content |= told | self._place()
         live = self._content["classes"]
         self._content["classes"] = {
             name: {**known, "steps_per_sec": live[name].get("steps_per_sec"),

@@ -18,7 +18,6 @@ from hvd_hetero.checkpoint.export import AVERAGED, FOLDER, MODEL, save_model
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.data import read
 from hvd_hetero.errors import Stopped
-from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.injected_delays import delays
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.sampling import Sampler
@@ -32,8 +31,7 @@ from hvd_hetero.telemetry.run_status import EVALUATING, FAILED, FINISHED, STOPPE
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import Recorder
-from hvd_hetero.training.best import AVERAGED as OF_AVERAGE
-from hvd_hetero.training.best import EVAL, BestEvaluation
+from hvd_hetero.training.best import BestEvaluation
 from hvd_hetero.training.checkpointer import Saver, SyncDecision
 from hvd_hetero.training.epoch import RoundSpans, gather_figures, say_taus
 from hvd_hetero.training.evaluation import evaluate
@@ -90,7 +88,7 @@ class Trainer:
         self.begin, config = time.perf_counter(), self.config
         self.comm.broadcast_state(self.worker.state)
         state, reshaped = None, False
-        self.best = BestEvaluation(config.eval.best, self.job.components.metrics)
+        self.best = BestEvaluation(config.eval.best, self.job.components.metrics, config.train.patience)
         self.saver: Saver | None = None
         if self.run_dir is not None:
             quiesces = self.algorithm.policy.needs_quiesce
@@ -157,9 +155,7 @@ class Trainer:
         if self.folder is None or self.progress is None:
             return None
         self.progress.close()
-        if self.out_of_patience:
-            LOGGER.info("ended by train.patience: %d evaluations were no better than the best one, %s %s",
-                        self.best.since, self.best.by, self.best.value)  # fmt: skip
+        self.best.tell()
         self._export(MODEL)
         cluster, path = self.job.cluster, comm.path
         classes = accounts.classes(self.plan)
@@ -175,7 +171,7 @@ class Trainer:
     def _begin_epoch(self) -> Epoch | None:
         """Deal the next epoch, if there is one."""
         rounds = next_rounds(self.config.train, self.plan, self.accounts.done)
-        if rounds == 0 or self.out_of_patience:
+        if rounds == 0 or self.best.waited_enough:
             return None
         part = replace(self.plan, rounds=rounds)
         self.watch.skip()
@@ -283,10 +279,7 @@ class Trainer:
             row["partial"] = accounts.partial.enter(comm.gather(counts, "epoch.counts"))
         if accounts.epochs % config.eval.every_epochs == 0 or self.over:
             self.status.enter(EVALUATING)
-            row |= evaluate(comm, worker, self.test, self.plan, config.eval, EVAL)
-            if self.averaged is not None:
-                with self.averaged.in_place(comm):
-                    row |= evaluate(comm, worker, self.test, self.plan, config.eval, OF_AVERAGE)
+            row |= evaluate(comm, worker, self.test, self.plan, config.eval, self.averaged)
             self.best.enter(row)
         if self.folder is not None and self.progress is not None:
             self.folder.row(row)
@@ -378,14 +371,8 @@ class Trainer:
     @property
     def over(self) -> bool:
         """Whether the run has come to its end, between two epochs."""
-        ends = self.out_of_patience or next_rounds(self.config.train, self.plan, self.accounts.done) == 0
-        return self.epoch is None and ends
-
-    @property
-    def out_of_patience(self) -> bool:
-        """Whether as many evaluations as are to be waited for were no better than the best one."""
-        patience = self.config.train.patience
-        return patience is not None and self.best.since >= patience
+        nothing_left = next_rounds(self.config.train, self.plan, self.accounts.done) == 0
+        return self.epoch is None and (nothing_left or self.best.waited_enough)
 
     def close(self) -> None:
         """Leaves the job together with all other ranks."""

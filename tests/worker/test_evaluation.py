@@ -45,7 +45,7 @@ def evaluated(metrics: Any, targets: Tensor, loss: Any = None) -> dict[str, floa
     cluster = assign(device_classes({"a": {"ranks": [0]}}), [RankFacts(0, "here", 0, (), "cpu", (0,))])
     plan = make_plan(cluster, 10, {"a": 1}, {"a": 2})
     test = TensorSource(torch.randn(len(targets), 4, generator=torch.Generator().manual_seed(1)), targets)
-    return evaluate(Alone(), worker, test, plan, EvalConfig(batch_size=3), "eval_")  # type: ignore[arg-type]
+    return evaluate(Alone(), worker, test, plan, EvalConfig(batch_size=3))  # type: ignore[arg-type]
 
 
 def outputs_of(count: int) -> Tensor:

@@ -87,10 +87,10 @@ def text(found: RunStatus) -> str:
 
 
 def results(content: Mapping[str, Any]) -> dict[str, str]:
-    """Return the newest losses and the newest accuracy, as a person reads them."""
+    """Return the newest losses and the newest metrics, as a person reads them."""
     shown = {"training loss": or_dash(content["train_loss"])}
-    shown |= {"test loss": or_dash(content["eval_loss"])} if "eval_loss" in content else {}
-    shown |= {"metric": or_dash(content["eval_metric"])} if "eval_metric" in content else {}
+    shown |= {"test loss" if name == "eval_loss" else name.removeprefix("eval_"): or_dash(value)
+              for name, value in content.items() if name.startswith("eval_")}  # fmt: skip
     if (accuracy := content.get("eval_accuracy")) is not None:
         shown["accuracy"] = f"{100 * accuracy:.2f} %"
     return shown
