@@ -104,7 +104,7 @@ def test_a_folder_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_unknown_extra_and_unknown_cuda_mode(tmp_path: Path) -> None:
-    assert "there are dev, nlp, report" in setup_in(tmp_path, "--extra", "tests").stderr
+    assert "there are dev, metrics, nlp, report" in setup_in(tmp_path, "--extra", "tests").stderr
     assert "must be auto, on or off" in setup_in(tmp_path, HVD_HETERO_CUDA="yes").stderr
 
 
@@ -281,7 +281,8 @@ def test_every_requirement_has_an_upper_end() -> None:
     ("script", "setup", "program_name", "expected"),
     [
         ("quickstart", "scripts/setup", "hvd-hetero", f"launch {ROOT}/configs/default.yaml run.dir=x train.tau=2"),
-        ("test", "scripts/setup --extra dev --extra report --extra nlp", "python", "-m pytest run.dir=x train.tau=2"),
+        ("test", "scripts/setup --extra dev --extra report --extra nlp --extra metrics", "python",
+         "-m pytest run.dir=x train.tau=2"),
     ],
 )
 def test_commands_epoch_their_arguments_on(

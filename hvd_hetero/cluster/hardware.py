@@ -96,6 +96,21 @@ def has_bf16(device: str) -> bool:
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
 
 
+def autocast_type(wanted: str | None, device: str) -> Any:
+    """The type in which a device computes by ``train.autocast``; None: in that of the tensors.
+
+    Args:
+        wanted: bf16: bfloat16 where the device computes in it itself; fp16: float16 on GPUs; auto: the first of the two
+            that is possible; None: neither.
+        device: ``cpu`` or ``cuda:INDEX``.
+    """
+    import torch
+
+    if wanted in ("auto", "bf16") and has_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if wanted in ("auto", "fp16") and device != "cpu" else None
+
+
 def numa_nodes(system: Path = Path("/sys/devices/system/node")) -> dict[int, int]:
     """The NUMA node of each core; empty where the kernel tells of none."""
     nodes = {}

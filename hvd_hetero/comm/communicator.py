@@ -25,7 +25,7 @@ from hvd_hetero.comm.horovod_build import check_gpu_sums, check_mixed_hosts, sum
 from hvd_hetero.comm.kv_store import forget_addresses, job_env
 from hvd_hetero.comm.nonfinite import Exclusions
 from hvd_hetero.comm.paths import FLAT, paths_of
-from hvd_hetero.comm.tensor_slots import as_bytes
+from hvd_hetero.comm.tensor_slots import as_bytes, from_bytes
 from hvd_hetero.config.schema import AggregationConfig
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 
@@ -265,6 +265,24 @@ class Comm:
         own = torch.tensor(list(text.encode()), dtype=torch.uint8)
         sizes = [int(size) for size in self.gather(torch.tensor([len(own)]), f"{name}.sizes", ranks=ranks)]
         return [bytes(part.tolist()).decode() for part in self.gather(own, name, sizes, ranks)]
+
+    def gather_tensors(self, tensor: Tensor, name: str) -> list[Tensor]:
+        """Gives every rank the tensors of all ranks, by rank, of whatever shapes and types, on its tensor's device."""
+        kind = str(tensor.dtype).removeprefix("torch.")
+        kinds = self.gather_text(json.dumps([kind, list(tensor.shape)]), f"{name}.kinds")
+        told = [(getattr(torch, kind), shape) for kind, shape in map(json.loads, kinds)]
+        sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in told]
+        parts = self.gather(as_bytes(tensor).cpu(), name, sizes)
+        return [from_bytes(part, *of).to(tensor.device) for part, of in zip(parts, told, strict=True)]
+
+    def gather_bytes(self, content: bytes, name: str, root: int = 0) -> list[bytes]:
+        """Gives the root the bytes of all ranks, by rank, fewer than 2**31 of each; the others get nothing."""
+        sizes = [int(size) for size in self.gather(torch.tensor([len(content)]), f"{name}.sizes")]
+        counts = torch.zeros(self.size, dtype=torch.int32)
+        counts[root] = len(content)
+        own = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        whole = self.received(self.alltoall_async(own, counts, name))
+        return [part.numpy().tobytes() for part in whole.split(sizes)] if self.rank == root else []
 
     def sum_(self, tensor: Tensor, name: str, ranks: tuple[int, ...] | None = None) -> None:
         """Adds up a host tensor over all ranks, or those of one class, in place."""

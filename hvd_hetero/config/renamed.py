@@ -1,9 +1,9 @@
-"""Accept keys by their former names, for one release."""
+"""Accept keys by their former names, and former values, for one release."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -14,9 +14,15 @@ KEYS = {
     "train.epoch": "train.epoch_length",
     "eval.every_passes": "eval.every_epochs",
     "algorithm.least": "algorithm.min_local_batch",
+    "eval.metric": "eval.metrics",
 }
-VALUES = {"train.epoch": {"pass": "dataset"}}
-"""Former values, by former key."""
+VALUES: dict[str, Callable[[Any], Any]] = {
+    "train.epoch": lambda value: "dataset" if value == "pass" else value,
+    "eval.metric": lambda value: {} if value in (None, "none") else (
+        {"accuracy" if value == "accuracy" else "metric": value}),
+    "train.autocast": lambda value: None if value is False or value == "false" else value,
+}
+"""Today's values, of former ones, by the key that they were given for."""
 
 
 class RenamedKeyWarning(FutureWarning):
@@ -24,12 +30,14 @@ class RenamedKeyWarning(FutureWarning):
 
 
 def pairs_renamed(pairs: Iterable[tuple[str, Any]], found: set[str]) -> list[tuple[str, Any]]:
-    """Return dotted keys and values under today's names; the former names that were used are added to ``found``."""
+    """Return dotted keys and values as they are today; what was said otherwise is added to ``found``."""
     renamed = []
-    for key, value in pairs:
+    for key, former in pairs:
+        value = VALUES[key](former) if key in VALUES else former
         if key in KEYS:
-            found.add(key)
-            value = VALUES.get(key, {}).get(value, value) if isinstance(value, str) else value
+            found.add(f"{key} is now {KEYS[key]}")
+        elif value is not former:
+            found.add(f"{key}={former} is now {key}={value}")
         renamed.append((KEYS.get(key, key), value))
     return renamed
 
@@ -54,11 +62,11 @@ def layer_renamed(layer: Mapping[str, Any], found: set[str]) -> dict[str, Any]:
 
 
 def warn_of(found: set[str]) -> None:
-    """Warn, once in a process, of the former names that were used."""
+    """Warn, once in a process, of what was said by former names and values."""
     if found:
-        _warn(", ".join(f"{key} is now {KEYS[key]}" for key in sorted(found)))
+        _warn(", ".join(sorted(found)))
 
 
 @cache  # Python's own "once" starts anew with each block that changes filters
 def _warn(said: str) -> None:
-    warnings.warn(f"{said}: the former name is accepted for one release", RenamedKeyWarning, stacklevel=3)
+    warnings.warn(f"{said}: the former one is accepted for one release", RenamedKeyWarning, stacklevel=3)

@@ -113,6 +113,7 @@ class TrainConfig:
     max_fast_steps: Optional[int] = _key(None, LENGTH, at_least=1)  # noqa: UP045
     max_samples: Optional[int] = _key(None, LENGTH, at_least=1)  # noqa: UP045
     max_train_sec: Optional[float] = _key(None, LENGTH, above=0)  # noqa: UP045
+    patience: Optional[int] = _key(None, LENGTH, at_least=1)  # noqa: UP045
     epoch_length: str = _key("dataset", choices=("dataset", "fast_steps"))
     tau: Any = AUTO
     tau_overhead: float = _key(0.02, above=0, at_most=1)
@@ -129,7 +130,7 @@ class TrainConfig:
     scheduler_unit: str = _key("epoch", choices=("epoch", "round"))
     warmup_rounds: int = _key(0, at_least=0)
     clip_norm: Optional[float] = _key(None, above=0)  # noqa: UP045
-    autocast: Any = False
+    autocast: Optional[str] = _key(None, choices=(AUTO, "bf16", "fp16"))  # noqa: UP045
     matmul_precision: str = _key("highest", choices=("highest", "high", "medium"))
     channels_last: bool = False
     compile: Optional[str] = _key(None, FIGURES, choices=("default", "reduce-overhead", "max-autotune"))  # noqa: UP045
@@ -205,7 +206,8 @@ class DelaysConfig:
 class EvalConfig:
     every_epochs: int = _key(1, FIGURES, at_least=1)
     batch_size: int = _key(256, FIGURES, at_least=1)
-    metric: str = _key("accuracy", FIGURES)
+    metrics: dict[str, Any] = _key({"accuracy": "accuracy"}, FIGURES)
+    best: Any = _key(None, FIGURES)
     average: str = _key("none", FIGURES, choices=("none", "ema", "lawa"))
     half_life: Optional[float] = _key(None, FIGURES, above=0)  # noqa: UP045
     last: int = _key(5, FIGURES, at_least=1)

@@ -66,8 +66,6 @@ def check_together(config: Config) -> None:
             check_integer(f"train.{key}.{name}" if name is not None else f"train.{key}", number, 1, word)
     if (train.epochs, train.max_fast_steps, train.max_samples, train.max_train_sec) == (None,) * 4:
         raise ConfigError("train.epochs", None, "nothing says when the run ends", "set it, or one of train.max_*")
-    if train.autocast not in (False, "bf16"):
-        raise ConfigError("train.autocast", train.autocast, "is not known", "give false or bf16")
     if train.scheduler is None and train.scheduler_args:
         problem = "are arguments of no scheduler, train.scheduler is null"
         raise ConfigError("train.scheduler_args", train.scheduler_args, problem, "set train.scheduler, or leave them")

@@ -28,7 +28,7 @@ class Progress:
             from tqdm import tqdm
 
             # The figures are what one looks at; the bar takes what is left of a narrow terminal.
-            form = "epoch {n_fmt}/{total_fmt} |{bar:8}| {remaining} left{postfix}"
+            form = "epoch {n_fmt}/{total_fmt} |{bar:8}| {desc}{postfix}"
             self._bar = tqdm(
                 total=epochs, initial=done, bar_format=form, ncols=columns, file=stream, leave=True, mininterval=0
             )
@@ -39,22 +39,35 @@ class Progress:
         figures = {
             "round": str(row["round"]),
             "loss": _short(row["train_loss"]),
-            "acc": _percent(row.get("eval_accuracy")),
+            **{"acc" if name == "eval_accuracy" else name.removeprefix("eval_"):
+               _percent(value) if name == "eval_accuracy" else _short(value)
+               for name, value in row.items() if name.startswith("eval_") and name != "eval_loss"},
             "samples/s": _short(row["samples_per_sec"]),
             f"{fastest} blocked": _percent(row["blocked_fraction"][fastest]),
+            "GB": " ".join(f"{name} {size / 1e9:.3g}" for name, size in row["memory_bytes"].items()),
         }
+        left = "" if row["left_sec"] is None else f"{span(row['left_sec'])} left"
         if self._bar is not None:
+            self._bar.set_description_str(left, refresh=False)
             self._bar.set_postfix(figures, refresh=False)
             self._bar.update(1)
         elif done == self._epochs or time.monotonic() - self._last_line >= self.LINE_SEC:
             self._last_line = time.monotonic()
-            text = "  ".join(f"{name} {value}" for name, value in figures.items())
+            text = "  ".join(filter(None, [left, *(f"{name} {value}" for name, value in figures.items())]))
             total = "" if self._epochs is None else f"/{self._epochs}"
             print(f"epoch {done}{total}  {text}", file=self._stream, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def span(seconds: float) -> str:
+    """Return a time as a person says it."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def _short(value: float | None) -> str:

@@ -13,6 +13,9 @@ from hvd_hetero.telemetry.emulation import emulation_reasons
 from hvd_hetero.telemetry.staleness import PartialAccounts
 from hvd_hetero.telemetry.stopwatch import KINDS, split_waiting
 
+ADDED = ("excluded", "sent", "dropped")
+"""Counts of an epoch; others are of the run so far."""
+
 
 class Accounts:
     """Adds up, over epochs, where every rank's time went and what every class did.
@@ -31,8 +34,8 @@ class Accounts:
         self.steps = [0] * cluster.size
         self.samples = [0] * cluster.size
         self.excluded = [0] * cluster.size
-        self.sent = [0] * cluster.size
-        self.dropped = [0] * cluster.size
+        self.sent, self.dropped = [0] * cluster.size, [0] * cluster.size
+        self.overflows, self.memory = [0] * cluster.size, [0] * cluster.size
         self.rounds = 0
         self.epochs = 0
         self.partial = PartialAccounts()
@@ -45,9 +48,7 @@ class Accounts:
         steps: Sequence[int],
         kinds: Sequence[Mapping[str, float]],
         collectives: Sequence[Sequence[float]],
-        excluded: Sequence[int] = (),
-        sent: Sequence[int] = (),
-        dropped: Sequence[int] = (),
+        counts: Mapping[str, Sequence[int]] | None = None,
     ) -> float:
         """Enters one epoch; returns its seconds.
 
@@ -56,9 +57,9 @@ class Accounts:
             steps: local steps, by rank.
             kinds: seconds of each kind, by rank.
             collectives: durations ``[ranks][collectives]`` in the order in which ranks met in them, NaN: not in it.
-            excluded: contributions that were, because a rank's values were non-finite, by rank.
-            sent: bytes given to sums and averages, by rank.
-            dropped: samples that ranks left out of their steps.
+            counts: of the epoch, by rank: ``sent``, bytes given to sums and averages; ``dropped``, samples left out
+                of steps; ``excluded``, contributions that were, because a rank's values were non-finite. Of the run so far:
+                ``overflows`` of gradients in float16; ``memory``, the most bytes.
         """
         blocked, comm = split_waiting(collectives)
         for rank, mine in enumerate(plan.by_rank()):
@@ -67,15 +68,15 @@ class Accounts:
                 self.seconds[rank][kind] += kinds[rank][kind] + together.get(kind, 0.0)
             self.steps[rank] += steps[rank]
             self.samples[rank] += steps[rank] * mine.batch_size
-        for own, new in ((self.excluded, excluded), (self.sent, sent), (self.dropped, dropped)):
-            for rank, number in enumerate(new):
-                own[rank] += number
+        for name, numbers in (counts or {}).items():
+            before = getattr(self, name) if name in ADDED else [0] * len(numbers)
+            setattr(self, name, [a + b for a, b in zip(before, numbers, strict=True)])
         self.rounds += rounds
         self.epochs += 1
         return sum(kinds[0].values()) + blocked[0] + comm[0]
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("seconds", "steps", "samples", "excluded", "sent", "dropped", "rounds", "epochs")
+        names = ("seconds", "steps", "samples", "excluded", "sent", "dropped", "overflows", "rounds", "epochs")
         counts = {name: getattr(self, name) for name in names}
         return {**counts, "partial": self.partial.state_dict(), "earlier": asdict(self.earlier),
                 "emulation": list(self.emulation)}  # fmt: skip
@@ -83,8 +84,8 @@ class Accounts:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.seconds = [dict(mine) for mine in state["seconds"]]
         self.steps, self.samples = list(state["steps"]), list(state["samples"])
-        self.excluded = list(state["excluded"])
-        self.sent, self.dropped = list(state.get("sent", self.sent)), list(state.get("dropped", self.dropped))
+        self.excluded, self.overflows = list(state["excluded"]), list(state["overflows"])
+        self.sent, self.dropped = list(state["sent"]), list(state["dropped"])
         self.rounds, self.epochs = state["rounds"], state["epochs"]
         self.partial.load_state_dict(state["partial"])
         self.earlier = RunProgress(**state["earlier"])
@@ -124,7 +125,9 @@ class Accounts:
             "tau": {c.name: c.tau for c in plan.classes},
             "batch_size": {c.name: c.batch_size for c in plan.classes},
             "blocked_fraction": self.blocked_fractions(),
-            "excluded": self.left_out_of(),
+            "excluded": self.by_class(self.excluded),
+            "overflows": self.by_class(self.overflows),
+            "memory_bytes": {c.name: max(self.memory[r] for r in c.ranks) for c in self._cluster.classes},
             "emulation": list(self.emulation),
         }
 
@@ -132,9 +135,9 @@ class Accounts:
         """By class, the share of its time that its ranks waited for others."""
         return {c.name: _share(self._times(c.ranks), "blocked") for c in self._cluster.classes}
 
-    def left_out_of(self) -> dict[str, int]:
-        """By class, how many contributions of its ranks were left out, because their values were non-finite."""
-        return {c.name: sum(self.excluded[r] for r in c.ranks) for c in self._cluster.classes}
+    def by_class(self, counts: Sequence[int]) -> dict[str, int]:
+        """Counts by rank, added up by class."""
+        return {c.name: sum(counts[r] for r in c.ranks) for c in self._cluster.classes}
 
     def classes(self, plan: Plan) -> list[dict[str, Any]]:
         """The ``classes`` of summary.json; seconds are means over a class's ranks, steps and samples sums."""
@@ -155,8 +158,9 @@ class Accounts:
                     "step_sec": busy / steps if steps else None,
                     "steps": steps,
                     "samples": sum(self.samples[r] for r in item.ranks),
-                    "excluded": self.left_out_of()[item.name],
-                    "dropped": sum(self.dropped[r] for r in item.ranks),
+                    "excluded": self.by_class(self.excluded)[item.name],
+                    "dropped": self.by_class(self.dropped)[item.name],
+                    "overflows": self.by_class(self.overflows)[item.name],
                     "sent_bytes": sum(self.sent[r] for r in item.ranks) / len(item.ranks),
                     "time_sec": times,
                     "blocked_fraction": _share(times, "blocked"),

@@ -62,6 +62,7 @@ def train(
     loss: PerSample | None = None,
     optimizer: MakeOptimizer | None = None,
     scheduler: MakeScheduler | None = None,
+    metrics: Mapping[str, Any] | None = None,
     metric: PerSample | None = None,
 ) -> dict[str, Any] | None:
     """Trains one model on all ranks of the job; every rank calls it.
@@ -78,7 +79,9 @@ def train(
         loss: ``loss(outputs, targets) -> [B]``, or that and weights ``[B]``, see :mod:`hvd_hetero.worker.losses`.
         optimizer: ``optimizer(parameters)`` makes a torch optimizer, or ``optimizer(named_parameters)`` of pairs (name,
             parameter); ``scheduler(optimizer)`` a scheduler.
-        metric: ``metric(outputs, targets)``, as the loss.
+        metrics: by name, functions of (outputs, targets) as the loss, metrics of torchmetrics, or a mapping such as
+            ``{"target": function, "over": "dataset"}``, see :func:`hvd_hetero.worker.metrics.read_metrics`.
+        metric: the former way to give one, which is called ``metric`` then.
 
     Returns:
         The content of ``summary.json`` on rank 0, None on the others.
@@ -90,7 +93,10 @@ def train(
         NonFiniteError: no rank's numbers are good any more; with more than one rank, the job ends with status 6
         instead.
     """
-    given = UserObjects(model, train_data, test_data, loss, optimizer, scheduler, metric)
+    if metric is not None:
+        warnings.warn("train(metric=...) is now train(metrics={name: ...})", RenamedKeyWarning, stacklevel=2)
+        metrics = {"metric": metric, **(metrics or {})}
+    given = UserObjects(model, train_data, test_data, loss, optimizer, scheduler, metrics)
 
     def prepare() -> tuple[Config, Components]:
         loaded = load(config, overrides, algorithms.method)

@@ -68,12 +68,16 @@ class Saver:
     Args:
         run_dir: on rank 0, which tells the others.
         needs_quiesce: whether the method has to come to rest before all ranks can meet.
+        best_by: what evaluations are compared by.
 
     Attributes:
         saved_round: that is on the disk, or is gone on from; ``saved_at``, when that was, by this process's clock.
     """
 
-    def __init__(self, run_dir: str | Path, config: Config, env: JobEnv, comm: Comm, needs_quiesce: bool) -> None:
+    def __init__(
+        self, run_dir: str | Path, config: Config, env: JobEnv, comm: Comm, needs_quiesce: bool, best_by: str = ""
+    ) -> None:
+        self._best_by = best_by
         self._config, self._spec, self._env, self._comm = config, config.checkpoint, env, comm
         self._made_with = made_with(config)
         self._segment_sec, self._segment = DRAINING if needs_quiesce else LOCKSTEP
@@ -123,12 +127,9 @@ class Saver:
             state = saved.load(0 if reshaped else self._comm.rank)
             if reshaped:  # rank 0 may have had no part in the training
                 state["worker"] = saved.load(min(Plan.from_dict(state["plan"]).training[0].ranks))["worker"]
-            metric = saved.meta.made_with.get("eval.metric", self._config.eval.metric)
-            if metric != self._config.eval.metric:
-                state["best"]["best_accuracy"] = None
             if self._comm.rank == 0:
                 self._store.rewind(number)
-                self._best = self._store.best_value(self._config.eval.metric)
+                self._best = self._store.best_value(self._best_by)
         except CheckpointError as error:
             problem = f"rank {self._comm.rank}: {error}"
             print(f"hvd-hetero: error: {problem}", file=sys.stderr, flush=True)
@@ -194,7 +195,7 @@ class Saver:
             with suppress(OSError):
                 (self._run_dir / SAVE).unlink()
         if number > self.saved_round:  # one that could not be saved is tried again, where the job ends
-            best = Best(value, self._config.eval.metric) if value is not None and self._is_best(value) else None
+            best = Best(value, self._best_by) if value is not None and self._is_best(value) else None
             self._write = Write(self._store, self._env, number, epochs, self._made_with,
                                 state if wait else lambda: copied(state()), best)
             self._tried_at, self._tried = time.monotonic(), number

@@ -8,12 +8,9 @@ model, loss and metric, and the random generators.
 from __future__ import annotations
 
 import inspect
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,9 +19,9 @@ from torch import Tensor, nn
 
 from hvd_hetero import algorithms, data
 from hvd_hetero.checkpoint import CheckpointError, join, split
-from hvd_hetero.cluster.hardware import has_bf16, local_facts
+from hvd_hetero.cluster.hardware import autocast_type, local_facts
 from hvd_hetero.comm.kv_store import job_env
-from hvd_hetero.config.instantiate import Place, cause
+from hvd_hetero.config.instantiate import cause
 from hvd_hetero.config.load import device_classes
 from hvd_hetero.config.schema import AUTO, AggregationConfig, Config
 from hvd_hetero.data import Batch, Dataset
@@ -36,20 +33,21 @@ from hvd_hetero.random_state import RandomState
 from hvd_hetero.worker import components
 from hvd_hetero.worker.components import Components, Origins, UserObjects, as_user_error, first_samples
 from hvd_hetero.worker.extra_state import load_extra_state
-from hvd_hetero.worker.loss_checks import Batched, try_loss, try_metric
+from hvd_hetero.worker.loss_checks import Batched, closely, try_loss
 from hvd_hetero.worker.losses import IGNORED, Numbers
+from hvd_hetero.worker.metrics import SampleMean
 from hvd_hetero.worker.modes import has_modes, warn_of_evaluation_mode
 from hvd_hetero.worker.own_attributes import attributes_of, warn_of_changes
 from hvd_hetero.worker.snapshot import snapshot
+from hvd_hetero.worker.watched_backward import counted, forward_places
 from hvd_hetero.worker.worker import Worker
 
 T = TypeVar("T")
-SAMPLES = 2
+SAMPLES, SPREAD = 2, 64
 CUT = 7
 """Samples of a batch that is cut on trial: fewer may be as many as a batch has parts."""
 MOST_EPOCHS = 1000
 """So many steps of a scheduler are tried out."""
-FRAME = re.compile(r'File "(.+?)", line ([0-9]+)')
 SMALL = 10_000_000
 """Parameters. Models that have no more take a second step: what a module has kept of the first may be in its way."""
 
@@ -125,7 +123,7 @@ class _DryRun:
     def forgotten(self, call: Callable[[], T]) -> T:
         """Call something, and put back whatever it has changed."""
         parts, before = self._parts, RandomState.capture(self._device)
-        put_back = snapshot(parts.model, parts.loss, parts.metric, parts.optimizer, parts.scheduler)
+        put_back = snapshot(parts.model, parts.loss, parts.metrics, parts.optimizer, parts.scheduler)
         try:
             with warnings.catch_warnings(record=True) as heard:
                 result = call()
@@ -148,6 +146,7 @@ class _DryRun:
         _check_classes(self._parts.dataset, self._outputs, self._config, self._given, self._origins)
         self._read("test")
         self._evaluate(worker)
+        self._metrics(worker)
         self._read()
         before = attributes_of(worker.model)
         for _ in range(2 if sum(p.numel() for p in worker.model.parameters()) <= SMALL else 1):
@@ -197,9 +196,9 @@ class _DryRun:
         with as_user_error(*self._origins.model, what, remedy):
             worker = Worker(
                 parts.model, self._loss, self._make_optimizer, self._make_scheduler if parts.scheduler else None,
-                device=self._device, metric=self._metric if parts.metric else None, seed=self._config.run.seed,
-                clip_norm=train.clip_norm, autocast=train.autocast == "bf16" and has_bf16(self._device),
-                channels_last=train.channels_last,
+                device=self._device, seed=self._config.run.seed, clip_norm=train.clip_norm,
+                autocast=autocast_type(train.autocast, self._device), channels_last=train.channels_last,
+                metrics=[closely(metric, self._batched) for metric in parts.metrics],
             )  # fmt: skip
         if self._method.flat_gradients:
             worker.flat_gradients()
@@ -243,8 +242,21 @@ class _DryRun:
         with as_user_error(*self._origins.model, what, "make model and data fit together"):
             worker.evaluate(_OneBatch(self._batch), np.arange(self._count), self._count)
 
+    def _metrics(self, worker: Worker) -> None:
+        """Compute the metrics of the whole test set, of samples from all over it: it may be sorted by classes."""
+        loss, *others = worker.measures
+        worker.measures = [loss, *(metric for metric in others if not isinstance(metric, SampleMean))]
+        if len(worker.measures) == 1:
+            return
+        source = self._parts.dataset.test.to(self._device)
+        self._count = len(rows := np.unique(np.linspace(0, len(source) - 1, SPREAD).astype(int)))
+        with as_user_error(*self._origins.model, f"fails on {self._count} test samples", "make it fit the data"):
+            worker.evaluate(source, rows, self._count)
+        for metric in worker.measures[1:]:
+            metric.figures()
+
     def _step(self, worker: Worker) -> None:
-        with _counted(worker.model) as times:
+        with counted(worker.model) as times:
             self._gradient(worker)
         self._check_gradients(worker.model, times)
         with as_user_error(*self._origins.optimizer, "fails in a step", "choose one that steps along a gradient"):
@@ -257,7 +269,7 @@ class _DryRun:
         except UserError:
             raise
         except Exception as error:
-            made = _forward_places(lambda: worker.gradient(*self._batch))
+            made = forward_places(lambda: worker.gradient(*self._batch))
             problem = f"the model fails on {self._told(training=True)}: {cause(error, made)}"
             raise ConfigError(*self._origins.model, problem, "make model and data fit together") from error
 
@@ -326,41 +338,10 @@ class _DryRun:
             raise ConfigError(*key, problem, "compute it from the outputs, with functions of torch")
         return losses, weights
 
-    def _metric(self, outputs: Any, targets: Any) -> Numbers:
-        assert self._parts.metric is not None
-        with as_user_error(*self._origins.metric, "fails on this model's outputs", "set eval.metric=none or another"):
-            return try_metric(*self._origins.metric, self._parts.metric, self._batched(targets))
-
     def _batched(self, targets: Any) -> Batched:
         sizes = self._config.train.batch_size
         batch = max(_listed(sizes))
         return Batched(self._outputs, targets, self._count, batch)
-
-
-@contextmanager
-def _counted(model: nn.Module) -> Iterator[dict[str, int]]:
-    """Count how often a backward pass adds to the gradient of each parameter, by name."""
-    times: dict[str, int] = {}
-
-    def count(name: str, param: Tensor) -> None:
-        times[name] = times.get(name, 0) + 1
-
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hooks = [p.register_post_accumulate_grad_hook(partial(count, name)) for name, p in trained]
-    try:
-        yield times
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _forward_places(step: Callable[[], Any]) -> list[Place]:
-    """Return the lines that made what a backward pass fails on: its own traceback ends in torch."""
-    with warnings.catch_warnings(record=True) as heard, suppress(Exception):
-        warnings.simplefilter("always")
-        with torch.autograd.detect_anomaly(check_nan=False):
-            step()
-    return [(file, int(line)) for said in heard for file, line in FRAME.findall(str(said.message))]
 
 
 class _OneBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,26 +30,27 @@ class EpochFigures:
 
 def gather_figures(
     comm: Comm, watch: Stopwatch, accounts: Accounts, epoch: Epoch, losses: torch.Tensor, weights: torch.Tensor,
-    step_sec: float, excluded: int, sent: int, dropped: int,
+    step_sec: float, counts: Mapping[str, int],
 ) -> EpochFigures:  # fmt: skip
     """Gathers what all ranks did in an epoch and where their time went, and enters it into the accounts.
 
     Args:
         losses: of this rank, with their ``weights``.
-        step_sec: seconds of one of its steps, and ``excluded``, rounds it was left out of; ``sent``, bytes that it gave
-            to sums and averages; ``dropped``, samples that it left out of its steps.
+        step_sec: seconds of one of its steps.
+        counts: of this rank, see :meth:`~hvd_hetero.telemetry.time_accounts.Accounts.enter`; the same names on all.
     """
     kinds, collectives = watch.take()
     sums = weighted_sums(losses.double(), weights.double()).tolist()
-    figures = [*(kinds[kind] for kind in KINDS), *sums, epoch.steps, step_sec, excluded, sent, dropped, *collectives]
+    figures = [*(kinds[kind] for kind in KINDS), *sums, epoch.steps, step_sec, *counts.values(), *collectives]
     rows = [row.tolist() for row in comm.gather(torch.tensor(figures, dtype=torch.float64), "epoch.times")]
     count = len(KINDS)
     loss = mean(sum(row[count] for row in rows), sum(row[count + 1] for row in rows))
     steps = [int(row[count + 2]) for row in rows]
     spent = [dict(zip(KINDS, row, strict=False)) for row in rows]
     before = accounts.samples_seen
-    seconds = accounts.enter(epoch.plan, epoch.progress.averages, steps, spent, [row[count + 7 :] for row in rows],
-                             *([int(row[count + i]) for row in rows] for i in (4, 5, 6)))
+    counted = {name: [int(row[count + 4 + i]) for row in rows] for i, name in enumerate(counts)}
+    seconds = accounts.enter(epoch.plan, epoch.progress.averages, steps, spent,
+                             [row[count + 4 + len(counts) :] for row in rows], counted)  # fmt: skip
     samples = accounts.samples_seen - before
     return EpochFigures(seconds, samples, loss, [row[count + 3] for row in rows])
 

@@ -8,17 +8,35 @@ from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.config.schema import EvalConfig
 from hvd_hetero.data import Source
 from hvd_hetero.planning.plan import Plan, apportion
-from hvd_hetero.worker.factories import is_accuracy
-from hvd_hetero.worker.losses import mean
+from hvd_hetero.training.iterate_average import IterateAverage
 from hvd_hetero.worker.worker import Worker
 
+EVAL, AVERAGED = "eval_", "averaged_"
+"""What the names of figures begin with: of the model, and of an average of models."""
 
-def evaluate(comm: Comm, worker: Worker, test: Source, plan: Plan, spec: EvalConfig) -> dict[str, float | None]:
-    """Loss and metric on the test set; every rank does a part in proportion to its speed, so that all end together."""
+
+def evaluate(
+    comm: Comm, worker: Worker, test: Source, plan: Plan, spec: EvalConfig, averaged: IterateAverage | None = None
+) -> dict[str, float]:
+    """Loss and metrics on the test set; every rank does a part in proportion to its speed, so that all end together.
+
+    Args:
+        averaged: an average of models, to be evaluated too.
+
+    Returns:
+        The figures by name; the same on all ranks.
+    """
     counts = apportion(len(test), [c.speed for c in plan.by_rank()])
     start = sum(counts[: comm.rank])
-    mine = worker.evaluate(test, np.arange(start, start + counts[comm.rank]), spec.batch_size)
-    sums = comm.sum(mine.tolist(), "evaluation")
-    name = "eval_accuracy" if is_accuracy(worker.metric) else "eval_metric"
-    figures: dict[str, float | None] = {"eval_loss": mean(*sums[:2])}
-    return figures | ({} if worker.metric is None else {name: mean(*sums[2:])})
+    mine, root = np.arange(start, start + counts[comm.rank]), next(rank for rank, count in enumerate(counts) if count)
+
+    def figures(prefix: str) -> dict[str, float]:
+        worker.evaluate(test, mine, spec.batch_size)
+        found = [metric.figures(comm, root) for metric in worker.measures]
+        return {prefix + name: value for one in found for name, value in one.items()}
+
+    result = figures(EVAL)
+    if averaged is not None:
+        with averaged.in_place(comm):
+            result |= figures(AVERAGED)
+    return result

@@ -18,8 +18,8 @@ from hvd_hetero.config.schema import COURSE, FIGURES, Config
 from hvd_hetero.errors import ConfigError, Plain
 
 PACKAGE = Path(hvd_hetero.__file__).parent
-TARGETS = ("data.target", "model.target", "train.loss", "train.optimizer", "train.scheduler", "eval.metric")
-"""Settings that may name a function of the user's own, ``package.module:function``."""
+TARGETS = ("data.target", "model.target", "train.loss", "train.optimizer", "train.scheduler")
+"""Settings that may name a function of the user's own, ``package.module:function``; those of eval.metrics do so too."""
 
 
 MODEL = "tensors of the model's"
@@ -55,11 +55,12 @@ def shapes(model: nn.Module) -> dict[str, str]:
 
 def sources(config: Config) -> dict[str, str]:
     """Hashes of the files of the user's modules that settings name, by what they are called."""
-    found = {}
-    for key in TARGETS:
-        section, name = key.split(".")
-        target = getattr(getattr(config, section), name)
-        module = sys.modules.get(target.partition(":")[0]) if target is not None and ":" in target else None
+    found, settings = {}, config.settings(FIGURES)
+    targets = {key: settings[key] for key in TARGETS}
+    for name, entry in config.eval.metrics.items():
+        targets[f"eval.metrics.{name}"] = entry.get("target") if isinstance(entry, Mapping) else entry
+    for key, target in targets.items():
+        module = sys.modules.get(target.partition(":")[0]) if isinstance(target, str) and ":" in target else None
         file = None if module is None else getattr(module, "__file__", None)
         if file is not None:
             found[f"source of {key}={target}"] = digest_of(Path(file).parent, [Path(file)])

@@ -21,6 +21,7 @@ from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import Recorder
 from hvd_hetero.training.checkpointer import Saver
+from hvd_hetero.training.evaluation import EVAL
 from hvd_hetero.training.run_records import write_trace
 from hvd_hetero.training.startup import Job
 from hvd_hetero.worker.epoch import Epoch, Segment
@@ -133,8 +134,8 @@ class LiveStatus:
 
     def end_epoch(self, row: Mapping[str, Any]) -> None:
         """Take in a row of ``metrics.jsonl``."""
-        names = ("train_loss", "eval_loss", "eval_accuracy", "eval_metric", "samples_per_sec")
-        self._content |= {name: row[name] for name in names if name in row} | self._place()
+        told = {name: row[name] for name in row if name in ("train_loss", "samples_per_sec") or name.startswith(EVAL)}
+        self._content |= told | self._place()
         live = self._content["classes"]
         self._content["classes"] = {
             name: {**known, "steps_per_sec": live[name].get("steps_per_sec"),
@@ -144,7 +145,7 @@ class LiveStatus:
 
     def _classes(self) -> dict[str, dict[str, Any]]:
         run = self._run
-        excluded = run.accounts.left_out_of()
+        excluded = run.accounts.by_class(run.accounts.excluded)
         return {c.name: {"ranks": list(c.ranks), "tau": c.tau, "batch_size": c.batch_size, "excluded": excluded[c.name],
                          "excluded_in_epoch": 0} for c in run.plan.classes}  # fmt: skip
 
@@ -156,8 +157,13 @@ class LiveStatus:
         return {"epoch": done.epochs, "round": done.rounds + rounds, "rounds_in_epoch": rounds,
                 "rounds_per_epoch": (epoch or run).plan.rounds, "share_done": share,
                 "wall_sec": time.perf_counter() - run.begin,
-                "left_sec": left_sec(time.monotonic() - self._start, self._start_share, share),
+                "left_sec": self.left_sec(share),
                 "checkpoint": self._checkpoint()}  # fmt: skip
+
+    def left_sec(self, share: float | None = None) -> float | None:
+        """Seconds to the end of the run, where so much of it is done, or as much as at the end of the last epoch."""
+        share = self._share(0) if share is None else share
+        return left_sec(time.monotonic() - self._start, self._start_share, share)
 
     def _checkpoint(self) -> dict[str, Any] | None:
         """The newest checkpoint, or the start, and how long ago it was made; None where none is ever made."""

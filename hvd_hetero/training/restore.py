@@ -15,6 +15,7 @@ from hvd_hetero.planning.plan import Plan
 from hvd_hetero.telemetry.run_folder import RunFolder
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
+from hvd_hetero.training.best import BestEvaluation
 from hvd_hetero.training.checkpointer import Saver
 from hvd_hetero.training.iterate_average import IterateAverage
 from hvd_hetero.training.resume import places
@@ -42,7 +43,7 @@ class Run(Protocol):
     saver: Saver | None
     epoch: Epoch | None
     source: Source
-    best: dict[str, float | None]
+    best: BestEvaluation
     averaged: IterateAverage | None
     begin: float
 
@@ -53,7 +54,7 @@ class Run(Protocol):
 def state_of(run: Run, epoch: Epoch | None) -> dict[str, Any]:
     """Everything that decides how this rank goes on, in an epoch under way or between two."""
     state: dict[str, Any] = {name: getattr(run, name).state_dict() for name in PARTS}
-    state |= {"plan": run.plan.to_dict(), "best": run.best, "wall_sec": time.perf_counter() - run.begin,
+    state |= {"plan": run.plan.to_dict(), "best": run.best.state_dict(), "wall_sec": time.perf_counter() - run.begin,
               "path": run.comm.path, "sent": run.comm.carried.sent, "classes": places(run.job.cluster)}  # fmt: skip
     if epoch is not None:
         epoch.count(run.comm.excluded.take(), run.algorithm.counts())
@@ -71,8 +72,8 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
     """Goes on as it was, from what :func:`state_of` gave."""
     for part in PARTS:
         getattr(run, part).load_state_dict(state[part])
-    run.best = dict(state["best"])
-    run.comm.carried.sent = state.get("sent", 0)
+    run.best.load_state_dict(state["best"])
+    run.comm.carried.sent = state["sent"]
     run.begin -= state["wall_sec"]
     place = f"epoch {run.accounts.epochs}, round {run.accounts.rounds}"
     if "epoch" in state:
@@ -94,7 +95,7 @@ def carry_over(run: Run, state: Mapping[str, Any]) -> None:
     by_epochs = run.job.config.train.scheduler_unit == "epoch"
     for _ in range(run.accounts.epochs if by_epochs else run.accounts.rounds):
         run.worker.step_scheduler()
-    run.best = dict(state["best"])
+    run.best.load_state_dict(state["best"])
     run.begin -= state["wall_sec"]
     if run.feed.sampler is not None:
         run.feed.sampler.losses = np.asarray(state["rank0"]["sampler"]["losses"], dtype=np.float32)

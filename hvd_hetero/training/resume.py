@@ -10,6 +10,7 @@ from typing import Any
 
 from hvd_hetero.checkpoint import Checkpoint, CheckpointError, Meta, Store
 from hvd_hetero.cluster.device_classes import Cluster
+from hvd_hetero.config.renamed import pairs_renamed
 from hvd_hetero.config.schema import AUTO, NUMBERS, RESHAPE, Config
 from hvd_hetero.data import Source, alike
 from hvd_hetero.errors import ConfigError, UserError
@@ -75,8 +76,9 @@ def difference(checkpoint: Checkpoint, config: Config, world_size: int) -> UserE
         problem = f"was saved by {meta.world_size} ranks, and this job has {world_size}"
         return CheckpointError(path, problem, f"start {meta.world_size} ranks, {REMEDY}")
     built_in, changed = plain(config.built_in()), {}
+    made_with = dict(pairs_renamed(meta.made_with.items(), set()))
     for key, value in plain(config.settings(NUMBERS)).items():
-        before = meta.made_with.get(key, built_in[key])  # a key that was not there had the effect that it has built in
+        before = made_with.get(key, built_in[key])  # a key that was not there had the effect that it has built in
         if json.dumps(before, sort_keys=True) != json.dumps(value, sort_keys=True):
             changed[key] = before, value
     if not changed:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -91,23 +90,3 @@ def write_summary(
     folder.write(SUMMARY, summary)
     folder.close()
     return summary
-
-
-def note(best: dict[str, float | None], row: Mapping[str, Any]) -> None:
-    """Takes an evaluation into the figures that the summary has of them."""
-    best["final_loss"] = row["eval_loss"]
-    accuracy = row.get("eval_accuracy")
-    best["final_accuracy"] = None if accuracy is None or math.isnan(accuracy) else accuracy
-    if "averaged_loss" in row:
-        best["averaged_loss"], best["averaged_accuracy"] = row["averaged_loss"], row.get("averaged_accuracy")
-    if best["final_accuracy"] is not None:
-        best["best_accuracy"] = max(best["final_accuracy"], best["best_accuracy"] or 0.0)
-
-
-def how_good(row: Mapping[str, Any]) -> float | None:
-    """Return what an evaluation is compared with others by, more is better: the accuracy, else the loss.
-
-    None without an evaluation, and for a model whose loss is NaN: whatever else is said of it cannot be right.
-    """
-    loss = row.get("eval_loss")
-    return None if loss is None or math.isnan(loss) else row.get("eval_accuracy", -loss)

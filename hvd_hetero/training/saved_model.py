@@ -34,7 +34,7 @@ PROGRAMS = """a model that a program had made is in no configuration: name a fun
 model.target=package.module:function, or load the file itself (README)"""
 
 
-def evaluate_run(run: str, checkpoint: str, overrides: Sequence[str]) -> dict[str, float | None]:
+def evaluate_run(run: str, checkpoint: str, overrides: Sequence[str]) -> dict[str, float]:
     """Evaluate a finished or interrupted run's model on its test set, as the run itself does, on this rank's device.
 
     Args:

@@ -15,7 +15,7 @@ import torch
 
 from hvd_hetero import algorithms
 from hvd_hetero.cluster.device_classes import Cluster, assign
-from hvd_hetero.cluster.hardware import RankFacts, has_bf16, local_facts
+from hvd_hetero.cluster.hardware import RankFacts, autocast_type, local_facts
 from hvd_hetero.cluster.placement import Placement, place
 from hvd_hetero.comm.kv_store import JobEnv, exchange, job_env
 from hvd_hetero.config.load import device_classes, per_class
@@ -125,10 +125,10 @@ def make_worker(job: Job, watch: Stopwatch) -> Worker:
         device=job.placement.device,
         slowdown=mine.slowdown,
         watch=watch,
-        metric=parts.metric,
+        metrics=parts.metrics,
         seed=config.run.seed * 1000003 + job.env.rank,
         clip_norm=config.train.clip_norm,
-        autocast=config.train.autocast == "bf16" and has_bf16(job.placement.device),
+        autocast=autocast_type(config.train.autocast, job.placement.device),
         compile_mode=config.train.compile,
         channels_last=config.train.channels_last,
         state_policies=config.aggregation.state,

@@ -31,6 +31,7 @@ from hvd_hetero.telemetry.run_status import EVALUATING, FAILED, FINISHED, STOPPE
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import Recorder
+from hvd_hetero.training.best import BestEvaluation
 from hvd_hetero.training.checkpointer import Saver, SyncDecision
 from hvd_hetero.training.epoch import RoundSpans, gather_figures, say_taus
 from hvd_hetero.training.evaluation import evaluate
@@ -39,12 +40,12 @@ from hvd_hetero.training.iterate_average import NONE, IterateAverage, half_life
 from hvd_hetero.training.live_status import LiveStatus
 from hvd_hetero.training.restore import carry_over, restore, state_of
 from hvd_hetero.training.resume import Found, check_fits, check_places
-from hvd_hetero.training.run_records import how_good, note, write_start, write_summary, write_trace
+from hvd_hetero.training.run_records import write_start, write_summary, write_trace
 from hvd_hetero.training.startup import Job, make_worker
 from hvd_hetero.worker.components import as_user_error
 from hvd_hetero.worker.epoch import Epoch, Segment
 from hvd_hetero.worker.index_feed import Feed
-from hvd_hetero.worker.memory import batch_that_fits, on_device, peak_bytes, told_by_class
+from hvd_hetero.worker.memory import batch_that_fits, on_device, peak_bytes, told_by_class, used_bytes
 from hvd_hetero.worker.step_benchmark import take_first_steps
 
 TRACED_EPOCHS = 2
@@ -87,9 +88,11 @@ class Trainer:
         self.begin, config = time.perf_counter(), self.config
         self.comm.broadcast_state(self.worker.state)
         state, reshaped = None, False
+        self.best = BestEvaluation(config.eval.best, self.job.components.metrics, config.train.patience)
         self.saver: Saver | None = None
         if self.run_dir is not None:
-            self.saver = Saver(self.run_dir, config, self.job.env, self.comm, self.algorithm.policy.needs_quiesce)
+            quiesces = self.algorithm.policy.needs_quiesce
+            self.saver = Saver(self.run_dir, config, self.job.env, self.comm, quiesces, self.best.by)
             state, reshaped = self.saver.load(self.found, self.job.cluster)
         if state is not None and reshaped:
             check_fits(state, self.worker)
@@ -109,7 +112,6 @@ class Trainer:
         self.comm.agree(self.plan.digest(), "plan", "plan")
         start_together(self.algorithm, self.plan, self.worker, self.comm)
         self.accounts = Accounts(self.job.cluster, self.config.delays.distribution is not None)
-        self.best: dict[str, float | None] = dict.fromkeys(("final_accuracy", "best_accuracy", "final_loss"))
         self.feed = Feed(self.comm, len(self.source), self._sampler() if self.comm.rank == 0 else None)
         self.recorder = Recorder(self.watch, config.run.trace_rounds)
         spec = config.eval
@@ -154,13 +156,14 @@ class Trainer:
         if self.folder is None or self.progress is None:
             return None
         self.progress.close()
+        self.best.tell()
         self._export(MODEL)
         cluster, path = self.job.cluster, comm.path
         classes = accounts.classes(self.plan)
         for item, own in zip(cluster.classes, classes, strict=True):
             own["peak_gpu_bytes"] = max(int(peaks[r][0]) for r in item.ranks) if item.device == "cuda" else None
             own["micro_batches"] = int(peaks[item.ranks[0]][1])
-        summary = write_summary(self.folder, config, cluster, classes, accounts, path, self.best, self.begin)
+        summary = write_summary(self.folder, config, cluster, classes, accounts, path, self.best.summary(), self.begin)
         self.status.enter(FINISHED)
         return summary
 
@@ -169,7 +172,7 @@ class Trainer:
     def _begin_epoch(self) -> Epoch | None:
         """Deal the next epoch, if there is one."""
         rounds = next_rounds(self.config.train, self.plan, self.accounts.done)
-        if rounds == 0:
+        if rounds == 0 or self.best.waited_enough:
             return None
         part = replace(self.plan, rounds=rounds)
         self.watch.skip()
@@ -259,9 +262,10 @@ class Trainer:
         spans = RoundSpans(self.watch, self.recorder, epoch.work_sec)
         step_sec = spans.step_sec(epoch, self.algorithm.mine.tau, is_planned)
         excluded, counts = epoch.count(comm.excluded.take(), self.algorithm.counts())
-        done = gather_figures(
-            comm, self.watch, accounts, epoch, losses, weights, step_sec, excluded, comm.carried.take(),
-            self.algorithm.take_dropped())  # fmt: skip
+        done = gather_figures(comm, self.watch, accounts, epoch, losses, weights, step_sec, {
+            "excluded": excluded, "sent": comm.carried.take(), "dropped": self.algorithm.take_dropped(),
+            "overflows": 0 if worker.scaler is None else worker.scaler.overflows, "memory": used_bytes(worker.device),
+        })  # fmt: skip
         rate = worker.optimizer.param_groups[0]["lr"]
         if config.train.scheduler_unit == "epoch":
             self._step_scheduler(f"{accounts.epochs} epochs")
@@ -271,17 +275,14 @@ class Trainer:
             self.plan = self._replan(self.plan, *lately)
         row = accounts.row(plan)
         row |= {"wall_sec": time.perf_counter() - self.begin, "train_loss": done.loss, "lr": rate,
-                "samples_per_sec": done.samples / done.seconds}  # fmt: skip
+                "samples_per_sec": done.samples / done.seconds,
+                "left_sec": 0.0 if self.over else self.status.left_sec()}  # fmt: skip
         if counts is not None:
             row["partial"] = accounts.partial.enter(comm.gather(counts, "epoch.counts"))
         if accounts.epochs % config.eval.every_epochs == 0 or self.over:
             self.status.enter(EVALUATING)
-            row |= evaluate(comm, worker, self.test, self.plan, config.eval)
-            if self.averaged is not None:
-                with self.averaged.in_place(comm):
-                    found = evaluate(comm, worker, self.test, self.plan, config.eval)
-                row |= {name.replace("eval", "averaged", 1): value for name, value in found.items()}
-            note(self.best, row)
+            row |= evaluate(comm, worker, self.test, self.plan, config.eval, self.averaged)
+            self.best.enter(row)
         if self.folder is not None and self.progress is not None:
             self.folder.row(row)
             self.status.end_epoch(row)
@@ -361,7 +362,8 @@ class Trainer:
         assert self.saver is not None
         self.watch.heartbeat.begin("checkpoint")
         number = self.accounts.rounds + (0 if epoch is None else epoch.progress.averages)
-        self.saver.save(number, self.accounts.epochs, lambda: state_of(self, epoch), wait, how_good(row or {}))
+        good = self.best.goodness(row or {})
+        self.saver.save(number, self.accounts.epochs, lambda: state_of(self, epoch), wait, good)
         self.watch.skip()
 
     def _stopped(self) -> Stopped:
@@ -376,7 +378,8 @@ class Trainer:
     @property
     def over(self) -> bool:
         """Whether the run has come to its end, between two epochs."""
-        return self.epoch is None and next_rounds(self.config.train, self.plan, self.accounts.done) == 0
+        nothing_left = next_rounds(self.config.train, self.plan, self.accounts.done) == 0
+        return self.epoch is None and (nothing_left or self.best.waited_enough)
 
     def close(self) -> None:
         """Leaves the job together with all other ranks."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,19 +15,19 @@ from torch.nn.parameter import is_lazy
 from hvd_hetero import data, models
 from hvd_hetero.comm.flat_params import check_state
 from hvd_hetero.config.instantiate import cause
-from hvd_hetero.config.schema import Config, DataConfig, ModelConfig
+from hvd_hetero.config.schema import AUTO, Config, DataConfig, ModelConfig
 from hvd_hetero.data import Batch, Dataset, Source
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.random_state import seed_all
 from hvd_hetero.worker.factories import (
     loss_of_module,
-    metric_by_name,
     optimizer_maker,
     per_sample_loss,
     scheduler_maker,
 )
 from hvd_hetero.worker.losses import IGNORED, PerSample
+from hvd_hetero.worker.metrics import Metric, read_best, read_metrics
 from hvd_hetero.worker.modes import evaluating
 from hvd_hetero.worker.parameter_groups import MakeOptimizer, freeze, grouped, options_of
 from hvd_hetero.worker.worker import forward
@@ -45,7 +45,7 @@ class UserObjects:
         loss: ``loss(outputs, targets) -> [B]``, or that and weights ``[B]``, see :mod:`hvd_hetero.worker.losses`.
         optimizer: ``optimizer(parameters)`` makes a torch optimizer, or ``optimizer(named_parameters)`` of pairs (name,
             parameter); ``scheduler(optimizer)`` a scheduler.
-        metric: ``metric(outputs, targets)``, likewise.
+        metrics: by name, see :func:`hvd_hetero.worker.metrics.read_metrics`.
     """
 
     model: nn.Module | Callable[[], nn.Module] | None = None
@@ -54,7 +54,7 @@ class UserObjects:
     loss: PerSample | None = None
     optimizer: MakeOptimizer | None = None
     scheduler: MakeScheduler | None = None
-    metric: PerSample | None = None
+    metrics: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Components:
     dataset: Dataset
     model: nn.Module
     loss: PerSample
-    metric: PerSample | None
+    metrics: Sequence[Metric]
     optimizer: MakeOptimizer
     scheduler: MakeScheduler | None
     min_batch: int = 1
@@ -81,7 +81,6 @@ class Origins:
     data: tuple[str, Any]
     model: tuple[str, Any]
     loss: tuple[str, Any]
-    metric: tuple[str, Any]
     optimizer: tuple[str, Any]
     scheduler: tuple[str, Any]
 
@@ -94,7 +93,6 @@ class Origins:
             _either("train_data", given.train_data, *_named("data", config.data)),
             _either("model", given.model, *_named("model", config.model)),
             _either("loss", given.loss, "train.loss", train.loss),
-            _either("metric", given.metric, "eval.metric", config.eval.metric),
             _either("optimizer", given.optimizer, "train.optimizer", train.optimizer),
             _either("scheduler", given.scheduler, "train.scheduler", train.scheduler),
         )
@@ -118,14 +116,25 @@ def build(config: Config, given: UserObjects | None = None) -> Components:
         model=_model(config, given),
         loss=(per_sample_loss(train.loss, train.loss_args, at_hand) if given.loss is None
               else loss_of_module(given.loss, at_hand)),
-        metric=given.metric or metric_by_name(config.eval.metric, ignored),
+        metrics=read_metrics("eval.metrics", config.eval.metrics, ignored) if given.metrics is None else (
+            read_metrics("metrics", given.metrics, ignored)),
         optimizer=given.optimizer or optimizer_maker(train.optimizer, train.lr, train.optimizer_args),
         scheduler=given.scheduler or scheduler_maker(train.scheduler, train.scheduler_args),
     )
+    read_best(config.eval.best, components.metrics)
     _give_shapes(components, origins)
+    _check_autocast(components.model, train.autocast)
     components = replace(components, optimizer=_with_groups(components, train.groups))
     check_state(components.model, config.aggregation.state)
     return components
+
+
+def _check_autocast(model: nn.Module, autocast: str | None) -> None:
+    """Refuse parameters whose gradients would vanish when they are scaled back, see worker/loss_scaler.py."""
+    half = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
+    if half and autocast in ("fp16", AUTO):
+        problem = f"the parameter {half[0]} is float16 itself, which leaves no room for its gradient"
+        raise ConfigError("train.autocast", autocast, problem, "keep parameters in float32, or leave it null")
 
 
 def _with_groups(components: Components, groups: list[Any]) -> MakeOptimizer:

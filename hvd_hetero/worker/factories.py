@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -46,21 +45,6 @@ def loss_of_module(loss: PerSample, at_hand: Sequence[Any] = ()) -> PerSample:
         args = {"weight": loss.weight, "ignore_index": loss.ignore_index}
         return named_loss("nll_loss", nn.functional.nll_loss, args, at_hand)
     return loss
-
-
-def metric_by_name(name: str | None, ignored: int = IGNORED) -> PerSample | None:
-    """Return ``accuracy``, None, or the user's ``package.module:function`` giving one number a sample.
-
-    Args:
-        ignored: the class number that does not count.
-    """
-    if name is None or name == "none":
-        return None
-    if ":" in name:
-        return import_target("eval.metric", name)
-    if name != ACCURACY:
-        raise ConfigError("eval.metric", name, "is not known", "give accuracy, none or package.module:function")
-    return partial(accuracy, ignored=ignored)
 
 
 def accuracy(outputs: Tensor, targets: Tensor, ignored: int = IGNORED) -> Numbers:

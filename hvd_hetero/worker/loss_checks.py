@@ -6,7 +6,7 @@ run has them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count, product
@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hvd_hetero.config.instantiate import cause
 from hvd_hetero.data.batch import entries, with_entries
 from hvd_hetero.describe import describe
-from hvd_hetero.errors import ConfigError
+from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.worker.factories import ACCURACY, is_accuracy
 from hvd_hetero.worker.losses import OF_CLASSES, Numbers, PerSample, per_sample, tensors_in
+from hvd_hetero.worker.metrics import Metric, SampleMean
 
 OTHERWISE_SHAPED = (*OF_CLASSES, "multi_margin_loss")
 """Functions of torch.nn.functional whose targets have another shape than the outputs; all others go by elements."""
@@ -88,10 +90,32 @@ def try_metric(key: str, value: Any, metric: PerSample, given: Batched) -> Numbe
         ConfigError: as :func:`try_loss`, or there is no accuracy of such targets.
     """
     if is_accuracy(metric):
-        _check_accuracy(given)
+        _check_accuracy(key, given)
     values = per_sample(key, value, metric(*given.both), {given.samples})
     _check_pairs(key, value, metric, given)
     return values
+
+
+def closely(metric: Metric, given: Callable[[Any], Batched]) -> Metric:
+    """Return a metric that is looked at closely while it is filled, if it has a number for each sample.
+
+    Args:
+        given: tells of the batch that has these targets.
+    """
+    if not isinstance(metric, SampleMean):
+        return metric
+    origin, function = (metric.key, metric.value), metric.function
+
+    def tried(outputs: Any, targets: Any) -> Numbers:
+        try:
+            return try_metric(*origin, function, given(targets))
+        except UserError:
+            raise
+        except Exception as error:
+            problem = f"fails on this model's outputs: {cause(error)}"
+            raise ConfigError(*origin, problem, "leave it out, or take another") from error
+
+    return SampleMean(metric.name, *origin, tried)
 
 
 # ---- by name --------------------------------------------------------------------------------------------------------
@@ -124,7 +148,7 @@ def _fits(shape: tuple[int, ...], sample: torch.Size) -> bool:
         return False
 
 
-def _check_accuracy(given: Batched) -> None:
+def _check_accuracy(key: str, given: Batched) -> None:
     """Refuse targets that are no class numbers, and outputs that are no logits of classes."""
     outputs, targets = given.both
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
@@ -136,7 +160,7 @@ def _check_accuracy(given: Batched) -> None:
         problem = f"takes logits [B, C, ...] of two classes or more and class numbers [B, ...], and has {given.shapes}"
     else:
         return
-    raise ConfigError("eval.metric", ACCURACY, problem, "set eval.metric=none, or a function of your own")
+    raise ConfigError(key, ACCURACY, problem, "set eval.metrics={}, or take functions of your own")
 
 
 # ---- a loss of the user's own ---------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_hetero.data.batch import entries
+from hvd_hetero.data.batch import entries, sample_counts
 from hvd_hetero.errors import ConfigError
 
 Numbers = tuple[Tensor, "Tensor | None"]
@@ -50,6 +50,20 @@ def per_sample(key: str, value: Any, returned: Any, samples: Collection[int]) ->
     if values.dim() != 1:
         values = values.reshape(-1)
     return values, None if weights is None else weights.reshape(-1).to(values)
+
+
+def numbers_of(key: str, function: PerSample, returned: Any, inputs: Any, targets: Any) -> Numbers:
+    """Take what a loss or a metric has returned as one number a sample; targets may be of another number than samples.
+
+    Raises:
+        ConfigError: it is not one number a sample.
+    """
+    try:
+        return per_sample(key, name_of(function), returned, sample_counts(targets))
+    except ConfigError:
+        if not (counts := sample_counts(inputs)):
+            raise
+        return per_sample(key, name_of(function), returned, counts)
 
 
 def _refused(key: str, value: Any, part: Any, samples: str) -> ConfigError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import resource
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,11 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
+def used_bytes(device: torch.device) -> int:
+    """The most bytes that this rank took at once so far: tensors on its GPU, or all that the process had in memory."""
+    return peak_bytes(device) or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def peak_bytes(device: torch.device) -> int:
     """The most bytes that tensors took at once on a GPU; 0 on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
@@ -70,7 +76,7 @@ def told_by_class(name: str, batch_size: int, fitting: Callable[[], int | None])
     estimate = "" if fit is None else f", by estimate {fit} samples would fit" if fit else ", not even one sample fits"
     problem = f"class {name} is out of GPU memory ({said}){estimate}"
     alone = f"for this class alone train.batch_size={{{name}: {fit or 1}, ...}}"
-    remedy = f"set a smaller one, {alone}, train.micro_batches=auto, or train.autocast=bf16"
+    remedy = f"set a smaller one, {alone}, train.micro_batches=auto, or train.autocast=auto"
     error = ConfigError("train.batch_size", batch_size, problem, remedy)
     raise RankError(str(error))
 

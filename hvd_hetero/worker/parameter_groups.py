@@ -68,8 +68,12 @@ def freeze(options: Options) -> None:
 def grouped(
     make: MakeOptimizer, model: nn.Module, options: Options, groups: Sequence[Mapping[str, Any]]
 ) -> MakeOptimizer:
-    """Return what makes the optimizer of a list of parameters, with their groups or names as it takes them."""
+    """Return what makes the optimizer, with groups or names as it takes them.
+
+    It is called with all parameters of the model that are trained, or with copies of them, in the model's order.
+    """
     by_names = asks_for_names(make)
+    trained = [(name, options.get(param, {})) for name, param in model.named_parameters() if param.requires_grad]
     settings = [(f"train.groups[{i}].{name}", name, value) for i, group in enumerate(groups)
                 for name, value in group.items() if name not in (MATCH, FROZEN)]  # fmt: skip
     if by_names and settings:
@@ -79,9 +83,8 @@ def grouped(
 
     def made(params: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         if by_names:
-            names = {param: name for name, param in model.named_parameters()}
-            return make([(names[param], param) for param in params])
-        optimizer = make(_split(params, options) if settings else params)
+            return make([(name, param) for (name, _), param in zip(trained, params, strict=True)])
+        optimizer = make(_split(params, [own for _, own in trained]) if settings else params)
         for key, name, value in settings:
             if name != LR_SCALE:
                 _check_option(key, name, value, optimizer)
@@ -101,12 +104,12 @@ def asks_for_names(make: Callable[..., Any]) -> bool:
         return False
 
 
-def _split(params: Sequence[nn.Parameter], options: Options) -> list[dict[str, Any]]:
+def _split(params: Sequence[nn.Parameter], options: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return a group for each set of options; the first is of those parameters that have none, if there are any."""
     groups: dict[str, dict[str, Any]] = {repr({}): {"params": []}}
-    for param in params:
+    for param, given in zip(params, options, strict=True):
         own = {name: tuple(value) if isinstance(value, list) else value
-               for name, value in sorted(options.get(param, {}).items()) if name != FROZEN}  # fmt: skip
+               for name, value in sorted(given.items()) if name != FROZEN}  # fmt: skip
         groups.setdefault(repr(own), {"params": [], **own})["params"].append(param)
     return [group for group in groups.values() if group["params"]]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from hvd_hetero.comm.flat_params import FlatState
 from hvd_hetero.data import Batch, Source, read
-from hvd_hetero.data.batch import sample_counts
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.random_state import RandomState
 from hvd_hetero.telemetry.emulation import SlowdownEmulator
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.worker.extra_state import extra_state, load_extra_state
-from hvd_hetero.worker.losses import Numbers, PerSample, concat, mean_gradient, name_of, per_sample, weighted_sums
+from hvd_hetero.worker.loss_scaler import LossScaler
+from hvd_hetero.worker.losses import Numbers, PerSample, concat, mean_gradient, name_of, numbers_of
+from hvd_hetero.worker.metrics import LOSS, Metric, SampleMean
 from hvd_hetero.worker.micro_batches import accumulate
 from hvd_hetero.worker.modes import evaluating, set_mode
 from hvd_hetero.worker.optimizer_state import load_state, save_state
@@ -37,9 +38,10 @@ class Worker:
         make_scheduler: makes a learning-rate scheduler from the optimizer, or None.
         slowdown: emulate a device this many times slower: each local step is stretched by sleeping.
         watch: books the rank's time.
-        metric: as the loss; the figure that evaluation averages beside it.
+        metrics: what an evaluation fills beside the loss.
         clip_norm: gradients whose joint norm is above this are scaled down to it, before the optimizer's step.
-        autocast: compute in bfloat16 where PyTorch deems it safe; parameters and gradients stay as they are.
+        autocast: compute in this type, bfloat16 or float16, where PyTorch deems it safe; None: in that of the model.
+            Parameters and gradients stay as they are.
         compile_mode: of ``torch.compile``, which training steps then go through; None: they do not.
         channels_last: keep images and the weights of convolutions with their channels last in memory.
         state_policies: ``aggregation.state``, what becomes of frozen parameters and buffers that change.
@@ -48,7 +50,8 @@ class Worker:
 
     Attributes:
         state: what an aggregation averages.
-        metric: the argument.
+        measures: the mean loss as a metric, then the argument's.
+        scaler: of the losses, where it computes in float16.
         generator: on the device; the only source of the augmentation's randomness.
     """
 
@@ -62,10 +65,10 @@ class Worker:
         device: str = "cpu",
         slowdown: float = 1.0,
         watch: Stopwatch | None = None,
-        metric: PerSample | None = None,
+        metrics: Sequence[Metric] = (),
         seed: int = 0,
         clip_norm: float | None = None,
-        autocast: bool = False,
+        autocast: torch.dtype | None = None,
         compile_mode: str | None = None,
         channels_last: bool = False,
         state_policies: Mapping[str, str] | None = None,
@@ -83,13 +86,15 @@ class Worker:
         self.state = FlatState(self.model, channels_last, state_policies)
         self._params = [p for p in self.model.parameters() if p.requires_grad]
         self._gradients: list[Tensor] = []
+        self.scaler = LossScaler(self._params) if autocast is torch.float16 else None
         self._make_optimizer, self._make_scheduler = make_optimizer, make_scheduler
         self.make_optimizer()
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.watch = watch or Stopwatch()
         self.pace = SlowdownEmulator(self.watch, slowdown, self._synchronize)
         self._loss = loss.to(self.device) if isinstance(loss, nn.Module) else loss
-        self.metric = metric
+        self._mean_loss = SampleMean(LOSS, "train.loss", name_of(loss), loss)
+        self.measures: list[Metric] = [self._mean_loss, *metrics]
         self._clip_norm, self._autocast = clip_norm, autocast
         self._losses: list[Numbers] = []
 
@@ -97,6 +102,7 @@ class Worker:
         """Makes optimizer and scheduler anew, for methods that put something around the optimizer before training."""
         made = self._make_optimizer(self._params)
         self.optimizer = made if wrap is None else wrap(made)
+        self._sends = self.optimizer is not made  # gradients leave while the backward pass still goes on
         self._steps = False
         self.scheduler = None if self._make_scheduler is None else self._make_scheduler(self.optimizer)
         self._scheduled = [group["lr"] for group in self.optimizer.param_groups]
@@ -162,6 +168,18 @@ class Worker:
             left out have none, and do not count.
         """
         self._end_rest()
+        numbers = self._tried(inputs, targets, weight, stop)
+        while self.scaler is not None and not self._sends and self.scaler.again(self.gradients(), numbers):
+            numbers = self._tried(inputs, targets, weight, stop)
+        if self.scaler is not None:
+            self.scaler.end_step()
+        self._losses.append(numbers)
+        return numbers[0]
+
+    def _tried(
+        self, inputs: Any, targets: Any, weight: float, stop: Callable[[], bool] | None
+    ) -> Numbers:
+        """Go forward and backward, and without the compiler from then on if it fails at first."""
         try:
             model = self.model if self._compiled is None else self._compiled  # a module may be false
             numbers = self._backward(model, inputs, targets, weight, stop)
@@ -173,8 +191,7 @@ class Worker:
             self._compiled = None
             numbers = self._backward(self.model, inputs, targets, weight, stop)
         self._compiled_once = True
-        self._losses.append(numbers)
-        return numbers[0]
+        return numbers
 
     def _backward(
         self, model: Callable[..., Any], inputs: Any, targets: Any, weight: float, stop: Callable[[], bool] | None
@@ -184,9 +201,12 @@ class Worker:
         if not self._gradients:
             for param in self._params:
                 param.grad = None
-        batch, losses_of = (inputs, targets), partial(self._dependent_losses, model)
-        return accumulate(batch, self.micro_batches, self.min_batch, weight, losses_of, Tensor.backward,
-                          self._scale_gradients, stop)  # fmt: skip
+
+        def add(losses: Tensor, along: Tensor) -> None:
+            losses.backward(self._scaled(along))
+
+        return accumulate((inputs, targets), self.micro_batches, self.min_batch, weight,
+                          partial(self._dependent_losses, model), add, self._scale_gradients, stop)  # fmt: skip
 
     def _scale_gradients(self, factor: Tensor) -> None:
         for gradient in self.gradients():
@@ -201,6 +221,9 @@ class Worker:
             losses, weights = losses.clone(), None if weights is None else weights.clone()
         return losses, weights
 
+    def _scaled(self, along: Tensor) -> Tensor:
+        return along if self.scaler is None else along * self.scaler.scale
+
     def gradients(self) -> list[Tensor]:
         """The gradients at hand, of those parameters that the optimizer steps along and that have one."""
         return [p.grad for p in self._stepped() if p.grad is not None]
@@ -209,11 +232,12 @@ class Worker:
         return (p for group in self.optimizer.param_groups for p in group["params"])
 
     def gradient_again(self, inputs: Any, targets: Any, weight: float) -> list[Tensor]:
-        """The gradient once more, as :meth:`gradients` gives it, beside it; no hook is called."""
+        """The gradient once more, as :meth:`gradients` gives it, beside it; no hook is called that would send it."""
         params = [p for p in self._stepped() if p.grad is not None]
         total = [torch.zeros_like(p) for p in params]
 
         def add(losses: Tensor, along: Tensor) -> None:
+            along = self._scaled(along)
             found = torch.autograd.grad(losses, params, along, allow_unused=True, materialize_grads=True)
             torch._foreach_add_(total, found)
 
@@ -221,14 +245,17 @@ class Worker:
             for gradient in total:
                 gradient.mul_(factor)
 
-        accumulate((inputs, targets), self.micro_batches, self.min_batch, weight,
-                   lambda *part: self._losses_of(*part)[0], add, rescale)  # fmt: skip
-        return total
+        while True:
+            numbers = accumulate((inputs, targets), self.micro_batches, self.min_batch, weight,
+                                 lambda *part: self._losses_of(*part)[0], add, rescale)  # fmt: skip
+            if self.scaler is None or not self.scaler.again(total, numbers):
+                return total
+            torch._foreach_zero_(total)
 
     def try_gradient(self, inputs: Any, targets: Tensor) -> None:
         """Goes forward and backward over a batch and keeps nothing: no gradient, no losses; no hook is called."""
         (losses, weights), _ = self._losses_of(inputs, targets)
-        torch.autograd.grad(losses, self._params, mean_gradient(losses, weights, 1.0), allow_unused=True)
+        torch.autograd.grad(losses, self._params, self._scaled(mean_gradient(losses, weights, 1.0)), allow_unused=True)
 
     def apply(self) -> None:
         """One optimizer step along the gradient at hand."""
@@ -242,11 +269,12 @@ class Worker:
         """Return the losses of a batch, and the model's outputs."""
         if self._channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
+        kind = None if self.scaler is not None and self.scaler.in_float32 else self._autocast
         # entering a context that is switched off takes a tenth of a tiny model's step
-        with torch.autocast(self.device.type, torch.bfloat16) if self._autocast else nullcontext():
+        with nullcontext() if kind is None else torch.autocast(self.device.type, kind):
             outputs = forward(self.model if model is None else model, inputs)
             returned = self._loss(outputs, targets)
-        return _numbers("train.loss", self._loss, returned, inputs, targets), outputs
+        return numbers_of("train.loss", self._loss, returned, inputs, targets), outputs
 
     def take_losses(self) -> tuple[Tensor, Tensor]:
         """Return losses and weights ``[K]`` of all samples since the last call, in the order of training.
@@ -276,14 +304,11 @@ class Worker:
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()  # and not inference_mode: what a module keeps of an evaluation, it may use in training
-    def evaluate(self, source: Source, indices: np.ndarray[Any, Any], batch_size: int) -> Tensor:
-        """Evaluate the model on some samples of a source; modes and random numbers are left as they were.
-
-        Returns:
-            ``[4]``: sums of losses and of their weights, then of the metric's values and of theirs.
-        """
+    def evaluate(self, source: Source, indices: np.ndarray[Any, Any], batch_size: int) -> None:
+        """Fill :attr:`measures` with some samples of a source; modes and random numbers are left as they were."""
         random, generator = RandomState.capture(self.device), self.generator.get_state()
-        sums = torch.zeros(4, dtype=torch.float64)
+        for metric in self.measures:
+            metric.begin(self.device)
         whole = len(indices) // batch_size * batch_size
         self.rest()
         with evaluating(self.model):
@@ -291,13 +316,11 @@ class Worker:
                 for inputs, targets in read(source, rows, self.generator, split="test") if rows.size else ():
                     self.watch.heartbeat.begin("evaluation")
                     losses, outputs = self._losses_of(inputs, targets)
-                    sums[:2] += weighted_sums(*losses)
-                    if self.metric is not None:
-                        returned = self.metric(outputs, targets)
-                        sums[2:] += weighted_sums(*_numbers("eval.metric", self.metric, returned, inputs, targets))
+                    self._mean_loss.enter(losses)
+                    for metric in self.measures[1:]:
+                        metric.add(outputs, targets, inputs)
         random.restore()
         self.generator.set_state(generator)
-        return sums
 
     # ---- saving and putting back ------------------------------------------------------------------------------------
 
@@ -305,8 +328,9 @@ class Worker:
         """Remembers everything that training changes; calling the result puts it back."""
         before, steps = RandomState.capture(self.device), self._steps
         put_back = snapshot(
-            self.model, self.state, self.optimizer, self.scheduler, self._loss, self.metric, self.generator
-        )
+            self.model, self.state, self.optimizer, self.scheduler, self._loss, self.measures, self.generator,
+            self.scaler,
+        )  # fmt: skip
 
         def restore() -> None:
             put_back()
@@ -324,6 +348,7 @@ class Worker:
             "optimizer": save_state(self.optimizer),
             "scheduler": None if self.scheduler is None else save_state(self.scheduler),
             "rates": self._scheduled,
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "generator": self.generator.get_state(),
             "random": RandomState.capture(self.device).state_dict(),
             "losses": concat(self._losses),
@@ -339,6 +364,8 @@ class Worker:
         if self.scheduler is not None:
             load_state(self.scheduler, state["scheduler"], "scheduler")
         self._scheduled = list(state["rates"])
+        if self.scaler is not None and state["scaler"] is not None:
+            self.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["generator"])
         RandomState.from_state_dict(state["random"], self.device).restore()
         losses, weights = state["losses"]
@@ -365,20 +392,6 @@ class Worker:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # not what averages and gradients travel on
-
-
-def _numbers(key: str, function: PerSample, returned: Any, inputs: Any, targets: Any) -> Numbers:
-    """Take what a loss or a metric has returned as one number a sample; targets may be of another number than samples.
-
-    Raises:
-        ConfigError: it is not one number a sample.
-    """
-    try:
-        return per_sample(key, name_of(function), returned, sample_counts(targets))
-    except ConfigError:
-        if not (counts := sample_counts(inputs)):
-            raise
-        return per_sample(key, name_of(function), returned, counts)
 
 
 def forward(model: Callable[..., Any], inputs: Any) -> Any:

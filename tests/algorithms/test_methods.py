@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from ranks_methods import oracle
-from ranks_methods.cases import CASES, CLASSES, DIGITS_EPOCHS, SAMPLES, SIZE, data, model
+from ranks_methods.cases import CASES, CLASSES, DIGITS_EPOCHS, HALF, SAMPLES, SIZE, data, model
 
 from hvd_hetero.algorithms import REGISTRY, get
 from hvd_hetero.algorithms.local_sgd import LocalSGD
@@ -191,6 +191,18 @@ def test_every_method_trains(found: Found, method: str) -> None:
     assert all(value >= 0 for c in classes for value in c["time_sec"].values())
     for c in classes:
         assert sum(c["time_sec"].values()) == pytest.approx(summary["train_sec"], rel=0.2)
+
+
+@pytest.mark.parametrize("method", HALF)
+def test_some_ranks_compute_in_float16(found: Found, method: str) -> None:
+    """Overflows are counted; they leave out nobody and skip no step, so that weights are those of the plan."""
+    summary = found[0][f"digits, half, {method}"]["summary"]
+    assert summary["eval"]["final_accuracy"] > 0.8
+    for c in summary["classes"]:
+        assert c["excluded"] == 0 and bool(c["overflows"]) == bool(c["steps"])
+    fast, slow = summary["classes"]
+    if method == "biased_local_sgd":
+        assert fast["steps"] == 4 * slow["steps"] and fast["weight"] == 4 * slow["weight"]
 
 
 def test_data_is_not_learned_by_chance() -> None:

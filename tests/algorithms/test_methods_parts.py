@@ -154,7 +154,7 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_parameters() -> None:
     net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
     net[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     loss = per_sample_loss("cross_entropy", {})
-    worker = Worker(net, loss, lambda params: torch.optim.SGD(params, lr=0.1), None, autocast=True)
+    worker = Worker(net, loss, lambda params: torch.optim.SGD(params, lr=0.1), None, autocast=torch.bfloat16)
     before = worker.state.vectors[0].clone()
     losses = worker.gradient(torch.randn(6, 4), torch.zeros(6, dtype=torch.int64))
     worker.apply()

@@ -109,7 +109,7 @@ def test_every_method_says_what_it_does(name: str) -> None:
     ({"aggregation.outer_momentum": 1.5}, TWO, "aggregation.outer_momentum", "1 or less"),
     ({"aggregation.optimizer_state": "mean"}, TWO, "aggregation.optimizer_state", "average"),
     ({"train.clip_norm": 0}, TWO, "train.clip_norm", "above 0"),
-    ({"train.autocast": "fp16"}, TWO, "train.autocast", "false or bf16"),
+    ({"train.autocast": "fp8"}, TWO, "train.autocast", "fp16"),
 ])  # fmt: skip
 def test_refused_before_a_worker_starts(
     settings: dict[str, Any], classes: tuple[DeviceClass, ...], key: str, says: str

@@ -224,7 +224,7 @@ rows: [{label: a, method: sync_sgd}, {label: b}]
         ("budget: {equal: samples, amount: 5}\nrows: [{label: a}]", r"train\.max_samples=5: one round takes 12"),
         ("rows: [{label: a}, {label: b, overrides: {train.batch_size: 8}}]", r"equal steps are not equal work"),
         ("rows: [{label: a}, {label: b, overrides: {data.args: {train_limit: 99}}}]", r"workloads of their own"),
-        ("rows: [{label: a}, {label: b, overrides: {eval.metric: none}}]", r"row 'b': eval\.metric"),
+        ("rows: [{label: a}, {label: b, overrides: {eval.metrics: {}}}]", r"row 'b': eval\.metrics"),
         ("rows: [{label: a}, {label: b, overrides: {train.epochs: 2}}]", r"the budget ends this row"),
         ("budget: {amount: 4}\noverrides: {train.epochs: 2}\nrows: [{label: a}]", r"budget\.amount ends the runs"),
         ("rows: [{label: a}, {label: a}]", r"rows\[1\]\.label='a'"),

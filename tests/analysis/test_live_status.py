@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from hvd_hetero.analysis.live.status import ask, ranges, span, to_dict
+from hvd_hetero.analysis.live.status import ask, ranges, to_dict
 from hvd_hetero.checkpoint import Store
 from hvd_hetero.cli import main
 from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_STOPPED, ConfigError
 from hvd_hetero.planning.schedules import left_sec
+from hvd_hetero.telemetry.progress import span
 from hvd_hetero.telemetry.run_status import LIVE_TRACE, LOOK, STATUS, own_mark, read_status
 from hvd_hetero.telemetry.trace import from_chrome
 

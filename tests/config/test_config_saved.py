@@ -39,7 +39,7 @@ def test_digest_is_of_what_decides_the_run_and_its_figures() -> None:
     for override in ("run.dir=elsewhere", "run.overwrite=true", "checkpoint.keep=9", "data.root=/else"):
         assert load(overrides=[override]).digest() == base.digest(), override
     for override in ("run.seed=1", "train.lr=0.2", "cluster.classes.slow.slowdown=9", "train.tau=31", "train.epochs=3",
-                     "eval.metric=none", "delays.sec=9"):
+                     "eval.metrics={}", "delays.sec=9"):
         assert load(overrides=[override]).digest() != base.digest(), override
 
 
@@ -61,13 +61,13 @@ DECIDES = {
         algorithm.max_dropped
         algorithm.warmup_steps algorithm.measured_steps algorithm.growth algorithm.max_growth
         algorithm.partition_bytes""",
-    LENGTH: "train.epochs train.max_fast_steps train.max_samples train.max_train_sec aggregation.nan",
+    LENGTH: "train.epochs train.max_fast_steps train.max_samples train.max_train_sec train.patience aggregation.nan",
     FIGURES: """
         cluster.hosts cluster.classes cluster.affinity cluster.gpu_cores cluster.share_gpus cluster.network_interface
         cluster.cycle_time_ms
         data.workers train.compile aggregation.path aggregation.chunk_mb profile.seconds profile.warmup_steps
-        profile.reuse profile.file eval.every_epochs eval.batch_size eval.metric eval.average eval.half_life eval.last
-        delays.distribution delays.seed
+        profile.reuse profile.file eval.every_epochs eval.batch_size eval.metrics eval.best eval.average eval.half_life
+        eval.last delays.distribution delays.seed
         delays.sec delays.ranks delays.sigma""",
     COURSE: """
         run.trace_rounds run.watchdog_sec cluster.start_timeout_sec cluster.gloo_timeout_sec checkpoint.every_sec

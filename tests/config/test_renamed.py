@@ -30,8 +30,21 @@ def test_former_names_work_and_are_named_in_one_warning(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_former_value_is_todays(tmp_path: Path) -> None:
+    assert load(None, ["eval.metric=none"]).eval.metrics == {}
+    assert load(None, ["eval.metric=accuracy"]).eval.metrics == {"accuracy": "accuracy"}
+    assert load(None, {"eval.metric": "a:b"}).eval.metrics == {"metric": "a:b"}
     assert load(None, ["train.epoch=pass"]).train.epoch_length == "dataset"
     assert load(None, {"train.epoch": "pass"}).train.epoch_length == "dataset"
+
+
+def test_a_former_value_of_a_key_of_today(tmp_path: Path) -> None:
+    file = tmp_path / "former.yaml"
+    file.write_text("train: {autocast: false}\n")
+    for given in ({"files": [file]}, {"overrides": ["train.autocast=false"]}):
+        renamed._warn.cache_clear()
+        with pytest.warns(RenamedKeyWarning, match="train.autocast=[Ff]alse is now train.autocast=None") as said:
+            assert load(**given).train.autocast is None
+        assert len(said) == 1
 
 
 def test_both_names_in_a_file_are_refused(tmp_path: Path) -> None:

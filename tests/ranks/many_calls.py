@@ -75,7 +75,7 @@ CALLS: dict[str, Any] = {
     "again": lambda: train("again"),
     "other data": lambda: train("other", shift=3, run__seed=5),
     "other metric": lambda: train("other", shift=3, run__seed=5, run__resume="auto", train__epochs=3,
-                                  eval__metric="none"),
+                                  eval__metrics={}),
     "eager": lambda: train("eager", algorithm__name="eager_sgd", train__tau=4),
     "no name": lambda: train(None),
     "no name again": lambda: train(None),

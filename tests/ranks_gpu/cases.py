@@ -65,10 +65,11 @@ DIGITS: Mapping[str, Case] = {
     )
     for name in REGISTRY
 } | {
-    "digits, bf16": Case(
-        "biased_local_sgd", {"train.autocast": "bf16", "train.tau": {"fast": 8, "slow": 2}}, model="digits", **BESIDE
-    ),
-}
+    f"digits, {kind}": Case(
+        "biased_local_sgd", {"train.autocast": kind, "train.tau": {"fast": 8, "slow": 2}}, model="digits", **BESIDE
+    )
+    for kind in ("bf16", "fp16")
+} | {"digits, fp16, sync": Case("sync_sgd", {"train.autocast": "fp16"}, model="digits", **BESIDE)}
 SHARED: Mapping[str, Case] = {
     "two classes, biased": Case("biased_local_sgd", THREE, "three classes"),
     "two classes, sync": Case("sync_sgd", SHORT, "three classes"),

@@ -95,7 +95,7 @@ class Kind:
 EVERY = (0, 1, 2)
 FUSED = {"train.channels_last": True, "train.optimizer_args": {"momentum": 0.9, "fused": True}}
 GRAPHS = {"train.compile": "reduce-overhead"}
-NO_METRIC = {"eval.metric": "none"}
+NO_METRIC = {"eval.metrics": {}}
 KINDS: Mapping[str, Kind] = {
     "resumed": Kind(resumed=True),
     "resumed, channels_last, fused": Kind(settings=FUSED, resumed=True),

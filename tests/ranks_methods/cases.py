@@ -47,6 +47,7 @@ class Case:
             built-in default problem in place of these.
         path: how weighted sums travel.
         poisoned: samples of which a number is NaN.
+        half: whether every second rank computes in float16, and begins with losses scaled too much.
     """
 
     method: str
@@ -55,6 +56,7 @@ class Case:
     model: str = "mlp"
     path: str = "auto"
     poisoned: tuple[int, ...] = ()
+    half: bool = False
 
     def overrides(self) -> dict[str, Any]:
         classes = {name: {"device": "cpu", "ranks": ranks} for name, ranks in CLASSES[self.classes].items()}
@@ -236,6 +238,9 @@ CASES |= {
     for mode in ("solo", "majority")
 }
 CASES["digits, eager_sgd, micro-batches"] = Case("eager_sgd", {"train.micro_batches": 3}, model="digits")
+HALF = ("sync_sgd", "byteps", "eager_sgd", "biased_local_sgd")
+FOUR = {"biased_local_sgd": {"train.tau": {"fast": 8, "slow": 2}}}
+CASES |= {f"digits, half, {name}": Case(name, FOUR.get(name, {}), model="digits", half=True) for name in HALF}
 CASES["digits, eager_sgd, majority"] = Case("eager_sgd", {"algorithm.mode": "majority"}, model="digits")
 
 

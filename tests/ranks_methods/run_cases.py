@@ -27,7 +27,7 @@ from hvd_hetero.config.load import device_classes, load
 from hvd_hetero.telemetry.trace import TRACE, from_chrome
 from hvd_hetero.training import startup, trainer
 from hvd_hetero.training.watchdog import Watchdog
-from hvd_hetero.worker import components
+from hvd_hetero.worker import components, loss_scaler
 from hvd_hetero.worker.components import UserObjects
 from hvd_hetero.worker.index_feed import Feed
 
@@ -61,6 +61,9 @@ def run(case: Case, env: JobEnv, folder: Path) -> dict[str, Any]:
     cluster = assign(device_classes(config.cluster.classes), facts)
     startup.check(config, parts, cluster)
     RecordedFeed.dealt = []
+    half = case.half and env.rank % 2  # as if it were on a GPU without bfloat16
+    startup.autocast_type = lambda wanted, device: torch.float16 if half else None  # type: ignore[assignment]
+    loss_scaler.START = 2.0**30
     this = trainer.Trainer(startup.Job(env, config, parts, cluster, Placement("cpu", 1, None), Watchdog(env)), folder)
     this.prepare()
     summary = this.run()

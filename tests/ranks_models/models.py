@@ -393,7 +393,7 @@ def of_odd(outputs: Any, targets: Tensor) -> Tensor:
 
 
 def odd(kind: str) -> Case:
-    return Case(lambda: Odd(kind), given={"loss": of_odd}, settings={"eval.metric": "none"})
+    return Case(lambda: Odd(kind), given={"loss": of_odd}, settings={"eval.metrics": {}})
 
 
 class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
@@ -563,9 +563,9 @@ CASES: dict[str, Case] = {
     "items of a mapping": Case(Keywords, rows(lambda i, x, y: UserDict(pixel_values=x, labels=y))),
     "an ordered mapping": Case(Keywords, rows(lambda i, x, y: OrderedDict(pixel_values=x, labels=y))),
     "numpy items": Case(net, rows(lambda i, x, y: (x.numpy(), np.int64(y)))),
-    "padding in the targets": Case(Tagger, padded, settings={"eval.metric": "none"}),
+    "padding in the targets": Case(Tagger, padded, settings={"eval.metrics": {}}),
     "regression": Case(lambda: nn.Sequential(nn.Linear(D, 1), nn.Flatten(0)), regression, settings={
-        "train.loss": "mse_loss", "eval.metric": "none"}),
+        "train.loss": "mse_loss", "eval.metrics": {}}),
     "class weights": Case(net, settings={"train.loss_args": {"weight": [1.0, 2.0]}}),
     "partial rounds, buffers replaced": Case(lambda: Counting(True), settings=SOLO),
     "partial rounds, bfloat16": Case(lambda: net().to(torch.bfloat16), lambda: tuple(

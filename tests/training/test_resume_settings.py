@@ -49,7 +49,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("cluster.hosts", "127.0.0.1:2"), ("data.root", "/elsewhere"), ("data.workers", 3), ("train.epochs", 99),
     ("train.max_samples", 10**6), ("run.watchdog_sec", 5.0), ("cluster.gloo_timeout_sec", 9),
     ("cluster.affinity", False), ("cluster.network_interface", "lo"), ("eval.every_epochs", 7),
-    ("eval.batch_size", 1), ("eval.metric", "none"),
+    ("eval.batch_size", 1), ("eval.metrics", {}),
     ("profile.seconds", 0.1), ("checkpoint.every_rounds", 3), ("checkpoint.every_sec", None), ("delays.sec", 0.1),
     ("cluster.classes.slow.slowdown", 2.0), ("cluster.classes.slow.threads", 3), ("run.trace_rounds", 0),
     ("aggregation.path", "hierarchical"), ("aggregation.nan", "stop"), ("run.name", "b"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from hvd_hetero.launch import launcher
 ROOT = Path(__file__).parents[2]
 RANKS = Path(__file__).parents[1] / "ranks"
 DEFAULT = ROOT / "configs" / "default.yaml"
-CLASS_KEYS = {"excluded",
+CLASS_KEYS = {"excluded", "overflows",
     "name", "device", "ranks", "tau", "batch_size", "weight", "slowdown", "step_sec", "steps", "samples", "time_sec",
     "blocked_fraction", "peak_gpu_bytes",
 }
@@ -118,7 +119,11 @@ def test_a_row_an_epoch(default_run: Run) -> None:
     assert last["eval_accuracy"] == summary["eval"]["final_accuracy"]
     assert last["eval_loss"] == summary["eval"]["final_loss"]
     assert summary["eval"]["best_accuracy"] == max(row["eval_accuracy"] for row in rows)
-    assert set(last["blocked_fraction"]) == {"fast", "slow"}
+    assert set(last["blocked_fraction"]) == set(last["memory_bytes"]) == {"fast", "slow"}
+    assert all(10**8 < size < 10**11 for size in last["memory_bytes"].values()), "of a process that has torch in it"
+    assert rows[0]["left_sec"] > 0 and last["left_sec"] == 0
+    assert last["overflows"] == {"fast": 0, "slow": 0}
+    assert re.search(r"^epoch 3/3  0 s left .*  GB fast [0-9.]+ slow [0-9.]+$", default_run[1].stderr, re.MULTILINE)
 
 
 def test_it_learns(default_run: Run) -> None:
@@ -192,10 +197,10 @@ def test_plain_horovodrun_line(horovodrun: Callable[..., Any], tmp_path: Path) -
     horovodrun's ranks themselves: auto, one class of all CPU ranks."""
     program = Path(sys.executable).with_name("hvd-hetero")
     done = horovodrun(2, [program, "train", DEFAULT, f"run.dir={tmp_path / 'run'}", "train.epochs=1",
-                          "cluster.classes=auto", "train.tau=8", "eval.metric=none"], hosts="localhost:2")
+                          "cluster.classes=auto", "train.tau=8", "eval.metrics={}"], hosts="localhost:2")
     assert done.returncode == 0, done.stderr
     summary = assert_adds_up(tmp_path / "run")
-    assert summary["eval"]["final_accuracy"] is None and summary["eval"]["final_loss"] > 0
+    assert summary["eval"].keys() == {"final_loss", "best_loss"} and summary["eval"]["final_loss"] > 0
     if not torch.cuda.is_available():
         assert [(c["name"], c["ranks"], c["weight"], c["tau"]) for c in summary["classes"]] == [("cpu", [0, 1], 0.5, 8)]
     assert summary["emulated"] is False and "EMULATED" not in done.stdout

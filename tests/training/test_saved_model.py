@@ -48,7 +48,7 @@ def test_evaluate_finds_what_the_run_found(folder: Path, hvd_hetero: Callable[..
     assert done.returncode == 0, done.stderr
     wanted = {name: rows[-1][name] for name in ("eval_loss", "eval_accuracy")}
     assert json.loads(done.stdout) == pytest.approx(wanted, rel=1e-6)
-    first = hvd_hetero(["evaluate", "run", "--checkpoint", str(rows[0]["round"]), "eval.metric=none"], cwd=folder)
+    first = hvd_hetero(["evaluate", "run", "--checkpoint", str(rows[0]["round"]), "eval.metrics={}"], cwd=folder)
     assert json.loads(first.stdout) == pytest.approx({"eval_loss": rows[0]["eval_loss"]}, rel=1e-6)
 
 

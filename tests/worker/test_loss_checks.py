@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.worker.factories import metric_by_name, per_sample_loss
+from hvd_hetero.worker.factories import accuracy, per_sample_loss
 from hvd_hetero.worker.loss_checks import Batched, try_loss, try_metric
 
 F = nn.functional
@@ -223,9 +223,7 @@ def test_a_loss_that_would_have_to_be_trained_itself_is_refused() -> None:
 
 
 def accuracy_of(outputs: Any, targets: Any) -> None:
-    metric = metric_by_name("accuracy")
-    assert metric is not None
-    try_metric("eval.metric", "accuracy", metric, batched(outputs, targets))
+    try_metric("eval.metrics.accuracy", "accuracy", accuracy, batched(outputs, targets))
 
 
 @pytest.mark.parametrize(("outputs", "targets", "said"), [
@@ -243,8 +241,8 @@ def accuracy_of(outputs: Any, targets: Any) -> None:
 def test_what_has_no_accuracy(outputs: Any, targets: Any, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         accuracy_of(outputs, targets)
-    assert caught.value.key == "eval.metric" and said in caught.value.problem
-    assert "set eval.metric=none" in caught.value.remedy
+    assert caught.value.key == "eval.metrics.accuracy" and said in caught.value.problem
+    assert "set eval.metrics={}" in caught.value.remedy
 
 
 @pytest.mark.parametrize(("outputs", "targets"), [((2, 3), (2,)), ((2, 3, 5), (2, 5)), ((2, 2, 4, 4), (2, 4, 4))])

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from hvd_hetero.data import TensorSource
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.worker.factories import accuracy, loss_of_module, metric_by_name, per_sample_loss
+from hvd_hetero.worker.factories import accuracy, loss_of_module, per_sample_loss
 from hvd_hetero.worker.losses import NOT_COUNTED, PerSample, concat, mean, per_sample
+from hvd_hetero.worker.metrics import SampleMean, read_metrics
 from hvd_hetero.worker.worker import Worker
 
 F = nn.functional
@@ -40,7 +41,14 @@ def texts(count: int = 12) -> Tensor:
 
 
 def worker(model: nn.Module, loss: PerSample, metric: PerSample | None = None) -> Worker:
-    return Worker(model, loss, lambda params: torch.optim.SGD(params, lr=0.1), None, metric=metric)
+    metrics = [] if metric is None else read_metrics("eval.metrics", {"m": metric})
+    return Worker(model, loss, lambda params: torch.optim.SGD(params, lr=0.1), None, metrics=metrics)
+
+
+def sums_of(mine: Worker, inputs: Tensor, targets: Tensor, batch_size: int = 5) -> Tensor:
+    """Evaluate; return the sums of values and weights of the loss, then of the metric if there is one."""
+    mine.evaluate(TensorSource(inputs, targets), np.arange(len(targets)), batch_size)
+    return torch.cat([metric.sums for metric in mine.measures if isinstance(metric, SampleMean)])
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
@@ -59,7 +67,7 @@ def assert_as_in_pytorch(
         torch.testing.assert_close(ours, theirs)
     losses, weights = mine.take_losses()
     assert float(losses[weights > 0].sum() / weights.sum()) == pytest.approx(float(expected.detach()), rel=1e-5)
-    sums = mine.evaluate(TensorSource(inputs, targets), np.arange(len(targets)), 5)
+    sums = sums_of(mine, inputs, targets)
     assert mean(float(sums[0]), float(sums[1])) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
@@ -138,7 +146,7 @@ def test_ragged_samples_count_once_each_whatever_the_padding(args: dict[str, Any
         for ours, theirs in zip(gradients(mine.model), gradients(model), strict=True):
             torch.testing.assert_close(ours, theirs)
         assert mine.take_losses()[0].tolist() == pytest.approx(expected, rel=1e-5)
-        found.append((*gradients(mine.model), mine.evaluate(TensorSource(inputs, targets), np.arange(12), 5).float()))
+        found.append((*gradients(mine.model), sums_of(mine, inputs, targets).float()))
     for plain, padded in zip(*found, strict=True):
         torch.testing.assert_close(plain, padded)
 
@@ -147,12 +155,12 @@ def test_ragged_samples_count_once_each_whatever_the_padding(args: dict[str, Any
 def test_where_nothing_counts_there_is_no_gradient_and_no_nan(tokens: bool) -> None:
     inputs = texts()
     targets = torch.full_like(inputs, -100) if tokens else torch.full((12,), -100)
-    mine = worker(Tagger(tokens), per_sample_loss("cross_entropy", {"weight": WEIGHTS}), metric_by_name("accuracy"))
+    mine = worker(Tagger(tokens), per_sample_loss("cross_entropy", {"weight": WEIGHTS}), accuracy)
     mine.gradient(inputs, targets)
     assert all(not gradient.any() for gradient in gradients(mine.model))
     losses, weights = mine.take_losses()
     assert losses.tolist() == [NOT_COUNTED] * 12 and not weights.any()
-    sums = mine.evaluate(TensorSource(inputs, targets), np.arange(12), 5)
+    sums = sums_of(mine, inputs, targets)
     assert sums.tolist() == [0] * 4 and np.isnan(mean(0.0, 0.0))
 
 
@@ -212,7 +220,7 @@ def test_a_batch_that_loses_a_sample_is_refused_where_it_does() -> None:
     with pytest.raises(ConfigError, match=r"drops.* a batch of 12 gives \[\d\]"):
         mine.gradient(inputs, inputs[:, 0] % CLASSES)
     mine.gradient(inputs, inputs[:, 0] % 3)
-    with pytest.raises(ConfigError, match=r"eval.metric=.*: a batch of 5 gives \[4\]"):
+    with pytest.raises(ConfigError, match=r"eval.metrics.m=.*: a batch of 5 gives \[4\]"):
         mine.evaluate(TensorSource(inputs, inputs[:, 0] % 3), np.arange(12), 5)
 
 
@@ -240,7 +248,7 @@ def test_a_functions_own_weights_are_those_of_the_mean() -> None:
         torch.testing.assert_close(ours, theirs)
     again = mine.gradient_again(inputs, targets, 0.5)
     torch.testing.assert_close(again[0], 0.5 * gradients(model)[0])
-    sums = mine.evaluate(TensorSource(inputs, targets), np.arange(12), 12).tolist()
+    sums = sums_of(mine, inputs, targets, 12).tolist()
     number = int(counts.sum())
     assert sums == pytest.approx([expected.item() * number, number] * 2, rel=1e-5)
 

@@ -24,7 +24,7 @@ def test_a_class_without_enough_memory_is_named(estimated: int | None, text: str
         raise torch.OutOfMemoryError(SAID)
     message = str(caught.value)
     assert message.startswith("train.batch_size=64: class gpu is out of GPU memory (CUDA out of memory Tried")
-    assert text in message and message.endswith("train.autocast=bf16")
+    assert text in message and message.endswith("train.autocast=auto")
 
 
 def test_what_a_failed_step_has_made_is_let_go_before_the_estimate() -> None:

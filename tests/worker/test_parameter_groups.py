@@ -51,6 +51,18 @@ def test_of_several_groups_a_later_one_wins_key_by_key() -> None:
     assert all("lr_scale" not in group for _, group in found), "a scheduler of others might apply it again"
 
 
+def test_copies_of_the_parameters_have_the_same_groups() -> None:
+    """The server of asynchronous methods has some."""
+    net = Net()
+    groups = [{"match": "*.bias", "lr_scale": 0.5}]
+    make = grouped(lambda params: torch.optim.SGD(params, lr=0.1), net, options_of(net, groups), groups)
+    copies = [nn.Parameter(p.detach().clone()) for p in net.parameters()]
+    found = make(copies).param_groups
+    assert [[[p.shape for p in group["params"]], group["lr"]] for group in found] == [
+        [[(3, 4), (4,)], 0.1], [[(4,), (3,)], 0.05]
+    ]  # fmt: skip
+
+
 def test_a_function_that_asks_for_names_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 

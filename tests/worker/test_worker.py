@@ -20,11 +20,11 @@ from hvd_hetero.random_state import seed_all
 from hvd_hetero.worker.factories import (
     accuracy,
     is_accuracy,
-    metric_by_name,
     optimizer_maker,
     per_sample_loss,
     scheduler_maker,
 )
+from hvd_hetero.worker.metrics import SampleMean, read_metrics
 from hvd_hetero.worker.step_benchmark import Measurement, measure_step
 from hvd_hetero.worker.worker import Worker, forward
 
@@ -43,7 +43,8 @@ def worker(optimizer: str = "SGD", scheduler: str | None = None, lr: float = 0.1
     args = {"momentum": 0.9} if optimizer == "SGD" else {}
     return Worker(
         network(), per_sample_loss("cross_entropy", {}), optimizer_maker(optimizer, lr, args),
-        scheduler_maker(scheduler, {"step_size": 1, "gamma": 0.5} if scheduler else {}), metric=accuracy, **options,
+        scheduler_maker(scheduler, {"step_size": 1, "gamma": 0.5} if scheduler else {}),
+        metrics=read_metrics("eval.metrics", {"accuracy": "accuracy"}), **options,
     )
 
 
@@ -137,7 +138,8 @@ def test_evaluation_sums_over_every_sample(count: int, batch: int) -> None:
     mine.local_steps(batches(np.arange(40).reshape(5, 8)), 5)
     before = [v.clone() for v in mine.state.vectors]
     order = np.random.default_rng(0).permutation(40)[:count]
-    loss, counted, correct, judged = mine.evaluate(data, order, batch).tolist()
+    mine.evaluate(data, order, batch)
+    (loss, counted), (correct, judged) = (m.sums.tolist() for m in mine.measures if isinstance(m, SampleMean))
     mine.model.eval()
     with torch.no_grad():
         outputs = mine.model(data.inputs[order])
@@ -324,17 +326,17 @@ def test_losses_are_one_number_a_sample() -> None:
     )
 
 
-def test_accuracy_and_no_metric() -> None:
+def test_accuracy() -> None:
     outputs, targets = torch.tensor([[0.1, 0.9], [2.0, 1.0]]), torch.tensor([1, 1])
     assert accuracy(outputs, targets)[0].tolist() == [1.0, 0.0]
-    assert is_accuracy(metric_by_name("accuracy")) and not is_accuracy(metric_by_name("none"))
-    assert metric_by_name("none") is None and metric_by_name(None) is None
+    (metric,) = read_metrics("eval.metrics", {"acc": "accuracy"})
+    assert isinstance(metric, SampleMean) and is_accuracy(metric.function) and not is_accuracy(None)
 
 
 @pytest.mark.parametrize(("make", "key", "text"), [
     (lambda: per_sample_loss("crossentropy", {}), "train.loss", "torch.nn.functional"),
     (lambda: per_sample_loss("nosuch:thing", {}), "train.loss", "no module named"),
-    (lambda: metric_by_name("acuracy"), "eval.metric", "accuracy, none"),
+    (lambda: read_metrics("eval.metrics", {"m": "acuracy"}), "eval.metrics.m", "accuracy or"),
     (lambda: optimizer_maker("Sgd", 0.1, {}), "train.optimizer", "SGD"),
     (lambda: optimizer_maker("lr_scheduler", 0.1, {}), "train.optimizer", "SGD"),
     (lambda: worker_with_optimizer({"momentun": 0.9}), "train.optimizer_args", "momentun"),

@@ -77,7 +77,7 @@ def _content(config: Config) -> str:
     """What the trained objects are made from, as a key."""
     train = dataclasses.asdict(config.train)
     used = {name: train[name] for name in train if name.startswith(("loss", "optimizer", "scheduler", "groups"))}
-    return json.dumps([dataclasses.asdict(config.data), dataclasses.asdict(config.model), used, config.eval.metric],
+    return json.dumps([dataclasses.asdict(config.data), dataclasses.asdict(config.model), used, config.eval.metrics],
                       sort_keys=True, default=str)
 
 
@@ -87,7 +87,7 @@ def _check_same(checked: Sequence[Checked]) -> None:
     for other in checked[1:]:
         for key, mine, theirs in (
             ("data", first.config.data, other.config.data),
-            ("eval.metric", first.config.eval.metric, other.config.eval.metric),
+            ("eval.metrics", first.config.eval.metrics, other.config.eval.metrics),
         ):
             if mine != theirs:
                 problem = f"differs from that of row {first.row.name!r}, and the table would compare them"

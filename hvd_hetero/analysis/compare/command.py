@@ -190,7 +190,7 @@ def _amount(run: Run, equal: str) -> float:
 
 def _outcome(run: Run) -> str:
     summary: Mapping[str, Any] = run.summary or {}
-    accuracy = summary["eval"]["final_accuracy"]
+    accuracy = summary["eval"].get("final_accuracy")
     figure = f"loss {or_dash(summary['eval']['final_loss'])}" if accuracy is None else f"accuracy {100 * accuracy:.2f}%"
     return f"; {figure}, {summary['train_sec']:.1f} s of training"
 

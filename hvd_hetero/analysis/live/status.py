@@ -11,6 +11,7 @@ from typing import Any
 
 from hvd_hetero.analysis.report.tables import or_dash, table
 from hvd_hetero.errors import ConfigError
+from hvd_hetero.telemetry.progress import span
 from hvd_hetero.telemetry.run_status import SAVE, SILENT_SEC, RunStatus, read_status
 from hvd_hetero.training.stop_request import STOP
 
@@ -86,10 +87,10 @@ def text(found: RunStatus) -> str:
 
 
 def results(content: Mapping[str, Any]) -> dict[str, str]:
-    """Return the newest losses and the newest accuracy, as a person reads them."""
+    """Return the newest losses and the newest metrics, as a person reads them."""
     shown = {"training loss": or_dash(content["train_loss"])}
-    shown |= {"test loss": or_dash(content["eval_loss"])} if "eval_loss" in content else {}
-    shown |= {"metric": or_dash(content["eval_metric"])} if "eval_metric" in content else {}
+    shown |= {"test loss" if name == "eval_loss" else name.removeprefix("eval_"): or_dash(value)
+              for name, value in content.items() if name.startswith("eval_")}  # fmt: skip
     if (accuracy := content.get("eval_accuracy")) is not None:
         shown["accuracy"] = f"{100 * accuracy:.2f} %"
     return shown
@@ -115,11 +116,3 @@ def ranges(ranks: list[int]) -> str:
         else:
             parts.append([rank, rank])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
-
-
-def span(seconds: float) -> str:
-    """Return a time as a person says it."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

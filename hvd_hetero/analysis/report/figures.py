@@ -76,7 +76,7 @@ def figures(series: Series) -> Figures | None:
     if not done:
         return None
     per_epoch = [run.plan["rounds"] for run in series.runs if run.summary is not None]
-    accuracies = [s["eval"]["final_accuracy"] for s in done if s["eval"]["final_accuracy"] is not None]
+    accuracies = [s["eval"]["final_accuracy"] for s in done if s["eval"].get("final_accuracy") is not None]
     losses = [s["eval"]["final_loss"] for s in done]
     blocked: dict[str, list[float]] = {}
     for summary in done:

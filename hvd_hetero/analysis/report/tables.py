@@ -35,13 +35,9 @@ def closing_table(summary: Mapping[str, Any]) -> str:
         f"{summary['samples_seen']} samples",
         f"training {summary['train_sec']:.1f} s of {summary['wall_sec']:.1f} s",
     ]
-    if result["final_accuracy"] is not None:
-        figures.append(f"accuracy {100 * result['final_accuracy']:.2f}% (best {100 * result['best_accuracy']:.2f}%)")
-    figures.append(f"loss {or_dash(result['final_loss'])}")
-    if result.get("averaged_loss") is not None:
-        share = result["averaged_accuracy"]
-        accuracy = "" if share is None else f"accuracy {100 * share:.2f}%, "
-        figures.append(f"averaged model: {accuracy}loss {or_dash(result['averaged_loss'])}")
+    figures += evaluated(result, "final_")
+    if averaged := evaluated(result, "averaged_"):
+        figures.append(f"averaged model: {', '.join(averaged)}")
     if lost := [f"{c['name']} {c['excluded']}" for c in summary["classes"] if c.get("excluded")]:
         figures.append(f"LEFT OUT of averages (NaN, Inf): {', '.join(lost)}")
     if left := [f"{c['name']} {c['dropped']}" for c in summary["classes"] if c.get("dropped")]:
@@ -49,6 +45,22 @@ def closing_table(summary: Mapping[str, Any]) -> str:
     if summary["emulated"]:
         figures.append(" and ".join(STAMPS[reason] for reason in summary["emulation"]))
     return "\n".join([table(rows), "; ".join(figures), *worth(summary)])
+
+
+def evaluated(result: Mapping[str, Any], prefix: str) -> list[str]:
+    """Return the figures of the test set whose names begin so, the loss last, each with the best value if it is known.
+
+    Args:
+        result: ``eval`` of ``summary.json``.
+    """
+    found = {name.removeprefix(prefix): value for name, value in result.items() if name.startswith(prefix)}
+    texts = []
+    for name, value in sorted(found.items(), key=lambda item: item[0] == "loss"):
+        shown = (lambda x: f"{100 * x:.2f}%") if name == "accuracy" else or_dash
+        if value is not None or name == "loss":
+            best = result.get(f"best_{name}") if prefix == "final_" and name != "loss" else None
+            texts.append(f"{name} {shown(value)}" + ("" if best is None else f" (best {shown(best)})"))
+    return texts
 
 
 def worth(summary: Mapping[str, Any]) -> list[str]:

@@ -102,8 +102,8 @@ def _chapter(out: Path, page: Page, chapter: Chapter) -> None:
     drawings: list[tuple[str, str, str, Figure | None]] = [
         ("accuracy", "Accuracy", "test accuracy over training time and over samples",
          pictures.curves(series, "eval_accuracy", "test accuracy [%]", 100.0)),
-        ("metric", "Metric", "test metric over training time and over samples",
-         pictures.curves(series, "eval_metric", "test metric")),
+        *((f"metric-{slug(name)}", f"Metric: {name}", f"{name} of the test set over training time and over samples",
+           pictures.curves(series, f"eval_{name}", name)) for name in own_metrics(series)),
         ("loss", "Loss", "test loss over training time and over samples",
          pictures.curves(series, "eval_loss", "test loss")),
         ("train-loss", "Training loss", "loss of the samples trained on, over training time and over samples",
@@ -170,6 +170,13 @@ def percent(figures: Figures) -> str:
 def stamped(figures: Figures) -> str:
     """Whether times are not those of real devices, and why."""
     return ", ".join(figures.emulation) or "no"
+
+
+def own_metrics(series: Sequence[Series]) -> list[str]:
+    """Return the names of what was evaluated beside loss and accuracy."""
+    names = dict.fromkeys(name for s in series for run in s.runs for row in run.rows for name in row)
+    return [name.removeprefix("eval_") for name in names
+            if name.startswith("eval_") and name not in ("eval_loss", "eval_accuracy")]
 
 
 def slug(text: str) -> str:
