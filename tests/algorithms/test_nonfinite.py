@@ -215,7 +215,7 @@ def test_counts_are_kept_in_checkpoints() -> None:
     first, second = Accounts(cluster), Accounts(cluster)
     first.excluded = [0, 3]
     second.load_state_dict(first.state_dict())
-    assert second.left_out_of() == {"a": 0, "b": 3}
+    assert second.by_class(second.excluded) == {"a": 0, "b": 3}
 
 
 def test_json_without_nan() -> None:
