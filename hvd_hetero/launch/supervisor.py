@@ -14,9 +14,11 @@ from typing import Any
 
 from hvd_hetero.checkpoint import CheckpointError, Store
 from hvd_hetero.cluster.device_classes import integers
+from hvd_hetero.cluster.hosts import Host
 from hvd_hetero.config.schema import AUTO, RESHAPE, Config
 from hvd_hetero.errors import EXIT_FAULT, EXIT_LOST, EXIT_STUCK, UserError
-from hvd_hetero.launch.horovodrun import End, Host, reap
+from hvd_hetero.launch.horovodrun import End
+from hvd_hetero.launch.remote import reap, remote_shell
 from hvd_hetero.training.stop_request import STOP
 
 MENDABLE = (EXIT_FAULT, EXIT_LOST, EXIT_STUCK)
@@ -121,7 +123,7 @@ class Supervisor:
         """Hosts that do not answer; nothing is left of the job on the others."""
         deadline = time.monotonic() + HOST_SEC
         names = [host for host, _ in self._hosts if host not in self._lost]
-        while lost := reap(end.job, names):
+        while lost := reap(end.job, names, remote_shell(self._config)):
             if self._may_lose(lost) or time.monotonic() > deadline:
                 break
             time.sleep(self._restarts.backoff_sec)
