@@ -140,7 +140,8 @@ def test_a_host_that_answers_again_is_taken_back(
     fewer, all_ = ["cluster.hosts=a:1", "run.resume=reshape"], ["run.resume=reshape"]
     assert told == [[], fewer, fewer, all_, all_]
     assert asked == [["a", "b"], ["b"], ["a"], ["b"], ["a", "b"], ["a", "b"]]
-    assert "goes on without b, with 1 ranks" in (said := capsys.readouterr().err) and "takes b back, with 2 ranks" in said
+    said = capsys.readouterr().err
+    assert "goes on without b, with 1 ranks" in said and "takes b back, with 2 ranks" in said
 
 
 # ---- without some hosts ---------------------------------------------------------------------------------------------
