@@ -1,9 +1,9 @@
-"""horovodrun as ``hvd-hetero launch`` starts it: ``python -m hvd_hetero.comm.horovodrun PIPE ARGUMENT...``.
+"""horovodrun as ``hvd-hetero launch`` starts it: ``python -m hvd_hetero.comm.horovodrun PIPE SHELL ARGUMENT...``.
 
 horovodrun decodes what ranks say. Bytes that are no UTF-8 end the thread that reads them, and with nobody to read it
 the rank blocks in a write; a line is gathered whole, however long. Here ranks' output goes through a pipe of its own,
 byte for byte. horovodrun writes all variables into ranks' command lines, too: secrets only go where they are inherited.
-And it writes the working directory into the command of a remote host as it is, blanks or not.
+And it writes the working directory into the command of a remote host as it is, blanks or not, and knows only ssh.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import threading
 from contextlib import suppress
 from typing import Any
 
+from hvd_hetero.cluster.hosts import remote_command
 from hvd_hetero.secrets import is_secret
 
 HEADER = struct.Struct("!BII")
@@ -26,14 +27,14 @@ BLOCK_BYTES = 1 << 16
 
 def main() -> None:
     """Run horovodrun with what this module says in place of its own."""
-    from horovod.runner import gloo_run, launch
+    from horovod.runner import launch
     from horovod.runner.common.util import env, safe_shell_exec
+    from horovod.runner.util import remote
 
     pipe, lock = open(int(sys.argv.pop(1)), "wb"), threading.Lock()  # noqa: SIM115 (open to the end of the process)
+    shell = sys.argv.pop(1)
     os.set_inheritable(pipe.fileno(), False)
-    forward_text, is_exportable, remote_command = (
-        safe_shell_exec.prefix_connection, env.is_exportable, gloo_run.get_remote_command
-    )
+    forward_text, is_exportable = safe_shell_exec.prefix_connection, env.is_exportable
 
     def forward(source: Any, stream: Any, name: str, index: int | None, timestamp: bool) -> None:
         if index is None:  # what horovodrun itself has asked for, and reads
@@ -45,14 +46,14 @@ def main() -> None:
                 pipe.flush()
         source.close()
 
-    def on_host(local_command: str, *args: Any, **options: Any) -> Any:
-        (script,), here = shlex.split(local_command), os.getcwd()
-        script = script.replace(f"cd {here} ", f"cd {shlex.quote(here)} ", 1)
-        return remote_command(shlex.quote(script), *args, **options)
+    def on_host(local_command: str, host: str, *_: Any, **__: Any) -> str:
+        words, here = shlex.split(local_command), os.getcwd()
+        script = words[0] if len(words) == 1 else local_command
+        return shlex.join(remote_command(shell, host, script.replace(f"cd {here} ", f"cd {shlex.quote(here)} ", 1)))
 
     safe_shell_exec.prefix_connection = forward
     env.is_exportable = lambda name: is_exportable(name) and not is_secret(name, os.environ.get(name, ""))
-    gloo_run.get_remote_command = on_host
+    remote.get_ssh_command = on_host
     launch.run_commandline()
 
 

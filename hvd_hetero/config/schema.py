@@ -74,6 +74,7 @@ class ClassConfig:
 @dataclass(frozen=True)
 class ClusterConfig:
     hosts: Optional[str] = _key(None, FIGURES)  # noqa: UP045
+    remote_shell: Optional[str] = _key(None, NOTHING)  # noqa: UP045
     classes: Any = _key(
         {"fast": {"device": "cpu", "ranks": [0]}, "slow": {"device": "cpu", "ranks": [1], "slowdown": 8.0}},
         FIGURES,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,6 +77,13 @@ def check_together(config: Config) -> None:
     for key, text in (("run.dir", config.run.dir), ("profile.file", config.profile.file)):
         if text is not None and (not text.strip() or "\0" in text):
             raise ConfigError(key, text, "is no path", "give one, or null")
+    if (shell := config.cluster.remote_shell) is not None:
+        try:
+            words = shlex.split(shell)
+        except ValueError as error:
+            raise ConfigError("cluster.remote_shell", shell, f"is no command: {error}", "close the quote") from error
+        if not words:
+            raise ConfigError("cluster.remote_shell", shell, "is no command", "give one, or null for ssh")
     for pattern in config.launch.environment:
         if VARIABLES.fullmatch(pattern) is None:
             remedy = "give names or patterns (MY_*); values are taken from where it is launched"

@@ -15,16 +15,19 @@ import torch
 
 import hvd_hetero
 from hvd_hetero import algorithms
+from hvd_hetero.cluster.allocation import find
 from hvd_hetero.cluster.cgroups import cpu_limit, memory_limit
 from hvd_hetero.cluster.device_classes import assign
 from hvd_hetero.cluster.hardware import RankFacts, limit_threads, local_facts
+from hvd_hetero.cluster.hosts import ranges
 from hvd_hetero.comm.horovod_build import build_info
 from hvd_hetero.comm.kv_store import exchange, job_env
 from hvd_hetero.config.load import device_classes, load
 from hvd_hetero.config.schema import AUTO, Config
 from hvd_hetero.errors import EXIT_BAD_INPUT, UserError
 from hvd_hetero.launch.environment import for_ranks, hidden
-from hvd_hetero.launch.launcher import job_hosts, preflight, thread_variables
+from hvd_hetero.launch.hosts import job_hosts, settled
+from hvd_hetero.launch.launcher import preflight, thread_variables
 from hvd_hetero.training import dry_run, startup
 
 TIMEOUT_SEC = 60.0
@@ -83,8 +86,17 @@ def _machine() -> dict[str, tuple[str, str | None]]:
         "shared memory": _shared_memory(),
         "horovodrun": _program("horovodrun", "install Horovod with scripts/setup", beside=True),
         "ssh": _program("ssh", None),
+        "cluster": _allocation(),
     }
     return found
+
+
+def _allocation() -> tuple[str, str | None]:
+    """What cluster.hosts=auto would find."""
+    try:
+        return str(find(AUTO, os.environ) or "none: cluster.hosts=auto is this machine"), None
+    except UserError as error:
+        return "cannot be read", str(error)
 
 
 def _rank_line(facts: RankFacts) -> dict[str, Any]:
@@ -110,6 +122,7 @@ def _configuration(
     try:
         config = load(files, overrides, algorithms.method)
         if facts is None:
+            config = settled(config)
             preflight(config, job_hosts(config))
         elif files or overrides:
             classes = config.cluster.classes
@@ -138,7 +151,7 @@ def _gpu_problem(facts: RankFacts, horovod: dict[str, Any]) -> str | None:
 
 
 def _cores(facts: RankFacts) -> str:
-    text, limit = f"{len(facts.cores)} of {os.cpu_count()}: {_ranges(facts.cores)}", cpu_limit()
+    text, limit = f"{len(facts.cores)} of {os.cpu_count()}: {ranges(facts.cores)}", cpu_limit()
     if limit is None or facts.cpus is None:
         return text
     return f"{text}; at most {limit.value:g} at once ({limit.file}), so {facts.usable} in use, no rank bound to its own"
@@ -167,13 +180,3 @@ def _program(name: str, remedy: str | None, beside: bool = False) -> tuple[str, 
     path = Path(sys.executable).with_name(name)
     found = str(path) if beside and path.exists() else shutil.which(name)
     return (found, None) if found else ("not found", remedy)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)

@@ -8,19 +8,17 @@ import secrets
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from errno import E2BIG
 from pathlib import Path
 from typing import Any
 
+from hvd_hetero.cluster.hosts import Host
 from hvd_hetero.comm.horovodrun import STDERR, STDOUT
 from hvd_hetero.comm.kv_store import COLUMNS, JOB
 from hvd_hetero.errors import (
@@ -33,6 +31,7 @@ from hvd_hetero.errors import (
     ConfigError,
 )
 from hvd_hetero.launch.rank_output import RankOutput
+from hvd_hetero.launch.remote import is_local, reap
 
 GRACE_SEC = 20.0
 """horovodrun gives its ranks 5 s before it kills them."""
@@ -41,16 +40,7 @@ SAVING_SEC = 30.0
 LEAST_SIGNAL = 128
 """From there on a status tells of a signal, which horovodrun may have sent."""
 KNOWN = (EXIT_FAULT, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_LOST, EXIT_STUCK, EXIT_NON_FINITE)
-SSH = ("ssh", "-o", "PasswordAuthentication=no", "-o", "StrictHostKeyChecking=no", "-o", "BatchMode=yes",
-       "-o", "ConnectTimeout=5")
 SSH_LOST = 255
-SSH_SEC = 15.0
-"""For all that is done over one connection: a link may be cut after it was made."""
-REAP_TIMES, REAP_PAUSE_SEC = 20, 0.1
-
-
-Host = tuple[str, int]
-"""A host and its slots."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +75,16 @@ class Horovodrun:
     Args:
         arguments: of horovodrun, which runs as :mod:`hvd_hetero.comm.horovodrun`.
         hosts: and slots, in the order of the ranks.
+        shell: what runs a command on another host, see :func:`hvd_hetero.cluster.hosts.remote_command`.
         env: the environment of ranks.
         stop: the file that asks the job to save and to end, if it can.
     """
 
     def __init__(
-        self, arguments: Sequence[str], hosts: Sequence[Host], env: Mapping[str, str], stop: Path | None = None
+        self, arguments: Sequence[str], hosts: Sequence[Host], shell: str, env: Mapping[str, str],
+        stop: Path | None = None,
     ) -> None:
-        self._hosts, self._stop = list(hosts), stop
+        self._hosts, self._shell, self._stop = list(hosts), shell, stop
         self._job = secrets.token_hex(8)
         env = {**env, JOB: self._job}
         if sys.stderr.isatty():
@@ -105,7 +97,7 @@ class Horovodrun:
             # In a session of its own: a terminal's Ctrl-C would reach it beside the signal that is passed on, and
             # horovodrun's handlers deadlock when a second signal interrupts the first one's.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "hvd_hetero.comm.horovodrun", str(writing), *arguments], env=env,
+                [sys.executable, "-m", "hvd_hetero.comm.horovodrun", str(writing), shell, *arguments], env=env,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[writing],
             )  # fmt: skip
         except OSError as error:
@@ -124,7 +116,7 @@ class Horovodrun:
         """Waits for the end, and makes sure of it on all hosts where it was not a good one."""
         for reader in self._readers:
             reader.start()
-        ends = [signal.SIGTERM, signal.SIGINT]
+        ends = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]  # the last one is what schedulers are told to send
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
             ends.append(signal.SIGHUP)
         before = {wanted: signal.signal(wanted, self._epoch_on) for wanted in ends}
@@ -132,7 +124,7 @@ class Horovodrun:
         for wanted, handler in before.items():
             signal.signal(wanted, handler)
         # before the readers are waited for: what is left of the job may hold their pipes open
-        silent = reap(self._job, [host for host, _ in self._hosts]) if status != 0 else []
+        silent = reap(self._job, [host for host, _ in self._hosts], self._shell) if status != 0 else []
         for reader in self._readers:
             reader.join()
         self._said.end(failed=status != 0)
@@ -145,6 +137,8 @@ class Horovodrun:
         if code is None or name is None:
             cause = self._own[-1] if self._own else f"horovodrun ended with status {status}"
             lost = "could not connect to some hosts via ssh" in said
+            if unreached := re.search(r"^ssh not successful for host (.*):\n(.*)", said, re.M):
+                cause = f"{unreached[1]} cannot be reached by {self._shell.split()[0]}: {unreached[2]}"
             return End(EXIT_LOST if lost else EXIT_FAULT, self._job, cause, asked=self._signalled)
         number, rank = int(code[1]), int(name[1])
         if number == EXIT_LOST:  # because of another one, whose end is seen later where data workers outlive it
@@ -152,7 +146,7 @@ class Horovodrun:
             own = ((int(end), int(other)) for other, end in ends if int(end) < LEAST_SIGNAL)
             number, rank = next((end for end in own if end[0] != EXIT_LOST), (number, rank))
         host = [host for host, slots in self._hosts for _ in range(slots)][rank]
-        cut = number == SSH_LOST and not is_local(host)
+        cut = (number == SSH_LOST or host in silent) and not is_local(host)
         meaning = meaning_of(number)
         if cut:  # ssh says the same of a rank that a signal has killed
             meaning = "and its host does not answer any more" if host in silent else "killed by a signal"
@@ -188,7 +182,7 @@ class Horovodrun:
         """Asks horovodrun once to end its ranks, and ends it if it does not."""
         if not self._asked:
             self._asked = True
-            self._process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+            self._process.send_signal(number if number == signal.SIGINT else signal.SIGTERM)
             self._later(GRACE_SEC, self._process.kill)
 
     @staticmethod
@@ -219,36 +213,3 @@ def killed_by(code: int) -> str | None:
 def meaning_of(code: int) -> str:
     name = killed_by(code)
     return f"with status {code}" if name is None else f"killed by {name}"
-
-
-def is_local(host: str) -> bool:
-    if host in ("localhost", "127.0.0.1", socket.gethostname()):
-        return True
-    try:
-        addresses = {item[4][0] for item in socket.getaddrinfo(host, None)}
-        own = {item[4][0] for item in socket.getaddrinfo(socket.gethostname(), None)} | {"127.0.0.1", "::1"}
-    except OSError:
-        return False
-    return bool(addresses & own)
-
-
-def reap(job: str, hosts: Sequence[str]) -> list[str]:
-    """Kills whatever is left of a job on its hosts, stopped or not; returns the hosts that do not answer."""
-    mark = shlex.quote(f"{JOB}={job}")
-    # One grep for all processes; -z takes their environments apart.
-    script = f'p=$(grep -lszxF {mark} /proc/[0-9]*/environ | cut -d/ -f3); [ -z "$p" ] || kill -9 $p; echo $p'
-
-    def answers(host: str) -> bool:
-        command = ["sh", "-c", script] if is_local(host) else [*SSH, host, script]
-        for _ in range(REAP_TIMES):
-            try:
-                done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SSH_SEC)
-            except (OSError, subprocess.TimeoutExpired):
-                return False
-            if done.returncode == SSH_LOST or not done.stdout.strip():
-                return done.returncode != SSH_LOST
-            time.sleep(REAP_PAUSE_SEC)
-        return True
-
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        return [host for host, answered in zip(hosts, pool.map(answers, hosts), strict=True) if not answered]

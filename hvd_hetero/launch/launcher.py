@@ -15,15 +15,17 @@ import psutil
 
 from hvd_hetero import algorithms
 from hvd_hetero.checkpoint import Store
-from hvd_hetero.cluster.device_classes import Cluster, assign, integers
+from hvd_hetero.cluster.allocation import check_one_task, restarts
+from hvd_hetero.cluster.device_classes import Cluster, assign
 from hvd_hetero.cluster.hardware import RankFacts, limit_threads, local_facts
-from hvd_hetero.cluster.hosts import parse_hosts
 from hvd_hetero.config.load import device_classes, load
 from hvd_hetero.config.schema import AUTO, Config
 from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_STOPPED, ConfigError, nearest
 from hvd_hetero.files import check_writable
 from hvd_hetero.launch.environment import as_ranks, check_secrets, for_ranks
-from hvd_hetero.launch.horovodrun import End, Horovodrun, is_local
+from hvd_hetero.launch.horovodrun import End, Horovodrun
+from hvd_hetero.launch.hosts import allocation, job_hosts, settings_of, settled
+from hvd_hetero.launch.remote import is_local, remote_shell
 from hvd_hetero.launch.supervisor import Supervisor, check_options
 from hvd_hetero.planning.speed_profile import check_profile, load_profile
 from hvd_hetero.telemetry.run_folder import check_run_dir
@@ -47,14 +49,14 @@ def launch(
     Raises:
         ConfigError: found wrong before any worker was started.
     """
-    config = read(files, overrides)
+    config, chosen = placed(files, overrides)
     hosts = job_hosts(config)
     check_options(max_restarts, min_ranks, sum(slots for _, slots in hosts))
     folder = run_dir(config)
     check_run_dir(folder, config.run.overwrite or config.run.resume is not None)
     if not show:
         preflight(config, hosts)
-    chosen = [*overrides, *([f"run.dir={folder}"] if config.run.dir is None else [])]
+    chosen += [f"run.dir={folder}"] if config.run.dir is None else []
     if show:
         print(shlex.join(horovodrun_line(config, hosts, ["train", *files, *chosen])))
         return 0
@@ -79,10 +81,29 @@ def run_job(command: str, files: Sequence[str], overrides: Sequence[str]) -> int
     Raises:
         ConfigError: as :func:`launch`.
     """
-    config = read(files, overrides)
+    config, chosen = placed(files, overrides)
     hosts = job_hosts(config)
     preflight(config, hosts, trains=False)
-    return _run(config, horovodrun_line(config, hosts, [command, *files, *overrides]), hosts).status
+    return _run(config, horovodrun_line(config, hosts, [command, *files, *chosen]), hosts).status
+
+
+def placed(files: Sequence[str], overrides: Sequence[str]) -> tuple[Config, list[str]]:
+    """The configuration of a job with its hosts, and all settings that ranks need for it beside the files.
+
+    A job that Slurm has put back into its queue resumes.
+
+    Raises:
+        ConfigError: as :func:`read` and :func:`hvd_hetero.launch.hosts.settled`, or this is one launcher of several.
+    """
+    check_one_task(os.environ)
+    config, chosen = read(files, overrides), list(overrides)
+    if (there := settled(config)) is not config:
+        print(f"hvd-hetero: hosts from {allocation(config) or 'this machine'}", file=sys.stderr, flush=True)
+        chosen += settings_of(there)
+    if config.run.resume is None and (times := restarts(os.environ)) > 0:
+        print(f"hvd-hetero: run.resume=auto, since SLURM_RESTART_COUNT={times}", file=sys.stderr, flush=True)
+        chosen.append("run.resume=auto")
+    return read(files, chosen), chosen
 
 
 def read(files: Sequence[str], overrides: Sequence[str]) -> Config:
@@ -98,29 +119,10 @@ def read(files: Sequence[str], overrides: Sequence[str]) -> Config:
 
 def _run(config: Config, line: Sequence[str], hosts: Sequence[tuple[str, int]], stop: Path | None = None) -> End:
     release()  # what the dry run had on a GPU is for the ranks
-    end = Horovodrun(line[1:], hosts, for_ranks(config), stop).wait()
+    end = Horovodrun(line[1:], hosts, remote_shell(config), for_ranks(config), stop).wait()
     if end.status not in (0, EXIT_BAD_INPUT, EXIT_STOPPED) or (end.status == EXIT_BAD_INPUT and not end.error):
         print(f"hvd-hetero: error: the job failed: {end.cause}", file=sys.stderr, flush=True)
     return end
-
-
-def job_hosts(config: Config) -> list[tuple[str, int]]:
-    """Hosts and slots: as configured, else as many slots here as the classes name ranks (``auto``: one more than GPUs).
-
-    Raises:
-        ConfigError: a class names a rank beyond the slots, or nothing says how many ranks to start.
-    """
-    spec = config.cluster
-    classes = {} if spec.classes == AUTO else device_classes(spec.classes)
-    if spec.hosts is not None:
-        return parse_hosts(spec.hosts)
-    if spec.classes == AUTO:
-        return [("localhost", len(local_facts(0, "localhost", 0).gpus) + 1)]
-    if any(c.ranks is None for c in classes.values()):
-        raise ConfigError("cluster.hosts", None, "classes are chosen by host, and no hosts are given",
-                          "set cluster.hosts=host:slots,... or give ranks")
-    ranks = [rank for name, c in classes.items() for rank in integers(f"cluster.classes.{name}.ranks", c.ranks)]
-    return [("localhost", max(ranks, default=0) + 1)]
 
 
 def preflight(config: Config, hosts: Sequence[tuple[str, int]], trains: bool = True) -> None:

@@ -14,9 +14,11 @@ from typing import Any
 
 from hvd_hetero.checkpoint import CheckpointError, Store
 from hvd_hetero.cluster.device_classes import integers
+from hvd_hetero.cluster.hosts import Host
 from hvd_hetero.config.schema import AUTO, RESHAPE, Config
 from hvd_hetero.errors import EXIT_FAULT, EXIT_LOST, EXIT_STUCK, UserError
-from hvd_hetero.launch.horovodrun import End, Host, reap
+from hvd_hetero.launch.horovodrun import End
+from hvd_hetero.launch.remote import reap, remote_shell
 from hvd_hetero.training.stop_request import STOP
 
 MENDABLE = (EXIT_FAULT, EXIT_LOST, EXIT_STUCK)
@@ -79,6 +81,7 @@ class Supervisor:
     ) -> None:
         self._start, self._config, self._hosts = start, config, list(hosts)
         self._lost: set[str] = set()
+        self._changed = False  # whether checkpoints may be of other hosts
         self._store, self._run_dir, self._min_ranks = Store(run_dir), run_dir, min_ranks
         self._restarts = Restarts(most)
         # what an earlier run has left there is nothing to go on from, where this one was to start anew
@@ -108,12 +111,16 @@ class Supervisor:
             if (self._run_dir / STOP).exists():
                 _say("gives up: it was told to stop")
                 return end.status
+            if back := self._lost.difference(reap(end.job, sorted(self._lost), remote_shell(self._config))):
+                self._lost -= back
+                _say(f"takes {', '.join(sorted(back))} back, with {self._ranks(self._lost)} ranks")
             lost = self._await(end)
             if lost and not self._may_lose(lost):
                 _say(f"gives up: no answer from {', '.join(lost)}")
                 return EXIT_LOST
             if lost:
                 self._lost.update(lost)
+                self._changed = True
                 _say(f"goes on without {', '.join(lost)}, with {self._ranks(self._lost)} ranks")
             settings = self._settings(newest)
 
@@ -121,7 +128,7 @@ class Supervisor:
         """Hosts that do not answer; nothing is left of the job on the others."""
         deadline = time.monotonic() + HOST_SEC
         names = [host for host, _ in self._hosts if host not in self._lost]
-        while lost := reap(end.job, names):
+        while lost := reap(end.job, names, remote_shell(self._config)):
             if self._may_lose(lost) or time.monotonic() > deadline:
                 break
             time.sleep(self._restarts.backoff_sec)
@@ -138,7 +145,7 @@ class Supervisor:
         fewer = without(self._config, self._hosts, self._lost) if self._lost else []
         if newest is None or self._is_foreign():
             return [*fewer, "run.overwrite=true", "run.resume=null"]
-        return [*fewer, f"run.resume={RESHAPE if fewer else self._config.run.resume or AUTO}"]
+        return [*fewer, f"run.resume={RESHAPE if self._changed else self._config.run.resume or AUTO}"]
 
     def _newest(self) -> int | None:
         made = self._made()

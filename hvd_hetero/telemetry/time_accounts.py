@@ -58,8 +58,8 @@ class Accounts:
             kinds: seconds of each kind, by rank.
             collectives: durations ``[ranks][collectives]`` in the order in which ranks met in them, NaN: not in it.
             counts: of the epoch, by rank: ``sent``, bytes given to sums and averages; ``dropped``, samples left out
-                of steps; ``excluded``, contributions that were, because a rank's values were non-finite. Of the run so far:
-                ``overflows`` of gradients in float16; ``memory``, the most bytes.
+                of steps; ``excluded``, contributions that were, because a rank's values were non-finite. Of the run so
+                far: ``overflows`` of gradients in float16; ``memory``, the most bytes.
         """
         blocked, comm = split_waiting(collectives)
         for rank, mine in enumerate(plan.by_rank()):

@@ -14,11 +14,11 @@ from typing import Any
 STOP = "stop"
 """A file of this name in a run's folder asks the run to save and to end."""
 LOOK_SEC = 0.25
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Whether this rank was asked to stop, by SIGTERM, SIGINT, or the file ``stop`` in the run's folder.
+    """Whether this rank was asked to stop, by SIGTERM, SIGINT, SIGUSR1, or the file ``stop`` in the run's folder.
 
     The first signal is noted while the ``with`` block runs; the second one does what it did before.
     """

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from hvd_hetero.cluster.device_classes import Cluster, assign, integers, shares_a_gpu
 from hvd_hetero.cluster.hardware import RankFacts, local_facts, numa_nodes, pci_node
-from hvd_hetero.cluster.hosts import parse_hosts
 from hvd_hetero.cluster.placement import place
 from hvd_hetero.config.load import device_classes
 from hvd_hetero.errors import ConfigError
@@ -212,17 +211,6 @@ def test_no_core_is_shared(gpu_ranks: int, cpu_ranks: int, cores: int, gpu_cores
 
 
 # ---- reading what the user wrote ------------------------------------------------------------------------------------
-
-
-def test_hosts() -> None:
-    assert parse_hosts("a:2, b.c-d:14,127.0.0.1") == [("a", 2), ("b.c-d", 14), ("127.0.0.1", 1)]
-
-
-@pytest.mark.parametrize("text", ["", "a:", "a:0", "a:x", "a:2,,b:1", "a:2 b:2", "a:1,a:2", "a:-1"])
-def test_hosts_that_cannot_be_read(text: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        parse_hosts(text)
-    assert caught.value.key == "cluster.hosts"
 
 
 def test_integers() -> None:

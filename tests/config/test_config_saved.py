@@ -72,7 +72,8 @@ DECIDES = {
     COURSE: """
         run.trace_rounds run.watchdog_sec cluster.start_timeout_sec cluster.gloo_timeout_sec checkpoint.every_sec
         checkpoint.every_rounds checkpoint.keep""",
-    NOTHING: "run.dir run.overwrite run.resume run.name launch.environment data.root data.download",
+    NOTHING: """
+        run.dir run.overwrite run.resume run.name launch.environment cluster.remote_shell data.root data.download""",
 }
 """A new key has to be thought of here: who resumes with another value of it gets another model, or not."""
 

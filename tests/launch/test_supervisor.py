@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from together import together
 from hvd_hetero.config.load import load
 from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_LOST, EXIT_NON_FINITE, EXIT_STOPPED, UserError
 from hvd_hetero.launch.horovodrun import End
-from hvd_hetero.launch.supervisor import Restarts, check_options, remaining_classes, without
+from hvd_hetero.launch.supervisor import Restarts, Supervisor, check_options, remaining_classes, without
 
 RANKS = Path(__file__).parents[1] / "ranks"
 SETTINGS = ["train.tau={fast: 8, slow: 4}", "cluster.classes.slow.slowdown=1", "run.trace_rounds=0"]
@@ -111,6 +112,36 @@ def test_the_same_failure_twice_is_told_as_such() -> None:
 def test_options_that_cannot_be_meant(most: int, least: int | None) -> None:
     with pytest.raises(UserError, match="^--m"):
         check_options(most, least, ranks=4)
+
+
+def test_a_host_that_answers_again_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the next restart; from then on the job goes on from what fewer ranks have saved."""
+    silent = iter([["b"], ["b"], [], [], [], []])  # in each call; the third restart finds that it answers
+    asked: list[list[str]] = []
+
+    def reap(job: str, hosts: Sequence[str], shell: str) -> list[str]:
+        asked.extend([list(hosts)] if hosts else [])
+        return [host for host in next(silent) if host in hosts] if hosts else []
+
+    monkeypatch.setattr("hvd_hetero.launch.supervisor.reap", reap)
+    monkeypatch.setattr("time.sleep", lambda sec: None)
+    rounds = itertools.count(1)
+    monkeypatch.setattr(Supervisor, "_made", lambda self: (next(rounds), ""))
+    told: list[list[str]] = []
+
+    def start(settings: Sequence[str]) -> End:
+        told.append(list(settings))
+        return End(EXIT_LOST if len(told) < 5 else 0, "job")
+
+    words = ["cluster.hosts=a,b", "cluster.classes={x: {hosts: '*'}}", "run.resume=auto", f"run.dir={tmp_path}"]
+    assert Supervisor(start, load(None, words), [("a", 1), ("b", 1)], tmp_path, 5, 1).run() == 0
+    fewer, all_ = ["cluster.hosts=a:1", "run.resume=reshape"], ["run.resume=reshape"]
+    assert told == [[], fewer, fewer, all_, all_]
+    assert asked == [["a", "b"], ["b"], ["a"], ["b"], ["a", "b"], ["a", "b"]]
+    said = capsys.readouterr().err
+    assert "goes on without b, with 1 ranks" in said and "takes b back, with 2 ranks" in said
 
 
 # ---- without some hosts ---------------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ class Course:
 
 def supervised(run: Path, leave: Any, monkeypatch: pytest.MonkeyPatch, *settings: str) -> list[list[str]]:
     monkeypatch.setattr(time, "sleep", lambda sec: None)
-    monkeypatch.setattr("hvd_hetero.launch.supervisor.reap", lambda job, hosts: [])
+    monkeypatch.setattr("hvd_hetero.launch.supervisor.reap", lambda job, hosts, shell: [])
     course = Course(leave)
     assert Supervisor(course, load(None, settings), [("localhost", 2)], run, 5, None).run() == 0
     return course.told

@@ -13,7 +13,8 @@ from hvd_hetero.analysis.compare.spec import Comparison, Row
 from hvd_hetero.config.schema import Config
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.launch.environment import as_ranks
-from hvd_hetero.launch.launcher import expected_cluster, job_hosts
+from hvd_hetero.launch.hosts import job_hosts
+from hvd_hetero.launch.launcher import expected_cluster
 from hvd_hetero.planning.stop_criteria import check_limits, fast_steps
 from hvd_hetero.training import dry_run, startup
 from hvd_hetero.worker.components import Components

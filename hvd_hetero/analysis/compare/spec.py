@@ -14,6 +14,7 @@ from hvd_hetero.config.load import load, read_mapping, typed
 from hvd_hetero.config.overrides import parse_override
 from hvd_hetero.config.schema import Config
 from hvd_hetero.errors import ConfigError, nearest
+from hvd_hetero.launch.hosts import settled
 
 LIMITS = {"fast_steps": "train.max_fast_steps", "samples": "train.max_samples", "wall_clock": "train.max_train_sec"}
 """What rows may share, and the setting that ends a run there."""
@@ -87,7 +88,8 @@ class Row:
             amount: of the budget, as the row that leads took it; not looked at where the budget has one itself.
 
         Raises:
-            ConfigError: as :func:`hvd_hetero.config.load.load`, with the row's name before the key.
+            ConfigError: as :func:`hvd_hetero.config.load.load` and :func:`hvd_hetero.launch.hosts.settled`, with the
+                row's name before the key.
         """
         limit = self.limit(amount)
         own: dict[str, Any] = {"run.seed": seed, "run.dir": str(folder), "run.overwrite": True}
@@ -100,7 +102,7 @@ class Row:
             if self.times != 1 and config.train.scheduler_args:
                 own["train.scheduler_args"] = _stretched(config.train.scheduler_args, self.times)
                 config = load(self.files, layered(self.overrides, own), algorithms.method)
-            return config
+            return settled(config)
         except ConfigError as error:
             raise self.complaint(error) from error
 

@@ -137,6 +137,8 @@ def _cluster(config: Config, profile: Profile | None) -> Cluster:
     classes, hosts = config.cluster.classes, config.cluster.hosts
     if classes != AUTO:
         chosen = device_classes(classes)
+        if hosts is not None and (hosts == AUTO or "/" in hosts):
+            hosts = None  # found out where the job starts
         places = parse_hosts(hosts) if hosts is not None else []
         if hosts is None and all(c.ranks is not None for c in chosen.values()):
             ranks = [rank for name, c in chosen.items() for rank in integers(f"cluster.classes.{name}.ranks", c.ranks)]
