@@ -57,8 +57,10 @@ def test_gradients_are_those_of_float32_whatever_the_scale() -> None:
     assert mine.scaler.overflows == 0
 
 
-def test_an_overflow_is_computed_again_and_no_step_is_skipped() -> None:
+@pytest.mark.parametrize("parts", [1, 3])
+def test_an_overflow_is_computed_again_and_no_step_is_skipped(parts: int) -> None:
     mine = worker()
+    mine.micro_batches = parts
     assert mine.scaler is not None
     mine.scaler.scale = 2.0**24
     before = [p.detach().clone() for p in mine.model.parameters()]
@@ -69,9 +71,11 @@ def test_an_overflow_is_computed_again_and_no_step_is_skipped() -> None:
     assert not any(torch.equal(p, b) for p, b in zip(mine.model.parameters(), before, strict=True))
 
 
-def test_the_gradient_beside_is_the_same_one() -> None:
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_gradient_beside_is_the_same_one(parts: int) -> None:
     """Of synchronous methods, whose gradients have been sent when they are looked at."""
     mine = worker()
+    mine.micro_batches = parts
     found = gradients(mine)
     assert mine.scaler is not None
     mine.scaler.scale = 2.0**24
