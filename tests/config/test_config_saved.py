@@ -60,7 +60,8 @@ DECIDES = {
         algorithm.max_local_batch algorithm.deadband algorithm.threshold algorithm.normalise
         algorithm.max_dropped
         algorithm.warmup_steps algorithm.measured_steps algorithm.growth algorithm.max_growth
-        algorithm.partition_bytes""",
+        algorithm.partition_bytes algorithm.activation algorithm.adaptive algorithm.buffer algorithm.gradients
+        algorithm.harmonic_mean algorithm.max_delay""",
     LENGTH: "train.epochs train.max_fast_steps train.max_samples train.max_train_sec train.patience aggregation.nan",
     FIGURES: """
         cluster.hosts cluster.classes cluster.affinity cluster.gpu_cores cluster.share_gpus cluster.network_interface
