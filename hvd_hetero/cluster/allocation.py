@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvd_hetero.cluster.hosts import Host, expand, merged, read_host_file
+from hvd_hetero.cluster.hosts import Host, expand, listed, merged, read_host_file
 from hvd_hetero.config.schema import AUTO
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.secrets import is_secret
@@ -50,9 +50,9 @@ class Allocation:
         return sum(slots for _, slots in self.hosts)
 
     def __str__(self) -> str:
-        parts = f" in {len(self.components)} components" if self.components else ""
-        listed = ",".join(f"{host}:{slots}" for host, slots in self.hosts)
-        return f"{self.scheduler} ({self.source}), {self.slots} slots on {len(self.hosts)} hosts{parts}: {listed}"
+        counts = f"{self.slots} slot{'s' * (self.slots != 1)} on {len(self.hosts)} host{'s' * (len(self.hosts) != 1)}"
+        counts += f" in {len(self.components)} components" if self.components else ""
+        return f"{self.scheduler} ({self.source}), {counts}: {listed(self.hosts)}"
 
 
 def find(hosts: str | None, env: Env) -> Allocation | None:
