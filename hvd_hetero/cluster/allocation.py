@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvd_hetero.cluster.hosts import Host, expand, merged, read_host_file
+from hvd_hetero.cluster.hosts import Host, expand, listed, merged, read_host_file
 from hvd_hetero.config.schema import AUTO
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.secrets import is_secret
@@ -21,6 +21,9 @@ MPI_HOST_FILE = Path("/etc/mpi/hostfile")
 MPI_VARIABLES = ("OMPI_MCA_orte_default_hostfile", "I_MPI_HYDRA_HOST_FILE", "HYDRA_HOST_FILE")
 INTERACTIVE_STEP = "4294967290"
 """Slurm's number of the step in which a salloc on the first node runs its shell: it is that of the job."""
+TASK = "SLURM_PROCID SLURM_LOCALID SLURM_NODEID SLURM_NTASKS SLURM_NPROCS SLURM_STEP_ID SLURM_STEPID"
+"""Each rank is a step of its own, and by these libraries would take every one for the first. (The signal before a time
+limit goes to all processes of a step: it is for the rank, and would end the rank's shell.)"""
 REMEDY = "set cluster.hosts=host:slots,... yourself"
 
 
@@ -47,9 +50,9 @@ class Allocation:
         return sum(slots for _, slots in self.hosts)
 
     def __str__(self) -> str:
-        parts = f" in {len(self.components)} components" if self.components else ""
-        listed = ",".join(f"{host}:{slots}" for host, slots in self.hosts)
-        return f"{self.scheduler} ({self.source}), {self.slots} slots on {len(self.hosts)} hosts{parts}: {listed}"
+        counts = f"{self.slots} slot{'s' * (self.slots != 1)} on {len(self.hosts)} host{'s' * (len(self.hosts) != 1)}"
+        counts += f" in {len(self.components)} components" if self.components else ""
+        return f"{self.scheduler} ({self.source}), {counts}: {listed(self.hosts)}"
 
 
 def find(hosts: str | None, env: Env) -> Allocation | None:
@@ -107,8 +110,7 @@ def _slurm(env: Env) -> Allocation | None:
     parts = [_slurm_nodes(env, group) for group in groups or [""]]
     hosts = tuple(merged(host for part in parts for host in part))
     srun = f"srun --jobid={env.get('SLURM_JOB_ID')} --overlap --nodes=1 --ntasks=1 --input=none --mpi=none --nodelist="
-    # the signal before a time limit goes to all processes of a step: it is for the rank, and would end the rank's shell
-    run = """sh -c 'trap "" USR1; eval "$0"'"""
+    run = f"""sh -c 'trap "" USR1; unset {TASK}; eval "$0"'"""
     if not groups:
         return Allocation("Slurm", "SLURM_TASKS_PER_NODE", hosts, f"{srun}{{host}} {run} {{command}}")
     homes = {host: number for number, part in reversed(list(enumerate(parts))) for host, _ in part}

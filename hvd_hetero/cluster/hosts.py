@@ -71,6 +71,11 @@ def merged(hosts: Iterable[Host]) -> list[Host]:
     return list(slots.items())
 
 
+def listed(hosts: Iterable[Host]) -> str:
+    """Return hosts as :func:`parse_hosts` reads them."""
+    return ",".join(f"{host}:{slots}" for host, slots in hosts)
+
+
 def expand(text: str) -> list[str]:
     """Return the names that a host list stands for, as Slurm and pdsh write it; [] if it is none.
 

@@ -11,7 +11,7 @@ from typing import Any
 from hvd_hetero.cluster.allocation import Allocation, find
 from hvd_hetero.cluster.device_classes import integers
 from hvd_hetero.cluster.hardware import local_facts
-from hvd_hetero.cluster.hosts import Host, parse_hosts, ranges
+from hvd_hetero.cluster.hosts import Host, listed, parse_hosts, ranges
 from hvd_hetero.config.load import device_classes
 from hvd_hetero.config.schema import AUTO, Config
 from hvd_hetero.errors import ConfigError
@@ -37,10 +37,10 @@ def settled(config: Config) -> Config:
     if classes != AUTO:
         classes = _by_component(classes, given)
         _check_size(classes, given)
-    return replace(config, cluster=replace(
-        config.cluster, hosts=",".join(f"{host}:{slots}" for host, slots in given.hosts), classes=classes,
-        remote_shell=config.cluster.remote_shell or given.shell,
-    ))  # fmt: skip
+    shell = config.cluster.remote_shell or given.shell
+    return replace(
+        config, cluster=replace(config.cluster, hosts=listed(given.hosts), classes=classes, remote_shell=shell)
+    )
 
 
 def settings_of(config: Config) -> list[str]:
@@ -90,5 +90,5 @@ def _check_size(classes: Mapping[str, Any], given: Allocation) -> None:
         if max(ranks, default=0) >= given.slots:
             wanted = max(ranks) + 1
             problem = f"gives the job {given.slots} slots, and class {name} has rank {max(ranks)}"
-            value = os.environ.get(given.source, ",".join(f"{host}:{slots}" for host, slots in given.hosts))
+            value = os.environ.get(given.source, listed(given.hosts))
             raise ConfigError(given.source, value, problem, f"ask for {wanted} slots (tasks), or name fewer ranks")

@@ -18,6 +18,7 @@ from hvd_hetero.checkpoint import Store
 from hvd_hetero.cluster.allocation import check_one_task, restarts
 from hvd_hetero.cluster.device_classes import Cluster, assign
 from hvd_hetero.cluster.hardware import RankFacts, limit_threads, local_facts
+from hvd_hetero.cluster.hosts import listed
 from hvd_hetero.config.load import device_classes, load
 from hvd_hetero.config.schema import AUTO, Config
 from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_STOPPED, ConfigError, nearest
@@ -194,7 +195,7 @@ def horovodrun_line(config: Config, hosts: Sequence[tuple[str, int]], arguments:
     beside = Path(sys.executable).with_name("horovodrun")
     program = str(beside) if beside.exists() else shutil.which("horovodrun") or "horovodrun"
     line = [program, "--gloo", "-np", str(sum(slots for _, slots in hosts)),
-            "-H", ",".join(f"{host}:{slots}" for host, slots in hosts),
+            "-H", listed(hosts),
             "--start-timeout", str(spec.start_timeout_sec),
             "--gloo-timeout-seconds", str(spec.gloo_timeout_sec),
             "--cycle-time-ms", f"{spec.cycle_time_ms:g}"]

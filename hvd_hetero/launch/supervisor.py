@@ -14,7 +14,7 @@ from typing import Any
 
 from hvd_hetero.checkpoint import CheckpointError, Store
 from hvd_hetero.cluster.device_classes import integers
-from hvd_hetero.cluster.hosts import Host
+from hvd_hetero.cluster.hosts import Host, listed
 from hvd_hetero.config.schema import AUTO, RESHAPE, Config
 from hvd_hetero.errors import EXIT_FAULT, EXIT_LOST, EXIT_STUCK, UserError
 from hvd_hetero.launch.horovodrun import End
@@ -169,7 +169,7 @@ class Supervisor:
 def without(config: Config, hosts: Sequence[Host], lost: Collection[str]) -> list[str]:
     """Return settings for a job that resumes without some hosts: the ranks that remain are renumbered."""
     left = [(host, slots) for host, slots in hosts if host not in lost]
-    settings = ["cluster.hosts=" + ",".join(f"{host}:{slots}" for host, slots in left)]
+    settings = [f"cluster.hosts={listed(left)}"]
     classes = config.cluster.classes
     if classes == AUTO:
         return settings

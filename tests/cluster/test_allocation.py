@@ -74,8 +74,9 @@ def test_each_host_of_a_heterogeneous_job_is_reached_through_its_component(tmp_p
     (tmp_path / "srun").chmod(0o755)
     shell = found(HET).shell
     for host, component in (("gpu1", 0), ("n1", 1), ("n2", 1)):
-        words = remote_command(str(shell), host, "echo \"it's\" here; kill -USR1 $$; echo alive")
-        done = subprocess.run(words, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True)
+        words = remote_command(str(shell), host, "echo \"it's\" here$SLURM_PROCID; kill -USR1 $$; echo alive")
+        env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_PROCID": "0"}
+        done = subprocess.run(words, env=env, capture_output=True, text=True)
         said = done.stdout.splitlines()
         assert {"--jobid=7", "--overlap", f"--nodelist={host}", f"--het-group={component}"} <= set(said), done
         assert said[-2:] == ["it's here", "alive"], "the signal before a time limit does not end the shell"
