@@ -227,7 +227,7 @@ class Scenario:
         if (rule := policy.server_rule()) is not None:
             groups = [replace(g, tau=policy.steps_of_push or g.tau) for g in groups]
             return served(groups, rule, self.inputs.link.exchange_sec(self.inputs.model_bytes), rng,
-                          pushes=max(MOST_EVENTS // 3, 20 * size), law=law)  # fmt: skip
+                          pushes=max(MOST_EVENTS // 3, 10 * size), law=law)  # fmt: skip
         mode = policy.partial_mode(self.step_sec)
         if mode is None:
             rounds = max(20, min(MOST_ROUNDS, MOST_DRAWS // size)) if any(g.jitter for g in groups) else 1
