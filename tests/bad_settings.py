@@ -57,6 +57,7 @@ SETTINGS: list[tuple[list[str], str, str, str]] = [
     ([SOLO, "algorithm.name=byteps"], "aggregation.mode", "'solo'", "algorithm.name=eager_sgd"),
     ([SOLO, "algorithm.name=dlb"], "aggregation.mode", "'solo'", "algorithm.name=eager_sgd"),
     ([SOLO, "aggregation.optimizer_state=average"], "aggregation.optimizer_state", "'average'", "local or reset"),
+    (["algorithm.name=nonblocking_sgd", "train.batch_size=6"], "algorithm.micro_batches", "4", "a multiple of it"),
     (["algorithm.name=asgd", *ONE], "algorithm.name", "'asgd'", "start more ranks"),
     (["algorithm.name=asgd", "train.max_fast_steps=100"], "train.max_fast_steps", "100", "train.max_samples"),
     (["algorithm.name=asgd", "aggregation.mode=solo"], "aggregation.mode", "'solo'", "leave it at blocking"),

@@ -22,6 +22,7 @@ REGISTRY = {
     "byteps": "BytePS",
     "dlb": "DLB",
     "eager_sgd": "EagerSGD",
+    "nonblocking_sgd": "NonBlockingSGD",
     "m_sync_sgd": "MSyncSGD",
     "asgd": "ASGD",
     "ringmaster_asgd": "RingmasterASGD",

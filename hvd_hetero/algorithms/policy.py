@@ -118,6 +118,11 @@ class Policy:
         return None
 
     @property
+    def micro_batches(self) -> int:
+        """Parts of a batch that are contributed to partial sums one by one."""
+        return 1
+
+    @property
     def sync_every(self) -> int:
         """Every so many partial rounds all ranks are waited for."""
         return self.aggregation.sync_every

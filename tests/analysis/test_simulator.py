@@ -151,6 +151,15 @@ def test_with_a_quorum_of_models_those_who_are_through_go_on() -> None:
     assert sum(s.blocked for s in found.classes.values()) == 0
 
 
+def test_micro_batches_go_on_from_round_to_round() -> None:
+    """Batches of 4 parts; b is four times as slow, so each of a's rounds has one part of it, and none is lost."""
+    groups = [Group("a", 1, 1.0), Group("b", 1, 4.0)]
+    found = partial(groups, 0.0, rng(), contributions=500, sync_every=10**9, micro_batches=4)
+    assert found.seconds == pytest.approx(400, rel=0.01)
+    assert {name: s.steps for name, s in found.classes.items()} == pytest.approx({"a": 400, "b": 100}, rel=0.01)
+    assert found.rounds >= 400 and all(s.blocked == s.dropped == 0 for s in found.classes.values())
+
+
 # ---- a server -------------------------------------------------------------------------------------------------------
 
 

@@ -53,7 +53,7 @@ DECIDES = {
         sampling.bias_to sampling.until sampling.anneal sampling.selection sampling.smoothing
         aggregation.weights aggregation.max_extrapolation aggregation.mode aggregation.quorum algorithm.quorum
         algorithm.noise algorithm.adaptive algorithm.max_delay algorithm.gradients algorithm.harmonic_mean
-        algorithm.buffer algorithm.activation aggregation.sync_every aggregation.max_lag
+        algorithm.buffer algorithm.activation algorithm.micro_batches aggregation.sync_every aggregation.max_lag
         aggregation.patience_sec aggregation.optimizer_state aggregation.outer_lr aggregation.outer_momentum
         aggregation.outer_nesterov aggregation.delayed aggregation.state algorithm.name algorithm.mode
         algorithm.participants algorithm.global_batch algorithm.min_local_batch

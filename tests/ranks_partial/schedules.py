@@ -73,7 +73,7 @@ class Schedule:
 
     @property
     def sums_gradients(self) -> bool:
-        return self.method in ("eager_sgd", "m_sync_sgd")
+        return self.method in ("eager_sgd", "m_sync_sgd", "nonblocking_sgd")
 
 
 SOLO = {"aggregation.mode": "solo"}
@@ -93,6 +93,7 @@ CASES = {
     "quorum, keeps late": Schedule(
         "eager_sgd", [0, 1, 2, 1, 2, 0], {"algorithm.mode": "quorum", "algorithm.quorum": 2}, tau=(1, 1, 1)
     ),
+    "micro-batches": Schedule("nonblocking_sgd", [0, 1, 0, 0, 2], {"algorithm.micro_batches": 4}, tau=(1, 1, 1)),
     "quorum of models": Schedule("biased_local_sgd", [0, 0, 1, 0, 2, 1], STSYN, tau=(2, 2, 2)),
     "quorum of models, uniform": Schedule("balanced_local_sgd", [0, 1, 1, 2], {**STSYN, "train.tau": 2}, tau=(2, 2, 2)),
     "server, every gradient": Schedule("asgd", [0, 0, 0, 1], {"algorithm.adaptive": True}),
@@ -145,29 +146,34 @@ def eager(case: Schedule, worked: Sequence[Worked]) -> tuple[Tensor, list[list[i
     ranks, sizes = len(worked), [w[0][0].shape[1] for w in worked]
     history, buffers, versions = [one.vector()], [torch.zeros(())] * ranks, [0] * ranks
     there, dropped, weights = set[int](), [0] * ranks, [0.0] * ranks
+    parts = int(case.settings.get("algorithm.micro_batches", 1))
 
     def finish_round() -> None:
         nonlocal buffers, weights
         one.set(history[-1])
-        one.step_along(sum(buffers) / (sum(weights) if drops else 1))  # type: ignore[arg-type, operator]
+        one.step_along(sum(buffers) / (sum(weights) if drops or parts > 1 else 1))  # type: ignore[arg-type, operator]
         history.append(one.vector())
         buffers, weights = [torch.zeros(())] * ranks, [0.0] * ranks
         there.clear()
 
     done: list[list[int]] = [[] for _ in worked]
-    rows = [list(w[0][0]) for w in worked]
+    rows = [[part for row in w[0][0] for part in row.view(parts, -1)] for w in worked]
     for rank in turns(case.order, [len(r) for r in rows]):
         one.set(history[versions[rank]])
-        done[rank].append(versions[rank])
-        gradient = one.flat_gradient(rows[rank].pop(0)) * sizes[rank] / sum(sizes)
+        gradient = one.flat_gradient(rows[rank].pop(0)) * sizes[rank] / sum(sizes) / parts
+        is_whole = len(rows[rank]) % parts == 0
+        if is_whole:
+            done[rank].append(versions[rank])
         is_late = versions[rank] < len(history) - 1
         if is_late and drops:
             dropped[rank] += 1
         else:
             buffers[rank] = buffers[rank] + gradient
-            weights[rank] += sizes[rank] / sum(sizes)
+            weights[rank] += sizes[rank] / sum(sizes) / parts
         if is_late:
             versions[rank] = len(history) - 1
+            continue
+        if not is_whole:
             continue
         there.add(rank)
         if len(there) >= case.quorum:

@@ -130,6 +130,7 @@ class Scenario:
             *([self._predict("biased local SGD, quorum", "biased_local_sgd", self.taus, {"delayed": False})]
               if self.config.aggregation.mode == QUORUM else []),
             *(self._predict(name, name, self.taus) for name in SERVED),
+            self._predict("nonblocking_sgd", "nonblocking_sgd"),
             self._predict(f"m_sync_sgd, {m:g} of {self.cluster.size}", "m_sync_sgd", quorum=m),
         ]
 
@@ -238,6 +239,7 @@ class Scenario:
             "by_class": True, "rounds": max(20, MOST_EVENTS // size // (4 * apart)), "patience_sec": spec.patience_sec}
         return partial(groups, comm_sec, rng, mode=MAJORITY if mode == MAJORITY else SOLO, quorum=policy.quorum(),
                        sync_every=policy.sync_every, max_lag=spec.max_lag, law=law, drops_late=policy.drops_late,
+                       micro_batches=policy.micro_batches,
                        **until)  # fmt: skip
 
 
