@@ -32,6 +32,7 @@ class RingleaderRule(Rule):
         self.current, self.next = self._empty(), self._empty()
         self.is_serving, self.served = False, set[int]()
         self.total: Any = None
+        self.missing = size
 
     def _empty(self) -> list[Any]:
         return [None] * self.size
@@ -50,7 +51,9 @@ class RingleaderRule(Rule):
         self._fold(self.current, rank, vector)
         if self.is_serving:
             self.total = self.total + (self.current[rank][0] - before[0])
-        elif None not in self.current:
+        elif before is None:
+            self.missing -= 1
+        if self.missing == 0 and not self.is_serving:
             self.is_serving, self.total = True, sum(own for own, _ in self.current)
         if self.is_serving:
             self._serve(rank)
@@ -63,6 +66,7 @@ class RingleaderRule(Rule):
         if len(self.served) == self.size:
             self.current, self.next = self.next, self._empty()
             self.is_serving, self.served, self.total = False, set(), None
+            self.missing = self.current.count(None)
 
     def skip(self, rank: int) -> None:
         """Let it go on at the x it has: its mean is of gradients there."""
