@@ -118,7 +118,7 @@ class Policy:
         return None
 
     @property
-    def micro_batches(self) -> int:
+    def parts_of_batch(self) -> int:
         """Parts of a batch that are contributed to partial sums one by one."""
         return 1
 

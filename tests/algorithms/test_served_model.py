@@ -50,7 +50,8 @@ def pushes(count: int) -> list[Tensor]:
     return [torch.randn(size, generator=generator) for _ in range(count)]
 
 
-@pytest.mark.parametrize(("kind", "args"), [("SGD", {"momentum": 0.9, "weight_decay": 0.01}), ("AdamW", {})])
+@pytest.mark.parametrize(("kind", "args"), [("SGD", {"momentum": 0.9, "weight_decay": 0.01}), ("AdamW", {}),
+                                            ("Adagrad", {"initial_accumulator_value": 0.1})])
 def test_a_step_is_that_of_the_optimizer_with_the_rate_of_rank_0(kind: str, args: dict[str, Any]) -> None:
     made, other = worker(kind, **args), worker(kind, **args)
     server, gradients = served(made, ASGDRule(2)), other.flat_gradients()
@@ -87,6 +88,20 @@ def test_a_checkpoint_holds_all_of_it(name: str) -> None:
         parts.load_state_dict(join({key: t.clone() for key, t in tensors.items()}, json.loads(json.dumps(plain))))
     assert parts.version == whole.version > 0 and parts.rule.made_at == whole.rule.made_at
     assert torch.equal(parts._vectors[0], whole._vectors[0])
+
+
+def test_groups_of_parameters_are_those_of_the_worker() -> None:
+    """They are told apart by what they are, which the copies are not."""
+    torch.manual_seed(3)
+    net = nn.Linear(5, 3)
+
+    def make(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{"params": [p], "lr": 0.1 if p is net.weight else 0.0} for p in params])
+
+    server = served(Worker(net, per_sample_loss("cross_entropy", {}), make, None), ASGDRule(1))
+    before = [p.clone() for p in server._params]
+    server.arrive(0, torch.ones(server._vectors[0].numel()))
+    assert [torch.equal(p, old) for p, old in zip(server._params, before, strict=True)] == [False, True]
 
 
 def test_whoever_finishes_is_given_the_model_unless_it_has_it() -> None:

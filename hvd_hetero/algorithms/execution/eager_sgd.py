@@ -45,7 +45,7 @@ class EagerSGDExecutor(SynchronousExecutor):
 
     def run_segment(self, segment: Segment) -> None:
         worker, partial, first, self._averages = self.worker, self.partial, self.partial.version, 0
-        batches, parts, made = self._claimed(segment), self.policy.micro_batches, 0
+        batches, parts, made = self._claimed(segment), self.policy.parts_of_batch, 0
         partial.claim(self.mine.batch_size)
         while True:
             before = made
@@ -75,7 +75,7 @@ class EagerSGDExecutor(SynchronousExecutor):
 
     def _claimed(self, segment: Segment) -> Iterator[Batch]:
         """Yield the batches that this rank is offered, as long as there are whole ones."""
-        size, parts = self.mine.batch_size, self.policy.micro_batches
+        size, parts = self.mine.batch_size, self.policy.parts_of_batch
         while (batch := segment.claim(self.partial.offered(), size, parts)) is not None:
             yield from batch
 
@@ -84,7 +84,7 @@ class EagerSGDExecutor(SynchronousExecutor):
         for result in results:
             if result.weight:  # the last round of an epoch finds the buffers empty, as a rule
                 segment.start_round(result.number - first)
-                if self.policy.drops_late or self.policy.micro_batches > 1:
+                if self.policy.drops_late or self.policy.parts_of_batch > 1:
                     result.total.div_(result.weight)
                 for gradient, part in zip(self._gradients, parts_of(result.total, self._gradients), strict=True):
                     gradient.copy_(part, non_blocking=True)
