@@ -24,6 +24,7 @@ REGISTRY = {
     "dlb": "DLB",
     "drop_compute": "DropCompute",
     "eager_sgd": "EagerSGD",
+    "nonblocking_sgd": "NonBlockingSGD",
     "m_sync_sgd": "MSyncSGD",
     "asgd": "ASGD",
     "ringmaster_asgd": "RingmasterASGD",

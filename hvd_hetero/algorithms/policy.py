@@ -132,6 +132,11 @@ class Policy:
         return None
 
     @property
+    def parts_of_batch(self) -> int:
+        """Parts of a batch that are contributed to partial sums one by one."""
+        return 1
+
+    @property
     def sync_every(self) -> int:
         """Every so many partial rounds all ranks are waited for."""
         return self.aggregation.sync_every

@@ -21,16 +21,18 @@ from __future__ import annotations
 from typing import Any, final
 
 from hvd_hetero.algorithms.asynchronous import AsynchronousLocal
-from hvd_hetero.algorithms.server_rule import Rule, mean
+from hvd_hetero.algorithms.server_rule import Rule
 
 
 class RingleaderRule(Rule):
-    """Keep two tables of the ranks' means; ``is_serving`` in phase 2."""
+    """Keep two tables of the ranks' means, each with its number; ``is_serving`` in phase 2, with the sum of means."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
         self.current, self.next = self._empty(), self._empty()
-        self.is_serving, self.served = False, list[int]()
+        self.is_serving, self.served = False, set[int]()
+        self.total: Any = None
+        self.missing = size
 
     def _empty(self) -> list[Any]:
         return [None] * self.size
@@ -45,19 +47,26 @@ class RingleaderRule(Rule):
             self._fold(self.next, rank, vector)
             self.restart(rank)
             return True
+        before = self.current[rank]
         self._fold(self.current, rank, vector)
-        self.is_serving = self.is_serving or None not in self.current
+        if self.is_serving:
+            self.total = self.total + (self.current[rank][0] - before[0])
+        elif before is None:
+            self.missing -= 1
+        if self.missing == 0 and not self.is_serving:
+            self.is_serving, self.total = True, sum(own for own, _ in self.current)
         if self.is_serving:
             self._serve(rank)
         return True
 
     def _serve(self, rank: int) -> None:
-        self.update(mean([entry[0] for entry in self.current]))
+        self.update(self.total, 1 / self.size)
         self.restart(rank)
-        self.served.append(rank)
+        self.served.add(rank)
         if len(self.served) == self.size:
             self.current, self.next = self.next, self._empty()
-            self.is_serving, self.served = False, []
+            self.is_serving, self.served, self.total = False, set(), None
+            self.missing = self.current.count(None)
 
     def skip(self, rank: int) -> None:
         """Let it go on at the x it has: its mean is of gradients there."""

@@ -66,8 +66,3 @@ def added(total: Any, vector: Any) -> Any:
         return vector
     total += vector
     return total
-
-
-def mean(vectors: list[Any]) -> Any:
-    """Return the mean of vectors, in memory of its own."""
-    return sum(vectors) / len(vectors)

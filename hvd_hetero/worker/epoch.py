@@ -86,14 +86,14 @@ class Segment:
         epoch, left = self._epoch, self._epoch.samples_left
         return left if self.rounds >= epoch.rounds_left else min(left, self.rounds * epoch.round_samples)
 
-    def claim(self, start: int, size: int) -> Iterator[Batch] | None:
-        """Return the batch of the samples from place ``start`` on; None where there are not that many left."""
+    def claim(self, start: int, size: int, parts: int = 1) -> Iterator[Batch] | None:
+        """Return the batch of the samples from place ``start`` on, in parts; None where so many are not left."""
         if start + size > self.samples:
             return None
         begin = self._epoch.progress.claimed + start
         self.rows.append(self._epoch.indices[begin : begin + size])
         self.claimed = start + size
-        return self._epoch.read(self.rows[-1][None])
+        return self._epoch.read(self.rows[-1].reshape(parts, -1))
 
 
 class Epoch:

@@ -108,8 +108,14 @@ class Worker:
         self._scheduled = [group["lr"] for group in self.optimizer.param_groups]
 
     def optimizer_of(self, copies: Mapping[Tensor, nn.Parameter]) -> torch.optim.Optimizer:
-        """Make an optimizer of the same kind for copies of the trainable parameters."""
-        return self._make_optimizer([copies[param] for param in self._params])
+        """Make an optimizer of the same kind and groups for copies on the host of the trainable parameters."""
+        made = self._make_optimizer(self._params)  # it may know them by their names, or by what they are
+        for group in made.param_groups:
+            group["params"] = [copies[param] for param in group["params"]]
+        for param in list(made.state):
+            made.state[copies[param]] = {key: value.cpu() if isinstance(value, Tensor) else value
+                                         for key, value in made.state.pop(param).items()}  # fmt: skip
+        return made
 
     def clip(self, params: Iterable[Tensor]) -> None:
         """Clip gradients by the norm that is set."""

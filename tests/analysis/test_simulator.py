@@ -9,6 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hvd_hetero.algorithms.asgd import ASGDRule
+from hvd_hetero.algorithms.rennala_sgd import RennalaRule
+from hvd_hetero.algorithms.ringmaster_asgd import RingmasterRule
 from hvd_hetero.analysis.predict.link import Link, fitted
 from hvd_hetero.analysis.predict.simulator import (
     LAWS,
@@ -20,6 +23,7 @@ from hvd_hetero.analysis.predict.simulator import (
     Outcome,
     blocking,
     partial,
+    served,
 )
 from hvd_hetero.planning.quorum import Quorum
 
@@ -145,6 +149,55 @@ def test_with_a_quorum_of_models_those_who_are_through_go_on() -> None:
     steps = {name: s.steps / found.rounds for name, s in found.classes.items()}
     assert steps == pytest.approx({"1": 8, "2": 4, "5": 1.6}, rel=0.02)
     assert sum(s.blocked for s in found.classes.values()) == 0
+
+
+def test_micro_batches_go_on_from_round_to_round() -> None:
+    """Batches of 4 parts; b is four times as slow, so each of a's rounds has one part of it, and none is lost."""
+    groups = [Group("a", 1, 1.0), Group("b", 1, 4.0)]
+    found = partial(groups, 0.0, rng(), contributions=500, sync_every=10**9, micro_batches=4)
+    assert found.seconds == pytest.approx(400, rel=0.01)
+    assert {name: s.steps for name, s in found.classes.items()} == pytest.approx({"a": 400, "b": 100}, rel=0.01)
+    assert found.rounds >= 400 and all(s.blocked == s.dropped == 0 for s in found.classes.values())
+
+
+# ---- a server -------------------------------------------------------------------------------------------------------
+
+
+def test_nobody_waits_for_a_server_that_takes_no_time() -> None:
+    found = served([Group("a", 1, 1.0), Group("b", 1, 8.0)], ASGDRule(2), 0.0, rng(), pushes=900)
+    a, b = found.classes["a"], found.classes["b"]
+    assert found.seconds == pytest.approx(800) and found.rounds == 900 and found.pushes == 450
+    assert (a.steps, b.steps, a.compute, b.compute) == pytest.approx((800, 100, 800, 800))
+    assert a.blocked == b.blocked == a.comm == b.comm == 0
+
+
+def test_a_server_makes_one_exchange_after_another() -> None:
+    """Four ranks of 1 s each and exchanges of 0.5 s: a round of all takes 2 s, of which each waits half a second."""
+    found = served([Group("a", 4, 1.0)], ASGDRule(4), 0.5, rng(), pushes=400)
+    a = found.classes["a"]
+    assert found.seconds == pytest.approx(200, rel=0.01)
+    assert (a.compute, a.comm, a.blocked) == pytest.approx((100, 50, 50), rel=0.03)
+
+
+def test_what_a_rule_drops_is_told() -> None:
+    """Rank b's gradient is 8 updates old, which R = 3 does not take."""
+    groups = [Group("a", 1, 1.0), Group("b", 1, 8.0)]
+    found = served(groups, RingmasterRule(2, 3), 0.0, rng(), pushes=900)
+    assert (found.classes["a"].dropped, found.rounds) == (0, 800)
+    assert found.classes["b"].dropped == found.classes["b"].steps == 100
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 3), st.floats(0.1, 20), st.integers(1, 5)), min_size=2, max_size=3),
+       st.floats(0, 2), st.integers(0, 99))
+def test_no_second_is_lost_with_a_server(classes: list[tuple[int, float, int]], sec: float, seed: int) -> None:
+    groups = [Group(f"{i}", ranks, step, tau, 0.3) for i, (ranks, step, tau) in enumerate(classes)]
+    size = sum(g.ranks for g in groups)
+    found = served(groups, RennalaRule(size, size), sec, rng(seed), pushes=60)
+    assert sum(found.classes[g.name].steps * g.ranks / g.tau for g in groups) == pytest.approx(60)
+    for spent in found.classes.values():
+        assert min(spent.compute, spent.blocked, spent.comm) >= -1e-9 and spent.dropped <= spent.steps
+        assert spent.compute + spent.blocked + spent.comm == pytest.approx(found.seconds)
 
 
 @settings(max_examples=60, deadline=None)

@@ -27,6 +27,7 @@ ENDLESS = ["cluster.classes.slow.slowdown=1", "train.epochs=100000", "train.tau=
 JOBS = {
     "eager": ["algorithm.name=eager_sgd"],
     "merging": ["aggregation.mode=solo"],
+    "server": ["algorithm.name=asgd"],
 }
 
 
@@ -129,7 +130,8 @@ def in_mid_run(folder: Path) -> Callable[[], bool]:
 # ---- the collective alone -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["solo", pytest.param("majority", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["solo", "server", *(
+    pytest.param(mode, marks=pytest.mark.slow) for mode in ("majority", "quorum"))])
 @pytest.mark.parametrize("how", [pytest.param("exception", marks=pytest.mark.slow), "SIGKILL"])
 def test_a_rank_that_is_lost_ends_the_collective(
     started: Callable[..., Running], tmp_path: Path, mode: str, how: str
@@ -152,7 +154,7 @@ def test_a_rank_that_is_lost_ends_the_collective(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["eager", "merging"])
+@pytest.mark.parametrize("job", JOBS)
 def test_an_exception_on_one_rank(started: Callable[..., Running], tmp_path: Path, job: str) -> None:
     running = launched(started, job, tmp_path, "train.loss=own_parts:fails_on_rank_1")
     said = running.end()
@@ -161,7 +163,7 @@ def test_an_exception_on_one_rank(started: Callable[..., Running], tmp_path: Pat
     assert in_mid_run(tmp_path)() and not (tmp_path / "run" / "summary.json").exists()
 
 
-@pytest.mark.parametrize("job", ["eager", pytest.param("merging", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("job", ["eager", "server", pytest.param("merging", marks=pytest.mark.slow)])
 def test_a_rank_that_is_killed(started: Callable[..., Running], tmp_path: Path, job: str) -> None:
     running = launched(started, job, tmp_path)
     running.await_mid_run(in_mid_run(tmp_path))
@@ -171,7 +173,7 @@ def test_a_rank_that_is_killed(started: Callable[..., Running], tmp_path: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", ["eager", "merging"])
+@pytest.mark.parametrize("job", JOBS)
 def test_an_interrupted_launch(started: Callable[..., Running], tmp_path: Path, job: str) -> None:
     """As Ctrl-C, to the launcher alone; where there are no checkpoints it saves nothing first."""
     running = launched(started, job, tmp_path, "checkpoint.every_sec=null")

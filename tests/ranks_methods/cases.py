@@ -227,7 +227,8 @@ as they come: from three ranks on their sums are rounded differently from run to
 RESUMED_SLOW = ("sync, rank 0 idle", "byteps, more servers than partitions", "biased, hierarchical", "unified, to fast",
                 "AdamW", "sync, fast, warm-up and cosine", "balanced, a scheduler that steps by rounds")
 """Of these, those that others stand for."""
-BY_THE_CLOCK = ("dlb", "eager_sgd", "m_sync_sgd")
+BY_THE_CLOCK = ("dlb", "eager_sgd", "m_sync_sgd", "asgd", "ringmaster_asgd", "rennala_sgd", "malenia_sgd",
+                "ringleader_asgd", "async_diloco", "nonblocking_sgd")
 """Methods that cannot, since real time has a say in what they do."""
 
 CASES |= {f"digits, {name}": Case(name, {"profile.seconds": 0.2}, model="digits") for name in REGISTRY}

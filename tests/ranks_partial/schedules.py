@@ -11,7 +11,12 @@ from ranks_methods.cases import BASE, model
 from ranks_methods.oracle import Replica
 from torch import Tensor
 
+from hvd_hetero import algorithms
+from hvd_hetero.algorithms.asynchronous import Asynchronous, AsynchronousLocal
+from hvd_hetero.algorithms.server_rule import Rule
+from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
 from hvd_hetero.cluster.hardware import RankFacts
+from hvd_hetero.config.schema import AggregationConfig, Config
 
 Worked = Sequence[tuple[Tensor, Tensor]]
 """Of one rank: its samples ``[steps, B]`` and the round of each step."""
@@ -38,12 +43,28 @@ class Schedule:
         classes = {f"c{rank}": {"device": "cpu", "ranks": [rank]} for rank in range(len(self.tau))}
         tau = {name: self.tau[rank] for rank, name in enumerate(classes)}
         method = {"algorithm.name": self.method, "cluster.classes": classes, "train.tau": tau, "train.epochs": 1}
-        never = {} if self.method == "m_sync_sgd" else {"aggregation.sync_every": 1000}
-        return {**BASE, **method, **never, "aggregation.patience_sec": 60, **self.settings}
+        partial = {"aggregation.sync_every": 1000, "aggregation.patience_sec": 60}
+        if self.rule is not None or self.method == "m_sync_sgd":
+            partial = {}
+        return {**BASE, **method, **partial, **self.settings}
 
     def steps_a_turn(self, rank: int) -> int:
-        """A turn is one step of eager-SGD or with a quorum, one round of local steps."""
-        return 1 if self.quorum else self.tau[rank]
+        """A turn is one step where gradients are sent or with a quorum, one round of local steps elsewhere."""
+        return 1 if self.quorum or (self.rule and self.method != "async_diloco") else self.tau[rank]
+
+    @property
+    def rule(self) -> Rule | None:
+        """A server's, where there is one."""
+        kind = algorithms.get(self.method)
+        if not issubclass(kind, Asynchronous | AsynchronousLocal):
+            return None
+        own = {key.partition(".")[2]: value for key, value in self.settings.items() if key.startswith("algorithm.")}
+        spec = AggregationConfig(outer_lr=self.settings.get("aggregation.outer_lr", 1.0),
+                                 outer_momentum=self.settings.get("aggregation.outer_momentum", 0.0))  # fmt: skip
+        classes = tuple(DeviceClass(f"c{rank}", "cpu", (rank,)) for rank in range(len(self.tau)))
+        options = kind.Options(self.method, **own)
+        cluster = Cluster(classes, tuple(facts(len(self.tau))))
+        return kind(Config(algorithm=options, aggregation=spec), cluster, 120).server_rule()
 
     @property
     def quorum(self) -> int:
@@ -52,7 +73,7 @@ class Schedule:
 
     @property
     def sums_gradients(self) -> bool:
-        return self.method in ("eager_sgd", "m_sync_sgd")
+        return self.method in ("eager_sgd", "m_sync_sgd", "nonblocking_sgd")
 
 
 SOLO = {"aggregation.mode": "solo"}
@@ -72,8 +93,16 @@ CASES = {
     "quorum, keeps late": Schedule(
         "eager_sgd", [0, 1, 2, 1, 2, 0], {"algorithm.mode": "quorum", "algorithm.quorum": 2}, tau=(1, 1, 1)
     ),
+    "micro-batches": Schedule("nonblocking_sgd", [0, 1, 0, 0, 2], {"algorithm.micro_batches": 4}, tau=(1, 1, 1)),
     "quorum of models": Schedule("biased_local_sgd", [0, 0, 1, 0, 2, 1], STSYN, tau=(2, 2, 2)),
     "quorum of models, uniform": Schedule("balanced_local_sgd", [0, 1, 1, 2], {**STSYN, "train.tau": 2}, tau=(2, 2, 2)),
+    "server, every gradient": Schedule("asgd", [0, 0, 0, 1], {"algorithm.adaptive": True}),
+    "server, not the oldest": Schedule("ringmaster_asgd", [0, 1, 0, 0, 2], {"algorithm.max_delay": 2}, tau=(1, 1, 1)),
+    "server, of one model": Schedule("rennala_sgd", [0, 1, 0, 2, 1], {"algorithm.gradients": 2}, tau=(1, 1, 1)),
+    "server, of every rank": Schedule("malenia_sgd", [0, 0, 1], tau=(2, 1)),
+    "server, tables": Schedule("ringleader_asgd", [0, 1, 0, 0, 2], tau=(3, 1, 1)),
+    "server, models": Schedule("async_diloco", [0, 0, 1], {
+        "aggregation.outer_lr": 0.7, "aggregation.outer_momentum": 0.5, "algorithm.buffer": 3}, tau=(3, 2)),
     "merging, outer": Schedule("biased_local_sgd", [0, 0, 1, 0, 2], {**SOLO, **OUTER}, tau=(3, 1, 2)),
 }
 
@@ -117,29 +146,34 @@ def eager(case: Schedule, worked: Sequence[Worked]) -> tuple[Tensor, list[list[i
     ranks, sizes = len(worked), [w[0][0].shape[1] for w in worked]
     history, buffers, versions = [one.vector()], [torch.zeros(())] * ranks, [0] * ranks
     there, dropped, weights = set[int](), [0] * ranks, [0.0] * ranks
+    parts = int(case.settings.get("algorithm.micro_batches", 1))
 
     def finish_round() -> None:
         nonlocal buffers, weights
         one.set(history[-1])
-        one.step_along(sum(buffers) / (sum(weights) if drops else 1))  # type: ignore[arg-type, operator]
+        one.step_along(sum(buffers) / (sum(weights) if drops or parts > 1 else 1))  # type: ignore[arg-type, operator]
         history.append(one.vector())
         buffers, weights = [torch.zeros(())] * ranks, [0.0] * ranks
         there.clear()
 
     done: list[list[int]] = [[] for _ in worked]
-    rows = [list(w[0][0]) for w in worked]
+    rows = [[part for row in w[0][0] for part in row.view(parts, -1)] for w in worked]
     for rank in turns(case.order, [len(r) for r in rows]):
         one.set(history[versions[rank]])
-        done[rank].append(versions[rank])
-        gradient = one.flat_gradient(rows[rank].pop(0)) * sizes[rank] / sum(sizes)
+        gradient = one.flat_gradient(rows[rank].pop(0)) * sizes[rank] / sum(sizes) / parts
+        is_whole = len(rows[rank]) % parts == 0
+        if is_whole:
+            done[rank].append(versions[rank])
         is_late = versions[rank] < len(history) - 1
         if is_late and drops:
             dropped[rank] += 1
         else:
             buffers[rank] = buffers[rank] + gradient
-            weights[rank] += sizes[rank] / sum(sizes)
+            weights[rank] += sizes[rank] / sum(sizes) / parts
         if is_late:
             versions[rank] = len(history) - 1
+            continue
+        if not is_whole:
             continue
         there.add(rank)
         if len(there) >= case.quorum:
@@ -150,6 +184,39 @@ def eager(case: Schedule, worked: Sequence[Worked]) -> tuple[Tensor, list[list[i
     if any(b.dim() for b in buffers):
         finish_round()
     return history[-1], done, dropped
+
+
+def served(case: Schedule, worked: Sequence[Worked]) -> tuple[Tensor, list[list[int]], list[int]]:
+    """The same for a server: its model and optimizer, and what each rank has of them when it computes."""
+    rule, server = case.rule, Case(case)  # type: ignore[arg-type]
+    assert rule is not None
+    replicas = [Case(case) for _ in worked]  # type: ignore[arg-type]
+    rows, taken = [list(w[0][0]) for w in worked], [server.vector() for _ in worked]
+    done: list[list[int]] = [[] for _ in worked]
+    dropped = [0] * len(worked)
+
+    def step(direction: Tensor, factor: float) -> None:
+        if rule.is_outer:
+            server.set(server.vector() - factor * direction)
+        else:
+            server.step_along(factor * direction)
+
+    rule.step = step
+    rounds = [-(-len(r) // case.steps_a_turn(rank)) for rank, r in enumerate(rows)]
+    version = [0] * len(worked)
+    for rank in turns(case.order, rounds):
+        mine, before = replicas[rank], rule.made_at[rank]
+        mine.set(taken[rank])
+        for _ in range(case.steps_a_turn(rank)):
+            done[rank].append(version[rank])
+            pushed = mine.flat_gradient(rows[rank].pop(0))
+            if rule.is_outer:
+                mine.step_along(pushed)
+        dropped[rank] += not rule.arrive(rank, taken[rank] - mine.vector() if rule.is_outer else pushed)
+        version[rank] = rule.version
+        if rule.made_at[rank] != before:
+            taken[rank] = server.vector()
+    return server.vector(), done, dropped
 
 
 def merging(case: Schedule, worked: Sequence[Worked]) -> tuple[Tensor, list[list[int]], list[int]]:

@@ -25,6 +25,7 @@ from hvd_hetero import algorithms  # noqa: E402
 from hvd_hetero.cluster.device_classes import assign  # noqa: E402
 from hvd_hetero.cluster.placement import Placement  # noqa: E402
 from hvd_hetero.comm.kv_store import JobEnv, job_env  # noqa: E402
+from hvd_hetero.comm.model_server import ModelLink  # noqa: E402
 from hvd_hetero.comm.partial.allreduce import PartialAllreduce  # noqa: E402
 from hvd_hetero.config.load import device_classes, load  # noqa: E402
 from hvd_hetero.training import startup, trainer
@@ -98,6 +99,8 @@ def run(folder: Path, case: Schedule, env: JobEnv, patch: pytest.MonkeyPatch) ->
 
     def arrived() -> int:
         algorithm = this.algorithm
+        if case.rule is not None:
+            return 0  # nothing comes to a rank that has not asked
         partial = (algorithm if case.sums_gradients else algorithm.averaging).partial
         return int(partial.version + len(partial._rounds))
 
@@ -108,6 +111,10 @@ def run(folder: Path, case: Schedule, env: JobEnv, patch: pytest.MonkeyPatch) ->
             if i % case.steps_a_turn(env.rank) == 0:
                 turns.wait()
             yield batch
+
+    def finish_served(self: Any) -> Any:
+        threading.Timer(0.3, turns.finish).start()
+        return ended(self)
 
     def finish(self: Any) -> Any:
         threading.Timer(0.3, turns.finish).start()  # by then the others have been told
@@ -131,6 +138,8 @@ def run(folder: Path, case: Schedule, env: JobEnv, patch: pytest.MonkeyPatch) ->
     popped, started = PartialAllreduce.pop, PartialAllreduce.has_started
     patch.setattr(PartialAllreduce, "pop", pop)
     patch.setattr(PartialAllreduce, "has_started", property(has_started))
+    ended = ModelLink.finish
+    patch.setattr(ModelLink, "finish", finish_served)
     finished, collected = PartialAllreduce.finish, Feed.collect
     patch.setattr(epoch, "read", read)
     patch.setattr(PartialAllreduce, "finish", finish)

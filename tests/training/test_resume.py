@@ -92,7 +92,8 @@ def test_stopped_within_an_epoch_and_gone_on_is_bit_equal(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [[TAU, "aggregation.mode=solo"], ["algorithm.name=eager_sgd"]])
+@pytest.mark.parametrize("settings", [[TAU, "aggregation.mode=solo"], ["algorithm.name=eager_sgd"],
+                                      ["algorithm.name=ringleader_asgd"]])
 def test_methods_that_go_by_the_clock_stop_and_go_on_too(tmp_path: Path, settings: list[str]) -> None:
     stopped(tmp_path, *settings, "train.epochs=60")
     done = epochs(tmp_path)

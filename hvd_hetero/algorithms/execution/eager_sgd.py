@@ -45,22 +45,25 @@ class EagerSGDExecutor(SynchronousExecutor):
 
     def run_segment(self, segment: Segment) -> None:
         worker, partial, first, self._averages = self.worker, self.partial, self.partial.version, 0
-        batches = self._claimed(segment)
+        batches, parts, made = self._claimed(segment), self.policy.parts_of_batch, 0
         partial.claim(self.mine.batch_size)
         while True:
+            before = made
             for inputs, targets in worker.pace.steps(batches, 1):
                 self.keep_buffers()
-                worker.gradient(inputs, targets, self.mine.weight)
-            if len(segment.rows) == len(segment.at):
+                worker.gradient(inputs, targets, self.mine.weight / parts)
+                made += 1
+            if made == before:
                 break
-            segment.note(1, partial.version - first)
-            # the answer comes while this rank waits for the round; to claim everything leaves the others nothing
-            partial.claim(segment.samples if segment.is_stopping() else self.mine.batch_size)
+            is_whole = made % parts == 0
+            if is_whole:
+                segment.note(1, partial.version - first)
+                # the answer comes while this rank waits for the round; to claim everything leaves the others nothing
+                partial.claim(segment.samples if segment.is_stopping() else self.mine.batch_size)
             gradient = concat(self._gradients).cpu() if self._host is None else self._host.take()
             if finite([gradient]):
-                share = self.mine.weight if self.policy.drops_late else 1.0
-                partial.contribute(gradient, share, samples=self.mine.batch_size)
-                self._apply(partial.pop(), segment, first)
+                partial.contribute(gradient, self.mine.weight / parts, arrived=is_whole, samples=self.mine.batch_size)
+                self._apply(partial.pop(None if is_whole else 0), segment, first)
             else:  # others may be waiting for this rank to contribute, so it waits for nothing
                 self.exclude_step()
                 self._apply(partial.pop(patience_sec=0), segment, first)
@@ -72,7 +75,8 @@ class EagerSGDExecutor(SynchronousExecutor):
 
     def _claimed(self, segment: Segment) -> Iterator[Batch]:
         """Yield the batches that this rank is offered, as long as there are whole ones."""
-        while (batch := segment.claim(self.partial.offered(), self.mine.batch_size)) is not None:
+        size, parts = self.mine.batch_size, self.policy.parts_of_batch
+        while (batch := segment.claim(self.partial.offered(), size, parts)) is not None:
             yield from batch
 
     def _apply(self, results: Sequence[Round], segment: Segment, first: int) -> None:
@@ -80,7 +84,7 @@ class EagerSGDExecutor(SynchronousExecutor):
         for result in results:
             if result.weight:  # the last round of an epoch finds the buffers empty, as a rule
                 segment.start_round(result.number - first)
-                if self.policy.drops_late:
+                if self.policy.drops_late or self.policy.parts_of_batch > 1:
                     result.total.div_(result.weight)
                 for gradient, part in zip(self._gradients, parts_of(result.total, self._gradients), strict=True):
                     gradient.copy_(part, non_blocking=True)

@@ -99,8 +99,8 @@ class ServerExecutor(Executor):
             raise ConfigError("train.optimizer", type(worker.optimizer).__name__, problem, "choose another optimizer")
         self._params = worker.state.parameters()
         self._gradients = worker.flat_gradients() if self.policy.flat_gradients else []
-        on_gpu = bool(self._gradients) and self._gradients[0].device.type == "cuda" and worker.micro_batches == 1
-        self._host = HostGradients(worker.model.parameters(), self._gradients) if on_gpu else None
+        as_they_come = bool(self._gradients) and self._gradients[0].is_cuda and worker.micro_batches == 1
+        self._host = HostGradients(worker.model.parameters(), self._gradients) if as_they_come else None
         self._sent = Counts()
         self._open()
 

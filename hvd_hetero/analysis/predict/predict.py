@@ -133,6 +133,7 @@ class Scenario:
             *([self._predict("biased local SGD, quorum", "biased_local_sgd", self.taus, PLAIN)]
               if self.config.aggregation.mode == QUORUM else []),
             *(self._predict(name, name, self.taus) for name in SERVED),
+            self._predict("nonblocking_sgd", "nonblocking_sgd"),
             self._predict(f"m_sync_sgd, {m:g} of {self.cluster.size}", "m_sync_sgd", quorum=m),
         ]
 
@@ -240,7 +241,7 @@ class Scenario:
         if (rule := policy.server_rule()) is not None:
             groups = [replace(g, tau=policy.steps_of_push or g.tau) for g in groups]
             return served(groups, rule, self.inputs.link.exchange_sec(self.inputs.model_bytes), rng,
-                          pushes=max(MOST_EVENTS // 3, 20 * size), law=law)  # fmt: skip
+                          pushes=max(MOST_EVENTS // 3, 10 * size), law=law)  # fmt: skip
         mode = policy.partial_mode(self.step_sec)
         if mode is None:
             rounds = max(20, min(MOST_ROUNDS, MOST_DRAWS // size)) if any(g.jitter for g in groups) else 1
@@ -251,6 +252,7 @@ class Scenario:
             "by_class": True, "rounds": max(20, MOST_EVENTS // size // (4 * apart)), "patience_sec": spec.patience_sec}
         return partial(groups, comm_sec, rng, mode=MAJORITY if mode == MAJORITY else SOLO, quorum=policy.quorum(),
                        sync_every=policy.sync_every, max_lag=spec.max_lag, law=law, drops_late=policy.drops_late,
+                       micro_batches=policy.parts_of_batch,
                        **until)  # fmt: skip
 
 

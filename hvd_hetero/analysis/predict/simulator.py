@@ -126,6 +126,7 @@ def partial(
     groups: Sequence[Group], comm_sec: float, rng: np.random.Generator, *, mode: str = SOLO, by_class: bool = False,
     rounds: int | None = None, contributions: int | None = None, sync_every: int = 32, max_lag: int = 32,
     patience_sec: float = math.inf, law: str = LOGNORMAL, quorum: Quorum | None = None, drops_late: bool = False,
+    micro_batches: int = 1,
 ) -> Outcome:  # fmt: skip
     """Simulate rounds that the first rank that is ready starts, as in docs/partial.md, without the ends of epochs.
 
@@ -136,21 +137,26 @@ def partial(
         rounds: it ends when all ranks of a group have contributed so many times; or
         contributions: when all ranks together have.
         drops_late: what is late for its round is dropped.
+        micro_batches: parts of a step that are contributed one by one, of gradients.
     """
     assert mode in (SOLO, MAJORITY) and (rounds is None) != (contributions is None)
     assert all(g.tau and g.joins for g in groups)
     if by_step := quorum is not None and by_class:
         rounds, through = (rounds or 0) * max(g.tau for g in groups), [g.tau for g in groups]
         groups = [replace(g, tau=1) for g in groups]
+    elif micro_batches > 1:
+        through = [micro_batches] * len(groups)
+        groups = [replace(g, step_sec=g.step_sec / micro_batches, jitter=g.jitter * math.sqrt(micro_batches))
+                  for g in groups]  # fmt: skip
     run = _Partial(groups, comm_sec, rng, mode, by_class, sync_every, max_lag, patience_sec, law)
     run.quorum, run.drops_late = quorum, drops_late
-    if by_step:
+    if by_step or micro_batches > 1:
         run.through = through
-    now = run.until(rounds or math.inf, contributions or math.inf)
+    now = run.until(rounds or math.inf, (contributions or math.inf) * micro_batches)
     ends = np.cumsum([g.ranks for g in groups])[:-1]
     by_rank = (run.compute, run.blocked, run.comm, run.count, run.dropped)
     columns = [np.split(np.array(column, dtype=np.float64), ends) for column in by_rank]
-    spent = [(a, b, c, n * g.tau, d * g.tau) for g, a, b, c, n, d in zip(groups, *columns, strict=True)]
+    spent = [(a, b, c, n * g.tau / micro_batches, d * g.tau) for g, a, b, c, n, d in zip(groups, *columns, strict=True)]
     return Outcome(now, run.completed, _by_name(groups, spent))
 
 
@@ -289,6 +295,8 @@ class _Partial:
         else:
             self._made[rank] = self._made.get(rank, 0) + 1
         is_there = self.through is None or self._since[rank] >= self.through[self._group[rank]]
+        if is_there and self.quorum is None:
+            self._since[rank] = 0
         if is_there and self.taken[rank] == self.started and rank not in self._arrived:
             self._arrived.add(rank)
             self._there[self._unit[rank]] += 1
@@ -297,8 +305,8 @@ class _Partial:
         if self.completed > self.taken[rank]:
             self._take(rank)
             self._begin(rank, now)
-        elif self.through is not None and self.taken[rank] == self.started:
-            self._begin(rank, now)  # it goes on until a round begins
+        elif self.through is not None and (self.taken[rank] == self.started or (self.quorum is None and not is_there)):
+            self._begin(rank, now)  # models go on until a round begins, micro-batches until they are a batch
         else:
             self._waiting[rank] = now
             if self._patience_sec < math.inf:
@@ -347,7 +355,9 @@ class _Partial:
             self._begin(rank, now)
 
     def _take(self, rank: int) -> None:
-        self.taken[rank], self._since[rank] = self.completed, 0
+        self.taken[rank] = self.completed
+        if self.quorum is not None:
+            self._since[rank] = 0
 
     def _patience_ended(self, rank: int, now: float) -> None:
         # one that has gone on, and waits again by now, has a later end of its own
