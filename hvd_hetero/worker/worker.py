@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hvd_hetero.comm.flat_params import FlatState
 from hvd_hetero.data import Batch, Source, read
-from hvd_hetero.data.batch import sample_counts
+from hvd_hetero.data.batch import Weighted, sample_counts
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.random_state import RandomState
 from hvd_hetero.telemetry.emulation import SlowdownEmulator
@@ -240,6 +240,8 @@ class Worker:
         self, inputs: Any, targets: Any, model: Callable[..., Any] | None = None
     ) -> tuple[Numbers, Any]:
         """Return the losses of a batch, and the model's outputs."""
+        if isinstance(targets, Weighted):
+            targets = targets.targets
         if self._channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         # entering a context that is switched off takes a tenth of a tiny model's step
