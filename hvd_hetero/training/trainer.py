@@ -263,6 +263,7 @@ class Trainer:
         step_sec = spans.step_sec(epoch, self.algorithm.mine.tau, is_planned)
         excluded, counts = epoch.count(comm.excluded.take(), self.algorithm.counts())
         done = gather_figures(comm, self.watch, accounts, epoch, losses, weights, step_sec, excluded)
+        self.algorithm.policy.note_average(done.average_sec)
         if not self.over and agreed.step_sec:
             self.plan = self._replan(self.plan, self._by_rank(agreed.step_sec), agreed.rounds)
         elif not self.over:
