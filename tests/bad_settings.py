@@ -170,7 +170,7 @@ SETTINGS: list[tuple[list[str], str, str, str]] = [
     (["train.epochs=1e3"], "train.epochs", "1000.0", "int"),
     (["train.epochs=null"], "train.epochs", "None", "train.max_*"),
     (["train.max_train_sec=0"], "train.max_train_sec", "0", "above 0"),
-    (["train.max_fast_steps=100"], "train.max_fast_steps", "100", "128 or more"),
+    (["train.max_fast_steps=100", "train.tau=128"], "train.max_fast_steps", "100", "128 or more"),
     (["train.tau={fast: 32, slow: 32}", "train.max_samples=31"], "train.max_samples", "31", "256 or more"),
     (["train.epoch_length=steps"], "train.epoch_length", "'steps'", "fast_steps"),
     (["train.tau_margin=0.6"], "train.tau_margin", "0.6", "0.5 or less"),

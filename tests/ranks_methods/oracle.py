@@ -41,8 +41,8 @@ class Replica:
         of = {"label_smoothing": smoothing, "reduction": "none"}
         losses = nn.functional.cross_entropy(self.net(self.inputs[rows]), self.targets[rows], **of)
         if "sampling.sample_weights" in self.settings:
-            counts = self.targets + 1.0
-            losses = losses * (counts / counts.double().mean()).float()[rows]
+            counts = self.targets.double() + 1
+            losses = losses * (counts / counts.mean()).float()[rows]
         return list(torch.autograd.grad(losses.mean(), self.params))
 
     def step(self, gradient: Sequence[Tensor], lr: float | None = None) -> None:
