@@ -14,7 +14,7 @@ from hvd_hetero.planning import local_steps
 from hvd_hetero.planning.local_steps import LEAVE_OUT, SHRINK, WAIT_AVOIDING
 from hvd_hetero.planning.plan import NORMALISED, ClassPlan, Plan, check_least_round, make_plan, progress_factors
 from hvd_hetero.planning.quorum import QUORUM, Quorum, check_quorum
-from hvd_hetero.planning.rebalance import Rebalancer
+from hvd_hetero.planning.rebalance import NEW_SHARE, Rebalancer
 
 BLOCKING = "blocking"
 ROUNDS = 4
@@ -259,6 +259,13 @@ class LocalSGD(Policy):
                 self.plan = proposed
                 break
         return self.plan
+
+    def note_average(self, seconds: float) -> None:
+        # what travels beside the steps is not seen
+        if self.needs_average_sec and not self.aggregation.delayed and not math.isnan(seconds):
+            self.average_sec += NEW_SHARE * (seconds - self.average_sec)
+            if self._rebalancer is not None:
+                self._rebalancer.average_sec = self.average_sec
 
     def state_dict(self) -> dict[str, Any]:
         judged = {} if self._rebalancer is None else {"rebalancer": self._rebalancer.state_dict()}

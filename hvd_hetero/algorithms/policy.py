@@ -184,6 +184,9 @@ class Policy:
         """
         return self.plan
 
+    def note_average(self, seconds: float) -> None:
+        """Take note of what an average took in the last epoch; the same on all ranks."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what the policy carries from epoch to epoch, beside its plan."""
         return {}

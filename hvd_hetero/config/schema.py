@@ -139,13 +139,20 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    scheme: Optional[str] = _key(None, choices=("separate", "uniform", "unified"))  # noqa: UP045
+    scheme: Optional[str] = _key(None, choices=("separate", "uniform", "unified", "infobatch", "importance"))  # noqa: UP045
     high_loss_ratio: float = _key(0.5, at_least=0, at_most=1)
     bias_to: str = "fast"
     until: float = _key(1.0, above=0, at_most=1)
     anneal: bool = _key(False)
     selection: str = _key("hard", choices=("hard", "soft"))
     smoothing: float = _key(0.0, at_least=0, at_most=0.999)
+    prune_ratio: float = _key(0.5, at_least=0, at_most=0.95)
+    sample_weights: Optional[str] = None  # noqa: UP045
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether samples carry weights to the loss."""
+        return self.scheme in ("infobatch", "importance") or self.sample_weights is not None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +17,25 @@ from hvd_hetero.errors import ConfigError, Plain
 
 Batch = tuple[Any, Any]
 """Inputs, as :func:`hvd_hetero.worker.worker.forward` takes them, and targets, as the loss does."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+    """Targets of samples that weigh differently: ``weights`` ``[B]`` multiply their parts of the batch's gradient."""
+
+    targets: Any
+    weights: Tensor
+
+
+def weighted(batches: Iterable[Batch], weights: np.ndarray | None) -> Iterator[Batch]:
+    """Yield batches with weights ``[steps, B]`` of their samples; as they are, where there are none."""
+    if weights is None:
+        yield from batches
+        return
+    for (inputs, targets), row in zip(batches, weights, strict=False):  # a list of batches may be read in parts
+        yield inputs, Weighted(targets, torch.from_numpy(row))
+
+
 TARGETS = ("labels", "label")
 """By these names targets are found among named entries."""
 

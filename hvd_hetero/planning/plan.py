@@ -247,6 +247,21 @@ def progress_factors(plan: Plan, most: float) -> dict[str, float]:
     return {name: factor * min(1.0, bound / total) for name, factor in factors.items()}
 
 
+def round_way(plan: Plan, weights: str, most: float) -> float:
+    """Return how far a round's average moves, over the way of a rank of the class that takes the most samples.
+
+    All local gradients are taken to be about equal: sum_i w_i f_i tau_i B_i / max_j tau_j B_j, with f of
+    :func:`progress_factors` for normalised weights, else 1. A class with few steps is averaged in as if it had stood
+    still for the rest of the round.
+
+    Args:
+        weights: ``aggregation.weights``, and ``most`` its ``max_extrapolation``.
+    """
+    factors = progress_factors(plan, most) if weights == NORMALISED else {}
+    moved = sum(len(c.ranks) * c.weight * factors.get(c.name, 1.0) * c.tau * c.batch_size for c in plan.training)
+    return moved / max(c.tau * c.batch_size for c in plan.training)
+
+
 def check_bias_to(bias_to: str, names: Sequence[str]) -> None:
     """Checks ``sampling.bias_to``: ``fast``, ``slow``, or the name of a class.
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from hvd_hetero.cluster.hardware import usable_cores
 from hvd_hetero.config.schema import SamplingConfig
+from hvd_hetero.planning.weighted_sampling import IMPORTANCE, INFOBATCH, INFOBATCH_UNTIL, importance, pruned, resampled
 
 Indices = NDArray[np.integer[Any]]
 Losses = NDArray[np.float32]
@@ -42,32 +43,66 @@ class Sampler:
         until: share of the run from which on sampling is uniform; with ``anneal`` p falls linearly to 0 until then.
         soft: draw high losses by their rank, see :func:`_softly`, and not the very highest.
         smoothing: share of a sample's former loss that is kept.
+        prune_ratio: of :func:`~hvd_hetero.planning.weighted_sampling.pruned`.
+        sample_weights: ``[n]``, those of the data; None: all samples weigh the same.
         seed: of the draws; the same seed and the same losses give the same draws.
 
     Attributes:
         biased: name of the class that gets the hard samples.
         losses: ``[n]`` training loss of each sample when it was last trained on, +inf if it never was.
         share: of the run that is done; to be set before each draw.
+        weights: ``[n]`` of the samples in this epoch, from :meth:`prepare` on.
     """
 
     def __init__(
         self, samples: int, scheme: str, high_loss_ratio: float, biased: str, seed: int, *,
-        until: float = 1.0, anneal: bool = False, soft: bool = False, smoothing: float = 0.0,
+        until: float = 1.0, anneal: bool = False, soft: bool = False, smoothing: float = 0.0, prune_ratio: float = 0.5,
+        sample_weights: Losses | None = None,
     ) -> None:  # fmt: skip
         self.losses: Losses = np.full(samples, np.inf, dtype=np.float32)
         self._draw = SCHEMES[scheme]
         self._ratio, self._until, self._anneal, self._smoothing = high_loss_ratio, until, anneal, smoothing
         self._choose = _softly if soft else _highest
         self.biased, self.share = biased, 0.0
+        self._scheme, self._prune_ratio = scheme, prune_ratio
+        self._sample_weights = np.ones(samples, dtype=np.float32) if sample_weights is None else sample_weights
+        self.weights = self._sample_weights
+        self._pool: Mask | None = None
+        self._resamples = False
         self._rng = np.random.default_rng(seed)
         self._thread: ThreadPoolExecutor | None = None
         self._begun: tuple[dict[str, int], Any, Future[tuple[dict[str, Indices], Any]]] | None = None
 
     @classmethod
-    def of(cls, spec: SamplingConfig, samples: int, biased: str, seed: int) -> Sampler:
+    def of(
+        cls, spec: SamplingConfig, samples: int, biased: str, seed: int, sample_weights: Losses | None = None
+    ) -> Sampler:
         """Make the sampler that a configuration asks for."""
-        return cls(samples, str(spec.scheme), spec.high_loss_ratio, biased, seed, until=spec.until,
-                   anneal=spec.anneal, soft=spec.selection == "soft", smoothing=spec.smoothing)  # fmt: skip
+        return cls(
+            samples, str(spec.scheme), spec.high_loss_ratio, biased, seed, until=spec.until, anneal=spec.anneal,
+            soft=spec.selection == "soft", smoothing=spec.smoothing, prune_ratio=spec.prune_ratio,
+            sample_weights=sample_weights,
+        )  # fmt: skip
+
+    def prepare(self, least: int) -> int:
+        """Choose which samples the next epoch draws from, and their weights, where the scheme goes by weights.
+
+        Args:
+            least: samples that the epoch needs; with fewer than these nothing is left out.
+
+        Returns:
+            How many the epoch draws from.
+        """
+        self._pool, self.weights = None, self._sample_weights
+        self._resamples = self._scheme == IMPORTANCE and self.share < self._until
+        if self._scheme == INFOBATCH and self.share < min(self._until, INFOBATCH_UNTIL):
+            pool, own = pruned(self._rng, self.losses, self._prune_ratio)
+            if np.count_nonzero(pool) >= least:
+                self._pool, self.weights = pool, self._sample_weights * own
+        elif self._resamples:
+            weights = 1 / (len(self.losses) * importance(self.losses))
+            self.weights = (self._sample_weights * weights).astype(np.float32)
+        return len(self.losses) if self._pool is None else int(np.count_nonzero(self._pool))
 
     def draw(self, counts: Mapping[str, int]) -> dict[str, Indices]:
         """Draws N_g sample indices for every class, in random order, none twice within a class.
@@ -81,6 +116,10 @@ class Sampler:
         begun, self._begun = self._begun, None
         if begun is not None and begun[:2] == (dict(counts), self._rng.bit_generator.state):
             drawn, self._rng.bit_generator.state = begun[2].result()
+        elif self._resamples:
+            drawn = resampled(self._rng, importance(self.losses), counts)
+        elif self._pool is not None:
+            drawn = _deal(self._rng, self._pool, counts)
         else:
             draw = _uniform if self.share >= self._until else self._draw
             drawn = draw(self._rng, self.losses, counts, self.biased, self.ratio, self._choose)
@@ -98,11 +137,13 @@ class Sampler:
         Returns:
             ``[counts]`` indices by class, in random order, none twice within a class in the whole epoch.
         """
+        if self._resamples:
+            return resampled(self._rng, importance(self.losses), counts)
         kept = {name: left[name][:count] for name, count in counts.items()}
         drawn: dict[str, Indices] = {}
         for name, count in counts.items():
             apart = self._draw is _separate and self.share < self._until
-            taken = np.zeros(len(self.losses), dtype=bool)
+            taken = np.zeros(len(self.losses), dtype=bool) if self._pool is None else ~self._pool
             for other in (name,) if apart else counts:
                 for part in (used[other], kept[other], drawn.get(other, kept[other])):
                     taken[part] = True
@@ -120,7 +161,7 @@ class Sampler:
 
         The draws stay the same ones, also if the next epoch turns out to be another one, or the job is saved meanwhile.
         """
-        if self._draw is not _uniform or len(self.losses) < WORTH_A_THREAD:
+        if self._scheme != "uniform" or len(self.losses) < WORTH_A_THREAD:
             return
         rng, counts = copy.deepcopy(self._rng), dict(counts)
 
@@ -151,12 +192,16 @@ class Sampler:
         self.losses[indices] = np.where(np.isnan(losses), np.float32(np.inf), losses)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": self.losses, "rng": self._rng.bit_generator.state, "biased": self.biased}
+        return {"losses": self.losses, "rng": self._rng.bit_generator.state, "biased": self.biased,
+                "share": self.share, "weights": self.weights, "pool": self._pool,
+                "resamples": self._resamples}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.losses = np.asarray(state["losses"], dtype=np.float32)
         self._rng.bit_generator.state = state["rng"]
-        self.biased = state.get("biased", self.biased)
+        self.biased, self.share = state.get("biased", self.biased), state.get("share", self.share)
+        self.weights, self._pool = state.get("weights", self.weights), state.get("pool")
+        self._resamples = state.get("resamples", False)
 
 
 def newest_last(at: Sequence[NDArray[Any]], batch: Sequence[int]) -> NDArray[Any]:
@@ -344,4 +389,7 @@ Scheme = Callable[
     [np.random.Generator, Losses, Mapping[str, int], str, float, Choose],
     dict[str, Indices],
 ]
-SCHEMES: dict[str, Scheme] = {"separate": _separate, "uniform": _uniform, "unified": _unified}
+SCHEMES: dict[str, Scheme] = {
+    "separate": _separate, "uniform": _uniform, "unified": _unified, INFOBATCH: _uniform, IMPORTANCE: _uniform,
+}  # fmt: skip
+"""The last two draw as ``uniform`` does where they are not prepared for, and when they have ended."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -101,6 +102,16 @@ class Stopwatch:
         taken = dict(self.seconds), self.collectives
         self.seconds, self.collectives = dict.fromkeys(self.seconds, 0.0), []
         return taken
+
+
+def transfer_sec(durations: Sequence[Sequence[float]]) -> float:
+    """Return what one collective takes when nobody is late, as the median over those of an epoch; NaN without any.
+
+    Args:
+        durations: as for :func:`split_waiting`.
+    """
+    columns = [[d for d in column if d == d] for column in zip(*durations, strict=True)]
+    return statistics.median(min(column) for column in columns) if columns else math.nan
 
 
 def split_waiting(durations: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:

@@ -11,7 +11,7 @@ from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.rebalance import settled_step_sec
-from hvd_hetero.telemetry.stopwatch import KINDS, Stopwatch
+from hvd_hetero.telemetry.stopwatch import KINDS, Stopwatch, transfer_sec
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import Recorder
 from hvd_hetero.worker.epoch import Epoch
@@ -20,12 +20,17 @@ from hvd_hetero.worker.losses import mean, weighted_sums
 
 @dataclass(frozen=True)
 class EpochFigures:
-    """What all ranks did in an epoch: its seconds, samples, mean loss, and what a step of each took towards its end."""
+    """What all ranks did in an epoch: its seconds, samples, mean loss, and what a step of each took towards its end.
+
+    Attributes:
+        average_sec: what its collectives took, most of which were averages, without waiting.
+    """
 
     seconds: float
     samples: int
     loss: float
     step_sec: list[float]
+    average_sec: float
 
 
 def gather_figures(
@@ -49,10 +54,10 @@ def gather_figures(
     spent = [dict(zip(KINDS, row, strict=False)) for row in rows]
     before = accounts.samples_seen
     counted = {name: [int(row[count + 4 + i]) for row in rows] for i, name in enumerate(counts)}
-    seconds = accounts.enter(epoch.plan, epoch.progress.averages, steps, spent,
-                             [row[count + 4 + len(counts) :] for row in rows], counted)  # fmt: skip
+    met = [row[count + 4 + len(counts) :] for row in rows]
+    seconds = accounts.enter(epoch.plan, epoch.progress.averages, steps, spent, met, counted)
     samples = accounts.samples_seen - before
-    return EpochFigures(seconds, samples, loss, [row[count + 3] for row in rows])
+    return EpochFigures(seconds, samples, loss, [row[count + 3] for row in rows], transfer_sec(met))
 
 
 class RoundSpans:

@@ -251,6 +251,10 @@ def check_supported_by_loop(config: Config) -> None:
     if config.delays.distribution is not None:
         problem = "steps that somebody else writes are not delayed"
         raise ConfigError("delays.distribution", config.delays.distribution, problem, "leave it null")
+    if config.sampling.is_weighted:
+        key, value = ("sampling.scheme", config.sampling.scheme) if config.sampling.sample_weights is None else (
+            "sampling.sample_weights", config.sampling.sample_weights)  # fmt: skip
+        raise ConfigError(key, value, "weighs samples in a loss, which is your own here", "leave it null")
     if config.aggregation.path == "measured":
         problem = "a hand-written loop measures nothing"
         raise ConfigError("aggregation.path", "measured", problem, "set it to auto, flat or hierarchical")

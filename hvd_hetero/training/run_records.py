@@ -14,7 +14,7 @@ from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.horovod_build import build_info
 from hvd_hetero.config.schema import Config
 from hvd_hetero.log import LOGGER
-from hvd_hetero.planning.plan import Plan
+from hvd_hetero.planning.plan import Plan, round_way
 from hvd_hetero.telemetry.environment import environment
 from hvd_hetero.telemetry.run_folder import SUMMARY, RunFolder
 from hvd_hetero.telemetry.time_accounts import Accounts
@@ -63,6 +63,7 @@ def write_summary(
     folder: RunFolder,
     config: Config,
     cluster: Cluster,
+    plan: Plan,
     classes: list[dict[str, Any]],
     accounts: Accounts,
     path: str,
@@ -82,6 +83,7 @@ def write_summary(
         "wall_sec": time.perf_counter() - begin,
         "train_sec": accounts.train_sec,
         "path": path,
+        "round_way": round_way(plan, str(config.aggregation.weights), config.aggregation.max_extrapolation),
         "eval": dict(evaluated),
         "classes": classes,
     }

@@ -21,6 +21,7 @@ from hvd_hetero.comm.kv_store import JobEnv, exchange, job_env
 from hvd_hetero.config.load import device_classes, per_class
 from hvd_hetero.config.schema import AUTO, Config
 from hvd_hetero.data.alike import check_alike, facts_of
+from hvd_hetero.data.weights import sample_weights
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.files import restrict_umask
 from hvd_hetero.planning.injected_delays import check_delays
@@ -159,6 +160,8 @@ def check(config: Config, components: Components, cluster: Cluster) -> None:
     if policy.claims_samples and config.sampling.scheme != "uniform":
         problem = f"{config.algorithm.name} hands out samples as ranks ask for them, to no class in particular"
         raise ConfigError("sampling.scheme", config.sampling.scheme, problem, "set sampling.scheme=uniform")
+    if config.sampling.sample_weights is not None:
+        sample_weights(config.sampling.sample_weights, components.dataset.train)
     check_delays(config.delays)
     check_schedule(config.train)
     check_bias_to(config.sampling.bias_to, [c.name for c in cluster.classes])

@@ -17,6 +17,7 @@ from hvd_hetero import algorithms
 from hvd_hetero.checkpoint.export import AVERAGED, FOLDER, MODEL, save_model
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.data import read
+from hvd_hetero.data.weights import sample_weights
 from hvd_hetero.errors import Stopped
 from hvd_hetero.planning.injected_delays import delays
 from hvd_hetero.planning.plan import Plan
@@ -112,7 +113,8 @@ class Trainer:
         self.comm.agree(self.plan.digest(), "plan", "plan")
         start_together(self.algorithm, self.plan, self.worker, self.comm)
         self.accounts = Accounts(self.job.cluster, self.config.delays.distribution is not None)
-        self.feed = Feed(self.comm, len(self.source), self._sampler() if self.comm.rank == 0 else None)
+        sampler = self._sampler() if self.comm.rank == 0 else None
+        self.feed = Feed(self.comm, len(self.source), sampler, config.sampling.is_weighted)
         self.recorder = Recorder(self.watch, config.run.trace_rounds)
         spec = config.eval
         self.averaged = None if spec.average == NONE else IterateAverage(
@@ -163,7 +165,8 @@ class Trainer:
         for item, own in zip(cluster.classes, classes, strict=True):
             own["peak_gpu_bytes"] = max(int(peaks[r][0]) for r in item.ranks) if item.device == "cuda" else None
             own["micro_batches"] = int(peaks[item.ranks[0]][1])
-        summary = write_summary(self.folder, config, cluster, classes, accounts, path, self.best.summary(), self.begin)
+        summary = write_summary(
+            self.folder, config, cluster, self.plan, classes, accounts, path, self.best.summary(), self.begin)  # fmt: skip
         self.status.enter(FINISHED)
         return summary
 
@@ -174,7 +177,6 @@ class Trainer:
         rounds = next_rounds(self.config.train, self.plan, self.accounts.done)
         if rounds == 0 or self.best.waited_enough:
             return None
-        part = replace(self.plan, rounds=rounds)
         self.watch.skip()
         self.status.enter(TRAINING)
         if self.accounts.epochs < TRACED_EPOCHS:
@@ -182,8 +184,10 @@ class Trainer:
         self.watch.heartbeat.begin("dealing samples")
         if self.feed.sampler is not None:
             self.feed.sampler.share = run_share(self.config.train, self.plan, self.accounts.done, 0.0)
-        indices = self.algorithm.deal(self.feed, part, self.plan)
-        return Epoch(part, indices, self.source, self.worker.generator)
+        whole = self.feed.begin_epoch(self.plan)
+        part = replace(whole, rounds=min(rounds, whole.rounds))
+        indices = self.algorithm.deal(self.feed, part, whole)
+        return Epoch(part, indices, self.source, self.worker.generator, self.feed.weights_of(indices))
 
     def _work(self, epoch: Epoch) -> SyncDecision:
         """Train an epoch in segments, between which it can be saved; return what was agreed after the last."""
@@ -239,7 +243,7 @@ class Trainer:
         self.watch.skip()
         self.watch.heartbeat.begin("dealing samples")
         rest = self.feed.deal_rest(part, epoch.indices, epoch.steps) if rounds else epoch.indices[:0]
-        epoch.deal_rest(part, rest)
+        epoch.deal_rest(part, rest, self.feed.weights_of(rest))
 
     def _by_rank(self, step_sec: Sequence[float]) -> list[float]:
         of_class = dict(zip((c.name for c in self.job.cluster.classes), step_sec, strict=True))
@@ -266,6 +270,7 @@ class Trainer:
             "excluded": excluded, "sent": comm.carried.take(), "dropped": self.algorithm.take_dropped(),
             "overflows": 0 if worker.scaler is None else worker.scaler.overflows, "memory": used_bytes(worker.device),
         })  # fmt: skip
+        self.algorithm.policy.note_average(done.average_sec)
         rate = worker.optimizer.param_groups[0]["lr"]
         if config.train.scheduler_unit == "epoch":
             self._step_scheduler(f"{accounts.epochs} epochs")
@@ -293,7 +298,9 @@ class Trainer:
 
     def _sampler(self) -> Sampler:
         spec, biased = self.config.sampling, self.plan.biased(self.config.sampling.bias_to)
-        return Sampler.of(spec, len(self.source), biased, self.config.run.seed)
+        own, data = spec.sample_weights, self.job.components.dataset.train
+        weights = None if own is None else sample_weights(own, data)
+        return Sampler.of(spec, len(self.source), biased, self.config.run.seed, weights)
 
     def _memory_told(self) -> AbstractContextManager[None]:
         """What a class without enough memory for its steps ends with."""

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from hvd_hetero.data import Batch, Source, read
+from hvd_hetero.data.batch import weighted
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.stop_criteria import fast_steps
 from hvd_hetero.telemetry.staleness import NUMBERS, Counts, to_numbers
@@ -93,7 +94,7 @@ class Segment:
         begin = self._epoch.progress.claimed + start
         self.rows.append(self._epoch.indices[begin : begin + size])
         self.claimed = start + size
-        return self._epoch.read(self.rows[-1].reshape(parts, -1))
+        return self._epoch.read(slice(begin, begin + size), parts)
 
 
 class Epoch:
@@ -104,6 +105,7 @@ class Epoch:
         indices: this rank's samples ``[rounds * tau, B]``, a row a step; or ``[N]``, those of all ranks, which claim
             them.
         source: where samples are read from, with augmentation drawn by ``generator``.
+        weights: of the samples, as ``indices``; None: all weigh the same.
 
     Attributes:
         progress: as all ranks have agreed on it.
@@ -112,8 +114,11 @@ class Epoch:
         since: rounds before what is left of the epoch was dealt anew; 0: it was not.
     """
 
-    def __init__(self, plan: Plan, indices: Indices, source: Source, generator: torch.Generator) -> None:
-        self.plan, self.indices = plan, indices
+    def __init__(
+        self, plan: Plan, indices: Indices, source: Source, generator: torch.Generator,
+        weights: NDArray[np.float32] | None = None,
+    ) -> None:  # fmt: skip
+        self.plan, self.indices, self._weights = plan, indices, weights
         self._source, self._generator, self._state = source, generator, generator.get_state()
         self.progress = Progress()
         self.work_sec: list[float] = []
@@ -150,16 +155,18 @@ class Epoch:
         """Rounds so far, in rounds of the plan as it is now."""
         return self.progress.planned - self.since + self._earlier[0] / fast_steps(self.plan)
 
-    def deal_rest(self, plan: Plan, indices: Indices) -> None:
+    def deal_rest(self, plan: Plan, indices: Indices, weights: NDArray[np.float32] | None = None) -> None:
         """Go on by another plan, on other samples.
 
         Args:
             plan: with the rounds that are left.
-            indices: as those that an epoch begins with.
+            indices: as those that an epoch begins with, and their ``weights``.
         """
         self._earlier, self.since = self.spent, self.progress.planned
         self.plan = replace(plan, rounds=self.since + plan.rounds)
         self.indices = np.concatenate([self.indices[: self.steps], indices])
+        if self._weights is not None and weights is not None:
+            self._weights = np.concatenate([self._weights[: self.steps], weights])
         self._start = self._dealt = self.steps
         self._batches, self._state = None, self._generator.get_state()
 
@@ -182,14 +189,16 @@ class Epoch:
             now = self._generator.get_state()
             self._generator.set_state(self._state)  # an epoch that is resumed draws what it drew before
             begun = self._start - self._dealt
-            self._batches = read(self._source, self.indices[self._dealt :], self._generator, begun)
+            batches = read(self._source, self.indices[self._dealt :], self._generator, begun)
+            self._batches = weighted(batches, None if self._weights is None else self._weights[self._start :])
             if begun:
                 self._generator.set_state(now)
         return self._batches
 
-    def read(self, rows: Indices) -> Iterator[Batch]:
-        """Yield the batches of rows ``[steps, B]``."""
-        return read(self._source, rows, self._generator)
+    def read(self, part: slice, batches: int = 1) -> Iterator[Batch]:
+        """Yield a part of the samples that ranks claim, in so many batches."""
+        batch = read(self._source, self.indices[part].reshape(batches, -1), self._generator)
+        return weighted(batch, None if self._weights is None else self._weights[part].reshape(batches, -1))
 
     def finish(self, segment: Segment, tau: int) -> Progress:
         """Return how far this rank has come in a segment."""
@@ -227,13 +236,14 @@ class Epoch:
             "plan": self.plan.to_dict(), "indices": self.indices, "generator": self._state,
             "progress": list(astuple(self.progress)), "work_sec": self.work_sec, "at": self._at, "rows": self._rows,
             "excluded": self.excluded, "counts": self._counts,
-            "since": self.since, "dealt": self._dealt, "earlier": self._earlier,
+            "weights": self._weights, "since": self.since, "dealt": self._dealt, "earlier": self._earlier,
         }  # fmt: skip
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], source: Source, generator: torch.Generator) -> Epoch:
         """Make an epoch that goes on where :meth:`state_dict` was called."""
-        epoch = cls(Plan.from_dict(state["plan"]), np.asarray(state["indices"]), source, generator)
+        weights = None if state["weights"] is None else np.asarray(state["weights"])
+        epoch = cls(Plan.from_dict(state["plan"]), np.asarray(state["indices"]), source, generator, weights)
         epoch._state = state["generator"]
         epoch.progress = Progress(*state["progress"])
         epoch.work_sec, epoch._at = list(state["work_sec"]), list(state["at"])

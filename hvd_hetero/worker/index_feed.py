@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,33 @@ class Feed:
     Args:
         samples: n, size of the training set; it decides the index type, the same on all ranks.
         sampler: on rank 0, None elsewhere.
+        is_weighted: whether samples have weights.
     """
 
-    def __init__(self, comm: Comm, samples: int, sampler: Sampler | None) -> None:
-        self._comm, self.sampler = comm, sampler
+    def __init__(self, comm: Comm, samples: int, sampler: Sampler | None, is_weighted: bool = False) -> None:
+        self._comm, self.sampler, self._samples, self._is_weighted = comm, sampler, samples, is_weighted
+        self._weights: NDArray[np.float32] | None = None
         self._dtype = torch.int32 if samples < 2**31 else torch.int64
+
+    def begin_epoch(self, plan: Plan) -> Plan:
+        """Return the plan with no more rounds than there are samples for, once their weights are known everywhere."""
+        if not self._is_weighted:
+            return plan
+        in_round = sum(c.round_samples for c in plan.classes)
+        size = 0 if self.sampler is None else self.sampler.prepare(in_round)
+        with self._comm.booked():
+            size = int(self._comm.broadcast(torch.tensor([size]), "epoch.size"))
+        self._share_weights()
+        return replace(plan, rounds=min(plan.rounds, size // in_round))
+
+    def _share_weights(self) -> None:
+        own = torch.empty(self._samples) if self.sampler is None else torch.from_numpy(self.sampler.weights)
+        with self._comm.booked():
+            self._weights = self._comm.broadcast(own, "epoch.weights").numpy()
+
+    def weights_of(self, indices: NDArray[Any]) -> NDArray[np.float32] | None:
+        """Return the weights of samples in this epoch, None where all weigh the same."""
+        return None if self._weights is None else self._weights[indices]
 
     def deal(self, plan: Plan, whole: Plan) -> NDArray[Any]:
         """This rank's indices for one epoch, ``[rounds * tau, B]``, a row a step.
@@ -57,6 +80,8 @@ class Feed:
             told = [row.tolist() for row in self._comm.gather(torch.tensor([steps, *indices.shape]), "rest.sizes")]
             own = torch.from_numpy(np.ascontiguousarray(indices.reshape(-1))).to(self._dtype)
             dealt = self._comm.gather(own, "rest.indices", [rows * batch for _, rows, batch in told])
+        if self._is_weighted and self._weights is None:  # the epoch was begun by an earlier job
+            self._share_weights()
         drawn: Mapping[str, NDArray[Any]] = {}
         if self.sampler is not None:
             parts = [part.split([taken * batch, (rows - taken) * batch])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hvd_hetero.data import Batch
-from hvd_hetero.data.batch import cut
+from hvd_hetero.data.batch import Weighted, cut
 from hvd_hetero.worker.losses import NOT_COUNTED, TINY, Numbers, joined, mean_gradient
 
 
@@ -36,7 +36,7 @@ def accumulate(
     """
     if count == 1:
         losses, weights = losses_of(*batch)
-        backward(losses, mean_gradient(losses, weights, scale))  # their mean's gradient, without the mean
+        backward(losses, _weighed(mean_gradient(losses, weights, scale), batch[1]))  # their mean's gradient, without the mean
         return losses.detach(), weights
     size, parts = cut(batch, count, least)
     each, counted, taken = scale / size, torch.zeros(()), list[Numbers]()
@@ -54,13 +54,18 @@ def accumulate(
         if len(taken) == len(parts) and (factor := _factor(taken, samples, counted)) is not None:
             rescale(factor)
             along = along * factor
-        backward(losses, along)
+        backward(losses, _weighed(along, part[1]))
     if samples < size:
         if (factor := _factor(taken, samples, counted)) is not None:
             rescale(factor)
         first = taken[0][0]
         taken.append((first.new_full((size - samples,), NOT_COUNTED), first.new_zeros(size - samples)))
     return joined(taken)
+
+
+def _weighed(along: Tensor, targets: Any) -> Tensor:
+    """Return what losses are differentiated along, where samples may weigh differently."""
+    return along * targets.weights.to(along) if isinstance(targets, Weighted) else along
 
 
 def _factor(taken: list[Numbers], samples: int, counted: Tensor) -> Tensor | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hvd_hetero.comm.flat_params import FlatState
 from hvd_hetero.data import Batch, Source, read
+from hvd_hetero.data.batch import Weighted
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.random_state import RandomState
 from hvd_hetero.telemetry.emulation import SlowdownEmulator
@@ -273,6 +274,8 @@ class Worker:
         self, inputs: Any, targets: Any, model: Callable[..., Any] | None = None
     ) -> tuple[Numbers, Any]:
         """Return the losses of a batch, and the model's outputs."""
+        if isinstance(targets, Weighted):
+            targets = targets.targets
         if self._channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         kind = None if self.scaler is not None and self.scaler.in_float32 else self._autocast

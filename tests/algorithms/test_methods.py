@@ -115,6 +115,8 @@ def test_outer_lr_1_is_no_outer_optimizer(found: Found) -> None:
 
 @pytest.mark.parametrize(("one", "other"), [
     ("biased, weights", "unbalanced"),
+    ("biased, samples that weigh", "biased, hierarchical"),
+    ("sync, samples that weigh", "sync"),
     ("biased, sampling", "unbalanced"),
     ("outer, lr 0.5", "biased, hierarchical"),
     ("outer, momentum", "unbalanced"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hvd_hetero import algorithms
-from hvd_hetero.analysis.predict.advice import recommended, sweep, worth
+from hvd_hetero.analysis.predict.advice import recommended, sweep, together, worth
 from hvd_hetero.analysis.predict.predict import Prediction, Scenario
 from hvd_hetero.analysis.predict.speeds import Assumptions, Speed, gather
 from hvd_hetero.config.load import load
@@ -173,6 +173,20 @@ def test_a_class_is_worth_what_it_adds() -> None:
     assert "adds 12.5%" in slow.sentence
     (slow,) = worth(scenario(latency_ms=8.0), 16)  # alone, fast needs no link
     assert not slow.worth_having and "left out" in slow.sentence
+
+
+def test_all_classes_beside_the_fastest_alone() -> None:
+    """Fast takes 16 steps of a round and slow 2, so that by steps they weigh 8/9 and 1/9."""
+    found = together(scenario(), 16)
+    assert found is not None
+    assert (found.fastest, found.with_all, found.alone) == ("fast", pytest.approx(4500), pytest.approx(4000))
+    assert found.round_way == pytest.approx(8 / 9 + 1 / 9 / 8) and "1.12 of it" in found.sentence
+    assert found.sentence.endswith("with aggregation.weights=steps a round moves 0.90 of a fast rank's way.")
+    normalised = together(scenario(["aggregation.weights=normalised"]), 8)
+    assert normalised is not None and normalised.round_way == pytest.approx(1)
+    uniform = together(scenario(["aggregation.weights=uniform"], latency_ms=8.0), 16)
+    assert uniform is not None and uniform.round_way == pytest.approx(9 / 16) and "SLOWER" in uniform.sentence
+    assert together(scenario(["cluster.classes={fast: {ranks: [0, 1]}}"], step_ms="fast=1"), 16) is None
 
 
 def test_step_times_of_other_batches() -> None:

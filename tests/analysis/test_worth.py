@@ -18,14 +18,16 @@ def made(
 
 def test_both_together_over_the_fast_class_alone() -> None:
     """Fast 400 samples/s alone; in 10 s it took 900 steps, and the slow one 225."""
-    summary = {"train_sec": 10.0, "classes": [made("quick", 1, 32, 0.8, 0.01, 900), made("lame", 1, 8, 0.2, 0.04, 225)]}
+    classes = [made("quick", 1, 32, 0.8, 0.01, 900), made("lame", 1, 8, 0.2, 0.04, 225)]
+    summary = {"train_sec": 10.0, "round_way": 0.85, "classes": classes}
     (line,) = worth(summary)
     assert line.startswith("450 samples/s; class quick alone could take 400: 1.12 of it with all;")
     assert line.endswith("a round moves 0.85 of a quick rank's way") and "SLOWER" not in line
 
 
 def test_a_class_that_costs_more_than_it_gives() -> None:
-    summary = {"train_sec": 10.0, "classes": [made("quick", 1, 32, 0.5, 0.01, 700), made("lame", 1, 2, 0.5, 0.16, 44)]}
+    classes = [made("quick", 1, 32, 0.5, 0.01, 700), made("lame", 1, 2, 0.5, 0.16, 44)]
+    summary = {"train_sec": 10.0, "round_way": 0.53, "classes": classes}
     (line,) = worth(summary)
     assert "SLOWER than without lame" in line and "moves 0.53" in line
 

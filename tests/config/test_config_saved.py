@@ -50,7 +50,8 @@ DECIDES = {
         train.loss_args train.optimizer train.lr train.optimizer_args train.groups train.scheduler train.scheduler_args
         train.scheduler_unit train.warmup_rounds train.clip_norm
         train.autocast train.matmul_precision train.channels_last sampling.scheme sampling.high_loss_ratio
-        sampling.bias_to sampling.until sampling.anneal sampling.selection sampling.smoothing
+        sampling.bias_to sampling.until sampling.anneal sampling.selection sampling.smoothing sampling.prune_ratio
+        sampling.sample_weights
         aggregation.weights aggregation.max_extrapolation aggregation.mode aggregation.quorum algorithm.quorum
         algorithm.noise algorithm.adaptive algorithm.max_delay algorithm.gradients algorithm.harmonic_mean
         algorithm.buffer algorithm.activation algorithm.micro_batches aggregation.sync_every aggregation.max_lag

@@ -14,7 +14,7 @@ from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
 from hvd_hetero.cluster.hardware import RankFacts
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.local_steps import derive_tau, planned_step_sec
-from hvd_hetero.planning.plan import Plan, apportion, check_bias_to, check_least_round, make_plan
+from hvd_hetero.planning.plan import Plan, apportion, check_bias_to, check_least_round, make_plan, round_way
 
 
 def cluster(**ranks: int) -> Cluster:
@@ -100,6 +100,15 @@ def test_weights_by_steps_and_uniform() -> None:
     assert [c.weight for c in by_steps.classes] == [32 / 40, 4 / 40]
     uniform = plan(10_000, workers, tau, batch, weights="uniform")
     assert [c.weight for c in uniform.classes] == [1 / 3, 1 / 3]
+
+
+def test_how_far_a_round_moves() -> None:
+    """Of 32 steps of a fast rank; two slow ranks take 4."""
+    workers, tau, batch = {"fast": 1, "slow": 2}, {"fast": 32, "slow": 4}, {"fast": 8, "slow": 8}
+    ways = {name: plan(10_000, workers, tau, batch, weights=name) for name in ("uniform", "steps", "normalised")}
+    found = {name: round_way(made, name, 100.0) for name, made in ways.items()}
+    assert found == pytest.approx({"uniform": 40 / 96, "steps": (1024 + 32) / (40 * 32), "normalised": 1.0})
+    assert round_way(ways["normalised"], "normalised", 1.0) == pytest.approx(40 / 96), "coefficients of 1/3"
 
 
 CLASSES = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 64)), min_size=1, max_size=4)

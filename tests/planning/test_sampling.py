@@ -48,7 +48,7 @@ def test_what_every_drawing_keeps_to(case: tuple[int, str, float, dict[str, int]
         assert len(drawn[name]) == count
         assert len(set(drawn[name].tolist())) == count
         assert set(drawn[name].tolist()) <= set(range(n))
-    if scheme != "uniform":
+    if scheme in ("separate", "unified"):
         high = math.floor(ratio * counts[FAST] + 1e-9)
         wanted = sorted(losses, reverse=True)[:high]
         got = sorted(losses[drawn[FAST]], reverse=True)[:high]

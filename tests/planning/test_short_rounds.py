@@ -120,6 +120,18 @@ def test_noise_changes_no_round_and_new_speeds_do() -> None:
     assert drive(made, [(0.001, 0.008)])[-1] > first / 2
 
 
+def test_an_average_that_was_measured_too_long_makes_shorter_rounds_later() -> None:
+    made = auto(average_sec=0.002)
+    made.start(made.make_plan(EIGHTH))
+    first = made.plan.classes[0].tau
+    for _ in range(6):
+        made.note_average(0.0002)
+    assert drive(made, [(0.001, 0.008)])[-1] <= first / 2
+    given = auto(**{"train.tau": 8})
+    given.note_average(1.0)
+    assert given.average_sec == 0
+
+
 def test_rounds_are_saved_with_the_time_of_an_average() -> None:
     made, again = auto(average_sec=0.001), auto()
     made.start(made.make_plan(EIGHTH))

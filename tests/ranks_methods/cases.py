@@ -119,6 +119,7 @@ CASES: dict[str, Case] = {
     "drop_compute, nothing left out": Case("drop_compute", {
         **UNEVEN, "train.micro_batches": 2, "algorithm.threshold": 60, "algorithm.normalise": "done",
     }),
+    "sync, samples that weigh": Case("sync_sgd", {"sampling.sample_weights": "cases:weights"}),
     # local SGD
     "balanced": Case("balanced_local_sgd", {"train.tau": 3}),
     "unbalanced, equal tau": Case("unbalanced_local_sgd"),
@@ -128,6 +129,7 @@ CASES: dict[str, Case] = {
         **TAU31, "sampling.high_loss_ratio": 0.0, "aggregation.weights": "uniform",
     }),
     "biased, weights": Case("biased_local_sgd", {**TAU31, "sampling.scheme": "uniform"}),
+    "biased, samples that weigh": Case("biased_local_sgd", {**TAU31, "sampling.sample_weights": "cases:weights"}),
     "biased, sampling": Case("biased_local_sgd", {**TAU31, "aggregation.weights": "uniform"}),
     "biased": Case("biased_local_sgd", {**TAU31, "train.clip_norm": 0.5}),
     "separate, to slow": Case("biased_local_sgd", {**TAU31, **TO_SLOW}),
@@ -297,6 +299,11 @@ def data(poisoned: tuple[int, ...] = ()) -> Any:
     inputs = torch.randn(SAMPLES, FEATURES, generator=generator, dtype=torch.float64)
     inputs[list(poisoned), 1] = math.nan
     return inputs, torch.randint(TARGETS, (SAMPLES,), generator=generator)
+
+
+def weights(dataset: Any) -> Any:
+    """How much each sample counts, by its target."""
+    return dataset.targets.numpy() + 1.0
 
 
 def model(name: str) -> Any:

@@ -38,8 +38,12 @@ class Replica:
     def gradient(self, rows: Tensor) -> list[Tensor]:
         """Of the mean loss of these samples."""
         smoothing = self.settings.get("train.loss_args", {}).get("label_smoothing", 0.0)
-        loss = nn.functional.cross_entropy(self.net(self.inputs[rows]), self.targets[rows], label_smoothing=smoothing)
-        return list(torch.autograd.grad(loss, self.params))
+        of = {"label_smoothing": smoothing, "reduction": "none"}
+        losses = nn.functional.cross_entropy(self.net(self.inputs[rows]), self.targets[rows], **of)
+        if "sampling.sample_weights" in self.settings:
+            counts = self.targets.double() + 1
+            losses = losses * (counts / counts.mean()).float()[rows]
+        return list(torch.autograd.grad(losses.mean(), self.params))
 
     def step(self, gradient: Sequence[Tensor], lr: float | None = None) -> None:
         norm, most = torch.sqrt(sum((g**2).sum() for g in gradient)), self.settings.get("train.clip_norm")

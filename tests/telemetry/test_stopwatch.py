@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hvd_hetero.telemetry import emulation, stopwatch
 from hvd_hetero.telemetry.emulation import SlowdownEmulator
-from hvd_hetero.telemetry.stopwatch import Stopwatch, split_waiting
+from hvd_hetero.telemetry.stopwatch import Stopwatch, split_waiting, transfer_sec
 
 
 class Clock:
@@ -233,3 +233,9 @@ def test_the_split_loses_nothing(columns: list[list[float]]) -> None:
         assert blocked[rank] + comm[rank] == pytest.approx(sum(durations[rank]))
         assert blocked[rank] >= -1e-9
         assert comm[rank] == pytest.approx(sum(min(column) for column in columns))
+
+
+def test_what_a_collective_takes_when_nobody_is_late() -> None:
+    """The shortest over the ranks, and of these the median; a rank that is not in one does not count."""
+    assert transfer_sec([[1.0, 9.0, 5.0], [4.0, 2.0, math.nan]]) == 2.0
+    assert math.isnan(transfer_sec([[], []]))

@@ -30,7 +30,7 @@ CLASS_KEYS = {"excluded", "overflows",
 }
 SUMMARY_KEYS = {
     "algorithm", "world_size", "seed", "emulated", "emulation", "rounds", "epochs", "samples_seen", "wall_sec",
-    "train_sec", "path", "eval", "classes",
+    "train_sec", "path", "round_way", "eval", "classes",
 }
 EVAL_KEYS = {"final_accuracy", "best_accuracy", "final_loss"}
 TIME_KEYS = {"compute", "data", "blocked", "comm"}

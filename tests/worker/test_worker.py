@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hvd_hetero.data import MapSource, TensorSource
+from hvd_hetero.data.batch import Weighted
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.random_state import seed_all
 from hvd_hetero.worker.factories import (
@@ -358,3 +359,17 @@ def worker_with_optimizer(args: dict[str, Any]) -> Worker:
 def worker_with_scheduler(args: dict[str, Any]) -> Worker:
     loss: Callable[[Any, Tensor], Tensor] = per_sample_loss("cross_entropy", {})
     return Worker(network(), loss, optimizer_maker("SGD", 0.1, {}), scheduler_maker("MultiStepLR", args))
+
+
+def test_samples_that_weigh_differently() -> None:
+    """The gradient is the mean of w l over the batch's samples; losses are noted as they are."""
+    inputs, targets = torch.randn(4, 6), torch.tensor([0, 1, 1, 0])
+    weighs, plain = worker(), worker()
+    for made in (weighs, plain):
+        made.model.eval()
+    weighs.gradient(inputs, Weighted(targets, torch.tensor([0.0, 1.0, 2.0, 5.0])))
+    losses = nn.functional.cross_entropy(plain.model(inputs), targets, reduction="none")
+    (losses * torch.tensor([0.0, 1.0, 2.0, 5.0])).mean().backward()
+    for own, other in zip(weighs.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad)
+    assert weighs.take_losses()[0].tolist() == pytest.approx(losses.tolist())

@@ -42,6 +42,25 @@ class Worth:
         return f"{figures}: {'worth having, it adds' if gain > 0 else 'better left out, it costs'} {abs(gain):.1%}."
 
 
+@dataclass(frozen=True)
+class Together:
+    """What all classes together come to, beside the fastest one alone: samples a second, and how far a round moves."""
+
+    fastest: str
+    with_all: float
+    alone: float
+    round_way: float
+    weights: str
+
+    @property
+    def sentence(self) -> str:
+        share = self.with_all / self.alone
+        told = f"Worth it? All classes take {self.with_all:.4g} samples/s, class {self.fastest} alone {self.alone:.4g}"
+        told += f": {share:.2f} of it" + (", so the run would be SLOWER than without the others" if share < 1 else "")
+        way = f"a round moves {self.round_way:.2f} of a {self.fastest} rank's way"
+        return f"{told}; with aggregation.weights={self.weights} {way}."
+
+
 def taus(scenario: Scenario) -> list[int]:
     """List powers of two, the set and the affordable tau, and the least at which the slowest class takes 1, 2, ...
 
@@ -94,3 +113,16 @@ def worth(scenario: Scenario, tau: int) -> list[Worth]:
     others = [c.name for c in scenario.cluster.classes if c.name != scenario.fastest]
     rest = {name: scenario.without(name).local(tau) for name in others}
     return [Worth(name, whole.samples_per_sec, row.samples_per_sec) for name, row in rest.items() if not row.problem]
+
+
+def together(scenario: Scenario, tau: int) -> Together | None:
+    """Compare local SGD of all classes at this tau with the fastest class alone; None if there is no other."""
+    alone, others = scenario, [c.name for c in scenario.cluster.classes if c.name != scenario.fastest]
+    for name in others:
+        alone = alone.without(name)
+    both = [made.local(tau) for made in (scenario, alone)]
+    if not others or any(row.problem for row in both):
+        return None
+    weights = scenario.config.aggregation.weights or "steps"
+    return Together(
+        scenario.fastest, both[0].samples_per_sec, both[1].samples_per_sec, both[0].round_way, weights)  # fmt: skip

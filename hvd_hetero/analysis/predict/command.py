@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hvd_hetero import algorithms
-from hvd_hetero.analysis.predict.advice import batches, recommended, sweep, worth
+from hvd_hetero.analysis.predict.advice import batches, recommended, sweep, together, worth
 from hvd_hetero.analysis.predict.predict import Scenario
 from hvd_hetero.analysis.predict.speeds import Assumptions, gather
 from hvd_hetero.analysis.predict.tables import Forecast, as_json, as_text
@@ -35,7 +35,10 @@ def plan(files: Sequence[str], overrides: Sequence[str], given: Assumptions, out
     if advice is None:
         problem = next(row.problem for _, row in reversed(rows))
         raise ConfigError("train.tau", config.train.tau, f"no tau can be planned: {problem}", "change what it names")
-    forecast = Forecast(scenario, scenario.methods(), rows, advice, batches(scenario), worth(scenario, advice.tau))
+    forecast = Forecast(
+        scenario, scenario.methods(), rows, advice, batches(scenario), worth(scenario, advice.tau),
+        together(scenario, advice.tau),
+    )  # fmt: skip
     print(as_text(forecast))
     if out is not None:
         print(_write(Path(out), forecast))

@@ -23,7 +23,7 @@ from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
 from hvd_hetero.config.load import per_class
 from hvd_hetero.config.schema import AUTO, Config
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.planning.plan import IDLE, SERVER, ClassPlan, Plan
+from hvd_hetero.planning.plan import IDLE, SERVER, ClassPlan, Plan, round_way
 from hvd_hetero.planning.quorum import QUORUM, best_quorum
 from hvd_hetero.planning.schedules import next_rate
 from hvd_hetero.planning.stop_criteria import RunProgress, check_limits, next_rounds, round_samples
@@ -47,6 +47,7 @@ class Prediction:
         samples: trained on, over all ranks; ``averages``: collectives that were made.
         sent_bytes: by each rank that trains; ``comm_sec``: spent on all collectives.
         classes: seconds by kind, and steps.
+        round_way: how far a round's average moves, see :func:`hvd_hetero.planning.plan.round_way`.
         problem: why the method cannot run; the rest is empty then.
     """
 
@@ -60,6 +61,7 @@ class Prediction:
     sent_bytes: float = 0.0
     comm_sec: float = 0.0
     classes: Mapping[str, Spent] | None = None
+    round_way: float = 1.0
     problem: str | None = None
 
     @property
@@ -211,6 +213,7 @@ class Scenario:
             pushes * self.inputs.model_bytes or averages * self._collective(policy, plan)[1],
             max(spent[name][2] for name in training),
             {name: Spent(*map(float, s)) for name, s in spent.items()},
+            round_way(plan, str(policy.aggregation.weights), policy.aggregation.max_extrapolation),
         )  # fmt: skip
 
     def _step_sec(self, plan: Plan) -> list[float]:

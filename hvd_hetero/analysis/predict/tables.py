@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hvd_hetero.analysis.predict.advice import Advice, Worth
+from hvd_hetero.analysis.predict.advice import Advice, Together, Worth
 from hvd_hetero.analysis.predict.predict import Prediction, Scenario
 from hvd_hetero.analysis.report.tables import table
 
@@ -31,6 +31,7 @@ class Forecast:
     advice: Advice
     batches: Sequence[tuple[float, Advice]]
     worth: Sequence[Worth]
+    together: Together | None
 
 
 def as_text(forecast: Forecast) -> str:
@@ -49,7 +50,8 @@ def as_text(forecast: Forecast) -> str:
                *([_by_class(advice.prediction.batch_size), str(advice.tau), *_cells(advice.prediction, names)]
                  for _, advice in forecast.batches)]),
         f"* Recommended: {forecast.advice.reason}",
-        "\n".join(w.sentence for w in forecast.worth) or "There is no class to leave out.",
+        "\n".join([*(w.sentence for w in forecast.worth), *([forecast.together.sentence] if forecast.together else [])])
+        or "There is no class to leave out.",
         "\n".join(_notes(forecast)),
     ]
     return "\n\n".join(parts)
@@ -101,6 +103,7 @@ def as_json(forecast: Forecast) -> dict[str, Any]:
                     for scale, best in forecast.batches],
         "recommended": {"tau_fastest": advice.tau, "reason": advice.reason, **_row(advice.prediction)},
         "worth": [{**asdict(w), "worth_having": w.worth_having, "sentence": w.sentence} for w in forecast.worth],
+        "together": None if forecast.together is None else asdict(forecast.together),
         "notes": _notes(forecast),
     }
 

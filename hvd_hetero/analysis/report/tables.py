@@ -66,9 +66,8 @@ def evaluated(result: Mapping[str, Any], prefix: str) -> list[str]:
 def worth(summary: Mapping[str, Any]) -> list[str]:
     """Return what the slower classes were worth in throughput, and how far a round moves: one line, or none.
 
-    The fastest class alone is taken to take its steps as fast as in the run, and to wait for nothing. A round's
-    weighted average moves by sum_i w_i tau_i B_i / (tau B) of the way of a rank of the fastest class (tau, B): classes
-    with few steps are averaged in as if they had stood still for the rest of the round.
+    The fastest class alone is taken to take its steps as fast as in the run, and to wait for nothing. How far a round's
+    average moves, :func:`hvd_hetero.planning.plan.round_way` tells.
     """
     training = [c for c in summary["classes"] if c["steps"] and c["step_sec"]]
     if len(training) < 2 or not summary["train_sec"]:
@@ -80,10 +79,8 @@ def worth(summary: Mapping[str, Any]) -> list[str]:
     line = f"{rate:.4g} samples/s; class {name} alone could take {alone:.4g}: {rate / alone:.2f} of it with all"
     if rate < alone:
         line += f", so the run was SLOWER than without {others}"
-    way = max(c["tau"] * c["batch_size"] for c in training)
-    if all(c["weight"] for c in training) and len({c["tau"] for c in training}) > 1 and way:
-        moved = sum(len(c["ranks"]) * c["weight"] * c["tau"] * c["batch_size"] for c in training) / way
-        line += f"; a round moves {moved:.2f} of a {name} rank's way"
+    if len({c["tau"] for c in training}) > 1:
+        line += f"; a round moves {summary['round_way']:.2f} of a {name} rank's way"
     return [line]
 
 
