@@ -80,9 +80,15 @@ def text(found: RunStatus) -> str:
     if "train_loss" in content:
         lines.append(", ".join(f"{name} {value}" for name, value in results(content).items()))
     if content["checkpoint"] is not None:
-        age = span(content["checkpoint"]["age_sec"] + (0 if found.over else found.silent_sec))
-        lines.append(f"checkpoint of round {content['checkpoint']['round']}, {age} old")
+        lines.append(saved(found))
     return "\n".join([*lines, table(classes(content))])
+
+
+def saved(found: RunStatus) -> str:
+    """Return what there is to resume from."""
+    checkpoint = found.content["checkpoint"]
+    age = "" if found.over else f", {span(checkpoint['age_sec'] + found.silent_sec)} old"
+    return "no checkpoint yet" if checkpoint["round"] is None else f"checkpoint of round {checkpoint['round']}{age}"
 
 
 def results(content: Mapping[str, Any]) -> dict[str, str]:
