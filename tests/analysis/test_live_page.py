@@ -24,7 +24,7 @@ from hvd_hetero.analysis.live import prometheus
 from hvd_hetero.analysis.live.server import WatchServer, _is_loopback, _token
 from hvd_hetero.cli import main
 from hvd_hetero.errors import EXIT_BAD_INPUT, ConfigError
-from hvd_hetero.telemetry.run_status import LIVE_TRACE, LOOK, STATUS, own_mark, read_status
+from hvd_hetero.telemetry.run_status import LIVE_TRACE, LOOK, STATUS, StatusReader, own_mark
 
 TOKEN = "a-token-that-is-long-enough"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -159,7 +159,7 @@ def test_prometheus_reads_what_it_is_given(run: Path, serve: Callable[..., Watch
     values = {(sample.name, sample.labels.get("class", sample.labels.get("phase"))): sample
               for family in found.values() for sample in family.samples}  # fmt: skip
     assert all(sample.labels["run"] == str(odd) for sample in values.values()), "names are escaped"
-    content = read_status(odd).content
+    content = StatusReader(odd)().content
     assert values["hvd_hetero_round", None].value == 5 and values["hvd_hetero_left_seconds", None].value == 1.5
     assert values["hvd_hetero_phase", "training"].value == 1 and "hvd_hetero_eval_loss" not in found
     for name in ("fast", "slow"):
@@ -169,7 +169,7 @@ def test_prometheus_reads_what_it_is_given(run: Path, serve: Callable[..., Watch
 
 def test_a_run_that_prepares_has_no_figures_yet(tmp_path: Path) -> None:
     (tmp_path / STATUS).write_text(json.dumps({"phase": "preparing", **own_mark()}))
-    text = prometheus.metrics([read_status(tmp_path)])
+    text = prometheus.metrics([StatusReader(tmp_path)()])
     assert [line.split("{")[0] for line in text.splitlines() if line[0] != "#"] == [
         "hvd_hetero_phase", "hvd_hetero_silent_seconds"]  # fmt: skip
 

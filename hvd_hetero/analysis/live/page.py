@@ -20,7 +20,7 @@ from hvd_hetero.analysis.report.page import STYLE, document, picture_html, table
 from hvd_hetero.analysis.report.runs import Run, Series, emulation, read_run
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.telemetry.run_folder import METRICS
-from hvd_hetero.telemetry.run_status import LIVE_TRACE, LOOK, SILENT_SEC, TRAINING, RunStatus, read_status
+from hvd_hetero.telemetry.run_status import LIVE_TRACE, LOOK, TRAINING, RunStatus, StatusReader
 from hvd_hetero.telemetry.trace import TRACE
 
 POLL_MS = 2000
@@ -65,8 +65,8 @@ class LivePage:
     """
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
-        self._paths = [Path(path) for path in dict.fromkeys(map(str, paths))]
-        self.statuses()
+        self._readers = [StatusReader(path) for path in dict.fromkeys(map(str, paths))]
+        self._paths = [reader.path for reader in self._readers]
         self._lock = threading.Lock()
         self._version = 0
         self._parts: dict[str, tuple[int, str]] = {}
@@ -88,7 +88,7 @@ class LivePage:
         Raises:
             ConfigError: of one that is gone meanwhile.
         """
-        return [read_status(path) for path in self._paths]
+        return [read() for read in self._readers]
 
     def news(self, since: int) -> str:
         """Return as JSON what has changed since a version, and the version that it is now."""
@@ -154,17 +154,18 @@ def _read(path: Path) -> Run | None:
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
+    """Return what changes with a file: its size where it grows, its inode where another one is put in its place."""
     try:
         found = path.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size
+    return found.st_ino, found.st_size
 
 
 def _card(status: RunStatus) -> str:
     content = status.content
     parts = [f"<h2>{escape(str(status.path))}</h2>", f"<p><b>{status.phase}</b> on {escape(content['host'])}</p>"]
-    if status.lost or (not status.over and status.silent_sec > SILENT_SEC):
+    if status.lost or status.silent:
         parts.append(f'<p class="stamp">has said nothing for {span(status.silent_sec)}</p>')
     if "round" in content:
         total = "" if content["epochs"] is None else f" of {content['epochs']}"

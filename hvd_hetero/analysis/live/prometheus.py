@@ -52,7 +52,7 @@ def metrics(runs: Iterable[RunStatus]) -> str:
 def _samples(run: RunStatus) -> Iterator[Sample]:
     labels, content = {"run": str(run.path)}, run.content
     yield "phase", "1 for the phase that the run is in.", {**labels, "phase": run.phase}, 1
-    yield "silent_seconds", "Since the run last told, by the clock of who is scraped.", labels, run.silent_sec
+    yield "silent_seconds", "For so long at least the run has said nothing new.", labels, run.silent_sec
     for known, where in ((RUN, content), (CHECKPOINT, content.get("checkpoint") or {})):
         yield from ((*known[key], labels, where.get(key)) for key in known)
     for name, own in content.get("classes", {}).items():
