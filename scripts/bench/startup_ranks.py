@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 
 class Clock:
@@ -76,11 +77,11 @@ def main(folder: Path, epochs: int) -> None:
     rank, size = api.job_env().rank, api.job_env().size
     half, samples = size // 2, 30 * size
     classes = {"fast": {"ranks": list(range(half))}, "slow": {"ranks": list(range(half, size))}}
+    inputs, targets = torch.ones(samples, 8), torch.arange(samples) % 4
     api.train(overrides={
-        "cluster.classes": classes, "train.tau": {"fast": 4, "slow": 2}, "train.batch_size": 1,
-        "model.args": {"hidden": []}, "data.args": {"train_limit": samples, "test_limit": 10}, "train.epochs": epochs,
+        "cluster.classes": classes, "train.tau": {"fast": 4, "slow": 2}, "train.batch_size": 1, "train.epochs": epochs,
         "run.dir": str(folder / "run"), "run.trace_rounds": 0, "eval.every_epochs": 1000, "cluster.affinity": False,
-    })  # fmt: skip
+    }, model=torch.nn.Linear(8, 4), train_data=(inputs, targets), test_data=(inputs[:10], targets[:10]))  # fmt: skip
     summary = folder / "run" / "summary.json"
     found = {
         "phases": clock.phases, "collectives": collectives, "first_step": begun["at"], "first_step_cpu": begun["cpu"],
