@@ -94,6 +94,11 @@ def _parser() -> argparse.ArgumentParser:
         asking = command(name, _ask, text, config=False)
         asking.add_argument("folder", metavar="RUN")
         asking.set_defaults(what=name)
+    watcher = command("watch", _watch, "a live page of runs side by side, and /metrics for Prometheus", config=False)
+    watcher.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    watcher.add_argument("--host", default="127.0.0.1", help="address to listen on; default: this machine alone")
+    watcher.add_argument("--port", type=int, default=8411, help="default 8411; 0: any that is free")
+    watcher.add_argument("--token-file", metavar="FILE", help="keeps the token, for Prometheus; made if there is none")
     return parser
 
 
@@ -107,6 +112,12 @@ def _ask(args: argparse.Namespace, files: list[str], overrides: list[str]) -> No
     from hvd_hetero.analysis.live.status import ask
 
     print(ask(args.folder, args.what))
+
+
+def _watch(args: argparse.Namespace, files: list[str], overrides: list[str]) -> None:
+    from hvd_hetero.analysis.live.server import watch
+
+    watch(args.runs, args.host, args.port, args.token_file)
 
 
 def _train(args: argparse.Namespace, files: list[str], overrides: list[str]) -> None:

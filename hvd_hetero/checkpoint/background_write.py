@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hvd_hetero.checkpoint import CheckpointError, ShardInfo, Store, join, split
-from hvd_hetero.comm.kv_store import JobEnv, exchange
+from hvd_hetero.comm.kv_store import JobEnv, collect
 
 TIMEOUT_SEC = 1800.0
 """What a rank may take to write its shard."""
@@ -71,25 +71,18 @@ class Write:
         info = None if self.problem else self._try(
             lambda: self._store.write_shard(self.number, self._env.rank, content).to_json()
         )
-        said = self._tell("shards", {PROBLEM: self.problem} if info is None else {SHARD: info})
-        if self._env.rank == 0 and said is not None:
-            self._commit(said)
-        outcome = self._tell("end", {PROBLEM: self.problem})
-        self.problem = self.problem or (outcome[0][PROBLEM] if outcome else "")
+        said = {PROBLEM: self.problem} if info is None else {SHARD: info}
+        outcome = self._try(lambda: collect(self._env, self._name, said, TIMEOUT_SEC, self._commit))
+        self.problem = self.problem or outcome or ""
 
-    def _tell(self, what: str, content: dict[str, Any]) -> list[dict[str, Any]] | None:
-        """What all ranks tell; None where this one does not hear it, which is a problem."""
-        told: list[dict[str, Any]] | None = self._try(
-            lambda: exchange(self._env, f"{self._name}.{what}", content, TIMEOUT_SEC)
-        )
-        return told
-
-    def _commit(self, said: list[dict[str, Any]]) -> None:
+    def _commit(self, said: list[dict[str, Any]]) -> str:
+        """Write the manifest on rank 0, once all shards are there; return what stands in the way, if anything does."""
         self.problem = next((other[PROBLEM] for other in said if SHARD not in other), "")
         if not self.problem:
-            infos = [ShardInfo.from_json(other[SHARD]) for other in said]
-            number, epochs, made_with = self.number, self._epochs, self._made_with
-            self._try(lambda: self._store.commit(number, infos, epochs=epochs, made_with=made_with))
+            self._try(lambda: self._store.commit(
+                self.number, [ShardInfo.from_json(other[SHARD]) for other in said],
+                epochs=self._epochs, made_with=self._made_with,
+            ))  # fmt: skip
         try:
             if self.problem:  # all ranks are done with it, and a full disk is not to be kept full
                 self._store.discard(self.number)
@@ -97,6 +90,7 @@ class Write:
                 self._store.mark_best(self.number, self._best.value, self._best.metric)
         except CheckpointError as error:
             warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+        return self.problem
 
 
 def copied(state: Any) -> Any:

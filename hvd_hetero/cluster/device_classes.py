@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cached_property
 from typing import Any
 
 from hvd_hetero.cluster.hardware import RankFacts
@@ -46,11 +47,23 @@ class Cluster:
     def emulated(self) -> bool:
         return any(c.slowdown > 1 for c in self.classes)
 
+    @cached_property
+    def _owners(self) -> dict[int, DeviceClass]:
+        """By rank: it is asked for every rank, and a search for each would take long with many."""
+        return {rank: c for c in self.classes for rank in c.ranks}
+
+    @cached_property
+    def _hosts(self) -> dict[str, list[int]]:
+        ranks: dict[str, list[int]] = {}
+        for fact in self.facts:
+            ranks.setdefault(fact.host, []).append(fact.rank)
+        return ranks
+
     def class_of(self, rank: int) -> DeviceClass:
-        return next(c for c in self.classes if rank in c.ranks)
+        return self._owners[rank]
 
     def on_host(self, host: str) -> list[int]:
-        return [f.rank for f in self.facts if f.host == host]
+        return self._hosts.get(host, [])
 
 
 def assign(classes: Any, facts: Sequence[RankFacts], share_gpus: bool = False) -> Cluster:

@@ -3,7 +3,8 @@
 horovodrun decodes what ranks say. Bytes that are no UTF-8 end the thread that reads them, and with nobody to read it
 the rank blocks in a write; a line is gathered whole, however long. Here ranks' output goes through a pipe of its own,
 byte for byte. horovodrun writes all variables into ranks' command lines, too: secrets only go where they are inherited.
-And it writes the working directory into the command of a remote host as it is, blanks or not, and knows only ssh.
+And it writes the working directory into the command of a remote host as it is, blanks or not, and knows only ssh. Its
+key-value store lets five connections wait, so ranks that come at once would be sent away.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ HEADER = struct.Struct("!BII")
 """Before each block in the pipe: 1 for standard output or 2 for standard error, the rank, the length of the block."""
 STDOUT, STDERR = 1, 2
 BLOCK_BYTES = 1 << 16
+WAITING = 1024
+"""Connections to the key-value store that may wait; the kernel may allow fewer."""
 
 
 def main() -> None:
     """Run horovodrun with what this module says in place of its own."""
     from horovod.runner import launch
     from horovod.runner.common.util import env, safe_shell_exec
+    from horovod.runner.http.http_server import RendezvousHTTPServer
     from horovod.runner.util import remote
 
     pipe, lock = open(int(sys.argv.pop(1)), "wb"), threading.Lock()  # noqa: SIM115 (open to the end of the process)
@@ -54,6 +58,7 @@ def main() -> None:
     safe_shell_exec.prefix_connection = forward
     env.is_exportable = lambda name: is_exportable(name) and not is_secret(name, os.environ.get(name, ""))
     remote.get_ssh_command = on_host
+    RendezvousHTTPServer.request_queue_size = WAITING
     launch.run_commandline()
 
 

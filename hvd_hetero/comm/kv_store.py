@@ -14,8 +14,9 @@ import socket
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -33,6 +34,8 @@ ORPHAN = "HVD_HETERO_ORPHAN_SEC"
 TIMEOUT_SEC, BEAT_TIMEOUT_SEC = 30.0, 5.0
 LOOK_SEC, MOST_LOOK_SEC = 0.005, 0.5
 """Between two looks for what another rank says; it grows to a tenth of the time that was waited so far."""
+LOOKS_PER_SEC = 400.0
+"""Of all ranks together, so that the store, a server in Python, has time for those who say something."""
 _numbers: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
 """Exchanges of this process so far, by name: a program may start several jobs, and a job may save several times."""
 
@@ -84,7 +87,7 @@ def job_env() -> JobEnv:
 
 
 def exchange(env: JobEnv, name: str, content: dict[str, Any], timeout_sec: float) -> list[dict[str, Any]]:
-    """Gives every rank what every rank said, by rank. Rank 0 collects and publishes.
+    """Gives every rank what every rank said, by rank.
 
     Args:
         name: of this exchange. The first one of that name meets the first ones of the other ranks, and so on.
@@ -93,19 +96,67 @@ def exchange(env: JobEnv, name: str, content: dict[str, Any], timeout_sec: float
     Raises:
         TimeoutError: a rank said nothing in time; it is named.
     """
+    return from_shared(collect(env, name, content, timeout_sec, to_shared))
+
+
+def collect(
+    env: JobEnv, name: str, content: dict[str, Any], timeout_sec: float, answer: Callable[[list[dict[str, Any]]], Any]
+) -> Any:
+    """Gives rank 0 what every rank said, by rank, and every rank what rank 0 answers to it.
+
+    Rank 0 asks for one rank after the other. What it answers is read as often as there are ranks, so it goes packed.
+
+    Args:
+        name, content: as in :func:`exchange`.
+        answer: called on rank 0; its result is fit for JSON.
+
+    Raises:
+        TimeoutError: a rank said nothing in time; it is named.
+    """
     if env.size == 1 or env.store is None:
-        return [content]
+        return answer([content])
     deadline, where = time.monotonic() + timeout_sec, f"{env.store}/{name}.{next(_numbers[name])}"
 
-    def get(key: object, rank: int) -> Any:
-        return _patiently(lambda: _look(f"{where}.{key}"), deadline, f"rank {rank}")
+    def put(key: object, data: bytes) -> None:
+        _patiently(lambda: _put(f"{where}.{key}", data), deadline, "the launcher")
 
     if env.rank > 0:
-        _patiently(lambda: _put(f"{where}.{env.rank}", content), deadline, "the launcher")
-        return get("all", 0)
-    said = [content, *(get(rank, rank) for rank in range(1, env.size))]
-    _patiently(lambda: _put(f"{where}.all", said), deadline, "the launcher")
-    return said
+        put(env.rank, to_bytes(content))
+        every_sec = env.size / LOOKS_PER_SEC
+        return unpack(_patiently(lambda: _look(f"{where}.all"), deadline, "rank 0", every_sec))
+
+    def said_by(rank: int) -> Any:
+        return json.loads(_patiently(lambda: _look(f"{where}.{rank}"), deadline, f"rank {rank}"))
+
+    result = answer([content, *map(said_by, range(1, env.size))])
+    put("all", pack(result))
+    return result
+
+
+def to_shared(said: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what ranks said with each part that several say once: most of it is the same on all."""
+    numbers: dict[str, int] = {}
+    rows = [[numbers.setdefault(json.dumps(part), len(numbers)) for part in one.items()] for one in said]
+    return {"parts": list(numbers), "ranks": rows}
+
+
+def from_shared(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what :func:`to_shared` was given; parts that are the same are one object."""
+    parts = [json.loads(part) for part in content["parts"]]
+    return [dict(parts[number] for number in row) for row in content["ranks"]]
+
+
+def to_bytes(content: Any) -> bytes:
+    return json.dumps(content).encode()
+
+
+def pack(content: Any) -> bytes:
+    """Return JSON, packed."""
+    return zlib.compress(to_bytes(content), level=1)
+
+
+def unpack(data: bytes) -> Any:
+    return json.loads(zlib.decompress(data))
 
 
 def forget_addresses(env: JobEnv, hosts: Iterable[str], local_ranks: Iterable[int]) -> None:
@@ -134,7 +185,7 @@ def put_beat(env: JobEnv, beat: dict[str, Any]) -> None:
     Raises:
         OSError, http.client.HTTPException: the store is not reached.
     """
-    _put(f"{env.store}/beat.{env.rank}", beat, BEAT_TIMEOUT_SEC)
+    _put(f"{env.store}/beat.{env.rank}", to_bytes(beat), BEAT_TIMEOUT_SEC)
 
 
 def get_beat(env: JobEnv, rank: int) -> dict[str, Any] | None:
@@ -143,19 +194,24 @@ def get_beat(env: JobEnv, rank: int) -> dict[str, Any] | None:
     Raises:
         OSError, http.client.HTTPException: the store is not reached.
     """
-    beat: dict[str, Any] | None = _look(f"{env.store}/beat.{rank}", BEAT_TIMEOUT_SEC)
+    data = _look(f"{env.store}/beat.{rank}", BEAT_TIMEOUT_SEC)
+    beat: dict[str, Any] | None = None if data is None else json.loads(data)
     return beat
 
 
-def _put(url: str, content: Any, timeout_sec: float = TIMEOUT_SEC) -> int:
+def _put(url: str, data: bytes, timeout_sec: float = TIMEOUT_SEC) -> int:
     """Puts it under a key; returns the store's status."""
-    request = urllib.request.Request(url, data=json.dumps(content).encode(), method="PUT")
+    request = urllib.request.Request(url, data=data, method="PUT")
     with _open(request, timeout_sec) as answer:
         return int(answer.status)
 
 
-def _patiently(call: Callable[[], Any], deadline: float, who: str) -> Any:
-    """Calls until there is an answer. The store may fail once; where it fails for long, the watchdog sees to it."""
+def _patiently(call: Callable[[], Any], deadline: float, who: str, every_sec: float = LOOK_SEC) -> Any:
+    """Calls until there is an answer. The store may fail once; where it fails for long, the watchdog sees to it.
+
+    Args:
+        every_sec: so much time passes between two calls at least.
+    """
     began, problem = time.monotonic(), None
     while True:
         try:
@@ -167,7 +223,7 @@ def _patiently(call: Callable[[], Any], deadline: float, who: str) -> Any:
         if now > deadline:
             why = f" ({problem})" if problem else ""
             raise TimeoutError(f"{who} did not answer in time: it may still be at work on its data, or be gone{why}")
-        time.sleep(min(MOST_LOOK_SEC, max(LOOK_SEC, (now - began) / 10)))
+        time.sleep(max(LOOK_SEC, every_sec, min(MOST_LOOK_SEC, (now - began) / 10)))
 
 
 def _is_there(url: str) -> bool:
@@ -179,11 +235,12 @@ def _is_there(url: str) -> bool:
         return error.code != 404
 
 
-def _look(url: str, timeout_sec: float = TIMEOUT_SEC) -> Any:
+def _look(url: str, timeout_sec: float = TIMEOUT_SEC) -> bytes | None:
     """What lies under a key; None where there is nothing."""
     try:
         with _open(urllib.request.Request(url), timeout_sec) as answer:
-            return json.loads(answer.read())
+            found: bytes = answer.read()
+            return found
     except urllib.error.HTTPError as error:
         error.close()
         if error.code != 404:

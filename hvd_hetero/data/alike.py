@@ -72,7 +72,7 @@ def check_alike(facts: Sequence[Mapping[str, Facts]], hosts: Sequence[str]) -> N
     """
     for split, first in facts[0].items():
         for rank, other in enumerate(facts):
-            what = difference(first, other[split])
+            what = None if other[split] is first else difference(first, other[split])
             if what is not None:
                 here, there = (f"rank {number} on {hosts[number]}" for number in (rank, 0))
                 problem = f"{here} has read other ones than {there}"

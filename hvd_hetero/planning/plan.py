@@ -97,7 +97,8 @@ class Plan:
         return {c.name: self.rounds * c.round_samples for c in self.classes}
 
     def by_rank(self) -> list[ClassPlan]:
-        return [self.of_rank(rank) for rank in range(sum(len(c.ranks) for c in self.classes))]
+        owners = {rank: c for c in self.classes for rank in c.ranks}
+        return [owners[rank].one(rank) for rank in range(len(owners))]
 
     def without_step_times(self) -> Plan:
         """Return the plan without step times, for a job of one class, whose speed is not measured."""

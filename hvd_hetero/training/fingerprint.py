@@ -94,8 +94,9 @@ def check_same(fingerprints: Sequence[Mapping[str, str]], hosts: Sequence[str]) 
         ConfigError: naming the first rank that differs from rank 0, its host, and in what.
     """
     first = fingerprints[0]
-    for what in dict.fromkeys(what for each in fingerprints for what in each):
-        for rank, other in enumerate(fingerprints):
+    unlike = [(rank, other) for rank, other in enumerate(fingerprints) if other != first]
+    for what in dict.fromkeys(what for each in (first, *(other for _, other in unlike)) for what in each):
+        for rank, other in unlike:
             mine, theirs = first.get(what, "nothing"), other.get(what, "nothing")
             if mine != theirs:
                 problem = f"so it is for rank {rank} on {hosts[rank]}, for rank 0 on {hosts[0]} it is {mine}"

@@ -20,7 +20,7 @@ from hvd_hetero.telemetry.run_status import ENDED, LIVE_TRACE, LOOK, PREPARING, 
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import Recorder
-from hvd_hetero.training.checkpointer import Saver
+from hvd_hetero.training.checkpointer import NONE, Saver
 from hvd_hetero.training.evaluation import EVAL
 from hvd_hetero.training.run_records import write_trace
 from hvd_hetero.training.startup import Job
@@ -166,11 +166,12 @@ class LiveStatus:
         return left_sec(time.monotonic() - self._start, self._start_share, share)
 
     def _checkpoint(self) -> dict[str, Any] | None:
-        """The newest checkpoint, or the start, and how long ago it was made; None where none is ever made."""
+        """The newest checkpoint and its age, without one that of the run; None where none is ever made."""
         saver = self._run.saver
         if saver is None or not saver.active:
             return None
-        return {"round": max(saver.saved_round, 0), "age_sec": time.monotonic() - saver.saved_at}
+        number = saver.saved_round
+        return {"round": None if number == NONE else number, "age_sec": time.monotonic() - saver.saved_at}
 
     def _share(self, rounds: int) -> float:
         run = self._run

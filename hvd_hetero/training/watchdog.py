@@ -27,6 +27,9 @@ from hvd_hetero.telemetry.heartbeat import PREPARING, Heartbeat
 BEAT_SEC = 5.0
 LOST_LATER_SEC = 5.0
 """A rank that is cut off has left when the others give it up."""
+BEATS_PER_SEC, SILENT_BEATS = 100.0, 4
+"""Of all ranks together: with more than 500 they speak less often, for the store's sake. A rank is not given up before
+it has missed so many."""
 AWAY_SEC = 10.0
 """What a look may take; if one takes longer, this process was not running."""
 PREPARING_SEC = 60.0
@@ -92,11 +95,14 @@ class Watchdog:
             self._thread.join(BEAT_TIMEOUT_SEC)
         faulthandler.cancel_dump_traceback_later()
 
+    @property
+    def _rhythm(self) -> tuple[float, float]:
+        return rhythm(self._env.size, self._limit_sec, self._env.orphan_sec)
+
     def _run(self) -> None:
         while not self._stopped.is_set():
-            every_sec = min(self._limit_sec / 4, BEAT_SEC)
             # code that lets no other thread run, this one neither, is ended by the other ranks: say where it is
-            silent_sec = min(self._limit_sec, self._env.orphan_sec + LOST_LATER_SEC)
+            every_sec, silent_sec = self._rhythm
             faulthandler.dump_traceback_later(STACKS_AT * silent_sec, file=_stderr())
             self._tick(every_sec + AWAY_SEC)
             self._wake.wait(every_sec)
@@ -135,8 +141,7 @@ class Watchdog:
 
         That is for the lowest rank that is not silent itself, so that one message tells it, and one rank reads all.
         """
-        lost_sec = self._env.orphan_sec + LOST_LATER_SEC
-        patience_sec = min(self._limit_sec, lost_sec)
+        _, patience_sec = self._rhythm
         for rank, sight in self._sights.items():
             if sight.look(get_beat(self._env, rank), elapsed_sec) and rank < self._env.rank:
                 return
@@ -144,7 +149,7 @@ class Watchdog:
             return
         silent = {rank: sight for rank, sight in self._sights.items() if sight.silent_sec >= patience_sec}
         if silent and not self._stopped.is_set():
-            status = EXIT_STUCK if self._limit_sec <= lost_sec else EXIT_LOST
+            status = EXIT_STUCK if self._limit_sec <= self._env.orphan_sec + LOST_LATER_SEC else EXIT_LOST
             self._end(status, "; ".join(f"rank {rank} {sight}" for rank, sight in silent.items()))
         beats = {self._env.rank: mine, **{rank: sight.beat for rank, sight in self._sights.items()}}
         if all(beat is not None and beat["waits"] and beat["still_sec"] >= self._limit_sec for beat in beats.values()):
@@ -162,6 +167,18 @@ class Watchdog:
             if stacks:
                 faulthandler.dump_traceback(_stderr())
         os._exit(status)
+
+
+def rhythm(size: int, limit_sec: float, orphan_sec: float) -> tuple[float, float]:
+    """Return the seconds between two heartbeats of a rank, and those of silence after which it is given up.
+
+    Args:
+        size: number of ranks.
+        limit_sec: how long a rank may make no progress, and ``orphan_sec``, how long it goes on without its launcher.
+    """
+    least_sec = size / BEATS_PER_SEC
+    every_sec = max(least_sec, min(limit_sec / 4, BEAT_SEC))
+    return every_sec, max(SILENT_BEATS * least_sec, min(limit_sec, orphan_sec + LOST_LATER_SEC))
 
 
 def _stderr() -> int:

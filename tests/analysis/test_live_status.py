@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -13,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from hvd_hetero.analysis.live.status import ask, ranges, to_dict
+from hvd_hetero.analysis.live.status import ask, ranges, text, to_dict
 from hvd_hetero.checkpoint import Store
 from hvd_hetero.cli import main
 from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_STOPPED, ConfigError
 from hvd_hetero.planning.schedules import left_sec
 from hvd_hetero.telemetry.progress import span
-from hvd_hetero.telemetry.run_status import LIVE_TRACE, LOOK, STATUS, own_mark, read_status
+from hvd_hetero.telemetry.run_status import LIVE_TRACE, LOOK, STATUS, StatusReader, own_mark
 from hvd_hetero.telemetry.trace import from_chrome
 
 RANKS = Path(__file__).parents[1] / "ranks"
@@ -45,7 +44,7 @@ def test_a_run_tells_how_it_stands_saves_and_stops(tmp_path: Path, capsys: pytes
     try:
         def told() -> dict[str, Any]:
             assert job.poll() is None, job.communicate()[0]
-            return to_dict(read_status(run)) if (run / STATUS).exists() else {}
+            return to_dict(StatusReader(run)()) if (run / STATUS).exists() else {}
 
         until(lambda: told().get("classes", {}).get("slow", {}).get("excluded"))
         now = told()
@@ -56,7 +55,7 @@ def test_a_run_tells_how_it_stands_saves_and_stops(tmp_path: Path, capsys: pytes
         assert fast["steps_per_sec"] == pytest.approx(4 * slow["steps_per_sec"])
         assert all(0 <= c["blocked_fraction"] <= 1 for c in (fast, slow))
         assert 0 < now["eval_accuracy"] <= 1 and now["left_sec"] > 0 and 0 < now["share_done"] < 1
-        assert now["checkpoint"]["round"] == 0 < now["checkpoint"]["age_sec"]
+        assert now["checkpoint"]["round"] is None and now["checkpoint"]["age_sec"] > 0
 
         assert main(["save", str(run)]) == 0
         saved = until(lambda: Store(run).candidates())[0].round
@@ -72,8 +71,8 @@ def test_a_run_tells_how_it_stands_saves_and_stops(tmp_path: Path, capsys: pytes
 
         assert main(["status", str(run)]) == 0
         assert main(["stop", str(run)]) == 0
-        text = capsys.readouterr().out
-        assert "slow   1      2" in text and "accuracy" in text and "left" in text and "saves and ends" in text
+        shown = capsys.readouterr().out
+        assert "slow   1      2" in shown and "accuracy" in shown and "left" in shown and "saves and ends" in shown
         said = job.communicate(timeout=MOST_SEC)[0]
     finally:
         job.terminate()
@@ -95,15 +94,32 @@ def write(folder: Path, **content: Any) -> Path:
 
 
 def test_a_rank_that_is_gone_without_a_word(tmp_path: Path) -> None:
-    """By its number, which may be another process's by now; on another host only its silence tells."""
-    assert read_status(write(tmp_path)).phase == "training"
+    """By its number, where the machine has not been started again meanwhile."""
+    found = StatusReader(write(tmp_path))()
+    assert found.phase == "training" and found.here and not found.silent
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    assert read_status(write(tmp_path, pid=int(ended.stdout))).phase == "failed"
-    assert read_status(write(tmp_path, pid=os.getpid(), written=1.0)).phase == "failed"
-    elsewhere = read_status(write(tmp_path, host="elsewhere", pid=int(ended.stdout), written=time.time() - 500))
-    assert elsewhere.phase == "training" and elsewhere.silent_sec > 499
+    assert StatusReader(write(tmp_path, pid=int(ended.stdout)))().phase == "failed"
+    assert StatusReader(write(tmp_path, boot="an earlier one"))().phase == "failed"
+    long_ago = StatusReader(write(tmp_path, monotonic_sec=time.monotonic() - 500))()
+    assert long_ago.phase == "training" and long_ago.silent and 500 <= long_ago.silent_sec < 5000
+    assert "may have died" in text(long_ago)
     with pytest.raises(ConfigError, match="has ended"):
         ask(write(tmp_path, pid=int(ended.stdout)), "stop")
+
+
+def test_of_another_machine_only_what_is_seen_from_here_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither its clock nor its processes."""
+    now = 1e6
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    there = {"host": "elsewhere", "boot": "another", "pid": 2**30, "monotonic_sec": 3.0}
+    read = StatusReader(write(tmp_path, **there))
+    assert read().phase == "training" and read().silent_sec == 0 and "by the clock there" in text(read())
+    now += 130
+    assert read().silent and read().silent_sec == 130
+    write(tmp_path, **there, round=5)
+    assert read().silent_sec == 0
 
 
 def test_one_that_does_not_listen_is_not_asked(tmp_path: Path) -> None:

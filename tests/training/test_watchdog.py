@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ from job_helpers import processes_with, rank_pids, when
 from hvd_hetero.comm.kv_store import ORPHAN
 from hvd_hetero.errors import EXIT_STUCK
 from hvd_hetero.telemetry.heartbeat import Heartbeat
-from hvd_hetero.training.watchdog import PeerStatus
+from hvd_hetero.training.watchdog import BEATS_PER_SEC, SILENT_BEATS, PeerStatus, rhythm
 
 RANKS = Path(__file__).parents[1] / "ranks"
 ENDLESS = ["train.tau={fast: 8, slow: 4}", "cluster.classes.slow.slowdown=1", "train.epochs=1000000"]
@@ -115,3 +116,11 @@ def test_a_rank_is_silent_while_it_says_nothing_new() -> None:
     assert not sight.look(dict(beat), 5.0) and not sight.look(None, 4.0)
     assert str(sight) == "on h2 has said nothing for 9 s, last in local step"
     assert sight.look(beat | {"number": 2}, 5.0) and sight.silent_sec == 0
+
+
+def test_many_ranks_speak_less_often_and_are_given_up_later() -> None:
+    assert rhythm(2, 600, 30) == rhythm(500, 600, 30) == (5, 35), "few speak as often as they like"
+    assert rhythm(2, 8, 30) == (2, 8) and rhythm(2, math.inf, 1) == (5, 6)
+    for size in (1000, 10000):
+        every_sec, silent_sec = rhythm(size, 600, 30)
+        assert size / every_sec == BEATS_PER_SEC and silent_sec >= SILENT_BEATS * every_sec

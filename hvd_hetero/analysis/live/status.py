@@ -12,7 +12,7 @@ from typing import Any
 from hvd_hetero.analysis.report.tables import or_dash, table
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.telemetry.progress import span
-from hvd_hetero.telemetry.run_status import SAVE, SILENT_SEC, RunStatus, read_status
+from hvd_hetero.telemetry.run_status import SAVE, RunStatus, StatusReader
 from hvd_hetero.training.stop_request import STOP
 
 WATCH_SEC = 2.0
@@ -27,8 +27,9 @@ def status(path: str | Path, as_json: bool = False, watch: bool = False) -> None
     Raises:
         ConfigError: it is no folder of a run.
     """
+    read = StatusReader(path)
     while True:
-        found = read_status(path)
+        found = read()
         if watch and not as_json and sys.stdout.isatty():
             print(CLEAR, end="")
         print(json.dumps(to_dict(found)) if as_json else text(found), flush=True)
@@ -46,7 +47,7 @@ def ask(path: str | Path, what: str) -> str:
     Raises:
         ConfigError: it is no folder of a run, the run has ended, or it does not listen.
     """
-    found = read_status(path)
+    found = StatusReader(path)()
     if found.over:
         raise ConfigError("RUN", str(path), f"has ended ({found.phase})", f"there is nothing to {what}")
     if found.content.get("checkpoint", {}) is None:
@@ -67,13 +68,14 @@ def to_dict(found: RunStatus) -> dict[str, Any]:
 def text(found: RunStatus) -> str:
     """Return how a run stands, in a few lines."""
     content = found.content
-    lines = [f"{found.path}: {found.phase}, rank 0 on {content['host']}, told {span(found.silent_sec)} ago"]
+    told = f"{span(found.silent_sec)} ago" if found.here else f"at {content['written']} by the clock there"
+    lines = [f"{found.path}: {found.phase}, rank 0 on {content['host']}, told {told}"]
     if found.lost:
         lines.append("rank 0 is gone without a word: resume with run.resume=auto")
-    elif not found.over and found.silent_sec > SILENT_SEC:
-        lines.append("it may have died: look at its launcher")
+    elif found.silent:
+        lines.append(f"it has said nothing for {span(found.silent_sec)}, and may have died: look at its launcher")
     if "round" not in content:
-        return lines[0]
+        return "\n".join(lines)
     total = "" if content["epochs"] is None else f" of {content['epochs']}"
     left = "" if found.over or content["left_sec"] is None else f", {span(content['left_sec'])} left"
     lines.append(f"epoch {content['epoch']}{total}, round {content['round']} ({content['rounds_in_epoch']} of "
@@ -81,9 +83,15 @@ def text(found: RunStatus) -> str:
     if "train_loss" in content:
         lines.append(", ".join(f"{name} {value}" for name, value in results(content).items()))
     if content["checkpoint"] is not None:
-        age = span(content["checkpoint"]["age_sec"] + (0 if found.over else found.silent_sec))
-        lines.append(f"checkpoint of round {content['checkpoint']['round']}, {age} old")
+        lines.append(saved(found))
     return "\n".join([*lines, table(classes(content))])
+
+
+def saved(found: RunStatus) -> str:
+    """Return what there is to resume from."""
+    checkpoint = found.content["checkpoint"]
+    age = "" if found.over else f", {span(checkpoint['age_sec'] + found.silent_sec)} old"
+    return "no checkpoint yet" if checkpoint["round"] is None else f"checkpoint of round {checkpoint['round']}{age}"
 
 
 def results(content: Mapping[str, Any]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,14 @@ SPAN_FOR_LOG = 4.0
 """A time axis is logarithmic where the slowest series takes this many times as long as the quickest."""
 
 OWN_WORK = ("compute", "data")
+DPI = 150
+
+
+def png(figure: Figure, dpi: int = DPI) -> bytes:
+    """Return a figure as PNG."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=dpi)
+    return file.getvalue()
 
 
 def curves(series: Sequence[Series], key: str, name: str, scale: float = 1.0) -> Figure | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAGE = "report.html"
-DPI = 150
 STAMPS = {
     SLOWED: "EMULATED: slow devices are fast ones that sleep",
     DELAYED: "DELAYS INJECTED: ranks sleep in their steps",
@@ -121,11 +119,10 @@ def _chapter(out: Path, page: Page, chapter: Chapter) -> None:
     for name, heading, text, figure in drawings:
         if figure is None:
             continue
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=DPI)
-        (out / f"{before}{name}.png").write_bytes(png.getvalue())
+        png = pictures.png(figure)
+        (out / f"{before}{name}.png").write_bytes(png)
         page.heading(heading)
-        page.picture(png.getvalue(), text)
+        page.picture(png, text)
     traced = [s for s in series if s.runs[0].trace is not None]
     for s in traced:
         write_text(out / f"{before}trace-{slug(s.label)}.json", json.dumps(s.runs[0].trace))
