@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from hvd_hetero.config.instantiate import call, check_arguments, choose, import_target
 from hvd_hetero.data import images, photos, text
 from hvd_hetero.data.batch import Batch
+from hvd_hetero.data.collate import collate
 from hvd_hetero.data.own import as_source
 from hvd_hetero.data.source import MapSource, Source, TensorSource, Transform, read
 from hvd_hetero.data.split import Decode, Files, Split, Splits, adapt
@@ -24,6 +26,7 @@ from hvd_hetero.errors import ConfigError
 
 __all__ = [
     "DATASETS", "Batch", "Dataset", "Files", "MapSource", "Source", "TensorSource", "as_source", "load", "read",
+    "targets_of",
 ]  # fmt: skip
 
 DATASETS: Mapping[str, Callable[..., Splits]] = {
@@ -90,6 +93,13 @@ def load(name: str | None, root: str | None, target: str | None, args: Mapping[s
     splits = adapt(reader(**own, **rest), seed, **common)
     return Dataset(_named_source(splits.train, splits.train_transform, splits.decode, workers),
                    _named_source(splits.test, splits.test_transform, splits.decode, workers))
+
+
+def targets_of(source: Source) -> Tensor | None:
+    """Return all targets of a source, where they are in memory and batches have them as they are."""
+    holder: Any = source.dataset if isinstance(source, MapSource) and source.collate is collate else source
+    has_them = type(holder) in (TensorSource, Files) and isinstance(holder.targets, Tensor)
+    return holder.targets if has_them else None
 
 
 def _load_target(target: str, args: Mapping[str, Any], workers: int) -> Dataset:

@@ -133,7 +133,7 @@ def sample_counts(targets: Any) -> set[int]:
     A list may hold one target a sample, or several targets of all samples; both are counted.
     """
     if isinstance(targets, (Tensor, np.ndarray)):
-        return {len(targets)} if targets.ndim else set()
+        return {targets.shape[0]} if targets.ndim else set()
     parts = entries(targets)
     if parts is None:
         return set()

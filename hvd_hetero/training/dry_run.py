@@ -384,8 +384,7 @@ def _check_classes(dataset: Dataset, outputs: Any, config: Config, given: UserOb
         return
     ignored = config.train.loss_args.get("ignore_index", IGNORED)
     for name, source in (("training", dataset.train), ("test", dataset.test)):
-        holder = source if isinstance(source, data.TensorSource) else getattr(source, "dataset", None)
-        targets = holder.targets if isinstance(holder, (data.TensorSource, data.Files)) else None
+        targets = data.targets_of(source)
         if not isinstance(targets, Tensor) or targets.is_floating_point() or not targets.numel():
             continue
         used = targets if ignored < int(targets.min()) else targets[targets != ignored]

@@ -112,10 +112,12 @@ def build(config: Config, given: UserObjects | None = None) -> Components:
     seed_all(config.run.seed)  # every rank has to read the same data
     dataset = _dataset(config, given)
     seed_all(config.run.seed)  # however much randomness that took
+    at_hand = [data.targets_of(split) for split in (dataset.train, dataset.test)]
     components = Components(
         dataset=dataset,
         model=_model(config, given),
-        loss=per_sample_loss(train.loss, train.loss_args) if given.loss is None else loss_of_module(given.loss),
+        loss=(per_sample_loss(train.loss, train.loss_args, at_hand) if given.loss is None
+              else loss_of_module(given.loss, at_hand)),
         metric=given.metric or metric_by_name(config.eval.metric, ignored),
         optimizer=given.optimizer or optimizer_maker(train.optimizer, train.lr, train.optimizer_args),
         scheduler=given.scheduler or scheduler_maker(train.scheduler, train.scheduler_args),

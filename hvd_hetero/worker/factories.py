@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,30 +18,33 @@ from hvd_hetero.worker.parameter_groups import MakeOptimizer, asks_for_names
 ACCURACY = "accuracy"
 
 
-def per_sample_loss(name: str, args: Mapping[str, Any]) -> PerSample:
+def per_sample_loss(name: str, args: Mapping[str, Any], at_hand: Sequence[Any] = ()) -> PerSample:
     """Make a loss by its name (a function of ``torch.nn.functional``) or import path.
+
+    Args:
+        at_hand: see :func:`hvd_hetero.worker.losses.named_loss`.
 
     Raises:
         ConfigError: there is no such loss, or it cannot take its arguments.
     """
     if ":" in name:
-        own = loss_of_module(import_target("train.loss", name))
+        own = loss_of_module(import_target("train.loss", name), at_hand)
         return with_arguments(own, args) if args else own
     function = getattr(nn.functional, name, None)
     if not callable(function):
         raise ConfigError("train.loss", name, "is no function of torch.nn.functional",
                           "give one, for example cross_entropy, or package.module:function")
-    return named_loss(name, function, args)
+    return named_loss(name, function, args, at_hand)
 
 
-def loss_of_module(loss: PerSample) -> PerSample:
+def loss_of_module(loss: PerSample, at_hand: Sequence[Any] = ()) -> PerSample:
     """Take the losses of ``torch.nn`` that know class weights and ignored targets as what they are; others as given."""
     if type(loss) is nn.CrossEntropyLoss and loss.reduction == "none":
         args = {"weight": loss.weight, "ignore_index": loss.ignore_index, "label_smoothing": loss.label_smoothing}
-        return named_loss("cross_entropy", nn.functional.cross_entropy, args)
+        return named_loss("cross_entropy", nn.functional.cross_entropy, args, at_hand)
     if type(loss) is nn.NLLLoss and loss.reduction == "none":
         args = {"weight": loss.weight, "ignore_index": loss.ignore_index}
-        return named_loss("nll_loss", nn.functional.nll_loss, args)
+        return named_loss("nll_loss", nn.functional.nll_loss, args, at_hand)
     return loss
 
 

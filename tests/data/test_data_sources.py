@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
-from hvd_hetero.data import MapSource, TensorSource, as_source, load
+from hvd_hetero.data import Files, MapSource, TensorSource, as_source, load, targets_of
 from hvd_hetero.data.augment import CenterCrop, Normalize, RandomCropFlip
 from hvd_hetero.errors import ConfigError
 
@@ -55,6 +55,18 @@ class Noisy(Dataset):
 
 def read(source: MapSource, seed: int) -> list[torch.Tensor]:
     return [torch.cat([x, y[:, None], t[:, None]], 1) for (x, y), t in source.batches(ROWS, generator(seed))]
+
+
+def test_targets_are_at_hand_where_batches_have_them_as_they_are() -> None:
+    class Own(TensorSource):
+        """Its batches may be anything."""
+
+    inputs, targets = torch.zeros(3, 1), torch.arange(3)
+    files = Files(np.array(["a", "b", "c"]), targets, lambda name: inputs[0])
+    assert targets_of(TensorSource(inputs, targets).to("cpu")) is targets and targets_of(MapSource(files)) is targets
+    for other in (Own(inputs, targets), TensorSource(inputs, {"a": targets}), MapSource(files, collate=lambda x: x),
+                  MapSource(TensorDataset(inputs, targets))):  # fmt: skip
+        assert targets_of(other) is None
 
 
 def test_map_source_gives_the_same_batches_for_any_number_of_workers() -> None:

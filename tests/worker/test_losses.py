@@ -97,6 +97,17 @@ def test_label_smoothing_with_weights_and_probabilities_as_targets() -> None:
     assert_as_in_pytorch(per_sample_loss("cross_entropy", args), plain, inputs, likely, tokens=False)
 
 
+def test_targets_at_hand_are_looked_at_once_and_not_in_each_batch() -> None:
+    outputs, targets = torch.randn(4, CLASSES, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
+    good, bad = torch.arange(CLASSES), torch.tensor([0, -100])
+    for at_hand, looks in (([], True), ([good, good], False), ([good, bad], True), ([good, None], True)):
+        for loss in (per_sample_loss("cross_entropy", {}, at_hand),
+                     loss_of_module(nn.CrossEntropyLoss(reduction="none"), at_hand)):  # fmt: skip
+            returned = loss(outputs, targets)
+            assert isinstance(returned, tuple) and (returned[1] is not None) == looks
+    assert per_sample_loss("cross_entropy", {"ignore_index": 2}, [good])(outputs, targets)[1] is not None
+
+
 def ragged(pad: int = 0) -> tuple[Tensor, Tensor]:
     """Texts and targets of which 0 to T count in each."""
     inputs = texts()

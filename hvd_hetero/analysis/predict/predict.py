@@ -180,6 +180,8 @@ class Scenario:
         outcome, step_sec = self._simulate(policy, plan), self._step_sec(plan)
         done, seconds, averages, samples, pushes = RunProgress(), 0.0, 0.0, 0.0, 0.0
         spent = {c.name: np.zeros(5) for c in plan.classes}
+        states = set[str]()  # of the policy, after epochs of this plan: from one that comes back it comes back for ever
+        is_settled = False
         while rounds := next_rounds(self.config.train, plan, done):
             times = rounds / _plan_rounds(policy, plan, outcome)
             seconds += times * outcome.seconds
@@ -189,8 +191,14 @@ class Scenario:
             for name, s in outcome.classes.items():
                 spent[name] += times * np.array([s.compute, s.blocked, s.comm, s.steps, s.dropped])
             done = replace(done.after(replace(plan, rounds=rounds)), train_sec=seconds)
+            if is_settled:
+                continue
             if (new := policy.replan(step_sec)) is not plan and new != plan:
                 plan, outcome, step_sec = new, self._simulate(policy, new), self._step_sec(new)
+                states.clear()
+            state = str(policy.state_dict())
+            is_settled = state in states
+            states.add(state)
         training = [c.name for c in plan.training]
         return Prediction(
             "", policy.options.name, {c.name: c.tau for c in plan.classes},
