@@ -142,10 +142,9 @@ class _DryRun:
         if self._config.train.micro_batches != 1:
             cut(first_samples(self._parts.dataset.train, CUT, self._origins), 2)
         worker = self._worker()
+        self._read("test")  # training samples are never evaluated
         self._evaluate(worker)
         _check_classes(self._parts.dataset, self._outputs, self._config, self._given, self._origins)
-        self._read("test")
-        self._evaluate(worker)
         self._metrics(worker)
         self._read()
         before = attributes_of(worker.model)

@@ -165,8 +165,8 @@ class Trainer:
         for item, own in zip(cluster.classes, classes, strict=True):
             own["peak_gpu_bytes"] = max(int(peaks[r][0]) for r in item.ranks) if item.device == "cuda" else None
             own["micro_batches"] = int(peaks[item.ranks[0]][1])
-        summary = write_summary(
-            self.folder, config, cluster, self.plan, classes, accounts, path, self.best.summary(), self.begin)  # fmt: skip
+        best = self.best.summary()
+        summary = write_summary(self.folder, config, cluster, self.plan, classes, accounts, path, best, self.begin)
         self.status.enter(FINISHED)
         return summary
 

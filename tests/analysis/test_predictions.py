@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from hvd_hetero import algorithms
+from hvd_hetero.algorithms.local_sgd import LocalSGD
 from hvd_hetero.analysis.predict.advice import recommended, sweep, together, worth
 from hvd_hetero.analysis.predict.predict import Prediction, Scenario
 from hvd_hetero.analysis.predict.speeds import Assumptions, Speed, gather
 from hvd_hetero.config.load import load
+from hvd_hetero.planning.plan import Plan
 
 EQUAL = ["cluster.classes={fast: {ranks: [0]}, slow: {ranks: [1]}}", "train.batch_size=4", "train.epochs=3"]
 
@@ -50,6 +52,19 @@ def test_every_method_without_jitter_and_communication() -> None:
     dlb = rows["dlb"]  # first 4 and 4; then 7 and 1, which take 1.75 and 2 ms
     assert dlb.batch_size == {"fast": 7, "slow": 1}
     assert dlb.seconds == pytest.approx(180 * 0.008 + 2 * 180 * 0.002)
+
+
+def test_many_epochs_of_one_plan_are_not_planned_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, real = list[str](), LocalSGD.replan
+
+    def replan(self: LocalSGD, step_sec: Sequence[float]) -> Plan:
+        calls.append(self.options.name)
+        return real(self, step_sec)
+
+    monkeypatch.setattr(LocalSGD, "replan", replan)
+    few, many = (scenario(["train.tau=16", f"train.epochs={n}"]).local(tau=16) for n in (100, 1000))
+    assert many.seconds == pytest.approx(10 * few.seconds) and many.averages == pytest.approx(10 * few.averages)
+    assert len(calls) < 200
 
 
 def test_three_classes() -> None:

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from hvd_hetero.analysis.live.status import classes, results, saved, span
+from hvd_hetero.analysis.live.status import classes, results, saved
 from hvd_hetero.analysis.report import pictures
 from hvd_hetero.analysis.report.page import STYLE, document, picture_html, table_html
 from hvd_hetero.analysis.report.runs import Run, Series, emulation, read_run
 from hvd_hetero.errors import ConfigError
+from hvd_hetero.telemetry.progress import span
 from hvd_hetero.telemetry.run_folder import METRICS
 from hvd_hetero.telemetry.run_status import LIVE_TRACE, LOOK, TRAINING, RunStatus, StatusReader
 from hvd_hetero.telemetry.trace import TRACE
