@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 
 from hvd_hetero.data.batch import entries, split_target
 from hvd_hetero.data.source import MapSource, Source, TensorSource
+from hvd_hetero.data.stream import StreamSource
 from hvd_hetero.errors import ConfigError, Plain
 from hvd_hetero.random_state import seeded
 
@@ -49,6 +50,8 @@ def facts_of(source: Source) -> dict[str, Any]:
     Returns:
         What :func:`check_alike` compares, fit for JSON.
     """
+    if isinstance(source, StreamSource):  # of which nothing is dealt by number
+        return {"length": len(source), "kept": {}, "numbers": [], "samples": [], "stable": [False, False]}
     kept = _kept(source)  # before samples are read, of which a dataset may keep something
     numbers, reader = _sample_numbers(len(source)), source
     if isinstance(source, MapSource):  # workers that are to live on start when the rank's cores are known

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from torch import nn
 
@@ -40,12 +40,14 @@ from hvd_hetero.random_state import RandomState
 from hvd_hetero.telemetry.run_folder import check_run_dir
 from hvd_hetero.training import dry_run, startup
 from hvd_hetero.training.process import process_restored
-from hvd_hetero.training.resume import check_data, find
+from hvd_hetero.training.resume import Found, check_data, find
+from hvd_hetero.training.startup import Job
 from hvd_hetero.training.trainer import Trainer
 from hvd_hetero.worker.components import Components, MakeScheduler, UserObjects
 from hvd_hetero.worker.losses import PerSample
 from hvd_hetero.worker.parameter_groups import MakeOptimizer
 
+T = TypeVar("T", bound=Trainer)
 PEER_GONE_SEC = 1.0
 """A survivor leaves so much later than the rank that failed, so that the launcher sees that one end first."""
 KILLED_SEC = 0.2
@@ -114,8 +116,15 @@ def train(
 
 
 def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | None:
-    env = job_env()
+    trainer = begin(prepare, lambda job, found: Trainer(job, run_dir(job.config), found))
+    summary = carry_out(trainer)
+    trainer.close()
+    return summary
 
+
+def begin(prepare: Callable[[], tuple[Config, Components]], make: Callable[[Job, Found | None], T]) -> T:
+    """Starts the job and makes its trainer, of what rank 0 has found to go on from."""
+    env = job_env()
     found = None
 
     def prepare_folder_too() -> tuple[Config, Components]:
@@ -132,10 +141,14 @@ def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | N
 
     started = startup.start(prepare_folder_too)
     try:
-        trainer = Trainer(started, run_dir(started.config), found)
+        return make(started, found)
     except BaseException:
         started.watchdog.stop()
         raise
+
+
+def carry_out(trainer: Trainer) -> dict[str, Any] | None:
+    """Trains to the end; returns the summary on rank 0. Where that fails, the job is left as it has to be."""
     try:
         trainer.prepare()
     except RankError:
@@ -144,20 +157,18 @@ def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | N
         trainer.close()  # every rank is here: they judge by the same measurements
         raise
     try:
-        summary = trainer.run()
+        return trainer.run()
     except Stopped:
         trainer.close()
         raise
     except BaseException as error:
         trainer.abandon(saves=isinstance(error, Exception) and not isinstance(error, PEER_LOST))
-        if env.size == 1:  # nobody has to be told, and the program may go on
+        if trainer.comm.size == 1:  # nobody has to be told, and the program may go on
             trainer.close()
         if isinstance(error, UserError):
             # one rank's own trouble, a broken file for instance: the others are waiting somewhere else
             raise RankError(str(error)) from error
         raise
-    trainer.close()
-    return summary
 
 
 def run_dir(config: Config) -> Path:

@@ -7,11 +7,12 @@ thread beside the next segments.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -19,13 +20,13 @@ from typing import Any
 
 import torch
 
-from hvd_hetero.checkpoint import CheckpointError, Store
+from hvd_hetero.checkpoint import CheckpointError, Store, join, split
 from hvd_hetero.checkpoint.background_write import Best, Write, copied
 from hvd_hetero.cluster.device_classes import Cluster
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.kv_store import JobEnv
 from hvd_hetero.config.schema import RESHAPE, Config
-from hvd_hetero.errors import UserError
+from hvd_hetero.errors import ConfigError, Plain, UserError
 from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.telemetry.run_status import SAVE
@@ -62,40 +63,138 @@ class SyncDecision:
     figures: Sequence[float] = ()
 
 
-class Saver:
-    """The checkpoints of one run.
+class Meetings:
+    """When all ranks meet between two segments, and agree on whether to save; a subclass keeps what is saved.
 
     Args:
-        run_dir: on rank 0, which tells the others.
         needs_quiesce: whether the method has to come to rest before all ranks can meet.
-        best_by: what evaluations are compared by.
 
     Attributes:
-        saved_round: that is on the disk, or is gone on from; ``saved_at``, when that was, by this process's clock.
+        saved_round: of the newest state that is kept, or is gone on from; ``saved_at``, when that was, by this
+            process's clock.
+        stopping: whether this rank was asked to stop.
     """
 
-    def __init__(
-        self, run_dir: str | Path, config: Config, env: JobEnv, comm: Comm, needs_quiesce: bool, best_by: str = ""
-    ) -> None:
-        self._best_by = best_by
-        self._config, self._spec, self._env, self._comm = config, config.checkpoint, env, comm
-        self._made_with = made_with(config)
+    stopping: StopRequest
+
+    def __init__(self, config: Config, comm: Comm, needs_quiesce: bool) -> None:
+        self._config, self._spec, self._comm = config, config.checkpoint, comm
         self._segment_sec, self._segment = DRAINING if needs_quiesce else LOCKSTEP
-        path = str(Path(run_dir).resolve()).encode().ljust(PATH_BYTES) if comm.rank == 0 else bytes(PATH_BYTES)
-        told = comm.broadcast(torch.tensor(list(path), dtype=torch.uint8), "checkpoint.path")
-        self._run_dir = Path(bytes(told.tolist()).decode().rstrip())
-        self._store = Store(self._run_dir, self._spec.keep)
-        self.stopping = StopRequest(self._run_dir)
         self._began = time.monotonic()
         self._tried_at = self.saved_at = time.monotonic()
         self._tried = self.saved_round = NONE
-        self._write: Write | None = None
-        self._best: float | None = None
 
     @property
     def active(self) -> bool:
         """Whether anything is saved before the run ends."""
         return self._spec.every_sec is not None or self._spec.every_rounds is not None
+
+    @property
+    def _is_busy(self) -> bool:
+        """Whether what was saved last is still on its way."""
+        return False
+
+    def _is_asked(self) -> bool:
+        """Whether somebody asks rank 0 to save now."""
+        return False
+
+    def _settle(self) -> None:
+        """Take note of what has become of what was saved last; no rank is busy with it any more."""
+
+    def load(self, found: Found | None, cluster: Cluster) -> tuple[Any, bool]:
+        """Return what to go on from, and whether it is of another configuration or number of ranks."""
+        raise NotImplementedError(type(self).__name__)
+
+    def save(self, number: int, epochs: int, state: Callable[[], Any], wait: bool, value: float | None = None) -> None:
+        """Save every rank's state; if that cannot be done, the run goes on without, and says so.
+
+        Args:
+            number: rounds so far.
+            state: makes it; called only if there is something new to save.
+            wait: until it is on the disk; else it is copied, and a thread writes it.
+            value: the evaluation at this time, if there was one: the best one's checkpoint is kept.
+        """
+        raise NotImplementedError(type(self).__name__)
+
+    def abandon(self) -> None:
+        """Lets a checkpoint that is on its way come to its end, where this rank fails and would take it along."""
+
+    def newest(self) -> int | None:
+        """Round of the newest checkpoint, if there is one."""
+        return None
+
+    # ---- between two segments --------------------------------------------------------------------------------------
+
+    def segment(self, left: int, rounds: int) -> int:
+        """Rounds to go before the next agreement, of those that are left of the epoch, after so many of the run."""
+        self._began = time.monotonic()
+        every = self._spec.every_rounds
+        return min(left, self._segment, every - rounds % every if every else left)
+
+    def agree(
+        self, progress: Progress, length: int, rounds: int, step_sec: Sequence[float] = (),
+        figures: Sequence[float] = (),
+    ) -> SyncDecision:  # fmt: skip
+        """Meets all ranks after a segment.
+
+        Args:
+            progress: how far this rank has come in it.
+            length: rounds that it was to have.
+            rounds: of the run, before it.
+            step_sec: of its local steps in it, at the place of its class; 0 elsewhere.
+            figures: others, as many on every rank.
+        """
+        now, spec, lead = time.monotonic(), self._spec, self._comm.rank == 0
+        due = spec.every_sec is not None and now - self._tried_at >= spec.every_sec
+        due = due or (lead and self._is_asked())
+        worth = round(self._segment_sec * length / max(now - self._began, 1e-6))
+        said = [self.stopping(), self._is_busy, lead and due,
+                lead and max(1, min(worth, GROWTH * length))]
+        mine = astuple(progress)
+        numbers = [float(number) for number in (*mine, *said, *step_sec, *figures)]
+        most = self._comm.max(numbers, "epoch.progress")
+        progress = Progress(*(int(number) for number in most[: len(mine)]))
+        stop, busy, late, segment, *most = most[len(mine) :]
+        slowest = tuple(sec or math.nan for sec in most[: len(step_sec)])
+        self._segment = int(segment)
+        if not busy:
+            self._settle()
+        number = rounds + progress.averages
+        save = bool(late) and not busy
+        if spec.every_rounds is not None:  # in partial collectives rounds do not come in the planned numbers
+            save = save or number // spec.every_rounds > max(self._tried, 0) // spec.every_rounds
+        due = save and number > self._tried
+        return SyncDecision(progress, bool(stop), due, slowest, length, most[len(step_sec) :])
+
+
+class Saver(Meetings):
+    """The checkpoints of one run.
+
+    Args:
+        run_dir: on rank 0, which tells the others.
+        best_by: what evaluations are compared by.
+    """
+
+    def __init__(
+        self, run_dir: str | Path, config: Config, env: JobEnv, comm: Comm, needs_quiesce: bool, best_by: str = ""
+    ) -> None:
+        super().__init__(config, comm, needs_quiesce)
+        self._best_by = best_by
+        self._env, self._made_with = env, made_with(config)
+        path = str(Path(run_dir).resolve()).encode().ljust(PATH_BYTES) if comm.rank == 0 else bytes(PATH_BYTES)
+        told = comm.broadcast(torch.tensor(list(path), dtype=torch.uint8), "checkpoint.path")
+        self._run_dir = Path(bytes(told.tolist()).decode().rstrip())
+        self._store = Store(self._run_dir, self._spec.keep)
+        self.stopping = StopRequest(self._run_dir)
+        self._write: Write | None = None
+        self._best: float | None = None
+
+    @property
+    def _is_busy(self) -> bool:
+        return self._write is not None and self._write.busy
+
+    def _is_asked(self) -> bool:
+        return os.path.exists(self._run_dir / SAVE)
 
     def load(self, found: Found | None, cluster: Cluster) -> tuple[Any, bool]:
         """What to go on from, and whether it is of another configuration or number of ranks.
@@ -138,58 +237,7 @@ class Saver:
         self._tried = self.saved_round = number
         return state, bool(reshaped)
 
-    # ---- between two segments --------------------------------------------------------------------------------------
-
-    def segment(self, left: int, rounds: int) -> int:
-        """Rounds to go before the next agreement, of those that are left of the epoch, after so many of the run."""
-        self._began = time.monotonic()
-        every = self._spec.every_rounds
-        return min(left, self._segment, every - rounds % every if every else left)
-
-    def agree(
-        self, progress: Progress, length: int, rounds: int, step_sec: Sequence[float] = (),
-        figures: Sequence[float] = (),
-    ) -> SyncDecision:  # fmt: skip
-        """Meets all ranks after a segment.
-
-        Args:
-            progress: how far this rank has come in it.
-            length: rounds that it was to have.
-            rounds: of the run, before it.
-            step_sec: of its local steps in it, at the place of its class; 0 elsewhere.
-            figures: others, as many on every rank.
-        """
-        now, spec, lead = time.monotonic(), self._spec, self._comm.rank == 0
-        due = spec.every_sec is not None and now - self._tried_at >= spec.every_sec
-        due = due or (lead and os.path.exists(self._run_dir / SAVE))
-        worth = round(self._segment_sec * length / max(now - self._began, 1e-6))
-        said = [self.stopping(), self._write is not None and self._write.busy, lead and due,
-                lead and max(1, min(worth, GROWTH * length))]
-        mine = astuple(progress)
-        numbers = [float(number) for number in (*mine, *said, *step_sec, *figures)]
-        most = self._comm.max(numbers, "epoch.progress")
-        progress = Progress(*(int(number) for number in most[: len(mine)]))
-        stop, busy, late, segment, *most = most[len(mine) :]
-        slowest = tuple(sec or math.nan for sec in most[: len(step_sec)])
-        self._segment = int(segment)
-        if not busy:
-            self._settle()
-        number = rounds + progress.averages
-        save = bool(late) and self._write is None
-        if spec.every_rounds is not None:  # in partial collectives rounds do not come in the planned numbers
-            save = save or number // spec.every_rounds > max(self._tried, 0) // spec.every_rounds
-        due = save and number > self._tried
-        return SyncDecision(progress, bool(stop), due, slowest, length, most[len(step_sec) :])
-
     def save(self, number: int, epochs: int, state: Callable[[], Any], wait: bool, value: float | None = None) -> None:
-        """Saves every rank's state; if that cannot be done, the run goes on without, and says so.
-
-        Args:
-            number: rounds so far.
-            state: makes it; called only if there is something new to save.
-            wait: until it is on the disk; else it is copied, and a thread writes it.
-            value: the evaluation at this time, if there was one: the best one's checkpoint is kept.
-        """
         self._finish()
         if self._comm.rank == 0:
             with suppress(OSError):
@@ -203,12 +251,10 @@ class Saver:
                 self._finish()
 
     def abandon(self) -> None:
-        """Lets a checkpoint that is on its way come to its end, where this rank fails and would take it along."""
         if self._write is not None:
             self._write.join(LAST_SEC)
 
     def newest(self) -> int | None:
-        """Round of the newest checkpoint, if there is one."""
         latest = self._store.latest()
         return None if latest is None else latest.meta.round
 
@@ -223,7 +269,6 @@ class Saver:
             self._settle()
 
     def _settle(self) -> None:
-        """Takes note of what has become of a checkpoint that no rank is busy with any more."""
         if self._write is None:
             return
         problem = self._write.problem
@@ -232,3 +277,45 @@ class Saver:
         if not self._comm.max([float(bool(problem))], "checkpoint.done")[0]:
             self.saved_round, self.saved_at = self._write.number, self._tried_at
         self._write = None
+
+
+class HandedOut(Meetings):
+    """States of a run that a program keeps, wherever it likes.
+
+    Attributes:
+        is_asked: the program asks whether something is to be saved.
+        state: the newest, of this rank; None where there is none that the program has not been told of.
+        given: what to go on from, if there is anything.
+    """
+
+    def __init__(self, config: Config, comm: Comm, needs_quiesce: bool, given: Mapping[str, Any] | None) -> None:
+        super().__init__(config, comm, needs_quiesce)
+        self.stopping = StopRequest(None)
+        self.is_asked, self.given = False, given
+        self.state: dict[str, Any] | None = None
+
+    def load(self, found: Found | None, cluster: Cluster) -> tuple[Any, bool]:
+        """This rank's state, which the program has given back.
+
+        Raises:
+            UserError: on all ranks, if they were given states of different rounds, or some of them none.
+        """
+        mine = NONE if self.given is None else int(self.given["round"])
+        rounds = [int(number) for number in self._comm.gather(torch.tensor([mine]), "checkpoint.given")]
+        if len(set(rounds)) > 1:
+            said = ", ".join("none" if number == NONE else f"round {number}" for number in rounds)
+            raise ConfigError("load_state_dict", Plain(said), "by rank, these are states of different rounds",
+                              "give each rank its own, all of one round")  # fmt: skip
+        if self.given is None:
+            return None, False
+        self._tried = self.saved_round = mine
+        return join(self.given["tensors"], self.given["rest"]), False
+
+    def save(self, number: int, epochs: int, state: Callable[[], Any], wait: bool, value: float | None = None) -> None:
+        """Have a copy of this rank's state at hand, where the program asks for it."""
+        if number > self._tried:
+            self._tried_at, self._tried = time.monotonic(), number
+            if self.is_asked:
+                tensors, rest = split(state())
+                copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+                self.state = {"round": number, "tensors": copies, "rest": copy.deepcopy(rest)}

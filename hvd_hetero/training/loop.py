@@ -1,108 +1,88 @@
-"""Biased local SGD around a hand-written loop: the user steps, this deals the samples and averages the models."""
+"""The rounds of a run for a loop written by hand: the program steps, the trainer does all the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hvd_hetero import algorithms
 from hvd_hetero.algorithms.local_sgd import LocalSGD
-from hvd_hetero.comm.averaging import average, average_others
-from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.flat_params import FlatState
 from hvd_hetero.comm.kv_store import job_env
 from hvd_hetero.config.load import load
-from hvd_hetero.config.schema import AggregationConfig, Config
-from hvd_hetero.data import Batch, read
-from hvd_hetero.describe import describe
-from hvd_hetero.errors import ConfigError, Plain, RankError, UserError
+from hvd_hetero.config.schema import Config, TrainConfig
+from hvd_hetero.data import Source
+from hvd_hetero.data.stream import Preview, StreamSource, dealt_or_stream
+from hvd_hetero.errors import ConfigError
 from hvd_hetero.log import logged
+from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.sampling import Sampler
-from hvd_hetero.planning.schedules import run_share
-from hvd_hetero.planning.stop_criteria import RunProgress, check_limits, next_rounds
-from hvd_hetero.random_state import seed_all
-from hvd_hetero.telemetry.emulation import SlowdownEmulator, thread_cpu_clock
-from hvd_hetero.telemetry.stopwatch import Stopwatch
-from hvd_hetero.training import startup
-from hvd_hetero.training.api import exit_on_error
+from hvd_hetero.training.api import begin, carry_out, exit_on_error
+from hvd_hetero.training.checkpointer import HandedOut, Meetings
+from hvd_hetero.training.handover import HandedWorker, Handover, Left, Round
 from hvd_hetero.training.process import process_restored
-from hvd_hetero.worker.components import Components, UserObjects, build
-from hvd_hetero.worker.index_feed import Feed
-from hvd_hetero.worker.losses import Numbers, concat, per_sample
-from hvd_hetero.worker.memory import on_device
+from hvd_hetero.training.resume import Found
+from hvd_hetero.training.startup import Job, make_worker
+from hvd_hetero.training.trainer import Trainer
+from hvd_hetero.worker.components import Components, MakeOptimizer, MakeScheduler, UserObjects, build
+from hvd_hetero.worker.index_feed import Feed, StreamFeed
+from hvd_hetero.worker.losses import PerSample
+
+STREAM = "stream"
+UNIFORM = "uniform"
 
 
-class Round:
-    """One round of this rank: iterate over it for its local batches, and give back the losses of each.
+class Stateful(Protocol):
+    """What can be saved with a run: an optimizer, a scaler, anything with these two methods."""
 
-    Attributes:
-        excluded: this rank's numbers (NaN, Inf) have not gone into the average that the round begins with: the
-            optimizer's state, which is yours, should be cleared, ``optimizer.state.clear()``.
-    """
+    def state_dict(self) -> Any: ...
 
-    def __init__(self, batches: Iterator[Batch], batch_size: int, excluded: bool = False) -> None:
-        self._batches, self._batch_size, self.excluded = batches, batch_size, excluded
-        self.taken: list[Numbers] = []
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self._batches
-
-    def losses(self, losses: Tensor, weights: Tensor | None = None) -> None:
-        """Takes the per-sample losses ``[B]`` of the batch just trained on; the next epochs' sampling goes by them.
-
-        Args:
-            weights: ``[B]``, 0 for samples that do not count: they keep the losses that they had.
-
-        Raises:
-            RankError: they are not one number a sample; of several ranks, the job ends with status 2 instead.
-        """
-        try:
-            values, weights = per_sample("round.losses", Plain(""), (losses, weights), {self._batch_size})
-        except UserError:
-            told = Plain(describe(losses))
-            again = partial(per_sample, "round.losses", told, (losses, weights), {self._batch_size})
-            exit_on_error(partial(_alone, again))
-            raise
-        self.taken.append((values.detach(), weights))
+    def load_state_dict(self, state: Any) -> Any: ...
 
 
 class Loop:
     """The rounds of a run, for a loop written by hand::
 
-        with Loop(model, (inputs, targets), {"train.tau": {"fast": 32, "slow": 4}}) as loop:
-            optimizer = torch.optim.SGD(loop.model.parameters(), lr=0.1)
+        with Loop(model, (inputs, targets), {"train.tau": 32}, optimizer=lambda p: torch.optim.SGD(p, 0.1)) as loop:
             for round in loop:
                 for x, y in round:
-                    optimizer.zero_grad()
+                    loop.optimizer.zero_grad()
                     losses = cross_entropy(loop.model(x), y, reduction="none")
                     losses.mean().backward()
-                    optimizer.step()
+                    loop.optimizer.step()
                     round.losses(losses)
             if loop.rank == 0:
                 torch.save(loop.model.state_dict(), "model.pt")
 
-    When an inner loop has ended, the models of all ranks are averaged with their weights. Make the optimizer after the
-    loop, from ``loop.model``: its parameters have moved into a flat vector on the rank's device.
+    When an inner loop has ended, the models of all ranks are averaged, as :func:`hvd_hetero.train` does it, and all
+    that it has goes with it: local steps derived from measured speeds, outer optimizers, delayed and partial averages,
+    schedules, and with ``run.dir`` rows of figures, checkpoints and ``run.resume``. An optimizer of your own is made
+    after the loop, from ``loop.model``, and given to :meth:`keep`.
 
     Args:
         model: the same on every rank up to its values; rank 0's are where all start.
-        train_data: a map-style dataset, or (inputs, targets).
-        overrides: as for :func:`hvd_hetero.train`. ``train.tau`` is given for every class: the time of a step that
-            somebody else writes cannot be measured beforehand.
-        config: YAML files, as for :func:`hvd_hetero.train`.
+        train_data: as for :func:`hvd_hetero.train`; or a ``DataLoader``, whose dataset is dealt by number if it is
+            map-style, read in order or shuffled; or an ``IterableDataset`` (or a loader of one): a stream, which
+            all ranks read, each training on a share by its speed. What a stream has is handed out as it is.
+        overrides, config: as for :func:`hvd_hetero.train`. If ``train.tau`` is one number, the first rounds are
+            measured, see :attr:`Round.measures`, and put back.
+        samples: of a stream, what counts as an epoch, where it does not tell its length.
+        sharded: the stream gives this rank samples that no other rank has, all of which it takes.
+        test_data, loss, metric, optimizer, scheduler: as for :func:`hvd_hetero.train`; without test data nothing is
+            evaluated here.
 
     Attributes:
         model: on this rank's device.
+        optimizer: of the argument or of ``train.optimizer``; its rate follows ``train.scheduler`` and warm-up.
         rank: of this process.
-        plan: what every class does in a round.
+
+    Raises:
+        UserError: as for :func:`hvd_hetero.train`, or a setting is for the trainer's own steps.
     """
 
     def __init__(
@@ -111,91 +91,115 @@ class Loop:
         train_data: Any,
         overrides: Mapping[str, Any] | Sequence[str] = (),
         config: Sequence[str | Path] = (),
+        *,
+        samples: int | None = None,
+        sharded: bool = False,
+        test_data: Any = None,
+        loss: PerSample | None = None,
+        metric: PerSample | None = None,
+        optimizer: MakeOptimizer | None = None,
+        scheduler: MakeScheduler | None = None,
     ) -> None:
         def prepare() -> tuple[Config, Components]:
             loaded = load(config, overrides, algorithms.method)
-            if not isinstance(loaded.train.tau, Mapping):
-                remedy = "set it for each class, train.tau={fast: 32, slow: 4}"
-                raise ConfigError("train.tau", loaded.train.tau, "a hand-written step is not measured", remedy)
-            if loaded.train.max_train_sec is not None:
-                limit = loaded.train.max_train_sec
-                raise ConfigError("train.max_train_sec", limit, "a hand-written step is not timed", "set train.epochs")
             check_supported_by_loop(loaded)
-            return loaded, build(loaded, UserObjects(model, train_data, train_data))
+            seed, train = None if sharded else loaded.run.seed, loaded.train
+            source, size = dealt_or_stream(
+                "train_data", train_data, loaded.data.workers, samples, train.batch_size, seed
+            )
+            if size is not None and train.batch_size == TrainConfig().batch_size:
+                loaded = replace(loaded, train=replace(train, batch_size=size))
+            if isinstance(source, StreamSource):
+                loaded = of_stream(loaded, size)
+            if loaded.profile.file is None:  # what is kept of a model's steps is not of a program's own
+                loaded = replace(loaded, profile=replace(loaded.profile, reuse=False))
+            test = source if test_data is None else test_data
+            return loaded, build(loaded, UserObjects(model, source, test, loss, optimizer, scheduler, metric))
 
+        def make(job: Job, found: Found | None) -> LoopTrainer:
+            return LoopTrainer(job, job.config.run.dir, found, sharded, evaluates=test_data is not None)
+
+        self._handover, self._is_begun = Handover(), False
         with ExitStack() as after:
             after.enter_context(process_restored())
             after.enter_context(logged(job_env().rank))
-            exit_on_error(lambda: self._start(startup.start(prepare)))
+            self._trainer: LoopTrainer = exit_on_error(lambda: begin(prepare, make))
             self._after = after.pop_all()
+        trainer = self._trainer
+        self.rank, self.model = trainer.comm.rank, trainer.worker.model
+        exit_on_error(lambda: trainer.comm.broadcast_state(trainer.worker.state))
 
-    def _start(self, started: startup.Job) -> None:
-        config, cluster, self.rank = started.config, started.cluster, started.env.rank
-        device = started.placement.device
-        startup.set_precision(config.train.matmul_precision)
-        self.model = started.components.model.to(device)
-        self._state = FlatState(self.model, policies=config.aggregation.state)
-        self._source = on_device(started.components.dataset.train, device, "training")
-        self._generator = torch.Generator(device).manual_seed(config.run.seed * 1000003 + self.rank)
-        clock = thread_cpu_clock(device, started.placement.threads)
-        self._watch = Stopwatch(thread_cpu_clock=clock, heartbeat=started.watchdog.heartbeat)
-        self._comm = Comm(cluster, self.rank, config.aggregation, self._watch)
-        self._comm.broadcast_state(self._state)
-        samples = len(self._source)
-        self.plan = algorithms.policy(config, cluster, samples).make_plan(None)
-        spec = config.sampling
-        biased = self.plan.biased(spec.bias_to)
-        sampler = Sampler.of(spec, samples, biased, config.run.seed) if self.rank == 0 else None
-        self._feed = Feed(self._comm, samples, sampler)
-        check_limits(config.train, self.plan)
-        self._train = config.train
-        self._pace = SlowdownEmulator(self._watch, cluster.class_of(self.rank).slowdown, self._synchronize)
-        self._watchdog = started.watchdog
-        seed_all(config.run.seed * 1000003 + self.rank)  # dropout differs from rank to rank
+    @property
+    def optimizer(self) -> Any:
+        return self._trainer.worker.optimizer
 
-    def _synchronize(self) -> None:
-        if self._generator.device.type == "cuda":
-            torch.cuda.current_stream(self._generator.device).synchronize()
+    @property
+    def plan(self) -> Plan:
+        """What every class does in a round; there is one once the first round that is not measured has begun."""
+        return self._trainer.plan
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are done."""
+        return self._trainer.accounts.epochs
 
     def __iter__(self) -> Iterator[Round]:
-        mine = self.plan.of_rank(self.rank)
-        done, excluded, self._comm.excluded.round = RunProgress(), False, 1
-        while rounds := next_rounds(self._train, self.plan, done):
-            part = replace(self.plan, rounds=rounds)
-            if self._feed.sampler is not None:
-                self._feed.sampler.share = run_share(self._train, self.plan, done, 0.0)
-            rows = exit_on_error(partial(self._feed.deal, part, self.plan))
-            batches = read(self._source, rows, self._generator)
-            taken: list[Numbers] = []
-            for _ in range(rounds):
-                current = Round(self._steps(batches, mine.tau), mine.batch_size, excluded)
-                yield current
-                if len(current.taken) != mine.tau:
-                    problem = f"a round has {mine.tau} batches of {mine.batch_size}, got losses of {len(current.taken)}"
-                    raise RuntimeError(f"{problem}: go through the whole round and call round.losses for each batch")
-                taken += current.taken
-                excluded = not exit_on_error(partial(average, self._comm, self._state, mine.weight))
-                self._comm.excluded.round += 1
-            exit_on_error(partial(average_others, self._comm, self._state, mine.weight, only_new=True))
-            at = np.repeat(np.arange(rounds), mine.tau)
-            shapes = [(rounds * c.tau, c.batch_size) for c in part.by_rank()]
-            exit_on_error(partial(self._feed.collect, rows, at, concat(taken)[0], shapes))
-            done = done.after(part)
-            self._watch.take()  # nothing is told of the times of a loop
+        if self._is_begun:
+            raise RuntimeError("a Loop is gone through once: make another one")
+        self._is_begun, trainer = True, self._trainer
+        trainer.connect(self._handover)
+        self._handover.begin(partial(carry_out, trainer), trainer.job.placement.device)
+        with ExitStack() as hearing:
+            is_heard = False
+            while (round := exit_on_error(self._handover.take)) is not None:
+                if not round.measures and not is_heard and trainer.saver is not None and trainer.saver.active:
+                    hearing.enter_context(trainer.saver.stopping)  # only a program's main thread hears signals
+                    is_heard = True
+                yield round
 
-    def _steps(self, batches: Iterator[Batch], count: int) -> Iterator[Batch]:
-        # What was between two rounds, an average and the user's own, is no part of a step that is to be stretched.
-        self._watch.skip()
-        steps = self._pace.steps(batches, count)
-        while True:
-            try:
-                batch = next(steps, None)
-            except Exception as error:  # what looks after that costs more than a small step
-                exit_on_error(partial(_alone, partial(_raise, error)))
-                raise
-            if batch is None:
-                return
-            yield batch
+    # ---- saving ------------------------------------------------------------------------------------------------------
+
+    def keep(self, **objects: Stateful) -> None:
+        """Let objects of the program go with its model: put back after measured rounds, saved and resumed.
+
+        Args:
+            objects: with ``state_dict`` and ``load_state_dict``, the same names on all ranks.
+        """
+        if self._is_begun:
+            raise RuntimeError("keep objects before the first round")
+        self._trainer.kept |= objects
+
+    def save_due(self) -> bool:
+        """Whether all ranks are to save now, by ``checkpoint.every_sec`` or ``every_rounds``; ask before each round's
+        steps, and once after the last round. With ``run.dir`` it never is: checkpoints are written there.
+        """
+        saver = self._trainer.saver
+        if not isinstance(saver, HandedOut):
+            return False
+        saver.is_asked = True
+        return saver.state is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state at the last moment that was due: model, optimizer, what is kept, and how far the run is.
+
+        ``torch.save`` takes it, and ``torch.load(weights_only=True)`` gives it back.
+
+        Raises:
+            RuntimeError: :meth:`save_due` does not say that it is.
+        """
+        saver = self._trainer.saver
+        if not isinstance(saver, HandedOut) or saver.state is None:
+            raise RuntimeError("there is nothing to save now: ask loop.save_due() first")
+        state, saver.state = saver.state, None
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from this rank's state, with the same settings and ranks; comes before the first round."""
+        if self._is_begun:
+            raise RuntimeError("load a state before the first round")
+        self._trainer.given = state
+
+    # ---- the end ----------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Loop:
         return self
@@ -205,6 +209,7 @@ class Loop:
         if error is None:
             self.close()
         else:
+            self._stop_trainer()
             self._leave()
 
     def close(self) -> None:
@@ -212,35 +217,72 @@ class Loop:
 
         Cores, threads and warnings are as they were before the loop was made, and another one may be made.
         """
-        self._comm.close()
+        self._stop_trainer()
+        self._trainer.close()
         self._leave()
 
+    def _stop_trainer(self) -> None:
+        if self._handover.is_out:
+            try:
+                self._handover.take(Left("the program has left its loop"))
+            except Left:
+                pass
+
     def _leave(self) -> None:
-        self._watchdog.stop()
+        self._trainer.job.watchdog.stop()
         self._after.close()
 
 
-def _raise(error: Exception) -> None:
-    raise error
+class LoopTrainer(Trainer):
+    """A trainer whose local steps are a program's.
 
+    Args:
+        sharded: each rank has a stream of its own.
+        evaluates: there are test data.
 
-def _alone(call: Callable[[], Any]) -> Any:
-    """Call what goes wrong on one rank alone, while others wait for it.
-
-    Raises:
-        RankError: it has.
+    Attributes:
+        given: a state to go on from, which the program has kept.
     """
-    try:
-        return call()
-    except UserError as error:
-        raise RankError(str(error)) from error
+
+    worker: HandedWorker
+
+    def __init__(self, job: Job, run_dir: str | None, found: Found | None, sharded: bool, evaluates: bool) -> None:
+        super().__init__(job, run_dir, found)
+        self._sharded, self.evaluates = sharded, evaluates
+        self.given: Mapping[str, Any] | None = None
+
+    def connect(self, handover: Handover) -> None:
+        """Hand rounds out there."""
+        is_stream = isinstance(self.source, StreamSource)
+        needs_losses = not is_stream and self.config.sampling.scheme != UNIFORM
+        self.worker.connect(handover, self.comm.excluded, self.kept, is_stream, needs_losses)
+
+    def make_worker(self) -> HandedWorker:
+        return make_worker(self.job, self.watch, HandedWorker)
+
+    def make_saver(self) -> Meetings | None:
+        if self.run_dir is not None:
+            return super().make_saver()
+        return HandedOut(self.config, self.comm, self.algorithm.policy.needs_quiesce, self.given)
+
+    def make_feed(self) -> Feed:
+        if not isinstance(self.source, StreamSource):
+            return super().make_feed()
+        nothing = Sampler(0, UNIFORM, 0.0, "", self.config.run.seed) if self.comm.rank == 0 else None
+        feed = StreamFeed(self.comm, nothing, not self._sharded)
+        self.kept[STREAM] = feed
+        return feed
+
+    @property
+    def measured_source(self) -> Source:
+        return Preview(self.source) if isinstance(self.source, StreamSource) else self.source
 
 
 def check_supported_by_loop(config: Config) -> None:
-    """Refuses what only the trainer's own loop can do: it owns neither the steps nor the optimizer here.
+    """Refuses what is for the trainer's own steps: here the program takes them.
 
     Raises:
-        ConfigError: the method does more than local steps and their average.
+        ConfigError: naming the key.
     """
     if not issubclass(algorithms.get(config.algorithm.name), LocalSGD):
         problem = "takes its steps itself, which leaves nothing to a hand-written loop"
@@ -248,22 +290,26 @@ def check_supported_by_loop(config: Config) -> None:
     if algorithms.get(config.algorithm.name).follows_rate:
         problem = "goes by the learning rate, which is yours in a hand-written loop"
         raise ConfigError("algorithm.name", config.algorithm.name, problem, "choose another local-SGD method")
-    if config.delays.distribution is not None:
-        problem = "steps that somebody else writes are not delayed"
-        raise ConfigError("delays.distribution", config.delays.distribution, problem, "leave it null")
     if config.sampling.is_weighted:
         key, value = ("sampling.scheme", config.sampling.scheme) if config.sampling.sample_weights is None else (
             "sampling.sample_weights", config.sampling.sample_weights)  # fmt: skip
         raise ConfigError(key, value, "weighs samples in a loss, which is your own here", "leave it null")
-    if config.aggregation.path == "measured":
-        problem = "a hand-written loop measures nothing"
-        raise ConfigError("aggregation.path", "measured", problem, "set it to auto, flat or hierarchical")
-    if config.train.micro_batches != 1:
-        problem = "a hand-written step cuts its batch itself"
-        raise ConfigError("train.micro_batches", config.train.micro_batches, problem, "leave it at 1")
-    plain = AggregationConfig()
-    for key in ("optimizer_state", "outer_lr", "outer_momentum", "delayed", "mode", "wire"):
-        value, neutral = getattr(config.aggregation, key), getattr(plain, key)
+    for key in ("clip_norm", "autocast", "compile", "micro_batches"):
+        value, neutral = getattr(config.train, key), getattr(TrainConfig(), key)
         if value != neutral:
-            problem = "a hand-written loop takes the plain average"
-            raise ConfigError(f"aggregation.{key}", value, problem, f"leave it at {neutral}, or use hvd_hetero.train")
+            problem = "is for the trainer's own steps, and these are your program's"
+            raise ConfigError(f"train.{key}", value, problem, f"do it there, and leave it at {neutral}")
+
+
+def of_stream(config: Config, batch_size: int | None) -> Config:
+    """Return the configuration for a stream: no losses are known, and batches may be of one size only.
+
+    Raises:
+        ConfigError: batches differ in size, and the stream's do not.
+    """
+    size: Any = config.train.batch_size
+    sizes = set(size.values()) if isinstance(size, Mapping) else {size}
+    if batch_size is not None and sizes != {batch_size}:
+        problem = f"the batches of the loader are of {batch_size} samples"
+        raise ConfigError("train.batch_size", size, problem, "leave it out, or give a dataset of samples")
+    return replace(config, sampling=replace(config.sampling, scheme=UNIFORM))

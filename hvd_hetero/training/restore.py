@@ -16,7 +16,7 @@ from hvd_hetero.telemetry.run_folder import RunFolder
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.training.best import BestEvaluation
-from hvd_hetero.training.checkpointer import Saver
+from hvd_hetero.training.checkpointer import Meetings
 from hvd_hetero.training.iterate_average import IterateAverage
 from hvd_hetero.training.resume import places
 from hvd_hetero.training.run_records import RESHAPED, say_resumed
@@ -40,12 +40,13 @@ class Run(Protocol):
     plan: Plan
     watch: Stopwatch
     folder: RunFolder | None
-    saver: Saver | None
+    saver: Meetings | None
     epoch: Epoch | None
     source: Source
     best: BestEvaluation
     averaged: IterateAverage | None
     begin: float
+    kept: dict[str, Any]
 
     @property
     def over(self) -> bool: ...
@@ -56,12 +57,15 @@ def state_of(run: Run, epoch: Epoch | None) -> dict[str, Any]:
     state: dict[str, Any] = {name: getattr(run, name).state_dict() for name in PARTS}
     state |= {"plan": run.plan.to_dict(), "best": run.best.state_dict(), "wall_sec": time.perf_counter() - run.begin,
               "path": run.comm.path, "sent": run.comm.carried.sent, "classes": places(run.job.cluster)}  # fmt: skip
+    if run.kept:
+        state["kept"] = {name: item.state_dict() for name, item in run.kept.items()}
     if epoch is not None:
         epoch.count(run.comm.excluded.take(), run.algorithm.counts())
         state["epoch"] = epoch.state_dict()
         state["watch"] = run.watch.state_dict()
-    if run.folder is not None and run.feed.sampler is not None:
-        kept = {"rows_bytes": run.folder.rows_bytes, "samples_seen": run.accounts.samples_seen,
+    if run.feed.sampler is not None:
+        rows_bytes = 0 if run.folder is None else run.folder.rows_bytes
+        kept = {"rows_bytes": rows_bytes, "samples_seen": run.accounts.samples_seen,
                 "data": run.job.data.get("training")}  # fmt: skip
         state["rank0"] = {**kept, "sampler": run.feed.sampler.state_dict(),
                           "averaged": None if run.averaged is None else run.averaged.state_dict()}  # fmt: skip
@@ -72,6 +76,9 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
     """Goes on as it was, from what :func:`state_of` gave."""
     for part in PARTS:
         getattr(run, part).load_state_dict(state[part])
+    for name, item in run.kept.items():
+        if name in state.get("kept", {}):
+            item.load_state_dict(state["kept"][name])
     run.best.load_state_dict(state["best"])
     run.comm.carried.sent = state["sent"]
     run.begin -= state["wall_sec"]

@@ -103,7 +103,8 @@ def check_data(found: Found, source: Source) -> None:
         ConfigError: another number of samples, or other ones, as far as a look at some of them can tell.
     """
     saved, remedy = found.state["rank0"], "take the data that it was made with"
-    if (known := len(saved["sampler"]["losses"])) != len(source):
+    known = len(saved["sampler"]["losses"])
+    if known not in (0, len(source)):  # a stream has no losses
         problem = f"the checkpoint is of {known} training samples, and these are {len(source)}"
         raise ConfigError("run.resume", RESHAPE if found.reshaped else AUTO, problem, remedy)
     if saved["data"] is not None and not found.reshaped:

@@ -27,6 +27,7 @@ from hvd_hetero.training.evaluation import evaluate
 from hvd_hetero.training.process import process_restored
 from hvd_hetero.worker.components import Components, as_user_error, build
 from hvd_hetero.worker.extra_state import load_extra_state
+from hvd_hetero.worker.worker import Worker
 
 LAST, BEST, AVERAGE = "last", "best", "averaged"
 FILES = (".pt", ".pth", SAFETENSORS)
@@ -58,7 +59,7 @@ def evaluate_run(run: str, checkpoint: str, overrides: Sequence[str]) -> dict[st
     with process_restored():
         job = startup.start(prepare)
         try:
-            worker = startup.make_worker(job, Stopwatch(heartbeat=job.watchdog.heartbeat))
+            worker = startup.make_worker(job, Stopwatch(heartbeat=job.watchdog.heartbeat), Worker)
             test = job.components.dataset.test.to(job.placement.device)
             comm = Comm(job.cluster, job.env.rank)
             plan = lockstep_plan(job.cluster, job.env.size, dict.fromkeys(range(job.env.size), 1))

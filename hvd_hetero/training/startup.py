@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -113,12 +113,15 @@ def _start(env: JobEnv, watchdog: Watchdog, prepare: Callable[[], tuple[Config, 
     return Job(env, config, components, cluster, placement, watchdog, said[env.rank]["data"])
 
 
-def make_worker(job: Job, watch: Stopwatch) -> Worker:
+W = TypeVar("W", bound=Worker)
+
+
+def make_worker(job: Job, watch: Stopwatch, kind: type[W]) -> W:
     """This rank's worker, on its device."""
     config, parts, mine = job.config, job.components, job.cluster.class_of(job.env.rank)
     cut = per_class("train.micro_batches", config.train.micro_batches, [c.name for c in job.cluster.classes], word=AUTO)
     set_precision(config.train.matmul_precision)
-    return Worker(
+    return kind(
         parts.model,
         parts.loss,
         parts.optimizer,

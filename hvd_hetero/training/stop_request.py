@@ -21,17 +21,20 @@ class StopRequest:
     """Whether this rank was asked to stop, by SIGTERM, SIGINT, SIGUSR1, or the file ``stop`` in the run's folder.
 
     The first signal is noted while the ``with`` block runs; the second one does what it did before.
+
+    Args:
+        run_dir: None: there is none, nothing would be saved, and nobody is heard.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self._file = run_dir / STOP
+    def __init__(self, run_dir: Path | None) -> None:
+        self._file = None if run_dir is None else run_dir / STOP
         self._asked = False
         self._looked = 0.0
         self._before: dict[int, Any] = {}
 
     def __call__(self) -> bool:
         """Whether to stop; cheap enough to be asked at every step."""
-        if not self._asked and time.monotonic() - self._looked >= LOOK_SEC:
+        if not self._asked and self._file is not None and time.monotonic() - self._looked >= LOOK_SEC:
             self._looked = time.monotonic()
             self._asked = os.path.exists(self._file)  # unlike Path's, never raises
         return self._asked
@@ -39,15 +42,18 @@ class StopRequest:
     def forget(self) -> None:
         """Removes the file, which has been heard; rank 0 calls it, once all ranks have agreed to stop."""
         with suppress(OSError):
-            self._file.unlink()
+            if self._file is not None:
+                self._file.unlink()
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        is_main = threading.current_thread() is threading.main_thread()  # Python allows it nowhere else
+        if is_main and self._file is not None:
             self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._put_back()
+        if threading.current_thread() is threading.main_thread():
+            self._put_back()
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self._asked:

@@ -16,7 +16,7 @@ from torch import Tensor
 from hvd_hetero import algorithms
 from hvd_hetero.checkpoint.export import AVERAGED, FOLDER, MODEL, save_model
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.data import read
+from hvd_hetero.data import Source, read
 from hvd_hetero.data.weights import sample_weights
 from hvd_hetero.errors import Stopped
 from hvd_hetero.planning.injected_delays import delays
@@ -33,7 +33,7 @@ from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import Recorder
 from hvd_hetero.training.best import BestEvaluation
-from hvd_hetero.training.checkpointer import Saver, SyncDecision
+from hvd_hetero.training.checkpointer import Meetings, Saver, SyncDecision
 from hvd_hetero.training.epoch import RoundSpans, gather_figures, say_taus
 from hvd_hetero.training.evaluation import evaluate
 from hvd_hetero.training.initial_plan import choose_micro_batches, first_plan, start_together
@@ -48,6 +48,7 @@ from hvd_hetero.worker.epoch import Epoch, Segment
 from hvd_hetero.worker.index_feed import Feed
 from hvd_hetero.worker.memory import batch_that_fits, on_device, peak_bytes, told_by_class, used_bytes
 from hvd_hetero.worker.step_benchmark import take_first_steps
+from hvd_hetero.worker.worker import Worker
 
 TRACED_EPOCHS = 2
 """An epoch's first rounds are recorded in place of the last epoch's; the first epoch warms up caches and
@@ -60,7 +61,15 @@ class Trainer:
     Args:
         run_dir: the run's folder, written by rank 0; None for no run, but measurements.
         found: what rank 0 has found to go on from, see :func:`hvd_hetero.training.resume.find`.
+
+    Attributes:
+        kept: what a program adds to this rank's state, by name.
     """
+
+    worker: Worker
+    feed: Feed
+    saver: Meetings | None
+    evaluates = True
 
     def __init__(self, job: Job, run_dir: str | Path | None, found: Found | None = None) -> None:
         config, parts = job.config, job.components
@@ -70,7 +79,7 @@ class Trainer:
         self.watch = Stopwatch(thread_cpu_clock=clock if slowdown > 1 else None, heartbeat=job.watchdog.heartbeat)
         self.source = on_device(parts.dataset.train, job.placement.device, "training")
         self.test = on_device(parts.dataset.test, job.placement.device, "test")
-        self.worker = make_worker(job, self.watch)
+        self.worker = self.make_worker()
         self.algorithm = algorithms.build(config, job.cluster, len(self.source), parts.min_batch)
         seed_all(config.run.seed * 1000003 + job.env.rank)  # dropout differs from rank to rank
         self.run_dir, self.found, self.folder = run_dir, found, None
@@ -78,7 +87,23 @@ class Trainer:
             kept = () if found is None else (found.state["rank0"][key] for key in ("rows_bytes", "samples_seen"))
             self.folder = RunFolder(run_dir, config.run.overwrite or config.run.resume is not None, *kept)
         self.comm = Comm(job.cluster, job.env.rank, config.aggregation, self.watch)
+        self.accounts = Accounts(job.cluster, config.delays.distribution is not None)
+        self.kept: dict[str, Any] = {}
+        self._closed = False
         self.status = LiveStatus(self)
+
+    def make_worker(self) -> Worker:
+        return make_worker(self.job, self.watch, Worker)
+
+    def make_saver(self) -> Meetings | None:
+        if self.run_dir is None:
+            return None
+        quiesces = self.algorithm.policy.needs_quiesce
+        return Saver(self.run_dir, self.config, self.job.env, self.comm, quiesces, self.best.by)
+
+    def make_feed(self) -> Feed:
+        sampler = self.make_sampler() if self.comm.rank == 0 else None
+        return Feed(self.comm, len(self.source), sampler, self.config.sampling.is_weighted)
 
     def prepare(self) -> None:
         """Starts all ranks from one model, measures their speeds if they are needed, and makes the plan.
@@ -90,10 +115,8 @@ class Trainer:
         self.comm.broadcast_state(self.worker.state)
         state, reshaped = None, False
         self.best = BestEvaluation(config.eval.best, self.job.components.metrics, config.train.patience)
-        self.saver: Saver | None = None
-        if self.run_dir is not None:
-            quiesces = self.algorithm.policy.needs_quiesce
-            self.saver = Saver(self.run_dir, config, self.job.env, self.comm, quiesces, self.best.by)
+        self.saver = self.make_saver()
+        if self.saver is not None:
             state, reshaped = self.saver.load(self.found, self.job.cluster)
         if state is not None and reshaped:
             check_fits(state, self.worker)
@@ -105,16 +128,15 @@ class Trainer:
             self.worker.micro_batches = state["worker"].get("micro_batches", 1)
             self.comm.set_path(state["path"])
         with self._memory_told():
+            policy, measured = self.algorithm.policy, self.measured_source
             if known is None:
-                choose_micro_batches(self.job, self.algorithm.policy, self.worker, self.source, self.comm)
-            self.plan = known or first_plan(self.job, self.algorithm.policy, self.worker, self.source, self.comm)
-            take_first_steps(self.worker, self.source, self.plan.of_rank(self.comm.rank).batch_size)
+                choose_micro_batches(self.job, policy, self.worker, measured, self.comm)
+            self.plan = known or first_plan(self.job, policy, self.worker, measured, self.comm)
+            take_first_steps(self.worker, measured, self.plan.of_rank(self.comm.rank).batch_size)
         check_limits(config.train, self.plan)
         self.comm.agree(self.plan.digest(), "plan", "plan")
         start_together(self.algorithm, self.plan, self.worker, self.comm)
-        self.accounts = Accounts(self.job.cluster, self.config.delays.distribution is not None)
-        sampler = self._sampler() if self.comm.rank == 0 else None
-        self.feed = Feed(self.comm, len(self.source), sampler, config.sampling.is_weighted)
+        self.feed = self.make_feed()
         self.recorder = Recorder(self.watch, config.run.trace_rounds)
         spec = config.eval
         self.averaged = None if spec.average == NONE else IterateAverage(
@@ -135,7 +157,7 @@ class Trainer:
         if self.folder is not None:
             write_start(self.folder, config, self.job.cluster, self.plan)
         expected = expected_epochs(config.train, self.plan)
-        self.progress = Progress(expected, self.job.env.columns, accounts.epochs) if comm.rank == 0 else None
+        self.progress = None if self.folder is None else Progress(expected, self.job.env.columns, accounts.epochs)
         before = accounts.steps[comm.rank] + (0 if self.epoch is None else self.epoch.steps)
         self.worker.pace.delays = delays(config.delays, comm.rank, comm.size, before)
         self.status.begin()
@@ -284,7 +306,7 @@ class Trainer:
                 "left_sec": 0.0 if self.over else self.status.left_sec()}  # fmt: skip
         if counts is not None:
             row["partial"] = accounts.partial.enter(comm.gather(counts, "epoch.counts"))
-        if accounts.epochs % config.eval.every_epochs == 0 or self.over:
+        if self.evaluates and (accounts.epochs % config.eval.every_epochs == 0 or self.over):
             self.status.enter(EVALUATING)
             row |= evaluate(comm, worker, self.test, self.plan, config.eval, self.averaged)
             self.best.enter(row)
@@ -296,7 +318,12 @@ class Trainer:
 
     # ---- parts of a run ---------------------------------------------------------------------------------------------
 
-    def _sampler(self) -> Sampler:
+    @property
+    def measured_source(self) -> Source:
+        """What steps are taken on that are only measured."""
+        return self.source
+
+    def make_sampler(self) -> Sampler:
         spec, biased = self.config.sampling, self.plan.biased(self.config.sampling.bias_to)
         own, data = spec.sample_weights, self.job.components.dataset.train
         weights = None if own is None else sample_weights(own, data)
@@ -389,7 +416,10 @@ class Trainer:
         return self.epoch is None and (nothing_left or self.best.waited_enough)
 
     def close(self) -> None:
-        """Leaves the job together with all other ranks."""
+        """Leaves the job together with all other ranks; nothing happens the second time."""
+        if self._closed:
+            return
+        self._closed = True
         self.status.enter(FAILED)  # unless it has ended otherwise
         self.algorithm.close()
         if self.folder is not None:

@@ -151,6 +151,40 @@ class Feed:
         return [plan.rounds * c.tau * c.batch_size for c in plan.by_rank()]
 
 
+class StreamFeed(Feed):
+    """Deals places in a stream: in each round, each rank takes as many as its steps need, next to those of the others.
+
+    Nothing goes over the wire, and no losses come back.
+
+    Args:
+        is_shared: all ranks read the same stream; else each has one of its own, and takes all of it.
+    """
+
+    def __init__(self, comm: Comm, sampler: Sampler | None, is_shared: bool) -> None:
+        super().__init__(comm, 0, sampler)
+        self._is_shared, self._next = is_shared, 0
+
+    def deal(self, plan: Plan, whole: Plan) -> NDArray[Any]:
+        """This rank's places for one epoch, ``[rounds * tau, B]``, a row a step."""
+        rank, mine = self._comm.rank, plan.of_rank(self._comm.rank)
+        sizes = [c.tau * c.batch_size for c in plan.by_rank()]
+        before, all_ranks = (sum(sizes[:rank]), sum(sizes)) if self._is_shared else (0, sizes[rank])
+        first, self._next = self._next, self._next + plan.rounds * all_ranks
+        rounds = first + before + all_ranks * np.arange(plan.rounds)[:, None]
+        return (rounds + np.arange(sizes[rank])).reshape(plan.rounds * mine.tau, mine.batch_size)
+
+    def collect(
+        self, indices: NDArray[Any], at: NDArray[Any], losses: Tensor, shapes: Sequence[tuple[int, int]] | None = None
+    ) -> None:
+        """Do nothing: there is no table of losses."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"next": self._next}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._next = state["next"]
+
+
 def check_number(losses: int, samples: int) -> None:
     """Refuse losses of another number than there were samples: batches do not always tell how many they have.
 

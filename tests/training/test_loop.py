@@ -1,12 +1,19 @@
-"""``hvd_hetero.Loop`` beyond its example: what counts as a step of an emulated slow rank."""
+"""``hvd_hetero.Loop`` beyond its example: it does what ``train`` does, with steps that a program takes."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+import hvd_hetero as package
+from hvd_hetero.errors import UserError
 
 pytestmark = pytest.mark.horovod
 
@@ -73,7 +80,7 @@ for round in loop:
             except UserError as error:
                 print(error)
         round.losses(losses, y == 1)
-print((loop._feed.sampler.losses == -float("inf")).tolist() == (targets == 0).tolist())
+print((loop._trainer.feed.sampler.losses == -float("inf")).tolist() == (targets == 0).tolist())
 loop.close()
 """
 
@@ -87,3 +94,143 @@ def test_losses_that_are_not_one_a_sample_are_refused_and_some_do_not_count(tmp_
     assert said == ["round.losses=[3] float32: is not per sample: a batch of 4 gives [3]",
                     "round.losses=[] float32: is not per sample: a batch of 4 gives []",
                     "round.losses=None: is not per sample: a batch of 4 gives NoneType"]  # fmt: skip
+
+
+# ---- on two ranks: tests/ranks/loop_cases.py ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, horovodrun: Callable[..., Any]) -> Path:
+    folder = tmp_path_factory.mktemp("loops")
+    script = Path(__file__).parents[1] / "ranks" / "loop_cases.py"
+    done = horovodrun(2, [sys.executable, script, folder], cwd=folder, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def said(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", ["plain", "rich", "delayed"])
+def test_a_loop_trains_the_model_that_train_trains(name: str, folder: Path, said: list[dict[str, Any]]) -> None:
+    """Bit by bit: with an outer optimizer, schedules and averaged states, or with delayed averages."""
+    by_train, by_loop = (torch.load(folder / run / "checkpoint" / "model.pt", weights_only=True)
+                         for run in (name, f"{name}-loop"))
+    assert all(torch.equal(by_train[key], by_loop[key]) for key in by_train)
+    assert said[0][name] == said[1][name]
+    rows = [[json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
+            for run in (name, f"{name}-loop")]
+    same = ("epoch", "round", "samples_seen", "train_loss", "lr", "tau")
+    assert [[row[key] for key in same] for row in rows[0]] == [[row[key] for key in same] for row in rows[1]]
+    assert "eval_loss" in rows[0][0] and "eval_loss" not in rows[1][0]
+    assert json.loads((folder / f"{name}-loop" / "summary.json").read_text())["rounds"] == 21
+
+
+def test_tau_is_measured_on_the_programs_own_steps_which_are_put_back(said: list[dict[str, Any]]) -> None:
+    for found in (each["measured"] for each in said):
+        assert found["measured"] >= 3
+        assert found["first"] == {"weights": found["before"], "state": 0, "number": 1, "counter": 0}
+        assert found["taus"][0] == 9 and 1 <= found["taus"][1] < 9  # the slow rank is a fast one that sleeps
+
+
+def test_a_loop_goes_on_from_states_that_the_program_has_kept(said: list[dict[str, Any]]) -> None:
+    for found in (each["resumed"] for each in said):
+        assert found["rounds"] == list(range(1, 22))
+        assert found["numbers"] == list(range(13, 22))  # of round 12: the last due one below 15
+        assert found["again"] == found["end"]
+        assert found["last_due"]
+
+
+def test_all_samples_of_a_stream_are_taken_once_each_by_the_rank_that_has_time(said: list[dict[str, Any]]) -> None:
+    fast, slow = (each["streamed"]["seen"] for each in said)
+    assert [len(part) for part in fast] == [12] * 12 and [len(part) for part in slow] == [4] * 12
+    taken = [number for pair in zip(fast, slow, strict=True) for part in pair for number in part]
+    assert sorted(taken[:100]) == list(range(100))  # 6 rounds and a quarter: then the stream begins anew
+    assert taken[:100] != sorted(taken[:100]) and sorted(taken[100:]) != taken[100:192]
+    assert [each["streamed"]["again"] for each in said] == [fast[8:], slow[8:]]
+
+
+def test_batches_of_a_loader_with_an_order_of_its_own(said: list[dict[str, Any]]) -> None:
+    fast, slow = (each["streamed"]["batches"] for each in said)
+    order = [list(range(239 - 4 * k, 235 - 4 * k, -1)) for k in range(60)]
+    assert fast == [batch for k, batch in enumerate(order) if k % 4 < 3]
+    assert slow == [batch for k, batch in enumerate(order) if k % 4 == 3]
+    assert said[0]["streamed"]["sizes"] == [8, 8]  # of a shuffling loader, whose samples are dealt
+
+
+def test_partial_averages_and_leaving_early(said: list[dict[str, Any]]) -> None:
+    assert said[0]["solo"] == said[1]["solo"]
+    assert said[0]["left"] == said[1]["left"]
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+ALONE = {"cluster.classes": {"a": {"ranks": [0]}}, "train.tau": {"a": 2}, "train.epochs": 1}
+DATA = (torch.randn(16, 3), torch.zeros(16, dtype=torch.long))
+
+
+class Endless(torch.utils.data.IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        while True:
+            yield torch.zeros(3), 0
+
+
+@pytest.mark.parametrize(("data", "settings", "message"), [
+    (DATA, {"train.clip_norm": 1.0}, "train.clip_norm=1.0: is for the trainer's own steps"),
+    (DATA, {"algorithm.name": "sync_sgd"}, "algorithm.name='sync_sgd': takes its steps itself"),
+    (Endless(), {}, "samples=None: this Endless tells no length"),
+    (torch.utils.data.DataLoader(Endless(), batch_size=8), {"train.batch_size": 3, "train.epochs": 2}, "samples=None"),
+    (iter([1]), {}, "train_data=list_iterator: is an iterator"),
+])  # fmt: skip
+def test_what_a_loop_refuses(data: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        package.Loop(torch.nn.Linear(3, 2), data, {**ALONE, **settings})
+    assert str(caught.value).startswith(message), caught.value
+
+
+FAILING = """
+import json, sys, torch
+import hvd_hetero
+from hvd_hetero.errors import UserError
+from torch import nn
+
+class Short(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter([])
+
+settings = {"cluster.classes": {"a": {"ranks": [0]}}, "train.tau": {"a": 2}, "train.batch_size": 4, "train.epochs": 1}
+data = torch.randn(16, 3), torch.zeros(16, dtype=torch.long)
+
+def run(data, each, **more):
+    try:
+        with hvd_hetero.Loop(nn.Linear(3, 2), data, settings, **more) as loop:
+            for round in loop:
+                each(round)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+def raises(round):
+    for x, y in round:
+        raise KeyError("mine")
+
+said = [run(data, lambda round: None), run(data, list), run(data, raises), run(Short(), list, samples=16)]
+uniform = dict(settings)
+settings["sampling.scheme"] = "uniform"
+said.append(run(data, list))
+print("SAID", json.dumps(said))
+"""
+
+
+def test_what_a_program_does_wrong_in_a_round(tmp_path: Path) -> None:
+    """It is raised where the program is, and another loop may follow."""
+    done = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("SAID"))[5:])
+    assert said[:3] == [
+        "RuntimeError: a round has 2 batches, of which 0 were taken: go through the whole round",
+        "RuntimeError: a round has 2 batches, got losses of 0: call round.losses for each batch", "KeyError: 'mine'",
+    ]  # fmt: skip
+    assert said[3].startswith("RankError: train_data='Short': ends after")
+    assert said[4] is None  # nothing is dealt by losses
