@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 from hvd_hetero import torchvision_help
 
 if TYPE_CHECKING:
+    from hvd_hetero.telemetry.callbacks import Callback
     from hvd_hetero.training.api import train
     from hvd_hetero.training.loop import Loop
 
-__all__ = ["Loop", "__version__", "train"]
+__all__ = ["Callback", "Loop", "__version__", "train"]
 __version__ = "0.1.0"
 
 torchvision_help.install()
@@ -22,6 +23,10 @@ def __getattr__(name: str) -> Any:
         from hvd_hetero.training.api import train
 
         return train
+    if name == "Callback":
+        from hvd_hetero.telemetry.callbacks import Callback
+
+        return Callback
     if name == "Loop":
         from hvd_hetero.training.loop import Loop
 

@@ -52,6 +52,8 @@ class RunConfig:
     name: Optional[str] = _key(None, NOTHING)  # noqa: UP045
     trace_rounds: int = _key(8, COURSE, at_least=0)
     watchdog_sec: Optional[float] = _key(600.0, COURSE, above=0)  # noqa: UP045
+    callbacks: list[str] = _key([], COURSE)
+    trackers: list[str] = _key(["tensorboard"], NOTHING)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, a row an epoch, TensorBoard events; and what it shows on the way."""
+"""What a run leaves behind: its folder, and a row an epoch."""
 
 from __future__ import annotations
 
@@ -26,15 +26,12 @@ class RunFolder:
 
     Args:
         keep_bytes: of ``metrics.jsonl``, where a run goes on; None: it starts.
-        keep_samples: samples seen so far, by which TensorBoard knows what it is not to show twice.
 
     Raises:
         ConfigError: it already holds a run and ``overwrite`` is not set, or it cannot be written.
     """
 
-    def __init__(
-        self, path: str | Path, overwrite: bool, keep_bytes: int | None = None, keep_samples: int | None = None
-    ) -> None:
+    def __init__(self, path: str | Path, overwrite: bool, keep_bytes: int | None = None) -> None:
         self.path = Path(path)
         check_run_dir(self.path, overwrite or keep_bytes is not None)
         try:
@@ -42,16 +39,12 @@ class RunFolder:
             old = [self.path / name for name in (SAVE, LOOK, LIVE_TRACE)]
             if keep_bytes is None:
                 old += [self.path / name for name in (SUMMARY, METRICS, TRACE, STATUS)]
-                old += self.path.glob("tensorboard/events.*")
             for path in old:
                 path.unlink(missing_ok=True)
             self._rows = (self.path / METRICS).open("ab", buffering=0)
             self._keep(keep_bytes or 0)
         except OSError as error:
             raise ConfigError("run.dir", str(path), f"cannot be written: {error.strerror}", "choose another") from error
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._events: SummaryWriter | None = SummaryWriter(str(self.path / "tensorboard"), purge_step=keep_samples)
         self._unwritten = b""
 
     def write(self, name: str, content: Mapping[str, Any] | str) -> None:
@@ -66,26 +59,12 @@ class RunFolder:
             say_missing(self.path / name, error)
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """Appends a row to ``metrics.jsonl``, and its numbers to TensorBoard, by samples seen.
+        """Appends a row to ``metrics.jsonl``.
 
         What the disk does not take costs the training nothing: a row is tried again with the next one.
         """
         self._unwritten += to_json(row).encode()
         self._write_rows()
-        try:
-            self._show(row)
-        except OSError as error:
-            self._events = None
-            LOGGER.warning("no more TensorBoard events: %s", error.strerror)
-
-    def _show(self, row: Mapping[str, Any]) -> None:
-        if self._events is None:
-            return
-        for name, value in row.items():
-            for part, number in value.items() if isinstance(value, dict) else [("", value)]:
-                if isinstance(number, (int, float)):
-                    self._events.add_scalar(f"{name}/{part}" if part else name, number, row["samples_seen"])
-        self._events.flush()
 
     def _write_rows(self) -> None:
         try:
@@ -114,8 +93,6 @@ class RunFolder:
         if not self._rows.closed:
             self._write_rows()
             self._rows.close()
-            if self._events is not None:
-                self._events.close()
 
 
 def say_missing(path: Path, error: Exception) -> None:

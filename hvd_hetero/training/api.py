@@ -37,6 +37,7 @@ from hvd_hetero.errors import (
 from hvd_hetero.files import check_writable
 from hvd_hetero.log import logged
 from hvd_hetero.random_state import RandomState
+from hvd_hetero.telemetry.callbacks import Callback
 from hvd_hetero.telemetry.run_folder import check_run_dir
 from hvd_hetero.training import dry_run, startup
 from hvd_hetero.training.process import process_restored
@@ -66,6 +67,7 @@ def train(
     scheduler: MakeScheduler | None = None,
     metrics: Mapping[str, Any] | None = None,
     metric: PerSample | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, Any] | None:
     """Trains one model on all ranks of the job; every rank calls it.
 
@@ -84,6 +86,7 @@ def train(
         metrics: by name, functions of (outputs, targets) as the loss, metrics of torchmetrics, or a mapping such as
             ``{"target": function, "over": "dataset"}``, see :func:`hvd_hetero.worker.metrics.read_metrics`.
         metric: the former way to give one, which is called ``metric`` then.
+        callbacks: objects of classes derived from :class:`hvd_hetero.Callback`, beside ``run.callbacks``.
 
     Returns:
         The content of ``summary.json`` on rank 0, None on the others.
@@ -98,7 +101,7 @@ def train(
     if metric is not None:
         warnings.warn("train(metric=...) is now train(metrics={name: ...})", RenamedKeyWarning, stacklevel=2)
         metrics = {"metric": metric, **(metrics or {})}
-    given = UserObjects(model, train_data, test_data, loss, optimizer, scheduler, metrics)
+    given = UserObjects(model, train_data, test_data, loss, optimizer, scheduler, metrics, callbacks)
 
     def prepare() -> tuple[Config, Components]:
         loaded = load(config, overrides, algorithms.method)

@@ -22,6 +22,7 @@ from hvd_hetero.errors import ConfigError
 from hvd_hetero.log import logged
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.sampling import Sampler
+from hvd_hetero.telemetry.callbacks import Callback
 from hvd_hetero.training.api import begin, carry_out, exit_on_error
 from hvd_hetero.training.checkpointer import HandedOut, Meetings
 from hvd_hetero.training.handover import HandedWorker, Handover, Left, Round
@@ -73,8 +74,8 @@ class Loop:
             measured, see :attr:`Round.measures`, and put back.
         samples: of a stream, what counts as an epoch, where it does not tell its length.
         sharded: the stream gives this rank samples that no other rank has, all of which it takes.
-        test_data, loss, metric, optimizer, scheduler: as for :func:`hvd_hetero.train`; without test data nothing is
-            evaluated here.
+        test_data, loss, metric, optimizer, scheduler, callbacks: as for :func:`hvd_hetero.train`; without test data
+            nothing is evaluated here.
 
     Attributes:
         model: on this rank's device.
@@ -99,6 +100,7 @@ class Loop:
         metric: PerSample | None = None,
         optimizer: MakeOptimizer | None = None,
         scheduler: MakeScheduler | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         def prepare() -> tuple[Config, Components]:
             loaded = load(config, overrides, algorithms.method)
@@ -114,7 +116,10 @@ class Loop:
             if loaded.profile.file is None:  # what is kept of a model's steps is not of a program's own
                 loaded = replace(loaded, profile=replace(loaded.profile, reuse=False))
             test = source if test_data is None else test_data
-            return loaded, build(loaded, UserObjects(model, source, test, loss, optimizer, scheduler, metric))
+            if loaded.run.dir is None:
+                loaded = replace(loaded, run=replace(loaded.run, trackers=[]))  # they have no place to write to
+            given = UserObjects(model, source, test, loss, optimizer, scheduler, metric, callbacks)
+            return loaded, build(loaded, given)
 
         def make(job: Job, found: Found | None) -> LoopTrainer:
             return LoopTrainer(job, job.config.run.dir, found, sharded, evaluates=test_data is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +26,7 @@ from hvd_hetero.planning.sampling import Sampler
 from hvd_hetero.planning.schedules import NAMES, next_rate, rate_factor, run_share
 from hvd_hetero.planning.stop_criteria import check_limits, expected_epochs, fast_steps, next_rounds, round_samples
 from hvd_hetero.random_state import seed_all
+from hvd_hetero.telemetry.callbacks import Started
 from hvd_hetero.telemetry.emulation import thread_cpu_clock
 from hvd_hetero.telemetry.progress import Progress
 from hvd_hetero.telemetry.run_folder import RunFolder, say_missing
@@ -84,11 +86,12 @@ class Trainer:
         seed_all(config.run.seed * 1000003 + job.env.rank)  # dropout differs from rank to rank
         self.run_dir, self.found, self.folder = run_dir, found, None
         if run_dir is not None and job.env.rank == 0:
-            kept = () if found is None else (found.state["rank0"][key] for key in ("rows_bytes", "samples_seen"))
-            self.folder = RunFolder(run_dir, config.run.overwrite or config.run.resume is not None, *kept)
+            kept = None if found is None else found.state["rank0"]["rows_bytes"]
+            self.folder = RunFolder(run_dir, config.run.overwrite or config.run.resume is not None, kept)
         self.comm = Comm(job.cluster, job.env.rank, config.aggregation, self.watch)
         self.accounts = Accounts(job.cluster, config.delays.distribution is not None)
         self.kept: dict[str, Any] = {}
+        self._saved_round = -1
         self._closed = False
         self.status = LiveStatus(self)
 
@@ -156,11 +159,16 @@ class Trainer:
         config, comm, accounts = self.config, self.comm, self.accounts
         if self.folder is not None:
             write_start(self.folder, config, self.job.cluster, self.plan)
+        folder = None if self.folder is None else self.folder.path
+        sections = dataclasses.asdict(config)
+        self._call("on_start", Started(sections, comm.rank, comm.size, self.worker.model, folder, accounts.epochs,
+                                       accounts.samples_seen))  # fmt: skip
         expected = expected_epochs(config.train, self.plan)
         self.progress = None if self.folder is None else Progress(expected, self.job.env.columns, accounts.epochs)
         before = accounts.steps[comm.rank] + (0 if self.epoch is None else self.epoch.steps)
         self.worker.pace.delays = delays(config.delays, comm.rank, comm.size, before)
         self.status.begin()
+        self._saved_round = -1 if self.saver is None else self.saver.saved_round
         self.watch.skip()
         with nullcontext() if self.saver is None or not self.saver.active else self.saver.stopping:
             while (epoch := self.epoch or self._begin_epoch()) is not None:
@@ -178,6 +186,7 @@ class Trainer:
             with self.averaged.in_place(comm):
                 self._export(AVERAGED)
         if self.folder is None or self.progress is None:
+            self._call("on_end", None)
             return None
         self.progress.close()
         self.best.tell()
@@ -190,6 +199,7 @@ class Trainer:
         best = self.best.summary()
         summary = write_summary(self.folder, config, cluster, self.plan, classes, accounts, path, best, self.begin)
         self.status.enter(FINISHED)
+        self._call("on_end", summary)
         return summary
 
     # ---- an epoch ---------------------------------------------------------------------------------------------------
@@ -237,6 +247,7 @@ class Trainer:
                 step_sec[own] = sum(work[first:]) / len(segment.at)
             with self.comm.booked():
                 agreed = saver.agree(progress, length, before, step_sec, self.status.figures(epoch, segment))
+            self._tell_saved(saver)
             epoch.add(segment, agreed.progress)
             self.status.meet(epoch, agreed.figures)
             if epoch.rounds_left == 0 or (length >= left and not agreed.stop):
@@ -310,6 +321,8 @@ class Trainer:
             self.status.enter(EVALUATING)
             row |= evaluate(comm, worker, self.test, self.plan, config.eval, self.averaged)
             self.best.enter(row)
+            self._call("on_evaluation", row)
+        self._call("on_epoch_end", row)
         if self.folder is not None and self.progress is not None:
             self.folder.row(row)
             self.status.end_epoch(row)
@@ -381,6 +394,15 @@ class Trainer:
                 self.feed.sampler.biased = new.biased(self.config.sampling.bias_to)
         return new
 
+    def _call(self, hook: str, *args: Any) -> None:
+        self.watch.heartbeat.begin(hook)
+        self.job.components.callbacks.call(self.comm.rank, hook, *args)
+
+    def _tell_saved(self, saver: Meetings) -> None:
+        if saver.saved_round > self._saved_round:
+            self._saved_round = saver.saved_round
+            self._call("on_checkpoint", self._saved_round)
+
     def _export(self, name: str) -> None:
         """Save the model for other programs, on rank 0."""
         if self.folder is None:
@@ -398,6 +420,7 @@ class Trainer:
         number = self.accounts.rounds + (0 if epoch is None else epoch.progress.averages)
         good = self.best.goodness(row or {})
         self.saver.save(number, self.accounts.epochs, lambda: state_of(self, epoch), wait, good)
+        self._tell_saved(self.saver)
         self.watch.skip()
 
     def _stopped(self) -> Stopped:

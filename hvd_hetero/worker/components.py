@@ -20,6 +20,8 @@ from hvd_hetero.data import Batch, Dataset, Source
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.random_state import seed_all
+from hvd_hetero.telemetry.callbacks import Callback
+from hvd_hetero.worker.callbacks import Callbacks
 from hvd_hetero.worker.factories import (
     loss_of_module,
     optimizer_maker,
@@ -46,6 +48,7 @@ class UserObjects:
         optimizer: ``optimizer(parameters)`` makes a torch optimizer, or ``optimizer(named_parameters)`` of pairs (name,
             parameter); ``scheduler(optimizer)`` a scheduler.
         metrics: by name, see :func:`hvd_hetero.worker.metrics.read_metrics`.
+        callbacks: objects of classes derived from :class:`hvd_hetero.Callback`.
     """
 
     model: nn.Module | Callable[[], nn.Module] | None = None
@@ -55,6 +58,7 @@ class UserObjects:
     optimizer: MakeOptimizer | None = None
     scheduler: MakeScheduler | None = None
     metrics: Mapping[str, Any] | None = None
+    callbacks: Sequence[Callback] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Components:
     metrics: Sequence[Metric]
     optimizer: MakeOptimizer
     scheduler: MakeScheduler | None
+    callbacks: Callbacks
     min_batch: int = 1
 
 
@@ -120,6 +125,7 @@ def build(config: Config, given: UserObjects | None = None) -> Components:
             read_metrics("metrics", given.metrics, ignored)),
         optimizer=given.optimizer or optimizer_maker(train.optimizer, train.lr, train.optimizer_args),
         scheduler=given.scheduler or scheduler_maker(train.scheduler, train.scheduler_args),
+        callbacks=Callbacks(config.run, given.callbacks),
     )
     read_best(config.eval.best, components.metrics)
     _give_shapes(components, origins)
