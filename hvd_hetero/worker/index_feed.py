@@ -162,16 +162,22 @@ class StreamFeed(Feed):
 
     def __init__(self, comm: Comm, sampler: Sampler | None, is_shared: bool) -> None:
         super().__init__(comm, 0, sampler)
-        self._is_shared, self._next = is_shared, 0
+        self._is_shared, self._next, self._before = is_shared, 0, 0
 
     def deal(self, plan: Plan, whole: Plan) -> NDArray[Any]:
         """This rank's places for one epoch, ``[rounds * tau, B]``, a row a step."""
         rank, mine = self._comm.rank, plan.of_rank(self._comm.rank)
         sizes = [c.tau * c.batch_size for c in plan.by_rank()]
-        before, all_ranks = (sum(sizes[:rank]), sum(sizes)) if self._is_shared else (0, sizes[rank])
+        self._before, all_ranks = (sum(sizes[:rank]), sum(sizes)) if self._is_shared else (0, sizes[rank])
         first, self._next = self._next, self._next + plan.rounds * all_ranks
-        rounds = first + before + all_ranks * np.arange(plan.rounds)[:, None]
+        rounds = first + self._before + all_ranks * np.arange(plan.rounds)[:, None]
         return (rounds + np.arange(sizes[rank])).reshape(plan.rounds * mine.tau, mine.batch_size)
+
+    def deal_rest(self, plan: Plan, indices: NDArray[Any], steps: int) -> NDArray[Any]:
+        """Deal the places from the round on that begins now, as :meth:`Feed.deal_rest` does."""
+        if steps < len(indices):
+            self._next = int(indices[steps, 0]) - self._before
+        return self.deal(plan, plan)
 
     def collect(
         self, indices: NDArray[Any], at: NDArray[Any], losses: Tensor, shapes: Sequence[tuple[int, int]] | None = None
@@ -179,10 +185,10 @@ class StreamFeed(Feed):
         """Do nothing: there is no table of losses."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {"next": self._next}
+        return {"next": self._next, "before": self._before}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._next = state["next"]
+        self._next, self._before = state["next"], state["before"]
 
 
 def check_number(losses: int, samples: int) -> None:
