@@ -30,9 +30,10 @@ from hvd_hetero.training.process import process_restored
 from hvd_hetero.training.resume import Found
 from hvd_hetero.training.startup import Job, make_worker
 from hvd_hetero.training.trainer import Trainer
-from hvd_hetero.worker.components import Components, MakeOptimizer, MakeScheduler, UserObjects, build
+from hvd_hetero.worker.components import Components, MakeScheduler, UserObjects, build
 from hvd_hetero.worker.index_feed import Feed, StreamFeed
 from hvd_hetero.worker.losses import PerSample
+from hvd_hetero.worker.parameter_groups import MakeOptimizer
 
 STREAM = "stream"
 UNIFORM = "uniform"

@@ -17,12 +17,10 @@ from torch import Tensor
 from hvd_hetero import algorithms
 from hvd_hetero.checkpoint.export import AVERAGED, FOLDER, MODEL, save_model
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.data import Source, read
-from hvd_hetero.data.weights import sample_weights
+from hvd_hetero.data import read
 from hvd_hetero.errors import Stopped
 from hvd_hetero.planning.injected_delays import delays
 from hvd_hetero.planning.plan import Plan
-from hvd_hetero.planning.sampling import Sampler
 from hvd_hetero.planning.schedules import NAMES, next_rate, rate_factor, run_share
 from hvd_hetero.planning.stop_criteria import check_limits, expected_epochs, fast_steps, next_rounds, round_samples
 from hvd_hetero.random_state import seed_all
@@ -35,7 +33,7 @@ from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import Recorder
 from hvd_hetero.training.best import BestEvaluation
-from hvd_hetero.training.checkpointer import Meetings, Saver, SyncDecision
+from hvd_hetero.training.checkpointer import SyncDecision
 from hvd_hetero.training.epoch import RoundSpans, gather_figures, say_taus
 from hvd_hetero.training.evaluation import evaluate
 from hvd_hetero.training.initial_plan import choose_micro_batches, first_plan, start_together
@@ -44,20 +42,19 @@ from hvd_hetero.training.live_status import LiveStatus
 from hvd_hetero.training.restore import carry_over, restore, state_of
 from hvd_hetero.training.resume import Found, check_fits, check_places
 from hvd_hetero.training.run_records import write_start, write_summary, write_trace
-from hvd_hetero.training.startup import Job, make_worker
+from hvd_hetero.training.startup import Job
+from hvd_hetero.training.trainer_parts import TrainerParts
 from hvd_hetero.worker.components import as_user_error
 from hvd_hetero.worker.epoch import Epoch, Segment
-from hvd_hetero.worker.index_feed import Feed
 from hvd_hetero.worker.memory import batch_that_fits, on_device, peak_bytes, told_by_class, used_bytes
 from hvd_hetero.worker.step_benchmark import take_first_steps
-from hvd_hetero.worker.worker import Worker
 
 TRACED_EPOCHS = 2
 """An epoch's first rounds are recorded in place of the last epoch's; the first epoch warms up caches and
 connections."""
 
 
-class Trainer:
+class Trainer(TrainerParts):
     """Trains one job; every rank runs it.
 
     Args:
@@ -67,11 +64,6 @@ class Trainer:
     Attributes:
         kept: what a program adds to this rank's state, by name.
     """
-
-    worker: Worker
-    feed: Feed
-    saver: Meetings | None
-    evaluates = True
 
     def __init__(self, job: Job, run_dir: str | Path | None, found: Found | None = None) -> None:
         config, parts = job.config, job.components
@@ -91,22 +83,8 @@ class Trainer:
         self.comm = Comm(job.cluster, job.env.rank, config.aggregation, self.watch)
         self.accounts = Accounts(job.cluster, config.delays.distribution is not None)
         self.kept: dict[str, Any] = {}
-        self._saved_round = -1
         self._closed = False
         self.status = LiveStatus(self)
-
-    def make_worker(self) -> Worker:
-        return make_worker(self.job, self.watch, Worker)
-
-    def make_saver(self) -> Meetings | None:
-        if self.run_dir is None:
-            return None
-        quiesces = self.algorithm.policy.needs_quiesce
-        return Saver(self.run_dir, self.config, self.job.env, self.comm, quiesces, self.best.by)
-
-    def make_feed(self) -> Feed:
-        sampler = self.make_sampler() if self.comm.rank == 0 else None
-        return Feed(self.comm, len(self.source), sampler, self.config.sampling.is_weighted)
 
     def prepare(self) -> None:
         """Starts all ranks from one model, measures their speeds if they are needed, and makes the plan.
@@ -331,17 +309,6 @@ class Trainer:
 
     # ---- parts of a run ---------------------------------------------------------------------------------------------
 
-    @property
-    def measured_source(self) -> Source:
-        """What steps are taken on that are only measured."""
-        return self.source
-
-    def make_sampler(self) -> Sampler:
-        spec, biased = self.config.sampling, self.plan.biased(self.config.sampling.bias_to)
-        own, data = spec.sample_weights, self.job.components.dataset.train
-        weights = None if own is None else sample_weights(own, data)
-        return Sampler.of(spec, len(self.source), biased, self.config.run.seed, weights)
-
     def _memory_told(self) -> AbstractContextManager[None]:
         """What a class without enough memory for its steps ends with."""
         worker, name = self.worker, self.job.cluster.class_of(self.comm.rank).name
@@ -393,15 +360,6 @@ class Trainer:
             if self.feed.sampler is not None:
                 self.feed.sampler.biased = new.biased(self.config.sampling.bias_to)
         return new
-
-    def _call(self, hook: str, *args: Any) -> None:
-        self.watch.heartbeat.begin(hook)
-        self.job.components.callbacks.call(self.comm.rank, hook, *args)
-
-    def _tell_saved(self, saver: Meetings) -> None:
-        if saver.saved_round > self._saved_round:
-            self._saved_round = saver.saved_round
-            self._call("on_checkpoint", self._saved_round)
 
     def _export(self, name: str) -> None:
         """Save the model for other programs, on rank 0."""

@@ -14,7 +14,7 @@ from hvd_hetero.cluster.hardware import RankFacts
 from hvd_hetero.config.load import device_classes
 from hvd_hetero.planning.plan import make_plan
 from hvd_hetero.planning.sampling import Sampler
-from hvd_hetero.worker.index_feed import Feed
+from hvd_hetero.worker.index_feed import Feed, StreamFeed
 
 pytestmark = pytest.mark.horovod
 
@@ -47,3 +47,25 @@ def test_an_epoch_that_is_cut_short_is_the_beginning_of_a_whole_one() -> None:
     first = rows[2].reshape(-1)
     assert (first == rows[whole.rounds].reshape(-1)[: len(first)]).all()
     assert np.count_nonzero(first >= SAMPLES - len(first) // 2) < len(first) // 4
+
+
+def test_places_in_a_stream_follow_one_another_whatever_the_plan_becomes() -> None:
+    """Two rounds of one plan, then the rest of the epoch and another epoch by another one; a rank's state between."""
+    facts = [RankFacts(rank, "here", rank, (), "cpu", (0, 1)) for rank in range(2)]
+    cluster = assign(device_classes({FAST: {"ranks": [0]}, SLOW: {"ranks": [1]}}), facts)
+    old, new = (make_plan(cluster, 120, {FAST: tau, SLOW: 1}, {FAST: 4, SLOW: 2}) for tau in (3, 2))
+    taken: list[int] = []
+    for rank in range(2):
+        comm = Alone()
+        comm.rank = rank
+        feed = StreamFeed(comm, None, is_shared=True)  # type: ignore[arg-type]
+        first = feed.deal(old, old)
+        assert first.shape == (old.rounds * (3 if rank == 0 else 1), 4 if rank == 0 else 2)
+        steps = 2 * old.of_rank(rank).tau
+        again = StreamFeed(comm, None, is_shared=True)  # type: ignore[arg-type]
+        again.load_state_dict(feed.state_dict())
+        rest = again.deal_rest(replace(new, rounds=5), first, steps)
+        taken += [*first[:steps].reshape(-1), *rest.reshape(-1), *again.deal(new, new).reshape(-1)]
+    assert sorted(taken) == list(range(2 * 14 + 5 * 10 + new.rounds * 10))
+    own = StreamFeed(Alone(), None, is_shared=False)  # type: ignore[arg-type]
+    assert own.deal(old, old).reshape(-1).tolist() == list(range(old.rounds * 12))

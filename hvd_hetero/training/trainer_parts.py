@@ -1,0 +1,76 @@
+"""What a trainer is made of, where a program's own loop has something else; and how it calls hooks of callbacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hvd_hetero.algorithms.execution.base import Executor
+from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.config.schema import Config
+from hvd_hetero.data import Source
+from hvd_hetero.data.weights import sample_weights
+from hvd_hetero.planning.plan import Plan
+from hvd_hetero.planning.sampling import Sampler
+from hvd_hetero.telemetry.stopwatch import Stopwatch
+from hvd_hetero.training.best import BestEvaluation
+from hvd_hetero.training.checkpointer import Meetings, Saver
+from hvd_hetero.training.startup import Job, make_worker
+from hvd_hetero.worker.index_feed import Feed
+from hvd_hetero.worker.worker import Worker
+
+
+class TrainerParts:
+    """Makes the parts of a trainer, see :class:`hvd_hetero.training.trainer.Trainer`.
+
+    Attributes:
+        evaluates: there is a test set.
+    """
+
+    job: Job
+    config: Config
+    comm: Comm
+    watch: Stopwatch
+    run_dir: str | Path | None
+    source: Source
+    algorithm: Executor
+    plan: Plan
+    worker: Worker
+    feed: Feed
+    saver: Meetings | None
+    best: BestEvaluation
+    evaluates = True
+    _saved_round = -1
+
+    def make_worker(self) -> Worker:
+        return make_worker(self.job, self.watch, Worker)
+
+    def make_saver(self) -> Meetings | None:
+        if self.run_dir is None:
+            return None
+        quiesces = self.algorithm.policy.needs_quiesce
+        return Saver(self.run_dir, self.config, self.job.env, self.comm, quiesces, self.best.by)
+
+    def make_feed(self) -> Feed:
+        sampler = self.make_sampler() if self.comm.rank == 0 else None
+        return Feed(self.comm, len(self.source), sampler, self.config.sampling.is_weighted)
+
+    @property
+    def measured_source(self) -> Source:
+        """What steps are taken on that are only measured."""
+        return self.source
+
+    def make_sampler(self) -> Sampler:
+        spec, biased = self.config.sampling, self.plan.biased(self.config.sampling.bias_to)
+        own, data = spec.sample_weights, self.job.components.dataset.train
+        weights = None if own is None else sample_weights(own, data)
+        return Sampler.of(spec, len(self.source), biased, self.config.run.seed, weights)
+
+    def _call(self, hook: str, *args: Any) -> None:
+        self.watch.heartbeat.begin(hook)
+        self.job.components.callbacks.call(self.comm.rank, hook, *args)
+
+    def _tell_saved(self, saver: Meetings) -> None:
+        if saver.saved_round > self._saved_round:
+            self._saved_round = saver.saved_round
+            self._call("on_checkpoint", self._saved_round)
