@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hvd_hetero import algorithms
-from hvd_hetero.checkpoint.export import AVERAGED, FOLDER, MODEL, save_model
+from hvd_hetero.checkpoint.export import AVERAGED, MODEL
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.data import read
 from hvd_hetero.errors import Stopped
@@ -27,7 +27,7 @@ from hvd_hetero.random_state import seed_all
 from hvd_hetero.telemetry.callbacks import Started
 from hvd_hetero.telemetry.emulation import thread_cpu_clock
 from hvd_hetero.telemetry.progress import Progress
-from hvd_hetero.telemetry.run_folder import RunFolder, say_missing
+from hvd_hetero.telemetry.run_folder import RunFolder
 from hvd_hetero.telemetry.run_status import EVALUATING, FAILED, FINISHED, STOPPED, TRAINING
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
@@ -360,15 +360,6 @@ class Trainer(TrainerParts):
             if self.feed.sampler is not None:
                 self.feed.sampler.biased = new.biased(self.config.sampling.bias_to)
         return new
-
-    def _export(self, name: str) -> None:
-        """Save the model for other programs, on rank 0."""
-        if self.folder is None:
-            return
-        try:
-            save_model(self.folder.path, self.worker.model, name)
-        except Exception as error:  # whatever a model's own state_dict or the disk may raise: the figures come next
-            say_missing(self.folder.path / FOLDER / name, error)
 
     # ---- saving and the end -----------------------------------------------------------------------------------------
 
