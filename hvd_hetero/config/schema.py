@@ -148,6 +148,7 @@ class SamplingConfig:
     anneal: bool = _key(False)
     selection: str = _key("hard", choices=("hard", "soft"))
     smoothing: float = _key(0.0, at_least=0, at_most=0.999)
+    block: int = _key(1, at_least=1)
     prune_ratio: float = _key(0.5, at_least=0, at_most=0.95)
     sample_weights: Optional[str] = None  # noqa: UP045
 

@@ -41,6 +41,7 @@ class Sampler:
         high_loss_ratio: p, the share of the biased class's samples that are those of the highest losses.
         biased: name of the class that gets them.
         until: share of the run from which on sampling is uniform; with ``anneal`` p falls linearly to 0 until then.
+        block: of the samples that are drawn, those whose numbers lie in one block of so many follow one another.
         soft: draw high losses by their rank, see :func:`_softly`, and not the very highest.
         smoothing: share of a sample's former loss that is kept.
         prune_ratio: of :func:`~hvd_hetero.planning.weighted_sampling.pruned`.
@@ -57,12 +58,12 @@ class Sampler:
     def __init__(
         self, samples: int, scheme: str, high_loss_ratio: float, biased: str, seed: int, *,
         until: float = 1.0, anneal: bool = False, soft: bool = False, smoothing: float = 0.0, prune_ratio: float = 0.5,
-        sample_weights: Losses | None = None,
+        sample_weights: Losses | None = None, block: int = 1,
     ) -> None:  # fmt: skip
         self.losses: Losses = np.full(samples, np.inf, dtype=np.float32)
         self._draw = SCHEMES[scheme]
         self._ratio, self._until, self._anneal, self._smoothing = high_loss_ratio, until, anneal, smoothing
-        self._choose = _softly if soft else _highest
+        self._choose, self._block = _softly if soft else _highest, block
         self.biased, self.share = biased, 0.0
         self._scheme, self._prune_ratio = scheme, prune_ratio
         self._sample_weights = np.ones(samples, dtype=np.float32) if sample_weights is None else sample_weights
@@ -81,7 +82,7 @@ class Sampler:
         return cls(
             samples, str(spec.scheme), spec.high_loss_ratio, biased, seed, until=spec.until, anneal=spec.anneal,
             soft=spec.selection == "soft", smoothing=spec.smoothing, prune_ratio=spec.prune_ratio,
-            sample_weights=sample_weights,
+            sample_weights=sample_weights, block=spec.block,
         )  # fmt: skip
 
     def prepare(self, least: int) -> int:
@@ -123,7 +124,14 @@ class Sampler:
         else:
             draw = _uniform if self.share >= self._until else self._draw
             drawn = draw(self._rng, self.losses, counts, self.biased, self.ratio, self._choose)
-        return {name: drawn[name] for name in counts}
+        return {name: self._by_block(drawn[name]) for name in counts}
+
+    def _by_block(self, drawn: Indices) -> Indices:
+        """The indices block by block: blocks in random order, and within each as they were drawn."""
+        if self._block == 1:
+            return drawn
+        place = self._rng.permutation(-(-len(self.losses) // self._block))
+        return drawn[np.argsort(place[drawn // self._block], kind="stable")]
 
     def draw_rest(
         self, used: Mapping[str, Indices], left: Mapping[str, Indices], counts: Mapping[str, int]
@@ -148,7 +156,7 @@ class Sampler:
                 for part in (used[other], kept[other], drawn.get(other, kept[other])):
                     taken[part] = True
             more = _places(_some(self._rng, ~taken, count - len(kept[name])))
-            drawn[name] = _permuted(self._rng, np.concatenate([kept[name], more]))
+            drawn[name] = self._by_block(_permuted(self._rng, np.concatenate([kept[name], more])))
         return drawn
 
     @property

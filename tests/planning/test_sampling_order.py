@@ -32,3 +32,20 @@ def test_newest_across_ranks() -> None:
     made = Sampler(8, "separate", 0.5, "quick", 0)
     made.record(indices[order], losses[order])
     assert made.losses[0] == 2.0
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 300), st.integers(2, 50), st.sampled_from(["separate", "uniform", "unified"]), st.data())
+def test_samples_of_a_block_follow_one_another(n: int, block: int, scheme: str, data: st.DataObject) -> None:
+    """The same samples are drawn, block by block, blocks in random order; in the rest of an epoch too."""
+    fast = data.draw(st.integers(0, n))
+    counts = {"quick": fast, "slow": data.draw(st.integers(0, n - fast))}
+    plain, made = (Sampler(n, scheme, 0.5, "quick", 3, block=size) for size in (1, block))
+    drawn, other = made.draw(counts), plain.draw(counts)
+    for name in counts:
+        assert sorted(drawn[name].tolist()) == sorted(other[name].tolist())
+    rest = made.draw_rest({name: part[:1] for name, part in drawn.items()},
+                          {name: part[1:] for name, part in drawn.items()}, {"quick": fast // 2, "slow": 0})
+    for part in (*drawn.values(), rest["quick"]):
+        blocks = part // block
+        assert np.count_nonzero(np.diff(blocks)) == max(0, len(np.unique(blocks)) - 1)
