@@ -72,8 +72,9 @@ class StreamSource:
         return to_device(self._collate(list(self._ahead)[: samples // self._unit]), self._device)
 
     def _take(self) -> Any:
+        item = self._ahead.popleft() if self._ahead else self._next()
         self._at += self._unit
-        return self._ahead.popleft() if self._ahead else self._next()
+        return item
 
     def _next(self) -> Any:
         for _ in range(2):

@@ -36,5 +36,5 @@ hvd_hetero.train(
     model=nn.Sequential(nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 12)),
     train_data=boxes, test_data=boxes, loss=nearest, metric=nearest,
     optimizer=lambda params: torch.optim.Adam(params, lr=0.003),
-    overrides={"train.epochs": 8, "train.tau": {"fast": 16, "slow": 2}, "run.dir": "detection"},
+    overrides={"train.epochs": 4, "train.tau": {"fast": 16, "slow": 2}, "run.dir": "detection"},
 )

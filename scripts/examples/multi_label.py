@@ -22,6 +22,6 @@ hvd_hetero.train(
     optimizer=lambda params: torch.optim.Adam(params, lr=0.005),
     overrides={
         "train.loss": "binary_cross_entropy_with_logits",  # of [B, 5]; its mean over the labels is a sample's
-        "train.epochs": 10, "train.batch_size": 8, "train.tau": {"fast": 16, "slow": 2}, "run.dir": "multi_label",
+        "train.epochs": 8, "train.batch_size": 8, "train.tau": {"fast": 16, "slow": 2}, "run.dir": "multi_label",
     },
 )

@@ -24,5 +24,5 @@ hvd_hetero.train(
     loss=squared_error,
     metric=squared_error,
     optimizer=lambda params: torch.optim.AdamW(params, lr=0.003, weight_decay=0.1),
-    overrides={"train.epochs": 20, "train.batch_size": 8, "train.tau": {"fast": 8, "slow": 1}, "run.dir": "regression"},
+    overrides={"train.epochs": 10, "train.batch_size": 8, "train.tau": {"fast": 8, "slow": 1}, "run.dir": "regression"},
 )

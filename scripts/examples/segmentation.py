@@ -27,7 +27,7 @@ hvd_hetero.train(
     train_data=discs(400, 0),
     test_data=discs(100, 1),
     overrides={
-        "train.loss_args": {"ignore_index": VOID}, "train.optimizer": "Adam", "train.lr": 0.01, "train.epochs": 4,
+        "train.loss_args": {"ignore_index": VOID}, "train.optimizer": "Adam", "train.lr": 0.01, "train.epochs": 2,
         "train.batch_size": 4, "train.tau": {"fast": 16, "slow": 2}, "run.dir": "segmentation",
     },
 )

@@ -22,7 +22,7 @@ class Spirals(IterableDataset[tuple[Tensor, int]]):
 with hvd_hetero.Loop(
     nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)),
     Spirals(),
-    {"train.tau": {"fast": 16, "slow": 2}, "train.batch_size": 16, "train.epochs": 6, "run.dir": "spirals"},
+    {"train.tau": {"fast": 16, "slow": 2}, "train.batch_size": 16, "train.epochs": 3, "run.dir": "spirals"},
     samples=5000,  # what counts as an epoch
     optimizer=lambda params: torch.optim.AdamW(params, lr=0.005),
 ) as loop:
