@@ -75,7 +75,7 @@ class Loop:
             measured, see :attr:`Round.measures`, and put back.
         samples: of a stream, what counts as an epoch, where it does not tell its length.
         sharded: the stream gives this rank samples that no other rank has, all of which it takes.
-        test_data, loss, metric, optimizer, scheduler, callbacks: as for :func:`hvd_hetero.train`; without test data
+        test_data, loss, metrics, optimizer, scheduler, callbacks: as for :func:`hvd_hetero.train`; without test data
             nothing is evaluated here.
 
     Attributes:
@@ -98,7 +98,7 @@ class Loop:
         sharded: bool = False,
         test_data: Any = None,
         loss: PerSample | None = None,
-        metric: PerSample | None = None,
+        metrics: Mapping[str, Any] | None = None,
         optimizer: MakeOptimizer | None = None,
         scheduler: MakeScheduler | None = None,
         callbacks: Sequence[Callback] = (),
@@ -119,7 +119,7 @@ class Loop:
             test = source if test_data is None else test_data
             if loaded.run.dir is None:
                 loaded = replace(loaded, run=replace(loaded.run, trackers=[]))  # they have no place to write to
-            given = UserObjects(model, source, test, loss, optimizer, scheduler, metric, callbacks)
+            given = UserObjects(model, source, test, loss, optimizer, scheduler, metrics, callbacks)
             return loaded, build(loaded, given)
 
         def make(job: Job, found: Found | None) -> LoopTrainer:

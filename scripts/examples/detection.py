@@ -34,7 +34,7 @@ def nearest(outputs: Tensor, boxes: list[Tensor]) -> Tensor:
 boxes = MapSource(Boxes(), collate=lambda items: (torch.stack([image for image, _ in items]), [b for _, b in items]))
 hvd_hetero.train(
     model=nn.Sequential(nn.Flatten(), nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 12)),
-    train_data=boxes, test_data=boxes, loss=nearest, metric=nearest,
+    train_data=boxes, test_data=boxes, loss=nearest, metrics={"distance": nearest},
     optimizer=lambda params: torch.optim.Adam(params, lr=0.003),
     overrides={"train.epochs": 4, "train.tau": {"fast": 16, "slow": 2}, "run.dir": "detection"},
 )

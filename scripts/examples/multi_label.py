@@ -18,7 +18,7 @@ hvd_hetero.train(
     model=nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 5)),
     train_data=(x[:1000], y[:1000]),
     test_data=(x[1000:], y[1000:]),
-    metric=all_right,
+    metrics={"all_right": all_right},
     optimizer=lambda params: torch.optim.Adam(params, lr=0.005),
     overrides={
         "train.loss": "binary_cross_entropy_with_logits",  # of [B, 5]; its mean over the labels is a sample's

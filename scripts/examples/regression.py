@@ -22,7 +22,7 @@ hvd_hetero.train(
     train_data=(x[train], y[train]),
     test_data=(x[test], y[test]),
     loss=squared_error,
-    metric=squared_error,
+    metrics={"squared_error": squared_error},
     optimizer=lambda params: torch.optim.AdamW(params, lr=0.003, weight_decay=0.1),
     overrides={"train.epochs": 10, "train.batch_size": 8, "train.tau": {"fast": 8, "slow": 1}, "run.dir": "regression"},
 )

@@ -30,7 +30,7 @@ model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
 model.gradient_checkpointing_enable({"use_reentrant": False})
 hvd_hetero.train(
     model=model, train_data=MapSource(items[:half], collate=pad), test_data=MapSource(items[half:], collate=pad),
-    loss=loss, metric=accuracy,
+    loss=loss, metrics={"right": accuracy},
     overrides={
         "train.optimizer": "AdamW", "train.optimizer_args": {}, "train.lr": 0.003, "train.scheduler": "linear",
         "train.scheduler_args": {"warmup": 0.1}, "train.epochs": 3, "train.batch_size": 8, "run.dir": "transformer",
