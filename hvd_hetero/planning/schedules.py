@@ -59,6 +59,22 @@ def next_rate(train: TrainConfig, plan: Plan, done: RunProgress, scheduled: floa
     return scheduled * rate_factor(train.scheduler, run_share(train, plan, done, 0.0), train.scheduler_args)
 
 
+def round_factor(train: TrainConfig, plan: Plan, done: RunProgress, number: int, rounds: float) -> float | None:
+    """Return the factor of the learning rate in a round, by warm-up and named schedule; None where there are none.
+
+    Args:
+        done: at the end of the last epoch.
+        number: of the round, from 1 over the whole run; ``rounds``, those of the epoch under way.
+    """
+    factor = None
+    if train.warmup_rounds:  # always: a late rank may skip the round with which the warm-up ends
+        factor = min(1.0, number / train.warmup_rounds)
+    if train.scheduler in NAMES:
+        share = run_share(train, plan, done, rounds)
+        factor = (factor or 1.0) * rate_factor(train.scheduler, share, train.scheduler_args)
+    return factor
+
+
 def run_share(train: TrainConfig, plan: Plan, done: RunProgress, rounds: float) -> float:
     """Return what share of a run is done; of several limits, by the one that is nearest.
 

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
+from hvd_hetero.checkpoint.export import FOLDER, save_model
 from hvd_hetero.cluster.device_classes import Cluster
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.horovod_build import build_info
@@ -16,7 +18,7 @@ from hvd_hetero.config.schema import Config
 from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan, round_way
 from hvd_hetero.telemetry.environment import environment
-from hvd_hetero.telemetry.run_folder import SUMMARY, RunFolder
+from hvd_hetero.telemetry.run_folder import SUMMARY, RunFolder, say_missing
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import TRACE, Recorder, from_numbers, timeline, to_chrome
 
@@ -92,3 +94,13 @@ def write_summary(
     folder.write(SUMMARY, summary)
     folder.close()
     return summary
+
+
+def write_model(folder: RunFolder | None, model: nn.Module, name: str) -> None:
+    """Save the model for other programs, on rank 0."""
+    if folder is None:
+        return
+    try:
+        save_model(folder.path, model, name)
+    except Exception as error:  # whatever a model's own state_dict or the disk may raise: the figures come next
+        say_missing(folder.path / FOLDER / name, error)

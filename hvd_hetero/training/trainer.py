@@ -21,7 +21,7 @@ from hvd_hetero.data import read
 from hvd_hetero.errors import Stopped
 from hvd_hetero.planning.injected_delays import delays
 from hvd_hetero.planning.plan import Plan
-from hvd_hetero.planning.schedules import NAMES, next_rate, rate_factor, run_share
+from hvd_hetero.planning.schedules import next_rate, round_factor, run_share
 from hvd_hetero.planning.stop_criteria import check_limits, expected_epochs, fast_steps, next_rounds, round_samples
 from hvd_hetero.random_state import seed_all
 from hvd_hetero.telemetry.callbacks import Started
@@ -41,7 +41,7 @@ from hvd_hetero.training.iterate_average import NONE, IterateAverage, half_life
 from hvd_hetero.training.live_status import LiveStatus
 from hvd_hetero.training.restore import carry_over, restore, state_of
 from hvd_hetero.training.resume import Found, check_fits, check_places
-from hvd_hetero.training.run_records import write_start, write_summary, write_trace
+from hvd_hetero.training.run_records import write_model, write_start, write_summary, write_trace
 from hvd_hetero.training.startup import Job
 from hvd_hetero.training.trainer_parts import TrainerParts
 from hvd_hetero.worker.components import as_user_error
@@ -162,13 +162,13 @@ class Trainer(TrainerParts):
         peaks = comm.gather(torch.tensor([peak_bytes(self.worker.device), self.worker.micro_batches]), "peaks")
         if self.averaged is not None:
             with self.averaged.in_place(comm):
-                self._export(AVERAGED)
+                write_model(self.folder, self.worker.model, AVERAGED)
         if self.folder is None or self.progress is None:
             self._call("on_end", None)
             return None
         self.progress.close()
         self.best.tell()
-        self._export(MODEL)
+        write_model(self.folder, self.worker.model, MODEL)
         cluster, path = self.job.cluster, comm.path
         classes = accounts.classes(self.plan)
         for item, own in zip(cluster.classes, classes, strict=True):
@@ -321,15 +321,10 @@ class Trainer(TrainerParts):
 
     def _start_round(self, segment: Segment, before: int, number: int) -> None:
         """Set number and learning rate of a round, which has this number in its segment, with ``before`` before it."""
-        train, self.comm.excluded.round = self.config.train, before + number + 1
-        factor = 1.0
-        if train.warmup_rounds:  # always: a late rank may skip the round with which the warm-up ends
-            factor = min(1.0, (before + number + 1) / train.warmup_rounds)
-        if train.scheduler in NAMES:
-            rounds = segment.rounds_done(self.algorithm.mine.tau) + 0.5  # the middle of the one that begins
-            share = run_share(train, self.plan, self.accounts.done, rounds)
-            factor *= rate_factor(train.scheduler, share, train.scheduler_args)
-        if train.warmup_rounds or train.scheduler in NAMES:
+        self.comm.excluded.round = before + number + 1
+        rounds = segment.rounds_done(self.algorithm.mine.tau) + 0.5  # the middle of the one that begins
+        factor = round_factor(self.config.train, self.plan, self.accounts.done, before + number + 1, rounds)
+        if factor is not None:
             self.worker.scale_rate(factor)
 
     def _finish_round(self, spans: RoundSpans) -> None:

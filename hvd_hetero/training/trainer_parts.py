@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from hvd_hetero.algorithms.execution.base import Executor
-from hvd_hetero.checkpoint.export import FOLDER, save_model
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.config.schema import Config
 from hvd_hetero.data import Source
 from hvd_hetero.data.weights import sample_weights
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.sampling import Sampler
-from hvd_hetero.telemetry.run_folder import RunFolder, say_missing
+from hvd_hetero.telemetry.run_folder import RunFolder
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.training.best import BestEvaluation
 from hvd_hetero.training.checkpointer import Meetings, Saver
@@ -77,12 +76,3 @@ class TrainerParts:
         if saver.saved_round > self._saved_round:
             self._saved_round = saver.saved_round
             self._call("on_checkpoint", self._saved_round)
-
-    def _export(self, name: str) -> None:
-        """Save the model for other programs, on rank 0."""
-        if self.folder is None:
-            return
-        try:
-            save_model(self.folder.path, self.worker.model, name)
-        except Exception as error:  # whatever a model's own state_dict or the disk may raise: the figures come next
-            say_missing(self.folder.path / FOLDER / name, error)

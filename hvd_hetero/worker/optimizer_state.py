@@ -12,6 +12,7 @@ import functools
 import logging
 import types
 import weakref
+from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -56,6 +57,15 @@ def load_state(owner: Stateful, saved: Any, name: str) -> None:
         UserError: what is to stay the object's own, it does not have.
     """
     owner.load_state_dict(_restored(saved, owner.state_dict(), name))
+
+
+def lay_out(optimizer: torch.optim.Optimizer, params: Iterable[torch.Tensor]) -> None:
+    """Lay out its tensors as their parameters are: files keep no strides, and fused optimizers ask for none."""
+    for param in params:
+        state = optimizer.state.get(param, {})
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == param.shape and value.stride() != param.stride():
+                state[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
 
 
 def _saved(value: Any) -> Any:

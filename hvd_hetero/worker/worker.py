@@ -25,7 +25,7 @@ from hvd_hetero.worker.losses import Numbers, PerSample, concat, mean_gradient, 
 from hvd_hetero.worker.metrics import LOSS, Metric, SampleMean
 from hvd_hetero.worker.micro_batches import accumulate
 from hvd_hetero.worker.modes import evaluating, set_mode
-from hvd_hetero.worker.optimizer_state import load_state, save_state
+from hvd_hetero.worker.optimizer_state import lay_out, load_state, save_state
 from hvd_hetero.worker.snapshot import snapshot
 
 
@@ -81,8 +81,7 @@ class Worker:
         self.model = model.to(self.device)
         if not model.training:  # as it comes from where it was loaded; who chooses modes chooses those of its parts
             model.train()
-        self._channels_last = channels_last
-        self._compiled_once = False
+        self._channels_last, self._compiled_once = channels_last, False
         self._compiled = None if compile_mode is None else torch.compile(self.model, mode=compile_mode, dynamic=False)
         self.state = FlatState(self.model, channels_last, state_policies)
         self._params = [p for p in self.model.parameters() if p.requires_grad]
@@ -183,9 +182,7 @@ class Worker:
         self._losses.append(numbers)
         return numbers[0]
 
-    def _tried(
-        self, inputs: Any, targets: Any, weight: float, stop: Callable[[], bool] | None
-    ) -> Numbers:
+    def _tried(self, inputs: Any, targets: Any, weight: float, stop: Callable[[], bool] | None) -> Numbers:
         """Go forward and backward, and without the compiler from then on if it fails at first."""
         try:
             model = self.model if self._compiled is None else self._compiled  # a module may be false
@@ -336,10 +333,8 @@ class Worker:
     def snapshot(self) -> Callable[[], None]:
         """Remembers everything that training changes; calling the result puts it back."""
         before, steps = RandomState.capture(self.device), self._steps
-        put_back = snapshot(
-            self.model, self.state, self.optimizer, self.scheduler, self._loss, self.measures, self.generator,
-            self.scaler,
-        )  # fmt: skip
+        put_back = snapshot(self.model, self.state, self.optimizer, self.scheduler, self._loss, self.measures,
+                            self.generator, self.scaler)  # fmt: skip
 
         def restore() -> None:
             put_back()
@@ -369,7 +364,7 @@ class Worker:
         """Goes on from what :meth:`state_dict` gave on the same kind of device."""
         self._load_model(state)
         load_state(self.optimizer, state["optimizer"], "optimizer")
-        self._lay_out_optimizer()
+        lay_out(self.optimizer, self._params)
         if self.scheduler is not None:
             load_state(self.scheduler, state["scheduler"], "scheduler")
         self._scheduled = list(state["rates"])
@@ -379,14 +374,6 @@ class Worker:
         RandomState.from_state_dict(state["random"], self.device).restore()
         losses, weights = state["losses"]
         self._losses = [(losses.to(self.device), weights.to(self.device))]
-
-    def _lay_out_optimizer(self) -> None:
-        """Lays out its tensors as their parameters are: files keep no strides, and fused optimizers ask for none."""
-        for param in self._params:
-            state = self.optimizer.state.get(param, {})
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.shape == param.shape and value.stride() != param.stride():
-                    state[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
 
     @torch.no_grad()
     def carry_over(self, state: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from hvd_hetero.analysis.live.status import classes, results, saved
 from hvd_hetero.analysis.report import pictures
 from hvd_hetero.analysis.report.page import STYLE, document, picture_html, table_html
-from hvd_hetero.analysis.report.runs import Run, Series, emulation, read_run
+from hvd_hetero.analysis.report.runs import Run, Series, emulation, own_metrics, read_run
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.telemetry.progress import span
 from hvd_hetero.telemetry.run_folder import METRICS
@@ -30,8 +30,8 @@ LOOK_SEC = 10.0
 DRAWING_SHARE, MOST_WAIT_SEC = 10, 30.0
 """Pictures take one part in so many of a core's time at most, since a run may share the machine."""
 DPI = 100
-CURVES = (("eval_accuracy", "test accuracy [%]", 100.0), ("eval_metric", "test metric", 1.0),
-          ("eval_loss", "test loss", 1.0), ("train_loss", "training loss", 1.0))  # fmt: skip
+CURVES = (("eval_accuracy", "test accuracy [%]", 100.0), ("eval_loss", "test loss", 1.0),
+          ("train_loss", "training loss", 1.0))  # fmt: skip
 LIVE_STYLE = STYLE + """
 body { max-width: 92rem; } div.runs { display: flex; flex-wrap: wrap; gap: 1rem; }
 section { border: 1px solid #ccc; padding: .2rem 1rem 1rem; flex: 1 1 28rem; overflow-x: auto; }
@@ -129,7 +129,8 @@ class LivePage:
         series = [Series(run.path.name, (run,)) for run in runs]
         for reason in emulation(series):
             yield f'<p class="stamp">{escape(reason.upper())}</p>'
-        for key, name, scale in CURVES if series else ():
+        own = [(f"eval_{name}", name, 1.0) for name in own_metrics(series)]
+        for key, name, scale in (*CURVES, *own) if series else ():
             yield _drawn(partial(pictures.curves, series, key, name, scale), f"{name} over time and over samples")
         for run in runs:
             title = f"{run.path.name}: the newest rounds that were recorded"

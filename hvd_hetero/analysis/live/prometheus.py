@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,6 @@ RUN = {
     "train_loss": ("train_loss", "Training loss of the last epoch."),
     "eval_loss": ("eval_loss", "Newest test loss."),
     "eval_accuracy": ("eval_accuracy_ratio", "Newest test accuracy."),
-    "eval_metric": ("eval_metric", "Newest test metric."),
     "samples_per_sec": ("samples_per_second", "Samples per second of all ranks, in the last epoch."),
 }
 CLASS = {
@@ -55,6 +55,10 @@ def _samples(run: RunStatus) -> Iterator[Sample]:
     yield "silent_seconds", "For so long at least the run has said nothing new.", labels, run.silent_sec
     for known, where in ((RUN, content), (CHECKPOINT, content.get("checkpoint") or {})):
         yield from ((*known[key], labels, where.get(key)) for key in known)
+    for key, value in content.items():
+        if key.startswith("eval_") and key not in RUN:
+            name = key.removeprefix("eval_")
+            yield "eval_" + re.sub(r"\W", "_", name), f"Newest {name} of the test set.", labels, value
     for name, own in content.get("classes", {}).items():
         yield from ((*CLASS[key], {**labels, "class": name}, own.get(key)) for key in CLASS)
 

@@ -167,3 +167,10 @@ def _read(path: Path, parse: Callable[[str], Any]) -> Any:
     except Exception as error:  # whatever a parser finds in a file that was cut off or edited
         problem = f"cannot be read: {type(error).__name__}: {error}"
         raise ConfigError("RUN", str(path), problem, "leave the run out, or run it anew") from error
+
+
+def own_metrics(series: Sequence[Series]) -> list[str]:
+    """Return the names of what was evaluated beside loss and accuracy."""
+    names = dict.fromkeys(name for s in series for run in s.runs for row in run.rows for name in row)
+    return [name.removeprefix("eval_") for name in names
+            if name.startswith("eval_") and name not in ("eval_loss", "eval_accuracy")]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from hvd_hetero.analysis.report.figures import Figures, figures
 from hvd_hetero.analysis.report.page import Page
-from hvd_hetero.analysis.report.runs import Series, differing, emulation, flat, group, read_run, shown
+from hvd_hetero.analysis.report.runs import Series, differing, emulation, flat, group, own_metrics, read_run, shown
 from hvd_hetero.analysis.report.style import check_matplotlib
 from hvd_hetero.analysis.report.tables import or_dash
 from hvd_hetero.config.schema import Config
@@ -167,13 +167,6 @@ def percent(figures: Figures) -> str:
 def stamped(figures: Figures) -> str:
     """Whether times are not those of real devices, and why."""
     return ", ".join(figures.emulation) or "no"
-
-
-def own_metrics(series: Sequence[Series]) -> list[str]:
-    """Return the names of what was evaluated beside loss and accuracy."""
-    names = dict.fromkeys(name for s in series for run in s.runs for row in run.rows for name in row)
-    return [name.removeprefix("eval_") for name in names
-            if name.startswith("eval_") and name not in ("eval_loss", "eval_accuracy")]
 
 
 def slug(text: str) -> str:
