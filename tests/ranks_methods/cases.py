@@ -277,7 +277,7 @@ POISONED: dict[str, Case] = {
 }
 """In each epoch some rank is given a sample that its gradient cannot stand; an oracle knows what comes of it."""
 
-BATCHNORM = {"dlb": {"algorithm.min_local_batch": 2}}
+BATCHNORM = {"dlb": {"algorithm.min_local_batch": 2}, "nonblocking_sgd": {"algorithm.micro_batches": 2}}
 """What it asks of methods: it cannot train on one sample, which a busy machine may leave a rank."""
 
 POISONED |= {
