@@ -73,6 +73,10 @@ class MSyncSGD(EagerSGD):
     def sync_every(self) -> int:
         return NEVER
 
+    @property
+    def derives_tau(self) -> bool:
+        return False
+
     def check(self) -> None:
         neutral = self.unused["sync_every"]
         if self.aggregation.sync_every != neutral:

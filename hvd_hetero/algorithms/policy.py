@@ -87,6 +87,11 @@ class Policy:
         """Whether the plan depends on how long an average takes."""
         return False
 
+    @property
+    def derives_tau(self) -> bool:
+        """Whether local steps, and so an epoch's rounds, follow from measured step times."""
+        return self.needs_speeds
+
     def check(self) -> None:
         """Refuse settings that are wrong at any speed.
 

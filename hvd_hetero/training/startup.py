@@ -155,7 +155,7 @@ def check(config: Config, components: Components, cluster: Cluster) -> None:
     """
     policy = algorithms.policy(config, cluster, len(components.dataset.train), components.min_batch)
     policy.check()
-    if not policy.needs_speeds:
+    if not policy.derives_tau:
         check_limits(config.train, policy.make_plan(None))
     elif config.train.tau != AUTO and (limit := config.train.max_fast_steps or math.inf) < config.train.tau:
         problem = f"one round takes {config.train.tau} steps of the fastest class"

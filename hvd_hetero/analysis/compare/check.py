@@ -65,7 +65,7 @@ def _check_row(row: Row, comparison: Comparison, built: dict[str, Components]) -
                 problem = "is not known before it is measured, and rows of equal steps have to stop at a round's end"
                 raise ConfigError("train.tau", config.train.tau, problem, "give a number, or other budgets")
             return Checked(row, config, None)
-        if method.needs_speeds:
+        if method.derives_tau:
             return Checked(row, config, int(config.train.tau))  # derived: tau is the fastest class's
         plan = method.make_plan(None)
         check_limits(config.train, plan)
