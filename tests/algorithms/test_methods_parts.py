@@ -170,7 +170,7 @@ def test_a_cpu_tells_whether_it_has_bfloat16(monkeypatch: pytest.MonkeyPatch, fl
     assert has_bf16("cpu") is expected
 
 
-# ---- the optimizer's state --------------------------------------------------------------------------------------------
+# ---- the optimizer's state -------------------------------------------------------------------------------------------
 
 
 def test_fedlalr_begins_the_second_moment_anew_from_its_largest_value() -> None:
