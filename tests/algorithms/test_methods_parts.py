@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from method_helpers import GPU, ONE, TWO, method, of
 from torch import nn
 
+from hvd_hetero.algorithms.averaging.optimizer_average import SEEDED, OptimizerAverage
 from hvd_hetero.algorithms.averaging.outer_optimizer import OuterOptimizer
 from hvd_hetero.algorithms.dlb import DLB
 from hvd_hetero.algorithms.synchronous import choose
@@ -166,6 +168,32 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_parameters() -> None:
 def test_a_cpu_tells_whether_it_has_bfloat16(monkeypatch: pytest.MonkeyPatch, flags: str, expected: bool) -> None:
     monkeypatch.setattr(hardware, "_cpu_info", lambda name: flags if name == "flags" else "")
     assert has_bf16("cpu") is expected
+
+
+# ---- the optimizer's state -------------------------------------------------------------------------------------------
+
+
+def test_fedlalr_begins_the_second_moment_anew_from_its_largest_value() -> None:
+    """One rank, a round of two steps and one of one, beside AMSGrad written out, with torch's correction of bias."""
+    param, lr, beta, beta2 = nn.Parameter(torch.ones(3, dtype=torch.float64)), 0.1, 0.9, 0.995
+    optimizer = torch.optim.Adam([param], lr=lr, betas=(beta, beta2), eps=0.0, amsgrad=True)
+    comm: Any = SimpleNamespace(
+        rank=0, size=1, booked=nullcontext, excluded=SimpleNamespace(stops=False), max=lambda values, name: values,
+        gather=lambda tensor, name: [tensor], gather_text=lambda text, name: [text], weighted_sum_=lambda *args: None,
+    )
+    average = OptimizerAverage([param], comm, SEEDED)
+    x, m, (v, largest) = torch.ones(3, dtype=torch.float64), 0.0, torch.zeros(2, 3, dtype=torch.float64)
+    for step, gradient in enumerate(torch.tensor([[4.0, 1.0, 0.1], [0.1, 1.0, 2.0], [1.0, 1.0, 1.0]]).double(), 1):
+        param.grad = gradient.clone()
+        optimizer.step()
+        m, v = beta * m + (1 - beta) * gradient, beta2 * v + (1 - beta2) * gradient**2
+        largest = torch.maximum(largest, v)
+        x = x - lr * m / (1 - beta**step) / (largest / (1 - beta2**step)).sqrt()
+        if step == 2:
+            average.average(optimizer, 1.0)
+            v = largest.clone()
+    torch.testing.assert_close(param.detach(), x)
+    assert torch.equal(optimizer.state[param]["max_exp_avg_sq"], torch.maximum(largest, v))
 
 
 # ---- the outer optimizer --------------------------------------------------------------------------------------------
