@@ -121,6 +121,7 @@ def test_a_browser_shows_what_a_run_does_while_it_goes_on(
 
 
 def test_only_what_changed_is_sent(run: Path, serve: Callable[..., WatchServer]) -> None:
+    tell(run, checkpoint=None)  # whose age would be another one every second
     server = serve(run)
     first = json.loads(get(server, "/parts")[1])
     assert set(first["parts"]) == {"runs", "pictures"}
