@@ -36,7 +36,8 @@ def accumulate(
     """
     if count == 1:
         losses, weights = losses_of(*batch)
-        backward(losses, _weighed(mean_gradient(losses, weights, scale), batch[1]))  # their mean's gradient, without the mean
+        # their mean's gradient, without the mean
+        backward(losses, _weighed(mean_gradient(losses, weights, scale), batch[1]))
         return losses.detach(), weights
     size, parts = cut(batch, count, least)
     each, counted, taken = scale / size, torch.zeros(()), list[Numbers]()
