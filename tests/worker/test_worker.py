@@ -361,10 +361,12 @@ def worker_with_scheduler(args: dict[str, Any]) -> Worker:
     return Worker(network(), loss, optimizer_maker("SGD", 0.1, {}), scheduler_maker("MultiStepLR", args))
 
 
-def test_samples_that_weigh_differently() -> None:
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_samples_that_weigh_differently(micro_batches: int) -> None:
     """The gradient is the mean of w l over the batch's samples; losses are noted as they are."""
     inputs, targets = torch.randn(4, 6), torch.tensor([0, 1, 1, 0])
     weighs, plain = worker(), worker()
+    weighs.micro_batches = micro_batches
     for made in (weighs, plain):
         made.model.eval()
     weighs.gradient(inputs, Weighted(targets, torch.tensor([0.0, 1.0, 2.0, 5.0])))
