@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from ranks_methods import oracle
-from ranks_methods.cases import CASES, CLASSES, DIGITS_EPOCHS, FEW_UPDATES, HALF, SAMPLES, SIZE, data, model
+from ranks_methods.cases import CASES, CLASSES, DIGITS_EPOCHS, HALF, SAMPLES, SIZE, data, model
 
 from hvd_hetero.algorithms import REGISTRY, get
 from hvd_hetero.algorithms.local_sgd import LocalSGD
