@@ -53,6 +53,12 @@ class Turns:
         turn, rounds = path.read_text().split() if path.exists() else (0, 0)
         return int(turn), int(rounds)
 
+    def meet(self) -> None:
+        """Nobody begins before all ranks are about to: a server gives whoever comes later a later model."""
+        (self._folder / f"there{self._rank}").touch()
+        while not all((self._folder / f"there{rank}").exists() for rank in self._order):
+            time.sleep(0.001)
+
     def wait(self) -> None:
         self.release()
         while True:
@@ -108,6 +114,7 @@ def run(folder: Path, case: Schedule, env: JobEnv, patch: pytest.MonkeyPatch) ->
 
     def read(source: Any, rows: Any, generator: Any, start: int = 0) -> Iterator[Any]:
         for i, batch in enumerate(source.batches(rows, generator)):
+            turns.meet()
             if i % case.steps_a_turn(env.rank) == 0:
                 turns.wait()
             yield batch
