@@ -18,7 +18,7 @@ from torch import Tensor
 from hvd_hetero.config.instantiate import call, check_arguments, choose, import_target
 from hvd_hetero.data import images, photos, text
 from hvd_hetero.data.batch import Batch
-from hvd_hetero.data.collate import collate
+from hvd_hetero.data.collate import collate as default_collate
 from hvd_hetero.data.own import as_source
 from hvd_hetero.data.source import MapSource, Source, TensorSource, Transform, read
 from hvd_hetero.data.split import Decode, Files, Split, Splits, adapt
@@ -97,7 +97,7 @@ def load(name: str | None, root: str | None, target: str | None, args: Mapping[s
 
 def targets_of(source: Source) -> Tensor | None:
     """Return all targets of a source, where they are in memory and batches have them as they are."""
-    holder: Any = source.dataset if isinstance(source, MapSource) and source.collate is collate else source
+    holder: Any = source.dataset if isinstance(source, MapSource) and source.collate is default_collate else source
     has_them = type(holder) in (TensorSource, Files) and isinstance(holder.targets, Tensor)
     return holder.targets if has_them else None
 

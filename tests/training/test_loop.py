@@ -68,7 +68,7 @@ import hvd_hetero
 from hvd_hetero.errors import UserError
 
 inputs, targets = torch.randn(16, 3), torch.arange(16) % 2
-settings = {"cluster.classes": {"only": {"ranks": [0]}}, "train.tau": {"only": 2}, "train.batch_size": 4,
+settings = {"cluster.classes": {"only": {"ranks": [0], "threads": 1}}, "train.tau": {"only": 2}, "train.batch_size": 4,
             "train.epochs": 1}
 loop = hvd_hetero.Loop(torch.nn.Linear(3, 2), (inputs, targets), settings)
 for round in loop:
@@ -200,7 +200,8 @@ class Short(torch.utils.data.IterableDataset):
     def __iter__(self):
         return iter([])
 
-settings = {"cluster.classes": {"a": {"ranks": [0]}}, "train.tau": {"a": 2}, "train.batch_size": 4, "train.epochs": 1}
+settings = {"cluster.classes": {"a": {"ranks": [0], "threads": 1}}, "train.tau": {"a": 2}, "train.batch_size": 4,
+            "train.epochs": 1}
 data = torch.randn(16, 3), torch.zeros(16, dtype=torch.long)
 
 def run(data, each, **more):

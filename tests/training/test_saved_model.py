@@ -24,8 +24,9 @@ class Net(nn.Sequential):
 def model(width=8):
     return Net(nn.Flatten(), nn.Linear(64, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 10))
 """
-ALONE = ["cluster.classes={a: {ranks: [0]}}", "train.tau={a: 16}", "train.epochs=3", "model.target=own_net:model",
-         "checkpoint.every_sec=null", "checkpoint.every_rounds=22", "checkpoint.keep=9", "run.dir=run"]  # fmt: skip
+ALONE = ["cluster.classes={a: {ranks: [0], threads: 1}}", "train.tau={a: 16}", "train.epochs=3",
+         "model.target=own_net:model", "checkpoint.every_sec=null", "checkpoint.every_rounds=22", "checkpoint.keep=9",
+         "run.dir=run"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
