@@ -84,6 +84,10 @@ class LiveStatus:
     def start_segment(self) -> None:
         watch = self._run.watch
         self._began, self._met, self._waited = time.monotonic(), len(watch.collectives), watch.seconds["blocked"]
+        if self._recording:
+            self._recorder.spans = []
+            if watch.spans is None:  # else the rounds of the run's own trace are recorded
+                self._recorder.start()
 
     def figures(self, epoch: Epoch, segment: Segment) -> list[float]:
         """Return this rank's figures of the segment that ends, for :meth:`meet` to be given the maxima of all ranks."""
@@ -93,7 +97,7 @@ class LiveStatus:
         own = [float(len(segment.at)), waited, float(epoch.excluded + comm.excluded.untaken)]
         mine = run.job.cluster.class_of(comm.rank).name
         rows = (own if c.name == mine else [0.0] * len(own) for c in run.job.cluster.classes)
-        looked_at = run.folder is not None and os.path.exists(run.folder.path / LOOK)
+        looked_at = run.folder is not None and not self._recording and os.path.exists(run.folder.path / LOOK)
         return [*(number for row in rows for number in row), -together, float(looked_at)]
 
     def meet(self, epoch: Epoch, most: Sequence[float]) -> None:
@@ -121,14 +125,10 @@ class LiveStatus:
                 self._recorder.stop()
             write_trace(folder, run.comm, run.job.cluster, self._recorder, LIVE_TRACE)
             run.watch.skip()
-        self._recording = looked_at
-        if looked_at:
-            self._recorder.spans = []
-            if run.watch.spans is None:  # else the rounds of the run's own trace are recorded
-                self._recorder.start()
-            if folder is not None:
+            if folder is not None and self._recorder.spans:
                 with suppress(OSError):
                     (folder.path / LOOK).unlink()
+        self._recording = looked_at
 
     # ---- an epoch's end ---------------------------------------------------------------------------------------------
 

@@ -67,7 +67,8 @@ def test_a_run_tells_how_it_stands_saves_and_stops(tmp_path: Path, capsys: pytes
         spans, lanes = from_chrome(json.loads((run / LIVE_TRACE).read_text()))
         assert len(lanes) == 2 and all({"compute", "comm"} <= {kind for kind, *_ in own} for own in spans)
         steps = [sum(kind == "compute" for kind, *_ in own) for own in spans]
-        assert steps[0] > steps[1] > 0 and not (run / LOOK).exists()
+        assert steps[0] > steps[1] > 0
+        until(lambda: not (run / LOOK).exists())
 
         assert main(["status", str(run)]) == 0
         assert main(["stop", str(run)]) == 0
