@@ -26,7 +26,7 @@ RANKS = Path(__file__).parents[1] / "ranks"
 DEFAULT = ROOT / "configs" / "default.yaml"
 CLASS_KEYS = {"excluded", "overflows",
     "name", "device", "ranks", "tau", "batch_size", "weight", "slowdown", "step_sec", "steps", "samples", "time_sec",
-    "blocked_fraction", "peak_gpu_bytes",
+    "blocked_fraction", "peak_gpu_bytes", "micro_batches",
 }
 SUMMARY_KEYS = {
     "algorithm", "world_size", "seed", "emulated", "emulation", "rounds", "epochs", "samples_seen", "wall_sec",
