@@ -393,10 +393,7 @@ def _deal(rng: np.random.Generator, among: Mask, counts: Mapping[str, int]) -> d
     return {name: order[end - count : end] for (name, count), end in zip(counts.items(), ends, strict=True)}
 
 
-Scheme = Callable[
-    [np.random.Generator, Losses, Mapping[str, int], str, float, Choose],
-    dict[str, Indices],
-]
+Scheme = Callable[[np.random.Generator, Losses, Mapping[str, int], str, float, Choose], dict[str, Indices]]
 SCHEMES: dict[str, Scheme] = {
     "separate": _separate, "uniform": _uniform, "unified": _unified, INFOBATCH: _uniform, IMPORTANCE: _uniform,
 }  # fmt: skip

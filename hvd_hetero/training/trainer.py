@@ -5,19 +5,17 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from hvd_hetero import algorithms
 from hvd_hetero.checkpoint.export import AVERAGED, MODEL
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.data import read
 from hvd_hetero.errors import Stopped
 from hvd_hetero.planning.injected_delays import delays
 from hvd_hetero.planning.plan import Plan
@@ -46,7 +44,7 @@ from hvd_hetero.training.startup import Job
 from hvd_hetero.training.trainer_parts import TrainerParts
 from hvd_hetero.worker.components import as_user_error
 from hvd_hetero.worker.epoch import Epoch, Segment
-from hvd_hetero.worker.memory import batch_that_fits, on_device, peak_bytes, told_by_class, used_bytes
+from hvd_hetero.worker.memory import on_device, peak_bytes, used_bytes
 from hvd_hetero.worker.step_benchmark import take_first_steps
 
 TRACED_EPOCHS = 2
@@ -308,16 +306,6 @@ class Trainer(TrainerParts):
         return row
 
     # ---- parts of a run ---------------------------------------------------------------------------------------------
-
-    def _memory_told(self) -> AbstractContextManager[None]:
-        """What a class without enough memory for its steps ends with."""
-        worker, name = self.worker, self.job.cluster.class_of(self.comm.rank).name
-        batch_size = self.algorithm.policy.batch_size[name]
-
-        def step(rows: Tensor) -> None:
-            worker.try_gradient(*next(read(self.source, rows.view(1, -1), worker.generator)))
-
-        return told_by_class(name, batch_size, lambda: batch_that_fits(step, worker.device, batch_size))
 
     def _start_round(self, segment: Segment, before: int, number: int) -> None:
         """Set number and learning rate of a round, which has this number in its segment, with ``before`` before it."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from hvd_hetero.algorithms.execution.base import Executor
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.config.schema import Config
-from hvd_hetero.data import Source
+from hvd_hetero.data import Source, read
 from hvd_hetero.data.weights import sample_weights
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.sampling import Sampler
@@ -18,6 +21,7 @@ from hvd_hetero.training.best import BestEvaluation
 from hvd_hetero.training.checkpointer import Meetings, Saver
 from hvd_hetero.training.startup import Job, make_worker
 from hvd_hetero.worker.index_feed import Feed
+from hvd_hetero.worker.memory import batch_that_fits, told_by_class
 from hvd_hetero.worker.worker import Worker
 
 
@@ -67,6 +71,16 @@ class TrainerParts:
         own, data = spec.sample_weights, self.job.components.dataset.train
         weights = None if own is None else sample_weights(own, data)
         return Sampler.of(spec, len(self.source), biased, self.config.run.seed, weights)
+
+    def _memory_told(self) -> AbstractContextManager[None]:
+        """What a class without enough memory for its steps ends with."""
+        worker, name = self.worker, self.job.cluster.class_of(self.comm.rank).name
+        batch_size = self.algorithm.policy.batch_size[name]
+
+        def step(rows: Tensor) -> None:
+            worker.try_gradient(*next(read(self.source, rows.view(1, -1), worker.generator)))
+
+        return told_by_class(name, batch_size, lambda: batch_that_fits(step, worker.device, batch_size))
 
     def _call(self, hook: str, *args: Any) -> None:
         self.watch.heartbeat.begin(hook)
