@@ -32,7 +32,7 @@ from hvd_hetero.comm.communicator import hvd  # noqa: E402
 from hvd_hetero.comm.kv_store import JobEnv, job_env  # noqa: E402
 from hvd_hetero.config.load import device_classes, load  # noqa: E402
 from hvd_hetero.errors import Stopped  # noqa: E402
-from hvd_hetero.training import startup, trainer  # noqa: E402
+from hvd_hetero.training import startup, trainer, trainer_parts  # noqa: E402
 from hvd_hetero.training.resume import find  # noqa: E402
 from hvd_hetero.training.stop_request import StopRequest  # noqa: E402
 from hvd_hetero.training.watchdog import Watchdog  # noqa: E402
@@ -125,7 +125,7 @@ def main(folder: Path, device: str, groups: list[str]) -> None:
     env = job_env()
     if device == "cuda":
         torch.cuda.set_device(0)
-    trainer.Feed = RecordedFeed  # type: ignore[misc]
+    trainer_parts.Feed = RecordedFeed  # type: ignore[misc]
     StopRequest.__call__ = lambda self: env.rank == 0 and Stops.asked  # type: ignore[method-assign]
     # the leaders of two classes, and the second class
     hvd.init(process_sets=[hvd.ProcessSet([0, 1]), hvd.ProcessSet([1, 2])])

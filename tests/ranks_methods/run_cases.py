@@ -25,7 +25,7 @@ from hvd_hetero.comm.communicator import hvd
 from hvd_hetero.comm.kv_store import JobEnv, job_env
 from hvd_hetero.config.load import device_classes, load
 from hvd_hetero.telemetry.trace import TRACE, from_chrome
-from hvd_hetero.training import startup, trainer
+from hvd_hetero.training import startup, trainer, trainer_parts
 from hvd_hetero.training.watchdog import Watchdog
 from hvd_hetero.worker import components, loss_scaler
 from hvd_hetero.worker.components import UserObjects
@@ -77,7 +77,7 @@ def run(case: Case, env: JobEnv, folder: Path) -> dict[str, Any]:
 def main(folder: Path, poisoned: bool) -> None:
     torch.set_num_threads(1)
     env = job_env()
-    trainer.Feed = RecordedFeed  # type: ignore[misc]
+    trainer_parts.Feed = RecordedFeed  # type: ignore[misc]
     cases = CASES if not poisoned else {
         name: case for name, case in POISONED.items() if sum(map(len, CLASSES[case.classes].values())) == env.size
     }
