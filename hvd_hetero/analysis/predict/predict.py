@@ -136,6 +136,8 @@ class Scenario:
               if self.config.aggregation.mode == QUORUM else []),
             *(self._predict(name, name, self.taus) for name in SERVED),
             self._predict("nonblocking_sgd", "nonblocking_sgd"),
+            self._predict("stl_sgd", "stl_sgd", self.taus),
+            self._predict("drop_compute", "drop_compute"),
             self._predict(f"m_sync_sgd, {m:g} of {self.cluster.size}", "m_sync_sgd", quorum=m),
         ]
 
