@@ -153,6 +153,8 @@ class LocalSGD(Policy):
         """Return local steps of the fastest class: as set, or of the shortest round that is affordable."""
         if self.train.tau != AUTO:
             return int(self.train.tau)
+        if self.cluster.size == 1:  # nobody waits, and there is nobody to drift apart from
+            return self._longest(step_sec)
         late = self._late(step_sec)
         if late and self.too_slow == SHRINK:
             return local_steps.LONGEST

@@ -143,8 +143,10 @@ class _DryRun:
             cut(first_samples(self._parts.dataset.train, CUT, self._origins), 2)
         worker = self._worker()
         self._read("test")  # training samples are never evaluated
-        self._evaluate(worker)
-        _check_classes(self._parts.dataset, self._outputs, self._config, self._given, self._origins)
+        try:
+            self._evaluate(worker)
+        finally:  # where it finds something, it says more than the loss does that fails on it
+            _check_classes(self._parts.dataset, self._outputs, self._config, self._given, self._origins)
         self._metrics(worker)
         self._read()
         before = attributes_of(worker.model)

@@ -121,9 +121,8 @@ def test_refused_before_a_worker_starts(
 
 @pytest.mark.parametrize(("settings", "key"), [
     ({"algorithm.name": "sync_sgd"}, "algorithm.name"),
-    ({"aggregation.outer_momentum": 0.9}, "aggregation.outer_momentum"),
-    ({"aggregation.optimizer_state": "reset"}, "aggregation.optimizer_state"),
-    ({"aggregation.path": "measured"}, "aggregation.path"),
+    ({"train.micro_batches": 2}, "train.micro_batches"),
+    ({"train.clip_norm": 1.0}, "train.clip_norm"),
 ])  # fmt: skip
 def test_a_hand_written_loop_refuses_what_it_cannot_do(settings: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError) as caught:

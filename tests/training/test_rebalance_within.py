@@ -22,12 +22,14 @@ def test_tau_is_put_right_and_the_rest_of_the_epoch_dealt_anew(hvd_hetero: Calla
     done = hvd_hetero(["launch", *settings, *delays, f"run.dir={tmp_path / 'run'}"])
     assert done.returncode == 0, done.stdout + done.stderr
     changes = [(int(a), int(b)) for a, b in re.findall(r"tau of slow (\d+) -> (\d+)", done.stdout + done.stderr)]
-    assert changes and changes[0][1] > changes[0][0], "within the only epoch there is"
+    assert changes, "within the only epoch there is"
+    assert abs(changes[0][1] - 32) < abs(changes[0][0] - 32), "a step takes the slow rank twice as long"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     fast, slow = summary["classes"]
     assert slow["tau"] == changes[-1][1]
     assert summary["epochs"] == 1 and fast["steps"] == 64 * summary["rounds"]
-    assert summary["rounds"] * changes[0][0] < slow["steps"] < summary["rounds"] * slow["tau"]
+    taus = [tau for change in changes for tau in change]
+    assert summary["rounds"] * min(taus) < slow["steps"] < summary["rounds"] * max(taus)
     assert SAMPLES - 2 * (64 + slow["tau"]) < summary["samples_seen"] == fast["steps"] + slow["steps"] <= SAMPLES
     (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert row["tau"] == {"fast": 64, "slow": slow["tau"]} and row["samples_seen"] == summary["samples_seen"]
