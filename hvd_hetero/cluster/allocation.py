@@ -249,4 +249,5 @@ def _parsed(env: Env, name: str, parse: Callable[[str], list[Any]]) -> list[Any]
 def _carrying(env: Env, *prefixes: str) -> str:
     """The beginning of a command that has these variables, which horovodrun does not get."""
     names = [name for name in env if name.startswith(prefixes) and not is_secret(name, env[name])]
-    return shlex.join(["env", *(f"{name}={env[name]}" for name in names)])
+    plain = [name for name in names if "${" not in env[name]]  # such as a job's command: settings resolve it
+    return shlex.join(["env", *(f"{name}={env[name]}" for name in plain)])

@@ -20,7 +20,7 @@ VALUES: dict[str, Callable[[Any], Any]] = {
     "train.epoch": lambda value: "dataset" if value == "pass" else value,
     "eval.metric": lambda value: {} if value in (None, "none") else (
         {"accuracy" if value == "accuracy" else "metric": value}),
-    "train.autocast": lambda value: None if value is False or value == "false" else value,
+    "train.autocast": lambda value: None if str(value).lower() == "false" else value,
 }
 """Today's values, of former ones, by the key that they were given for."""
 
@@ -37,7 +37,7 @@ def pairs_renamed(pairs: Iterable[tuple[str, Any]], found: set[str]) -> list[tup
         if key in KEYS:
             found.add(f"{key} is now {KEYS[key]}")
         elif value is not former:
-            found.add(f"{key}={former} is now {key}={value}")
+            found.add(f"{key}={former} is now {key}={'null' if value is None else value}")
         renamed.append((KEYS.get(key, key), value))
     return renamed
 

@@ -84,6 +84,9 @@ def check_together(config: Config) -> None:
             raise ConfigError("cluster.remote_shell", shell, f"is no command: {error}", "close the quote") from error
         if not words:
             raise ConfigError("cluster.remote_shell", shell, "is no command", "give one, or null for ssh")
+        if any("{command}" in word and word != "{command}" for word in words):  # it would not be put in there
+            remedy = "let it stand alone, as in sh -c 'rsh $0 \"$1\"' {host} {command}"
+            raise ConfigError("cluster.remote_shell", shell, "has {command} within a word", remedy)
     for pattern in config.launch.environment:
         if VARIABLES.fullmatch(pattern) is None:
             remedy = "give names or patterns (MY_*); values are taken from where it is launched"

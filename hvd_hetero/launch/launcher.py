@@ -82,16 +82,16 @@ def run_job(command: str, files: Sequence[str], overrides: Sequence[str]) -> int
     Raises:
         ConfigError: as :func:`launch`.
     """
-    config, chosen = placed(files, overrides)
+    config, chosen = placed(files, overrides, trains=False)
     hosts = job_hosts(config)
     preflight(config, hosts, trains=False)
     return _run(config, horovodrun_line(config, hosts, [command, *files, *chosen]), hosts).status
 
 
-def placed(files: Sequence[str], overrides: Sequence[str]) -> tuple[Config, list[str]]:
+def placed(files: Sequence[str], overrides: Sequence[str], trains: bool = True) -> tuple[Config, list[str]]:
     """The configuration of a job with its hosts, and all settings that ranks need for it beside the files.
 
-    A job that Slurm has put back into its queue resumes.
+    A job that trains and that Slurm has put back into its queue resumes.
 
     Raises:
         ConfigError: as :func:`read` and :func:`hvd_hetero.launch.hosts.settled`, or this is one launcher of several.
@@ -101,7 +101,7 @@ def placed(files: Sequence[str], overrides: Sequence[str]) -> tuple[Config, list
     if (there := settled(config)) is not config:
         print(f"hvd-hetero: hosts from {allocation(config) or 'this machine'}", file=sys.stderr, flush=True)
         chosen += settings_of(there)
-    if config.run.resume is None and (times := restarts(os.environ)) > 0:
+    if trains and config.run.resume is None and (times := restarts(os.environ)) > 0:
         print(f"hvd-hetero: run.resume=auto, since SLURM_RESTART_COUNT={times}", file=sys.stderr, flush=True)
         chosen.append("run.resume=auto")
     return read(files, chosen), chosen

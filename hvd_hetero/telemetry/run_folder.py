@@ -120,6 +120,6 @@ def check_run_dir(path: str | Path, overwrite: bool) -> None:
     Raises:
         ConfigError: it does, and ``overwrite`` is not set.
     """
-    check_no_links("run.dir", Path(path), (METRICS, "tensorboard", "checkpoint", "checkpoints"))
+    check_no_links("run.dir", Path(path), (METRICS, "tensorboard", "mlflow", "wandb", "checkpoint", "checkpoints"))
     if not overwrite and any((Path(path) / name).exists() for name in (SUMMARY, "config.yaml")):
         raise ConfigError("run.dir", str(path), "already holds a run", "choose another, or set run.overwrite=true")

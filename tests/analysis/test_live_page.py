@@ -168,6 +168,14 @@ def test_prometheus_reads_what_it_is_given(run: Path, serve: Callable[..., Watch
         assert values["hvd_hetero_class_blocked_ratio", name].value == content["classes"][name]["blocked_fraction"]
 
 
+def test_metrics_of_any_name(run: Path, serve: Callable[..., WatchServer]) -> None:
+    """A metric that gives a mapping names its figures itself."""
+    tell(run, **{"eval_f1_<é>": 0.5})
+    server = serve(run)
+    assert "f1_&lt;é&gt; 0.5" in json.loads(get(server, "/parts")[1])["parts"]["runs"]
+    assert "\nhvd_hetero_eval_f1____{" in get(server, "/metrics")[1]
+
+
 def test_a_run_that_prepares_has_no_figures_yet(tmp_path: Path) -> None:
     (tmp_path / STATUS).write_text(json.dumps({"phase": "preparing", **own_mark()}))
     text = prometheus.metrics([StatusReader(tmp_path)()])
@@ -198,11 +206,16 @@ def test_what_cannot_be_watched(run: Path, tmp_path: Path, capsys: pytest.Captur
             assert said.startswith(f"hvd-hetero: error: {begins}") and remedy in said and said.count("\n") == 1
 
 
-def test_a_token_may_outlive_the_server(tmp_path: Path) -> None:
+def test_a_token_may_outlive_the_server(run: Path, serve: Callable[..., WatchServer], tmp_path: Path) -> None:
     file = tmp_path / "token"
     token = _token(str(file))
     assert len(token) > 32 and _token(str(file)) == token and stat.S_IMODE(file.stat().st_mode) == 0o600
     assert _token(None) != _token(None)
+    file.write_text("made+by/another&program==\n")
+    server = serve(run)
+    server.token = _token(str(file))
+    with urllib.request.urlopen(server.url, timeout=60) as answer:
+        assert answer.status == 200, "the address that is printed"
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="--token-file"):

@@ -116,6 +116,8 @@ def test_lsf(tmp_path: Path) -> None:
     assert found(listed | {"CSM_ALLOCATION_ID": "5"}).hosts == (("h2", 4),), "jsrun starts elsewhere"
     words = remote_command(str(found(listed).shell), "h2", "cd x; y")
     assert words[0] == "env" and "LSF_SERVERDIR=/lsf/x y" in words and words[-3:] == ["blaunch", "h2", "cd x; y"]
+    named = found(listed | {"LSB_JOBNAME": "hvd-hetero launch run.dir=${HOME}/a"})
+    assert "${" not in str(named.shell), "it becomes a setting, which would be resolved"
 
 
 @pytest.mark.parametrize(("scheduler", "variable"), [("PBS", "PBS_NODEFILE"), ("OAR", "OAR_NODEFILE")])

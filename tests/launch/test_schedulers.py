@@ -14,6 +14,7 @@ import pytest
 from job_helpers import rank_pids, when
 
 from hvd_hetero.errors import EXIT_STOPPED
+from hvd_hetero.launch.launcher import placed
 
 pytestmark = pytest.mark.horovod
 
@@ -97,6 +98,8 @@ def test_a_job_that_slurm_has_requeued_resumes(launched: Launched, inside: Calla
     assert line_of(out)[1]["run.resume"] == "reshape" and err == ""
     status, _, err = launched("--print", "run.dir=null")
     assert status == 2 and "run.resume='auto': names no run to go on from; set run.dir" in err
+    config, _ = placed([], ["run.dir=null"], trains=False)
+    assert config.run.resume is None, "what does not train has nothing to go on from"
 
 
 def test_a_heterogeneous_job_stops_before_its_time_limit_and_resumes_on_other_hosts(
@@ -138,6 +141,8 @@ def test_a_heterogeneous_job_stops_before_its_time_limit_and_resumes_on_other_ho
     ({"HVD_HETERO_HOSTFILE": "hosts"}, [], "hosts line 2='n1 cores=2': 'n1 cores=2' is not host:slots; write for"),
     ({}, ["cluster.hosts=./hosts"], "hosts line 2='n1 cores=2': 'n1 cores=2' is not host:slots; write for"),
     ({}, ["cluster.remote_shell='"], 'cluster.remote_shell="\'": is no command: No closing quotation; close the quote'),
+    ({}, ["cluster.remote_shell=sh -c 'rsh {host} {command}'"],
+     "cluster.remote_shell=\"sh -c 'rsh {host} {command}'\": has {command} within a word; let it stand alone"),
     ({}, ["cluster.remote_shell= "], "cluster.remote_shell=' ': is no command; give one, or null for ssh"),
 ])
 def test_what_does_not_fit(

@@ -117,7 +117,7 @@ def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
     assert precious.read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard", "checkpoint", "checkpoints"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard", "mlflow", "wandb", "checkpoint", "checkpoints"])
 def test_a_link_in_a_runs_folder_is_refused(tmp_path: Path, name: str) -> None:
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     run.mkdir()

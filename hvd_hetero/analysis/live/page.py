@@ -166,17 +166,19 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 def _card(status: RunStatus) -> str:
     content = status.content
-    parts = [f"<h2>{escape(str(status.path))}</h2>", f"<p><b>{status.phase}</b> on {escape(content['host'])}</p>"]
+    parts = [f"<h2>{escape(str(status.path))}</h2>",
+             f"<p><b>{escape(status.phase)}</b> on {escape(content['host'])}</p>"]  # fmt: skip
     if status.lost or status.silent:
         parts.append(f'<p class="stamp">has said nothing for {span(status.silent_sec)}</p>')
     if "round" in content:
         total = "" if content["epochs"] is None else f" of {content['epochs']}"
         left = "" if status.over or content["left_sec"] is None else f", {span(content['left_sec'])} left"
         parts.append(f'<progress value="{content["share_done"]:.4f}"></progress>')
-        parts.append(f"<p>epoch {content['epoch']}{total}, round {content['round']}{left}</p>")
-        if "train_loss" in content:
-            parts.append(f"<p>{', '.join(f'{name} {value}' for name, value in results(content).items())}</p>")
+        lines = [f"epoch {content['epoch']}{total}, round {content['round']}{left}"]
+        if "train_loss" in content:  # names of metrics may be anything
+            lines.append(", ".join(f"{name} {value}" for name, value in results(content).items()))
         if content["checkpoint"] is not None:
-            parts.append(f"<p>{saved(status)}</p>")
+            lines.append(saved(status))
+        parts += [f"<p>{escape(line)}</p>" for line in lines]
         parts.append(table_html(classes(content)))
     return f"<section>{''.join(parts)}</section>"

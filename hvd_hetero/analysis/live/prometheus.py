@@ -58,7 +58,7 @@ def _samples(run: RunStatus) -> Iterator[Sample]:
     for key, value in content.items():
         if key.startswith("eval_") and key not in RUN:
             name = key.removeprefix("eval_")
-            yield "eval_" + re.sub(r"\W", "_", name), f"Newest {name} of the test set.", labels, value
+            yield "eval_" + re.sub(r"\W", "_", name, flags=re.ASCII), f"Newest {name} of the test set.", labels, value
     for name, own in content.get("classes", {}).items():
         yield from ((*CLASS[key], {**labels, "class": name}, own.get(key)) for key in CLASS)
 

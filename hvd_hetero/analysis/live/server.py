@@ -12,7 +12,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 from hvd_hetero.analysis.live import prometheus
 from hvd_hetero.analysis.live.page import LivePage
@@ -53,7 +53,7 @@ class WatchServer(ThreadingHTTPServer):
     def url(self) -> str:
         host, port = self.server_address[:2]
         name = f"[{host!s}]" if ":" in str(host) else host
-        return f"http://{name!s}:{port}/?token={self.token}"
+        return f"http://{name!s}:{port}/?token={quote(self.token, safe='')}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing: a browser that closes its page in the middle of an answer is no fault."""

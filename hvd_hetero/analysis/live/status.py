@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hvd_hetero.analysis.report.tables import or_dash, table
+from hvd_hetero.cluster.hosts import ranges
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.telemetry.progress import span
 from hvd_hetero.telemetry.run_status import SAVE, RunStatus, StatusReader
@@ -113,14 +114,3 @@ def classes(content: Mapping[str, Any]) -> list[list[str]]:
                      or_dash(known.get("steps_per_sec")), "-" if blocked is None else f"{blocked:.1%}",
                      str(known["excluded"] + known["excluded_in_epoch"])])  # fmt: skip
     return rows
-
-
-def ranges(ranks: list[int]) -> str:
-    """Return sorted ranks with runs of them shortened: ``0-3,7``."""
-    parts: list[list[int]] = []
-    for rank in ranks:
-        if parts and rank == parts[-1][1] + 1:
-            parts[-1][1] = rank
-        else:
-            parts.append([rank, rank])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
