@@ -123,6 +123,7 @@ class Trainer(TrainerParts):
             spec.average, self.worker.state, half_life(spec, config.train, self.plan), spec.last
         )
         self.epoch: Epoch | None = None
+        self.comm.carried.take()  # what was only measured
         self._tell_rate()
         if state is not None:
             (carry_over if reshaped else restore)(self, state)
