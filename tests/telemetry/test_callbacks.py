@@ -188,5 +188,5 @@ def test_a_callback_that_fails_ends_the_job_and_is_named(tmp_path: Path, hvd_het
     done = hvd_hetero(SETTINGS, cwd=tmp_path, env={"HVD_HETERO_TEST_FAILS": "1"})
     assert done.returncode == 2, done.stderr
     wanted = ("run.callbacks='own_callbacks:Notes': on_epoch_end fails on rank 1: ZeroDivisionError: mine "
-              "(own_callbacks.py, line 23)")  # fmt: skip
+              "(own_callbacks.py, line 22)")  # fmt: skip
     assert wanted in done.stderr, done.stderr
