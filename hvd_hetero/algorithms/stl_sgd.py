@@ -58,6 +58,9 @@ class STLSGD(LocalSGD):
         fallen = self._highest / rate if rate else math.inf if self._highest else 1.0
         self._factor = min(fallen**self.options.growth, self.options.max_growth)
 
+    def note_average(self, seconds: float) -> None:
+        """Leave the length of the first rounds as it was chosen: from then on it goes by the rate."""
+
     def taus(self, step_sec: Mapping[str, float] | None) -> dict[str, int]:
         return {name: tau and max(1, math.floor(self._factor * tau + 0.5))
                 for name, tau in super().taus(step_sec).items()}  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hvd_hetero.config.schema import TrainConfig
 from hvd_hetero.errors import ConfigError
@@ -44,6 +44,18 @@ def next_rounds(train: TrainConfig, plan: Plan, done: RunProgress) -> int:
         left = (train.max_train_sec - done.train_sec) * done.samples / done.train_sec
         rounds = min(rounds, round(left / round_samples(plan)))
     return max(0, rounds)
+
+
+def rest_rounds(train: TrainConfig, old: Plan, new: Plan, left: int, samples: int, done: RunProgress) -> int:
+    """Rounds of another plan that take the place of those that are left of an epoch; perhaps 0.
+
+    Args:
+        left: rounds of the old plan, and ``samples``, how many there are for what takes their place.
+        done: so far, in this epoch too. Its limit in seconds has been reckoned with when it began.
+    """
+    counted = fast_steps if train.epoch_length == "fast_steps" else round_samples
+    rounds = min(left * counted(old) // counted(new), samples // round_samples(new))
+    return min(rounds, next_rounds(replace(train, max_train_sec=None), new, done))
 
 
 def expected_epochs(train: TrainConfig, plan: Plan) -> int | None:

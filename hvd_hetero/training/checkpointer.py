@@ -163,7 +163,7 @@ class Meetings:
         save = bool(late) and not busy
         if spec.every_rounds is not None:  # in partial collectives rounds do not come in the planned numbers
             save = save or number // spec.every_rounds > max(self._tried, 0) // spec.every_rounds
-        due = save and number > self._tried
+        due, stop = self.active and save and number > self._tried, self.active and stop
         return SyncDecision(progress, bool(stop), due, slowest, length, most[len(step_sec) :])
 
 

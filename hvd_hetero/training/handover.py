@@ -150,30 +150,31 @@ class HandedWorker(Worker):
     """A worker whose local steps are the program's; :meth:`connect` comes before the first."""
 
     def connect(
-        self, handover: Handover, excluded: Exclusions, kept: Mapping[str, Any], as_read: bool, needs_losses: bool
-    ) -> None:
+        self, handover: Handover, excluded: Exclusions, kept: Mapping[str, Any], as_read: bool, needs_losses: bool,
+        batch_size: Callable[[], int],
+    ) -> None:  # fmt: skip
         """Take what hands rounds to the program.
 
         Args:
             kept: the program's own objects that its steps change.
+            batch_size: tells of how many samples a step is, by the plan.
             as_read: a batch is handed out as a stream has it, else as (inputs, targets).
             needs_losses: samples are dealt by their losses, which a program must not leave out.
         """
         self._handover, self._exclusions, self._kept = handover, excluded, kept
         self._as_read, self._needs_losses = as_read, needs_losses
-        self._measures, self._excluded = False, 0
+        self._batch_size, self._measures, self._excluded = batch_size, False, 0
 
     def local_steps(self, batches: Iterator[Batch], count: int, stop: Callable[[], bool] | None = None) -> int:
         """``count`` steps of the program on the next batches, fewer if ``stop`` says so after one; returns how many."""
         self._end_rest()
-        is_whole, samples = False, 0
+        is_whole = False
 
         def steps() -> Iterator[tuple[Any, set[int]]]:
-            nonlocal is_whole, samples
+            nonlocal is_whole
             self.watch.skip()  # what the program did between two rounds is no part of a step that is to be stretched
             for inputs, targets in self.pace.steps(batches, count):
-                counts = sample_counts(targets) or sample_counts(inputs)
-                samples += min(counts, default=0)
+                counts = sample_counts(targets) | sample_counts(inputs)  # one of the two tells
                 yield (inputs, counts) if self._as_read else ((inputs, targets), counts)
                 if stop is not None and stop():
                     self.pace.pause()
@@ -187,12 +188,13 @@ class HandedWorker(Worker):
         if not is_whole:
             problem = f"a round has {count} batches, of which {round.steps} were taken"
             raise RuntimeError(f"{problem}: go through the whole round")
-        self._take_losses_of(round, samples)
+        self._take_losses_of(round)
         return round.steps
 
-    def _take_losses_of(self, round: Round, samples: int) -> None:
+    def _take_losses_of(self, round: Round) -> None:
         taken = round.taken
-        if not taken and not self._needs_losses and not self._as_read:
+        if not taken and not self._needs_losses and not self._as_read and not self._measures:
+            samples = round.steps * self._batch_size()
             taken = [(torch.zeros(samples), torch.zeros(samples))]  # they keep the losses that they had
         elif len(taken) != round.steps and (taken or self._needs_losses):
             problem = f"a round has {round.steps} batches, got losses of {len(taken)}"

@@ -43,6 +43,7 @@ class Run(Protocol):
     folder: RunFolder | None
     saver: Meetings | None
     accounts: Accounts
+    epoch: Epoch | None
     begin: float
 
 
@@ -75,8 +76,8 @@ class LiveStatus:
     def begin(self) -> None:
         """Training begins, or is resumed."""
         run = self._run
-        self._start, self._start_share = time.monotonic(), self._share(0)
-        self._content |= {"epochs": expected_epochs(run.config.train, run.plan), **self._place()}
+        self._start, self._start_share = time.monotonic(), self._share(rounds_of(run.epoch))
+        self._content |= {"epochs": expected_epochs(run.config.train, run.plan), **self._place(run.epoch)}
         self._content["classes"] = self._classes()
 
     # ---- segments ---------------------------------------------------------------------------------------------------
@@ -153,7 +154,7 @@ class LiveStatus:
         """Where the run is, in an epoch or between two."""
         run, done = self._run, self._run.accounts.done
         rounds = 0 if epoch is None else epoch.progress.averages
-        share = self._share(0 if epoch is None else epoch.plan.rounds - epoch.rounds_left)
+        share = self._share(rounds_of(epoch))
         return {"epoch": done.epochs, "round": done.rounds + rounds, "rounds_in_epoch": rounds,
                 "rounds_per_epoch": (epoch or run).plan.rounds, "share_done": share,
                 "wall_sec": time.perf_counter() - run.begin,
@@ -173,7 +174,7 @@ class LiveStatus:
         number = saver.saved_round
         return {"round": None if number == NONE else number, "age_sec": time.monotonic() - saver.saved_at}
 
-    def _share(self, rounds: int) -> float:
+    def _share(self, rounds: float) -> float:
         run = self._run
         return run_share(run.config.train, run.plan, run.accounts.done, rounds)
 
@@ -190,3 +191,10 @@ class LiveStatus:
             self._told_of = True
         self._wrote = time.monotonic()
         self._took = self._wrote - now
+
+
+def rounds_of(epoch: Epoch | None) -> float:
+    """Return the rounds that are done of an epoch under way, in rounds of the plan as it is now."""
+    if epoch is None:
+        return 0
+    return epoch.plan.rounds - epoch.rounds_left if epoch.is_claimed else epoch.rounds_done

@@ -261,7 +261,8 @@ class LoopTrainer(Trainer):
         """Hand rounds out there."""
         is_stream = isinstance(self.source, StreamSource)
         needs_losses = not is_stream and self.config.sampling.scheme != UNIFORM
-        self.worker.connect(handover, self.comm.excluded, self.kept, is_stream, needs_losses)
+        self.worker.connect(handover, self.comm.excluded, self.kept, is_stream, needs_losses,
+                            lambda: self.algorithm.mine.batch_size)  # fmt: skip
 
     def make_worker(self) -> HandedWorker:
         return make_worker(self.job, self.watch, HandedWorker)

@@ -159,7 +159,8 @@ def _config(run: str, overrides: Sequence[str]) -> Config:
     file = Path(run) / "config.yaml"
     if not file.is_file():
         raise ConfigError("RUN", run, "is not the folder of a run", "give the run.dir of one")
-    return load([file], overrides, algorithms.method)
+    config = load([file], overrides, algorithms.method)
+    return replace(config, run=replace(config.run, callbacks=[], trackers=[]))  # which are of the training
 
 
 def _of_one_class(config: Config) -> Config:
@@ -167,7 +168,7 @@ def _of_one_class(config: Config) -> Config:
     return replace(
         config, cluster=replace(config.cluster, classes=AUTO), algorithm=AlgorithmConfig(),
         aggregation=AggregationConfig(weights="steps", state=config.aggregation.state),
-        sampling=SamplingConfig(scheme="uniform"), train=replace(config.train, tau=1, batch_size=1),
+        sampling=SamplingConfig(scheme="uniform"), train=replace(config.train, tau=1, batch_size=1, micro_batches=1),
     )  # fmt: skip
 
 

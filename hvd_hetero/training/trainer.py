@@ -20,7 +20,8 @@ from hvd_hetero.errors import Stopped
 from hvd_hetero.planning.injected_delays import delays
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.schedules import next_rate, round_factor, run_share
-from hvd_hetero.planning.stop_criteria import check_limits, expected_epochs, fast_steps, next_rounds, round_samples
+from hvd_hetero.planning.stop_criteria import check_limits, expected_epochs, fast_steps, next_rounds, rest_rounds
+from hvd_hetero.planning.weighted_sampling import INFOBATCH
 from hvd_hetero.random_state import seed_all
 from hvd_hetero.telemetry.callbacks import Started
 from hvd_hetero.telemetry.emulation import thread_cpu_clock
@@ -122,6 +123,7 @@ class Trainer(TrainerParts):
             spec.average, self.worker.state, half_life(spec, config.train, self.plan), spec.last
         )
         self.epoch: Epoch | None = None
+        self.comm.carried.take()  # what was only measured
         self._tell_rate()
         if state is not None:
             (carry_over if reshaped else restore)(self, state)
@@ -242,12 +244,12 @@ class Trainer(TrainerParts):
         old, self.plan = self.plan, self._replan(self.plan, self._by_rank(agreed.step_sec), agreed.rounds)
         if self.plan is old:
             return
-        counted = fast_steps if self.config.train.epoch_length == "fast_steps" else round_samples
         steps, samples = epoch.spent
         done = self.accounts.done
         done = replace(done, fast_steps=done.fast_steps + steps, samples=done.samples + samples)
-        limits = replace(self.config.train, max_train_sec=None)  # has been reckoned with when the epoch began
-        rounds = min(epoch.rounds_left * counted(old) // counted(self.plan), next_rounds(limits, self.plan, done))
+        prunes = self.config.sampling.scheme == INFOBATCH  # then there are no more samples than were dealt
+        there = epoch.rounds_left * epoch.round_samples if prunes else len(self.source) - samples
+        rounds = rest_rounds(self.config.train, old, self.plan, epoch.rounds_left, there, done)
         part = replace(self.plan, rounds=rounds)
         self.watch.skip()
         self.watch.heartbeat.begin("dealing samples")

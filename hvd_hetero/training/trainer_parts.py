@@ -90,3 +90,4 @@ class TrainerParts:
         if saver.saved_round > self._saved_round:
             self._saved_round = saver.saved_round
             self._call("on_checkpoint", self._saved_round)
+            self.watch.skip()  # it is no part of the next step

@@ -154,7 +154,7 @@ class Feed:
 class StreamFeed(Feed):
     """Deals places in a stream: in each round, each rank takes as many as its steps need, next to those of the others.
 
-    Nothing goes over the wire, and no losses come back.
+    No losses come back.
 
     Args:
         is_shared: all ranks read the same stream; else each has one of its own, and takes all of it.
@@ -177,6 +177,10 @@ class StreamFeed(Feed):
         """Deal the places from the round on that begins now, as :meth:`Feed.deal_rest` does."""
         if steps < len(indices):
             self._next = int(indices[steps, 0]) - self._before
+        if self._is_shared:  # one that has taken no steps does not know where the others are
+            place = self._next if steps < len(indices) else 0
+            with self._comm.booked():
+                self._next = int(self._comm.max([float(place)], "rest.place")[0])
         return self.deal(plan, plan)
 
     def collect(

@@ -117,3 +117,19 @@ def test_a_run_that_is_resumed_goes_on_measuring(monkeypatch: pytest.MonkeyPatch
     assert second.state_dict()["ended"] == [[1.0, 2.0, 3.0, 4.0]] * 3
     second.run_round(iter([BATCH]))
     assert second.threshold is None and not second.state_dict()["is_open"], "steps that do not vary"
+
+
+def test_a_gradient_that_is_computed_once_more_has_no_more_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in float16, where it has overflowed; the times of all ranks' steps are one table."""
+    made = run(monkeypatch, 1, [], threshold="auto", measured_steps=3)
+    gradient_once = made.worker.gradient
+
+    def twice(*args: Any) -> torch.Tensor:
+        gradient_once(*args)
+        return gradient_once(*args)
+
+    monkeypatch.setattr(made.worker, "gradient", twice)
+    made.run_round(iter([BATCH]))
+    assert [len(times) for times in made.state_dict()["ended"]] == [4, 4]
+    made.run_round(iter([BATCH]))
+    assert not made.state_dict()["is_open"]

@@ -101,3 +101,16 @@ def test_derived_taus_grow_too_and_a_resumed_run_goes_on() -> None:
     second.start(first.plan)
     second.load_state_dict(first.state_dict())
     assert taus_of(second, 0.05, 0.025) == [{"fast": 32, "slow": 4}, {"fast": 64, "slow": 8}]
+
+
+def test_rounds_whose_length_was_chosen_change_with_the_rate_alone() -> None:
+    """And not with what an average happens to take in an epoch."""
+    made = method({"algorithm.name": "stl_sgd", "train.batch_size": 4, "train.tau": "auto"}, samples=100_000)
+    made.average_sec = 0.01
+    made.start(made.make_plan({"fast": 0.01, "slow": 0.03}))
+    first, found = made.plan.classes[0].tau, []
+    for average_sec, rate in ((0.012, 0.1), (0.008, 0.1), (0.012, 0.05)):
+        made.note_average(average_sec)
+        made.follow_rate(rate)
+        found.append(made.replan([0.01] * 2 + [0.03] * 3).classes[0].tau)
+    assert found == [first, first, 2 * first]

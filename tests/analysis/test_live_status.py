@@ -7,24 +7,39 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from method_helpers import of
 
+from hvd_hetero import algorithms
 from hvd_hetero.analysis.live.status import ask, text, to_dict
 from hvd_hetero.checkpoint import Store
 from hvd_hetero.cli import main
+from hvd_hetero.cluster.device_classes import DeviceClass
+from hvd_hetero.config.load import load
+from hvd_hetero.data import TensorSource
 from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_STOPPED, ConfigError
+from hvd_hetero.planning.plan import ClassPlan, Plan
 from hvd_hetero.planning.schedules import left_sec
 from hvd_hetero.telemetry.progress import span
 from hvd_hetero.telemetry.run_status import LIVE_TRACE, LOOK, STATUS, StatusReader, own_mark
+from hvd_hetero.telemetry.stopwatch import Stopwatch
+from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import from_chrome
+from hvd_hetero.training.live_status import LiveStatus, rounds_of
+from hvd_hetero.worker.epoch import Epoch, Progress
 
 RANKS = Path(__file__).parents[1] / "ranks"
 SETTINGS = ["train.tau={fast: 8, slow: 2}", "cluster.classes.slow.slowdown=4", "train.epochs=100000",
             "checkpoint.every_sec=3600", "train.loss=own_parts:bad_on_rank_1", "run.trace_rounds=0"]  # fmt: skip
 MOST_SEC = 240.0
+ALONE = (DeviceClass("fast", "cpu", (0,)),)
 
 
 def until(what: Callable[[], Any]) -> Any:
@@ -156,3 +171,22 @@ def test_what_is_left_goes_by_the_pace_of_this_job() -> None:
 def test_how_times_are_written() -> None:
     assert [span(s) for s in (0.4, 59.4, 61, 3599, 3600, 7260)] == ["0 s", "59 s", "1 min", "1 h 0 min", "1 h 0 min",
                                                                    "2 h 1 min"]  # fmt: skip
+
+
+@pytest.mark.horovod
+def test_what_an_earlier_job_did_of_an_epoch_is_not_this_ones_pace() -> None:
+    """It is resumed after 6 of 10 rounds, the last 2 of which were of twice as many steps."""
+    plan = Plan((ClassPlan("fast", (0,), 4, 1, 1.0),), 10)
+    epoch = Epoch(plan, np.zeros((40, 1), int), TensorSource(torch.zeros(9), torch.zeros(9)), torch.Generator())
+    epoch.progress = Progress(4, 4)
+    epoch.deal_rest(replace(plan, classes=(replace(plan.classes[0], tau=8),), rounds=3), np.zeros((24, 1), int))
+    epoch.progress += Progress(2, 2)
+    assert rounds_of(None) == 0 and rounds_of(epoch) == 4
+    run: Any = SimpleNamespace(
+        config=load((), {"train.epochs": 2}, algorithms.method), plan=replace(epoch.plan, rounds=5), folder=None,
+        saver=None, watch=Stopwatch(), accounts=Accounts(of(ALONE)), epoch=epoch, begin=0.0, job=None,
+    )  # fmt: skip
+    status = LiveStatus(run)
+    status.begin()
+    now = status._content
+    assert now["share_done"] == pytest.approx(0.4) and now["left_sec"] is None and now["rounds_in_epoch"] == 6

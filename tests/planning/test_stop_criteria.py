@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hvd_hetero.cluster.hardware import RankFacts
 from hvd_hetero.config.schema import TrainConfig
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.plan import Plan, make_plan
-from hvd_hetero.planning.stop_criteria import RunProgress, check_limits, expected_epochs, next_rounds
+from hvd_hetero.planning.stop_criteria import RunProgress, check_limits, expected_epochs, next_rounds, rest_rounds
 
 
 @pytest.fixture
@@ -81,3 +82,15 @@ def test_the_nearest_of_several_limits_counts(plan: Plan) -> None:
 def test_limits_within_the_first_round_are_refused(plan: Plan) -> None:
     with pytest.raises(ConfigError, match=r"train\.max_samples=49: one round takes 50"):
         check_limits(TrainConfig(max_samples=49), plan)
+
+
+def test_what_is_left_of_an_epoch_has_no_more_rounds_than_samples(plan: Plan) -> None:
+    """The slow rank takes as many steps as the fast one from now on: 80 samples a round, and still 4 fast steps."""
+    fast, slow = plan.classes
+    new, done = Plan((fast, replace(slow, tau=4)), 3), RunProgress(0, 2, 8, 100)
+    dataset, by_steps = TrainConfig(), TrainConfig(epoch_length="fast_steps")
+    assert rest_rounds(dataset, plan, new, 3, 150, done) == 1
+    assert rest_rounds(by_steps, plan, new, 3, 1000, done) == 3
+    assert rest_rounds(by_steps, plan, new, 3, 250 - 100, done) == 1
+    limited = TrainConfig(epoch_length="fast_steps", max_fast_steps=17, max_train_sec=1.0)
+    assert rest_rounds(limited, plan, new, 3, 1000, replace(done, train_sec=0.9)) == 2, "seconds do not count"

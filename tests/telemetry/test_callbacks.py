@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,6 +106,26 @@ def test_a_tracker_whose_package_is_missing_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr("hvd_hetero.worker.callbacks.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"run.trackers='wandb': needs the package wandb.*hvd-hetero\[wandb\]"):
         Callbacks(RunConfig(trackers=["wandb"]))
+
+
+@pytest.mark.horovod
+def test_what_a_callback_takes_at_a_checkpoint_is_no_part_of_the_next_step() -> None:
+    """Its rank would be taken for a slow one, and be given fewer steps."""
+    from hvd_hetero.telemetry.stopwatch import Stopwatch
+    from hvd_hetero.training.trainer_parts import TrainerParts
+
+    class Clock:
+        now = 0.0
+
+        def call(self, rank: int, hook: str, number: int) -> None:
+            self.now += 5.0
+
+    clock, parts = Clock(), TrainerParts()
+    parts.watch = Stopwatch(lambda: clock.now)
+    parts.comm, parts.job = SimpleNamespace(rank=0), SimpleNamespace(components=SimpleNamespace(callbacks=clock))  # type: ignore[assignment]
+    parts._tell_saved(SimpleNamespace(saved_round=3))  # type: ignore[arg-type]
+    clock.now += 0.25
+    assert parts.watch.span("data") == 0.25
 
 
 # ---- in jobs --------------------------------------------------------------------------------------------------------

@@ -8,12 +8,17 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from together import together
 
+from hvd_hetero import algorithms
 from hvd_hetero.checkpoint import Store
+from hvd_hetero.config.load import load
+from hvd_hetero.training.checkpointer import Meetings
+from hvd_hetero.worker.epoch import Progress
 
 pytestmark = pytest.mark.horovod
 
@@ -73,3 +78,14 @@ def test_a_failure_in_the_next_round_does_not_lose_what_was_saved(
     done = horovodrun(2, [*TRAIN, *SETTINGS, f"run.dir={run}", "run.resume=auto"], cwd=RANKS, env=no_sync)
     assert done.returncode == 0 and "resumed after epoch 0, round 0, in the next epoch 1 rounds later" in done.stdout
     assert checkpoints(run) == [3, 2] and "no checkpoint" not in done.stdout
+
+
+@pytest.mark.parametrize("every_sec", [None, 60.0])
+def test_ranks_that_meet_without_checkpoints_neither_save_nor_stop(every_sec: float | None) -> None:
+    """They meet for their plan's sake; what is asked of them cannot be done."""
+    config = load((), {"checkpoint.every_sec": every_sec}, algorithms.method)
+    comm: Any = SimpleNamespace(rank=0, max=lambda numbers, name: numbers)
+    asked: Any = type("Asked", (Meetings,), {"stopping": lambda self: True, "_is_asked": lambda self: True})
+    meetings = asked(config, comm, False)
+    agreed = meetings.agree(Progress(3, 3), meetings.segment(9, 0), 0, (0.5,))
+    assert (agreed.stop, agreed.due) == (every_sec is not None,) * 2 and agreed.step_sec == (0.5,)

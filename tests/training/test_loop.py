@@ -220,6 +220,24 @@ said = [run(data, lambda round: None), run(data, list), run(data, raises), run(S
 uniform = dict(settings)
 settings["sampling.scheme"] = "uniform"
 said.append(run(data, list))
+
+class Two(torch.utils.data.Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, number):
+        return torch.zeros(3), [torch.tensor([0.0]), torch.tensor([1.0, 2.0])]
+
+def boxes(items):
+    return torch.stack([x for x, _ in items]), torch.cat([box for _, parts in items for box in parts])
+
+def trains(round):
+    for x, y in round:
+        assert len(x) == 4 and len(y) == 12
+        round.losses(torch.ones(4))
+
+said.append(run(Two(), list))
+said.append(run(torch.utils.data.DataLoader(Two(), 4, collate_fn=boxes), trains))
 print("SAID", json.dumps(said))
 """
 
@@ -235,3 +253,4 @@ def test_what_a_program_does_wrong_in_a_round(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert said[3].startswith("RankError: train_data='Short': ends after 0 samples")
     assert said[4] is None  # nothing is dealt by losses
+    assert said[5:] == [None, None]  # two targets of all samples in a list, or more targets than samples

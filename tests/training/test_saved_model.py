@@ -13,8 +13,16 @@ import torch
 from torch import nn
 
 OWN = """
+import os
+
 import torch
 from torch import nn
+
+import hvd_hetero
+
+class WhileTraining(hvd_hetero.Callback):
+    def __init__(self):
+        assert not os.path.exists("run/config.yaml")
 
 class Net(nn.Sequential):
     def save_pretrained(self, folder):
@@ -25,7 +33,8 @@ def model(width=8):
     return Net(nn.Flatten(), nn.Linear(64, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 10))
 """
 ALONE = ["cluster.classes={a: {ranks: [0], threads: 1}}", "train.tau={a: 16}", "train.epochs=3",
-         "model.target=own_net:model", "checkpoint.every_sec=null", "checkpoint.every_rounds=22", "checkpoint.keep=9",
+         "train.micro_batches={a: 2}", "run.callbacks=[own_net:WhileTraining]", "model.target=own_net:model",
+         "checkpoint.every_sec=null", "checkpoint.every_rounds=22", "checkpoint.keep=9",
          "run.dir=run"]  # fmt: skip
 
 

@@ -31,6 +31,10 @@ class Alone:
     def broadcast(tensor: Any, name: str) -> Any:
         return tensor
 
+    @staticmethod
+    def max(numbers: list[float], name: str) -> list[float]:
+        return numbers
+
 
 def test_an_epoch_that_is_cut_short_is_the_beginning_of_a_whole_one() -> None:
     """Drawn for itself it would be half of the very hardest samples."""
@@ -69,3 +73,25 @@ def test_places_in_a_stream_follow_one_another_whatever_the_plan_becomes() -> No
     assert sorted(taken) == list(range(2 * 14 + 5 * 10 + new.rounds * 10))
     own = StreamFeed(Alone(), None, is_shared=False)  # type: ignore[arg-type]
     assert own.deal(old, old).reshape(-1).tolist() == list(range(old.rounds * 12))
+
+
+def test_a_rank_that_had_no_steps_learns_where_in_a_stream_the_others_are() -> None:
+    """The slow rank was left out, and takes part in the rest of the epoch."""
+    facts = [RankFacts(rank, "here", rank, (), "cpu", (0, 1)) for rank in range(2)]
+    cluster = assign(device_classes({FAST: {"ranks": [0]}, SLOW: {"ranks": [1]}}), facts)
+    old, new = (make_plan(cluster, 120, {FAST: 3, SLOW: tau}, {FAST: 4, SLOW: 2}) for tau in (0, 1))
+    places, taken = [0.0], list[int]()
+
+    class Both(Alone):
+        def max(self, numbers: list[float], name: str) -> list[float]:  # type: ignore[override]
+            places.extend(numbers)
+            return [max(places)]
+
+    for rank in range(2):
+        comm = Both()
+        comm.rank = rank
+        feed = StreamFeed(comm, None, is_shared=True)  # type: ignore[arg-type]
+        first = feed.deal(old, old)
+        steps = 2 * old.of_rank(rank).tau
+        taken += [*first[:steps].reshape(-1), *feed.deal_rest(new, first, steps).reshape(-1)]
+    assert sorted(taken) == list(range(2 * 12 + new.rounds * 14))
