@@ -128,7 +128,7 @@ class ServerExecutor(Executor):
 
     def _work_on_claims(self, segment: Segment) -> None:
         size = self.mine.batch_size
-        answer = self.link.exchange(None, claim=size)
+        answer = self._exchange(None, size)  # others may have pushed already
         while (batch := segment.claim(answer.offered, size)) is not None:
             segment.start_round(self._version - self._first)
             vector = self._gradient(batch)
