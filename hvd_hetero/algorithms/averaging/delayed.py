@@ -167,8 +167,8 @@ class InFlightAverage:
             average_tensors(self._comm, self._mean, self._good, "delayed", weight=weight)
             return
         average_tensors(self._comm, self._parts(self._mean), self._good, "delayed", weight=weight, wire=self._wire)
-        states = [v[params:] for v, params in zip(self._mean, self._worker.state.params, strict=True) if len(v) > params]
-        if states:  # are not rounded
+        rest = [vector[params:] for vector, params in zip(self._mean, self._worker.state.params, strict=True)]
+        if states := [part for part in rest if len(part)]:  # they are not rounded
             average_tensors(self._comm, states, self._good, "delayed.states", weight=weight)
 
     def _parts(self, vectors: Sequence[Tensor]) -> list[Tensor]:
