@@ -171,10 +171,16 @@ def test_a_method_is_refused_in_the_words_of_its_policy(settings: list[str], lab
     assert says in str(by_label(scenario(settings, **only).methods())[label].problem)
 
 
-def test_settings_of_one_method_do_not_refuse_the_others() -> None:
-    """Models' outer steps mean nothing to methods that average gradients."""
-    rows = scenario(["aggregation.outer_lr=0.5", "aggregation.optimizer_state=reset"]).methods()
+@pytest.mark.parametrize("settings", [
+    ["aggregation.outer_lr=0.5", "aggregation.optimizer_state=reset"],
+    ["aggregation.mode=quorum", "aggregation.quorum=2"],
+])
+def test_settings_of_one_method_do_not_refuse_the_others(settings: list[str]) -> None:
+    """Models' outer steps mean nothing to methods that average gradients, nor a quorum to those that wait for all."""
+    planned = scenario([*settings, "train.tau=16"])
+    rows = planned.methods()
     assert [row.problem for row in rows] == [None] * len(rows)
+    assert recommended(planned, sweep(planned)) is not None
 
 
 def test_options_of_the_configured_method_count() -> None:

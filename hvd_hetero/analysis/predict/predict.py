@@ -171,6 +171,8 @@ class Scenario:
             own = replace(own, participants=self._fast)
         train = replace(config.train, tau=tau or self.tau, batch_size=self.batch_size)
         spec = replace(config.aggregation, **{**({} if is_own else method.unused), **(aggregation or {})})
+        if spec.mode != QUORUM:
+            spec = replace(spec, quorum=None)
         config = replace(config, algorithm=own, train=train, aggregation=spec)
         try:
             return replace(self._run(method(config, self.cluster, self.inputs.samples)), label=label)
