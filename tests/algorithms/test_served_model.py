@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from method_helpers import TWINS, method
+from method_helpers import ONE, TWINS, method
 from torch import Tensor, nn
 
 from hvd_hetero.algorithms.asgd import ASGDRule
@@ -142,3 +142,19 @@ def test_a_rank_that_begins_late_computes_on_the_model_that_it_was_given(monkeyp
     )
     executor.run_segment(segment)
     assert torch.equal(computed_on[0], later) and numbers == [3] and segment.averages == 4
+
+
+@pytest.mark.parametrize(("name", "units"), [("async_diloco", [(0, 1)]), ("malenia_sgd", [(0,), (1,)]),
+                                             ("ringleader_asgd", [(0,), (1,)])])
+def test_an_epoch_ends_when_the_model_would_stand_still(
+    monkeypatch: pytest.MonkeyPatch, name: str, units: list[tuple[int, ...]]
+) -> None:
+    """With the first rank that is done, where each step takes all ranks; else with the first class."""
+    from hvd_hetero.algorithms.execution import server
+
+    found: list[Any] = []
+    monkeypatch.setattr(server, "ModelLink", lambda *args, **options: found.append(args[3]) or SimpleNamespace(first=0))
+    policy: Any = method({"algorithm.name": name, "train.batch_size": 4, "train.tau": {"every": 2}}, ONE)
+    executor, comm = server.ServerExecutor(policy), SimpleNamespace(rank=1, size=2)
+    executor.start(policy.make_plan(None), worker(), comm)  # type: ignore[arg-type]
+    assert found == [units]
