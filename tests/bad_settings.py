@@ -93,6 +93,8 @@ SETTINGS: list[tuple[list[str], str, str, str]] = [
     ([QUORUM, "aggregation.quorum=1.5"], "aggregation.quorum", "1.5", "no whole number"),
     ([QUORUM, "aggregation.quorum=0"], "aggregation.quorum", "0", "above 0"),
     (["aggregation.quorum=1"], "aggregation.quorum", "1.0", "aggregation.mode=quorum"),
+    (["algorithm.name=sync_sgd", "aggregation.quorum=2"], "aggregation.quorum", "2.0", "a local-SGD method"),
+    ([EAGER, "aggregation.quorum=2"], "aggregation.quorum", "2.0", "set algorithm.quorum"),
     ([EAGER, "algorithm.mode=quorum", "algorithm.quorum=3"], "algorithm.quorum", "3.0", "from 1 to 2"),
     ([EAGER, "algorithm.quorum=1"], "algorithm.quorum", "1.0", "algorithm.mode=quorum"),
     (["algorithm.name=m_sync_sgd", "algorithm.quorum=3"], "algorithm.quorum", "3.0", "above the number of ranks, 2"),

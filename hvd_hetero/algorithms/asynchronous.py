@@ -71,6 +71,8 @@ class Asynchronous(Lockstep):
 class AsynchronousLocal(LocalSGD):
     """Let each class have samples of its own, as many as its speed asks for; an epoch ends with the first that is done.
 
+    By class, or by rank where the rule needs every rank.
+
     Attributes:
         pushes_models: whether what is pushed is the progress of tau local steps; else the gradient of each.
     """

@@ -24,12 +24,17 @@ losses that they had; how many they are is told. On GPUs the clock makes each mi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hvd_hetero.algorithms.synchronous import Lockstep, LockstepOptions
 from hvd_hetero.config.schema import AUTO, AlgorithmConfig
 from hvd_hetero.errors import ConfigError
+from hvd_hetero.planning.compute_threshold import best_threshold
 
 FULL, DONE = "full", "done"
 
@@ -70,3 +75,10 @@ class DropCompute(Lockstep):
             problem = "a batch in one piece has no rest that could be left out"
             raise ConfigError("train.micro_batches", self.train.micro_batches, problem, f"set 2 or more, or {key}=null")
         super().check()
+
+    def threshold_of(self, ended: Sequence[NDArray[np.float64]], step_sec: float) -> float | None:
+        """Return the threshold with which ranks of these times run, see :func:`best_threshold`; None: there is none."""
+        if self.options.threshold != AUTO:
+            return None if self.options.threshold is None else float(self.options.threshold)
+        found = best_threshold(ended, step_sec, self.options.max_dropped)
+        return None if found is None else found[0]

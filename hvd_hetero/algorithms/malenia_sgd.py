@@ -12,7 +12,8 @@ gradients it has made. The server has the model x, and b_i gradients of rank i a
 
 Each step waits for the slowest rank; the others use the time to make their means better. What is being computed when x
 changes is lost: it is counted, with its samples. ``algorithm.harmonic_mean`` is S; at 1 one gradient of each is enough.
-The server holds a sum for every rank.
+The server holds a sum for every rank. An epoch ends with the first rank that has had its samples: without it there
+would be no more steps.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class MaleniaOptions(AlgorithmConfig):
 
 class MaleniaRule(Rule):
     """Take a step along the mean of all ranks' means."""
+
+    needs_every_rank = True
 
     def __init__(self, size: int, harmonic_mean: float = 1.0) -> None:
         super().__init__(size)

@@ -13,7 +13,8 @@ CURRENT and NEXT, which have for every rank the mean of its gradients and their 
 
 n updates a round, no gradient is lost, and none that is applied is older than 2 n - 2 updates. With equal speeds it is
 not synchronous SGD: the table is renewed rank by rank. The server holds two means for every rank. Where all ranks
-meet, at the end of an epoch or to save, all go on from the current x; the tables stay.
+meet, at the end of an epoch or to save, all go on from the current x; the tables stay. An epoch
+ends with the first rank that has had its samples: without it there would soon be no more steps.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from hvd_hetero.algorithms.server_rule import Rule
 
 class RingleaderRule(Rule):
     """Keep two tables of the ranks' means, each with its number; ``is_serving`` in phase 2, with the sum of means."""
+
+    needs_every_rank = True
 
     def __init__(self, size: int) -> None:
         super().__init__(size)

@@ -19,13 +19,14 @@ class Rule:
         size: n, the number of ranks.
 
     Attributes:
+        needs_every_rank: whether the model stands still without pushes of all ranks.
         step: takes the step along a direction times a factor: of the optimizer, or x - factor * direction where
             ``is_outer``. Whoever owns the model sets it.
         version: updates so far.
         made_at: by rank, the version of the model that it computes on.
     """
 
-    is_outer = False
+    is_outer = needs_every_rank = False
     step: Callable[[Any, float], None]
 
     def __init__(self, size: int) -> None:

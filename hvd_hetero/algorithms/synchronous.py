@@ -40,7 +40,7 @@ class Lockstep(Policy):
     others: ClassVar[str] = IDLE
     unused: ClassVar[Mapping[str, Any]] = {key: getattr(AggregationConfig(weights="uniform"), key) for key in (
         "weights", "optimizer_state", "outer_lr", "outer_momentum", "outer_nesterov", "delayed", "delay_steps",
-        "own_weight", "mode")}  # fmt: skip
+        "own_weight", "mode", "quorum")}  # fmt: skip
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
@@ -55,8 +55,8 @@ class Lockstep(Policy):
                 remedy = f"leave it at {neutral}, or take a local-SGD method"
                 if key == "wire":
                     problem, remedy = f"{self.options.name} sends gradients as they are", f"set {neutral}, or sync_sgd"
-                elif key == "mode" and self.claims_samples:
-                    problem, remedy = "models are not averaged here, gradients are", "set algorithm.mode"
+                elif key in ("mode", "quorum") and self.claims_samples:
+                    problem, remedy = "models are not averaged here, gradients are", f"set algorithm.{key}"
                 elif key == "mode":
                     problem, remedy = f"{self.options.name} goes in lockstep", f"{remedy}, or algorithm.name=eager_sgd"
                 raise ConfigError(f"aggregation.{key}", value, problem, remedy)

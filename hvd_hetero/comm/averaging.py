@@ -84,8 +84,9 @@ def _average(comm: Comm, state: FlatState, weight: float, name: str, sent: Sent 
         good, share = finite(contents), 1.0
     others = OtherAverages(comm, state.others, own_weight, good, f"{name}.others")
     others.begin()
+    states = [len(content) - params for content, params in zip(contents, state.params, strict=True)]
     news = sum_good_(comm, vectors, good, name, weight=weight, share=share, news=news,
-                      wire=None if sent is None else sent.wire)
+                      wire=None if sent is None else sent.wire, states=states)
     if sent is not None:
         sent.put_back(contents)
     for own, total in zip(state.padded, vectors, strict=True):

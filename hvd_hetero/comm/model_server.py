@@ -184,6 +184,7 @@ class ModelLink:
 
         self._link, self._server = connect(comm, hosts, make)
         self.first = self._ask(PULL).version
+        comm.barrier("server.begun")  # nobody pushes before all know the version that they begin with
 
     def exchange(self, vector: Tensor | None, claim: int = 0) -> Answer:
         """Pushes a vector ``[P]``, or none, and pulls the model; books the time as transfer.

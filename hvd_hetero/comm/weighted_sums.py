@@ -73,13 +73,14 @@ def renormalize(
 def sum_good_(
     comm: Comm, vectors: Sequence[Tensor], good: bool, name: str, *,
     weight: float = 1.0, share: float = 1.0, ranks: tuple[int, ...] | None = None, news: bool = False,
-    wire: Wire | None = None,
+    wire: Wire | None = None, states: Sequence[int] = (),
 ) -> bool:  # fmt: skip
     """Replaces marked vectors by their weighted sums over the good ranks; see :func:`average_tensors`.
 
     Args:
         news: whether this rank has something for all to agree on.
         wire: what sums over these ranks travel in; None: as they are.
+        states: for each vector, how many elements before its flags travel as they are in any case.
 
     Returns:
         Whether any rank has.
@@ -89,5 +90,5 @@ def sum_good_(
         if wire is None:
             comm.weighted_sum_(vector, weight, f"{name}.{i}", ranks)
         else:
-            wire.sum_(comm, vector, weight, f"{name}.{i}")
+            wire.sum_(comm, vector, weight, f"{name}.{i}", states[i] if states else 0)
     return renormalize(comm, vectors, good, name, ranks)

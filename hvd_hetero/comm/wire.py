@@ -13,8 +13,9 @@ int8, but of int32: four k are the digits, to base 256, of a number that is sent
 -127 to 127, the number's sum stays within int32, and its digits are the four sums. float16 goes the same way, rounded
 to nearest, with a power of two for q / M such that no sum leaves its range.
 
-What is sent should be small where the result is exact: differences and gradients, never a model. Non-finite values are
-found before, and the ranks that have them send zeros: who takes part travels with the maxima.
+What is sent should be small where the result is exact: differences and gradients, never a model. Running statistics
+travel as they are: beside the large numbers of a block, the variance of a small one would come out below 0. Non-finite
+values are found before, and the ranks that have them send zeros: who takes part travels with the maxima.
 """
 
 from __future__ import annotations
@@ -70,17 +71,25 @@ class Wire:
             raise UserError(f"aggregation.wire={kind!r}: this Horovod sums it wrongly; set float32")
 
     @torch.no_grad()
-    def sum_(self, comm: Comm, vector: Tensor, weight: float, name: str) -> None:
+    def sum_(self, comm: Comm, vector: Tensor, weight: float, name: str, states: int = 0) -> None:
         """In place, on every rank: the sum over the ranks of weight times vector, bit-identical everywhere.
 
         Args:
             vector: ``[P + FLAG_SLOTS]``, float32 or float64, with its flags written.
             weight: equal within a class.
+            states: elements before the flags that travel as they are: a variance that is rounded may be below 0.
         """
         if weight != 1:
             vector.mul_(weight)
-        body, flags = vector[:-FLAG_SLOTS], vector[-FLAG_SLOTS:]
+        body, exact, flags = vector.split([len(vector) - states - FLAG_SLOTS, states, FLAG_SLOTS])
+        if states:
+            comm.weighted_sum_(exact, 1.0, f"{name}.states", self._ranks)
         largest, total = self._agree(comm, _maxima(body), flags, name)
+        if len(body):
+            self._sum_rounded_(comm, body, largest, name)
+        flags.copy_(total)
+
+    def _sum_rounded_(self, comm: Comm, body: Tensor, largest: Tensor, name: str) -> None:
         up, down = (scale.to(body) for scale in self._scales(largest))
         kind = torch.float16 if self._is_half else torch.uint8
         padded = torch.full((-(-len(body) // DIGITS) * DIGITS,), self._zero, dtype=kind, device=body.device)
@@ -95,7 +104,6 @@ class Wire:
             number.add_(ALL_ZERO)
         for to, part, scale in zip(_pieces(body), _pieces(sent), down.split(PIECE), strict=True):
             to.copy_(_scaled(part.to(to.dtype) - self._zero, scale))
-        flags.copy_(total)
 
     @property
     def _zero(self) -> int:

@@ -39,7 +39,7 @@ def best_threshold(
     overhead = max(0.0, step_sec - float(longest.mean()))
     best = None
     for tau in np.linspace(min(float(own[:, 0].min()) for own in ended), float(whole.max()), CANDIDATES):
-        kept = np.concatenate([_kept(own, tau) for own in ended], axis=1)
+        kept = np.concatenate([taken(own, tau) for own in ended], axis=1)
         last = np.where(kept, whole, 0.0).max(axis=1)
         dropped = 1 - kept.mean(axis=1)
         gain = float(np.mean((1 - dropped) * (longest + overhead) / (last + overhead) - 1))
@@ -48,8 +48,8 @@ def best_threshold(
     return best
 
 
-def _kept(ended: NDArray[np.float64], tau: float) -> NDArray[np.bool_]:
-    """Which micro-batches a rank takes: those that begin before tau, and its first."""
+def taken(ended: NDArray[np.float64], tau: float) -> NDArray[np.bool_]:
+    """Tell which micro-batches a rank takes, ``[steps, M]``: those that begin before tau, and its first."""
     began = np.concatenate([np.zeros((len(ended), 1)), ended[:, :-1]], axis=1)
     kept = began <= tau
     kept[:, 0] = True

@@ -6,10 +6,12 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from method_helpers import ONE, TWINS, method
 from torch import Tensor, nn
 
 from hvd_hetero.algorithms.asgd import ASGDRule
@@ -19,6 +21,7 @@ from hvd_hetero.algorithms.rennala_sgd import RennalaRule
 from hvd_hetero.algorithms.ringleader_asgd import RingleaderRule
 from hvd_hetero.algorithms.server_rule import Rule
 from hvd_hetero.checkpoint.encoding import join, split
+from hvd_hetero.comm.nonfinite import Exclusions
 from hvd_hetero.worker.factories import optimizer_maker, per_sample_loss
 from hvd_hetero.worker.worker import Worker
 
@@ -110,3 +113,48 @@ def test_whoever_finishes_is_given_the_model_unless_it_has_it() -> None:
     assert server.give(1) is not None
     server.finish()
     assert [server.give(rank) is None for rank in range(3)] == [False, True, False]
+
+
+def test_a_rank_that_begins_late_computes_on_the_model_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others have pushed by then: the server counts its gradient's delay from the model that comes with samples."""
+    from hvd_hetero.algorithms.execution import server
+
+    made = worker()
+    whole, later = made.state.parameters()[0], torch.full_like(made.state.parameters()[0], 0.25)
+    answers = [server.Answer(3, 0, 0, False, False, later), server.Answer(4, 8, 0, True, False, None)]
+    computed_on = []
+
+    def exchange(vector: Tensor | None, claim: int) -> Any:
+        if vector is not None:
+            computed_on.append(whole.clone())
+        return answers.pop(0)
+
+    link = SimpleNamespace(first=0, exchange=exchange, finish=lambda: server.Answer(4, 0, 0, False, False, None))
+    monkeypatch.setattr(server, "ModelLink", lambda *args, **options: link)
+    policy: Any = method({"algorithm.name": "asgd", "train.batch_size": 4}, TWINS)
+    comm: Any = SimpleNamespace(rank=1, size=2, excluded=Exclusions(1, False))
+    executor = server.ServerExecutor(policy)
+    executor.start(policy.make_plan(None), made, comm)
+    batch, numbers = (torch.randn(4, 5), torch.arange(4) % 3), list[int]()
+    segment: Any = SimpleNamespace(
+        claim=lambda start, size: iter([batch]) if start == 0 else None, start_round=numbers.append,
+        note=lambda steps, number: None, finish_round=lambda: None, is_stopping=lambda: False,
+    )
+    executor.run_segment(segment)
+    assert torch.equal(computed_on[0], later) and numbers == [3] and segment.averages == 4
+
+
+@pytest.mark.parametrize(("name", "units"), [("async_diloco", [(0, 1)]), ("malenia_sgd", [(0,), (1,)]),
+                                             ("ringleader_asgd", [(0,), (1,)])])
+def test_an_epoch_ends_when_the_model_would_stand_still(
+    monkeypatch: pytest.MonkeyPatch, name: str, units: list[tuple[int, ...]]
+) -> None:
+    """With the first rank that is done, where each step takes all ranks; else with the first class."""
+    from hvd_hetero.algorithms.execution import server
+
+    found: list[Any] = []
+    monkeypatch.setattr(server, "ModelLink", lambda *args, **options: found.append(args[3]) or SimpleNamespace(first=0))
+    policy: Any = method({"algorithm.name": name, "train.batch_size": 4, "train.tau": {"every": 2}}, ONE)
+    executor, comm = server.ServerExecutor(policy), SimpleNamespace(rank=1, size=2)
+    executor.start(policy.make_plan(None), worker(), comm)  # type: ignore[arg-type]
+    assert found == [units]

@@ -124,6 +124,35 @@ def test_m_sync_waits_for_the_m_of_the_least_time_and_loses_what_is_late() -> No
     assert both.blocked["fast"] == pytest.approx(2 / 7, rel=0.01)
 
 
+def test_a_share_of_the_weights_is_that_of_the_ranks_that_have_them() -> None:
+    """The fast ranks, 0 and 3, have 32 of 40 samples of a step: a quorum of 0.7 is theirs, whatever their numbers."""
+    row = next(row for row in scenario([
+        "cluster.classes={fast: {ranks: [0, 3]}, slow: {ranks: [1, 2]}}", "train.batch_size={fast: 16, slow: 4}",
+        "algorithm.name=m_sync_sgd", "algorithm.quorum=0.7",
+    ]).methods() if row.method == "m_sync_sgd")  # fmt: skip
+    assert row.classes is not None and row.classes["fast"].blocked == pytest.approx(0, abs=1e-6)
+    assert row.classes["slow"].dropped == row.classes["slow"].steps > 0
+
+
+def test_drop_compute_leaves_out_what_it_has_no_time_for() -> None:
+    """Of four micro-batches, of 2 ms each on the slow rank: with 3 ms it begins two, which take 4."""
+    own = ["algorithm.name=drop_compute", "train.micro_batches=4"]
+    row = by_label(scenario([*own, "algorithm.threshold=0.003"]).methods())["drop_compute"]
+    assert row.classes is not None and row.seconds == pytest.approx(3 * 180 * 0.004)
+    assert row.classes["slow"].dropped == row.classes["slow"].steps / 2 and row.classes["fast"].dropped == 0
+    assert row.samples == 3 * 1440, "what is left out was dealt"
+    given = {"step_ms": "fast=1,slow=1", "jitter": "fast=0.5,slow=0.5"}
+    whole, cut = (by_label(scenario([*own, *more], **given).methods())["drop_compute"]
+                  for more in ([], ["algorithm.threshold=auto", "algorithm.max_dropped=0.5"]))  # fmt: skip
+    assert cut.seconds < whole.seconds and cut.classes is not None and cut.classes["slow"].dropped > 0
+
+
+def test_rounds_of_stl_sgd_become_longer_as_the_rate_falls() -> None:
+    rows = by_label(scenario(["train.scheduler=cosine", "train.tau=8"]).methods())
+    longer, constant = rows["stl_sgd"], rows["unbalanced, biased local SGD"]
+    assert longer.tau["fast"] > constant.tau["fast"] == 8 and longer.averages < constant.averages
+
+
 def test_every_method_of_the_registry_is_predicted() -> None:
     """Unbalanced local SGD under the name that it shares with biased: which samples it takes makes no difference."""
     assert {row.method for row in scenario().methods()} == set(algorithms.REGISTRY) - {"unbalanced_local_sgd"}
@@ -142,10 +171,16 @@ def test_a_method_is_refused_in_the_words_of_its_policy(settings: list[str], lab
     assert says in str(by_label(scenario(settings, **only).methods())[label].problem)
 
 
-def test_settings_of_one_method_do_not_refuse_the_others() -> None:
-    """Models' outer steps mean nothing to methods that average gradients."""
-    rows = scenario(["aggregation.outer_lr=0.5", "aggregation.optimizer_state=reset"]).methods()
+@pytest.mark.parametrize("settings", [
+    ["aggregation.outer_lr=0.5", "aggregation.optimizer_state=reset"],
+    ["aggregation.mode=quorum", "aggregation.quorum=2"],
+])
+def test_settings_of_one_method_do_not_refuse_the_others(settings: list[str]) -> None:
+    """Models' outer steps mean nothing to methods that average gradients, nor a quorum to those that wait for all."""
+    planned = scenario([*settings, "train.tau=16"])
+    rows = planned.methods()
     assert [row.problem for row in rows] == [None] * len(rows)
+    assert recommended(planned, sweep(planned)) is not None
 
 
 def test_options_of_the_configured_method_count() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,11 @@ import torch
 from test_control_channel import HANG_SEC, HOME, SECRET, Channel, assert_ended, channel, eventually, own_threads
 from torch import Tensor
 
-from hvd_hetero.comm.model_server import ANSWER, FINISH, PULL, PUSH, ModelServer
+from hvd_hetero.comm.communicator import Carried
+from hvd_hetero.comm.model_server import ANSWER, FINISH, PULL, PUSH, ModelLink, ModelServer
 from hvd_hetero.comm.partial.control_channel import MESSAGE, ControlClient
+from hvd_hetero.telemetry.heartbeat import Heartbeat
+from hvd_hetero.telemetry.stopwatch import Stopwatch
 
 __all__ = ["channel"]
 pytestmark = pytest.mark.horovod
@@ -171,3 +175,46 @@ def test_nonsense_of_a_rank_ends_it(channel: Channel, model: Sum) -> None:
     link._wire.connection.send_bytes(b"three words here")
     with pytest.raises((EOFError, OSError)):
         link.answer(ANSWER, served.models[0])
+
+
+# ---- the ranks' end -------------------------------------------------------------------------------------------------
+
+
+def test_nobody_pushes_before_all_know_the_version_that_they_begin_with() -> None:
+    """Else one that connects late is told a later version than that of the model it has."""
+    said, meets, late = list[Tensor](), threading.Barrier(2), threading.Event()
+
+    def comm(rank: int) -> Any:
+        def broadcast(tensor: Tensor, name: str) -> Tensor:
+            if rank == 0:
+                said.append(tensor)
+            meets.wait(HANG_SEC)
+            return said[0]
+
+        def barrier(name: str) -> None:
+            meets.wait(HANG_SEC)
+            if rank == 1:
+                late.wait(HANG_SEC)
+
+        return SimpleNamespace(rank=rank, size=2, broadcast=broadcast, barrier=barrier, heartbeat=Heartbeat(),
+                               watch=Stopwatch(), carried=Carried())  # fmt: skip
+
+    links: dict[int, ModelLink] = {}
+
+    def begin(rank: int) -> None:
+        model, like = Sum() if rank == 0 else None, torch.zeros(SIZE)
+        links[rank] = ModelLink(comm(rank), model, like, [(0,), (1,)])
+        if rank == 0:
+            links[0].exchange(torch.ones(SIZE))
+
+    threads = [threading.Thread(target=begin, args=(rank,), daemon=True) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    threads[0].join(0.5)
+    assert 0 not in links, "it waits for the other one"
+    late.set()
+    for thread in threads:
+        thread.join(HANG_SEC)
+    assert links[0].first == links[1].first == 0
+    for link in links.values():
+        link.close()

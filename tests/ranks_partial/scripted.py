@@ -46,7 +46,7 @@ class Turns:
 
     def __init__(self, folder: Path, order: list[int], rank: int) -> None:
         self._folder, self._order, self._rank = folder, order, rank
-        self._mine = False
+        self._mine, self._lock = False, threading.Lock()
 
     def _now(self) -> tuple[int, int]:
         path = self._folder / "turn"
@@ -70,16 +70,17 @@ class Turns:
         self._mine = True
 
     def release(self) -> None:
-        if self._mine:
-            turn = self._now()[0] + 1
-            while (self._folder / f"done{self._order[turn % len(self._order)]}").exists():
-                turn += 1
-                if turn > 10_000:  # everybody is done
-                    break
-            part = self._folder / f"turn.{self._rank}"
-            part.write_text(f"{turn} {self.rounds()}")
-            part.replace(self._folder / "turn")
-        self._mine = False
+        with self._lock:  # a rank that ends its epoch may wait for others at that very moment
+            if self._mine:
+                turn = self._now()[0] + 1
+                while (self._folder / f"done{self._order[turn % len(self._order)]}").exists():
+                    turn += 1
+                    if turn > 10_000:  # everybody is done
+                        break
+                part = self._folder / f"turn.{self._rank}"
+                part.write_text(f"{turn} {self.rounds()}")
+                part.replace(self._folder / "turn")
+            self._mine = False
 
     def finish(self) -> None:
         (self._folder / f"done{self._rank}").touch()

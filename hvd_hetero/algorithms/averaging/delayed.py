@@ -118,7 +118,7 @@ class InFlightAverage:
             problem = None
             try:
                 with self._on_stream():
-                    average_tensors(self._comm, self._mean, self._good, "delayed", weight=weight, wire=self._wire)
+                    self._average(weight)
             except BaseException as error:  # it is the rank's own thread that has to end with it
                 problem = error
             self._problems.put(problem)
@@ -161,6 +161,15 @@ class InFlightAverage:
             else:
                 x.copy_(mean)
         self.base = self._mean
+
+    def _average(self, weight: float) -> None:
+        if self._wire is None:
+            average_tensors(self._comm, self._mean, self._good, "delayed", weight=weight)
+            return
+        average_tensors(self._comm, self._parts(self._mean), self._good, "delayed", weight=weight, wire=self._wire)
+        rest = [vector[params:] for vector, params in zip(self._mean, self._worker.state.params, strict=True)]
+        if states := [part for part in rest if len(part)]:  # they are not rounded
+            average_tensors(self._comm, states, self._good, "delayed.states", weight=weight)
 
     def _parts(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Return the parameters' parts of vectors, those that have one."""

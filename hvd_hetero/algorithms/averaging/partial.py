@@ -92,7 +92,9 @@ class PartialAveraging(Averaging):
             segment.note(steps, number)
             since += steps
             patience: float | None = 0.0  # others may be waiting for this rank to contribute
-            if self._contribute(steps * part, arrived=not by_step or since >= mine.tau):
+            # one that is as far ahead as it may be waits, and who waits is there
+            arrived = not by_step or since >= mine.tau or self._unmerged + 1 >= most
+            if self._contribute(steps * part, arrived):
                 if self._unmerged >= most:
                     patience = None
                 elif not by_step or partial.has_started:

@@ -105,12 +105,14 @@ class ServerExecutor(Executor):
         self._open()
 
     def _open(self, state: Mapping[str, Any] | None = None) -> None:
-        self.served = ServedModel(self.worker, self.policy.server_rule()) if self.comm.rank == 0 else None
+        rule, cluster = self.policy.server_rule(), self.policy.cluster
+        self.served = ServedModel(self.worker, rule) if self.comm.rank == 0 else None
         if self.served is not None and state is not None:
             self.served.load_state_dict(state)
         self.link = ModelLink(
-            self.comm, self.served, concat(self._params).to("cpu"), [c.ranks for c in self.policy.cluster.classes],
-            hosts=len({fact.host for fact in self.policy.cluster.facts}),
+            self.comm, self.served, concat(self._params).to("cpu"),
+            [(rank,) for rank in range(cluster.size)] if rule.needs_every_rank else [c.ranks for c in cluster.classes],
+            hosts=len({fact.host for fact in cluster.facts}),
         )  # fmt: skip
         self._version = self.link.first
 
@@ -128,7 +130,7 @@ class ServerExecutor(Executor):
 
     def _work_on_claims(self, segment: Segment) -> None:
         size = self.mine.batch_size
-        answer = self.link.exchange(None, claim=size)
+        answer = self._exchange(None, size)  # others may have pushed already
         while (batch := segment.claim(answer.offered, size)) is not None:
             segment.start_round(self._version - self._first)
             vector = self._gradient(batch)

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from hvd_hetero import algorithms
+from hvd_hetero.algorithms.drop_compute import DropCompute
 from hvd_hetero.algorithms.local_sgd import BLOCKING, LocalSGD
 from hvd_hetero.algorithms.m_sync_sgd import MSyncOptions
 from hvd_hetero.algorithms.policy import FLOAT32, MAJORITY, SOLO, WIRE_BYTES, Policy
 from hvd_hetero.algorithms.synchronous import ALL, FAST, LockstepOptions, choose
+from hvd_hetero.analysis.predict.dropping import dropping
 from hvd_hetero.analysis.predict.link import sent_bytes
 from hvd_hetero.analysis.predict.simulator import Group, Outcome, Spent, blocking, draw_works, partial, served
 from hvd_hetero.analysis.predict.speeds import Inputs
@@ -167,6 +169,8 @@ class Scenario:
             own = replace(own, participants=self._fast)
         train = replace(config.train, tau=tau or self.tau, batch_size=self.batch_size)
         spec = replace(config.aggregation, **{**({} if is_own else method.unused), **(aggregation or {})})
+        if spec.mode != QUORUM:
+            spec = replace(spec, quorum=None)
         config = replace(config, algorithm=own, train=train, aggregation=spec)
         try:
             return replace(self._run(method(config, self.cluster, self.inputs.samples)), label=label)
@@ -250,12 +254,18 @@ class Scenario:
         mode = policy.partial_mode(self.step_sec)
         if mode is None:
             rounds = max(20, min(MOST_ROUNDS, MOST_DRAWS // size)) if any(g.jitter for g in groups) else 1
+            if isinstance(policy, DropCompute):
+                return dropping(groups, rounds, comm_sec, rng, law, threshold=policy.threshold_of,
+                                micro_batches=[policy.micro_batches[g.name] or 1 for g in groups])  # fmt: skip
             return blocking(groups, rounds, comm_sec, rng, law)
-        apart = max(g.tau for g in groups) if policy.quorum() else 1
+        quorum, apart = policy.quorum(), 1
+        if quorum is not None:  # ranks come class by class here, whatever their numbers are
+            quorum = replace(quorum, weights=tuple(quorum.weights[rank] for c in plan.classes for rank in c.ranks))
+            apart = max(g.tau for g in groups)
         # gradients go with what each rank contributes, models with what a class does
         until: dict[str, Any] = {"contributions": max(MOST_EVENTS, 5 * size)} if policy.claims_samples else {
             "by_class": True, "rounds": max(20, MOST_EVENTS // size // (4 * apart)), "patience_sec": spec.patience_sec}
-        return partial(groups, comm_sec, rng, mode=MAJORITY if mode == MAJORITY else SOLO, quorum=policy.quorum(),
+        return partial(groups, comm_sec, rng, mode=MAJORITY if mode == MAJORITY else SOLO, quorum=quorum,
                        sync_every=policy.sync_every, max_lag=spec.max_lag, law=law, drops_late=policy.drops_late,
                        micro_batches=policy.parts_of_batch,
                        **until)  # fmt: skip

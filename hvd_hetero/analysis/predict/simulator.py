@@ -87,14 +87,24 @@ def blocking(
 ) -> Outcome:
     """Simulate rounds in which all ranks wait for the slowest one, then take part in the collective."""
     work = [draw_works(g, rounds, rng, law) for g in groups]
-    last = np.max([w.max(axis=1) for w in work], axis=0)
+    return in_step(groups, work, comm_sec, [np.zeros(g.ranks) for g in groups])
+
+
+def in_step(groups: Sequence[Group], work: Sequence[Floats], comm_sec: float, dropped: Sequence[Floats]) -> Outcome:
+    """Let all wait for the slowest, by the seconds that they compute, ``[rounds, ranks]``."""
+    last, rounds = np.max([w.max(axis=1) for w in work], axis=0), len(work[0])
     seconds = float(last.sum()) + rounds * comm_sec
     spent = []
-    for g, w in zip(groups, work, strict=True):
+    for g, w, lost in zip(groups, work, dropped, strict=True):
         compute, comm = w.sum(axis=0), np.full(g.ranks, rounds * comm_sec * g.joins)
         blocked = np.maximum(0.0, seconds - compute - comm)
-        spent.append((compute, blocked, comm, np.full(g.ranks, float(rounds * g.tau)), np.zeros(g.ranks)))
+        spent.append((compute, blocked, comm, np.full(g.ranks, float(rounds * g.tau)), lost))
     return Outcome(seconds, rounds, _by_name(groups, spent))
+
+
+def in_parts(g: Group, count: int) -> Group:
+    """Return ranks whose steps are parts of these ranks' steps."""
+    return replace(g, step_sec=g.step_sec / count, jitter=g.jitter * math.sqrt(count))
 
 
 def draw_works(g: Group, rounds: int, rng: np.random.Generator, law: str) -> Floats:
@@ -146,8 +156,7 @@ def partial(
         groups = [replace(g, tau=1) for g in groups]
     elif micro_batches > 1:
         through = [micro_batches] * len(groups)
-        groups = [replace(g, step_sec=g.step_sec / micro_batches, jitter=g.jitter * math.sqrt(micro_batches))
-                  for g in groups]  # fmt: skip
+        groups = [in_parts(g, micro_batches) for g in groups]
     run = _Partial(groups, comm_sec, rng, mode, by_class, sync_every, max_lag, patience_sec, law)
     run.quorum, run.drops_late = quorum, drops_late
     if by_step or micro_batches > 1:
