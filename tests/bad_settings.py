@@ -44,7 +44,8 @@ SETTINGS: list[tuple[list[str], str, str, str]] = [
      "aggregation.wire", "'int8'", "set float16"),
     (["aggregation.delay_steps=0"], "aggregation.delay_steps", "0", "aggregation.delayed=true"),
     (["aggregation.own_weight=0.5"], "aggregation.own_weight", "0.5", "aggregation.delayed=true"),
-    (["aggregation.delayed=true", "aggregation.delay_steps=129", "train.tau=128"], "aggregation.delay_steps", "129", "128 or less"),
+    (["aggregation.delayed=true", "aggregation.delay_steps=129", "train.tau=128"], "aggregation.delay_steps", "129",
+     "128 or less"),
     ([SYNC, "aggregation.delay_steps=1"], "aggregation.delay_steps", "1", "leave it at None"),
     (["train.batch_size={fast: 8}"], "train.batch_size", "{'fast': 8}", "every class"),
     # classes that overlap, leave ranks out, have more ranks than there are slots, want a GPU

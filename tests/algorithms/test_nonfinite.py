@@ -39,6 +39,8 @@ pytestmark = pytest.mark.horovod
 SCRIPT = Path(__file__).parents[1] / "ranks_methods" / "run_cases.py"
 RANKS = Path(__file__).parents[1] / "ranks"
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
+ROUNDED = {"rtol": 0.0, "atol": 1e-2}
+"""To float16, in every average or sum of an epoch; BatchNorm makes more of it."""
 RECOMPUTED = [name for name in POISONED if not name.startswith("every")]
 EVERY = [name for name in POISONED if name.startswith("every")]
 Found = dict[str, list[dict[str, Any]]]
@@ -70,7 +72,8 @@ def test_the_average_is_that_of_the_good_ranks(found: Found, case: str) -> None:
     expected = oracle.normalized if this.model == "norm" else oracle.joined
     if issubclass(get(this.method), LocalSGD):
         expected = oracle.delayed if this.settings.get("aggregation.delayed") else oracle.local
-    torch.testing.assert_close(found[case][0]["model"], expected(this, dealt), **TOLERANCE)
+    close = ROUNDED if "aggregation.wire" in this.settings else TOLERANCE
+    torch.testing.assert_close(found[case][0]["model"], expected(this, dealt), **close)
     hit = [sum(int((rows == 17).sum()) for rows in epochs) for epochs in dealt.values()]
     assert sum(hit) >= 2, "the sample was trained on"
     for rank, mine in enumerate(found[case]):

@@ -16,14 +16,15 @@ SAMPLES = 1437
 
 
 def test_tau_is_put_right_and_the_rest_of_the_epoch_dealt_anew(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
-    """Delays begin with the training, after speeds were measured: 10 ms a step for fast, and 20 for slow."""
+    """Delays begin with the training, after speeds were measured: 10 ms a step for fast, 20 for slow, 8 times slower."""
     delays = ["delays.distribution=linear_skew", "delays.sec=0.02", "delays.seed=0", "profile.seconds=0.2"]
-    settings = ["train.tau=64", "train.batch_size=1", "train.epochs=1", "checkpoint.every_sec=null"]
+    settings = ["train.tau=64", "train.batch_size=1", "train.epochs=1", "checkpoint.every_sec=null",
+                "model.args={hidden: [1500, 1500]}"]  # fmt: skip
     done = hvd_hetero(["launch", *settings, *delays, f"run.dir={tmp_path / 'run'}"])
     assert done.returncode == 0, done.stdout + done.stderr
     changes = [(int(a), int(b)) for a, b in re.findall(r"tau of slow (\d+) -> (\d+)", done.stdout + done.stderr)]
     assert changes, "within the only epoch there is"
-    assert abs(changes[0][1] - 32) < abs(changes[0][0] - 32), "a step takes the slow rank twice as long"
+    assert changes[-1][1] > changes[0][0], "the delays make the ranks less unlike"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     fast, slow = summary["classes"]
     assert slow["tau"] == changes[-1][1]
