@@ -265,7 +265,7 @@ CHECKPOINTS = [
          RESUMED, AT, ANEW),
     Case("checkpoint foreign", saved(lambda f: (f / "manifest.json").write_text("{}")), RESUMED, AT, ANEW),
     Case("checkpoint format", saved(lambda f: (f / "manifest.json").write_text(
-        (f / "manifest.json").read_text().replace('"format": 5', '"format": 1'))), RESUMED, AT, "use hvd-hetero"),
+        (f / "manifest.json").read_text().replace('"format": 6', '"format": 1'))), RESUMED, AT, "use hvd-hetero"),
     Case("checkpoint of another setting", saved(**{"train.lr": 7.5}), RESUMED,
          "train.lr=0.02: the checkpoint of round 10 was made with 7.5", "run.resume=reshape"),
     Case("checkpoint of other ranks", saved(ranks=2), RESUMED, AT, "start 2 ranks"),

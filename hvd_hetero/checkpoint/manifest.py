@@ -14,7 +14,7 @@ from hvd_hetero.checkpoint.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 KIND = "hvd-hetero checkpoint"
-FORMAT = 5
+FORMAT = 6
 """Goes up when older versions of the package could not read what is written."""
 
 
