@@ -58,7 +58,7 @@ DAMAGE: list[tuple[str, str, Callable[[Path], Any], str]] = [
     ("foreign", "manifest.json", lambda p: p.write_text('{"name": "my app"}'), "is not a manifest of hvd-hetero"),
     ("foreign", "manifest.json", lambda p: p.write_text("[1]"), "is not a manifest of hvd-hetero"),
     ("format", "manifest.json", lambda p: edit(p, format=3, version="9.9"),
-     "has format 3, this version reads 5; use hvd-hetero 9.9, which wrote it, or go on from round 10"),
+     "has format 3, this version reads 6; use hvd-hetero 9.9, which wrote it, or go on from round 10"),
     ("edited", "manifest.json", lambda p: edit(p, made_with={}), "is damaged: its checksum differs"),
     ("spaced", "manifest.json", lambda p: p.write_text(p.read_text() + " "), "is damaged: its checksum differs"),
 ]  # fmt: skip
