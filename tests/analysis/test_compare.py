@@ -13,8 +13,10 @@ import pytest
 
 from hvd_hetero.analysis.compare import command
 from hvd_hetero.analysis.compare.check import check
+from hvd_hetero.analysis.compare.places import places
 from hvd_hetero.analysis.compare.spec import read
 from hvd_hetero.cli import main
+from hvd_hetero.cluster.hardware import usable_cores
 from hvd_hetero.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -99,7 +101,7 @@ def test_a_comparison_outlives_a_failing_row_and_goes_on_where_it_stopped(
 # ---- order, budgets and failures, with a launcher that only pretends ------------------------------------------------
 
 PRETENDED = """
-import json, pathlib, sys, time, yaml
+import json, os, pathlib, sys, time, yaml
 config = yaml.safe_load(open(sys.argv[1]))
 run, train, seed = config["run"], config["train"], config["run"]["seed"]
 rate = train["lr"]
@@ -107,6 +109,10 @@ if rate == 0.5 and seed == 1:
     sys.exit("hvd-hetero: error: this seed fails")
 if rate == 0.25:
     time.sleep(60)
+if rate in (0.75, 0.875):  # each waits for the other one to be under way
+    pathlib.Path(f"under way {rate}").write_text(str(sorted(os.sched_getaffinity(0))))
+    while len(list(pathlib.Path().glob("under way *"))) < 2:
+        time.sleep(0.01)
 folder = pathlib.Path(run["dir"])
 folder.mkdir(parents=True)
 with open("order.txt", "a") as order:
@@ -185,6 +191,52 @@ rows:
 """, "budget.amount=4")
     assert status == 1
     assert [row["status"] for row in rows_of(out).values()] == ["failed", "done"]
+
+
+AT_ONCE = """
+overrides: {cluster.classes: {all: {ranks: [0]}}, train.tau: 2, train.batch_size: 4, profile.seconds: 0.1}
+rows: [{label: a, overrides: {train.lr: 0.75}}, {label: b, overrides: {train.lr: 0.875}}]
+"""
+
+
+@pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
+def test_runs_at_once_have_cores_of_their_own(pretend: Callable[..., tuple[int, Path]], tmp_path: Path) -> None:
+    """Each ends only when the other one has begun."""
+    status, out = pretend(AT_ONCE, "budget.amount=4", "compare.jobs=2", "compare.timeout_sec=50")
+    assert status == 0 and [row["status"] for row in rows_of(out).values()] == ["done", "done"]
+    a, b = (set(json.loads(path.read_text())) for path in tmp_path.glob("under way *"))
+    assert a and b and (not a & b or not places(read(tmp_path / "comparison.yaml", ["compare.jobs=2"]))[0])
+
+
+def test_rows_that_wait_for_a_budget_may_all_be_at_once(pretend: Callable[..., tuple[int, Path]]) -> None:
+    status, out = pretend(TWO_RANKS + """
+seeds: [1, 0]
+budget: {equal: wall_clock}
+rows: [{label: first}, {label: second, overrides: {train.lr: 0.2}, times: 3}]
+""", "compare.jobs=4", "compare.share_cores=true")
+    assert status == 0 and rows_of(out)["second"]["seeds"] == [1, 0], "in the order of the file, whoever was first"
+    assert [json.loads((out / "runs" / f"second-seed-{seed}" / "summary.json").read_text())["train_sec"]
+            for seed in (0, 1)] == [6, 9]
+
+
+@pytest.mark.parametrize(("classes", "jobs", "message"), [
+    ("{fast: {ranks: [0]}, slow: {ranks: [1]}}", 1000, r"compare\.jobs=1000: runs of 2 ranks each take more than"),
+    ("auto", 2, r"compare\.jobs=2: row 'a' is for GPUs"),
+])  # fmt: skip
+def test_more_runs_at_once_than_fit_are_refused_unless_it_is_meant(
+    tmp_path: Path, without_gpus: None, classes: str, jobs: int, message: str
+) -> None:
+    text = f"overrides: {{cluster.classes: {classes}, cluster.hosts: 'localhost:2'}}\nrows: [{{label: a}}]"
+    path = comparison(tmp_path, text)
+    with pytest.raises(ConfigError, match=message):
+        places(read(path, [f"compare.jobs={jobs}"]))
+    assert len(places(read(path, [f"compare.jobs={jobs}", "compare.share_cores=true"]))) == jobs
+
+
+def test_a_comparison_may_have_the_rows_of_another_one(tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text("overrides: {train.lr: 0.3}\nrows: [{label: a}, {label: b}]")
+    found = read(comparison(tmp_path, "rows: other.yaml\noverrides: {train.lr: 0.7}"), [])
+    assert [(row.label, row.overrides["train.lr"]) for row in found.rows] == [("a", 0.7), ("b", 0.7)], "rows alone"
 
 
 def test_runs_whose_settings_changed_are_run_anew(pretend: Callable[..., tuple[int, Path]], tmp_path: Path) -> None:

@@ -1,19 +1,24 @@
-"""Running a comparison: one run after another through the launcher, what is done already left alone."""
+"""Running a comparison: its runs through the launcher, one or some at a time, what is done already left alone."""
 
 from __future__ import annotations
 
+import os
+import queue
 import re
 import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from hvd_hetero import algorithms
 from hvd_hetero.analysis.compare.check import check
+from hvd_hetero.analysis.compare.places import places
 from hvd_hetero.analysis.compare.spec import Comparison, Row, read
 from hvd_hetero.analysis.compare.table import Result, notes, table_rows, write_tables
 from hvd_hetero.analysis.report.figures import fast_steps
@@ -43,6 +48,7 @@ def compare(files: Sequence[str], overrides: Sequence[str]) -> int:
     check_matplotlib()
     comparison = read(Path(files[0]), overrides)
     check(comparison)
+    at_once = places(comparison)
     check_no_links("compare.dir", comparison.folder, FOLDERS)
     try:
         for name in FOLDERS:
@@ -52,66 +58,103 @@ def compare(files: Sequence[str], overrides: Sequence[str]) -> int:
         raise ConfigError("compare.dir", str(comparison.folder), problem, "choose another folder") from error
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the run underneath is ended too
     try:
-        results = _Runner(comparison).run()
+        results = _Runner(comparison, at_once).run()
     finally:
         signal.signal(signal.SIGTERM, previous)
     return EXIT_FAULT if any(result.errors for result in results) else 0
 
 
 class _Runner:
-    """Goes through all seeds of all rows; the first seed of every row comes before the second of any."""
+    """Goes through all seeds of all rows; the first seed of every row begins before the second of any.
 
-    def __init__(self, comparison: Comparison) -> None:
-        self._comparison = comparison
+    Args:
+        at_once: of each run that goes at the same time the cores; None: wherever it may.
+    """
+
+    def __init__(self, comparison: Comparison, at_once: Sequence[tuple[int, ...] | None]) -> None:
+        self._comparison, self._at_once = comparison, at_once
         self._results = {row.name: Result(row, waiting=len(comparison.seeds)) for row in comparison.rows}
         self._baselines: dict[str, Result | None] = {}
         for workload in comparison.workloads():
             row = comparison.baseline(workload)
             self._baselines[workload] = None if row is None else self._results[row.name]
-        self._amounts: dict[tuple[str, int], float] = {}
+        self._amounts: dict[tuple[str, int], Future[float | None]] = {
+            (row.workload, seed): Future() for row in comparison.rows for seed in comparison.seeds}
         self._seconds: dict[str, list[float]] = {}
+        self._lock, self._processes, self._is_over = threading.Lock(), set[subprocess.Popen[bytes]](), False
 
     def run(self) -> list[Result]:
         """Runs what is still to be run, keeping the tables up to date; then draws the pictures."""
         jobs = [(row, seed) for seed in self._comparison.seeds for row in self._comparison.rows]
-        for number, (row, seed) in enumerate(jobs, 1):
-            print(f"[{number}/{len(jobs)}] {row.name}, seed {seed}", flush=True)
-            result = self._results[row.name]
-            begin = time.monotonic()
-            outcome, again = self._once(row, seed)
-            result.waiting -= 1
-            if isinstance(outcome, str):
-                result.errors[seed] = outcome
-                text = f"FAILED: {outcome}"
-            else:
-                result.runs.append(outcome)
-                text = "was done before" if not again else f"{time.monotonic() - begin:.0f} s"
-                text += _outcome(outcome)
-            if again:
-                self._seconds.setdefault(row.name, []).append(time.monotonic() - begin)
-            write_tables(self._comparison, list(self._results.values()), self._baselines)
-            print(f"    {text}{self._left(jobs[number:])}", flush=True)
+        free: queue.SimpleQueue[tuple[int, ...] | None] = queue.SimpleQueue()
+        for cores in self._at_once:
+            free.put(cores)
+
+        def settle() -> None:  # what a thread starts is where the thread is
+            if (cores := free.get()) is not None:
+                os.sched_setaffinity(0, cores)
+
+        with ThreadPoolExecutor(len(self._at_once), initializer=settle) as pool:
+            try:
+                under_way = {pool.submit(self._once, row, seed, f"[{number}/{len(jobs)}]"): (row, seed)
+                             for number, (row, seed) in enumerate(jobs, 1)}  # fmt: skip
+                for future in as_completed(under_way):
+                    self._note(*under_way.pop(future), *future.result(), list(under_way.values()))
+            except BaseException:
+                self._end(under_way)
+                raise
         results = list(self._results.values())
         self._finish(results)
         return results
 
-    def _once(self, row: Row, seed: int) -> tuple[Run | str, bool]:
-        """One run; what came of it (an error as text), and whether it had to be run."""
-        amount = self._amounts.get((row.workload, seed))
-        if row.budget.amount is None and not row.leads and amount is None:
-            return "not run: the row that sets the budget failed with this seed", False
+    def _note(self, row: Row, seed: int, outcome: Run | str, seconds: float, left: Sequence[tuple[Row, int]]) -> None:
+        """Puts what came of a run into the tables, and tells."""
+        result = self._results[row.name]
+        result.waiting -= 1
+        if isinstance(outcome, str):
+            result.errors[seed] = outcome
+            text = f"FAILED: {outcome}"
+        else:
+            order = self._comparison.seeds
+            result.runs = sorted([*result.runs, outcome], key=lambda run: order.index(int(run.settings["run.seed"])))
+            text = (f"{seconds:.0f} s" if seconds else "was done before") + _outcome(outcome)
+        if seconds:
+            self._seconds.setdefault(row.name, []).append(seconds)
+        write_tables(self._comparison, list(self._results.values()), self._baselines)
+        print(f"    {row.name}, seed {seed}: {text}{self._left(left)}", flush=True)
+
+    def _end(self, under_way: Mapping[Future[Any], Any]) -> None:
+        """Lets no more runs begin, and ends those that have."""
+        for future in under_way:
+            future.cancel()
+        with self._lock:
+            self._is_over = True
+            for process in self._processes:
+                process.terminate()
+        for amount in self._amounts.values():
+            if not amount.done():
+                amount.set_result(None)
+
+    def _once(self, row: Row, seed: int, number: str) -> tuple[Run | str, float]:
+        """One run; what came of it (an error as text), and the seconds that it took, 0 if there was nothing to do."""
+        print(f"{number} {row.name}, seed {seed}", flush=True)
+        begin, shared = time.monotonic(), self._amounts[row.workload, seed]
+        amount = None
+        if row.budget.amount is None and not row.leads and (amount := shared.result()) is None:
+            return "not run: the row that sets the budget failed with this seed", 0.0
         folder = self._folder(row, seed)
         config = row.config(seed, folder, amount)
-        run = _finished(folder, config)
+        run, error = _finished(folder, config), None
         again = run is None
         if run is None:
             error = self._launch(folder.name, config)
             run = _finished(folder, config)
-            if error is not None or run is None:
-                return error or "the run ended without a summary", True
-        if row.leads:
-            self._amounts[row.workload, seed] = _amount(run, row.budget.equal)
-        return run, again
+        failed = run is None or error is not None
+        if row.leads and not shared.done():
+            shared.set_result(None if failed or run is None else _amount(run, row.budget.equal))
+        if failed or run is None:
+            return error or "the run ended without a summary", time.monotonic() - begin
+        return run, time.monotonic() - begin if again else 0.0
 
     def _folder(self, row: Row, seed: int) -> Path:
         return self._comparison.folder / "runs" / slug(f"{row.name} seed {seed}")
@@ -123,16 +166,21 @@ class _Runner:
         log = self._comparison.folder / "logs" / f"{name}.log"
         limit = self._comparison.settings.timeout_sec
         with log.open("wb") as stream:
-            process = subprocess.Popen([*LAUNCH, str(file)], stdin=subprocess.DEVNULL, stdout=stream,
-                                       stderr=subprocess.STDOUT)
+            with self._lock:
+                if self._is_over:
+                    return "was not begun"
+                process = subprocess.Popen([*LAUNCH, str(file)], stdin=subprocess.DEVNULL, stdout=stream,
+                                           stderr=subprocess.STDOUT)
+                self._processes.add(process)
             try:
                 status = process.wait(limit)
-            except BaseException as error:
+            except subprocess.TimeoutExpired:
                 process.terminate()
                 process.wait()
-                if isinstance(error, subprocess.TimeoutExpired):
-                    return f"took longer than compare.timeout_sec={limit:g}"
-                raise
+                return f"took longer than compare.timeout_sec={limit:g}"
+            finally:
+                with self._lock:
+                    self._processes.discard(process)
         if status == 0:
             return None
         return f"{_cause(log.read_text(errors='replace'))} (status {status}; logs/{log.name})"
@@ -145,7 +193,7 @@ class _Runner:
             return ""
         mean = statistics.fmean(seconds)
         left = sum(statistics.fmean(self._seconds.get(name, [mean])) for name in ahead)
-        return f"; about {_duration(left)} left"
+        return f"; about {_duration(left / len(self._at_once))} left"
 
     def _finish(self, results: Sequence[Result]) -> None:
         """The tables on the terminal, the pictures, the page."""

@@ -36,12 +36,16 @@ class Settings:
         dir: where everything goes; None: ``runs/compare-`` and the file's name.
         baseline: label of the row that speeds are measured against; None: the first sync_sgd of all ranks.
         timeout_sec: a run that takes longer counts as failed.
+        jobs: runs at once, each on cores of its own.
+        share_cores: whether more may run at once than there are cores for.
     """
 
     dir: Optional[str] = None  # noqa: UP045
     title: Optional[str] = None  # noqa: UP045
     baseline: Optional[str] = None  # noqa: UP045
     timeout_sec: Optional[float] = field(default=None, metadata={"above": 0})  # noqa: UP045
+    jobs: int = field(default=1, metadata={"at_least": 1})
+    share_cores: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,9 @@ def read(path: Path, overrides: Sequence[str]) -> Comparison:
         if not key.startswith("budget."):
             raise ConfigError(key, value, "cannot be set here", "change it in the file")
     theirs = {key: value for key, value in given.items() if key.split(".")[0] not in PARTS}
+    listed = content.get("rows")
+    if isinstance(listed, str):
+        listed = read_mapping(path.parent / listed).get("rows")
     plain = _mapping("workloads", content.get("workloads")) or {"": {}}
     rows: list[Row] = []
     for name, workload in plain.items():
@@ -179,7 +186,7 @@ def read(path: Path, overrides: Sequence[str]) -> Comparison:
         budget = _section("budget", Budget(), {"budget": _budget(content, workload, given)}, {})
         files = _files(path.parent, workload.get("base", base))
         shared = layered(_overrides("overrides", content), _overrides(f"{where}.overrides", workload), theirs)
-        rows += _rows(content.get("rows"), str(name), files, shared, budget)
+        rows += _rows(listed, str(name), files, shared, budget)
     if settings.baseline is not None and settings.baseline not in (row.label for row in rows):
         labels = list(dict.fromkeys(row.label for row in rows))
         raise ConfigError("compare.baseline", settings.baseline, "is no row", nearest(settings.baseline, labels))

@@ -111,7 +111,7 @@ def table_rows(results: Sequence[Result], baseline: Result | None) -> list[list[
     """The table of one workload as texts, the first row a heading."""
     classes = list(dict.fromkeys(name for r in results if r.figures for name in r.figures.blocked))
     head = ["method", "epochs", "averages per epoch", "training [s]", "whole run [s]", "fast steps", "samples",
-            "accuracy [%]", "seeds", "speed against sync"]
+            "samples/s", "lost samples", "sent by a rank [MB]", "accuracy [%]", "seeds", "speed against sync"]
     table = [[*head, *(f"blocked: {name}" for name in classes), "emulated", "status"]]
     for result in results:
         f, speed = result.figures, speedup(result, baseline)
@@ -121,7 +121,8 @@ def table_rows(results: Sequence[Result], baseline: Result | None) -> list[list[
         shares = [f"{f.blocked[name]:.1%}" if name in f.blocked else "-" for name in classes]
         table.append([
             result.row.label, f"{f.epochs:.4g}", f"{f.rounds_per_epoch:.4g}", f"{f.train_sec:.1f}", f"{f.wall_sec:.1f}",
-            f"{f.fast_steps:.0f}", f"{f.samples:.0f}", percent(f), ", ".join(map(str, f.seeds)),
+            f"{f.fast_steps:.0f}", f"{f.samples:.0f}", f"{f.samples / f.train_sec:.0f}", f"{f.lost:.0f}",
+            "-" if f.sent_bytes is None else f"{f.sent_bytes / 1e6:.3g}", percent(f), ", ".join(map(str, f.seeds)),
             "-" if speed is None else f"{speed:.2f}x", *shares, stamped(f), result.status,
         ])
     return table
@@ -137,7 +138,9 @@ def notes(comparison: Comparison, results: Sequence[Result], baseline: Result | 
     lines += [f"More or less of it by intent: {', '.join(more)}."] if more else []
     lines.append("Accuracy is that of the last evaluation: mean ± sample standard deviation over the seeds. Training "
                  "seconds leave out start, profiling and evaluation; the whole run has them. An average is one "
-                 "communication of all training ranks. Blocked is the share of a class's time spent waiting.")
+                 "communication of all training ranks. Lost samples were computed on or dealt, and no step was made of "
+                 "them. Sent is by a rank of the class that sends the most. Blocked is the share of a class's time "
+                 "spent waiting.")
     if baseline is not None:
         unit = "samples" if budget.equal == "samples" else "steps of a fast rank"
         lines.append(f"Speed is {unit} per second of training, divided by that of {baseline.row.label!r}.")

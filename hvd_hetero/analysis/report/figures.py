@@ -29,6 +29,8 @@ class Figures:
         epochs: epochs, the last one perhaps in part.
         rounds_per_epoch: averages in a whole epoch.
         blocked: by class, the share of its time spent waiting for others.
+        sent_bytes: by a rank of the class that sent the most; None where it is not known.
+        lost: samples of which no step was made, since they came too late or were left out in time.
         emulation: why times are not those of real devices, where ``emulated``.
     """
 
@@ -45,6 +47,8 @@ class Figures:
     epochs: float
     rounds_per_epoch: float
     blocked: dict[str, float]
+    sent_bytes: float | None
+    lost: float
     emulated: bool
     emulation: tuple[str, ...]
 
@@ -78,6 +82,7 @@ def figures(series: Series) -> Figures | None:
     per_epoch = [run.plan["rounds"] for run in series.runs if run.summary is not None]
     accuracies = [s["eval"]["final_accuracy"] for s in done if s["eval"].get("final_accuracy") is not None]
     losses = [s["eval"]["final_loss"] for s in done]
+    sent: list[Any] = [max((c["sent_bytes"] for c in s["classes"] if "sent_bytes" in c), default=None) for s in done]
     blocked: dict[str, list[float]] = {}
     for summary in done:
         for c in summary["classes"]:
@@ -96,9 +101,16 @@ def figures(series: Series) -> Figures | None:
         epochs=_mean([s["rounds"] / rounds for s, rounds in zip(done, per_epoch, strict=True)]),
         rounds_per_epoch=_mean(per_epoch),
         blocked={name: _mean(shares) for name, shares in blocked.items()},
+        sent_bytes=None if None in sent else _mean(sent),
+        lost=_mean([_lost(s) for s in done]),
         emulated=any(s["emulated"] for s in done),
         emulation=series.emulation,
     )
+
+
+def _lost(summary: Mapping[str, Any]) -> int:
+    late = sum(rank.get("lost_samples", 0) for rank in summary.get("partial", {}).get("ranks", ()))
+    return late + sum(c.get("dropped", 0) for c in summary["classes"])
 
 
 def partial_shares(series: Series) -> PartialShares | None:
