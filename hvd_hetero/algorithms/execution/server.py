@@ -133,7 +133,7 @@ class ServerExecutor(Executor):
         answer = self._exchange(None, size)  # others may have pushed already
         while (batch := segment.claim(answer.offered, size)) is not None:
             segment.start_round(self._version - self._first)
-            vector = self._gradient(batch)
+            vector = self._progress(batch, 1)[0] if self.policy.pushes_models else self._gradient(batch)
             segment.note(1, self._version - self._first)
             # to claim everything leaves the others nothing
             answer = self._exchange(vector, segment.samples if segment.is_stopping() else size)
