@@ -123,7 +123,7 @@ def test_no_delay_of_ringmaster_reaches_r(most: int) -> None:
 
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_ordered_momentum_gives_each_gradient_the_effect_of_its_place(adaptive: bool) -> None:
-    """After every update each gradient has moved x by 1 + b + ... + b^a, a blocks after its own, however late it was."""
+    """After every update each gradient has moved x by 1 + b + ... + b^a, a blocks after its own, late or not."""
     b, n = 0.9, 3
     plain = Course(ASGDRule(n, adaptive)).push(*(order := random.Random(3).choices(range(n), (5, 2, 1), k=60)))
     course, moved, weight = Course(ASGDRule(n, adaptive, b)), Counter[Any](), dict[Any, float]()

@@ -246,7 +246,9 @@ FEW_UPDATES = {"malenia_sgd": 0.2, "ringleader_asgd": 0.2}
 """Accuracy at least: these wait for a gradient of every rank, so how many updates come of the samples depends on how
 evenly a busy machine lets the ranks run."""
 SMALLER = {"train.batch_size": 2, "train.lr": 0.05, "train.optimizer_args": {"momentum": 0.0}}  # with it they diverge
-OWN = {**dict.fromkeys(FEW_UPDATES, SMALLER), "bvr_l_sgd": {"train.lr": 0.2, "train.optimizer_args": {}, "train.tau": 4, "algorithm.anchor_batches": 2}}
+OWN = {**dict.fromkeys(FEW_UPDATES, SMALLER), "bvr_l_sgd": {
+    "train.lr": 0.2, "train.optimizer_args": {}, "train.tau": 4, "algorithm.anchor_batches": 2,
+}}  # fmt: skip
 CASES |= {
     f"digits, {name}": Case(name, {"profile.seconds": 0.2, **OWN.get(name, {})}, model="digits")
     for name in REGISTRY
