@@ -19,6 +19,8 @@ REGISTRY = {
     "unbalanced_local_sgd": "UnbalancedLocalSGD",
     "balanced_local_sgd": "BalancedLocalSGD",
     "stl_sgd": "STLSGD",
+    "drop_compute_local": "DropComputeLocal",
+    "bvr_l_sgd": "BVRLSGD",
     "sync_sgd": "SyncSGD",
     "byteps": "BytePS",
     "dlb": "DLB",
@@ -32,6 +34,7 @@ REGISTRY = {
     "malenia_sgd": "MaleniaSGD",
     "ringleader_asgd": "RingleaderASGD",
     "async_diloco": "AsyncDiLoCo",
+    "omnilearn_asp": "OmniLearnASP",
 }
 
 

@@ -11,8 +11,10 @@ The server has the model x and the number of its updates. Each of the n ranks, f
 
 The step is that of ``train.optimizer``, which the server has. Every gradient counts, however old; it is
 ``algorithm.adaptive`` that makes the step smaller for one that is older than n updates. A step goes along one rank's
-gradient, so an epoch has n times as many as with ``sync_sgd``, and the learning rate is that of one batch. Momentum on
-the server adds up gradients of several ages and mostly hurts: a smaller one, or none, is the usual choice.
+gradient, so an epoch has n times as many as with ``sync_sgd``, and the learning rate is that of one batch. Momentum of
+the optimizer adds up gradients of several ages and mostly hurts: a smaller one, or none, is the usual choice; or
+``algorithm.ordered_momentum`` in its place (OrMo, with ``adaptive`` OrMo-DA), see
+hvd_hetero/algorithms/ordered_momentum.py.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 from hvd_hetero.algorithms.asynchronous import Asynchronous
+from hvd_hetero.algorithms.ordered_momentum import OrderedOptions, OrderedRule, check_ordered
 from hvd_hetero.algorithms.server_rule import Rule
 from hvd_hetero.config.schema import AlgorithmConfig
 
 
 @dataclass(frozen=True)
-class ASGDOptions(AlgorithmConfig):
+class ASGDOptions(OrderedOptions):
     """Options of asynchronous SGD.
 
     Attributes:
@@ -36,16 +39,16 @@ class ASGDOptions(AlgorithmConfig):
     adaptive: bool = False
 
 
-class ASGDRule(Rule):
+class ASGDRule(OrderedRule):
     """Take a step along each gradient."""
 
-    def __init__(self, size: int, adaptive: bool = False) -> None:
-        super().__init__(size)
+    def __init__(self, size: int, adaptive: bool = False, momentum: float = 0.0) -> None:
+        super().__init__(size, momentum)
         self.adaptive = adaptive
 
     def arrive(self, rank: int, vector: Any) -> bool:
         n = self.size
-        self.update(vector, n / max(n, self.delay(rank)) if self.adaptive else 1.0)
+        self.update_along(rank, vector, n / max(n, self.delay(rank)) if self.adaptive else 1.0)
         self.restart(rank)
         return True
 
@@ -57,5 +60,9 @@ class ASGD(Asynchronous):
     options: ASGDOptions
     Options: ClassVar[type[AlgorithmConfig]] = ASGDOptions
 
+    def check(self) -> None:
+        check_ordered(self.options, self.train)
+        super().check()
+
     def server_rule(self) -> Rule:
-        return ASGDRule(len(self.ranks), self.options.adaptive)
+        return ASGDRule(len(self.ranks), self.options.adaptive, self.options.ordered_momentum)

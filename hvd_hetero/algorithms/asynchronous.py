@@ -49,12 +49,17 @@ def check_server(policy: Policy) -> None:
 
 
 class Asynchronous(Lockstep):
-    """Let ranks claim the samples of an epoch, and push a gradient for each batch."""
+    """Let ranks claim the samples of an epoch, and push a gradient for each batch.
+
+    Attributes:
+        pushes_models: whether what is pushed is the progress of a local step; else its gradient.
+    """
 
     executor: ClassVar[str] = EXECUTOR
     Options: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
     claims_samples: ClassVar[bool] = True
     flat_gradients: ClassVar[bool] = True
+    pushes_models: ClassVar[bool] = False
     unused: ClassVar[Mapping[str, Any]] = neutral("weights", *WAITING, *OUTER)
 
     def server_rule(self) -> Rule:

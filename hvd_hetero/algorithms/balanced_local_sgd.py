@@ -14,14 +14,12 @@ Samples are drawn uniformly, without replacement over all classes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import final
 
 from hvd_hetero.algorithms.local_sgd import LocalSGD
 from hvd_hetero.config.schema import AUTO
 from hvd_hetero.errors import ConfigError
 
 
-@final
 class BalancedLocalSGD(LocalSGD):
     """Give all classes the same number of local steps, and all models the same weight."""
 
@@ -37,6 +35,6 @@ class BalancedLocalSGD(LocalSGD):
             return {c.name: self.train.tau for c in self.cluster.classes}
         taus = super().taus(step_sec)
         if len(set(taus.values())) > 1:
-            problem = "balanced_local_sgd takes the same number of local steps on all classes"
+            problem = f"{self.options.name} takes the same number of local steps on all classes"
             raise ConfigError("train.tau", self.train.tau, problem, "give one number, or use unbalanced_local_sgd")
         return taus

@@ -23,7 +23,7 @@ the rounded one, b_i / B, since that is what took t_i.
     b_i = c_i + s, and no less than the least nor more than the most, with s such that sum_i b_i = B
 
 The published form adds what a bound cuts off, and what is over in the sum, to all workers in equal parts, as s does; it
-does not look at the bounds again, nor is its sum exactly B.
+does not look at the bounds again, nor is its sum exactly B. Its asynchronous form is ``omnilearn_asp``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from hvd_hetero.algorithms.sync_sgd import SyncSGD
 from hvd_hetero.algorithms.synchronous import LockstepOptions
 from hvd_hetero.config.schema import AlgorithmConfig
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.planning.plan import Plan, apportion, bounded
+from hvd_hetero.planning.plan import Plan, apportion, bounded, controlled
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,7 @@ class DLB(SyncSGD):
         whole, deadband = self.global_batch, self.options.deadband
         wanted, most = [whole * speed / sum(speeds) for speed in speeds], self.options.max_local_batch or whole
         if deadband:
-            mean = sum(times) / len(times)
-            wanted = [batch if abs(speed * mean - batch) < deadband * speed * mean else speed * mean
-                      for batch, speed in zip(batches, speeds, strict=True)]  # fmt: skip
+            wanted = controlled(batches, times, deadband)
         if deadband or most < whole:
             wanted = bounded(wanted, whole, self.min_local_batch, most, in_proportion=not deadband)
         self.shares = [batch / whole for batch in wanted]

@@ -18,8 +18,8 @@ taken, and fits ranks that differ in speed: give slow classes the same batch, an
 ``algorithm.threshold=auto``: after ``algorithm.warmup_steps`` steps the times of all micro-batches are measured in
 ``algorithm.measured_steps`` steps and gathered, and the threshold with the best gain is taken, or none:
 hvd_hetero/planning/compute_threshold.py. The bound on what it leaves out is ours; the paper finds up to about a tenth
-to do no harm. A rank takes one micro-batch at least. Samples that are left out keep the
-losses that they had; how many they are is told. On GPUs the clock makes each micro-batch be waited for.
+to do no harm. A rank takes one micro-batch at least. Samples that are left out keep the losses that they had; how many
+they are is told. On GPUs the clock makes each micro-batch be waited for. For local SGD: ``drop_compute_local``.
 """
 
 from __future__ import annotations
@@ -37,24 +37,65 @@ from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.compute_threshold import best_threshold
 
 FULL, DONE = "full", "done"
+KEY = "algorithm.threshold"
 
 
 @dataclass(frozen=True)
-class DropComputeOptions(LockstepOptions):
-    """Options of DropCompute.
+class ThresholdOptions(AlgorithmConfig):
+    """Options of what ranks leave out where their time is up.
 
     Attributes:
-        threshold: seconds from a step's begin after which no micro-batch is begun; ``auto``; None: all are taken.
-        normalise: whether what was left out counts as zero gradients, ``full``, or does not count, ``done``.
-        max_dropped: the share of micro-batches that ``auto`` may leave out, on average.
-        warmup_steps: first steps, in which nothing is left out nor measured, and ``measured_steps``, for ``auto``.
+        threshold: seconds from a round's begin after which no part of it is begun; ``auto``; None: all are taken.
+        normalise: whether what was left out counts as nothing, ``full``, or does not count, ``done``.
+        max_dropped: the share of all parts that ``auto`` may leave out, on average.
+        warmup: first rounds, in which nothing is left out nor measured, and ``measured`` ones, for ``auto``.
     """
 
     threshold: Any = None
     normalise: str = field(default=FULL, metadata={"choices": (FULL, DONE)})
     max_dropped: float = field(default=0.1, metadata={"above": 0, "at_most": 1})
+
+    @property
+    def warmup(self) -> int:
+        raise NotImplementedError(type(self).__name__)
+
+    @property
+    def measured(self) -> int:
+        raise NotImplementedError(type(self).__name__)
+
+    def check_threshold(self) -> None:
+        """Refuse a threshold that is no time.
+
+        Raises:
+            ConfigError: naming the key.
+        """
+        value = self.threshold
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value not in (None, AUTO) and not (is_number and value > 0):
+            raise ConfigError(KEY, value, "is no time", "give seconds above 0, auto, or null")
+
+    def threshold_of(self, ended: Sequence[NDArray[np.float64]], round_sec: float) -> float | None:
+        """Return the threshold with which ranks of these times run, see :func:`best_threshold`; None: there is none."""
+        if self.threshold != AUTO:
+            return None if self.threshold is None else float(self.threshold)
+        found = best_threshold(ended, round_sec, self.max_dropped)
+        return None if found is None else found[0]
+
+
+@dataclass(frozen=True)
+class DropComputeOptions(ThresholdOptions, LockstepOptions):
+    """Options of DropCompute; what counts as nothing is zero gradients, and a round is a step."""
+
     warmup_steps: int = field(default=5, metadata={"at_least": 0})
     measured_steps: int = field(default=45, metadata={"at_least": 1})
+
+    @property
+    def warmup(self) -> int:
+        return self.warmup_steps
+
+    @property
+    def measured(self) -> int:
+        return self.measured_steps
 
 
 @final
@@ -67,18 +108,8 @@ class DropCompute(Lockstep):
     flat_gradients: ClassVar[bool] = True
 
     def check(self) -> None:
-        key, value = "algorithm.threshold", self.options.threshold
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value not in (None, AUTO) and not (is_number and value > 0):
-            raise ConfigError(key, value, "is no time", "give seconds above 0, auto, or null")
-        if value is not None and set(self.micro_batches.values()) == {1}:
+        self.options.check_threshold()
+        if self.options.threshold is not None and set(self.micro_batches.values()) == {1}:
             problem = "a batch in one piece has no rest that could be left out"
-            raise ConfigError("train.micro_batches", self.train.micro_batches, problem, f"set 2 or more, or {key}=null")
+            raise ConfigError("train.micro_batches", self.train.micro_batches, problem, f"set 2 or more, or {KEY}=null")
         super().check()
-
-    def threshold_of(self, ended: Sequence[NDArray[np.float64]], step_sec: float) -> float | None:
-        """Return the threshold with which ranks of these times run, see :func:`best_threshold`; None: there is none."""
-        if self.options.threshold != AUTO:
-            return None if self.options.threshold is None else float(self.options.threshold)
-        found = best_threshold(ended, step_sec, self.options.max_dropped)
-        return None if found is None else found[0]

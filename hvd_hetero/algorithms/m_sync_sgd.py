@@ -12,7 +12,9 @@ Synchronous SGD that waits for the first m of the n ranks, and drops what comes 
 
 So nothing that is applied is stale, and what is late is lost: its samples are counted (``lost_samples``), and an epoch
 is shorter by them. A gradient that is being computed cannot be broken off; the rank finds out when it is done. Here S
-may have more than m ranks, those that come while the others are told.
+may have more than m ranks, those that come while the others are told. All ranks take part in a round's sum, the late
+ones with nothing; so a rank with ``aggregation.max_lag`` results left to take holds up the others until it has taken
+some: with a class n times slower, set it above n.
 
 With m = n it is synchronous SGD. With fixed speeds the first m are always the same: a slower class contributes nothing,
 and ``sync_sgd`` on the fast class does the same without it. It pays where the delays within a class are random.
@@ -80,7 +82,7 @@ class MSyncSGD(EagerSGD):
     def check(self) -> None:
         neutral = self.unused["sync_every"]
         if self.aggregation.sync_every != neutral:
-            problem, remedy = "m_sync_sgd never waits for all ranks", f"leave it at {neutral}, or take eager_sgd"
+            problem, remedy = "m_sync_sgd plans no rounds of all ranks", f"leave it at {neutral}, or take eager_sgd"
             raise ConfigError("aggregation.sync_every", self.aggregation.sync_every, problem, remedy)
         super().check()
         self.make_plan(None)

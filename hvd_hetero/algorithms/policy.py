@@ -41,7 +41,10 @@ class Policy:
         flat_gradients: whether gradients are views into flat vectors, and sparse ones are added up in there.
         sends_at_once: whether each gradient is sent as soon as the backward pass has made it, dense and in one piece.
         follows_rate: whether the plan depends on the learning rate, which :meth:`follow_rate` tells.
-        unused: keys of ``aggregation`` that mean nothing to the method, and the values that they are left at.
+        unused: keys of ``aggregation`` that mean nothing to the method, and the values that they are left at;
+            ``unused_train``, of ``train``.
+        needs_fixed_losses: whether a sample's loss may depend on nothing but the model and chance, as with BatchNorm.
+        gradients_of_step: that a local step computes, and ``collectives_of_round``, as large as the model.
         batch_varies: whether a rank's batch may become smaller than it is set to be.
         micro_batches: by class, parts that a batch is cut into; 0: as few as fit in memory.
         average_sec: of one average that nobody is late for; to be set before :meth:`make_plan` where
@@ -61,6 +64,10 @@ class Policy:
     batch_varies: ClassVar[bool] = False
     follows_rate: ClassVar[bool] = False
     unused: ClassVar[Mapping[str, Any]] = {}
+    unused_train: ClassVar[Mapping[str, Any]] = {}
+    needs_fixed_losses: ClassVar[bool] = False
+    gradients_of_step: ClassVar[int] = 1
+    collectives_of_round: ClassVar[int] = 1
     reason: str = ""
     average_sec: float = 0.0
 

@@ -22,11 +22,14 @@ class Rule:
         needs_every_rank: whether the model stands still without pushes of all ranks.
         step: takes the step along a direction times a factor: of the optimizer, or x - factor * direction where
             ``is_outer``. Whoever owns the model sets it.
+        momentum: the rule's own factor, and ``velocity``, what it has added up, as large as the model, if it has any.
         version: updates so far.
         made_at: by rank, the version of the model that it computes on.
     """
 
     is_outer = needs_every_rank = False
+    momentum: float = 0.0
+    velocity: Any = None
     step: Callable[[Any, float], None]
 
     def __init__(self, size: int) -> None:
@@ -59,6 +62,11 @@ class Rule:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
+
+    def carry_over(self, state: Mapping[str, Any]) -> None:
+        """Load what other ranks can use of what another job's :meth:`state_dict` gave."""
+        if self.momentum and state.keys() == self.state_dict().keys():  # else it is of another method
+            self.velocity = state["velocity"]
 
 
 def added(total: Any, vector: Any) -> Any:

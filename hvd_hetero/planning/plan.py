@@ -293,6 +293,17 @@ def apportion(total: int, shares: Sequence[float], at_least: int = 0) -> list[in
     return counts
 
 
+def controlled(batches: Sequence[int], times: Sequence[float], deadband: float) -> list[float]:
+    """Return the batches that take all the mean of the times, unless that is a small change (OmniLearn's controller).
+
+    Args:
+        deadband: changes that are a smaller share of the new batch are not made.
+    """
+    mean = sum(times) / len(times)
+    wanted = [batch * mean / sec for batch, sec in zip(batches, times, strict=True)]
+    return [batch if abs(new - batch) < deadband * new else new for batch, new in zip(batches, wanted, strict=True)]
+
+
 def bounded(
     values: Sequence[float], total: float, least: float, most: float, in_proportion: bool = True
 ) -> list[float]:  # fmt: skip

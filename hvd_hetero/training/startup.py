@@ -160,6 +160,12 @@ def check(config: Config, components: Components, cluster: Cluster) -> None:
     elif config.train.tau != AUTO and (limit := config.train.max_fast_steps or math.inf) < config.train.tau:
         problem = f"one round takes {config.train.tau} steps of the fastest class"
         raise ConfigError("train.max_fast_steps", limit, problem, f"set it to {config.train.tau} or more")
+    normalized = [name for name, part in components.model.named_modules()
+                  if isinstance(part, torch.nn.modules.batchnorm._BatchNorm) and part.training]  # fmt: skip
+    if policy.needs_fixed_losses and normalized:
+        key = "model.name" if config.model.target is None else "model.target"
+        problem = f"{normalized[0]} is batch normalization, whose statistics {config.algorithm.name} would take twice"
+        raise ConfigError(key, config.model.target or config.model.name, problem, "choose a model without, or a method")
     if policy.claims_samples and config.sampling.scheme != "uniform":
         problem = f"{config.algorithm.name} hands out samples as ranks ask for them, to no class in particular"
         raise ConfigError("sampling.scheme", config.sampling.scheme, problem, "set sampling.scheme=uniform")

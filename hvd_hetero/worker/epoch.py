@@ -53,6 +53,8 @@ class Segment:
     Attributes:
         start_round: to be called with a round's number in the segment before it, and ``finish_round`` after it.
         averages: set by the method: how many were made.
+        planned: rounds of the plan that are used up; set by a method whose ranks need not take all steps of one, else
+            it follows from them.
         claimed: samples that are used up as far as this rank knows, where ranks claim them.
     """
 
@@ -63,6 +65,7 @@ class Segment:
         self.start_round: Callable[[int], None] = lambda number: None
         self.finish_round: Callable[[], None] = lambda: None
         self.averages = self.claimed = 0
+        self.planned: int | None = None
         self.at: list[int] = []
         self.rows: list[Indices] = []
 
@@ -75,6 +78,8 @@ class Segment:
         epoch = self._epoch
         if epoch.is_claimed:
             return (epoch.progress.claimed + self.claimed) / epoch.round_samples
+        if self.planned is not None:
+            return epoch.rounds_done + self.planned
         return epoch.rounds_done + (len(self.at) / tau if tau else 0)
 
     def note(self, steps: int, number: int) -> None:
@@ -203,6 +208,7 @@ class Epoch:
     def finish(self, segment: Segment, tau: int) -> Progress:
         """Return how far this rank has come in a segment."""
         planned = 0 if self.is_claimed or not tau else -(-len(segment.at) // tau)
+        planned = planned if segment.planned is None else segment.planned
         version = segment.at[-1] + 1 if segment.at else 0
         return Progress(segment.averages, planned, segment.claimed, version)
 

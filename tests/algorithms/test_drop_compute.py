@@ -12,7 +12,7 @@ import torch
 from method_helpers import method
 from torch import nn
 
-from hvd_hetero.algorithms.execution import drop_compute
+from hvd_hetero.algorithms.execution import compute_clock
 from hvd_hetero.algorithms.execution.drop_compute import DropComputeExecutor
 from hvd_hetero.cluster.device_classes import DeviceClass
 from hvd_hetero.worker.factories import per_sample_loss
@@ -47,7 +47,7 @@ BATCH = torch.randn(8, 3, generator=torch.Generator().manual_seed(1), dtype=torc
 
 def run(monkeypatch: pytest.MonkeyPatch, steps: int, seconds: list[float], **options: Any) -> DropComputeExecutor:
     clock = Clock()
-    monkeypatch.setattr(drop_compute, "time", clock)
+    monkeypatch.setattr(compute_clock, "time", clock)
     settings = {"algorithm.name": "drop_compute", "train.batch_size": 8, "train.micro_batches": 4,
                 "algorithm.warmup_steps": 0, **{f"algorithm.{key}": value for key, value in options.items()}}
     policy: Any = method(settings, (DeviceClass("only", "cpu", (0,)),))
@@ -106,8 +106,8 @@ def test_the_threshold_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """In every other step the third micro-batch takes long, and then the fourth is not begun."""
     steps = np.tile([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 6.0, 6.0], 2).tolist()
     made = run(monkeypatch, 6, [1.0] * 8 + steps, threshold="auto", warmup_steps=2, measured_steps=4, max_dropped=0.2)
-    assert made.threshold is not None and 3 <= made.threshold < 8
-    assert made.state_dict()["threshold"] == made.threshold and not made.state_dict()["ended"]
+    assert made.clock.threshold is not None and 3 <= made.clock.threshold < 8
+    assert made.state_dict()["threshold"] == made.clock.threshold and not made.state_dict()["ended"]
 
 
 def test_a_run_that_is_resumed_goes_on_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def test_a_run_that_is_resumed_goes_on_measuring(monkeypatch: pytest.MonkeyPatch
     second.load_state_dict(first.state_dict())
     assert second.state_dict()["ended"] == [[1.0, 2.0, 3.0, 4.0]] * 3
     second.run_round(iter([BATCH]))
-    assert second.threshold is None and not second.state_dict()["is_open"], "steps that do not vary"
+    assert second.clock.threshold is None and not second.state_dict()["is_open"], "steps that do not vary"
 
 
 def test_a_gradient_that_is_computed_once_more_has_no_more_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,7 @@ def test_one_process_on_the_joined_batch(found: Found, case: str) -> None:
 @pytest.mark.parametrize("case", LOCAL)
 def test_local_sgd_as_in_one_process(found: Found, case: str) -> None:
     expects = oracle.delayed if CASES[case].settings.get("aggregation.delayed") else oracle.local
+    expects = oracle.reduced if CASES[case].method == "bvr_l_sgd" else expects
     expected = expects(CASES[case], dealt(found, case))
     torch.testing.assert_close(final(found, case), expected, **tolerance(case))
     assert moved(found, case)

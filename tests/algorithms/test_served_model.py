@@ -93,6 +93,40 @@ def test_a_checkpoint_holds_all_of_it(name: str) -> None:
     assert torch.equal(parts._vectors[0], whole._vectors[0])
 
 
+@pytest.mark.parametrize(("args", "rate", "is_kept"), [
+    ({"momentum": 0.9}, 0.1, True), ({"momentum": 0.9}, 0.01, True), ({"momentum": 0.5}, 0.1, False),
+])  # fmt: skip
+def test_other_ranks_go_on_with_the_momentum_of_the_server(args: dict[str, Any], rate: float, is_kept: bool) -> None:
+    """Of two ranks, then of three; a rate that has been lowered is the new one's."""
+    before = served(worker(momentum=0.9), ASGDRule(2))
+    for rank, push in zip(ORDER, pushes(3), strict=False):
+        before.arrive(rank, push)
+    torch.manual_seed(3)
+    other = worker("SGD", **args)
+    other.scale_rate(rate / 0.1)
+    after = served(other, ASGDRule(3))
+    after.carry_over(before.state_dict())
+    assert after.version == 0 and after.rule.size == 3
+    found = [after._optimizer.state[p].get("momentum_buffer") for p in after._params]
+    for own, p in zip(found, before._params, strict=True):
+        kept = before._optimizer.state[p]["momentum_buffer"]
+        assert torch.equal(own, kept) if is_kept else own is None
+    after.arrive(2, pushes(1)[0])
+    assert after._optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+
+
+def test_other_ranks_go_on_with_the_momentum_of_the_rule() -> None:
+    before = served(worker(), DelayedNesterov(2, 0.7, 0.9, 2))
+    for rank, push in zip(ORDER, pushes(3), strict=False):
+        before.arrive(rank, push)
+    after = served(worker(), DelayedNesterov(3, 0.7, 0.9, 3))
+    after.carry_over(before.state_dict())
+    assert torch.equal(after.rule.velocity, before.rule.velocity) and after.rule.version == 0
+    plain = served(worker(), ASGDRule(3))
+    plain.carry_over(before.state_dict())
+    assert plain.rule.velocity is None, "without momentum it takes none over"
+
+
 def test_groups_of_parameters_are_those_of_the_worker() -> None:
     """They are told apart by what they are, which the copies are not."""
     torch.manual_seed(3)

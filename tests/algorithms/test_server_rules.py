@@ -13,6 +13,7 @@ import pytest
 from hvd_hetero.algorithms.asgd import ASGDRule
 from hvd_hetero.algorithms.async_diloco import DelayedNesterov
 from hvd_hetero.algorithms.malenia_sgd import MaleniaRule
+from hvd_hetero.algorithms.omnilearn_asp import ProgressRule
 from hvd_hetero.algorithms.rennala_sgd import RennalaRule
 from hvd_hetero.algorithms.ringleader_asgd import RingleaderRule
 from hvd_hetero.algorithms.ringmaster_asgd import RingmasterRule
@@ -118,6 +119,46 @@ def test_no_delay_of_ringmaster_reaches_r(most: int) -> None:
     course = Course(RingmasterRule(4, most)).push(*random.Random(0).choices(range(4), (8, 4, 2, 1), k=300))
     delays = [number - version for number, update in enumerate(course.updates) for _, _, version in update]
     assert max(delays) == most - 1
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_ordered_momentum_gives_each_gradient_the_effect_of_its_place(adaptive: bool) -> None:
+    """After every update each gradient has moved x by 1 + b + ... + b^a, a blocks after its own, late or not."""
+    b, n = 0.9, 3
+    plain = Course(ASGDRule(n, adaptive)).push(*(order := random.Random(3).choices(range(n), (5, 2, 1), k=60)))
+    course, moved, weight = Course(ASGDRule(n, adaptive, b)), Counter[Any](), dict[Any, float]()
+    for iteration, rank in enumerate(order):
+        course.push(rank)
+        ((new, factor),) = plain.updates[iteration].items()
+        weight[new] = factor.expected
+        for key, value in course.updates[-1].items():
+            moved[key] += value.expected
+        for key in weight:
+            late = -(-iteration // n) + -key[2] // n  # ceil(t / n) - ceil(j / n)
+            assert moved[key] == pytest.approx(weight[key] * sum(b**k for k in range(late + 1))), (iteration, key)
+
+
+def test_ordered_momentum_of_one_rank_is_sgd_with_momentum() -> None:
+    x, u = np.array([1.0, -2.0]), np.zeros(2)
+    for _ in range(30):
+        u = 0.9 * u + CURVATURE * x
+        x = x - LR * u
+    assert trained(ASGDRule(1, momentum=0.9), [0] * 30) == pytest.approx(x, abs=1e-12)
+
+
+def test_ringmaster_keeps_what_it_ignores_out_of_its_momentum() -> None:
+    course = Course(RingmasterRule(2, 2, momentum=0.5)).push(0, 0, 1)
+    assert course.used == [True, True, False]
+    course.push(1)
+    assert (1, 1, 0) not in course.updates[2] and (1, 2, 2) in course.updates[2]
+    assert course.rule.velocity == {(0, 1, 0): 0.5, (0, 2, 1): 1.0, (1, 2, 2): 1.0}
+
+
+def test_progress_of_omnilearn_is_added_whoever_else_has_written() -> None:
+    """The published server would keep the last writer's model alone."""
+    course = Course(ProgressRule(2)).push(0, 1, 0)
+    assert course.rule.is_outer and course.used == [True] * 3
+    assert course.updates == [{(0, 1, 0): 1}, {(1, 1, 0): 1}, {(0, 2, 1): 1}]
 
 
 # ---- gradients of one model -----------------------------------------------------------------------------------------
@@ -227,7 +268,8 @@ def test_activation_spreads_momentum_over_the_pushes() -> None:
 # ---- all of them ----------------------------------------------------------------------------------------------------
 
 EVERY: dict[str, Callable[[], Rule]] = {
-    "asgd": lambda: ASGDRule(3), "adaptive": lambda: ASGDRule(3, True), "ringmaster": lambda: RingmasterRule(3, 2),
+    "asgd": lambda: ASGDRule(3), "ordered": lambda: ASGDRule(3, True, 0.9),
+    "adaptive": lambda: ASGDRule(3, True), "ringmaster": lambda: RingmasterRule(3, 2),
     "rennala": lambda: RennalaRule(3, 4), "malenia": lambda: MaleniaRule(3), "ringleader": lambda: RingleaderRule(3),
     "diloco": lambda: DelayedNesterov(3, 0.7, 0.5, 3),
 }

@@ -147,6 +147,29 @@ def test_drop_compute_leaves_out_what_it_has_no_time_for() -> None:
     assert cut.seconds < whole.seconds and cut.classes is not None and cut.classes["slow"].dropped > 0
 
 
+def test_a_round_of_local_sgd_ends_by_the_clock_too() -> None:
+    """Steps of 1 and 8 ms, four in a round of both: with 9 ms the slow rank takes two, which end after 16."""
+    own = ["algorithm.name=drop_compute_local", "train.tau={fast: 4, slow: 4}", "algorithm.threshold=0.009"]
+    row = by_label(scenario(own).methods())["drop_compute_local"]
+    assert row.classes is not None and row.seconds == pytest.approx(row.averages * 0.016)
+    assert row.classes["slow"].dropped == row.classes["slow"].steps / 2 and row.classes["fast"].dropped == 0
+    assert row.classes["fast"].blocked == pytest.approx(row.averages * 0.012)
+
+
+def test_bvr_l_sgd_takes_two_gradients_for_each_batch_and_has_two_exchanges_a_round() -> None:
+    """K = 3: five batches a round, of 16 ms each on the slow rank; momentum is for the other methods."""
+    rows = by_label(scenario(["train.tau=3"]).methods())
+    row, other = rows["bvr_l_sgd"], rows["balanced local SGD"]
+    assert row.problem is None and row.tau == {"fast": 5, "slow": 5}
+    assert row.seconds == pytest.approx(row.averages * 5 * 0.016)
+    assert row.sent_bytes / row.averages == pytest.approx(2 * other.sent_bytes / other.averages)
+
+
+def test_batches_of_omnilearn_follow_speed_without_a_common_sum() -> None:
+    row = by_label(scenario(["train.batch_size=32"]).methods())["omnilearn_asp"]
+    assert row.batch_size["fast"] == 96 and row.batch_size["slow"] == 16
+
+
 def test_rounds_of_stl_sgd_become_longer_as_the_rate_falls() -> None:
     rows = by_label(scenario(["train.scheduler=cosine", "train.tau=8"]).methods())
     longer, constant = rows["stl_sgd"], rows["unbalanced, biased local SGD"]

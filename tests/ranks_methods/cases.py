@@ -179,6 +179,14 @@ CASES: dict[str, Case] = {
     }),
     "sync, wire float16": Case("sync_sgd", {**UNEVEN, "aggregation.wire": "float16"}, model="norm"),
     "sync, wire int8": Case("sync_sgd", {"aggregation.wire": "int8", "algorithm.participants": "fast"}),
+    "drop_compute_local, in time": Case("drop_compute_local", {**TAU31, "algorithm.threshold": 60}, model="norm"),
+    "drop_compute_local, done, hierarchical": Case("drop_compute_local", {
+        **TAU31, "algorithm.threshold": 60, "algorithm.normalise": "done", "aggregation.outer_lr": 0.5,
+    }, path="hierarchical"),
+    "BVR-L-SGD": Case("bvr_l_sgd", {**PLAIN, "train.tau": 3, "algorithm.stage_rounds": 2}),
+    "BVR-L-SGD, a large anchor, three ranks": Case("bvr_l_sgd", {
+        **PLAIN, "train.tau": 2, "algorithm.anchor_batches": 4, "algorithm.stage_rounds": 3,
+    }, "three_fast", path="hierarchical"),
     "micro-batches": Case("biased_local_sgd", {**TAU31, "train.micro_batches": {"fast": 3, "slow": 2}}),
     "AdamW": Case("biased_local_sgd", {**TAU31, **ADAMW}),
     # some parameters otherwise
@@ -208,6 +216,7 @@ RESUMED = {name: CASES[name] for name in (
     "biased", "biased, hierarchical", "unified, to fast", "outer, Nesterov, BatchNorm",
     "momentum averaged", "AdamW", "normalised, delayed", "groups, AdamW averaged", "wire int8", "sync, wire int8",
     "delayed by 2 steps of 3", "drop_compute, nothing left out",
+    "drop_compute_local, in time", "BVR-L-SGD",
 )}  # fmt: skip
 RESUMED["sync, fast, warm-up and cosine"] = Case(
     "sync_sgd", {**CASES["sync, warm-up and cosine"].settings, "algorithm.participants": "fast"}
@@ -230,15 +239,18 @@ RESUMED_SLOW = ("sync, rank 0 idle", "byteps, more servers than partitions", "bi
                 "AdamW", "sync, fast, warm-up and cosine", "balanced, a scheduler that steps by rounds")
 """Of these, those that others stand for."""
 BY_THE_CLOCK = ("dlb", "eager_sgd", "m_sync_sgd", "asgd", "ringmaster_asgd", "rennala_sgd", "malenia_sgd",
-                "ringleader_asgd", "async_diloco", "nonblocking_sgd")
+                "ringleader_asgd", "async_diloco", "nonblocking_sgd", "omnilearn_asp")
 """Methods that cannot, since real time has a say in what they do."""
 
 FEW_UPDATES = {"malenia_sgd": 0.2, "ringleader_asgd": 0.2}
 """Accuracy at least: these wait for a gradient of every rank, so how many updates come of the samples depends on how
 evenly a busy machine lets the ranks run."""
 SMALLER = {"train.batch_size": 2, "train.lr": 0.05, "train.optimizer_args": {"momentum": 0.0}}  # with it they diverge
+OWN = {**dict.fromkeys(FEW_UPDATES, SMALLER), "bvr_l_sgd": {
+    "train.lr": 0.2, "train.optimizer_args": {}, "train.tau": 4, "algorithm.anchor_batches": 2,
+}}  # fmt: skip
 CASES |= {
-    f"digits, {name}": Case(name, {"profile.seconds": 0.2, **(SMALLER if name in FEW_UPDATES else {})}, model="digits")
+    f"digits, {name}": Case(name, {"profile.seconds": 0.2, **OWN.get(name, {})}, model="digits")
     for name in REGISTRY
 }
 CASES |= {
@@ -247,6 +259,9 @@ CASES |= {
     )
     for mode in ("solo", "majority")
 }
+CASES["digits, asgd, ordered momentum"] = Case("asgd", {
+    "algorithm.ordered_momentum": 0.5, "train.optimizer_args": {},
+}, model="digits")  # fmt: skip
 CASES["digits, eager_sgd, micro-batches"] = Case("eager_sgd", {"train.micro_batches": 3}, model="digits")
 HALF = ("sync_sgd", "byteps", "eager_sgd", "biased_local_sgd")
 FOUR = {"biased_local_sgd": {"train.tau": {"fast": 8, "slow": 2}}}

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from ranks_methods.cases import CLASSES, Case, data, model
 from torch import Tensor, nn
@@ -121,7 +122,8 @@ def local(case: Case, dealt: Dealt) -> dict[str, Tensor]:
     tau = {r: given[name] if isinstance(given, dict) else given for name, ranks in classes.items() for r in ranks}
     weights = [1 / len(tau)] * len(tau)
     normalised = settings.get("aggregation.weights") == "normalised"
-    if normalised or (case.method == "biased_local_sgd" and settings.get("aggregation.weights") != "uniform"):
+    is_biased = case.method == "biased_local_sgd" and settings.get("aggregation.weights") != "uniform"
+    if normalised or is_biased or settings.get("algorithm.normalise") == "done":
         weights = [tau[r] / sum(tau.values()) for r in sorted(tau)]
     coefficient = every_gradient_alike(list(tau.values()), settings.get("aggregation.max_extrapolation", 2.0))
     replicas = {rank: Replica(case) for rank in sorted(tau)}
@@ -152,6 +154,39 @@ def local(case: Case, dealt: Dealt) -> dict[str, Tensor]:
             _set_all(replicas.values(), mean)
             _OPTIMIZER_STATE[settings.get("aggregation.optimizer_state", "local")](list(replicas.values()), scaled)
     return replicas[0].net.state_dict()
+
+
+def reduced(case: Case, dealt: Dealt) -> dict[str, Tensor]:
+    """BVR-L-SGD by its equations, on vectors of all parameters."""
+    settings, ranks = case.overrides(), sorted(dealt)
+    steps, lr = settings["train.tau"], settings["train.lr"]
+    count, every = settings.get("algorithm.anchor_batches", steps), settings.get("algorithm.stage_rounds", 16)
+    one = Replica(case)
+
+    def gradient(x: Tensor, rows: Tensor) -> Tensor:
+        nn.utils.vector_to_parameters(x, one.params)
+        return nn.utils.parameters_to_vector(one.gradient(rows))
+
+    x = nn.utils.parameters_to_vector(one.params).detach().clone()
+    before = v = torch.zeros_like(x)
+    number = 0
+    for epoch in range(len(dealt[0])):
+        for start in range(0, len(dealt[0][epoch]), count + steps - 1):
+            batches = {rank: dealt[rank][epoch][start : start + count + steps - 1] for rank in ranks}
+            at_x, at_before = (torch.stack([gradient(at, rows) for rank in ranks for rows in batches[rank][:count]])
+                               .mean(0) for at in (x, before))  # fmt: skip
+            v = at_x if number % every == 0 else v + at_x - at_before
+            ends = []
+            for rank in ranks:
+                u, last, y = v, x, x - lr * v
+                for rows in batches[rank][count:]:
+                    u = u + gradient(y, rows) - gradient(last, rows)
+                    last, y = y, y - lr * u
+                ends.append(y)
+            before, x = x, ends[int(np.random.default_rng((0, number)).integers(len(ranks)))]
+            number += 1
+    nn.utils.vector_to_parameters(x, one.params)
+    return one.net.state_dict()
 
 
 def every_gradient_alike(taus: Sequence[int], most: float) -> float:

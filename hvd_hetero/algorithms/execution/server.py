@@ -86,6 +86,18 @@ class ServedModel:
         self.rule.load_state_dict(state["rule"])
         self._given = list(self.rule.made_at)
 
+    def carry_over(self, state: Mapping[str, Any]) -> None:
+        """Load what does not depend on the ranks: the momentum of the rule, and the state of an optimizer set alike."""
+        saved, own = state["optimizer"], save_state(self._optimizer)
+        if [_settings(group) for group in saved["param_groups"]] == [_settings(g) for g in own["param_groups"]]:
+            load_state(self._optimizer, {**own, "state": saved["state"]}, "optimizer")
+        self.rule.carry_over(state["rule"])
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides on the state that an optimizer has of its parameters, and on what it means."""
+    return {key: value for key, value in group.items() if key not in ("lr", "initial_lr", "weight_decay")}
+
 
 class ServerExecutor(Executor):
     """Compute on the model that was given, push what came of it, go on from the answer."""
@@ -133,7 +145,7 @@ class ServerExecutor(Executor):
         answer = self._exchange(None, size)  # others may have pushed already
         while (batch := segment.claim(answer.offered, size)) is not None:
             segment.start_round(self._version - self._first)
-            vector = self._gradient(batch)
+            vector = self._progress(batch, 1)[0] if self.policy.pushes_models else self._gradient(batch)
             segment.note(1, self._version - self._first)
             # to claim everything leaves the others nothing
             answer = self._exchange(vector, segment.samples if segment.is_stopping() else size)
@@ -236,3 +248,7 @@ class ServerExecutor(Executor):
         super().load_state_dict(state)
         self.link.close()
         self._open(state.get("server"))
+
+    def carry_over(self, state: Mapping[str, Any]) -> None:
+        if self.served is not None and "server" in state:
+            self.served.carry_over(state["server"])

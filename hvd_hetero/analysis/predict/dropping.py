@@ -1,9 +1,10 @@
-"""Simulate DropCompute: steps of which ranks leave out the micro-batches that they have no time for. Pure (numpy)."""
+"""Simulate DropCompute: rounds of which ranks leave out the parts that they have no time for. Pure (numpy)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -13,22 +14,23 @@ from hvd_hetero.planning.compute_threshold import taken
 
 def dropping(
     groups: Sequence[Group], rounds: int, comm_sec: float, rng: np.random.Generator, law: str = LOGNORMAL, *,
-    micro_batches: Sequence[int], threshold: Callable[[Sequence[Floats], float], float | None],
+    parts: Sequence[int], threshold: Callable[[Sequence[Floats], float], float | None],
 ) -> Outcome:  # fmt: skip
-    """Simulate rounds in lockstep, of which a rank begins no micro-batch after a threshold.
+    """Simulate rounds in lockstep, of which a rank begins no part after a threshold.
 
     Args:
-        micro_batches: of a step, by group.
-        threshold: is given by rank when its micro-batches end, ``[rounds, M]``, and what a step takes; None: no limit.
+        parts: of a round, by group: its local steps, or the micro-batches of its one step.
+        threshold: is given by rank when its parts end, ``[rounds, M]``, and what a round takes; None: no limit.
     """
-    parts = [in_parts(g, count) for g, count in zip(groups, micro_batches, strict=True)]
+    single = [replace(g, tau=1) if count == g.tau else in_parts(g, count)
+              for g, count in zip(groups, parts, strict=True)]  # fmt: skip
     ended = [np.cumsum(draw_works(g, rounds * count, rng, law).reshape(rounds, count, g.ranks), axis=1)
-             for g, count in zip(parts, micro_batches, strict=True)]  # fmt: skip
+             for g, count in zip(single, parts, strict=True)]  # fmt: skip
     ranks = [end[:, :, rank] for g, end in zip(groups, ended, strict=True) if g.tau for rank in range(g.ranks)]
     step_sec = float(np.mean(np.max([own[:, -1] for own in ranks], axis=0))) + comm_sec
     limit = threshold(ranks, step_sec)
     kept = [np.stack([taken(end[:, :, rank], math.inf if limit is None else limit) for rank in range(g.ranks)], axis=2)
             for g, end in zip(groups, ended, strict=True)]  # fmt: skip
     work = [np.where(mine, end, 0.0).max(axis=1) for mine, end in zip(kept, ended, strict=True)]
-    left_out = [rounds - mine.mean(axis=1).sum(axis=0) for mine in kept]
+    left_out = [g.tau * (rounds - mine.mean(axis=1).sum(axis=0)) for g, mine in zip(groups, kept, strict=True)]
     return in_step(groups, work, comm_sec, left_out)

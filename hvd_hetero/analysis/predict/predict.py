@@ -13,6 +13,7 @@ import numpy as np
 
 from hvd_hetero import algorithms
 from hvd_hetero.algorithms.drop_compute import DropCompute
+from hvd_hetero.algorithms.drop_compute_local import DropComputeLocal
 from hvd_hetero.algorithms.local_sgd import BLOCKING, LocalSGD
 from hvd_hetero.algorithms.m_sync_sgd import MSyncOptions
 from hvd_hetero.algorithms.policy import FLOAT32, MAJORITY, SOLO, WIRE_BYTES, Policy
@@ -30,7 +31,8 @@ from hvd_hetero.planning.quorum import QUORUM, best_quorum
 from hvd_hetero.planning.schedules import next_rate
 from hvd_hetero.planning.stop_criteria import RunProgress, check_limits, next_rounds, round_samples
 
-SERVED = ("asgd", "ringmaster_asgd", "rennala_sgd", "malenia_sgd", "ringleader_asgd", "async_diloco")
+SERVED = ("asgd", "ringmaster_asgd", "rennala_sgd", "malenia_sgd", "ringleader_asgd", "async_diloco",
+          "omnilearn_asp")  # fmt: skip
 PLAIN = {"delayed": False, "delay_steps": None, "own_weight": 0.0, "wire": FLOAT32}
 """What averages that nobody waits for are."""
 MOST_ROUNDS = 1000
@@ -139,7 +141,9 @@ class Scenario:
             *(self._predict(name, name, self.taus) for name in SERVED),
             self._predict("nonblocking_sgd", "nonblocking_sgd"),
             self._predict("stl_sgd", "stl_sgd", self.taus),
+            self._predict("bvr_l_sgd", "bvr_l_sgd"),
             self._predict("drop_compute", "drop_compute"),
+            self._predict("drop_compute_local", "drop_compute_local", self.taus),
             self._predict(f"m_sync_sgd, {m:g} of {self.cluster.size}", "m_sync_sgd", quorum=m),
         ]
 
@@ -167,7 +171,8 @@ class Scenario:
         own = replace(config.algorithm if is_own else method.Options(name=name), **options)
         if isinstance(own, LockstepOptions) and own.participants == FAST:
             own = replace(own, participants=self._fast)
-        train = replace(config.train, tau=tau or self.tau, batch_size=self.batch_size)
+        train = replace(config.train, **({} if is_own else method.unused_train))
+        train = replace(train, tau=tau or self.tau, batch_size=self.batch_size)
         spec = replace(config.aggregation, **{**({} if is_own else method.unused), **(aggregation or {})})
         if spec.mode != QUORUM:
             spec = replace(spec, quorum=None)
@@ -189,7 +194,7 @@ class Scenario:
         plan = policy.make_plan(self.step_sec if policy.needs_speeds else None)
         policy.start(plan)
         check_limits(self.config.train, plan)
-        outcome, step_sec = self._simulate(policy, plan), self._step_sec(plan)
+        outcome, step_sec = self._simulate(policy, plan), self._step_sec(policy, plan)
         done, seconds, averages, samples, pushes = RunProgress(), 0.0, 0.0, 0.0, 0.0
         spent = {c.name: np.zeros(5) for c in plan.classes}
         policy.follow_rate(next_rate(self.config.train, plan, done))
@@ -207,7 +212,7 @@ class Scenario:
             if str(policy.state_dict()) == settled:
                 continue
             if (new := policy.replan(step_sec)) is not plan and new != plan:
-                plan, outcome, step_sec = new, self._simulate(policy, new), self._step_sec(new)
+                plan, outcome, step_sec = new, self._simulate(policy, new), self._step_sec(policy, new)
                 seen.clear()
             state = str(policy.state_dict())
             settled = state if state in seen else ""
@@ -222,16 +227,16 @@ class Scenario:
             round_way(plan, str(policy.aggregation.weights), policy.aggregation.max_extrapolation),
         )  # fmt: skip
 
-    def _step_sec(self, plan: Plan) -> list[float]:
+    def _step_sec(self, policy: Policy, plan: Plan) -> list[float]:
         """Return what a local step of each rank takes on average; NaN for those that take none."""
-        found = {rank: self.inputs.speeds[c.name].step_sec(size) if c.tau else math.nan
+        found = {rank: policy.gradients_of_step * self.inputs.speeds[c.name].step_sec(size) if c.tau else math.nan
                  for c in plan.classes for rank, size in _batches(c)}  # fmt: skip
         return [found[rank] for rank in sorted(found)]
 
     def _collective(self, policy: Policy, plan: Plan) -> tuple[float, float]:
         """Return seconds of one collective, and the bytes that each rank sends in it."""
         link, part = self.inputs.link, WIRE_BYTES[policy.aggregation.wire] / WIRE_BYTES[FLOAT32]
-        nbytes = part * self.inputs.model_bytes
+        nbytes = part * policy.collectives_of_round * self.inputs.model_bytes
         servers = sum(len(c.ranks) for c in plan.classes if c.role == SERVER)
         ranks = sum(len(c.ranks) for c in plan.classes if _joins(policy, c)) - servers
         if servers:
@@ -241,9 +246,10 @@ class Scenario:
     def _simulate(self, policy: Policy, plan: Plan) -> Outcome:
         """Simulate rounds of a plan, by the collectives that its ranks meet in."""
         size, spec, law = self.cluster.size, policy.aggregation, self.inputs.jitter_law
+        gradients = policy.gradients_of_step
         comm_sec, rng = self._collective(policy, plan)[0], np.random.default_rng(self.config.run.seed)
         groups = [
-            Group(c.name, ranks, self.inputs.speeds[c.name].step_sec(batch) if c.tau else 0.0, c.tau,
+            Group(c.name, ranks, gradients * self.inputs.speeds[c.name].step_sec(batch) if c.tau else 0.0, c.tau,
                   self.inputs.speeds[c.name].jitter, _joins(policy, c))
             for c in plan.classes for batch, ranks in Counter(batch for _, batch in _batches(c)).items()
         ]  # fmt: skip
@@ -254,9 +260,11 @@ class Scenario:
         mode = policy.partial_mode(self.step_sec)
         if mode is None:
             rounds = max(20, min(MOST_ROUNDS, MOST_DRAWS // size)) if any(g.jitter for g in groups) else 1
-            if isinstance(policy, DropCompute):
-                return dropping(groups, rounds, comm_sec, rng, law, threshold=policy.threshold_of,
-                                micro_batches=[policy.micro_batches[g.name] or 1 for g in groups])  # fmt: skip
+            if isinstance(policy, DropCompute | DropComputeLocal):
+                parts = [(g.tau if isinstance(policy, DropComputeLocal) else policy.micro_batches[g.name]) or 1
+                         for g in groups]  # fmt: skip
+                return dropping(groups, rounds, comm_sec, rng, law, parts=parts,
+                                threshold=policy.options.threshold_of)  # fmt: skip
             return blocking(groups, rounds, comm_sec, rng, law)
         quorum, apart = policy.quorum(), 1
         if quorum is not None:  # ranks come class by class here, whatever their numbers are

@@ -1,0 +1,146 @@
+"""Execute BVR-L-SGD: a common gradient estimate, local steps that correct it, and the model of one rank for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_hetero.algorithms.averaging.blocking import Averaging
+from hvd_hetero.algorithms.bvr_l_sgd import BVRLSGD
+from hvd_hetero.algorithms.execution.base import run_rounds
+from hvd_hetero.algorithms.execution.local_sgd import LocalSGDExecutor
+from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.comm.nonfinite import FLAG_SLOTS, finite, summable
+from hvd_hetero.comm.weighted_sums import sum_good_
+from hvd_hetero.data import Batch
+from hvd_hetero.errors import NonFiniteError
+from hvd_hetero.planning.plan import ClassPlan
+from hvd_hetero.random_state import RandomState
+from hvd_hetero.worker.epoch import Segment
+from hvd_hetero.worker.worker import Worker
+
+
+class VarianceReduced(Averaging):
+    """Take the rounds of BVR-L-SGD; in place of an average comes one rank's model.
+
+    Attributes:
+        rounds: so far.
+        anchor: v, the estimate that all ranks share, ``[P]`` each; None before the first round.
+        before: the model that it was last made or corrected at.
+    """
+
+    policy: BVRLSGD
+
+    def __init__(self, policy: BVRLSGD, worker: Worker, comm: Comm) -> None:
+        super().__init__(policy, worker, comm)
+        self.rounds = 0
+        self.anchor: list[Tensor] = []
+        self.before: list[Tensor] = []
+        self._gradients = worker.flat_gradients()
+
+    def run_segment(self, segment: Segment, mine: ClassPlan) -> None:
+        run_rounds(segment, mine.tau, lambda batches: self.run_round(batches, mine))
+
+    def run_round(self, batches: Iterator[Batch], mine: ClassPlan) -> None:
+        """Make or correct the common estimate, take this rank's steps, and go on from the model that was drawn."""
+        count = self.policy.anchor_of(mine.tau)
+        self._anchor(batches, count, mine)
+        if mine.tau:
+            self._steps(batches, mine.tau - count)
+        self._draw(bool(mine.tau))
+        self.rounds += 1
+
+    def _anchor(self, batches: Iterator[Batch], count: int, mine: ClassPlan) -> None:
+        worker, is_new = self.worker, self.rounds % self.policy.options.stage_rounds == 0
+        sums = [torch.zeros_like(vector) for vector in worker.state.padded_gradients]
+        for inputs, targets in worker.pace.steps(batches, count) if mine.tau else ():
+            self._difference(inputs, targets, [] if is_new else self.before, mine.weight / count)
+            for total, gradient in zip(sums, self._gradients, strict=True):
+                total[:-FLAG_SLOTS].add_(gradient)
+        good = finite(sums)
+        worker.pace.pause()
+        sent = [summable(total) for total in sums]
+        with self.comm.booked():
+            sum_good_(self.comm, sent, good, "anchor", share=mine.weight)
+        if not good:
+            self.comm.excluded.note()
+        found = [total[:-FLAG_SLOTS].to(gradient) for total, gradient in zip(sent, self._gradients, strict=True)]
+        if not is_new:
+            torch._foreach_add_(found, self.anchor)
+        self.anchor, self.before = found, self._copy()
+
+    def _steps(self, batches: Iterator[Batch], count: int) -> None:
+        """Take one step along the common estimate, and ``count`` along corrected ones."""
+        worker, before = self.worker, self.before
+        estimate = [vector.clone() for vector in self.anchor]
+        self._apply(estimate)
+        for inputs, targets in worker.pace.steps(batches, count):
+            self._difference(inputs, targets, before)
+            torch._foreach_add_(estimate, self._gradients)
+            before = self._copy()
+            self._apply(estimate)
+
+    def _difference(self, inputs: Any, targets: Any, before: Sequence[Tensor], weight: float = 1.0) -> None:
+        """Leave the gradient in the parameters, less that at another model; with the same samples, and chance."""
+        worker = self.worker
+        random = RandomState.capture(worker.device) if before else None
+        worker.gradient(inputs, targets, weight)
+        if random is not None:
+            here = self._copy()
+            random.restore()
+            self._write(before)
+            again = worker.gradient_again(inputs, targets, weight)
+            self._write(here)
+            torch._foreach_sub_(worker.gradients(), again)
+
+    def _apply(self, estimate: Sequence[Tensor]) -> None:
+        for gradient, part in zip(self._gradients, estimate, strict=True):
+            gradient.copy_(part)
+        self.worker.apply()
+
+    def _draw(self, is_training: bool) -> None:
+        """Go on from the model of one of the ranks whose values are finite."""
+        worker, comm = self.worker, self.comm
+        worker.rest()
+        worker.state.refresh()
+        good = finite([*worker.state.parameters(), *worker.state.buffers()])
+        worker.pace.pause()
+        with comm.booked():
+            flags = [int(flag) for flag in comm.gather(torch.tensor([2 * (not good) + is_training]), "drawn.good")]
+            fit, bad = [r for r, flag in enumerate(flags) if flag == 1], [r for r, flag in enumerate(flags) if flag > 1]
+            if not fit or (bad and comm.excluded.stops):
+                raise NonFiniteError(comm.excluded.round, bad, not fit)
+            comm.broadcast_state(worker.state, self.policy.drawn(self.rounds, fit))
+        if not good:
+            comm.excluded.note()
+
+    def _copy(self) -> list[Tensor]:
+        return [vector.detach().clone() for vector in self.worker.state.parameters()]
+
+    @torch.no_grad()
+    def _write(self, vectors: Sequence[Tensor]) -> None:
+        self.worker.state.refresh()
+        for own, vector in zip(self.worker.state.parameters(), vectors, strict=True):
+            own.copy_(vector)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "rounds": self.rounds, "anchor": self.anchor, "before": self.before}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.rounds = state["rounds"]
+        self.anchor, self.before = ([vector.to(self.worker.device) for vector in state[name]]
+                                    for name in ("anchor", "before"))  # fmt: skip
+
+
+class BVRLSGDExecutor(LocalSGDExecutor):
+    """Take the rounds of BVR-L-SGD."""
+
+    policy: BVRLSGD
+
+    @property
+    def _strategy(self) -> type[Averaging]:
+        return VarianceReduced

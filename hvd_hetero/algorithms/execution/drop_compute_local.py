@@ -1,0 +1,91 @@
+"""Execute DropCompute for local SGD: local steps until the time is up, then the average of all models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hvd_hetero.algorithms.averaging.blocking import Averaging, BlockingAveraging, scale_progress
+from hvd_hetero.algorithms.drop_compute import DONE
+from hvd_hetero.algorithms.drop_compute_local import DropComputeLocal
+from hvd_hetero.algorithms.execution.compute_clock import ComputeClock
+from hvd_hetero.algorithms.execution.local_sgd import LocalSGDExecutor
+from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.data import Batch
+from hvd_hetero.planning.plan import ClassPlan
+from hvd_hetero.worker.epoch import Segment
+from hvd_hetero.worker.worker import Worker
+
+
+class DeadlineAveraging(BlockingAveraging):
+    """Average what the ranks have come to in time.
+
+    Attributes:
+        dropped: samples that rounds had for this rank, and that it had no time for.
+    """
+
+    policy: DropComputeLocal
+
+    def __init__(self, policy: DropComputeLocal, worker: Worker, comm: Comm) -> None:
+        super().__init__(policy, worker, comm)
+        self.clock, self.dropped = ComputeClock(policy.options, worker.pace.pause), 0
+        self._taus = self._taus_now()
+
+    def _taus_now(self) -> list[int]:
+        return [c.tau for c in self.policy.plan.classes]
+
+    def run_segment(self, segment: Segment, mine: ClassPlan) -> None:
+        batches, taus = segment.batches(), self._taus_now()
+        if taus != self._taus:  # of other rounds than were measured
+            self._taus = taus
+            self.clock.reset()
+        for number in range(segment.rounds):
+            segment.planned = number
+            segment.start_round(number)
+            segment.note(self.take_round(batches, mine), number)
+            segment.finish_round()
+        segment.planned = segment.averages = segment.rounds
+
+    def take_round(self, batches: Iterator[Batch], mine: ClassPlan) -> int:
+        """Take the local steps of one round that there is time for, and average the models; return how many."""
+        state, is_done = self.worker.state, self.policy.options.normalise == DONE
+        self.outer.snapshot()
+        base = [vector.clone() for vector in state.vectors] if is_done or self.wire is not None else None
+        self.clock.begin()
+        taken = self.worker.local_steps(batches, mine.tau, self.clock.is_over)
+        self.dropped += (mine.tau - taken) * mine.batch_size
+        if is_done and base is not None and (factor := self._factor(taken, mine)) != 1:
+            state.refresh()
+            scale_progress(state.parameters(), base, factor)
+        self.average_models(mine.weight, base)
+        self.clock.end(self.comm, [rank for c in self.policy.plan.training for rank in c.ranks])
+        return taken
+
+    def _factor(self, taken: int, mine: ClassPlan) -> float:
+        """Return what makes this rank's weight one by the steps that were taken."""
+        with self.comm.booked():
+            (total,) = self.comm.sum([float(taken)], "deadline.steps")
+        return taken / total / mine.weight if mine.tau else 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "clock": self.clock.state_dict(), "dropped": self.dropped, "taus": self._taus}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.clock.load_state_dict(state["clock"])
+        self.dropped, self._taus = state["dropped"], list(state["taus"])
+
+
+class DropComputeLocalExecutor(LocalSGDExecutor):
+    """Take local steps until the time is up, and average."""
+
+    policy: DropComputeLocal
+    averaging: DeadlineAveraging
+
+    @property
+    def _strategy(self) -> type[Averaging]:
+        return DeadlineAveraging
+
+    def take_dropped(self) -> int:
+        taken, self.averaging.dropped = self.averaging.dropped, 0
+        return taken
