@@ -11,6 +11,7 @@ from hvd_hetero.comm.paths import paths_of
 from hvd_hetero.config.load import per_class
 from hvd_hetero.config.schema import AUTO, AlgorithmConfig, Config
 from hvd_hetero.errors import ConfigError, nearest
+from hvd_hetero.planning.groups import Group
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.quorum import Quorum
 
@@ -126,6 +127,11 @@ class Policy:
         """Whether all ranks meet to average their models, on either path."""
         return False
 
+    @property
+    def process_sets(self) -> tuple[Group, ...]:
+        """Ranks that meet among themselves, beside the classes: known before the job starts."""
+        return ()
+
     def partial_mode(self, step_sec: Mapping[str, float]) -> str | None:
         """Return how partial collectives are started at these speeds; None if each waits for all ranks."""
         return None
@@ -198,6 +204,11 @@ class Policy:
 
     def note_average(self, seconds: float) -> None:
         """Take note of what an average took in the last epoch; the same on all ranks."""
+
+    @property
+    def rhythm(self) -> Any:
+        """What else than the plan decides what ranks do in a round, and may change where an epoch ends."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the policy carries from epoch to epoch, beside its plan."""

@@ -51,16 +51,20 @@ class Lockstep(Policy):
     def check(self) -> None:
         for key, neutral in self.unused.items():
             if (value := getattr(self.aggregation, key)) != neutral:
-                problem = f"{self.options.name} averages gradients, not models"
-                remedy = f"leave it at {neutral}, or take a local-SGD method"
-                if key == "wire":
-                    problem, remedy = f"{self.options.name} sends gradients as they are", f"set {neutral}, or sync_sgd"
-                elif key in ("mode", "quorum") and self.claims_samples:
-                    problem, remedy = "models are not averaged here, gradients are", f"set algorithm.{key}"
-                elif key == "mode":
-                    problem, remedy = f"{self.options.name} goes in lockstep", f"{remedy}, or algorithm.name=eager_sgd"
-                raise ConfigError(f"aggregation.{key}", value, problem, remedy)
+                raise ConfigError(f"aggregation.{key}", value, *self.why_unused(key, neutral))
         super().check()
+
+    def why_unused(self, key: str, neutral: Any) -> tuple[str, str]:
+        """Return why a key of ``aggregation`` means nothing to the method, and the remedy."""
+        name = self.options.name
+        problem, remedy = f"{name} averages gradients, not models", f"leave it at {neutral}, or take a local-SGD method"
+        if key == "wire":
+            return f"{name} sends gradients as they are", f"set {neutral}, or sync_sgd"
+        if key in ("mode", "quorum") and self.claims_samples:
+            return "models are not averaged here, gradients are", f"set algorithm.{key}"
+        if key == "mode":
+            return f"{name} goes in lockstep", f"{remedy}, or algorithm.name=eager_sgd"
+        return problem, remedy
 
     def batches(self) -> dict[int, int]:
         """Return the samples of one step, by training rank."""

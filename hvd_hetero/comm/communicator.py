@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import horovod.torch as hvd
@@ -44,7 +45,7 @@ class Carried:
 
 
 class Comm:
-    """The job's ranks: one process set a device class, one for the classes' leaders.
+    """The job's ranks: one process set a device class, one for the classes' leaders, one a group.
 
     The leader of a class is its lowest rank. A set of all ranks is Horovod's global set; a class of one rank has
     nobody to talk to within it.
@@ -54,6 +55,7 @@ class Comm:
             locally, one global sum; host tensors only), ``hierarchical`` (within classes, among leaders, back),
             ``auto`` (flat where all classes are on the CPU) or ``measured``.
         watch: books the time in what is :meth:`booked`; its heartbeat is told of every collective.
+        groups: ranks that meet among themselves too.
 
     Attributes:
         paths: those to choose between, one if there is nothing to choose.
@@ -66,8 +68,9 @@ class Comm:
     """
 
     def __init__(
-        self, cluster: Cluster, rank: int, spec: AggregationConfig | None = None, watch: Stopwatch | None = None
-    ) -> None:
+        self, cluster: Cluster, rank: int, spec: AggregationConfig | None = None, watch: Stopwatch | None = None,
+        groups: Sequence[tuple[int, ...]] = (),
+    ) -> None:  # fmt: skip
         spec = spec or AggregationConfig()
         self.rank, self.size, self.watch = rank, cluster.size, watch or Stopwatch()
         self.heartbeat = self.watch.heartbeat
@@ -79,7 +82,7 @@ class Comm:
         self.paths = paths_of(spec, cluster)
         self.path = self.paths[0]
         self._chunk_mb = spec.chunk_mb
-        members = dict.fromkeys([*(c.ranks for c in cluster.classes), self._leaders])
+        members = dict.fromkeys([*(c.ranks for c in cluster.classes), self._leaders, *groups])
         sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in members if 1 < len(ranks) < self.size}
         check_mixed_hosts(list(sets), cluster.facts)
         check_gpu_sums(cluster)
@@ -87,7 +90,7 @@ class Comm:
             hvd.init(process_sets=list(sets.values()))
         sets[tuple(range(self.size))] = hvd.global_process_set
         self._sets = sets
-        self._sums_on_gpus = sums_on_gpus(cluster, mine.ranks)
+        self._sums_on = cache(lambda ranks: sums_on_gpus(cluster, ranks) and bool(hvd.nccl_built()))
         self._staging: dict[tuple[torch.dtype, int], Tensor] = {}
         self._copying: torch.cuda.Stream | None = None
 
@@ -113,11 +116,12 @@ class Comm:
         Args:
             vector: ``[P]``, on the rank's own device.
             weight: equal within a class.
-            ranks: those that take part: all, or one class. GPU ranks of a class that share a GPU go through the host,
-                since NCCL refuses them.
+            ranks: those that take part: all, a class or a group. GPU ranks of a class that share a GPU go through the
+                host, since NCCL refuses them, and so does a group that is not all on GPUs.
         """
         ranks = ranks or tuple(range(self.size))
-        if vector.device.type != "cpu" and len(self._peers) > 1 and not self._sums_on_gpus:
+        among = self._peers if len(ranks) == self.size else ranks
+        if vector.device.type != "cpu" and len(among) > 1 and not self._sums_on(among):
             host = self.on_host(vector)
             self.weighted_sum_(host, weight, name, ranks)
             vector.copy_(host)
@@ -179,7 +183,7 @@ class Comm:
             self._call(hvd.allreduce_async_, vector, op=hvd.Sum, process_set=self.group(ranks), name=name)
 
     def group(self, ranks: tuple[int, ...]) -> hvd.ProcessSet:
-        """The process set of all ranks, of a class of several, or of the leaders."""
+        """The process set of all ranks, of a class or a group of several, or of the leaders."""
         return self._sets[ranks]
 
     def on_host(self, vector: Tensor) -> Tensor:
@@ -306,11 +310,18 @@ class Comm:
         Returns:
             What waits for it.
         """
+        return self._begun_(hvd.Max, tensor, name, ranks)
+
+    def sum_async_(self, tensor: Tensor, name: str, ranks: tuple[int, ...] | None = None) -> Callable[[], None]:
+        """Begins the sum in the same way."""
+        return self._begun_(hvd.Sum, tensor, name, ranks)
+
+    def _begun_(self, op: Any, tensor: Tensor, name: str, ranks: tuple[int, ...] | None) -> Callable[[], None]:
         ranks = ranks or tuple(range(self.size))
         if len(ranks) == 1:
             return lambda: None
         self.carried.sent += tensor.nbytes
-        handle = begin(hvd.allreduce_async_, tensor, op=hvd.Max, process_set=self.group(ranks), name=name)
+        handle = begin(hvd.allreduce_async_, tensor, op=op, process_set=self.group(ranks), name=name)
         return lambda: self._finish(handle, name)
 
     def alltoall_async(self, tensor: Tensor, counts: Tensor, name: str) -> int:

@@ -92,3 +92,25 @@ def sum_good_(
         else:
             wire.sum_(comm, vector, weight, f"{name}.{i}", states[i] if states else 0)
     return renormalize(comm, vectors, good, name, ranks)
+
+
+def sum_in_group_(
+    comm: Comm, vectors: Sequence[Tensor], good: bool, share: float, name: str, ranks: tuple[int, ...]
+) -> float:
+    """Replaces marked vectors by their sums over a group's good ranks, over the shares of these.
+
+    Unlike all ranks together, a group may have no good one: then the vectors become zeros.
+
+    Args:
+        share: of this rank, which is in the numbers already.
+
+    Returns:
+        The shares of the good ones.
+    """
+    write_validity_flags(vectors, good, share)
+    for i, vector in enumerate(vectors):
+        comm.weighted_sum_(vector, 1.0, f"{name}.{i}", ranks)
+    kept, lost, _ = max(vectors, key=lambda v: v.element_size())[-FLAG_SLOTS:].tolist()
+    for vector in vectors if lost and kept else ():
+        vector.mul_(1 / kept)
+    return float(kept)

@@ -79,7 +79,7 @@ class Trainer(TrainerParts):
         if run_dir is not None and job.env.rank == 0:
             kept = None if found is None else found.state["rank0"]["rows_bytes"]
             self.folder = RunFolder(run_dir, config.run.overwrite or config.run.resume is not None, kept)
-        self.comm = Comm(job.cluster, job.env.rank, config.aggregation, self.watch)
+        self.comm = Comm(job.cluster, job.env.rank, config.aggregation, self.watch, self.algorithm.policy.process_sets)
         self.accounts = Accounts(job.cluster, config.delays.distribution is not None)
         self.kept: dict[str, Any] = {}
         self._closed = False

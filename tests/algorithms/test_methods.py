@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks_methods import oracle
+from ranks_methods import grouped_oracle, oracle
 from ranks_methods.cases import (
     BY_THE_CLOCK,
     CASES,
@@ -27,6 +27,7 @@ from ranks_methods.cases import (
 )
 
 from hvd_hetero.algorithms import REGISTRY, get
+from hvd_hetero.algorithms.grouped import Grouped
 from hvd_hetero.algorithms.local_sgd import LocalSGD
 from hvd_hetero.algorithms.synchronous import Lockstep
 
@@ -39,7 +40,8 @@ ROUNDED = {"float16": {"rtol": 1e-3, "atol": 1e-3}, "int8": {"rtol": 0.0, "atol"
 Found = list[dict[str, dict[str, Any]]]
 
 SMALL = {name: case for name, case in CASES.items() if case.model != "digits"}
-LOCKSTEP = [name for name, case in SMALL.items() if issubclass(get(case.method), Lockstep)]
+GROUPED = [name for name, case in SMALL.items() if issubclass(get(case.method), Grouped)]
+LOCKSTEP = [name for name, case in SMALL.items() if issubclass(get(case.method), Lockstep) and name not in GROUPED]
 LOCAL = [name for name, case in SMALL.items() if issubclass(get(case.method), LocalSGD)]
 
 
@@ -91,6 +93,13 @@ def test_local_sgd_as_in_one_process(found: Found, case: str) -> None:
     assert moved(found, case)
 
 
+@pytest.mark.parametrize("case", GROUPED)
+def test_averages_in_groups_as_in_one_process(found: Found, case: str) -> None:
+    expected = getattr(grouped_oracle, CASES[case].method)(CASES[case], dealt(found, case))
+    torch.testing.assert_close(final(found, case), expected, **tolerance(case))
+    assert moved(found, case)
+
+
 @pytest.mark.parametrize("case", [name for name, case in SMALL.items() if case.classes == "one"])
 def test_one_class_and_tau_1_is_synchronous_sgd(found: Found, case: str) -> None:
     """Plain SGD: the mean of the models after one step is the step along the mean gradient."""
@@ -115,6 +124,7 @@ def test_all_training_ranks_hold_the_same_model(found: Found, case: str) -> None
     ("balanced", "unbalanced, equal tau"),
     ("biased, nothing biased", "unbalanced, separate"),
     ("delayed by nothing", "biased, hierarchical"),
+    ("decentlam, complete", "sync"),
 ])  # fmt: skip
 def test_two_names_for_the_same_thing(found: Found, one: str, other: str) -> None:
     torch.testing.assert_close(final(found, one), final(found, other), **TOLERANCE)
@@ -137,6 +147,7 @@ def test_outer_lr_1_is_no_outer_optimizer(found: Found) -> None:
     ("AdamW averaged", "AdamW"),
     ("sync, clipped", "sync"),
     ("sync, label smoothing", "sync"),
+    ("decentlam, without momentum", "sync, plain SGD"),
 ])  # fmt: skip
 def test_a_setting_changes_something(found: Found, one: str, other: str) -> None:
     assert not torch.allclose(final(found, one)["0.weight"], final(found, other)["0.weight"], rtol=1e-6)

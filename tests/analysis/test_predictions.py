@@ -176,6 +176,18 @@ def test_rounds_of_stl_sgd_become_longer_as_the_rate_falls() -> None:
     assert longer.tau["fast"] > constant.tau["fast"] == 8 and longer.averages < constant.averages
 
 
+def test_wagma_waits_for_all_in_every_tau_th_iteration_only() -> None:
+    """Two fast ranks of 1 ms and two slow ones of 1.2 ms: fast ones are ahead by 0.2 ms an iteration, up to ten."""
+    four = ["cluster.classes={fast: {ranks: [0, 3]}, slow: {ranks: [1, 2]}}", "algorithm.name=wagma_sgd"]
+    row = by_label(scenario([*four, "aggregation.sync_every=10"], step_ms="fast=1,slow=1.2").methods())["wagma_sgd"]
+    assert row.problem is None and row.seconds == pytest.approx(3 * 90 * 0.0012)
+    assert row.blocked == pytest.approx({"fast": 1 / 6, "slow": 0}, abs=1e-3)
+    linked = by_label(scenario([*four, "aggregation.sync_every=10"], step_ms="fast=1,slow=1", latency_ms=1,
+                               bandwidth_mbit=80).methods())["wagma_sgd"]  # fmt: skip
+    pair, everybody = 0.001 + 4e-4, 0.002 + 6e-4  # 4 kB at 10 MB/s
+    assert linked.seconds == pytest.approx(270 * (0.001 + pair) + 27 * (everybody - pair), rel=1e-3)
+
+
 def test_every_method_of_the_registry_is_predicted() -> None:
     """Unbalanced local SGD under the name that it shares with biased: which samples it takes makes no difference."""
     assert {row.method for row in scenario().methods()} == set(algorithms.REGISTRY) - {"unbalanced_local_sgd"}

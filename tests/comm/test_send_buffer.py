@@ -22,9 +22,9 @@ def test_contributions_add_up_but_for_the_states_at_the_end() -> None:
     mine, counts = buffer(), Counts()
     mine.add(torch.tensor([1.0, 2.0, 30.0]), 2, version=3)
     mine.add(torch.tensor([10.0, 20.0, 40.0]), 3, version=5)
-    assert mine.filled
+    assert mine.has_part_in(7)
     item, steps = mine.take(5, 0.0, False, counts)
-    assert not mine.filled and (steps, item.contributions) == (5, 2)
+    assert not mine.has_part_in(7) and (steps, item.contributions) == (5, 2)
     assert mine.payload(item, steps).tolist() == [11, 22, 40, 5], "the weight is the number of steps"
     assert item.total.tolist() == [11, 22, 40] and item.own is None
     assert (counts.fresh, counts.late, counts.empty) == (1, 0, 0) and counts.staleness == Counter({2: 1, 0: 1})
@@ -52,3 +52,20 @@ def test_a_weight_leaves_ones_own_contribution_as_it_was() -> None:
     mine.give_back(item)
     again = [mine.take(number, 0.0, False, Counts())[0].buffers[0].data_ptr() for number in (1, 2, 3)]
     assert places < set(again), "memory is used again"
+
+
+def test_what_is_kept_is_sent_again_until_there_is_something_newer() -> None:
+    mine, counts = buffer(latest=3, keeps=True), Counts()
+    mine.add(torch.tensor([1.0, 2.0, 3.0]), 1, version=-1)
+    sent = []
+    for number in range(4):
+        if number == 1:
+            mine.add(torch.tensor([4.0, 5.0, 6.0]), 1, version=1)
+            assert mine.has_part_in(1) and not mine.has_part_in(2)
+        item, steps = mine.take(number, 0.0, number == 3, counts)
+        sent.append((mine.payload(item, steps).tolist(), item.fresh))
+        item.total.zero_()  # as the sum overwrites it
+        mine.give_back(item)
+    assert sent == [([1, 2, 3, 1], False), ([4, 5, 6, 1], True), ([4, 5, 6, 1], False), ([4, 5, 6, 1], False)]
+    assert (counts.fresh, counts.late, counts.empty) == (1, 2, 0), "the last round of an epoch is not counted"
+    assert counts.staleness == Counter({1: 2, 0: 1})

@@ -62,6 +62,8 @@ DECIDES = {
         algorithm.max_local_batch algorithm.deadband algorithm.threshold algorithm.normalise
         algorithm.max_dropped
         algorithm.warmup_steps algorithm.measured_steps algorithm.growth algorithm.max_growth
+        algorithm.group_size algorithm.max_global_skips algorithm.warmup_epochs algorithm.cooldown_epochs
+        algorithm.stability_level algorithm.patience algorithm.topology
         algorithm.partition_bytes algorithm.activation algorithm.adaptive algorithm.buffer algorithm.gradients
         algorithm.harmonic_mean algorithm.max_delay""",
     LENGTH: "train.epochs train.max_fast_steps train.max_samples train.max_train_sec train.patience aggregation.nan",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hvd_hetero.algorithms import REGISTRY
+from hvd_hetero.planning.groups import by_bits, sets_of
 
 SIZE = 4
 CLASSES: dict[str, dict[str, list[int]]] = {
@@ -86,6 +87,11 @@ GROUPS: dict[str, Any] = {
     ],
     "train.optimizer_args": {"momentum": 0.9, "weight_decay": 0.2},
 }
+DASO = {
+    "algorithm.group_size": 2, "algorithm.warmup_epochs": 0, "algorithm.cooldown_epochs": 1,
+    "algorithm.stability_level": 1.0, "algorithm.patience": 0, "train.epochs": 5,
+}
+"""The loss never falls by all of it, so that the cadence is another one in every epoch."""
 IN_STEP = {"aggregation.sync_every": 1, "aggregation.patience_sec": 60}
 
 CASES: dict[str, Case] = {
@@ -189,6 +195,19 @@ CASES: dict[str, Case] = {
     }, "three_fast", path="hierarchical"),
     "micro-batches": Case("biased_local_sgd", {**TAU31, "train.micro_batches": {"fast": 3, "slow": 2}}),
     "AdamW": Case("biased_local_sgd", {**TAU31, **ADAMW}),
+    # averages in groups
+    "wagma, nobody late": Case("wagma_sgd", {"aggregation.sync_every": 1}, model="norm"),
+    "wagma, code, nobody late": Case("wagma_sgd", {"aggregation.sync_every": 1, "algorithm.mode": "code"}),
+    "daso": Case("daso", DASO, model="norm"),
+    "daso, blocking": Case("daso", {"algorithm.group_size": 2}),
+    "daso, a host a rank": Case("daso", {**DASO, "algorithm.group_size": 1, "train.epochs": 3}),
+    "decentlam": Case("decentlam", {"train.optimizer_args": {"momentum": 0.9, "weight_decay": 0.1}}, model="norm"),
+    "decentlam, warm-up and cosine": Case("decentlam", {
+        "train.epochs": 3, "train.scheduler": "CosineAnnealingLR", "train.scheduler_args": {"T_max": 3},
+        "train.warmup_rounds": 5, "train.clip_norm": 0.5,
+    }),
+    "decentlam, without momentum": Case("decentlam", PLAIN),
+    "decentlam, complete": Case("decentlam", {"algorithm.topology": "complete"}),
     # some parameters otherwise
     "sync, groups, warm-up and cosine": Case("sync_sgd", {
         "train.epochs": 3, "train.scheduler": "CosineAnnealingLR", "train.scheduler_args": {"T_max": 3},
@@ -216,7 +235,7 @@ RESUMED = {name: CASES[name] for name in (
     "biased", "biased, hierarchical", "unified, to fast", "outer, Nesterov, BatchNorm",
     "momentum averaged", "AdamW", "normalised, delayed", "groups, AdamW averaged", "wire int8", "sync, wire int8",
     "delayed by 2 steps of 3", "drop_compute, nothing left out",
-    "drop_compute_local, in time", "BVR-L-SGD",
+    "drop_compute_local, in time", "BVR-L-SGD", "daso", "decentlam",
 )}  # fmt: skip
 RESUMED["sync, fast, warm-up and cosine"] = Case(
     "sync_sgd", {**CASES["sync, warm-up and cosine"].settings, "algorithm.participants": "fast"}
@@ -239,7 +258,7 @@ RESUMED_SLOW = ("sync, rank 0 idle", "byteps, more servers than partitions", "bi
                 "AdamW", "sync, fast, warm-up and cosine", "balanced, a scheduler that steps by rounds")
 """Of these, those that others stand for."""
 BY_THE_CLOCK = ("dlb", "eager_sgd", "m_sync_sgd", "asgd", "ringmaster_asgd", "rennala_sgd", "malenia_sgd",
-                "ringleader_asgd", "async_diloco", "nonblocking_sgd", "omnilearn_asp")
+                "ringleader_asgd", "async_diloco", "nonblocking_sgd", "omnilearn_asp", "wagma_sgd")
 """Methods that cannot, since real time has a say in what they do."""
 
 FEW_UPDATES = {"malenia_sgd": 0.2, "ringleader_asgd": 0.2}
@@ -311,6 +330,11 @@ POISONED |= {
     for mode in ("as it is", *(("solo", "majority") if name == "biased_local_sgd" else ()))
 }
 """Every method; who trains on what is not known beforehand with all of them."""
+
+
+def pairs(size: int) -> tuple[tuple[int, ...], ...]:
+    """Groups of two, by bits of the ranks' numbers, of a power of two of ranks."""
+    return () if size & (size - 1) else sets_of(by_bits(size, 2), size)
 
 
 def data(poisoned: tuple[int, ...] = ()) -> Any:

@@ -93,7 +93,7 @@ def normalized(case: Case, dealt: Dealt) -> dict[str, Tensor]:
         for step in steps:
             sizes = [len(rows) for rows in step]
             good = [not set(case.poisoned) & set(rows.tolist()) for rows in step]
-            before = [_mean([replica.net], [1.0]) for replica in replicas.values()]
+            before = [mean_of([replica.net], [1.0]) for replica in replicas.values()]
             parts = [replica.gradient(rows) for replica, rows in zip(replicas.values(), step, strict=True)]
             clean = sum(size for size, fit in zip(sizes, good, strict=True) if fit)
             whole = [sum(s / clean * g for s, g, fit in zip(sizes, gs, good, strict=True) if fit)
@@ -105,7 +105,7 @@ def normalized(case: Case, dealt: Dealt) -> dict[str, Tensor]:
             for replica in replicas.values():
                 replica.step(whole)
         shares = [size / sum(sizes) for size in sizes]
-        _set_all(replicas.values(), _mean([r.net for r in replicas.values()], shares))
+        set_all(replicas.values(), mean_of([r.net for r in replicas.values()], shares))
     return next(iter(replicas.values())).net.state_dict()
 
 
@@ -141,7 +141,7 @@ def local(case: Case, dealt: Dealt) -> dict[str, Tensor]:
             good = [replica.good() for replica in replicas.values()]
             kept = sum(w for w, fit in zip(weights, good, strict=True) if fit)
             scaled = [w / kept if fit else 0.0 for w, fit in zip(weights, good, strict=True)]
-            mean = _mean([r.net for r in replicas.values()], scaled)
+            mean = mean_of([r.net for r in replicas.values()], scaled)
             if normalised:
                 for p, (name, _) in zip(common, replicas[0].net.named_parameters(), strict=True):
                     moved = sum(dict(r.net.named_parameters())[name].detach() - p.detach() for r in replicas.values())
@@ -151,7 +151,7 @@ def local(case: Case, dealt: Dealt) -> dict[str, Tensor]:
             outer.step()
             for p, (name, _) in zip(common, replicas[0].net.named_parameters(), strict=True):
                 mean[name] = p.detach().clone()
-            _set_all(replicas.values(), mean)
+            set_all(replicas.values(), mean)
             _OPTIMIZER_STATE[settings.get("aggregation.optimizer_state", "local")](list(replicas.values()), scaled)
     return replicas[0].net.state_dict()
 
@@ -222,7 +222,7 @@ def delayed(case: Case, dealt: Dealt) -> dict[str, Tensor]:
             if settings.get("aggregation.optimizer_state") == "reset":
                 _reset_momentum(list(replicas.values()), weights)
         _take_in(sent, weights, list(replicas.values()), alike, base, kept)
-        _set_all(replicas.values(), _mean([r.net for r in replicas.values()], weights))
+        set_all(replicas.values(), mean_of([r.net for r in replicas.values()], weights))
     return replicas[0].net.state_dict()
 
 
@@ -238,7 +238,7 @@ def _take_in(
         return
     good = [_good(net) for net in sent]
     kept = sum(w for w, fit in zip(weights, good, strict=True) if fit)
-    mean = _mean(sent, [w / kept if fit else 0.0 for w, fit in zip(weights, good, strict=True)])
+    mean = mean_of(sent, [w / kept if fit else 0.0 for w, fit in zip(weights, good, strict=True)])
     if alike is not None and base is not None:
         for name, before in base.items():
             moved = sum(dict(net.named_parameters())[name].detach() - before for net in sent)
@@ -255,7 +255,7 @@ def _take_in(
             replica.optimizer.state.clear()
 
 
-def _mean(nets: Sequence[nn.Module], weights: Sequence[float]) -> dict[str, Tensor]:
+def mean_of(nets: Sequence[nn.Module], weights: Sequence[float]) -> dict[str, Tensor]:
     """Floating tensors weighted, those of weight 0 left out; integers the maximum."""
     states = [net.state_dict() for net in nets]
     result = {}
@@ -268,7 +268,7 @@ def _mean(nets: Sequence[nn.Module], weights: Sequence[float]) -> dict[str, Tens
     return result
 
 
-def _set_all(replicas: Any, state: Mapping[str, Tensor]) -> None:
+def set_all(replicas: Any, state: Mapping[str, Tensor]) -> None:
     for replica in replicas:
         replica.net.load_state_dict(copy.deepcopy(dict(state)))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CLASSES, RESUMED, Case, data, model
+from cases import CLASSES, RESUMED, Case, data, model, pairs
 
 from hvd_hetero import algorithms
 from hvd_hetero.cluster.device_classes import assign
@@ -78,6 +78,7 @@ def main(folder: Path, names: Sequence[str]) -> None:
     StopRequest.__call__ = lambda self: env.rank == 0 and Stops.left <= 0  # type: ignore[method-assign]
     groups = {tuple(ranks) for classes in CLASSES.values() for ranks in classes.values()}
     groups |= {tuple(ranks[0] for ranks in classes.values()) for classes in CLASSES.values()}
+    groups |= set(pairs(env.size))
     sets = [hvd.ProcessSet(list(ranks)) for ranks in sorted(groups) if 1 < len(ranks) < env.size]
     hvd.init(process_sets=sets)
     found = {}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CASES, CLASSES, POISONED, Case, data, model
+from cases import CASES, CLASSES, POISONED, Case, data, model, pairs
 
 from hvd_hetero import algorithms
 from hvd_hetero.cluster.device_classes import assign
@@ -83,6 +83,7 @@ def main(folder: Path, poisoned: bool) -> None:
     }
     groups = {tuple(ranks) for classes in CLASSES.values() for ranks in classes.values()}
     groups |= {tuple(ranks[0] for ranks in classes.values()) for classes in CLASSES.values()}
+    groups |= set(pairs(env.size))
     groups = {ranks for ranks in groups if 1 < len(ranks) < env.size and max(ranks) < env.size}
     sets = [hvd.ProcessSet(list(ranks)) for ranks in sorted(groups)]
     hvd.init(process_sets=sets)

@@ -39,12 +39,17 @@ class Schedule:
     model: str = "mlp"
     poisoned: tuple[int, ...] = ()
 
+    @property
+    def waits(self) -> bool:
+        """Whether a rank may have to wait for others."""
+        return bool(self.quorum) or self.method == "wagma_sgd"
+
     def overrides(self) -> dict[str, Any]:
         classes = {f"c{rank}": {"device": "cpu", "ranks": [rank]} for rank in range(len(self.tau))}
         tau = {name: self.tau[rank] for rank, name in enumerate(classes)}
         method = {"algorithm.name": self.method, "cluster.classes": classes, "train.tau": tau, "train.epochs": 1}
         partial = {"aggregation.sync_every": 1000, "aggregation.patience_sec": 60}
-        if self.rule is not None or self.method == "m_sync_sgd":
+        if self.rule is not None or self.method in ("m_sync_sgd", "wagma_sgd"):
             partial = {}
         return {**BASE, **method, **partial, **self.settings}
 
@@ -75,10 +80,18 @@ class Schedule:
     def sums_gradients(self) -> bool:
         return self.method in ("eager_sgd", "m_sync_sgd", "nonblocking_sgd")
 
+    @property
+    def has_partial(self) -> bool:
+        """Whether the method's executor has the partial collective, and no strategy of its own for averages."""
+        return self.sums_gradients or self.method == "wagma_sgd"
+
 
 SOLO = {"aggregation.mode": "solo"}
 STSYN = {"aggregation.mode": "quorum", "aggregation.quorum": 2}
 OUTER = {"aggregation.outer_lr": 0.7, "aggregation.outer_momentum": 0.5}
+WAGMA = {"aggregation.sync_every": 4, "train.batch_size": 2}
+APART = [0, 0, 1, 0, 2, 1, 0, 2, 2, 2, 1, 3, 3, 1, 3, 3]
+"""Four turns of each rank: in the last one all of them meet."""
 CASES = {
     "eager": Schedule("eager_sgd", [0, 0, 0, 1]),
     "eager, three ranks": Schedule("eager_sgd", [0, 1, 0, 2, 0, 1, 1], tau=(1, 1, 1)),
@@ -103,6 +116,9 @@ CASES = {
     "server, tables": Schedule("ringleader_asgd", [0, 1, 0, 0, 2], tau=(3, 1, 1)),
     "server, models": Schedule("async_diloco", [0, 0, 1], {
         "aggregation.outer_lr": 0.7, "aggregation.outer_momentum": 0.5, "algorithm.buffer": 3}, tau=(3, 2)),
+    "groups": Schedule("wagma_sgd", APART, WAGMA, tau=(1, 1, 1, 1)),
+    "groups, code": Schedule("wagma_sgd", APART, {**WAGMA, "algorithm.mode": "code"}, tau=(1, 1, 1, 1)),
+    "groups of all": Schedule("wagma_sgd", [0, 1, 0, 1, 1, 0, 0, 1], WAGMA),
     "merging, outer": Schedule("biased_local_sgd", [0, 0, 1, 0, 2], {**SOLO, **OUTER}, tau=(3, 1, 2)),
 }
 
@@ -263,6 +279,40 @@ def merging(case: Schedule, worked: Sequence[Worked]) -> tuple[Tensor, list[list
     if any(steps):
         merge()
     return history[-1], done, [0] * len(worked)
+
+
+def grouped(case: Schedule, worked: Sequence[Worked]) -> tuple[Tensor, list[list[int]], list[int]]:
+    """The same for averages of models in groups, by windows of two ranks, or of all."""
+    size, every, is_paper = len(worked), case.settings["aggregation.sync_every"], "algorithm.mode" not in case.settings
+    phases = [[{0, 1}, {2, 3}], [{0, 2}, {1, 3}]] if size == 4 else [[set(range(size))]]
+    replicas = [Case(case) for _ in worked]  # type: ignore[arg-type]
+    x = [replica.vector() for replica in replicas]
+    buffers, gradients = list(x), list(x)
+    sums: dict[int, tuple[int, list[Tensor]]] = {}
+    done, rows = [0] * size, [list(w[0][0]) for w in worked]
+
+    def stepped(rank: int, start: Tensor) -> Tensor:
+        replicas[rank].set(start)
+        replicas[rank].step_along(gradients[rank])
+        return replicas[rank].vector()
+
+    for rank in turns(case.order, [len(r) for r in rows]):
+        t = done[rank]
+        replicas[rank].set(x[rank])
+        gradients[rank] = replicas[rank].flat_gradient(rows[rank].pop(0))
+        buffers[rank] = own = stepped(rank, x[rank]) if is_paper else x[rank]
+        done[rank] += 1
+        if (t + 1) % every == 0:
+            if min(done) == t + 1:
+                mean = sum(buffers) / size
+                x = [mean if is_paper else stepped(other, mean) for other in range(size)]  # type: ignore[arg-type]
+            continue
+        first, sent = sums.setdefault(t, (rank, list(buffers)))
+        group = next(g for g in phases[t % len(phases)] if rank in g)
+        total = sum(sent[other] for other in group)
+        mean = total / len(group) if rank == first and is_paper else (total + own) / (len(group) + 1)
+        x[rank] = mean if is_paper else stepped(rank, mean)
+    return sum(x) / size, [list(range(number)) for number in done], [0] * size  # type: ignore[return-value]
 
 
 def final(state: Mapping[str, Tensor]) -> Tensor:

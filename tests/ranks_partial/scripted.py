@@ -108,7 +108,7 @@ def run(folder: Path, case: Schedule, env: JobEnv, patch: pytest.MonkeyPatch) ->
         algorithm = this.algorithm
         if case.rule is not None:
             return 0  # nothing comes to a rank that has not asked
-        partial = (algorithm if case.sums_gradients else algorithm.averaging).partial
+        partial = (algorithm if case.has_partial else algorithm.averaging).partial
         return int(partial.version + len(partial._rounds))
 
     turns.rounds = arrived
@@ -132,12 +132,12 @@ def run(folder: Path, case: Schedule, env: JobEnv, patch: pytest.MonkeyPatch) ->
         worked.append((torch.from_numpy(indices.copy()).long(), torch.from_numpy(at.copy()).long()))
         collected(self, indices, at, *results)
 
-    def pop(self: Any, patience_sec: float | None = None) -> Any:
-        taken = popped(self, 0.3 if case.quorum and patience_sec is None else patience_sec)
+    def pop(self: Any, patience_sec: float | None = None, most: int | None = None) -> Any:
+        taken = popped(self, 0.3 if case.waits and patience_sec is None else patience_sec, most)
         if taken or patience_sec is not None:
             return taken
         turns.release()  # it is others whom this rank waits for
-        return popped(self, None)
+        return popped(self, None, most)
 
     def has_started(self: Any) -> bool:
         time.sleep(0.1)  # by then this rank has been told

@@ -14,11 +14,13 @@ import numpy as np
 from hvd_hetero import algorithms
 from hvd_hetero.algorithms.drop_compute import DropCompute
 from hvd_hetero.algorithms.drop_compute_local import DropComputeLocal
+from hvd_hetero.algorithms.grouped import Grouped
 from hvd_hetero.algorithms.local_sgd import BLOCKING, LocalSGD
 from hvd_hetero.algorithms.m_sync_sgd import MSyncOptions
 from hvd_hetero.algorithms.policy import FLOAT32, MAJORITY, SOLO, WIRE_BYTES, Policy
 from hvd_hetero.algorithms.synchronous import ALL, FAST, LockstepOptions, choose
 from hvd_hetero.analysis.predict.dropping import dropping
+from hvd_hetero.analysis.predict.grouped import simulate as grouped
 from hvd_hetero.analysis.predict.link import sent_bytes
 from hvd_hetero.analysis.predict.simulator import Group, Outcome, Spent, blocking, draw_works, partial, served
 from hvd_hetero.analysis.predict.speeds import Inputs
@@ -33,6 +35,7 @@ from hvd_hetero.planning.stop_criteria import RunProgress, check_limits, next_ro
 
 SERVED = ("asgd", "ringmaster_asgd", "rennala_sgd", "malenia_sgd", "ringleader_asgd", "async_diloco",
           "omnilearn_asp")  # fmt: skip
+GROUPED = ("wagma_sgd", "daso", "decentlam")
 PLAIN = {"delayed": False, "delay_steps": None, "own_weight": 0.0, "wire": FLOAT32}
 """What averages that nobody waits for are."""
 MOST_ROUNDS = 1000
@@ -144,6 +147,7 @@ class Scenario:
             self._predict("bvr_l_sgd", "bvr_l_sgd"),
             self._predict("drop_compute", "drop_compute"),
             self._predict("drop_compute_local", "drop_compute_local", self.taus),
+            *(self._predict(name, name) for name in GROUPED),
             self._predict(f"m_sync_sgd, {m:g} of {self.cluster.size}", "m_sync_sgd", quorum=m),
         ]
 
@@ -195,7 +199,7 @@ class Scenario:
         policy.start(plan)
         check_limits(self.config.train, plan)
         outcome, step_sec = self._simulate(policy, plan), self._step_sec(policy, plan)
-        done, seconds, averages, samples, pushes = RunProgress(), 0.0, 0.0, 0.0, 0.0
+        done, seconds, averages, samples, pushes, sent = RunProgress(), 0.0, 0.0, 0.0, 0.0, 0.0
         spent = {c.name: np.zeros(5) for c in plan.classes}
         policy.follow_rate(next_rate(self.config.train, plan, done))
         seen, settled = set[str](), ""  # the policy's states with this plan: one that comes back does so for ever
@@ -203,7 +207,7 @@ class Scenario:
             times = rounds / _plan_rounds(policy, plan, outcome)
             seconds += times * outcome.seconds
             averages += times * outcome.rounds
-            pushes += times * outcome.pushes
+            pushes, sent = pushes + times * outcome.pushes, sent + times * outcome.sent_bytes
             samples += times * _samples(plan, outcome)
             for name, s in outcome.classes.items():
                 spent[name] += times * np.array([s.compute, s.blocked, s.comm, s.steps, s.dropped])
@@ -211,7 +215,8 @@ class Scenario:
             policy.follow_rate(next_rate(self.config.train, plan, done))
             if str(policy.state_dict()) == settled:
                 continue
-            if (new := policy.replan(step_sec)) is not plan and new != plan:
+            rhythm, new = policy.rhythm, policy.replan(step_sec)
+            if (new is not plan and new != plan) or policy.rhythm != rhythm:
                 plan, outcome, step_sec = new, self._simulate(policy, new), self._step_sec(policy, new)
                 seen.clear()
             state = str(policy.state_dict())
@@ -221,7 +226,7 @@ class Scenario:
         return Prediction(
             "", policy.options.name, {c.name: c.tau for c in plan.classes},
             {c.name: c.batch_size for c in plan.classes}, seconds, samples, averages,
-            pushes * self.inputs.model_bytes or averages * self._collective(policy, plan)[1],
+            pushes * self.inputs.model_bytes or sent or averages * self._collective(policy, plan)[1],
             max(spent[name][2] for name in training),
             {name: Spent(*map(float, s)) for name, s in spent.items()},
             round_way(plan, str(policy.aggregation.weights), policy.aggregation.max_extrapolation),
@@ -257,9 +262,13 @@ class Scenario:
             groups = [replace(g, tau=policy.steps_of_push or g.tau) for g in groups]
             return served(groups, rule, self.inputs.link.exchange_sec(self.inputs.model_bytes), rng,
                           pushes=max(MOST_EVENTS // 3, 10 * size), law=law)  # fmt: skip
-        mode = policy.partial_mode(self.step_sec)
+        mode, is_random = policy.partial_mode(self.step_sec), any(g.jitter for g in groups)
+        if isinstance(policy, Grouped):
+            ranks, most = [r for c in plan.classes for r in c.ranks], min(MOST_ROUNDS, max(100, MOST_DRAWS // size))
+            return grouped(policy, groups, ranks, min(plan.rounds, most if is_random else 100), self.inputs.link,
+                           self.inputs.model_bytes, rng, law)  # fmt: skip
         if mode is None:
-            rounds = max(20, min(MOST_ROUNDS, MOST_DRAWS // size)) if any(g.jitter for g in groups) else 1
+            rounds = max(20, min(MOST_ROUNDS, MOST_DRAWS // size)) if is_random else 1
             if isinstance(policy, DropCompute | DropComputeLocal):
                 parts = [(g.tau if isinstance(policy, DropComputeLocal) else policy.micro_batches[g.name]) or 1
                          for g in groups]  # fmt: skip

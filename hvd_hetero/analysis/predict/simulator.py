@@ -73,13 +73,14 @@ class Outcome:
 
     Attributes:
         rounds: collectives that were made, or updates of a server's model.
-        pushes: to a server, by each rank on average.
+        pushes: to a server, by each rank on average; ``sent_bytes``, where ranks meet in groups.
     """
 
     seconds: float
     rounds: int
     classes: dict[str, Spent]
     pushes: float = 0.0
+    sent_bytes: float = 0.0
 
 
 def blocking(
@@ -162,11 +163,10 @@ def partial(
     if by_step or micro_batches > 1:
         run.through = through
     now = run.until(rounds or math.inf, (contributions or math.inf) * micro_batches)
-    ends = np.cumsum([g.ranks for g in groups])[:-1]
-    by_rank = (run.compute, run.blocked, run.comm, run.count, run.dropped)
-    columns = [np.split(np.array(column, dtype=np.float64), ends) for column in by_rank]
-    spent = [(a, b, c, n * g.tau / micro_batches, d * g.tau) for g, a, b, c, n, d in zip(groups, *columns, strict=True)]
-    return Outcome(now, run.completed, _by_name(groups, spent))
+    spent = np.array([run.compute, run.blocked, run.comm, run.count, run.dropped], dtype=np.float64)
+    tau = np.repeat([g.tau for g in groups], [g.ranks for g in groups])
+    spent[3:] *= [tau / micro_batches, tau]
+    return outcome_of(groups, now, run.completed, spent)
 
 
 def served(
@@ -216,9 +216,17 @@ def served(
             over = until - now
             comm[rank] -= min(over, exchange_sec)
             blocked[rank] -= max(0.0, over - exchange_sec)
+    return outcome_of(groups, now, rule.version, spent, count / len(group))
+
+
+def outcome_of(
+    groups: Sequence[Group], seconds: float, rounds: int, spent: Sequence[Floats] | Floats, pushes: float = 0.0,
+    sent_bytes: float = 0.0,
+) -> Outcome:  # fmt: skip
+    """Return an outcome, from the fields of :class:`Spent` by rank, in the order of the groups."""
     ends = np.cumsum([g.ranks for g in groups])[:-1]
     by_group = [tuple(columns) for columns in zip(*(np.split(row, ends) for row in spent), strict=True)]
-    return Outcome(now, rule.version, _by_name(groups, by_group), count / len(group))
+    return Outcome(seconds, rounds, _by_name(groups, by_group), pushes, sent_bytes)
 
 
 def draw_factor(z: float, spread: float, law: str) -> float:

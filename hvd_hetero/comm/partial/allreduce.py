@@ -38,6 +38,7 @@ from hvd_hetero.comm.partial.coordinator import (
 from hvd_hetero.comm.partial.rounds import Round, done_unless
 from hvd_hetero.comm.partial.send_buffer import SendBuffer
 from hvd_hetero.log import LOGGER
+from hvd_hetero.planning.groups import Partition, group_of
 from hvd_hetero.planning.quorum import Quorum
 from hvd_hetero.telemetry.staleness import Counts
 
@@ -61,6 +62,10 @@ class PartialAllreduce:
         first: number of the first round, in a resumed run.
         quorum: in mode quorum, what is enough to start a round.
         drops_late: whether what comes too late for the round it was made for is dropped; else it goes with the next.
+        groups: partitions of the ranks: in round k those of a group of partition k mod r add up among themselves, but
+            in every ``sync_every``-th round and the last one of an epoch all do. None: always all.
+        keeps: whether a rank that has nothing new sends once more what it sent last; a contribution that replaces that
+            one without being for a round is made with ``arrived=False``.
         hosts: how many hosts the ranks are on.
         pinned: whether results lie in memory from which a GPU copies while the host goes on.
 
@@ -84,15 +89,19 @@ class PartialAllreduce:
         first: int = 0,
         quorum: Quorum | None = None,
         drops_late: bool = False,
+        groups: Sequence[Partition] = (),
+        keeps: bool = False,
         hosts: int = 1,
         pinned: bool = False,
     ) -> None:
         assert comm.size > 1 and sync_every >= 1 and max_lag >= 1
         self._rank, self._pulse, self._watch, self._carried = comm.rank, comm.heartbeat, comm.watch, comm.carried
         self._full = 1 if mode == FULL else sync_every
-        self._max_lag, self._drops_late = max_lag, drops_late
+        self._max_lag, self._drops_late, self._keeps = max_lag, drops_late, keeps
+        self._everybody = comm.group(tuple(range(comm.size)))
+        self._groups = [comm.group(group_of(partition, comm.rank)) for partition in groups] or [self._everybody]
         self._changed = threading.Condition()
-        self._buffer = SendBuffer(size, dtype, latest, weigh, pinned)
+        self._buffer = SendBuffer(size, dtype, latest, weigh, pinned, keeps)
         self._starts: deque[tuple[int, float, bool]] = deque()
         self._rounds: deque[Round] = deque()
         self._offers: deque[int] = deque()
@@ -140,23 +149,23 @@ class PartialAllreduce:
                 self.counts.dropped += 1
                 self.counts.lost_samples += samples
                 return False
-            self._buffer.add(vector, steps, self._taken)
+            self._buffer.add(vector, steps, self._taken - (self._keeps and not arrived))
             self._changed.notify_all()
         if arrived:
             self._say(ARRIVED, self._taken)
         return True
 
-    def pop(self, patience_sec: float | None = None) -> list[Round]:
+    def pop(self, patience_sec: float | None = None, most: int | None = None) -> list[Round]:
         """The results that are there and were not taken yet, in order; waits for one if there is none, and books that.
 
         Args:
             patience_sec: how long to wait at most; None: as long as it takes.
+            most: that are taken; None: all.
         """
         with self._pulse.waiting("partial"), self._changed:
             self._changed.wait_for(lambda: self._rounds or self._error or self._stopped, patience_sec)
             self._check()
-            taken = list(self._rounds)
-            self._rounds.clear()
+            taken = [self._rounds.popleft() for _ in range(min(len(self._rounds), most or len(self._rounds)))]
             self._taken += len(taken)
             self._changed.notify_all()
         if taken or patience_sec != 0:
@@ -276,7 +285,8 @@ class PartialAllreduce:
                 self._next += 1
                 item, steps = self._buffer.take(number, started, final, self.counts)
             payload = self._buffer.payload(item, steps)
-            handle = guarded(lambda: hvd.allreduce_async_(payload, op=hvd.Sum, name="partial"))  # noqa: B023
+            group = self._everybody if self._is_full(number) or final else self._groups[number % len(self._groups)]
+            handle = guarded(lambda: hvd.allreduce_async_(payload, op=hvd.Sum, process_set=group, name="partial"))  # noqa: B023
             if not done_unless(self._over, handle):
                 return
             item.weight = float(payload[-1])
@@ -291,5 +301,8 @@ class PartialAllreduce:
     def _may_join(self, number: int, final: bool) -> bool:
         if number - self._taken >= self._max_lag:
             return False
-        full = (number + 1) % self._full == 0
-        return bool(not full or final or self._buffer.filled or not self._in_epoch)
+        is_through = final or not self._in_epoch
+        return bool(not self._is_full(number) or is_through or self._buffer.has_part_in(number))
+
+    def _is_full(self, number: int) -> bool:
+        return (number + 1) % self._full == 0

@@ -27,6 +27,7 @@ class Round:
         contributions: how many of this rank's were in it.
         started: when this rank learned that the round started, by ``time.perf_counter``.
         final: whether it is the last one of the epoch.
+        fresh: whether the last of this rank's was made for it.
     """
 
     number: int
@@ -36,6 +37,7 @@ class Round:
     contributions: int
     started: float
     final: bool
+    fresh: bool = False
     buffers: list[Tensor] = field(repr=False, default_factory=list)
 
 

@@ -19,20 +19,25 @@ class SendBuffer:
         latest: so many elements at its end are states and not sums: the newest contribution's are sent.
         weigh: turns the steps in the buffer into the factor of what is sent; None: as it is, by number of steps.
         pinned: whether the memory is one from which a GPU copies while the host goes on.
+        keeps: whether it is sent again and again until there is a newer contribution, which replaces it.
     """
 
     def __init__(
-        self, size: int, dtype: torch.dtype, latest: int, weigh: Callable[[float], float] | None, pinned: bool
-    ) -> None:
+        self, size: int, dtype: torch.dtype, latest: int, weigh: Callable[[float], float] | None, pinned: bool,
+        keeps: bool = False,
+    ) -> None:  # fmt: skip
+        self._keeps = keeps
         self._size, self._dtype, self._sums, self._weigh, self._pinned = size, dtype, size - latest, weigh, pinned
         self._pool: list[Tensor] = []
         self._buffer = self._empty()
         self._steps, self._made_at = 0.0, list[int]()
 
-    @property
-    def filled(self) -> bool:
-        """Whether there is a contribution in it."""
-        return bool(self._made_at)
+    def has_part_in(self, number: int) -> bool:
+        """Whether there is a contribution in it; where they are kept, one that was made for this round."""
+        return self._is_for(number) if self._keeps else bool(self._made_at)
+
+    def _is_for(self, number: int) -> bool:
+        return self._made_at[-1:] == [number]
 
     def add(self, vector: Tensor, steps: float, version: int) -> None:
         """Adds a contribution.
@@ -43,6 +48,8 @@ class SendBuffer:
             version: of the model that it was computed on.
         """
         own = self._buffer[: self._size]
+        if self._keeps:
+            self._steps, self._made_at = 0.0, []
         if self._made_at:
             own[: self._sums].add_(vector[: self._sums])
             own[self._sums :].copy_(vector[self._sums :])
@@ -53,15 +60,19 @@ class SendBuffer:
 
     def take(self, number: int, started: float, final: bool, counts: Counts) -> tuple[Round, float]:
         """What is in it, for a round, with its number of steps; leaves an empty one."""
-        buffer, made_at, steps = self._buffer, self._made_at, self._steps
-        self._buffer, self._made_at, self._steps = self._empty(), [], 0.0
-        if made_at:
-            counts.staleness.update(number - version for version in made_at)
-            counts.fresh += made_at[-1] == number
-            counts.late += made_at[-1] != number
+        buffer, made_at, steps, fresh = self._buffer, self._made_at, self._steps, self._is_for(number)
+        self._buffer = self._empty()
+        if self._keeps:
+            self._buffer.copy_(buffer)
         else:
+            self._made_at, self._steps = [], 0.0
+        if made_at and not (final and self._keeps):
+            counts.staleness.update(number - version for version in made_at)
+            counts.fresh += fresh
+            counts.late += not fresh
+        elif not made_at:
             counts.empty += not final
-        return Round(number, buffer, 0.0, None, len(made_at), started, final, [buffer]), steps
+        return Round(number, buffer, 0.0, None, len(made_at), started, final, fresh, [buffer]), steps
 
     def payload(self, item: Round, steps: float) -> Tensor:
         """What is sent of what was taken: ``[P + 1]``, the weight last.
