@@ -175,7 +175,7 @@ def _plan(args: argparse.Namespace, files: list[str], overrides: list[str]) -> N
 
 
 def _evaluate(args: argparse.Namespace, files: list[str], overrides: list[str]) -> None:
-    from hvd_hetero.telemetry.run_folder import to_json
+    from hvd_hetero.telemetry.row_file import to_json
     from hvd_hetero.training.api import exit_on_error
     from hvd_hetero.training.saved_model import evaluate_run
 

@@ -14,8 +14,8 @@ from torch import nn
 from hvd_hetero import algorithms
 from hvd_hetero.algorithms.local_sgd import LocalSGD
 from hvd_hetero.comm.kv_store import job_env
-from hvd_hetero.config.load import load
-from hvd_hetero.config.schema import Config, TrainConfig
+from hvd_hetero.config.load import device_classes, load
+from hvd_hetero.config.schema import AUTO, TRAIN, Config, TrainConfig
 from hvd_hetero.data import Source
 from hvd_hetero.data.stream import Preview, StreamSource, dealt_or_stream
 from hvd_hetero.errors import ConfigError
@@ -301,6 +301,11 @@ def check_supported_by_loop(config: Config) -> None:
         key, value = ("sampling.scheme", config.sampling.scheme) if config.sampling.sample_weights is None else (
             "sampling.sample_weights", config.sampling.sample_weights)  # fmt: skip
         raise ConfigError(key, value, "weighs samples in a loss, which is your own here", "leave it null")
+    classes = {} if config.cluster.classes == AUTO else device_classes(config.cluster.classes)
+    for name, item in classes.items():
+        if item.role != TRAIN:
+            problem = "a hand-written loop steps on every rank, and helpers take no steps"
+            raise ConfigError(f"cluster.classes.{name}.role", item.role, problem, f"leave it at {TRAIN}")
     for key in ("clip_norm", "autocast", "compile", "micro_batches"):
         value, neutral = getattr(config.train, key), getattr(TrainConfig(), key)
         if value != neutral:

@@ -27,7 +27,8 @@ from hvd_hetero.worker.factories import (
 )
 from hvd_hetero.worker.metrics import SampleMean, read_metrics
 from hvd_hetero.worker.step_benchmark import Measurement, measure_step
-from hvd_hetero.worker.worker import Worker, forward
+from hvd_hetero.worker.forward import forward
+from hvd_hetero.worker.worker import Worker
 
 
 def network() -> nn.Module:

@@ -102,6 +102,7 @@ class PartialAllreduce:
         self.counts = Counts()
         coordinator = Coordinator(units, mode, seed, first, quorum)
         self._link, self._hub = connect(comm, hosts, partial(ControlServer, handle=coordinator.handle))
+        self._group = comm.group(tuple(range(comm.size)))
         self._threads = [
             threading.Thread(target=self._watched, args=(run,), name=f"hvd_hetero.{run.__name__}", daemon=True)
             for run in (self._read, self._help)
@@ -276,7 +277,8 @@ class PartialAllreduce:
                 self._next += 1
                 item, steps = self._buffer.take(number, started, final, self.counts)
             payload = self._buffer.payload(item, steps)
-            handle = guarded(lambda: hvd.allreduce_async_(payload, op=hvd.Sum, name="partial"))  # noqa: B023
+            handle = guarded(lambda: hvd.allreduce_async_(
+                payload, op=hvd.Sum, name="partial", process_set=self._group))  # noqa: B023
             if not done_unless(self._over, handle):
                 return
             item.weight = float(payload[-1])
