@@ -71,8 +71,9 @@ class Loop:
         train_data: as for :func:`hvd_hetero.train`; or a ``DataLoader``, whose dataset is dealt by number if it is
             map-style, read in order or shuffled; or an ``IterableDataset`` (or a loader of one): a stream, which
             all ranks read, each training on a share by its speed. What a stream has is handed out as it is.
-        overrides, config: as for :func:`hvd_hetero.train`. If ``train.tau`` is one number, the first rounds are
-            measured, see :attr:`Round.measures`, and put back.
+        overrides, config: as for :func:`hvd_hetero.train`. Unless ``train.tau`` names every class, the first rounds
+            are measured, see :attr:`Round.measures`, and put back; with ``auto``, so is an average, and both choose the
+            length of rounds as for :func:`hvd_hetero.train`.
         samples: of a stream, what counts as an epoch, where it does not tell its length.
         sharded: the stream gives this rank samples that no other rank has, all of which it takes.
         test_data, loss, metrics, optimizer, scheduler, callbacks: as for :func:`hvd_hetero.train`; without test data
@@ -141,7 +142,16 @@ class Loop:
 
     @property
     def plan(self) -> Plan:
-        """What every class does in a round; there is one once the first round that is not measured has begun."""
+        """What every class does in a round; there is one once the first round that is not measured has begun.
+
+        Raises:
+            RuntimeError: it has not.
+        """
+        if not hasattr(self._trainer, "plan"):
+            tau, why = self._trainer.config.train.tau, "it is made when the first round begins"
+            if not isinstance(tau, Mapping):
+                why = f"with train.tau={tau} it goes by steps that are timed in the first rounds"
+            raise RuntimeError(f"there is no plan yet: {why}; ask in a round whose measures is False, or later")
         return self._trainer.plan
 
     @property
