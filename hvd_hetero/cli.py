@@ -163,6 +163,7 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--params", type=int, metavar="N", help="parameters of the model, 4 bytes each; or")
     parser.add_argument("--model-mb", type=float, metavar="MB", help="size of the model")
     parser.add_argument("--samples", type=int, metavar="N", help="size of the training set")
+    parser.add_argument("--test-samples", type=int, metavar="N", help="size of the test set (a sixth of the other)")
     parser.add_argument("--out", metavar="DIR", help="where table.json and the pictures go")
 
 
