@@ -30,7 +30,8 @@ def test_those_who_train_are_a_cluster_of_their_own() -> None:
 
 @pytest.mark.parametrize(("classes", "message"), [
     ({"only": {"ranks": "0-2", "role": "score"}},
-     "cluster.classes.only.role='score': it is the only class, which has to train; leave the role of one class at train"),
+     "cluster.classes.only.role='score': it is the only class, which has to train; leave the role of one class at "
+     "train"),
     ({"a": {"ranks": [0], "role": "score"}, "b": {"ranks": [1, 2], "role": "evaluate"}},
      "cluster.classes.a.role='score': no class is left that trains; leave the role of one class at train"),
     ({"a": {"ranks": [0, 2]}, "b": {"ranks": [1], "role": "evaluate"}},

@@ -96,9 +96,9 @@ def read_run(path: str | Path) -> Run:
     if not rows:
         raise ConfigError("RUN", str(path), "has not finished an epoch", "wait for it, or leave it out")
     plan = _read(folder / "plan.json", _mapping)
-    rest = [_read(folder / name, _mapping) if (folder / name).exists() else None for name in (SUMMARY, TRACE)]
+    summary, trace = (_read(folder / name, _mapping) if (folder / name).exists() else None for name in (SUMMARY, TRACE))
     evaluations = _read(folder / EVALUATIONS, _rows) if (folder / EVALUATIONS).exists() else []
-    return Run(folder, settings, rows, plan, *rest, evaluations)
+    return Run(folder, settings, rows, plan, summary, trace, evaluations)
 
 
 def group(runs: Sequence[Run]) -> list[Series]:
