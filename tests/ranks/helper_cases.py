@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import hvd_hetero
+from hvd_hetero.comm import helper_channel
 from hvd_hetero.comm.helper_channel import HelperServer
+from hvd_hetero.training.stop_request import STOP
 from hvd_hetero.worker.index_feed import Feed
 
 CASE, FOLDER, RANK = sys.argv[1], Path(sys.argv[2]), int(os.environ["HOROVOD_RANK"])
@@ -48,6 +50,8 @@ class Trained(hvd_hetero.Callback):
 
     def on_epoch_end(self, row: dict[str, Any]) -> None:
         (FOLDER / f"{self.name}.epoch{row['epoch']}").touch()
+        if self.name == "stopped" and row["epoch"] == 3:
+            (FOLDER / self.name / STOP).touch()
         seen = FOLDER / f"{self.name}.sent"
         until = time.monotonic() + 60
         while self.waits and not seen.exists() and time.monotonic() < until:
@@ -59,8 +63,13 @@ class Trained(hvd_hetero.Callback):
 
 def run(name: str, settings: dict[str, Any], waits: bool = False, **more: Any) -> dict[str, Any]:
     callback = Trained(name, waits)
-    summary = hvd_hetero.train(None, COMMON | {"run.dir": str(FOLDER / name)} | settings, model=model(),
-                               train_data=(X, Y), test_data=(X[:100], Y[:100]), callbacks=[callback], **more)
+    summary, status = None, 0
+    try:
+        summary = hvd_hetero.train(None, COMMON | {"run.dir": str(FOLDER / name)} | settings, model=model(),
+                                   train_data=(X, Y), test_data=(X[:100], Y[:100]), callbacks=[callback], **more)
+    except SystemExit as error:
+        status = error.code
+    (FOLDER / f"{name}.status{RANK}").write_text(str(status))
     return {"summary": summary, "evaluated": callback.evaluated}
 
 
@@ -125,14 +134,16 @@ def main() -> None:
             HelperRank._evaluate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
         run("dies", {"train.epochs": 100000, "checkpoint.every_rounds": None})
         return
-    watched("evaluated")
-    said["evaluated"] = run("evaluated", {"train.epochs": 3}, waits=True)
-    said["resumed"] = run("evaluated", {"run.resume": "auto"}, waits=True)
-    said["stuck"] = run("stuck", {}, metrics={"until": until_trained})
+    helper_channel.COPY_SHARE = 1e9  # whoever waits for a helper here must not wait for the next copy too
+    watched("stopped")
+    said["stopped"] = run("stopped", {}, waits=True)
+    Watched.name = "resumed"
+    said["resumed"] = run("resumed", {"run.dir": str(FOLDER / "stopped"), "run.resume": "auto"}, waits=True)
+    said["stuck"] = run("stuck", {"checkpoint.every_rounds": None}, metrics={"until": until_trained})
     Watched.name = "scored"
     said["scored"] = scored()
     Watched.name = "served"
-    said["served"] = run("served", {"algorithm.name": "asgd", "train.tau": 1}, waits=True)
+    said["served"] = run("served", {"algorithm.name": "asgd", "train.tau": 1, "checkpoint.every_rounds": None}, waits=True)
     if RANK == 0:
         (FOLDER / "said.json").write_text(json.dumps(said))
 

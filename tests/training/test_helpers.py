@@ -49,10 +49,10 @@ def rows(folder: Path, run: str, file: str = "evaluations.jsonl") -> list[dict[s
 
 
 def test_evaluations_are_of_the_models_of_their_rounds(folder: Path, said: dict[str, Any]) -> None:
-    found = rows(folder, "evaluated")
+    found = rows(folder, "stopped")
     assert len(found) >= 5  # an epoch's end was put off until there was one more, but for the last
     for row in found:
-        by_checkpoint = float(losses(folder / "evaluated", row["round"], range(100)).mean())
+        by_checkpoint = float(losses(folder / "stopped", row["round"], range(100)).mean())
         assert row["eval_loss"] == pytest.approx(by_checkpoint, rel=1e-5)
         assert row["epoch"] == -(-row["round"] // ROUNDS)
         assert row["samples_seen"] == 32 * row["round"]
@@ -61,12 +61,14 @@ def test_evaluations_are_of_the_models_of_their_rounds(folder: Path, said: dict[
 
 
 def test_those_who_train_evaluate_the_last_model_alone(folder: Path, said: dict[str, Any]) -> None:
-    """In both jobs of a run that was resumed; hooks hear of both kinds of evaluations."""
-    epochs = rows(folder, "evaluated", "metrics.jsonl")
+    """At the end of a run that was stopped and resumed; hooks hear of both kinds of evaluations."""
+    epochs = rows(folder, "stopped", "metrics.jsonl")
     assert [row["epoch"] for row in epochs] == list(range(1, 7))
-    assert ["eval_loss" in row for row in epochs] == [False, False, True, False, False, True]
-    heard = said["evaluated"]["evaluated"] + said["resumed"]["evaluated"]
-    assert set(heard) == {row["round"] for row in rows(folder, "evaluated")} | {3 * ROUNDS, 6 * ROUNDS}
+    assert ["eval_loss" in row for row in epochs] == [False] * 5 + [True]
+    heard = said["stopped"]["evaluated"] + said["resumed"]["evaluated"]
+    assert set(heard) == {row["round"] for row in rows(folder, "stopped")} | {6 * ROUNDS}
+    statuses = [[(folder / f"{run}.status{rank}").read_text() for rank in range(3)] for run in ("stopped", "resumed")]
+    assert statuses == [["3"] * 3, ["0"] * 3]
     summary = said["resumed"]["summary"]
     assert summary["world_size"] == 2 and [c["name"] for c in summary["classes"]] == ["fast", "slow"]
     assert summary["helpers"] == [{"name": "aide", "device": "cpu", "ranks": [2], "role": "evaluate"}]
