@@ -163,6 +163,7 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--params", type=int, metavar="N", help="parameters of the model, 4 bytes each; or")
     parser.add_argument("--model-mb", type=float, metavar="MB", help="size of the model")
     parser.add_argument("--samples", type=int, metavar="N", help="size of the training set")
+    parser.add_argument("--test-samples", type=int, metavar="N", help="size of the test set (a sixth of the other)")
     parser.add_argument("--out", metavar="DIR", help="where table.json and the pictures go")
 
 
@@ -175,7 +176,7 @@ def _plan(args: argparse.Namespace, files: list[str], overrides: list[str]) -> N
 
 
 def _evaluate(args: argparse.Namespace, files: list[str], overrides: list[str]) -> None:
-    from hvd_hetero.telemetry.run_folder import to_json
+    from hvd_hetero.telemetry.row_file import to_json
     from hvd_hetero.training.api import exit_on_error
     from hvd_hetero.training.saved_model import evaluate_run
 

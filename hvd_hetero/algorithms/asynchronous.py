@@ -19,7 +19,7 @@ from hvd_hetero.errors import ConfigError
 
 EXECUTOR = "hvd_hetero.algorithms.execution.server.ServerExecutor"
 WAITING = ("mode", "quorum", "sync_every", "max_lag", "patience_sec", "delayed", "delay_steps", "own_weight",
-           "optimizer_state", "wire")  # fmt: skip
+           "optimizer_state", "wire", "anneal_from")  # fmt: skip
 OUTER = ("outer_lr", "outer_momentum", "outer_nesterov")
 
 

@@ -12,7 +12,16 @@ from hvd_hetero.config.schema import AUTO
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning import local_steps
 from hvd_hetero.planning.local_steps import LEAVE_OUT, SHRINK, WAIT_AVOIDING
-from hvd_hetero.planning.plan import NORMALISED, ClassPlan, Plan, check_least_round, make_plan, progress_factors
+from hvd_hetero.planning.plan import (
+    BY_STEPS,
+    NORMALISED,
+    ClassPlan,
+    Plan,
+    annealed_weight,
+    check_least_round,
+    make_plan,
+    progress_factors,
+)
 from hvd_hetero.planning.quorum import QUORUM, Quorum, check_quorum
 from hvd_hetero.planning.rebalance import NEW_SHARE, Rebalancer
 
@@ -77,6 +86,8 @@ class LocalSGD(Policy):
                 "aggregation.mode", self.aggregation.mode)  # fmt: skip
             problem = "adds up what ranks contribute as it comes, which aggregation.weights=normalised does not fit"
             raise ConfigError(key, value, problem, "set aggregation.weights=steps, or wait for all ranks")
+        if self.aggregation.anneal_from is not None:
+            self._check_annealing()
         if self.needs_speeds and self.too_slow == LEAVE_OUT and self.aggregation.optimizer_state in AVERAGED:
             problem = "a class that is left out has no optimizer state to be averaged"
             raise ConfigError("cluster.too_slow", LEAVE_OUT, problem, "set aggregation.optimizer_state=local or reset")
@@ -102,6 +113,17 @@ class LocalSGD(Policy):
             if not fits:
                 remedy = f"set {other}, or aggregation.delayed=false"
                 raise ConfigError(key, value, "does not go with aggregation.delayed", remedy)
+
+    def _check_annealing(self) -> None:
+        """Refuse to let a bias of weights end that is not there, or where ranks are in different rounds."""
+        weights, start = self.aggregation.weights, self.aggregation.anneal_from
+        if weights != BY_STEPS:
+            problem = f"aggregation.weights={weights} has no bias by steps that could end"
+            raise ConfigError("aggregation.anneal_from", start, problem, f"set aggregation.weights={BY_STEPS}, or null")
+        if not self.has_blocking_average or (self._may_avoid_waiting and self.cluster.size > 1):
+            problem = "needs all ranks to be in the same round, and some are not waited for"
+            remedy = "set aggregation.mode=blocking and another cluster.too_slow than wait_avoiding, or null"
+            raise ConfigError("aggregation.anneal_from", start, problem, remedy)
 
     def _check_partial(self) -> None:
         """Refuse what cannot be done without waiting for all ranks."""
@@ -214,6 +236,13 @@ class LocalSGD(Policy):
         if self.aggregation.weights != NORMALISED:
             return 1.0
         return progress_factors(self.plan, self.aggregation.max_extrapolation).get(name, 1.0)
+
+    def weight_of(self, mine: ClassPlan) -> float:
+        """Return the weight of a class's rank in the average of this round, see :func:`annealed_weight`."""
+        if self.aggregation.anneal_from is None or not mine.tau:
+            return mine.weight
+        ranks = sum(len(c.ranks) for c in self.plan.training)
+        return annealed_weight(mine.weight, ranks, self.share, self.aggregation.anneal_from)
 
     def delay_of(self, mine: ClassPlan) -> int:
         """Return the local steps after which a class takes in a delayed average: the same share of a round for all."""

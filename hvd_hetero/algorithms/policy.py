@@ -50,6 +50,7 @@ class Policy:
         micro_batches: by class, parts that a batch is cut into; 0: as few as fit in memory.
         average_sec: of one average that nobody is late for; to be set before :meth:`make_plan` where
             :attr:`needs_average_sec`, the same on all ranks.
+        share: of the run that is done in this round; set where weights go by it (``aggregation.anneal_from``).
         plan: the one followed now, from :meth:`start` on.
         reason: why :meth:`replan` last changed it, for a person to read.
     """
@@ -71,6 +72,7 @@ class Policy:
     collectives_of_round: ClassVar[int] = 1
     reason: str = ""
     average_sec: float = 0.0
+    share: float = 0.0
 
     def __init__(self, config: Config, cluster: Cluster, samples: int, min_batch: int = 1) -> None:
         self.options, self.train, self.aggregation = config.algorithm, config.train, config.aggregation

@@ -40,7 +40,7 @@ class Lockstep(Policy):
     others: ClassVar[str] = IDLE
     unused: ClassVar[Mapping[str, Any]] = {key: getattr(AggregationConfig(weights="uniform"), key) for key in (
         "weights", "optimizer_state", "outer_lr", "outer_momentum", "outer_nesterov", "delayed", "delay_steps",
-        "own_weight", "mode", "quorum")}  # fmt: skip
+        "own_weight", "mode", "quorum", "anneal_from")}  # fmt: skip
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:

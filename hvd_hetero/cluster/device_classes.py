@@ -10,19 +10,24 @@ from functools import cached_property
 from typing import Any
 
 from hvd_hetero.cluster.hardware import RankFacts
-from hvd_hetero.config.schema import AUTO, ClassConfig
+from hvd_hetero.config.schema import AUTO, TRAIN, ClassConfig
 from hvd_hetero.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class DeviceClass:
-    """Ranks that run at one speed: they take the same local steps and carry the same weight."""
+    """Ranks that run at one speed: they take the same local steps and carry the same weight.
+
+    Attributes:
+        role: ``train``; of helpers, what they do beside the training.
+    """
 
     name: str
     device: str
     ranks: tuple[int, ...]
     slowdown: float = 1.0
     threads: int | None = None
+    role: str = TRAIN
 
 
 @dataclass(frozen=True)
@@ -30,27 +35,31 @@ class Cluster:
     """N device classes over all ranks, as data.
 
     Attributes:
-        classes: in the order of the configuration; each has at least one rank, and every rank is in exactly one.
-        facts: one entry a rank, by rank.
+        classes: those that train, in the order of the configuration; each has at least one rank, and every rank is in
+            exactly one of these or of the helpers.
+        facts: one entry a rank, by rank, those of helpers too.
         empty: names of classes that were configured but matched no rank.
+        helpers: classes that do something else than train; their ranks come after all others.
     """
 
     classes: tuple[DeviceClass, ...]
     facts: tuple[RankFacts, ...]
     empty: tuple[str, ...] = ()
+    helpers: tuple[DeviceClass, ...] = ()
 
     @property
     def size(self) -> int:
-        return len(self.facts)
+        """Number of ranks that train."""
+        return len(self.facts) - sum(len(c.ranks) for c in self.helpers)
 
     @property
     def emulated(self) -> bool:
-        return any(c.slowdown > 1 for c in self.classes)
+        return any(c.slowdown > 1 for c in (*self.classes, *self.helpers))
 
     @cached_property
     def _owners(self) -> dict[int, DeviceClass]:
         """By rank: it is asked for every rank, and a search for each would take long with many."""
-        return {rank: c for c in self.classes for rank in c.ranks}
+        return {rank: c for c in (*self.classes, *self.helpers) for rank in c.ranks}
 
     @cached_property
     def _hosts(self) -> dict[str, list[int]]:
@@ -90,11 +99,28 @@ def assign(classes: Any, facts: Sequence[RankFacts], share_gpus: bool = False) -
         given = {item.name: list(item.ranks) for item in chosen}
         remedy = f"add rank {left[0]} to a class, or start {len(owner)} ranks"
         raise ConfigError("cluster.classes", given, f"rank {left[0]} of {len(facts)} belongs to no class", remedy)
-    used = tuple(item for item in chosen if item.ranks)
-    cluster = Cluster(used, tuple(facts), tuple(item.name for item in chosen if not item.ranks))
+    used = [item for item in chosen if item.ranks]
+    training, helpers = (tuple(c for c in used if (c.role == TRAIN) == trains) for trains in (True, False))
+    _check_helpers(training, helpers)
+    cluster = Cluster(training, tuple(facts), tuple(item.name for item in chosen if not item.ranks), helpers)
     for host in dict.fromkeys(fact.host for fact in facts):
         _check_gpus(cluster, host, share_gpus)
     return cluster
+
+
+def _check_helpers(training: Sequence[DeviceClass], helpers: Sequence[DeviceClass]) -> None:
+    """Refuse helpers without anybody to help, and ranks that train behind them.
+
+    Ranks that train are numbered without gaps, so that methods need not know of the others.
+    """
+    for item in helpers:
+        key, last = f"cluster.classes.{item.name}.role", max((max(c.ranks) for c in training), default=-1)
+        if not training:
+            problem = "no class is left that trains" if len(helpers) > 1 else "it is the only class, which has to train"
+            raise ConfigError(key, item.role, problem, f"leave the role of one class at {TRAIN}")
+        if min(item.ranks) < last:
+            problem = f"rank {min(item.ranks)}, which is to help, comes before rank {last}, which trains"
+            raise ConfigError(key, item.role, problem, "give helpers the last ranks: the last host, or its last slots")
 
 
 def _check_gpus(cluster: Cluster, host: str, share_gpus: bool) -> None:
@@ -128,7 +154,7 @@ def _select(name: str, spec: ClassConfig, facts: Sequence[RankFacts]) -> DeviceC
         slots = None if spec.slots is None else integers(f"{key}.slots", spec.slots)
         on_hosts = [f for f in facts if fnmatch(f.host, spec.hosts or "*")]
         ranks = [f.rank for f in on_hosts if slots is None or f.local_rank in slots]
-    return DeviceClass(name, spec.device, tuple(sorted(ranks)), spec.slowdown, spec.threads)
+    return DeviceClass(name, spec.device, tuple(sorted(ranks)), spec.slowdown, spec.threads, spec.role)
 
 
 def integers(key: str, value: Any) -> list[int]:

@@ -60,6 +60,7 @@ class Comm:
     Attributes:
         paths: those to choose between, one if there is nothing to choose.
         path: that weighted sums take, ``flat`` or ``hierarchical``; the same on all ranks, changed between two sums.
+        everyone: all ranks of the job, helpers too; ``size`` is the number of those that train, which all else is of.
         excluded: what this rank was left out of.
         carried: what it has sent.
 
@@ -76,19 +77,20 @@ class Comm:
         self.heartbeat = self.watch.heartbeat
         self.excluded, self.carried = Exclusions(rank, spec.nan == STOP), Carried()
         mine = cluster.class_of(rank)
-        self._peers = mine.ranks
+        self._peers, self._training = mine.ranks, tuple(range(self.size))
+        self.everyone = tuple(range(len(cluster.facts)))
         self._hosts, self._local_ranks = {f.host for f in cluster.facts}, {f.local_rank for f in cluster.facts}
         self._leaders = tuple(sorted(c.ranks[0] for c in cluster.classes))
         self.paths = paths_of(spec, cluster)
         self.path = self.paths[0]
         self._chunk_mb = spec.chunk_mb
-        members = dict.fromkeys([*(c.ranks for c in cluster.classes), self._leaders, *groups])
-        sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in members if 1 < len(ranks) < self.size}
+        members = dict.fromkeys([*(c.ranks for c in cluster.classes), self._leaders, self._training, *groups])
+        sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in members if 1 < len(ranks) < len(self.everyone)}
         check_mixed_hosts(list(sets), cluster.facts)
         check_gpu_sums(cluster)
         with self.heartbeat.waiting("init"):
             hvd.init(process_sets=list(sets.values()))
-        sets[tuple(range(self.size))] = hvd.global_process_set
+        sets[self.everyone] = hvd.global_process_set
         self._sets = sets
         self._sums_on = cache(lambda ranks: sums_on_gpus(cluster, ranks) and bool(hvd.nccl_built()))
         self._staging: dict[tuple[torch.dtype, int], Tensor] = {}
@@ -119,7 +121,7 @@ class Comm:
             ranks: those that take part: all, a class or a group. GPU ranks of a class that share a GPU go through the
                 host, since NCCL refuses them, and so does a group that is not all on GPUs.
         """
-        ranks = ranks or tuple(range(self.size))
+        ranks = ranks or self._training
         among = self._peers if len(ranks) == self.size else ranks
         if vector.device.type != "cpu" and len(among) > 1 and not self._sums_on(among):
             host = self.on_host(vector)
@@ -215,7 +217,7 @@ class Comm:
         Args:
             ranks: those that take part: all, or one class.
         """
-        ranks = ranks or tuple(range(self.size))
+        ranks = ranks or self._training
         if len(ranks) == 1:
             return tensor
         host = tensor.detach().cpu().contiguous()
@@ -254,7 +256,7 @@ class Comm:
             sizes: K of every rank, if they are not the same.
             ranks: those that take part: all, or one class.
         """
-        ranks = ranks or tuple(range(self.size))
+        ranks = ranks or self._training
         if len(ranks) == 1:
             return [tensor]
         whole = self._call(hvd.allgather_async, tensor, process_set=self.group(ranks), name=name)
@@ -290,12 +292,12 @@ class Comm:
 
     def sum_(self, tensor: Tensor, name: str, ranks: tuple[int, ...] | None = None) -> None:
         """Adds up a host tensor over all ranks, or those of one class, in place."""
-        self._sum_(tensor, ranks or tuple(range(self.size)), name)
+        self._sum_(tensor, ranks or self._training, name)
 
     def sum(self, values: Sequence[float], name: str) -> list[float]:
         """The sums over all ranks of a few numbers."""
         total = torch.tensor(values, dtype=torch.float64)
-        self._sum_(total, tuple(range(self.size)), name)
+        self._sum_(total, self._training, name)
         return [float(x) for x in total]
 
     def max(self, values: Sequence[float], name: str) -> list[float]:
@@ -317,7 +319,7 @@ class Comm:
         return self._begun_(hvd.Sum, tensor, name, ranks)
 
     def _begun_(self, op: Any, tensor: Tensor, name: str, ranks: tuple[int, ...] | None) -> Callable[[], None]:
-        ranks = ranks or tuple(range(self.size))
+        ranks = ranks or self._training
         if len(ranks) == 1:
             return lambda: None
         self.carried.sent += tensor.nbytes
@@ -334,7 +336,7 @@ class Comm:
             A handle for :meth:`received`.
         """
         self.carried.sent += tensor.nbytes
-        return begin(hvd.alltoall_async, tensor, counts, name=name)
+        return begin(hvd.alltoall_async, tensor, counts, process_set=self.group(self._training), name=name)
 
     def received(self, handle: int) -> Tensor:
         """Waits for what the other ranks sent to this one, in the order of the senders."""
@@ -363,14 +365,14 @@ class Comm:
         other.heartbeat = other.watch.heartbeat
         return other
 
-    def barrier(self, name: str) -> None:
-        self.sum([0.0], name)
+    def barrier(self, name: str, ranks: tuple[int, ...] | None = None) -> None:
+        self.sum_(torch.zeros(1), name, ranks)
 
     def close(self) -> None:
         """Waits for all ranks, then leaves: a rank that leaves early takes the others down with it."""
         if self.rank == 0:
             forget_addresses(job_env(), self._hosts, self._local_ranks)
-        self.barrier("close")
+        self.barrier("close", self.everyone)
         hvd.shutdown()
 
     def _call(self, operation: Callable[..., int], *args: Any, name: str, **options: Any) -> Any:

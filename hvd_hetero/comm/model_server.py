@@ -21,7 +21,7 @@ from torch import Tensor
 from hvd_hetero.comm.async_ops import PeerLost
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.partial.allreduce import BROKEN
-from hvd_hetero.comm.partial.control_channel import MESSAGE, ControlServer, _Wire, connect
+from hvd_hetero.comm.partial.control_channel import MESSAGE, ThreadedServer, _Wire, connect
 from hvd_hetero.comm.partial.coordinator import CLAIM, CLOSING, FINAL, FINISHED, SOLO, Coordinator
 
 PUSH, PULL, FINISH = 21, 22, 23
@@ -65,7 +65,7 @@ class Answer(NamedTuple):
     model: Tensor | None
 
 
-class ModelServer(ControlServer):
+class ModelServer(ThreadedServer):
     """Rank 0's end.
 
     Args:
@@ -82,20 +82,7 @@ class ModelServer(ControlServer):
         self._turn, self._epochs, self._over, self._closing = threading.Condition(), 0, False, False
         self._cores = torch.get_num_threads()
         self.error: BaseException | None = None
-        super().__init__(address, ranks, secret, lambda *message: ())
-
-    def _serve(self) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._listening)
-            links = dict(self._links)
-        threads = [threading.Thread(target=self._converse, args=link, name="hvd_hetero.server", daemon=True)
-                   for link in links.items()]  # fmt: skip
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for rank in links:
-            self._drop(rank)
+        super().__init__(address, ranks, secret)
 
     def _converse(self, rank: int, wire: _Wire) -> None:
         torch.set_num_threads(self._cores)

@@ -22,7 +22,7 @@ from yaml import YAMLError
 
 from hvd_hetero.config.overrides import parse_override
 from hvd_hetero.config.renamed import layer_renamed, pairs_renamed, warn_of
-from hvd_hetero.config.schema import AUTO, AlgorithmConfig, ClassConfig, Config
+from hvd_hetero.config.schema import AUTO, TRAIN, AlgorithmConfig, ClassConfig, Config
 from hvd_hetero.config.validate import CLASS_NAME, check_integer, check_limits, check_name, check_together
 from hvd_hetero.errors import ConfigError, nearest
 
@@ -129,6 +129,20 @@ def device_classes(classes: Mapping[str, Any]) -> dict[str, ClassConfig]:
         _merge(schema, values, content, f"{key}.")
         result[str(name)] = typed(f"{key}.", schema, values)
     return result
+
+
+def has_helpers(config: Config) -> bool:
+    """Whether a device class has another role than to train."""
+    classes = config.cluster.classes
+    return classes != AUTO and any(c.role != TRAIN for c in device_classes(classes).values())
+
+
+def without_roles(config: Config) -> Config:
+    """Return the configuration with all classes training, for what measures or judges them."""
+    classes = config.cluster.classes
+    if classes != AUTO:
+        classes = {name: {**content, "role": TRAIN} for name, content in classes.items()}
+    return dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, classes=classes))
 
 
 def per_class(

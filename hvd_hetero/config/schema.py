@@ -15,6 +15,8 @@ from omegaconf import OmegaConf
 
 AUTO = "auto"
 RESHAPE = "reshape"
+TRAIN, EVALUATE, SCORE = "train", "evaluate", "score"
+"""What a device class is for."""
 
 
 class Decides(IntEnum):
@@ -71,6 +73,7 @@ class ClassConfig:
     slots: Any = None
     slowdown: float = _key(1.0, at_least=1.0, at_most=10000.0)
     threads: Optional[int] = _key(None, at_least=1, at_most=1024)  # noqa: UP045
+    role: str = _key(TRAIN, choices=(TRAIN, EVALUATE, SCORE))
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,7 @@ class SamplingConfig:
 class AggregationConfig:
     weights: Optional[str] = _key(None, choices=("steps", "uniform", "normalised"))  # noqa: UP045
     max_extrapolation: float = _key(2.0, at_least=1)
+    anneal_from: Optional[float] = _key(None, at_least=0, at_most=0.999)  # noqa: UP045
     mode: str = _key("blocking", choices=("blocking", "solo", "majority", "quorum"))
     quorum: Optional[float] = _key(None, above=0)  # noqa: UP045
     sync_every: int = _key(32, at_least=1)

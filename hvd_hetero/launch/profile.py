@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hvd_hetero import algorithms
 from hvd_hetero.comm.kv_store import job_env
-from hvd_hetero.config.load import load, per_class
+from hvd_hetero.config.load import load, per_class, without_roles
 from hvd_hetero.config.schema import Config
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.launch.launcher import run_job
@@ -34,7 +34,7 @@ def profile(files: Sequence[str], overrides: Sequence[str]) -> int:
 
 def _measure(files: Sequence[str], overrides: Sequence[str]) -> None:
     def prepare() -> tuple[Config, Components]:
-        config = load(files, overrides, algorithms.method)
+        config = without_roles(load(files, overrides, algorithms.method))  # what they are worth goes by their speeds
         return config, dry_run.build(config)
 
     started = startup.start(prepare)

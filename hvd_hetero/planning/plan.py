@@ -15,7 +15,7 @@ from hvd_hetero.cluster.device_classes import Cluster
 from hvd_hetero.errors import ConfigError
 
 TRAIN, IDLE, SERVER = "train", "idle", "server"
-UNIFORM, NORMALISED = "uniform", "normalised"
+BY_STEPS, UNIFORM, NORMALISED = "steps", "uniform", "normalised"
 SHORT = 8
 """Local steps of a round up to which the progress of ranks is added up as far as ``aggregation.max_extrapolation``."""
 HALVINGS = 100
@@ -246,6 +246,20 @@ def progress_factors(plan: Plan, most: float) -> dict[str, float]:
     total = sum(len(c.ranks) * c.weight * factors[c.name] for c in plan.training)
     bound = 1 + (most - 1) * min(1.0, SHORT / longest)
     return {name: factor * min(1.0, bound / total) for name, factor in factors.items()}
+
+
+def annealed_weight(weight: float, ranks: int, share: float, start: float) -> float:
+    """Return a rank's weight on its way to the unbiased one: (1 - a) w + a / m.
+
+    a = max(0, (t - s) / (1 - s)), where t is the share of the run that is done, and s where it starts. The weights of
+    all ranks add up to 1 at any time.
+
+    Args:
+        ranks: m, those that train.
+        share: t; ``start``, s, ``aggregation.anneal_from``.
+    """
+    a = min(1.0, max(0.0, (share - start) / (1 - start)))
+    return (1 - a) * weight + a / ranks
 
 
 def round_way(plan: Plan, weights: str, most: float) -> float:

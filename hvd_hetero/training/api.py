@@ -20,7 +20,7 @@ from hvd_hetero import algorithms
 from hvd_hetero.comm.async_ops import PEER_LOST
 from hvd_hetero.comm.kv_store import job_env
 from hvd_hetero.config.instantiate import in_a_line
-from hvd_hetero.config.load import load
+from hvd_hetero.config.load import has_helpers, load
 from hvd_hetero.config.renamed import RenamedKeyWarning
 from hvd_hetero.config.schema import Config
 from hvd_hetero.errors import (
@@ -40,6 +40,7 @@ from hvd_hetero.random_state import RandomState
 from hvd_hetero.telemetry.callbacks import Callback
 from hvd_hetero.telemetry.run_folder import check_run_dir
 from hvd_hetero.training import dry_run, startup
+from hvd_hetero.training.helper_rank import HelperRank, help_out
 from hvd_hetero.training.process import process_restored
 from hvd_hetero.training.resume import Found, check_data, find
 from hvd_hetero.training.startup import Job
@@ -48,7 +49,7 @@ from hvd_hetero.worker.components import Components, MakeScheduler, UserObjects
 from hvd_hetero.worker.losses import PerSample
 from hvd_hetero.worker.parameter_groups import MakeOptimizer
 
-T = TypeVar("T", bound=Trainer)
+T = TypeVar("T", bound=Trainer | HelperRank)
 PEER_GONE_SEC = 1.0
 """A survivor leaves so much later than the rank that failed, so that the launcher sees that one end first."""
 KILLED_SEC = 0.2
@@ -89,7 +90,8 @@ def train(
         callbacks: objects of classes derived from :class:`hvd_hetero.Callback`, beside ``run.callbacks``.
 
     Returns:
-        The content of ``summary.json`` on rank 0, None on the others.
+        The content of ``summary.json`` on rank 0, None on the others; on helpers too, once the job ends
+        (``cluster.classes.NAME.role``).
 
     Raises:
         UserError: something given cannot be used; with more than one rank, rank 0 says so and the job ends with
@@ -119,7 +121,14 @@ def train(
 
 
 def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | None:
-    trainer = begin(prepare, lambda job, found: Trainer(job, run_dir(job.config), found))
+    def make(job: Job, found: Found | None) -> Trainer | HelperRank:
+        is_helper = job.env.rank >= job.cluster.size
+        return HelperRank(job) if is_helper else Trainer(job, run_dir(job.config), found)
+
+    trainer = begin(prepare, make)
+    if isinstance(trainer, HelperRank):
+        help_out(trainer)
+        return None
     summary = carry_out(trainer)
     trainer.close()
     return summary
@@ -137,7 +146,7 @@ def begin(prepare: Callable[[], tuple[Config, Components]], make: Callable[[Job,
             check_run_dir(config.run.dir, config.run.overwrite or config.run.resume is not None)
             check_writable("run.dir", Path(config.run.dir))
             if config.run.resume is not None:
-                found = find(Path(config.run.dir), config, env.size)
+                found = find(Path(config.run.dir), config, None if has_helpers(config) else env.size)
                 if found is not None:
                     check_data(found, parts.dataset.train)
         return config, parts
@@ -157,16 +166,16 @@ def carry_out(trainer: Trainer) -> dict[str, Any] | None:
     except RankError:
         raise
     except UserError:
-        trainer.close()  # every rank is here: they judge by the same measurements
+        trainer.close(EXIT_BAD_INPUT)  # every rank is here: they judge by the same measurements
         raise
     try:
         return trainer.run()
     except Stopped:
-        trainer.close()
+        trainer.close(EXIT_STOPPED)
         raise
     except BaseException as error:
         trainer.abandon(saves=isinstance(error, Exception) and not isinstance(error, PEER_LOST))
-        if trainer.comm.size == 1:  # nobody has to be told, and the program may go on
+        if len(trainer.comm.everyone) == 1:  # nobody has to be told, and the program may go on
             trainer.close()
         if isinstance(error, UserError):
             # one rank's own trouble, a broken file for instance: the others are waiting somewhere else

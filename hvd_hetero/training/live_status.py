@@ -15,7 +15,8 @@ from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.schedules import left_sec, run_share
 from hvd_hetero.planning.stop_criteria import expected_epochs
-from hvd_hetero.telemetry.run_folder import RunFolder, to_json
+from hvd_hetero.telemetry.row_file import to_json
+from hvd_hetero.telemetry.run_folder import RunFolder
 from hvd_hetero.telemetry.run_status import ENDED, LIVE_TRACE, LOOK, PREPARING, STATUS, own_mark
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts

@@ -14,8 +14,8 @@ from torch import nn
 from hvd_hetero import algorithms
 from hvd_hetero.algorithms.local_sgd import LocalSGD
 from hvd_hetero.comm.kv_store import job_env
-from hvd_hetero.config.load import load
-from hvd_hetero.config.schema import Config, TrainConfig
+from hvd_hetero.config.load import device_classes, load
+from hvd_hetero.config.schema import AUTO, TRAIN, Config, TrainConfig
 from hvd_hetero.data import Source
 from hvd_hetero.data.stream import Preview, StreamSource, dealt_or_stream
 from hvd_hetero.errors import ConfigError
@@ -71,8 +71,9 @@ class Loop:
         train_data: as for :func:`hvd_hetero.train`; or a ``DataLoader``, whose dataset is dealt by number if it is
             map-style, read in order or shuffled; or an ``IterableDataset`` (or a loader of one): a stream, which
             all ranks read, each training on a share by its speed. What a stream has is handed out as it is.
-        overrides, config: as for :func:`hvd_hetero.train`. If ``train.tau`` is one number, the first rounds are
-            measured, see :attr:`Round.measures`, and put back.
+        overrides, config: as for :func:`hvd_hetero.train`. Unless ``train.tau`` names every class, the first rounds
+            are measured, see :attr:`Round.measures`, and put back; with ``auto``, so is an average, and both choose the
+            length of rounds as for :func:`hvd_hetero.train`.
         samples: of a stream, what counts as an epoch, where it does not tell its length.
         sharded: the stream gives this rank samples that no other rank has, all of which it takes.
         test_data, loss, metrics, optimizer, scheduler, callbacks: as for :func:`hvd_hetero.train`; without test data
@@ -141,7 +142,16 @@ class Loop:
 
     @property
     def plan(self) -> Plan:
-        """What every class does in a round; there is one once the first round that is not measured has begun."""
+        """What every class does in a round; there is one once the first round that is not measured has begun.
+
+        Raises:
+            RuntimeError: it has not.
+        """
+        if not hasattr(self._trainer, "plan"):
+            tau, why = self._trainer.config.train.tau, "it is made when the first round begins"
+            if not isinstance(tau, Mapping):
+                why = f"with train.tau={tau} it goes by steps that are timed in the first rounds"
+            raise RuntimeError(f"there is no plan yet: {why}; ask in a round whose measures is False, or later")
         return self._trainer.plan
 
     @property
@@ -301,6 +311,11 @@ def check_supported_by_loop(config: Config) -> None:
         key, value = ("sampling.scheme", config.sampling.scheme) if config.sampling.sample_weights is None else (
             "sampling.sample_weights", config.sampling.sample_weights)  # fmt: skip
         raise ConfigError(key, value, "weighs samples in a loss, which is your own here", "leave it null")
+    classes = {} if config.cluster.classes == AUTO else device_classes(config.cluster.classes)
+    for name, item in classes.items():
+        if item.role != TRAIN:
+            problem = "a hand-written loop steps on every rank, and helpers take no steps"
+            raise ConfigError(f"cluster.classes.{name}.role", item.role, problem, f"leave it at {TRAIN}")
     for key in ("clip_norm", "autocast", "compile", "micro_batches"):
         value, neutral = getattr(config.train, key), getattr(TrainConfig(), key)
         if value != neutral:

@@ -64,7 +64,7 @@ def state_of(run: Run, epoch: Epoch | None) -> dict[str, Any]:
         state["epoch"] = epoch.state_dict()
         state["watch"] = run.watch.state_dict()
     if run.feed.sampler is not None:
-        rows_bytes = 0 if run.folder is None else run.folder.rows_bytes
+        rows_bytes = [0, 0] if run.folder is None else run.folder.rows_bytes
         kept = {"rows_bytes": rows_bytes, "samples_seen": run.accounts.samples_seen,
                 "data": run.job.data.get("training")}  # fmt: skip
         state["rank0"] = {**kept, "sampler": run.feed.sampler.state_dict(),

@@ -35,8 +35,11 @@ class Found:
     reshaped: bool = False
 
 
-def find(run_dir: Path, config: Config, world_size: int) -> Found | None:
+def find(run_dir: Path, config: Config, world_size: int | None) -> Found | None:
     """Return the newest checkpoint of a run, an older one where it is damaged, None where there is none.
+
+    Args:
+        world_size: ranks that train; None: how many these are is not known yet.
 
     Raises:
         UserError: there are checkpoints, but none that this run can be resumed from.
@@ -64,7 +67,7 @@ def find(run_dir: Path, config: Config, world_size: int) -> Found | None:
     return None
 
 
-def difference(checkpoint: Checkpoint, config: Config, world_size: int) -> UserError | None:
+def difference(checkpoint: Checkpoint, config: Config, world_size: int | None) -> UserError | None:
     """Say why a checkpoint is none of this run: by its ranks, or by a setting that decides the numbers.
 
     Returns:
@@ -72,7 +75,7 @@ def difference(checkpoint: Checkpoint, config: Config, world_size: int) -> UserE
         see :func:`check_places`.
     """
     meta, path = checkpoint.meta, checkpoint.path
-    if meta.world_size != world_size:
+    if world_size is not None and meta.world_size != world_size:
         problem = f"was saved by {meta.world_size} ranks, and this job has {world_size}"
         return CheckpointError(path, problem, f"start {meta.world_size} ranks, {REMEDY}")
     built_in, changed = plain(config.built_in()), {}

@@ -44,6 +44,8 @@ def write_start(folder: RunFolder, config: Config, cluster: Cluster, plan: Plan)
         slowdown = cluster.class_of(c.ranks[0]).slowdown
         name = c.name + (f" (x{slowdown:g} emulated)" if slowdown > 1 else "")
         LOGGER.info("class %s: ranks %s, %s", name, list(c.ranks), work)
+    for item in cluster.helpers:
+        LOGGER.info("class %s: ranks %s, role %s, trains nothing", item.name, list(item.ranks), item.role)
 
 
 def write_trace(
@@ -89,6 +91,10 @@ def write_summary(
         "eval": dict(evaluated),
         "classes": classes,
     }
+    if cluster.helpers:
+        summary["helpers"] = [
+            {"name": c.name, "device": c.device, "ranks": list(c.ranks), "role": c.role} for c in cluster.helpers
+        ]
     if accounts.partial.ranks:
         summary["partial"] = accounts.partial.to_dict()
     folder.write(SUMMARY, summary)

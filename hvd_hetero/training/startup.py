@@ -30,6 +30,7 @@ from hvd_hetero.planning.schedules import check_schedule
 from hvd_hetero.planning.stop_criteria import check_limits
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.training.fingerprint import check_same, fingerprint
+from hvd_hetero.training.roles import check_roles
 from hvd_hetero.training.watchdog import Watchdog
 from hvd_hetero.worker.components import Components
 from hvd_hetero.worker.worker import Worker
@@ -136,7 +137,7 @@ def make_worker(job: Job, watch: Stopwatch, kind: type[W]) -> W:
         compile_mode=config.train.compile,
         channels_last=config.train.channels_last,
         state_policies=config.aggregation.state,
-        micro_batches=cut[mine.name] or 1,
+        micro_batches=cut.get(mine.name) or 1,
         min_batch=parts.min_batch,
     )
 
@@ -153,6 +154,7 @@ def check(config: Config, components: Components, cluster: Cluster) -> None:
     Raises:
         ConfigError: naming the key.
     """
+    check_roles(config, cluster)
     policy = algorithms.policy(config, cluster, len(components.dataset.train), components.min_batch)
     policy.check()
     if not policy.derives_tau:

@@ -19,7 +19,7 @@ from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.errors import Stopped
 from hvd_hetero.planning.injected_delays import delays
 from hvd_hetero.planning.plan import Plan
-from hvd_hetero.planning.schedules import next_rate, round_factor, run_share
+from hvd_hetero.planning.schedules import run_share
 from hvd_hetero.planning.stop_criteria import check_limits, expected_epochs, fast_steps, next_rounds, rest_rounds
 from hvd_hetero.planning.weighted_sampling import INFOBATCH
 from hvd_hetero.random_state import seed_all
@@ -35,6 +35,7 @@ from hvd_hetero.training.best import BestEvaluation
 from hvd_hetero.training.checkpointer import SyncDecision
 from hvd_hetero.training.epoch import RoundSpans, gather_figures, say_taus
 from hvd_hetero.training.evaluation import evaluate
+from hvd_hetero.training.helpers import Helpers, place_after
 from hvd_hetero.training.initial_plan import choose_micro_batches, first_plan, start_together
 from hvd_hetero.training.iterate_average import NONE, IterateAverage, half_life
 from hvd_hetero.training.live_status import LiveStatus
@@ -43,7 +44,6 @@ from hvd_hetero.training.resume import Found, check_fits, check_places
 from hvd_hetero.training.run_records import write_model, write_start, write_summary, write_trace
 from hvd_hetero.training.startup import Job
 from hvd_hetero.training.trainer_parts import TrainerParts
-from hvd_hetero.worker.components import as_user_error
 from hvd_hetero.worker.epoch import Epoch, Segment
 from hvd_hetero.worker.memory import on_device, peak_bytes, used_bytes
 from hvd_hetero.worker.step_benchmark import take_first_steps
@@ -78,9 +78,11 @@ class Trainer(TrainerParts):
         self.run_dir, self.found, self.folder = run_dir, found, None
         if run_dir is not None and job.env.rank == 0:
             kept = None if found is None else found.state["rank0"]["rows_bytes"]
+            kept = (kept, 0) if isinstance(kept, int) else kept  # of a checkpoint from before there were two files
             self.folder = RunFolder(run_dir, config.run.overwrite or config.run.resume is not None, kept)
         self.comm = Comm(job.cluster, job.env.rank, config.aggregation, self.watch, self.algorithm.policy.process_sets)
         self.accounts = Accounts(job.cluster, config.delays.distribution is not None)
+        self.helpers = Helpers(job.cluster, self.comm, self.worker, self.algorithm.policy, self.folder)
         self.kept: dict[str, Any] = {}
         self._closed = False
         self.status = LiveStatus(self)
@@ -212,7 +214,7 @@ class Trainer(TrainerParts):
             is_stopping = (lambda: False) if saver is None else saver.stopping
             segment = Segment(epoch, length, is_stopping)
             segment.start_round = partial(self._start_round, segment, before)
-            segment.finish_round = partial(self._finish_round, spans)
+            segment.finish_round = partial(self._finish_round, spans, epoch)
             self.status.start_segment()
             with self._memory_told():
                 self.algorithm.run_segment(segment)
@@ -228,6 +230,8 @@ class Trainer(TrainerParts):
             self._tell_saved(saver)
             epoch.add(segment, agreed.progress)
             self.status.meet(epoch, agreed.figures)
+            self._offer(self.helpers.offer, epoch, epoch.progress.averages)
+            self.helpers.receive()
             if epoch.rounds_left == 0 or (length >= left and not agreed.stop):
                 return agreed
             if rebalances:
@@ -256,10 +260,6 @@ class Trainer(TrainerParts):
         rest = self.feed.deal_rest(part, epoch.indices, epoch.steps) if rounds else epoch.indices[:0]
         epoch.deal_rest(part, rest, self.feed.weights_of(rest))
 
-    def _by_rank(self, step_sec: Sequence[float]) -> list[float]:
-        of_class = dict(zip((c.name for c in self.job.cluster.classes), step_sec, strict=True))
-        return [of_class[self.job.cluster.class_of(rank).name] for rank in range(self.comm.size)]
-
     def _end_epoch(self, epoch: Epoch, agreed: SyncDecision) -> dict[str, Any]:
         """Gather what the epoch came to, plan the next one, evaluate; return the row of figures."""
         config, comm, worker, accounts = self.config, self.comm, self.worker, self.accounts
@@ -271,7 +271,7 @@ class Trainer(TrainerParts):
         with comm.booked():
             self.algorithm.end_epoch()
             losses, weights = worker.take_losses()
-            self.feed.collect(*epoch.results(), losses, shapes)
+            self.feed.collect(*epoch.results(), losses, shapes, self.helpers.take_scores(accounts.epochs + 1))
         if self.averaged is not None and comm.rank == 0:
             self.averaged.end_epoch()
         spans = RoundSpans(self.watch, self.recorder, epoch.work_sec)
@@ -282,6 +282,8 @@ class Trainer(TrainerParts):
             "overflows": 0 if worker.scaler is None else worker.scaler.overflows, "memory": used_bytes(worker.device),
         })  # fmt: skip
         self.algorithm.policy.note_average(done.average_sec)
+        self._share_evaluations()
+        self.helpers.offer(lambda: place_after(accounts, time.perf_counter() - self.begin))
         rate = worker.optimizer.param_groups[0]["lr"]
         if config.train.scheduler_unit == "epoch":
             self._step_scheduler(f"{accounts.epochs} epochs")
@@ -295,7 +297,8 @@ class Trainer(TrainerParts):
                 "left_sec": 0.0 if self.over else self.status.left_sec()}  # fmt: skip
         if counts is not None:
             row["partial"] = accounts.partial.enter(comm.gather(counts, "epoch.counts"))
-        if self.evaluates and (accounts.epochs % config.eval.every_epochs == 0 or self.over):
+        is_due = accounts.epochs % config.eval.every_epochs == 0 and not self.helpers.evaluate
+        if self.evaluates and (is_due or self.over):
             self.status.enter(EVALUATING)
             row |= evaluate(comm, worker, self.test, self.plan, config.eval, self.averaged)
             self.best.enter(row)
@@ -309,31 +312,14 @@ class Trainer(TrainerParts):
 
     # ---- parts of a run ---------------------------------------------------------------------------------------------
 
-    def _start_round(self, segment: Segment, before: int, number: int) -> None:
-        """Set number and learning rate of a round, which has this number in its segment, with ``before`` before it."""
-        self.comm.excluded.round = before + number + 1
-        rounds = segment.rounds_done(self.algorithm.mine.tau) + 0.5  # the middle of the one that begins
-        factor = round_factor(self.config.train, self.plan, self.accounts.done, before + number + 1, rounds)
-        if factor is not None:
-            self.worker.scale_rate(factor)
-
-    def _finish_round(self, spans: RoundSpans) -> None:
+    def _finish_round(self, spans: RoundSpans, epoch: Epoch) -> None:
         spans.end_round()
+        self._offer(self.helpers.end_round, epoch, self.comm.excluded.round - self.accounts.rounds)
         self.status.end_round()
         if self.averaged is not None and self.comm.rank == 0:
             self.averaged.end_round(fast_steps(self.plan))
         if self.config.train.scheduler_unit == "round":
             self._step_scheduler(f"{self.comm.excluded.round} rounds")
-
-    def _step_scheduler(self, after: str) -> None:
-        name, what = type(self.worker.scheduler).__name__, f"fails after {after}"
-        with as_user_error("train.scheduler", name, what, "let it last as long as the run"):
-            self.worker.step_scheduler()
-
-    def _tell_rate(self) -> None:
-        if self.algorithm.policy.follows_rate:
-            rate = next_rate(self.config.train, self.plan, self.accounts.done, self.worker.rate)
-            self.algorithm.policy.follow_rate(rate)
 
     def _replan(self, plan: Plan, step_sec: Sequence[float], rounds: int | None = None) -> Plan:
         new = self.algorithm.replan(step_sec, rounds)
@@ -350,6 +336,8 @@ class Trainer(TrainerParts):
 
     def _save(self, epoch: Epoch | None, wait: bool, row: Mapping[str, Any] | None = None) -> None:
         assert self.saver is not None
+        if epoch is not None:
+            self._share_evaluations()
         self.watch.heartbeat.begin("checkpoint")
         number = self.accounts.rounds + (0 if epoch is None else epoch.progress.averages)
         good = self.best.goodness(row or {})
@@ -372,16 +360,22 @@ class Trainer(TrainerParts):
         nothing_left = next_rounds(self.config.train, self.plan, self.accounts.done) == 0
         return self.epoch is None and (nothing_left or self.best.waited_enough)
 
-    def close(self) -> None:
-        """Leaves the job together with all other ranks; nothing happens the second time."""
+    def close(self, status: int = 0) -> None:
+        """Leaves the job together with all other ranks; nothing happens the second time.
+
+        Args:
+            status: with which it ends.
+        """
         if self._closed:
             return
         self._closed = True
         self.status.enter(FAILED)  # unless it has ended otherwise
         self.algorithm.close()
+        self.helpers.finish(status)
         if self.folder is not None:
             self.folder.close()
         self.comm.close()
+        self.helpers.close()
         self.job.watchdog.stop()
 
     def abandon(self, saves: bool) -> None:

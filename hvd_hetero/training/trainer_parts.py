@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,16 @@ from hvd_hetero.data import Source, read
 from hvd_hetero.data.weights import sample_weights
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.sampling import Sampler
+from hvd_hetero.planning.schedules import next_rate, round_factor, run_share
 from hvd_hetero.telemetry.run_folder import RunFolder
 from hvd_hetero.telemetry.stopwatch import Stopwatch
+from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.training.best import BestEvaluation
 from hvd_hetero.training.checkpointer import Meetings, Saver
+from hvd_hetero.training.helpers import Helpers, Place, place_in
 from hvd_hetero.training.startup import Job, make_worker
+from hvd_hetero.worker.components import as_user_error
+from hvd_hetero.worker.epoch import Epoch, Segment
 from hvd_hetero.worker.index_feed import Feed
 from hvd_hetero.worker.memory import batch_that_fits, told_by_class
 from hvd_hetero.worker.worker import Worker
@@ -44,6 +52,9 @@ class TrainerParts:
     feed: Feed
     saver: Meetings | None
     best: BestEvaluation
+    accounts: Accounts
+    helpers: Helpers
+    begin: float
     folder: RunFolder | None
     evaluates = True
     _saved_round = -1
@@ -55,7 +66,8 @@ class TrainerParts:
         if self.run_dir is None:
             return None
         quiesces = self.algorithm.policy.needs_quiesce
-        return Saver(self.run_dir, self.config, self.job.env, self.comm, quiesces, self.best.by)
+        env = replace(self.job.env, size=self.comm.size)  # helpers have nothing to be saved
+        return Saver(self.run_dir, self.config, env, self.comm, quiesces, self.best.by)
 
     def make_feed(self) -> Feed:
         sampler = self.make_sampler() if self.comm.rank == 0 else None
@@ -81,6 +93,43 @@ class TrainerParts:
             worker.try_gradient(*next(read(self.source, rows.view(1, -1), worker.generator)))
 
         return told_by_class(name, batch_size, lambda: batch_that_fits(step, worker.device, batch_size))
+
+    # ---- in an epoch, and at its end --------------------------------------------------------------------------------
+
+    def _by_rank(self, step_sec: Sequence[float]) -> list[float]:
+        of_class = dict(zip((c.name for c in self.job.cluster.classes), step_sec, strict=True))
+        return [of_class[self.job.cluster.class_of(rank).name] for rank in range(self.comm.size)]
+
+    def _step_scheduler(self, after: str) -> None:
+        name, what = type(self.worker.scheduler).__name__, f"fails after {after}"
+        with as_user_error("train.scheduler", name, what, "let it last as long as the run"):
+            self.worker.step_scheduler()
+
+    def _tell_rate(self) -> None:
+        if self.algorithm.policy.follows_rate:
+            rate = next_rate(self.config.train, self.plan, self.accounts.done, self.worker.rate)
+            self.algorithm.policy.follow_rate(rate)
+
+    def _start_round(self, segment: Segment, before: int, number: int) -> None:
+        """Set number and learning rate of a round, which has this number in its segment, with ``before`` before it."""
+        self.comm.excluded.round = before + number + 1
+        rounds = segment.rounds_done(self.algorithm.mine.tau) + 0.5  # the middle of the one that begins
+        factor = round_factor(self.config.train, self.plan, self.accounts.done, before + number + 1, rounds)
+        if factor is not None:
+            self.worker.scale_rate(factor)
+        if self.config.aggregation.anneal_from is not None:
+            self.algorithm.policy.share = run_share(self.config.train, self.plan, self.accounts.done, rounds)
+
+    def _offer(self, offer: Callable[[Place], None], epoch: Epoch, rounds: int) -> None:
+        """Let helpers have the model of an epoch under way, unless this rank has no part in it before its end."""
+        if self.algorithm.mine.tau:
+            offer(lambda: place_in(epoch, self.accounts, self.watch, rounds, time.perf_counter() - self.begin))
+
+    def _share_evaluations(self) -> None:
+        """Take in what helpers have evaluated; all ranks that train call it."""
+        for row in self.helpers.share():
+            self.best.enter(row)
+            self._call("on_evaluation", row)
 
     def _call(self, hook: str, *args: Any) -> None:
         self.watch.heartbeat.begin(hook)

@@ -28,11 +28,11 @@ from hvd_hetero.worker.factories import (
     per_sample_loss,
     scheduler_maker,
 )
+from hvd_hetero.worker.forward import forward
 from hvd_hetero.worker.losses import IGNORED, PerSample
 from hvd_hetero.worker.metrics import Metric, read_best, read_metrics
 from hvd_hetero.worker.modes import evaluating
 from hvd_hetero.worker.parameter_groups import MakeOptimizer, freeze, grouped, options_of
-from hvd_hetero.worker.worker import forward
 
 MakeScheduler = Callable[[torch.optim.Optimizer], Any]
 

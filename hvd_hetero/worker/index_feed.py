@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.comm.helper_channel import Scores
 from hvd_hetero.errors import ConfigError, Plain
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.sampling import Sampler, newest_last
@@ -117,8 +118,9 @@ class Feed:
         return whole.numpy()
 
     def collect(
-        self, indices: NDArray[Any], at: NDArray[Any], losses: Tensor, shapes: Sequence[tuple[int, int]] | None = None
-    ) -> None:
+        self, indices: NDArray[Any], at: NDArray[Any], losses: Tensor, shapes: Sequence[tuple[int, int]] | None = None,
+        scored: Sequence[Scores] = (),
+    ) -> None:  # fmt: skip
         """Take what this rank trained on into rank 0's table of losses.
 
         Args:
@@ -126,6 +128,7 @@ class Feed:
             at: ``[steps]``, the round of each step.
             losses: ``[steps * B]``, in training order; -inf for samples that do not count.
             shapes: steps and B by rank, where they are as planned.
+            scored: on rank 0, losses by helpers; they count where no step was taken on the sample since their model.
         """
         steps, batch = indices.shape
         check_number(len(losses), steps * batch)
@@ -142,9 +145,27 @@ class Feed:
             return
         cut = [part.split([steps, steps * batch * words, steps * batch])
                for part, (steps, batch) in zip(gathered, shapes, strict=True)]  # fmt: skip
-        order = newest_last([at.numpy() for at, _, _ in cut], [batch for _, batch in shapes])
-        self.sampler.record(torch.cat([rows for _, rows, _ in cut]).view(self._dtype).numpy()[order],
-                            torch.cat([values for _, _, values in cut]).view(torch.float32).numpy()[order])  # fmt: skip
+        rounds, sizes = [at.numpy() for at, _, _ in cut], [batch for _, batch in shapes]
+        order = newest_last(rounds, sizes)
+        rows = torch.cat([rows for _, rows, _ in cut]).view(self._dtype).numpy()[order]
+        self.sampler.record(rows, torch.cat([values for _, _, values in cut]).view(torch.float32).numpy()[order])
+        if scored:
+            steps_at = np.concatenate([np.repeat(at, size) for at, size in zip(rounds, sizes, strict=True)])[order]
+            self._record_scores(scored, rows, steps_at)
+
+    def _record_scores(self, scored: Sequence[Scores], rows: NDArray[Any], at: NDArray[Any]) -> None:
+        """Take losses by helpers into the table, where they are newer than what it has.
+
+        Args:
+            rows: samples that steps were taken on in this epoch, ``at``, the round of each, ascending.
+        """
+        assert self.sampler is not None
+        last = np.full(self._samples, -1, dtype=np.int32)
+        last[rows] = at
+        for rounds, indices, losses in sorted(((s.rounds, s.indices.numpy(), s.losses.numpy()) for s in scored),
+                                              key=lambda one: one[0]):  # fmt: skip
+            newer = rounds > last[indices]  # a step of round 0 comes after the model of 0 rounds
+            self.sampler.record(indices[newer], losses[newer])
 
     @staticmethod
     def _sizes(plan: Plan) -> list[int]:
@@ -184,8 +205,9 @@ class StreamFeed(Feed):
         return self.deal(plan, plan)
 
     def collect(
-        self, indices: NDArray[Any], at: NDArray[Any], losses: Tensor, shapes: Sequence[tuple[int, int]] | None = None
-    ) -> None:
+        self, indices: NDArray[Any], at: NDArray[Any], losses: Tensor, shapes: Sequence[tuple[int, int]] | None = None,
+        scored: Sequence[Scores] = (),
+    ) -> None:  # fmt: skip
         """Do nothing: there is no table of losses."""
 
     def state_dict(self) -> dict[str, Any]:

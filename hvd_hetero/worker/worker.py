@@ -1,35 +1,33 @@
-"""One rank's model, optimizer and device: local steps and evaluation. It never communicates."""
+"""One rank's model, optimizer and device: local steps, and forward passes by its base. It never communicates."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hvd_hetero.comm.flat_params import FlatState
-from hvd_hetero.data import Batch, Source, read
-from hvd_hetero.data.batch import Weighted
+from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.random_state import RandomState
 from hvd_hetero.telemetry.emulation import SlowdownEmulator
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.worker.extra_state import extra_state, load_extra_state
+from hvd_hetero.worker.forward import ForwardPasses
 from hvd_hetero.worker.loss_scaler import LossScaler
-from hvd_hetero.worker.losses import Numbers, PerSample, concat, mean_gradient, name_of, numbers_of
+from hvd_hetero.worker.losses import Numbers, PerSample, concat, mean_gradient, name_of
 from hvd_hetero.worker.metrics import LOSS, Metric, SampleMean
 from hvd_hetero.worker.micro_batches import accumulate
-from hvd_hetero.worker.modes import evaluating, set_mode
+from hvd_hetero.worker.modes import set_mode
 from hvd_hetero.worker.optimizer_state import lay_out, load_state, save_state
 from hvd_hetero.worker.snapshot import snapshot
 
 
-class Worker:
+class Worker(ForwardPasses):
     """Trains one replica.
 
     Args:
@@ -267,21 +265,6 @@ class Worker:
         self.clip(self._params)
         self.optimizer.step()
 
-    def _losses_of(
-        self, inputs: Any, targets: Any, model: Callable[..., Any] | None = None
-    ) -> tuple[Numbers, Any]:
-        """Return the losses of a batch, and the model's outputs."""
-        if isinstance(targets, Weighted):
-            targets = targets.targets
-        if self._channels_last and isinstance(inputs, Tensor) and inputs.dim() == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        kind = None if self.scaler is not None and self.scaler.in_float32 else self._autocast
-        # entering a context that is switched off takes a tenth of a tiny model's step
-        with nullcontext() if kind is None else torch.autocast(self.device.type, kind):
-            outputs = forward(self.model if model is None else model, inputs)
-            returned = self._loss(outputs, targets)
-        return numbers_of("train.loss", self._loss, returned, inputs, targets), outputs
-
     def take_losses(self) -> tuple[Tensor, Tensor]:
         """Return losses and weights ``[K]`` of all samples since the last call, in the order of training.
 
@@ -306,27 +289,6 @@ class Worker:
         if self.scheduler is not None:
             self.scheduler.step()
         self._scheduled = [group["lr"] for group in self.optimizer.param_groups]
-
-    # ---- evaluation -------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()  # and not inference_mode: what a module keeps of an evaluation, it may use in training
-    def evaluate(self, source: Source, indices: np.ndarray[Any, Any], batch_size: int) -> None:
-        """Fill :attr:`measures` with some samples of a source; modes and random numbers are left as they were."""
-        random, generator = RandomState.capture(self.device), self.generator.get_state()
-        for metric in self.measures:
-            metric.begin(self.device)
-        whole = len(indices) // batch_size * batch_size
-        self.rest()
-        with evaluating(self.model):
-            for rows in (indices[:whole].reshape(-1, batch_size), indices[whole:].reshape(1, -1)):
-                for inputs, targets in read(source, rows, self.generator, split="test") if rows.size else ():
-                    self.watch.heartbeat.begin("evaluation")
-                    losses, outputs = self._losses_of(inputs, targets)
-                    self._mean_loss.enter(losses)
-                    for metric in self.measures[1:]:
-                        metric.add(outputs, targets, inputs)
-        random.restore()
-        self.generator.set_state(generator)
 
     # ---- saving and putting back ------------------------------------------------------------------------------------
 
@@ -388,13 +350,3 @@ class Worker:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # not what averages and gradients travel on
-
-
-def forward(model: Callable[..., Any], inputs: Any) -> Any:
-    """Calls the model: a tuple of inputs as positional arguments, a mapping as keyword arguments, all else as one.
-
-    A named tuple, such as a packed sequence, is one argument; so is a list.
-    """
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if type(inputs) is tuple else model(inputs)

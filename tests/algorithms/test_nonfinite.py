@@ -31,7 +31,8 @@ from hvd_hetero.cluster.hardware import RankFacts
 from hvd_hetero.comm.flat_params import FlatState
 from hvd_hetero.comm.nonfinite import FLAG_SLOTS, Exclusions, finite, scale_, write_validity_flags
 from hvd_hetero.errors import EXIT_NON_FINITE, NonFiniteError
-from hvd_hetero.telemetry.run_folder import METRICS, to_json
+from hvd_hetero.telemetry.row_file import to_json
+from hvd_hetero.telemetry.run_folder import METRICS
 from hvd_hetero.telemetry.time_accounts import Accounts
 
 pytestmark = pytest.mark.horovod

@@ -12,6 +12,7 @@ from hvd_hetero import algorithms
 from hvd_hetero.algorithms.local_sgd import LocalSGD
 from hvd_hetero.analysis.predict.advice import recommended, sweep, together, worth
 from hvd_hetero.analysis.predict.predict import Prediction, Scenario
+from hvd_hetero.analysis.predict.roles import roles
 from hvd_hetero.analysis.predict.speeds import Assumptions, Speed, gather
 from hvd_hetero.config.load import load
 from hvd_hetero.planning.plan import Plan
@@ -258,6 +259,19 @@ def test_a_class_is_worth_what_it_adds() -> None:
     assert "adds 12.5%" in slow.sentence
     (slow,) = worth(scenario(latency_ms=8.0), 16)  # alone, fast needs no link
     assert not slow.worth_having and "left out" in slow.sentence
+
+
+def test_the_role_that_a_class_is_worth_most_in() -> None:
+    """Fast 4000 samples/s, slow 500, forward passes three times that; an epoch of 1440 takes 0.32 s, or 0.36 alone."""
+    made = scenario(["train.tau=16"])
+    few, many = (roles(made, worth(made, 16), test)[0] for test in (None, 2400))
+    assert (few.without_sec, few.train_sec, few.evaluate_sec) == pytest.approx((0.38, 0.32 + 240 / 13500, 0.36))
+    assert few.best == "train" and few.evaluations == pytest.approx(0.36 * 1500 / 240)
+    assert many.best == "evaluate" and many.train_sec == pytest.approx(0.32 + 2400 / 13500)
+    assert many.evaluate_sec == few.evaluate_sec and many.scored == pytest.approx(0.36 * 1500 / 1440)
+    assert "worth most with role evaluate" in many.sentence
+    rarely = scenario(["train.tau=16", "eval.every_epochs=10"])
+    assert roles(rarely, worth(rarely, 16), 2400)[0].best == "train"
 
 
 def test_all_classes_beside_the_fastest_alone() -> None:

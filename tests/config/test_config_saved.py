@@ -52,7 +52,8 @@ DECIDES = {
         train.autocast train.matmul_precision train.channels_last sampling.scheme sampling.high_loss_ratio
         sampling.bias_to sampling.until sampling.anneal sampling.selection sampling.smoothing sampling.prune_ratio
         sampling.sample_weights sampling.block
-        aggregation.weights aggregation.max_extrapolation aggregation.mode aggregation.quorum algorithm.quorum
+        aggregation.weights aggregation.max_extrapolation aggregation.anneal_from aggregation.mode aggregation.quorum
+        algorithm.quorum
         algorithm.noise algorithm.adaptive algorithm.max_delay algorithm.gradients algorithm.harmonic_mean
         algorithm.buffer algorithm.activation algorithm.micro_batches aggregation.sync_every aggregation.max_lag
         aggregation.patience_sec aggregation.optimizer_state aggregation.outer_lr aggregation.outer_momentum

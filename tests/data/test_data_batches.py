@@ -20,7 +20,7 @@ from hvd_hetero.data import MapSource, TensorSource, as_source, read
 from hvd_hetero.data.batch import pinned, sample_counts, split_target, to_device
 from hvd_hetero.data.collate import collate
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.worker.worker import forward
+from hvd_hetero.worker.forward import forward
 
 ROWS = np.array([[3, 0], [7, 7], [1, 9]])
 

@@ -135,6 +135,21 @@ def test_tau_is_measured_on_the_programs_own_steps_which_are_put_back(said: list
         assert found["taus"][0] == 9 and 1 <= found["taus"][1] < 9  # the slow rank is a fast one that sleeps
 
 
+def test_tau_auto_is_chosen_by_the_programs_own_steps_and_an_average(said: list[dict[str, Any]]) -> None:
+    """With any overhead allowed, the shortest round in which the slow rank takes a step; asked for too early, it says
+    so.
+    """
+    for found in (each["chosen"] for each in said):
+        assert len(found["said"]) >= 3 and set(found["said"]) == {
+            "True: there is no plan yet: with train.tau=auto it goes by steps that are timed in the first rounds; ask "
+            "in a round whose measures is False, or later"}  # fmt: skip
+        assert not found["first"]["measures"] and found["first"]["weights"] == found["before"]
+        fast, slow = found["first"]["taus"]
+        assert slow == 1 and 1 <= fast < 9  # the slow rank is a fast one that sleeps
+        assert found["average_sec"] > 0
+    assert said[0]["chosen"]["first"]["taus"] == said[1]["chosen"]["first"]["taus"]
+
+
 def test_a_loop_goes_on_from_states_that_the_program_has_kept(said: list[dict[str, Any]]) -> None:
     for found in (each["resumed"] for each in said):
         assert found["rounds"] == list(range(1, 22))
@@ -183,6 +198,8 @@ class Endless(torch.utils.data.IterableDataset[Any]):
     (Endless(), {}, "samples=None: this Endless tells no length"),
     (torch.utils.data.DataLoader(Endless(), batch_size=8), {"train.batch_size": 3, "train.epochs": 2}, "samples=None"),
     (iter([1]), {}, "train_data=list_iterator: is an iterator"),
+    (DATA, {"cluster.classes": {"a": {"ranks": [0]}, "b": {"ranks": [1], "role": "evaluate"}}, "train.tau": 2},
+     "cluster.classes.b.role='evaluate': a hand-written loop steps on every rank"),
 ])  # fmt: skip
 def test_what_a_loop_refuses(data: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:

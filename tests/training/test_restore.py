@@ -27,7 +27,7 @@ from hvd_hetero.errors import EXIT_LOST
 from hvd_hetero.launch.horovodrun import End
 from hvd_hetero.launch.supervisor import Supervisor
 from hvd_hetero.planning.plan import make_plan
-from hvd_hetero.telemetry.run_folder import METRICS, RunFolder
+from hvd_hetero.telemetry.run_folder import EVALUATIONS, METRICS, RunFolder
 from hvd_hetero.telemetry.staleness import KINDS, Counts
 from hvd_hetero.training.run_records import say_resumed
 from hvd_hetero.training.stop_request import StopRequest
@@ -38,19 +38,23 @@ pytestmark = pytest.mark.horovod
 ROWS = [{"epoch": number, "samples_seen": 100 * number, "train_loss": 1.0} for number in range(1, 7)]
 
 
-def written(path: Path, rows: list[dict[str, Any]], keep: int | None = None) -> list[int]:
-    """Writes rows into a run's folder; returns the sizes that checkpoints would note, before and after each."""
+def written(path: Path, rows: list[dict[str, Any]], keep: list[int] | None = None) -> list[list[int]]:
+    """Writes rows into a run's folder, every other one as an evaluation too; returns what checkpoints would note,
+    before and after each.
+    """
     folder = RunFolder(path, overwrite=True, keep_bytes=keep)
     sizes = [folder.rows_bytes]
     for row in rows:
         folder.row(row)
+        if row["epoch"] % 2:
+            folder.evaluation(row)
         sizes.append(folder.rows_bytes)
     folder.close()
     return sizes
 
 
-def epochs(path: Path) -> list[int]:
-    return [json.loads(line)["epoch"] for line in (path / METRICS).read_text().splitlines()]
+def epochs(path: Path, name: str = METRICS) -> list[int]:
+    return [json.loads(line)["epoch"] for line in (path / name).read_text().splitlines()]
 
 
 def test_a_checkpoint_before_the_first_new_row_knows_the_rows_that_were_kept(tmp_path: Path) -> None:
@@ -59,11 +63,15 @@ def test_a_checkpoint_before_the_first_new_row_knows_the_rows_that_were_kept(tmp
     assert again[0] == sizes[4] and epochs(tmp_path) == [1, 2, 3, 4, 5, 6]
     written(tmp_path, ROWS[4:], keep=again[0])
     assert epochs(tmp_path) == [1, 2, 3, 4, 5, 6], "neither lost nor doubled"
+    assert epochs(tmp_path, EVALUATIONS) == [1, 3, 5]
+    written(tmp_path, ROWS[:1])
+    assert epochs(tmp_path) == epochs(tmp_path, EVALUATIONS) == [1], "a new run begins with nothing"
 
 
 def test_rows_that_are_gone_are_told_and_not_made_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     size = written(tmp_path, ROWS[:2])[-1]
     (tmp_path / METRICS).write_text("")
+    (tmp_path / EVALUATIONS).unlink()
     written(tmp_path, ROWS[2:3], keep=size)
     assert "rows are missing" in caplog.text and epochs(tmp_path) == [3]
 
@@ -80,7 +88,7 @@ def test_a_row_that_the_disk_does_not_take_comes_with_the_next_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = RunFolder(tmp_path, overwrite=False)
-    whole, parts = folder._rows, iter([5])
+    whole, parts = folder._rows._file, iter([5])
 
     class Full:
         """Takes five bytes, and then no more."""
@@ -90,10 +98,10 @@ def test_a_row_that_the_disk_does_not_take_comes_with_the_next_one(
                 return whole.write(data[:count])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    folder._rows = Full()  # type: ignore[assignment]
+    folder._rows._file = Full()  # type: ignore[assignment]
     folder.row(ROWS[0])
     assert f"{METRICS} cannot be written now: No space left" in caplog.text
-    folder._rows = whole
+    folder._rows._file = whole
     folder.row(ROWS[1])
     folder.close()
     assert epochs(tmp_path) == [1, 2]

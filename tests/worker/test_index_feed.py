@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from hvd_hetero.cluster.device_classes import assign
 from hvd_hetero.cluster.hardware import RankFacts
+from hvd_hetero.comm.helper_channel import Scores
 from hvd_hetero.config.load import device_classes
 from hvd_hetero.planning.plan import make_plan
 from hvd_hetero.planning.sampling import Sampler
@@ -95,3 +97,22 @@ def test_a_rank_that_had_no_steps_learns_where_in_a_stream_the_others_are() -> N
         steps = 2 * old.of_rank(rank).tau
         taken += [*first[:steps].reshape(-1), *feed.deal_rest(new, first, steps).reshape(-1)]
     assert sorted(taken) == list(range(2 * 12 + new.rounds * 14))
+
+
+def test_losses_by_helpers_count_where_no_step_was_taken_since_their_model() -> None:
+    """A loss of the step in round q is by the model of q rounds or a later one."""
+
+    class Gathering(Alone):
+        @staticmethod
+        def gather(tensor: Any, name: str, sizes: Any) -> Any:
+            return [tensor]
+
+    sampler = Sampler(8, "separate", 0.5, FAST, 0)
+    sampler.losses[:] = 9.0
+    feed = Feed(Gathering(), 8, sampler)  # type: ignore[arg-type]
+    scored = [Scores(1, 2, torch.tensor([0, 2, 4]), torch.tensor([20.0, 22.0, 24.0])),
+              Scores(1, 0, torch.tensor([4, 0, 6]), torch.tensor([4.0, 0.0, 6.0])),
+              Scores(1, 1, torch.tensor([1, 0, 7]), torch.tensor([11.0, 10.0, 17.0]))]  # fmt: skip
+    rows, at = np.array([[0, 1], [2, 3], [4, 0]]), np.array([0, 1, 2])
+    feed.collect(rows, at, torch.tensor([0.0, 0.1, 1.2, 1.3, 2.4, 2.0]), [(3, 2)], scored)
+    assert sampler.losses.tolist() == pytest.approx([2.0, 11.0, 22.0, 1.3, 2.4, 9.0, 6.0, 17.0])

@@ -25,9 +25,10 @@ from hvd_hetero.worker.factories import (
     per_sample_loss,
     scheduler_maker,
 )
+from hvd_hetero.worker.forward import forward
 from hvd_hetero.worker.metrics import SampleMean, read_metrics
 from hvd_hetero.worker.step_benchmark import Measurement, measure_step
-from hvd_hetero.worker.worker import Worker, forward
+from hvd_hetero.worker.worker import Worker
 
 
 def network() -> nn.Module:

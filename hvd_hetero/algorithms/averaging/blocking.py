@@ -94,7 +94,7 @@ class BlockingAveraging(Averaging):
         if base is not None and factor != 1:
             state.refresh()
             scale_progress(state.parameters(), base, factor)
-        self.average_models(mine.weight, base)
+        self.average_models(self.policy.weight_of(mine), base)
 
     def average_models(self, weight: float, base: Sequence[Tensor] | None) -> None:
         """Average the models that are here now, and take the outer step.

@@ -50,14 +50,14 @@ class DelayedAveraging(BlockingAveraging):
         self._in_flight.begin()
         super().run_segment(segment, mine)
         self._in_flight.receive()
-        self.average_models(mine.weight, self._in_flight.base)
+        self.average_models(self.policy.weight_of(mine), self._in_flight.base)
 
     def run_round(self, batches: Iterator[Batch], mine: ClassPlan) -> None:
         delay = self.policy.delay_of(mine)
         self.worker.local_steps(batches, delay)
         self._in_flight.receive()
         self.worker.local_steps(batches, mine.tau - delay)
-        self._in_flight.send(mine.weight, self.policy.progress_factor(mine.name))
+        self._in_flight.send(self.policy.weight_of(mine), self.policy.progress_factor(mine.name))
         if self.spec.optimizer_state == "reset":
             self.worker.optimizer.state.clear()
 

@@ -48,7 +48,8 @@ class LocalSGDExecutor(Executor):
         self.averaging.run_segment(segment, self.mine)
 
     def end_epoch(self) -> None:
-        average_others(self.comm, self.worker.state, self.mine.weight, only_new=not self.policy.is_partial)
+        weight = self.policy.weight_of(self.mine)
+        average_others(self.comm, self.worker.state, weight, only_new=not self.policy.is_partial)
 
     def counts(self) -> Counts | None:
         return self.averaging.counts()

@@ -10,9 +10,10 @@ from pathlib import Path
 from hvd_hetero import algorithms
 from hvd_hetero.analysis.predict.advice import batches, recommended, sweep, together, worth
 from hvd_hetero.analysis.predict.predict import Scenario
+from hvd_hetero.analysis.predict.roles import roles
 from hvd_hetero.analysis.predict.speeds import Assumptions, gather
 from hvd_hetero.analysis.predict.tables import Forecast, as_json, as_text
-from hvd_hetero.config.load import load
+from hvd_hetero.config.load import load, without_roles
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.files import check_writable, write_text
 
@@ -27,7 +28,7 @@ def plan(files: Sequence[str], overrides: Sequence[str], given: Assumptions, out
     """
     if out is not None:
         check_writable("--out", Path(out))
-    config = load(files, overrides, algorithms.method)
+    config = without_roles(load(files, overrides, algorithms.method))  # what a class is worth in each is told
     inputs = gather(config, given)
     scenario = Scenario(config, inputs)
     rows = sweep(scenario)
@@ -35,9 +36,10 @@ def plan(files: Sequence[str], overrides: Sequence[str], given: Assumptions, out
     if advice is None:
         problem = next(row.problem for _, row in reversed(rows))
         raise ConfigError("train.tau", config.train.tau, f"no tau can be planned: {problem}", "change what it names")
+    added = worth(scenario, advice.tau)
     forecast = Forecast(
-        scenario, scenario.methods(), rows, advice, batches(scenario), worth(scenario, advice.tau),
-        together(scenario, advice.tau),
+        scenario, scenario.methods(), rows, advice, batches(scenario), added, together(scenario, advice.tau),
+        roles(scenario, added, given.test_samples),
     )  # fmt: skip
     print(as_text(forecast))
     if out is not None:

@@ -34,6 +34,7 @@ class Assumptions:
     params: int | None = None
     model_mb: float | None = None
     samples: int | None = None
+    test_samples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def gather(config: Config, given: Assumptions) -> Inputs:
         ConfigError: something is missing, or cannot be.
     """
     for option, value in (("--latency-ms", given.latency_ms), ("--bandwidth-mbit", given.bandwidth_mbit),
-                          ("--params", given.params), ("--model-mb", given.model_mb), ("--samples", given.samples)):
+                          ("--params", given.params), ("--model-mb", given.model_mb), ("--samples", given.samples),
+                          ("--test-samples", given.test_samples)):
         if value is not None:
             _number(option, value, above=None if value is given.latency_ms else 0.0)
     law = given.jitter_law or LOGNORMAL

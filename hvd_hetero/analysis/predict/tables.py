@@ -8,6 +8,7 @@ from typing import Any
 
 from hvd_hetero.analysis.predict.advice import Advice, Together, Worth
 from hvd_hetero.analysis.predict.predict import Prediction, Scenario
+from hvd_hetero.analysis.predict.roles import RoleWorth
 from hvd_hetero.analysis.report.tables import table
 
 LEFT_OUT = (
@@ -32,6 +33,7 @@ class Forecast:
     batches: Sequence[tuple[float, Advice]]
     worth: Sequence[Worth]
     together: Together | None
+    roles: Sequence[RoleWorth] = ()
 
 
 def as_text(forecast: Forecast) -> str:
@@ -50,7 +52,8 @@ def as_text(forecast: Forecast) -> str:
                *([_by_class(advice.prediction.batch_size), str(advice.tau), *_cells(advice.prediction, names)]
                  for _, advice in forecast.batches)]),
         f"* Recommended: {forecast.advice.reason}",
-        "\n".join([*(w.sentence for w in forecast.worth), *([forecast.together.sentence] if forecast.together else [])])
+        "\n".join([*(w.sentence for w in forecast.worth), *([forecast.together.sentence] if forecast.together else []),
+                   *(r.sentence for r in forecast.roles)])
         or "There is no class to leave out.",
         "\n".join(_notes(forecast)),
     ]
@@ -103,6 +106,7 @@ def as_json(forecast: Forecast) -> dict[str, Any]:
                     for scale, best in forecast.batches],
         "recommended": {"tau_fastest": advice.tau, "reason": advice.reason, **_row(advice.prediction)},
         "worth": [{**asdict(w), "worth_having": w.worth_having, "sentence": w.sentence} for w in forecast.worth],
+        "roles": [{**asdict(r), "best": r.best, "sentence": r.sentence} for r in forecast.roles],
         "together": None if forecast.together is None else asdict(forecast.together),
         "notes": _notes(forecast),
     }

@@ -98,7 +98,7 @@ def _curve(axes: Axes, series: Series, x_key: str, key: str, scale: float, index
 
 
 def _points(run: Run, x_key: str, key: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    pairs = [(row[x_key], row[key]) for row in run.rows if row.get(key) is not None]
+    pairs = [(row[x_key], row[key]) for row in run.points if row.get(key) is not None]
     x, y = zip(*pairs, strict=True) if pairs else ((), ())
     return np.array(x, dtype=float), np.array(y, dtype=float)
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.telemetry.emulation import emulation_reasons
-from hvd_hetero.telemetry.run_folder import METRICS, SUMMARY
+from hvd_hetero.telemetry.run_folder import EVALUATIONS, METRICS, SUMMARY
 from hvd_hetero.telemetry.trace import TRACE
 
 
@@ -25,6 +25,7 @@ class Run:
         rows: of ``metrics.jsonl``, at least one.
         summary: None where the run did not reach its end.
         trace: the recorded rounds, if there are any.
+        evaluations: by helpers, of models between those of the rows.
     """
 
     path: Path
@@ -33,6 +34,12 @@ class Run:
     plan: Mapping[str, Any]
     summary: Mapping[str, Any] | None
     trace: Mapping[str, Any] | None
+    evaluations: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def points(self) -> list[Mapping[str, Any]]:
+        """Rows and evaluations, in the order of the run."""
+        return sorted([*self.rows, *self.evaluations], key=lambda row: row["samples_seen"])
 
     @property
     def method(self) -> str:
@@ -85,12 +92,13 @@ def read_run(path: str | Path) -> Run:
     if "algorithm.name" not in settings:
         problem = "names no training method, so it is not that of a run"
         raise ConfigError("RUN", str(folder / "config.yaml"), problem, "leave the run out")
-    rows = _read(folder / METRICS, lambda text: [_mapping(line) for line in text.splitlines()])
+    rows = _read(folder / METRICS, _rows)
     if not rows:
         raise ConfigError("RUN", str(path), "has not finished an epoch", "wait for it, or leave it out")
     plan = _read(folder / "plan.json", _mapping)
-    rest = [_read(folder / name, _mapping) if (folder / name).exists() else None for name in (SUMMARY, TRACE)]
-    return Run(folder, settings, rows, plan, *rest)
+    summary, trace = (_read(folder / name, _mapping) if (folder / name).exists() else None for name in (SUMMARY, TRACE))
+    evaluations = _read(folder / EVALUATIONS, _rows) if (folder / EVALUATIONS).exists() else []
+    return Run(folder, settings, rows, plan, summary, trace, evaluations)
 
 
 def group(runs: Sequence[Run]) -> list[Series]:
@@ -150,6 +158,10 @@ def _yaml(text: str) -> Any:
     if not OmegaConf.is_dict(content):
         raise ValueError("it is no mapping")
     return OmegaConf.to_container(content)
+
+
+def _rows(text: str) -> list[Any]:
+    return [_mapping(line) for line in text.splitlines()]
 
 
 def _mapping(text: str) -> Any:

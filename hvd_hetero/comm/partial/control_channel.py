@@ -41,12 +41,15 @@ class ControlClient:
         self._sending, self._receiving = threading.Lock(), threading.Lock()
         self.send(0, rank)
 
-    def send(self, what: int, number: int = 0, vector: Tensor | None = None) -> None:
-        """Sends a message, and right behind it a vector, of which the other end knows length and type."""
+    def send(self, what: int, number: int = 0, *vectors: Tensor | None, text: str | None = None) -> None:
+        """Sends a message, and right behind it a text and vectors, of which the other end knows length and type."""
         with self._sending:
             self._wire.connection.send_bytes(MESSAGE.pack(what, number))
-            if vector is not None:
-                self._wire.send_vector(vector)
+            if text is not None:
+                self._wire.connection.send_bytes(text.encode())
+            for vector in vectors:
+                if vector is not None:
+                    self._wire.send_vector(vector)
 
     def receive(self) -> tuple[int, int]:
         """The next message.
@@ -65,10 +68,25 @@ class ControlClient:
             EOFError, OSError: the channel is closed.
         """
         with self._receiving:
-            numbers: tuple[int, ...] = form.unpack(self._wire.connection.recv_bytes(form.size))
+            numbers = self.numbers(form)
             if numbers[-1]:
                 self._wire.receive_vector(vector)
         return numbers
+
+    def numbers(self, form: struct.Struct) -> tuple[int, ...]:
+        """The next message, in this form; where one thread alone receives."""
+        numbers: tuple[int, ...] = form.unpack(self._wire.connection.recv_bytes(form.size))
+        return numbers
+
+    def text_and_vector(self, vector: Tensor) -> str:
+        """The next message, a text, behind which comes a vector, received in place."""
+        text = self._wire.connection.recv_bytes().decode()
+        self._wire.receive_vector(vector)
+        return text
+
+    def has_message(self) -> bool:
+        """Whether something has come, or the channel has ended."""
+        return self._wire.connection.poll()
 
     def close(self) -> None:
         """Ends the channel; a thread that waits in :meth:`receive` gets an EOFError."""
@@ -185,26 +203,63 @@ class ControlServer:
             thread.join(timeout=5)
 
 
+class ThreadedServer(ControlServer):
+    """Hears each link in a thread of its own, so that a rank that stops in mid-message holds up nobody but itself."""
+
+    def __init__(self, address: str, ranks: int, secret: bytes) -> None:
+        super().__init__(address, ranks, secret, lambda *message: ())
+
+    def _serve(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._listening)
+            links = dict(self._links)
+        threads = [threading.Thread(target=self._converse, args=link, name="hvd_hetero.server", daemon=True)
+                   for link in links.items()]  # fmt: skip
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for rank in links:
+            self._drop(rank)
+
+    def _converse(self, rank: int, wire: _Wire) -> None:
+        """Answer one link until it ends."""
+        raise NotImplementedError(type(self).__name__)
+
+
 def connect(
     comm: Comm, hosts: int, make_hub: Callable[[str, int, bytes], ControlServer]
 ) -> tuple[ControlClient, ControlServer | None]:
-    """Opens the channel; all ranks call it together.
+    """Opens the channel; all ranks that train call it together, and each gets a link.
 
     Args:
         hosts: how many the ranks are on.
         make_hub: makes rank 0's end, from address, number of ranks and secret.
     """
+    hub, address, secret = open_hub(comm, hosts, comm.size, make_hub)
+    link = ControlClient(address, secret, comm.rank)
+    comm.barrier("activation.connected")
+    return link, hub
+
+
+def open_hub(
+    comm: Comm, hosts: int, links: int, make_hub: Callable[[str, int, bytes], ControlServer],
+    ranks: tuple[int, ...] | None = None,
+) -> tuple[ControlServer | None, tuple[str, int], bytes]:  # fmt: skip
+    """Opens rank 0's end, for so many links, and tells other ranks where it is, and the secret.
+
+    Args:
+        ranks: those that are told, and call it together: all that train, or all.
+    """
     hub, secret = None, secrets.token_bytes(SECRET_BYTES)
     told = torch.zeros(SECRET_BYTES + ADDRESS_BYTES, dtype=torch.uint8)
     if comm.rank == 0:
-        hub = make_hub("127.0.0.1" if hosts == 1 else own_address(), comm.size, secret)
+        hub = make_hub("127.0.0.1" if hosts == 1 else own_address(), links, secret)
         where = f"{hub.address[0]} {hub.address[1]}".ljust(ADDRESS_BYTES).encode()
         told = torch.tensor(list(secret + where), dtype=torch.uint8)
-    said = bytes(comm.broadcast(told, "activation.address").tolist())
+    said = bytes(comm.broadcast(told, "activation.address", ranks=ranks).tolist())
     host, port = said[SECRET_BYTES:].decode().split()
-    link = ControlClient((host, int(port)), said[:SECRET_BYTES], comm.rank)
-    comm.barrier("activation.connected")
-    return link, hub
+    return hub, (host, int(port)), said[:SECRET_BYTES]
 
 
 def own_address() -> str:
