@@ -59,6 +59,7 @@ class RunConfig:
 @dataclass(frozen=True)
 class LaunchConfig:
     environment: list[str] = _key([], NOTHING)
+    discovery_sec: Optional[float] = _key(None, NOTHING, above=0)  # noqa: UP045
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def launch(
         ConfigError: found wrong before any worker was started.
     """
     config, chosen = placed(files, overrides)
-    hosts = job_hosts(config)
+    given, hosts = read(files, overrides), job_hosts(config)
     check_options(max_restarts, min_ranks, sum(slots for _, slots in hosts))
     folder = run_dir(config)
     check_run_dir(folder, config.run.overwrite or config.run.resume is not None)
@@ -63,17 +63,24 @@ def launch(
         return 0
     saves = config.checkpoint.every_sec is not None or config.checkpoint.every_rounds is not None
 
-    def start(settings: Sequence[str]) -> End:
+    def check(settings: Sequence[str]) -> tuple[Config, list[tuple[str, int]]]:
         again = read(files, [*chosen, *settings])
         here = job_hosts(again)
-        if settings:
-            preflight(again, here)
+        expected_cluster(again, here)  # all else is as it was when the job was first started
+        return again, here
+
+    def start(settings: Sequence[str]) -> End:
+        again, here = check(settings)
         if not settings:
             (folder / STOP).unlink(missing_ok=True)
         command = horovodrun_line(again, here, ["train", *files, *chosen, *settings])
         return _run(again, command, here, folder / STOP if saves else None)
 
-    return Supervisor(start, config, hosts, folder, max_restarts, min_ranks).run()
+    def look() -> list[tuple[str, int]]:
+        found = allocation(given)
+        return hosts if found is None else list(found.hosts)
+
+    return Supervisor(start, config, hosts, folder, max_restarts, min_ranks, look, check).run()
 
 
 def run_job(command: str, files: Sequence[str], overrides: Sequence[str]) -> int:

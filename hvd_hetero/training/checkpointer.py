@@ -28,9 +28,9 @@ from hvd_hetero.comm.kv_store import JobEnv
 from hvd_hetero.config.schema import RESHAPE, Config
 from hvd_hetero.errors import ConfigError, Plain, UserError
 from hvd_hetero.log import LOGGER
-from hvd_hetero.planning.plan import Plan
 from hvd_hetero.telemetry.run_status import SAVE
 from hvd_hetero.training.fingerprint import made_with
+from hvd_hetero.training.reshape import load_for
 from hvd_hetero.training.resume import Found, places
 from hvd_hetero.training.stop_request import StopRequest
 from hvd_hetero.worker.epoch import Progress
@@ -199,17 +199,17 @@ class Saver(Meetings):
     def load(self, found: Found | None, cluster: Cluster) -> tuple[Any, bool]:
         """What to go on from, and whether it is of another configuration or number of ranks.
 
-        It is this rank's state in the checkpoint that rank 0 has found, rank 0's where it is reshaped; None where there
-        is none.
+        It is this rank's state in the checkpoint that rank 0 has found; where it is reshaped, what
+        :func:`~hvd_hetero.training.reshape.load_for` makes of it; None where there is none.
 
         Raises:
             UserError: on all ranks, if one of them cannot read its part.
         """
-        told = torch.tensor([NONE, 0])
+        told = torch.tensor([NONE, 0, 0])
         if found is not None:
             elsewhere = self._config.run.resume == RESHAPE and found.state.get("classes") != places(cluster)
-            told = torch.tensor([found.round, int(found.reshaped or elsewhere)])
-        number, reshaped = (int(x) for x in self._comm.broadcast(told, "checkpoint.found"))
+            told = torch.tensor([found.round, int(found.reshaped or elsewhere), int(found.keeps)])
+        number, reshaped, keeps = (int(x) for x in self._comm.broadcast(told, "checkpoint.found"))
         if number == NONE:
             problem = ""
             try:
@@ -223,9 +223,7 @@ class Saver(Meetings):
         state, problem = None, ""
         try:
             saved = self._store.at(number)
-            state = saved.load(0 if reshaped else self._comm.rank)
-            if reshaped:  # rank 0 may have had no part in the training
-                state["worker"] = saved.load(min(Plan.from_dict(state["plan"]).training[0].ranks))["worker"]
+            state = load_for(saved, cluster, self._comm.rank, bool(keeps)) if reshaped else saved.load(self._comm.rank)
             if self._comm.rank == 0:
                 self._store.rewind(number)
                 self._best = self._store.best_value(self._best_by)

@@ -18,6 +18,8 @@ from hvd_hetero.training.fingerprint import plain, sources
 from hvd_hetero.worker.worker import Worker
 
 REMEDY = f"or set run.resume={RESHAPE}"
+OF_CLASSES = {"train.tau", "train.batch_size"}
+"""Settings that may name classes, and so change with the hosts."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,13 @@ class Found:
         round: of the checkpoint.
         state: rank 0's.
         reshaped: it is of other settings or ranks, and is taken all the same.
+        keeps: of other ranks at most: each that stays goes on from its own state.
     """
 
     round: int
     state: Any
     reshaped: bool = False
+    keeps: bool = True
 
 
 def find(run_dir: Path, config: Config, world_size: int) -> Found | None:
@@ -58,7 +62,8 @@ def find(run_dir: Path, config: Config, world_size: int) -> Found | None:
             continue
         for text in [*map(str, damaged), *changed_sources(checkpoint.meta, config)]:
             warnings.warn(text, RuntimeWarning, stacklevel=2)
-        return Found(candidate.round, state, other is not None)
+        keeps = changed_settings(checkpoint.meta, config).keys() <= OF_CLASSES
+        return Found(candidate.round, state, other is not None, keeps)
     if damaged:
         raise damaged[0]
     return None
@@ -75,12 +80,7 @@ def difference(checkpoint: Checkpoint, config: Config, world_size: int) -> UserE
     if meta.world_size != world_size:
         problem = f"was saved by {meta.world_size} ranks, and this job has {world_size}"
         return CheckpointError(path, problem, f"start {meta.world_size} ranks, {REMEDY}")
-    built_in, changed = plain(config.built_in()), {}
-    made_with = dict(pairs_renamed(meta.made_with.items(), set()))
-    for key, value in plain(config.settings(NUMBERS)).items():
-        before = made_with.get(key, built_in[key])  # a key that was not there had the effect that it has built in
-        if json.dumps(before, sort_keys=True) != json.dumps(value, sort_keys=True):
-            changed[key] = before, value
+    changed = changed_settings(meta, config)
     if not changed:
         return None
     key, *more = sorted(changed, key=lambda key: key != "algorithm.name")  # from which others may follow
@@ -88,6 +88,17 @@ def difference(checkpoint: Checkpoint, config: Config, world_size: int) -> UserE
     also = f" ({', '.join(more)} differ too)" if more else ""
     problem = f"the checkpoint of round {meta.round} was made with {before!r}{also}"
     return ConfigError(key, value, problem, f"give it the value that it had, {REMEDY}")
+
+
+def changed_settings(meta: Meta, config: Config) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that decide the numbers and differ from a checkpoint's, with both values."""
+    built_in, changed = plain(config.built_in()), {}
+    made_with = dict(pairs_renamed(meta.made_with.items(), set()))
+    for key, value in plain(config.settings(NUMBERS)).items():
+        before = made_with.get(key, built_in[key])  # a key that was not there had the effect that it has built in
+        if json.dumps(before, sort_keys=True) != json.dumps(value, sort_keys=True):
+            changed[key] = before, value
+    return changed
 
 
 def changed_sources(meta: Meta, config: Config) -> list[str]:
@@ -133,6 +144,11 @@ def check_fits(state: Any, worker: Worker) -> None:
 def places(cluster: Cluster) -> list[list[Any]]:
     """Say which ranks are in which class, and on which kind of device, however the classes are chosen."""
     return [[c.name, c.device, list(c.ranks)] for c in cluster.classes]
+
+
+def slots(cluster: Cluster) -> list[list[Any]]:
+    """Say by rank on which host it is, and as which of those there."""
+    return [[fact.host, fact.local_rank] for fact in cluster.facts]
 
 
 def check_places(state: Any, cluster: Cluster) -> None:
