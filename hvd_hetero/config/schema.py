@@ -202,6 +202,7 @@ class ProfileConfig:
 class CheckpointConfig:
     every_sec: Optional[float] = _key(60.0, COURSE, at_least=0)  # noqa: UP045
     every_rounds: Optional[int] = _key(None, COURSE, at_least=1)  # noqa: UP045
+    memory_sec: Optional[float] = _key(None, COURSE, at_least=0)  # noqa: UP045
     keep: int = _key(2, COURSE, at_least=1)
 
 

@@ -195,7 +195,9 @@ class Supervisor:
         other = elsewhere(self._config, self._first, now) if now != self._first else []
         if newest is None or self._is_foreign():
             return [*other, "run.overwrite=true", "run.resume=null"]
-        return [*other, f"run.resume={RESHAPE if self._changed else self._config.run.resume or AUTO}"]
+        latest = self._store.latest()
+        reshapes = self._changed or (latest is not None and len(latest.meta.lost) > 0)
+        return [*other, f"run.resume={RESHAPE if reshapes else self._config.run.resume or AUTO}"]
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -16,60 +16,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hvd_hetero.checkpoint import Checkpoint
-from hvd_hetero.cluster.device_classes import Cluster
-from hvd_hetero.planning.plan import Plan
 from hvd_hetero.training.epoch import rest_plan
 from hvd_hetero.training.restore import Run
-from hvd_hetero.training.resume import places, slots
 from hvd_hetero.training.run_records import RESHAPED, RESHAPED_RANKS, say_resumed
 from hvd_hetero.worker.epoch import Epoch
 from hvd_hetero.worker.index_feed import StreamFeed
 
 
-def load_for(saved: Checkpoint, cluster: Cluster, rank: int, keeps: bool) -> dict[str, Any]:
-    """Return what a rank goes on from, of a job with other ranks.
-
-    Args:
-        keeps: whether ranks that stay go on from their own states.
-
-    Returns:
-        The state of that job's rank 0, with the model of a rank that trained; and ``own``, of the rank that was where
-        this one is, or None; ``stayed``, how many ranks have one; ``gone``, on rank 0, the states of those that nobody
-        has, with their classes; ``keeps``.
-
-    Raises:
-        CheckpointError: a part of it cannot be read.
-    """
-    state: dict[str, Any] = saved.load(0)
-    # rank 0 may have had no part in the training
-    state["worker"] = saved.load(min(Plan.from_dict(state["plan"]).training[0].ranks))["worker"]
-    stays = staying(state, cluster) if keeps else {}
-    state["own"] = saved.load(stays[rank]) if rank in stays else None
-    left = set(range(saved.meta.world_size)).difference(stays.values()) if rank == 0 and keeps else set()
-    names = {other: name for name, _, ranks in state["classes"] for other in ranks}
-    state["gone"] = [(names[other], saved.load(other)) for other in sorted(left)]
-    return {**state, "stayed": len(stays), "keeps": keeps}
-
-
-def staying(state: Mapping[str, Any], cluster: Cluster) -> dict[int, int]:
-    """Return the ranks of a job that are where there was one before, each with the number that it had then."""
-    slots = dict(enumerate(state.get("slots", ())))
-    before = {(*slots[rank], name, device): rank for name, device, ranks in state["classes"] for rank in ranks
-              if rank in slots}  # fmt: skip
-    now = {fact.rank: (fact.host, fact.local_rank, c.name, c.device) for fact in cluster.facts
-           for c in [cluster.class_of(fact.rank)]}  # fmt: skip
-    return {rank: before[where] for rank, where in now.items() if where in before}
-
-
-def known_plan(state: Mapping[str, Any], cluster: Cluster) -> Plan | None:
-    """Return the plan that a job had with the same ranks and settings; speeds need not be measured again then."""
-    same = state["classes"] == places(cluster) and state.get("slots") == slots(cluster)
-    return Plan.from_dict(state["plan"]) if state["keeps"] and same else None
-
-
 def carry_over(run: Run, state: Mapping[str, Any]) -> None:
-    """Go on from what :func:`load_for` gave; all ranks call it."""
+    """Go on from what :func:`hvd_hetero.training.resume.load_for` gave; all ranks call it."""
     own, feed, accounts = state["own"], run.feed, run.accounts
     run.algorithm.carry_over(state["algorithm"])
     if own is not None:

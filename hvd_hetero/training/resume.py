@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from hvd_hetero.config.renamed import pairs_renamed
 from hvd_hetero.config.schema import AUTO, NUMBERS, RESHAPE, Config
 from hvd_hetero.data import Source, alike
 from hvd_hetero.errors import ConfigError, UserError
+from hvd_hetero.planning.plan import Plan
+from hvd_hetero.telemetry.run_folder import METRICS
 from hvd_hetero.training.fingerprint import plain, sources
 from hvd_hetero.worker.worker import Worker
 
@@ -56,7 +59,9 @@ def find(run_dir: Path, config: Config, world_size: int) -> Found | None:
             raise other
         try:
             checkpoint.verify()
-            state = checkpoint.load(0)
+            state = load_leads(checkpoint)
+            if "rank0" not in state:
+                state["rank0"] = _earlier_rank0(run_dir, state)
         except CheckpointError as error:
             damaged.append(error)
             continue
@@ -67,6 +72,35 @@ def find(run_dir: Path, config: Config, world_size: int) -> Found | None:
     if damaged:
         raise damaged[0]
     return None
+
+
+def load_leads(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the state of a checkpoint's first rank, with the model of one that trained: the first may not have.
+
+    Raises:
+        CheckpointError: a part of it cannot be read.
+    """
+    ranks = checkpoint.meta.ranks
+    state: dict[str, Any] = checkpoint.load(ranks[0])
+    trained = [rank for c in Plan.from_dict(state["plan"]).training for rank in c.ranks if rank in ranks]
+    if trained and min(trained) != ranks[0]:
+        state["worker"] = checkpoint.load(min(trained))["worker"]
+    return state
+
+
+def _earlier_rank0(run_dir: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What rank 0 alone keeps, where it was lost, from an older checkpoint: losses, averaged iterate; and its rows.
+
+    Raises:
+        CheckpointError: there is none that has it.
+    """
+    for candidate in Store(run_dir).candidates():
+        if candidate.checkpoint is not None and 0 in candidate.checkpoint.meta.ranks:
+            kept: dict[str, Any] = candidate.checkpoint.load(0)["rank0"]
+            lines = (run_dir / METRICS).read_bytes().splitlines(keepends=True)
+            ended = (line for line in lines if json.loads(line)["epoch"] <= state["accounts"]["epochs"])
+            return {**kept, "rows_bytes": sum(map(len, ended))}
+    raise CheckpointError(run_dir, "rank 0 was lost, and with it the losses of samples", "start anew")
 
 
 def difference(checkpoint: Checkpoint, config: Config, world_size: int) -> UserError | None:
@@ -80,6 +114,9 @@ def difference(checkpoint: Checkpoint, config: Config, world_size: int) -> UserE
     if meta.world_size != world_size:
         problem = f"was saved by {meta.world_size} ranks, and this job has {world_size}"
         return CheckpointError(path, problem, f"start {meta.world_size} ranks, {REMEDY}")
+    if meta.lost:
+        problem = f"was saved without the ranks {list(meta.lost)}, which had been lost"
+        return CheckpointError(path, problem, f"set run.resume={RESHAPE}")
     changed = changed_settings(meta, config)
     if not changed:
         return None
@@ -149,6 +186,45 @@ def places(cluster: Cluster) -> list[list[Any]]:
 def slots(cluster: Cluster) -> list[list[Any]]:
     """Say by rank on which host it is, and as which of those there."""
     return [[fact.host, fact.local_rank] for fact in cluster.facts]
+
+
+def load_for(saved: Checkpoint, cluster: Cluster, rank: int, keeps: bool) -> dict[str, Any]:
+    """Return what a rank goes on from, of a job with other ranks.
+
+    Args:
+        keeps: whether ranks that stay go on from their own states.
+
+    Returns:
+        The state of that job's first rank, with the model of one that trained; and ``own``, of the rank that was where
+        this one is, or None; ``stayed``, how many ranks have one; ``gone``, on rank 0, the states of those that nobody
+        has, with their classes; ``keeps``.
+
+    Raises:
+        CheckpointError: a part of it cannot be read.
+    """
+    state = load_leads(saved)
+    stays = {new: old for new, old in staying(state, cluster).items() if keeps and old not in saved.meta.lost}
+    state["own"] = saved.load(stays[rank]) if rank in stays else None
+    left = set(saved.meta.ranks).difference(stays.values()) if rank == 0 and keeps else set()
+    names = {other: name for name, _, ranks in state["classes"] for other in ranks}
+    state["gone"] = [(names[other], saved.load(other)) for other in sorted(left)]
+    return {**state, "stayed": len(stays), "keeps": keeps}
+
+
+def staying(state: Mapping[str, Any], cluster: Cluster) -> dict[int, int]:
+    """Return the ranks of a job that are where there was one before, each with the number that it had then."""
+    slots = dict(enumerate(state.get("slots", ())))
+    before = {(*slots[rank], name, device): rank for name, device, ranks in state["classes"] for rank in ranks
+              if rank in slots}  # fmt: skip
+    now = {fact.rank: (fact.host, fact.local_rank, c.name, c.device) for fact in cluster.facts
+           for c in [cluster.class_of(fact.rank)]}  # fmt: skip
+    return {rank: before[where] for rank, where in now.items() if where in before}
+
+
+def known_plan(state: Mapping[str, Any], cluster: Cluster) -> Plan | None:
+    """Return the plan that a job had with the same ranks and settings; speeds need not be measured again then."""
+    same = state["classes"] == places(cluster) and state.get("slots") == slots(cluster)
+    return Plan.from_dict(state["plan"]) if state["keeps"] and same else None
 
 
 def check_places(state: Any, cluster: Cluster) -> None:

@@ -37,9 +37,9 @@ from hvd_hetero.training.evaluation import evaluate
 from hvd_hetero.training.initial_plan import choose_micro_batches, first_plan, start_together
 from hvd_hetero.training.iterate_average import NONE, IterateAverage, half_life
 from hvd_hetero.training.live_status import LiveStatus
-from hvd_hetero.training.reshape import carry_over, known_plan
+from hvd_hetero.training.reshape import carry_over
 from hvd_hetero.training.restore import restore, state_of
-from hvd_hetero.training.resume import Found, check_fits, check_places
+from hvd_hetero.training.resume import Found, check_fits, check_places, known_plan
 from hvd_hetero.training.run_records import write_model, write_start, write_summary, write_trace
 from hvd_hetero.training.startup import Job
 from hvd_hetero.training.trainer_parts import TrainerParts
@@ -97,6 +97,7 @@ class Trainer(TrainerParts):
         self.best = BestEvaluation(config.eval.best, self.job.components.metrics, config.train.patience)
         self.saver = self.make_saver()
         if self.saver is not None:
+            self.job.watchdog.last_act = self.saver.survive
             state, reshaped = self.saver.load(self.found, self.job.cluster)
         known = None
         if state is not None and reshaped:
@@ -156,6 +157,8 @@ class Trainer(TrainerParts):
                 row = self._end_epoch(epoch, agreed)
                 if self.saver is not None and self.saver.active and (self.over or agreed.due or agreed.stop):
                     self._save(None, wait=self.over or agreed.stop, row=row)
+                else:
+                    self._keep(None)
                 if agreed.stop and not self.over:
                     raise self._stopped()
             if self.folder is not None and self.saver is not None:
@@ -238,6 +241,8 @@ class Trainer(TrainerParts):
                     return replace(agreed, step_sec=())
             if agreed.due or agreed.stop:
                 self._save(epoch, wait=agreed.stop)
+            else:
+                self._keep(epoch)
             if agreed.stop:
                 raise self._stopped()
 
@@ -353,6 +358,12 @@ class Trainer(TrainerParts):
         self._tell_saved(self.saver)
         self.watch.skip()
 
+    def _keep(self, epoch: Epoch | None) -> None:
+        if self.saver is not None:
+            number = self.accounts.rounds + (0 if epoch is None else epoch.progress.averages)
+            self.saver.keep(number, lambda: state_of(self, epoch))
+            self.watch.skip()
+
     def _stopped(self) -> Stopped:
         assert self.saver is not None
         if self.folder is not None and self.progress is not None:
@@ -380,12 +391,15 @@ class Trainer(TrainerParts):
         self.comm.close()
         self.job.watchdog.stop()
 
-    def abandon(self, saves: bool) -> None:
+    def abandon(self, saves: bool, survives: bool) -> None:
         """Ends what runs in the background, when this rank leaves alone.
 
         Args:
             saves: a checkpoint that is on its way may come to its end first.
+            survives: what the rank remembers of its last rounds is worth saving.
         """
+        if survives and self.saver is not None:
+            self.saver.survive()
         if saves and self.saver is not None:
             self.watch.heartbeat.begin("checkpoint")
             self.saver.abandon()

@@ -92,8 +92,8 @@ class Feed:
             used, left = ({c.name: np.concatenate([parts[rank][i].numpy() for rank in c.ranks]) for c in plan.classes}
                           for i in (0, 1))  # fmt: skip
             for name, others in (gone or {}).items():
-                own = name if name in used else next(iter(used))  # where its class is gone, any
-                used[own] = np.concatenate([used[own], *(rows.reshape(-1) for rows in others)])
+                home = name if name in used else next(iter(used))  # where its class is gone, any
+                used[home] = np.concatenate([used[home], *(rows.reshape(-1) for rows in others)])
             drawn = self.sampler.draw_rest(used, left, plan.epoch_samples())
         return self._cut(plan, drawn)
 
