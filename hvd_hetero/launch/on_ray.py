@@ -51,7 +51,8 @@ def launch_on_ray(
     read = load(files, overrides, algorithms.method)
     folder = run_dir(read)
     words = ["train", *files, *overrides, f"run.dir={folder.resolve()}"]
-    ray.init(address=os.environ.get("RAY_ADDRESS"), ignore_reinit_error=True, log_to_driver=True)
+    if not ray.is_initialized():
+        ray.init(address=os.environ.get("RAY_ADDRESS"))
     group = ray.util.placement_group([dict(bundle) for bundle in bundles])
     try:
         if not group.wait(placed_sec):
@@ -116,8 +117,8 @@ def _wait(ray: Any, runs: dict[Any, int]) -> None:
         if status:
             failed.append((rank, status, said))
     if failed:
-        # a rank that only lost another one is not the cause
-        rank, status, said = next((one for one in failed if one[1] != EXIT_LOST), failed[0])
+        # a rank that only lost another one is not the cause, and of bad input one rank tells for all
+        rank, status, said = min(failed, key=lambda one: (one[1] == EXIT_LOST, not one[2]))
         raise UserError(f"launch_on_ray: rank {rank} ended with status {status}: {said or 'it said nothing'}")
 
 

@@ -77,3 +77,4 @@ def adopt(run_dir: Path, config: Config, size: int) -> None:
         lost = sorted(set(range(size)).difference(info.rank for info in found[number]))
         epochs = store.part(number, found[number][0])["accounts"]["epochs"]
         store.commit(number, found[number], epochs=epochs, made_with=made_with(config), lost=lost)
+        store.rewind(number)

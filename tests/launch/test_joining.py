@@ -38,7 +38,7 @@ def test_a_host_joins(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
          "cluster.classes={one: {hosts: '*'}}", "train.tau=8", "train.epochs=3", "sampling.scheme=uniform",
          "train.optimizer=joining:Noted", "checkpoint.every_sec=1000", "train.scheduler=StepLR",
          "train.scheduler_args={step_size: 2}", "data.args.validation=0", "train.batch_size=1",
-         "delays.distribution=linear_skew", "delays.sec=0.01"],
+         "delays.distribution=lognormal", "delays.seed=0", "delays.sec=0.01"],
         cwd=RANKS, timeout=200)  # fmt: skip
     said = done.stdout + done.stderr
     assert done.returncode == 0, said

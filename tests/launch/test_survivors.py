@@ -46,7 +46,7 @@ def test_no_more_than_a_round_is_lost_with_a_rank(killed: int, hvd_hetero: Calla
          "cluster.classes={one: {ranks: [0, 1]}, two: {ranks: [2]}}", "train.tau={one: 8, two: 4}", "train.epochs=2",
          "sampling.scheme=uniform", "train.optimizer=joining:Noted", "train.batch_size=16", "checkpoint.memory_sec=0",
          f"checkpoint.every_sec={1000 if killed else 1}", f"checkpoint.keep={1 if killed else 100}",
-         "delays.distribution=linear_skew", "delays.sec=0.2"],
+         "delays.distribution=lognormal", "delays.seed=0", "delays.sec=0.2"],
         cwd=RANKS, timeout=250)  # fmt: skip
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
