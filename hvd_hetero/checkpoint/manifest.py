@@ -29,6 +29,7 @@ class Meta:
         made_with: settings and the like by name, as JSON has them; the caller's own.
         version: of the package that wrote it.
         time: when, as in ``2026-01-31T12:00:00+0000``.
+        lost: those of them that have none: they were lost, and the others saved what they had.
     """
 
     round: int
@@ -37,6 +38,12 @@ class Meta:
     made_with: Mapping[str, Any]
     version: str
     time: str
+    lost: tuple[int, ...] = ()
+
+    @property
+    def ranks(self) -> list[int]:
+        """Those that have a shard."""
+        return [rank for rank in range(self.world_size) if rank not in self.lost]
 
 
 def to_text(meta: Meta, files: Mapping[str, FileInfo]) -> str:
@@ -51,6 +58,8 @@ def to_text(meta: Meta, files: Mapping[str, FileInfo]) -> str:
         "time": meta.time,
         "files": {name: asdict(info) for name, info in sorted(files.items())},
     }
+    if meta.lost:
+        content["lost"] = list(meta.lost)
     return _dump({**content, "sha256": _digest(content)})
 
 
@@ -82,9 +91,9 @@ def read_manifest(path: Path) -> tuple[Meta, dict[str, FileInfo]]:
     names = ("round", "epoch", "world_size", "made_with", "version", "time")
     try:
         files = {name: FileInfo(int(info["bytes"]), str(info["sha256"])) for name, info in content["files"].items()}
-        meta = Meta(*(content[name] for name in names))
-        if len(files) != 2 * meta.world_size:
-            raise ValueError(f"{len(files)} files of {meta.world_size} ranks")
+        meta = Meta(*(content[name] for name in names), tuple(content.get("lost", ())))
+        if len(files) != 2 * len(meta.ranks):
+            raise ValueError(f"{len(files)} files of {len(meta.ranks)} ranks")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(path, f"is not a manifest of this version: {error}", "") from error
     return meta, files

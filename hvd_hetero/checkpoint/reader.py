@@ -48,7 +48,7 @@ class Checkpoint:
         if rank is not None:
             self._check_rank(rank)
         try:
-            self._compare(range(self.meta.world_size) if rank is None else [rank])
+            self._compare(self.meta.ranks if rank is None else [rank])
         except CheckpointError as error:
             raise _offer(error, self._older()) from error
 
@@ -63,6 +63,9 @@ class Checkpoint:
         if not 0 <= rank < self.meta.world_size:
             problem = f"holds ranks 0 to {self.meta.world_size - 1}, not rank {rank}"
             raise CheckpointError(self.path, problem, f"start {self.meta.world_size} ranks")
+        if rank in self.meta.lost:
+            problem = f"was saved without rank {rank}, which had been lost"
+            raise CheckpointError(self.path, problem, "set run.resume=reshape")
 
     def _older(self) -> int | None:
         return next((c.round for c in candidates(self.path.parent) if c.checkpoint and c.round < self.meta.round), None)
@@ -96,7 +99,7 @@ def candidates(folder: Path, deep: bool = False) -> list[Candidate]:
     for number in rounds(folder):
         try:
             checkpoint = _look(folder / folder_name(number), number)
-            checkpoint._compare(range(checkpoint.meta.world_size), whole=deep)
+            checkpoint._compare(checkpoint.meta.ranks, whole=deep)
             found.append(Candidate(number, checkpoint, None))
             older = number
         except CheckpointError as error:

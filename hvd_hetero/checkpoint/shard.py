@@ -54,6 +54,18 @@ def write_shard(
     return ShardInfo(round, rank, infos)
 
 
+def shard_on_disk(folder: Path, round: int, rank: int) -> ShardInfo | None:
+    """Return what there is of a shard that no manifest tells of; None where it is not whole. Both files are read."""
+    names = shard_names(rank)
+    try:
+        content = json.loads((folder / names[1]).read_bytes())
+        if (content["round"], content["rank"]) != (round, rank):
+            return None
+        return ShardInfo(round, rank, {name: read_info(folder / name) for name in names})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def check_file(path: Path, expected: FileInfo, whole: bool = True) -> None:
     """Checks that a file is what was saved.
 

@@ -18,7 +18,7 @@ from hvd_hetero.checkpoint.encoding import split
 from hvd_hetero.checkpoint.errors import CheckpointError
 from hvd_hetero.checkpoint.manifest import MANIFEST, Meta, to_text
 from hvd_hetero.checkpoint.reader import Candidate, Checkpoint, candidates, folder_name, rounds
-from hvd_hetero.checkpoint.shard import ShardInfo, check_file, write_shard
+from hvd_hetero.checkpoint.shard import ShardInfo, check_file, read_shard, shard_on_disk, write_shard
 
 FOLDER = "checkpoints"
 BEST = "best.json"
@@ -62,19 +62,21 @@ class Store:
             return write_shard(self._files, folder, round, rank, tensors, plain)
 
     def commit(
-        self, round: int, infos: Sequence[ShardInfo], *, epochs: int, made_with: Mapping[str, Any]
-    ) -> Checkpoint:
+        self, round: int, infos: Sequence[ShardInfo], *, epochs: int, made_with: Mapping[str, Any],
+        lost: Sequence[int] = (),
+    ) -> Checkpoint:  # fmt: skip
         """Makes the shards a checkpoint, and removes what is no longer wanted.
 
         Args:
-            infos: of all ranks, in any order.
+            infos: of all ranks but the ``lost`` ones, in any order.
             made_with: settings and the like, as JSON has them; the caller's own.
 
         Raises:
             CheckpointError: the disk does not take the manifest, a shard cannot be seen, or there are newer
                 checkpoints.
         """
-        if sorted(info.rank for info in infos) != list(range(len(infos))) or any(i.round != round for i in infos):
+        size = len(infos) + len(lost)
+        if sorted([*(info.rank for info in infos), *lost]) != list(range(size)) or any(i.round != round for i in infos):
             raise ValueError(f"not one shard of round {round} from every rank: {[(i.round, i.rank) for i in infos]}")
         folder = self.folder / folder_name(round)
         newer = [number for number in rounds(self.folder) if number > round and self._finished(number)]
@@ -89,7 +91,7 @@ class Store:
                 remedy = "run.dir has to be on a file system that the hosts of all ranks share"
                 raise CheckpointError(error.file, f"{error.problem}, as rank 0 sees it", remedy) from error
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        meta = Meta(round, epochs, len(infos), made_with, hvd_hetero.__version__, now)
+        meta = Meta(round, epochs, size, made_with, hvd_hetero.__version__, now, tuple(sorted(lost)))
         with self._as_user_error(folder):
             for above in (self._run_dir, self.folder):  # the folders were made by whichever rank came first
                 sync_folder(self._files, above)
@@ -110,6 +112,29 @@ class Store:
             if round in rounds(self.folder) and not self._finished(round):
                 self._remove(round)
             self._remove_if_empty(self.folder)
+
+    def unfinished(self, size: int) -> dict[int, list[ShardInfo]]:
+        """The shards of rounds that came to no checkpoint and are newer than all that did, newest first.
+
+        Args:
+            size: number of ranks.
+        """
+        found: dict[int, list[ShardInfo]] = {}
+        for number in reversed(rounds(self.folder)):
+            if self._finished(number):
+                break
+            folder = self.folder / folder_name(number)
+            shards = (shard_on_disk(folder, number, rank) for rank in range(size))
+            found[number] = [shard for shard in shards if shard is not None]
+        return found
+
+    def part(self, round: int, info: ShardInfo) -> Any:
+        """The state in a shard that :meth:`unfinished` has found.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        return read_shard(self.folder / folder_name(round), info.rank, info.files, "cpu")
 
     def candidates(self, deep: bool = False) -> list[Candidate]:
         """All rounds that have a folder, newest first, with a checkpoint or the reason why there is none.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvd_hetero.cluster.hosts import Host, expand, listed, merged, read_host_file
+from hvd_hetero.cluster.hosts import Host, expand, is_script, listed, merged, read_host_file, run_host_script
 from hvd_hetero.config.schema import AUTO
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.secrets import is_secret
@@ -56,7 +56,7 @@ class Allocation:
 
 
 def find(hosts: str | None, env: Env) -> Allocation | None:
-    """Return what ``cluster.hosts`` leaves to a host file (a path, with a /) or to a scheduler (``auto``).
+    """Return what ``cluster.hosts`` leaves to a host file or a script (a path, with a /) or to a scheduler (``auto``).
 
     ``auto`` takes the first of these that is there: the host file that ``HVD_HETERO_HOSTFILE`` names, Slurm, LSF, PBS,
     Grid Engine, OAR, the host file of the MPI Operator or Kubeflow, SkyPilot.
@@ -71,7 +71,8 @@ def find(hosts: str | None, env: Env) -> Allocation | None:
         ConfigError: a file or variable that cannot be read, naming it.
     """
     if hosts is not None and "/" in hosts:
-        return Allocation("host file", hosts, tuple(read_host_file(Path(hosts), "cluster.hosts")))
+        kind, ask = ("script", run_host_script) if is_script(Path(hosts)) else ("host file", read_host_file)
+        return Allocation(kind, hosts, tuple(ask(Path(hosts), "cluster.hosts")))
     found = (read(env) for read in SOURCES) if hosts == AUTO else iter(())
     return next((each for each in found if each is not None), None)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +19,8 @@ SSH = ("ssh -o PasswordAuthentication=no -o StrictHostKeyChecking=no -o BatchMod
        "{host} {command}")
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 ITEM = re.compile(r"(\S+?)(?::([0-9]+)|\s+slots\s*=\s*([0-9]+)(?:\s+max_slots\s*=\s*[0-9]+)?)?")
+SCRIPT_SEC = 60.0
+"""What a script that names hosts may take."""
 FORMS = "write for example node1:2,node2:4, or in a host file node1 slots=2"
 
 
@@ -56,6 +60,35 @@ def read_host_file(path: Path, key: str) -> list[Host]:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(key, str(path), f"cannot be read: {error}", "give a host file") from error
+    return _hosts_of(lines, path, key)
+
+
+def run_host_script(path: Path, key: str) -> list[Host]:
+    """Return what a script prints, in the lines of a host file.
+
+    Raises:
+        ConfigError: as :func:`read_host_file`; or the script fails, or takes too long.
+    """
+    try:
+        done = subprocess.run([path], stdin=subprocess.DEVNULL, capture_output=True, timeout=SCRIPT_SEC, check=True)
+        lines = done.stdout.decode().splitlines()
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError) as error:
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
+        problem = f"fails: {said[-1] if said else error}"
+        raise ConfigError(key, str(path), problem, "let it print a line host:slots for each host") from error
+    return _hosts_of(lines, path, key)
+
+
+def is_script(path: Path) -> bool:
+    """Whether a file is for running: it may be, and begins as scripts do."""
+    try:
+        with path.open("rb") as file:
+            return os.access(path, os.X_OK) and file.read(2) == b"#!"
+    except OSError:
+        return False
+
+
+def _hosts_of(lines: Iterable[str], path: Path, key: str) -> list[Host]:
     contents = [(number, line.partition("#")[0].strip()) for number, line in enumerate(lines, 1)]
     hosts = [host for n, content in contents if content for host in parse_hosts(content, f"{path} line {n}")]
     if not hosts:

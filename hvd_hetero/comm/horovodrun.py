@@ -4,7 +4,8 @@ horovodrun decodes what ranks say. Bytes that are no UTF-8 end the thread that r
 the rank blocks in a write; a line is gathered whole, however long. Here ranks' output goes through a pipe of its own,
 byte for byte. horovodrun writes all variables into ranks' command lines, too: secrets only go where they are inherited.
 And it writes the working directory into the command of a remote host as it is, blanks or not, and knows only ssh. Its
-key-value store lets five connections wait, so ranks that come at once would be sent away.
+key-value store lets five connections wait, so ranks that come at once would be sent away. And it stops a rank before it
+asks it to end, so that the rank hears nothing and is killed five seconds later.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ import shlex
 import struct
 import sys
 import threading
+import time
 from contextlib import suppress
 from typing import Any
+
+import psutil
 
 from hvd_hetero.cluster.hosts import remote_command
 from hvd_hetero.secrets import is_secret
@@ -24,6 +28,9 @@ HEADER = struct.Struct("!BII")
 """Before each block in the pipe: 1 for standard output or 2 for standard error, the rank, the length of the block."""
 STDOUT, STDERR = 1, 2
 BLOCK_BYTES = 1 << 16
+SHELLS = ("sh", "dash", "bash")
+GRACE_SEC, LOOK_SEC = 5.0, 0.05
+"""What a rank has for its end once it is asked for it."""
 WAITING = 1024
 """Connections to the key-value store that may wait; the kernel may allow fewer."""
 
@@ -59,7 +66,42 @@ def main() -> None:
     env.is_exportable = lambda name: is_exportable(name) and not is_secret(name, os.environ.get(name, ""))
     remote.get_ssh_command = on_host
     RendezvousHTTPServer.request_queue_size = WAITING
+    safe_shell_exec._exec_middleman = run_rank
     launch.run_commandline()
+
+
+def run_rank(*args: Any) -> None:
+    """Run a rank in a process of its own, which ends the rank when it is told to."""
+    from horovod.runner.common.util import safe_shell_exec
+
+    safe_shell_exec.terminate_executor_shell_and_children = end_rank
+    safe_shell_exec._exec_middleman(*args)
+
+
+def end_rank(pid: int) -> None:
+    """Ask a command to end, and kill it with all that it has started if it does not in time.
+
+    A shell may be left around the command, which then is asked too. Nobody is waited for: that would take the command's
+    status from the one that runs it.
+    """
+    with suppress(psutil.NoSuchProcess):
+        command = psutil.Process(pid)
+        asked = [command, *(command.children() if command.name() in SHELLS else [])]
+        for process in asked:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        deadline = time.monotonic() + GRACE_SEC
+        while any(map(_runs, asked)) and time.monotonic() < deadline:
+            time.sleep(LOOK_SEC)
+        for process in [*command.children(recursive=True), *asked]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 if __name__ == "__main__":

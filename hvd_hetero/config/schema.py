@@ -61,6 +61,7 @@ class RunConfig:
 @dataclass(frozen=True)
 class LaunchConfig:
     environment: list[str] = _key([], NOTHING)
+    discovery_sec: Optional[float] = _key(None, NOTHING, above=0)  # noqa: UP045
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,7 @@ class ProfileConfig:
 class CheckpointConfig:
     every_sec: Optional[float] = _key(60.0, COURSE, at_least=0)  # noqa: UP045
     every_rounds: Optional[int] = _key(None, COURSE, at_least=1)  # noqa: UP045
+    memory_sec: Optional[float] = _key(None, COURSE, at_least=0)  # noqa: UP045
     keep: int = _key(2, COURSE, at_least=1)
 
 

@@ -91,6 +91,10 @@ def check_together(config: Config) -> None:
         if VARIABLES.fullmatch(pattern) is None:
             remedy = "give names or patterns (MY_*); values are taken from where it is launched"
             raise ConfigError("launch.environment", pattern, "is no variable's name", remedy)
+    saves = config.checkpoint.every_sec is not None or config.checkpoint.every_rounds is not None
+    if (every_sec := config.launch.discovery_sec) is not None and not saves:
+        problem = "hosts are taken in by a checkpoint, and there is none"
+        raise ConfigError("launch.discovery_sec", every_sec, problem, "set checkpoint.every_sec=60")
     if config.run.resume is not None and config.run.dir is None:
         raise ConfigError("run.resume", config.run.resume, "names no run to go on from", "set run.dir to its folder")
     if config.run.name is not None:

@@ -78,12 +78,14 @@ class Horovodrun:
         shell: what runs a command on another host, see :func:`hvd_hetero.cluster.hosts.remote_command`.
         env: the environment of ranks.
         stop: the file that asks the job to save and to end, if it can.
+        grace_sec: what ranks that survive another one have to save, once horovodrun has ended.
     """
 
     def __init__(
         self, arguments: Sequence[str], hosts: Sequence[Host], shell: str, env: Mapping[str, str],
-        stop: Path | None = None,
+        stop: Path | None = None, grace_sec: float = 0.0,
     ) -> None:
+        self._grace_sec = grace_sec
         self._hosts, self._shell, self._stop = list(hosts), shell, stop
         self._job = secrets.token_hex(8)
         env = {**env, JOB: self._job}
@@ -124,7 +126,8 @@ class Horovodrun:
         for wanted, handler in before.items():
             signal.signal(wanted, handler)
         # before the readers are waited for: what is left of the job may hold their pipes open
-        silent = reap(self._job, [host for host, _ in self._hosts], self._shell) if status != 0 else []
+        names = [host for host, _ in self._hosts]
+        silent = reap(self._job, names, self._shell, self._grace_sec) if status != 0 else []
         for reader in self._readers:
             reader.join()
         self._said.end(failed=status != 0)

@@ -34,7 +34,11 @@ from hvd_hetero.training import dry_run, startup
 from hvd_hetero.training.api import run_dir
 from hvd_hetero.training.resume import difference
 from hvd_hetero.training.stop_request import STOP
+from hvd_hetero.training.survivor import adopt
 from hvd_hetero.worker.memory import release
+
+SURVIVOR_SEC = 5.0
+"""As horovodrun gives those on its own host."""
 
 
 def launch(
@@ -51,7 +55,7 @@ def launch(
         ConfigError: found wrong before any worker was started.
     """
     config, chosen = placed(files, overrides)
-    hosts = job_hosts(config)
+    given, hosts = read(files, overrides), job_hosts(config)
     check_options(max_restarts, min_ranks, sum(slots for _, slots in hosts))
     folder = run_dir(config)
     check_run_dir(folder, config.run.overwrite or config.run.resume is not None)
@@ -63,17 +67,27 @@ def launch(
         return 0
     saves = config.checkpoint.every_sec is not None or config.checkpoint.every_rounds is not None
 
-    def start(settings: Sequence[str]) -> End:
+    def check(settings: Sequence[str]) -> tuple[Config, list[tuple[str, int]]]:
         again = read(files, [*chosen, *settings])
         here = job_hosts(again)
-        if settings:
-            preflight(again, here)
+        expected_cluster(again, here)  # all else is as it was when the job was first started
+        return again, here
+
+    def start(settings: Sequence[str]) -> End:
+        again, here = check(settings)
         if not settings:
             (folder / STOP).unlink(missing_ok=True)
         command = horovodrun_line(again, here, ["train", *files, *chosen, *settings])
-        return _run(again, command, here, folder / STOP if saves else None)
+        end = _run(again, command, here, folder / STOP if saves else None)
+        if end.status != 0 and again.checkpoint.memory_sec is not None:
+            adopt(folder, again, sum(slots for _, slots in here))
+        return end
 
-    return Supervisor(start, config, hosts, folder, max_restarts, min_ranks).run()
+    def look() -> list[tuple[str, int]]:
+        found = allocation(given)
+        return hosts if found is None else list(found.hosts)
+
+    return Supervisor(start, config, hosts, folder, max_restarts, min_ranks, look, check).run()
 
 
 def run_job(command: str, files: Sequence[str], overrides: Sequence[str]) -> int:
@@ -120,7 +134,8 @@ def read(files: Sequence[str], overrides: Sequence[str]) -> Config:
 
 def _run(config: Config, line: Sequence[str], hosts: Sequence[tuple[str, int]], stop: Path | None = None) -> End:
     release()  # what the dry run had on a GPU is for the ranks
-    end = Horovodrun(line[1:], hosts, remote_shell(config), for_ranks(config), stop).wait()
+    grace_sec = 0.0 if config.checkpoint.memory_sec is None else SURVIVOR_SEC
+    end = Horovodrun(line[1:], hosts, remote_shell(config), for_ranks(config), stop, grace_sec).wait()
     if end.status not in (0, EXIT_BAD_INPUT, EXIT_STOPPED) or (end.status == EXIT_BAD_INPUT and not end.error):
         print(f"hvd-hetero: error: the job failed: {end.cause}", file=sys.stderr, flush=True)
     return end

@@ -16,6 +16,7 @@ from hvd_hetero.config.schema import Config
 SHELL_SEC = 15.0
 """For all that is done over one connection: a link may be cut after it was made."""
 REAP_TIMES, REAP_PAUSE_SEC = 20, 0.1
+NOTHING, KILL, TERM = 0, 9, 15
 LEFT = "left:"
 """Says that a host has answered, before the processes that it still had."""
 
@@ -37,19 +38,24 @@ def is_local(host: str) -> bool:
     return bool(addresses & own)
 
 
-def reap(job: str, hosts: Sequence[str], shell: str) -> list[str]:
+def reap(job: str, hosts: Sequence[str], shell: str, grace_sec: float = 0.0) -> list[str]:
     """Kill whatever is left of a job on its hosts, stopped or not; return the hosts that do not answer.
 
     Args:
         shell: as of :func:`hvd_hetero.cluster.hosts.remote_command`.
+        grace_sec: it is asked to end first, and has so long for it.
     """
     mark = shlex.quote(f"{JOB}={job}")
     # One grep for all processes; -z takes their environments apart.
-    script = f'p=$(grep -lszxF {mark} /proc/[0-9]*/environ | cut -d/ -f3); [ -z "$p" ] || kill -9 $p; echo {LEFT} $p'
+    script = f'p=$(grep -lszxF {mark} /proc/[0-9]*/environ | cut -d/ -f3); [ -z "$p" ] || kill -%s $p; echo {LEFT} $p'
+    patience = round(grace_sec / REAP_PAUSE_SEC)
+    signals = [*([TERM] if patience else []), *[NOTHING] * (patience - 1), *[KILL] * REAP_TIMES]
 
     def answers(host: str) -> bool:
-        command = ["sh", "-c", script] if is_local(host) else remote_command(shell, host, script)
-        for _ in range(REAP_TIMES):
+        local = is_local(host)
+        for number in signals:
+            words = script % number
+            command = ["sh", "-c", words] if local else remote_command(shell, host, words)
             try:
                 done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SHELL_SEC)
             except (OSError, subprocess.TimeoutExpired):

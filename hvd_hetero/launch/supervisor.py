@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,7 +18,8 @@ from hvd_hetero.checkpoint import CheckpointError, Store
 from hvd_hetero.cluster.device_classes import integers
 from hvd_hetero.cluster.hosts import Host, listed
 from hvd_hetero.config.schema import AUTO, RESHAPE, Config
-from hvd_hetero.errors import EXIT_FAULT, EXIT_LOST, EXIT_STUCK, UserError
+from hvd_hetero.errors import EXIT_FAULT, EXIT_LOST, EXIT_STOPPED, EXIT_STUCK, UserError
+from hvd_hetero.launch.discovery import Lookout
 from hvd_hetero.launch.horovodrun import End
 from hvd_hetero.launch.remote import reap, remote_shell
 from hvd_hetero.training.stop_request import STOP
@@ -74,12 +77,16 @@ class Supervisor:
         start: runs it once, with further settings.
         run_dir: the same for all starts.
         min_ranks: go on with as few, when hosts do not answer any more; None: with all of them or not at all.
+        look: asks again for the hosts.
+        check: raises a UserError where the job cannot be started with further settings.
     """
 
     def __init__(
-        self, start: Start, config: Config, hosts: Sequence[Host], run_dir: Path, most: int, min_ranks: int | None
-    ) -> None:
-        self._start, self._config, self._hosts = start, config, list(hosts)
+        self, start: Start, config: Config, hosts: Sequence[Host], run_dir: Path, most: int, min_ranks: int | None,
+        look: Callable[[], list[Host]], check: Callable[[Sequence[str]], object],
+    ) -> None:  # fmt: skip
+        self._start, self._config, self._look, self._check = start, config, look, check
+        self._first, self._hosts = list(hosts), list(hosts)
         self._lost: set[str] = set()
         self._changed = False  # whether checkpoints may be of other hosts
         self._store, self._run_dir, self._min_ranks = Store(run_dir), run_dir, min_ranks
@@ -91,8 +98,10 @@ class Supervisor:
         """Starts it, again and again; returns its exit status."""
         settings: list[str] = []
         while True:
+            lookout = Lookout(self._newcomers, self._config.launch.discovery_sec, self._run_dir / STOP)
             try:
-                end = self._start(settings)
+                with lookout:
+                    end = self._start(settings)
             except UserError as error:
                 if not self._lost:
                     raise
@@ -101,6 +110,14 @@ class Supervisor:
             if end.status == 0:
                 return 0
             newest = self._newest()
+            if lookout.has_asked and end.status == EXIT_STOPPED and not end.asked:
+                self._relist()
+                self._lost.difference_update(host for host, _ in lookout.found)
+                self._changed = True
+                _say(f"goes on with {self._ranks(self._lost)} ranks, {self._from(newest)}")
+                settings = self._settings(newest)
+                continue
+            lookout.take_back()
             if (reason := self._restarts.why_not(end, self._made())) is not None:
                 if self._restarts.made or (self._restarts.most and end.status in MENDABLE and not end.asked):
                     _say(f"gives up: {reason}")
@@ -111,7 +128,8 @@ class Supervisor:
             if (self._run_dir / STOP).exists():
                 _say("gives up: it was told to stop")
                 return end.status
-            if back := self._lost.difference(reap(end.job, sorted(self._lost), remote_shell(self._config))):
+            self._relist()
+            if back := self._lost.difference(reap(end.job, sorted(self._lost), self._shell)):
                 self._lost -= back
                 _say(f"takes {', '.join(sorted(back))} back, with {self._ranks(self._lost)} ranks")
             lost = self._await(end)
@@ -124,15 +142,46 @@ class Supervisor:
                 _say(f"goes on without {', '.join(lost)}, with {self._ranks(self._lost)} ranks")
             settings = self._settings(newest)
 
+    @property
+    def _shell(self) -> str:
+        return remote_shell(self._config)
+
     def _await(self, end: End) -> list[str]:
         """Hosts that do not answer; nothing is left of the job on the others."""
         deadline = time.monotonic() + HOST_SEC
         names = [host for host, _ in self._hosts if host not in self._lost]
-        while lost := reap(end.job, names, remote_shell(self._config)):
+        while lost := reap(end.job, names, self._shell):
             if self._may_lose(lost) or time.monotonic() > deadline:
                 break
             time.sleep(self._restarts.backoff_sec)
         return lost
+
+    # ---- hosts that come and go -------------------------------------------------------------------------------------
+
+    def _relist(self) -> None:
+        """Ask again for the hosts; those that are named no more are left out, as long as enough ranks remain."""
+        least = self._min_ranks or sum(slots for _, slots in self._first)
+        with suppress(UserError):  # it is told while the job runs, and now the hosts are those that it had
+            there = self._look()
+            if there != self._hosts and sum(slots for _, slots in there) >= least:
+                self._hosts, self._changed = there, True
+                self._lost.intersection_update(host for host, _ in there)
+
+    def _newcomers(self) -> list[Host]:
+        """Hosts that the job does not use, or not with so many slots, that answer and that it can be started with.
+
+        Raises:
+            UserError: they cannot be asked for, or the job cannot be started with them.
+        """
+        used = {host: slots for host, slots in self._hosts if host not in self._lost}
+        there = self._look()
+        more = [(host, slots) for host, slots in there if slots > used.get(host, 0)]
+        silent = reap(secrets.token_hex(8), [host for host, _ in more], self._shell) if more else []  # of no job
+        more = [(host, slots) for host, slots in more if host not in silent]
+        if more:
+            names = {host for host, _ in more} | used.keys()
+            self._check(elsewhere(self._config, self._first, [host for host in there if host[0] in names]))
+        return more
 
     def _may_lose(self, lost: Collection[str]) -> bool:
         return self._min_ranks is not None and self._ranks(self._lost.union(lost)) >= max(1, self._min_ranks)
@@ -142,10 +191,15 @@ class Supervisor:
 
     def _settings(self, newest: int | None) -> list[str]:
         """What is set for the next start beside what the user has set."""
-        fewer = without(self._config, self._hosts, self._lost) if self._lost else []
+        now = [(host, slots) for host, slots in self._hosts if host not in self._lost]
+        other = elsewhere(self._config, self._first, now) if now != self._first else []
         if newest is None or self._is_foreign():
-            return [*fewer, "run.overwrite=true", "run.resume=null"]
-        return [*fewer, f"run.resume={RESHAPE if self._changed else self._config.run.resume or AUTO}"]
+            return [*other, "run.overwrite=true", "run.resume=null"]
+        latest = self._store.latest()
+        reshapes = self._changed or (latest is not None and len(latest.meta.lost) > 0)
+        return [*other, f"run.resume={RESHAPE if reshapes else self._config.run.resume or AUTO}"]
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def _newest(self) -> int | None:
         made = self._made()
@@ -166,14 +220,13 @@ class Supervisor:
         return "from the start" if newest is None or self._is_foreign() else f"from round {newest}"
 
 
-def without(config: Config, hosts: Sequence[Host], lost: Collection[str]) -> list[str]:
-    """Return settings for a job that resumes without some hosts: the ranks that remain are renumbered."""
-    left = [(host, slots) for host, slots in hosts if host not in lost]
-    settings = [f"cluster.hosts={listed(left)}"]
+def elsewhere(config: Config, first: Sequence[Host], now: Sequence[Host]) -> list[str]:
+    """Return settings for a job that resumes on other hosts than it was configured for: its ranks are renumbered."""
+    settings = [f"cluster.hosts={listed(now)}"]
     classes = config.cluster.classes
     if classes == AUTO:
         return settings
-    kept = remaining_classes(classes, hosts, lost)
+    kept = classes_on(classes, first, now)
     if kept != classes:
         settings.append(f"cluster.classes={json.dumps(kept)}")
         for key, value in (("train.tau", config.train.tau), ("train.batch_size", config.train.batch_size)):
@@ -182,20 +235,27 @@ def without(config: Config, hosts: Sequence[Host], lost: Collection[str]) -> lis
     return settings
 
 
-def remaining_classes(classes: Mapping[str, Any], hosts: Sequence[Host], lost: Collection[str]) -> dict[str, Any]:
-    """Device classes as configured, less the ranks on the hosts that are lost; those left with none are dropped."""
-    homes = [host for host, slots in hosts for _ in range(slots)]
-    left = [rank for rank, host in enumerate(homes) if host not in lost]
-    number = {rank: i for i, rank in enumerate(left)}
+def classes_on(classes: Mapping[str, Any], first: Sequence[Host], now: Sequence[Host]) -> dict[str, Any]:
+    """Device classes as configured for the first hosts, with the numbers that ranks have on those that there are now.
+
+    Those left with none are dropped.
+    """
+    number = {slot: rank for rank, slot in enumerate(_slots(now))}
+    homes = _slots(first)
     kept = {}
     for name, content in classes.items():
         if content.get("ranks") is not None:
-            ranks = [number[rank] for rank in integers("ranks", content["ranks"]) if rank in number]
-            if ranks:
+            slots = [homes[rank] for rank in integers("ranks", content["ranks"])]
+            if ranks := [number[slot] for slot in slots if slot in number]:
                 kept[name] = {**content, "ranks": ranks}
-        elif any(fnmatch(homes[rank], content.get("hosts") or "*") for rank in left):
+        elif any(fnmatch(host, content.get("hosts") or "*") for host, _ in now):
             kept[name] = dict(content)
     return kept
+
+
+def _slots(hosts: Sequence[Host]) -> list[tuple[str, int]]:
+    """By rank, its host and its number there."""
+    return [(host, slot) for host, slots in hosts for slot in range(slots)]
 
 
 def check_options(max_restarts: int, min_ranks: int | None, ranks: int) -> None:

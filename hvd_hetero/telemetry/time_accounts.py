@@ -91,15 +91,16 @@ class Accounts:
         self.earlier = RunProgress(**state["earlier"])
         self.emulation = emulation_reasons(before=(*self.emulation, *state["emulation"]))
 
-    def carry_over(self, state: Mapping[str, Any], rounds: int) -> None:
+    def carry_over(self, state: Mapping[str, Any], rounds: int | None = None) -> None:
         """Continue from the totals of other ranks' accounts; the figures of single classes are dropped.
 
         Args:
-            rounds: so far, with those of an epoch that was not finished.
+            rounds: so far, with those of an epoch that was under way and is begun anew; None: there is none.
         """
         other = Accounts(self._cluster)
         other.load_state_dict(state)
-        self.rounds, self.epochs, self.earlier = rounds, other.epochs, other.done
+        self.rounds = other.rounds if rounds is None else rounds
+        self.epochs, self.earlier = other.epochs, other.done
         self.emulation = emulation_reasons(before=(*self.emulation, *other.emulation))
 
     @property

@@ -174,7 +174,9 @@ def carry_out(trainer: Trainer) -> dict[str, Any] | None:
         trainer.close(EXIT_STOPPED)
         raise
     except BaseException as error:
-        trainer.abandon(saves=isinstance(error, Exception) and not isinstance(error, PEER_LOST))
+        is_fault = isinstance(error, Exception)
+        trainer.abandon(saves=is_fault and not isinstance(error, PEER_LOST),
+                        survives=is_fault and not isinstance(error, (UserError, NonFiniteError)))  # fmt: skip
         if len(trainer.comm.everyone) == 1:  # nobody has to be told, and the program may go on
             trainer.close()
         if isinstance(error, UserError):

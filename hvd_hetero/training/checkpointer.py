@@ -28,11 +28,11 @@ from hvd_hetero.comm.kv_store import JobEnv
 from hvd_hetero.config.schema import RESHAPE, Config
 from hvd_hetero.errors import ConfigError, Plain, UserError
 from hvd_hetero.log import LOGGER
-from hvd_hetero.planning.plan import Plan
 from hvd_hetero.telemetry.run_status import SAVE
 from hvd_hetero.training.fingerprint import made_with
-from hvd_hetero.training.resume import Found, places
+from hvd_hetero.training.resume import Found, load_for, places
 from hvd_hetero.training.stop_request import StopRequest
+from hvd_hetero.training.survivor import Survivor
 from hvd_hetero.worker.epoch import Progress
 
 NONE = -1
@@ -119,6 +119,12 @@ class Meetings:
     def abandon(self) -> None:
         """Lets a checkpoint that is on its way come to its end, where this rank fails and would take it along."""
 
+    def keep(self, number: int, state: Callable[[], Any]) -> None:
+        """Remember what would be saved after so many rounds, in case that another rank is lost."""
+
+    def survive(self) -> None:
+        """Write what is remembered: another rank is lost, or this one fails."""
+
     def newest(self) -> int | None:
         """Round of the newest checkpoint, if there is one."""
         return None
@@ -186,6 +192,8 @@ class Saver(Meetings):
         self._run_dir = Path(bytes(told.tolist()).decode().rstrip())
         self._store = Store(self._run_dir, self._spec.keep)
         self.stopping = StopRequest(self._run_dir)
+        self.survivor = Survivor(self._store, comm.rank, self._spec.memory_sec)
+        self.stopping.heard = self.survivor.write_soon
         self._write: Write | None = None
         self._best: float | None = None
 
@@ -199,17 +207,17 @@ class Saver(Meetings):
     def load(self, found: Found | None, cluster: Cluster) -> tuple[Any, bool]:
         """What to go on from, and whether it is of another configuration or number of ranks.
 
-        It is this rank's state in the checkpoint that rank 0 has found, rank 0's where it is reshaped; None where there
-        is none.
+        It is this rank's state in the checkpoint that rank 0 has found; where it is reshaped, what
+        :func:`~hvd_hetero.training.resume.load_for` makes of it; None where there is none.
 
         Raises:
             UserError: on all ranks, if one of them cannot read its part.
         """
-        told = torch.tensor([NONE, 0])
+        told = torch.tensor([NONE, 0, 0])
         if found is not None:
             elsewhere = self._config.run.resume == RESHAPE and found.state.get("classes") != places(cluster)
-            told = torch.tensor([found.round, int(found.reshaped or elsewhere)])
-        number, reshaped = (int(x) for x in self._comm.broadcast(told, "checkpoint.found"))
+            told = torch.tensor([found.round, int(found.reshaped or elsewhere), int(found.keeps)])
+        number, reshaped, keeps = (int(x) for x in self._comm.broadcast(told, "checkpoint.found"))
         if number == NONE:
             problem = ""
             try:
@@ -223,10 +231,9 @@ class Saver(Meetings):
         state, problem = None, ""
         try:
             saved = self._store.at(number)
-            state = saved.load(0 if reshaped else self._comm.rank)
-            if reshaped:  # rank 0 may have had no part in the training
-                state["worker"] = saved.load(min(Plan.from_dict(state["plan"]).training[0].ranks))["worker"]
-            if self._comm.rank == 0:
+            state = load_for(saved, cluster, self._comm.rank, bool(keeps)) if reshaped else saved.load(self._comm.rank)
+            if found is not None:
+                state["rank0"] = found.state["rank0"]
                 self._store.rewind(number)
                 self._best = self._store.best_value(self._best_by)
         except CheckpointError as error:
@@ -253,6 +260,12 @@ class Saver(Meetings):
     def abandon(self) -> None:
         if self._write is not None:
             self._write.join(LAST_SEC)
+
+    def keep(self, number: int, state: Callable[[], Any]) -> None:
+        self.survivor.keep(number, state)
+
+    def survive(self) -> None:
+        self.survivor.write()
 
     def newest(self) -> int | None:
         latest = self._store.latest()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.config.schema import Config
 from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.rebalance import settled_step_sec
+from hvd_hetero.planning.stop_criteria import RunProgress, rest_rounds
+from hvd_hetero.planning.weighted_sampling import INFOBATCH
 from hvd_hetero.telemetry.stopwatch import KINDS, Stopwatch, transfer_sec
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import Recorder
@@ -58,6 +61,20 @@ def gather_figures(
     seconds = accounts.enter(epoch.plan, epoch.progress.averages, steps, spent, met, counted)
     samples = accounts.samples_seen - before
     return EpochFigures(seconds, samples, loss, [row[count + 3] for row in rows], transfer_sec(met))
+
+
+def rest_plan(config: Config, epoch: Epoch, plan: Plan, samples: int, done: RunProgress) -> Plan:
+    """Return another plan with the rounds in which it goes through what is left of an epoch.
+
+    Args:
+        samples: n, of the training set.
+        done: before the epoch.
+    """
+    steps, spent = epoch.spent
+    done = replace(done, fast_steps=done.fast_steps + steps, samples=done.samples + spent)
+    prunes = config.sampling.scheme == INFOBATCH  # then there are no more samples than were dealt
+    there = epoch.rounds_left * epoch.round_samples if prunes else samples - spent
+    return replace(plan, rounds=rest_rounds(config.train, epoch.plan, plan, epoch.rounds_left, there, done))
 
 
 class RoundSpans:

@@ -6,8 +6,6 @@ import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import numpy as np
-
 from hvd_hetero.algorithms.execution.base import Executor
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.data import Source
@@ -18,8 +16,8 @@ from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.training.best import BestEvaluation
 from hvd_hetero.training.checkpointer import Meetings
 from hvd_hetero.training.iterate_average import IterateAverage
-from hvd_hetero.training.resume import places
-from hvd_hetero.training.run_records import RESHAPED, say_resumed
+from hvd_hetero.training.resume import places, slots
+from hvd_hetero.training.run_records import say_resumed
 from hvd_hetero.training.startup import Job
 from hvd_hetero.worker.epoch import Epoch
 from hvd_hetero.worker.index_feed import Feed
@@ -56,7 +54,8 @@ def state_of(run: Run, epoch: Epoch | None) -> dict[str, Any]:
     """Everything that decides how this rank goes on, in an epoch under way or between two."""
     state: dict[str, Any] = {name: getattr(run, name).state_dict() for name in PARTS}
     state |= {"plan": run.plan.to_dict(), "best": run.best.state_dict(), "wall_sec": time.perf_counter() - run.begin,
-              "path": run.comm.path, "sent": run.comm.carried.sent, "classes": places(run.job.cluster)}  # fmt: skip
+              "path": run.comm.path, "sent": run.comm.carried.sent, "classes": places(run.job.cluster),
+              "slots": slots(run.job.cluster)}  # fmt: skip
     if run.kept:
         state["kept"] = {name: item.state_dict() for name, item in run.kept.items()}
     if epoch is not None:
@@ -92,18 +91,3 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
         if run.averaged is not None and state["rank0"]["averaged"] is not None:
             run.averaged.load_state_dict(state["rank0"]["averaged"])
         say_resumed(place, run.over)
-
-
-def carry_over(run: Run, state: Mapping[str, Any]) -> None:
-    """Goes on with other ranks, or otherwise configured, from what rank 0 had saved."""
-    run.algorithm.carry_over(state["algorithm"])
-    assert run.saver is not None
-    run.accounts.carry_over(state["accounts"], run.saver.saved_round)
-    by_epochs = run.job.config.train.scheduler_unit == "epoch"
-    for _ in range(run.accounts.epochs if by_epochs else run.accounts.rounds):
-        run.worker.step_scheduler()
-    run.best.load_state_dict(state["best"])
-    run.begin -= state["wall_sec"]
-    if run.feed.sampler is not None:
-        run.feed.sampler.losses = np.asarray(state["rank0"]["sampler"]["losses"], dtype=np.float32)
-        say_resumed(f"epoch {run.accounts.epochs}, round {run.accounts.rounds}, {RESHAPED}", run.over)

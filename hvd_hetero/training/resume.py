@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,14 @@ from hvd_hetero.config.renamed import pairs_renamed
 from hvd_hetero.config.schema import AUTO, NUMBERS, RESHAPE, Config
 from hvd_hetero.data import Source, alike
 from hvd_hetero.errors import ConfigError, UserError
+from hvd_hetero.planning.plan import Plan
+from hvd_hetero.telemetry.run_folder import METRICS
 from hvd_hetero.training.fingerprint import plain, sources
 from hvd_hetero.worker.worker import Worker
 
 REMEDY = f"or set run.resume={RESHAPE}"
+OF_CLASSES = {"train.tau", "train.batch_size"}
+"""Settings that may name classes, and so change with the hosts."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,13 @@ class Found:
         round: of the checkpoint.
         state: rank 0's.
         reshaped: it is of other settings or ranks, and is taken all the same.
+        keeps: of other ranks at most: each that stays goes on from its own state.
     """
 
     round: int
     state: Any
     reshaped: bool = False
+    keeps: bool = True
 
 
 def find(run_dir: Path, config: Config, world_size: int | None) -> Found | None:
@@ -55,16 +62,48 @@ def find(run_dir: Path, config: Config, world_size: int | None) -> Found | None:
             raise other
         try:
             checkpoint.verify()
-            state = checkpoint.load(0)
+            state = load_leads(checkpoint)
+            if "rank0" not in state:
+                state["rank0"] = _earlier_rank0(run_dir, state)
         except CheckpointError as error:
             damaged.append(error)
             continue
         for text in [*map(str, damaged), *changed_sources(checkpoint.meta, config)]:
             warnings.warn(text, RuntimeWarning, stacklevel=2)
-        return Found(candidate.round, state, other is not None)
+        keeps = changed_settings(checkpoint.meta, config).keys() <= OF_CLASSES
+        return Found(candidate.round, state, other is not None, keeps)
     if damaged:
         raise damaged[0]
     return None
+
+
+def load_leads(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the state of a checkpoint's first rank, with the model of one that trained: the first may not have.
+
+    Raises:
+        CheckpointError: a part of it cannot be read.
+    """
+    ranks = checkpoint.meta.ranks
+    state: dict[str, Any] = checkpoint.load(ranks[0])
+    trained = [rank for c in Plan.from_dict(state["plan"]).training for rank in c.ranks if rank in ranks]
+    if trained and min(trained) != ranks[0]:
+        state["worker"] = checkpoint.load(min(trained))["worker"]
+    return state
+
+
+def _earlier_rank0(run_dir: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What rank 0 alone keeps, where it was lost, from an older checkpoint: losses, averaged iterate; and its rows.
+
+    Raises:
+        CheckpointError: there is none that has it.
+    """
+    for candidate in Store(run_dir).candidates():
+        if candidate.checkpoint is not None and 0 in candidate.checkpoint.meta.ranks:
+            kept: dict[str, Any] = candidate.checkpoint.load(0)["rank0"]
+            lines = (run_dir / METRICS).read_bytes().splitlines(keepends=True)
+            ended = (line for line in lines if json.loads(line)["epoch"] <= state["accounts"]["epochs"])
+            return {**kept, "rows_bytes": sum(map(len, ended))}
+    raise CheckpointError(run_dir, "rank 0 was lost, and with it the losses of samples", "start anew")
 
 
 def difference(checkpoint: Checkpoint, config: Config, world_size: int | None) -> UserError | None:
@@ -78,12 +117,10 @@ def difference(checkpoint: Checkpoint, config: Config, world_size: int | None) -
     if world_size is not None and meta.world_size != world_size:
         problem = f"was saved by {meta.world_size} ranks, and this job has {world_size}"
         return CheckpointError(path, problem, f"start {meta.world_size} ranks, {REMEDY}")
-    built_in, changed = plain(config.built_in()), {}
-    made_with = dict(pairs_renamed(meta.made_with.items(), set()))
-    for key, value in plain(config.settings(NUMBERS)).items():
-        before = made_with.get(key, built_in[key])  # a key that was not there had the effect that it has built in
-        if json.dumps(before, sort_keys=True) != json.dumps(value, sort_keys=True):
-            changed[key] = before, value
+    if meta.lost:
+        problem = f"was saved without the ranks {list(meta.lost)}, which had been lost"
+        return CheckpointError(path, problem, f"set run.resume={RESHAPE}")
+    changed = changed_settings(meta, config)
     if not changed:
         return None
     key, *more = sorted(changed, key=lambda key: key != "algorithm.name")  # from which others may follow
@@ -91,6 +128,17 @@ def difference(checkpoint: Checkpoint, config: Config, world_size: int | None) -
     also = f" ({', '.join(more)} differ too)" if more else ""
     problem = f"the checkpoint of round {meta.round} was made with {before!r}{also}"
     return ConfigError(key, value, problem, f"give it the value that it had, {REMEDY}")
+
+
+def changed_settings(meta: Meta, config: Config) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that decide the numbers and differ from a checkpoint's, with both values."""
+    built_in, changed = plain(config.built_in()), {}
+    made_with = dict(pairs_renamed(meta.made_with.items(), set()))
+    for key, value in plain(config.settings(NUMBERS)).items():
+        before = made_with.get(key, built_in[key])  # a key that was not there had the effect that it has built in
+        if json.dumps(before, sort_keys=True) != json.dumps(value, sort_keys=True):
+            changed[key] = before, value
+    return changed
 
 
 def changed_sources(meta: Meta, config: Config) -> list[str]:
@@ -136,6 +184,50 @@ def check_fits(state: Any, worker: Worker) -> None:
 def places(cluster: Cluster) -> list[list[Any]]:
     """Say which ranks are in which class, and on which kind of device, however the classes are chosen."""
     return [[c.name, c.device, list(c.ranks)] for c in cluster.classes]
+
+
+def slots(cluster: Cluster) -> list[list[Any]]:
+    """Say by rank on which host it is, and as which of those there."""
+    return [[fact.host, fact.local_rank] for fact in cluster.facts]
+
+
+def load_for(saved: Checkpoint, cluster: Cluster, rank: int, keeps: bool) -> dict[str, Any]:
+    """Return what a rank goes on from, of a job with other ranks.
+
+    Args:
+        keeps: whether ranks that stay go on from their own states.
+
+    Returns:
+        The state of that job's first rank, with the model of one that trained; and ``own``, of the rank that was where
+        this one is, or None; ``stayed``, how many ranks have one; ``gone``, on rank 0, the states of those that nobody
+        has, with their classes; ``keeps``.
+
+    Raises:
+        CheckpointError: a part of it cannot be read.
+    """
+    state = load_leads(saved)
+    stays = {new: old for new, old in staying(state, cluster).items() if keeps and old not in saved.meta.lost}
+    state["own"] = saved.load(stays[rank]) if rank in stays else None
+    left = set(saved.meta.ranks).difference(stays.values()) if rank == 0 and keeps else set()
+    names = {other: name for name, _, ranks in state["classes"] for other in ranks}
+    state["gone"] = [(names[other], saved.load(other)) for other in sorted(left)]
+    return {**state, "stayed": len(stays), "keeps": keeps}
+
+
+def staying(state: Mapping[str, Any], cluster: Cluster) -> dict[int, int]:
+    """Return the ranks of a job that are where there was one before, each with the number that it had then."""
+    slots = dict(enumerate(state.get("slots", ())))
+    before = {(*slots[rank], name, device): rank for name, device, ranks in state["classes"] for rank in ranks
+              if rank in slots}  # fmt: skip
+    now = {fact.rank: (fact.host, fact.local_rank, c.name, c.device) for fact in cluster.facts
+           for c in [cluster.class_of(fact.rank)]}  # fmt: skip
+    return {rank: before[where] for rank, where in now.items() if where in before}
+
+
+def known_plan(state: Mapping[str, Any], cluster: Cluster) -> Plan | None:
+    """Return the plan that a job had with the same ranks and settings; speeds need not be measured again then."""
+    same = state["classes"] == places(cluster) and state.get("slots") == slots(cluster)
+    return Plan.from_dict(state["plan"]) if state["keeps"] and same else None
 
 
 def check_places(state: Any, cluster: Cluster) -> None:

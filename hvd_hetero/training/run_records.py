@@ -24,6 +24,7 @@ from hvd_hetero.telemetry.trace import TRACE, Recorder, from_numbers, timeline, 
 
 RESHAPED = """reshaped: model, outer optimizer, loss table and counters are carried over; optimizer states, random \
 numbers, measured speeds and what was done of an epoch are not"""
+RESHAPED_RANKS = "reshaped: {} of {} ranks were there before, and keep their optimizers' states"
 
 
 def say_resumed(place: str, over: bool) -> None:

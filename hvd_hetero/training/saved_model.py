@@ -20,11 +20,12 @@ from hvd_hetero.config.load import load
 from hvd_hetero.config.schema import AUTO, AggregationConfig, AlgorithmConfig, Config, SamplingConfig
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.files import check_writable
-from hvd_hetero.planning.plan import Plan, lockstep_plan
+from hvd_hetero.planning.plan import lockstep_plan
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.training import startup
 from hvd_hetero.training.evaluation import evaluate
 from hvd_hetero.training.process import process_restored
+from hvd_hetero.training.resume import load_leads
 from hvd_hetero.worker.components import Components, as_user_error, build
 from hvd_hetero.worker.extra_state import load_extra_state
 from hvd_hetero.worker.worker import Worker
@@ -116,10 +117,7 @@ def load_weights(run: Path, checkpoint: str, model: nn.Module, config: Config) -
         fill: Callable[[], Any] = partial(model.load_state_dict, torch.load(file, weights_only=True))
     else:
         found = _checkpoint(run, checkpoint)
-        state = found.load(0)
-        lead = min(Plan.from_dict(state["plan"]).training[0].ranks)  # rank 0 may have had no part in the training
-        state = (state if lead == 0 else found.load(lead))["worker"]
-        fill = partial(_fill, model, state, config)
+        fill = partial(_fill, model, load_leads(found)["worker"], config)
     name = config.model.target or config.model.name
     with as_user_error("model", name, f"is not the model of {run}", PROGRAMS):
         fill()

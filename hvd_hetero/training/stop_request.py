@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -24,6 +25,9 @@ class StopRequest:
 
     Args:
         run_dir: None: there is none, nothing would be saved, and nobody is heard.
+
+    Attributes:
+        heard: called at the first signal, which horovodrun sends as well when another rank is lost.
     """
 
     def __init__(self, run_dir: Path | None) -> None:
@@ -31,6 +35,7 @@ class StopRequest:
         self._asked = False
         self._looked = 0.0
         self._before: dict[int, Any] = {}
+        self.heard: Callable[[], None] = lambda: None
 
     def __call__(self) -> bool:
         """Whether to stop; cheap enough to be asked at every step."""
@@ -60,6 +65,7 @@ class StopRequest:
             self._put_back()
             os.kill(os.getpid(), number)
         self._asked = True
+        self.heard()
 
     def _put_back(self) -> None:
         for number, handler in self._before.items():

@@ -20,8 +20,7 @@ from hvd_hetero.errors import Stopped
 from hvd_hetero.planning.injected_delays import delays
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.schedules import run_share
-from hvd_hetero.planning.stop_criteria import check_limits, expected_epochs, fast_steps, next_rounds, rest_rounds
-from hvd_hetero.planning.weighted_sampling import INFOBATCH
+from hvd_hetero.planning.stop_criteria import check_limits, expected_epochs, fast_steps, next_rounds
 from hvd_hetero.random_state import seed_all
 from hvd_hetero.telemetry.callbacks import Started
 from hvd_hetero.telemetry.emulation import thread_cpu_clock
@@ -33,14 +32,15 @@ from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import Recorder
 from hvd_hetero.training.best import BestEvaluation
 from hvd_hetero.training.checkpointer import SyncDecision
-from hvd_hetero.training.epoch import RoundSpans, gather_figures, say_taus
+from hvd_hetero.training.epoch import RoundSpans, gather_figures, rest_plan, say_taus
 from hvd_hetero.training.evaluation import evaluate
 from hvd_hetero.training.helpers import Helpers, place_after
 from hvd_hetero.training.initial_plan import choose_micro_batches, first_plan, start_together
 from hvd_hetero.training.iterate_average import NONE, IterateAverage, half_life
 from hvd_hetero.training.live_status import LiveStatus
-from hvd_hetero.training.restore import carry_over, restore, state_of
-from hvd_hetero.training.resume import Found, check_fits, check_places
+from hvd_hetero.training.reshape import carry_over
+from hvd_hetero.training.restore import restore, state_of
+from hvd_hetero.training.resume import Found, check_fits, check_places, known_plan
 from hvd_hetero.training.run_records import write_model, write_start, write_summary, write_trace
 from hvd_hetero.training.startup import Job
 from hvd_hetero.training.trainer_parts import TrainerParts
@@ -99,19 +99,22 @@ class Trainer(TrainerParts):
         self.best = BestEvaluation(config.eval.best, self.job.components.metrics, config.train.patience)
         self.saver = self.make_saver()
         if self.saver is not None:
+            self.job.watchdog.last_act = self.saver.survive
             state, reshaped = self.saver.load(self.found, self.job.cluster)
+        known = None
         if state is not None and reshaped:
             check_fits(state, self.worker)
             self.worker.carry_over(state["worker"])
-        known = None
+            known = known_plan(state, self.job.cluster)
         if state is not None and not reshaped:
             check_places(state, self.job.cluster)
             known = Plan.from_dict(state["plan"])
             self.worker.micro_batches = state["worker"].get("micro_batches", 1)
+        if state is not None and known is not None:
             self.comm.set_path(state["path"])
         with self._memory_told():
             policy, measured = self.algorithm.policy, self.measured_source
-            if known is None:
+            if known is None or reshaped:
                 choose_micro_batches(self.job, policy, self.worker, measured, self.comm)
             self.plan = known or first_plan(self.job, policy, self.worker, measured, self.comm)
             take_first_steps(self.worker, measured, self.plan.of_rank(self.comm.rank).batch_size)
@@ -156,6 +159,8 @@ class Trainer(TrainerParts):
                 row = self._end_epoch(epoch, agreed)
                 if self.saver is not None and self.saver.active and (self.over or agreed.due or agreed.stop):
                     self._save(None, wait=self.over or agreed.stop, row=row)
+                else:
+                    self._keep(None)
                 if agreed.stop and not self.over:
                     raise self._stopped()
             if self.folder is not None and self.saver is not None:
@@ -240,6 +245,8 @@ class Trainer(TrainerParts):
                     return replace(agreed, step_sec=())
             if agreed.due or agreed.stop:
                 self._save(epoch, wait=agreed.stop)
+            else:
+                self._keep(epoch)
             if agreed.stop:
                 raise self._stopped()
 
@@ -248,16 +255,10 @@ class Trainer(TrainerParts):
         old, self.plan = self.plan, self._replan(self.plan, self._by_rank(agreed.step_sec), agreed.rounds)
         if self.plan is old:
             return
-        steps, samples = epoch.spent
-        done = self.accounts.done
-        done = replace(done, fast_steps=done.fast_steps + steps, samples=done.samples + samples)
-        prunes = self.config.sampling.scheme == INFOBATCH  # then there are no more samples than were dealt
-        there = epoch.rounds_left * epoch.round_samples if prunes else len(self.source) - samples
-        rounds = rest_rounds(self.config.train, old, self.plan, epoch.rounds_left, there, done)
-        part = replace(self.plan, rounds=rounds)
+        part = rest_plan(self.config, epoch, self.plan, len(self.source), self.accounts.done)
         self.watch.skip()
         self.watch.heartbeat.begin("dealing samples")
-        rest = self.feed.deal_rest(part, epoch.indices, epoch.steps) if rounds else epoch.indices[:0]
+        rest = self.feed.deal_rest(part, epoch.indices, epoch.steps) if part.rounds else epoch.indices[:0]
         epoch.deal_rest(part, rest, self.feed.weights_of(rest))
 
     def _end_epoch(self, epoch: Epoch, agreed: SyncDecision) -> dict[str, Any]:
@@ -345,6 +346,12 @@ class Trainer(TrainerParts):
         self._tell_saved(self.saver)
         self.watch.skip()
 
+    def _keep(self, epoch: Epoch | None) -> None:
+        if self.saver is not None:
+            number = self.accounts.rounds + (0 if epoch is None else epoch.progress.averages)
+            self.saver.keep(number, lambda: state_of(self, epoch))
+            self.watch.skip()
+
     def _stopped(self) -> Stopped:
         assert self.saver is not None
         if self.folder is not None and self.progress is not None:
@@ -378,12 +385,15 @@ class Trainer(TrainerParts):
         self.helpers.close()
         self.job.watchdog.stop()
 
-    def abandon(self, saves: bool) -> None:
+    def abandon(self, saves: bool, survives: bool) -> None:
         """Ends what runs in the background, when this rank leaves alone.
 
         Args:
             saves: a checkpoint that is on its way may come to its end first.
+            survives: what the rank remembers of its last rounds is worth saving.
         """
+        if survives and self.saver is not None:
+            self.saver.survive()
         if saves and self.saver is not None:
             self.watch.heartbeat.begin("checkpoint")
             self.saver.abandon()

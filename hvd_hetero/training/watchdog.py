@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -62,10 +63,12 @@ class Watchdog:
 
     Attributes:
         heartbeat: of this rank's main thread.
+        last_act: called before the rank is ended, for some seconds at most.
     """
 
     def __init__(self, env: JobEnv) -> None:
         self.heartbeat = Heartbeat()
+        self.last_act: Callable[[], None] = lambda: None
         self._env, self._limit_sec = env, math.inf
         self._armed = False
         self._stopped, self._wake = threading.Event(), threading.Event()
@@ -156,8 +159,7 @@ class Watchdog:
             where = "; ".join(f"rank {rank} in {beat['phase']}" for rank, beat in sorted(beats.items()) if beat)
             self._end(EXIT_STUCK, f"all ranks wait for each other for {self._limit_sec:g} s: {where}", stacks=True)
 
-    @staticmethod
-    def _end(status: int, message: str, stacks: bool = False) -> NoReturn:
+    def _end(self, status: int, message: str, stacks: bool = False) -> NoReturn:
         """Leaves at once, whatever the other threads are doing."""
         anyway = threading.Timer(AWAY_SEC, os._exit, [status])  # where nobody reads, a full pipe would hold it
         anyway.daemon = True
@@ -166,6 +168,8 @@ class Watchdog:
             os.write(_stderr(), f"hvd-hetero: error: {message}\n".encode(errors="replace"))
             if stacks:
                 faulthandler.dump_traceback(_stderr())
+        with suppress(Exception):
+            self.last_act()
         os._exit(status)
 
 

@@ -71,11 +71,14 @@ class Feed:
             self.sampler.begin(whole.epoch_samples())
         return mine
 
-    def deal_rest(self, plan: Plan, indices: NDArray[Any], steps: int) -> NDArray[Any]:
+    def deal_rest(
+        self, plan: Plan, indices: NDArray[Any], steps: int, gone: Mapping[str, Sequence[NDArray[Any]]] | None = None
+    ) -> NDArray[Any]:
         """Deal what is left of an epoch anew: this rank's indices of all rounds of a plan that begins now.
 
         Args:
             indices: what this rank was dealt, ``[rows, B]``, of which it has taken ``steps`` rows.
+            gone: on rank 0, by class, what ranks have taken that are not there any more.
         """
         with self._comm.booked():
             told = [row.tolist() for row in self._comm.gather(torch.tensor([steps, *indices.shape]), "rest.sizes")]
@@ -89,6 +92,9 @@ class Feed:
                      for part, (taken, rows, batch) in zip(dealt, told, strict=True)]  # fmt: skip
             used, left = ({c.name: np.concatenate([parts[rank][i].numpy() for rank in c.ranks]) for c in plan.classes}
                           for i in (0, 1))  # fmt: skip
+            for name, others in (gone or {}).items():
+                home = name if name in used else next(iter(used))  # where its class is gone, any
+                used[home] = np.concatenate([used[home], *(rows.reshape(-1) for rows in others)])
             drawn = self.sampler.draw_rest(used, left, plan.epoch_samples())
         return self._cut(plan, drawn)
 
@@ -194,7 +200,9 @@ class StreamFeed(Feed):
         rounds = first + self._before + all_ranks * np.arange(plan.rounds)[:, None]
         return (rounds + np.arange(sizes[rank])).reshape(plan.rounds * mine.tau, mine.batch_size)
 
-    def deal_rest(self, plan: Plan, indices: NDArray[Any], steps: int) -> NDArray[Any]:
+    def deal_rest(
+        self, plan: Plan, indices: NDArray[Any], steps: int, gone: Mapping[str, Sequence[NDArray[Any]]] | None = None
+    ) -> NDArray[Any]:
         """Deal the places from the round on that begins now, as :meth:`Feed.deal_rest` does."""
         if steps < len(indices):
             self._next = int(indices[steps, 0]) - self._before

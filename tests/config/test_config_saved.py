@@ -77,10 +77,10 @@ DECIDES = {
         delays.sec delays.ranks delays.sigma""",
     COURSE: """
         run.trace_rounds run.watchdog_sec run.callbacks cluster.start_timeout_sec cluster.gloo_timeout_sec
-        checkpoint.every_sec checkpoint.every_rounds checkpoint.keep""",
+        checkpoint.every_sec checkpoint.every_rounds checkpoint.memory_sec checkpoint.keep""",
     NOTHING: """
-        run.dir run.overwrite run.resume run.name run.trackers launch.environment cluster.remote_shell data.root
-        data.download""",
+        run.dir run.overwrite run.resume run.name run.trackers launch.environment launch.discovery_sec
+        cluster.remote_shell data.root data.download""",
 }
 """A new key has to be thought of here: who resumes with another value of it gets another model, or not."""
 

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import signal
+import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,9 +19,17 @@ from job_helpers import rank_pids, when
 from together import together
 
 from hvd_hetero.config.load import load
-from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_FAULT, EXIT_LOST, EXIT_NON_FINITE, EXIT_STOPPED, UserError
+from hvd_hetero.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAULT,
+    EXIT_LOST,
+    EXIT_NON_FINITE,
+    EXIT_STOPPED,
+    ConfigError,
+    UserError,
+)
 from hvd_hetero.launch.horovodrun import End
-from hvd_hetero.launch.supervisor import Restarts, Supervisor, check_options, remaining_classes, without
+from hvd_hetero.launch.supervisor import Restarts, Supervisor, check_options, classes_on, elsewhere
 
 RANKS = Path(__file__).parents[1] / "ranks"
 SETTINGS = ["train.tau={fast: 8, slow: 4}", "cluster.classes.slow.slowdown=1", "run.trace_rounds=0"]
@@ -135,8 +145,7 @@ def test_a_host_that_answers_again_is_taken_back(
         told.append(list(settings))
         return End(EXIT_LOST if len(told) < 5 else 0, "job")
 
-    words = ["cluster.hosts=a,b", "cluster.classes={x: {hosts: '*'}}", "run.resume=auto", f"run.dir={tmp_path}"]
-    assert Supervisor(start, load(None, words), [("a", 1), ("b", 1)], tmp_path, 5, 1).run() == 0
+    assert supervisor(start, [("a", 1), ("b", 1)], tmp_path).run() == 0
     fewer, all_ = ["cluster.hosts=a:1", "run.resume=reshape"], ["run.resume=reshape"]
     assert told == [[], fewer, fewer, all_, all_]
     assert asked == [["a", "b"], ["b"], ["a"], ["b"], ["a", "b"], ["a", "b"]]
@@ -144,20 +153,66 @@ def test_a_host_that_answers_again_is_taken_back(
     assert "goes on without b, with 1 ranks" in said and "takes b back, with 2 ranks" in said
 
 
-# ---- without some hosts ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_host_that_comes_is_taken_in_while_the_job_runs(
+    refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The job is asked to save and to stop; where it could not be started with the host, it is left alone."""
+    monkeypatch.setattr("hvd_hetero.launch.supervisor.reap", lambda job, hosts, shell: [])
+    monkeypatch.setattr(Supervisor, "_made", lambda self: (7, ""))
+    there, told, asked = [("a", 1)], list[list[str]](), threading.Event()
+
+    def check(settings: Sequence[str]) -> None:
+        asked.set()
+        if refused:
+            raise ConfigError("cluster.classes", "x", "has no place for b", "name it")
+
+    def start(settings: Sequence[str]) -> End:
+        told.append(list(settings))
+        there[1:] = [("b", 2)]
+        assert asked.wait(20)
+        stop = tmp_path / "stop"
+        while not refused and len(told) == 1 and not stop.exists():
+            time.sleep(0.01)
+        if len(told) > 1 or refused:
+            return End(0)
+        stop.unlink()
+        return End(EXIT_STOPPED, "job")
+
+    words = ["launch.discovery_sec=0.01"]
+    assert supervisor(start, [("a", 1)], tmp_path, *words, look=lambda: list(there), check=check).run() == 0
+    said = capsys.readouterr().err
+    if refused:
+        assert told == [[]] and said.count("takes no hosts in: cluster.classes='x': has no place for b") == 1
+        assert not (tmp_path / "stop").exists()
+    else:
+        assert told == [[], ["cluster.hosts=a:1,b:2", "run.resume=reshape"]]
+        assert "saves, and starts again with b:2" in said and "goes on with 3 ranks, from round 7" in said
+
+
+def supervisor(start: Any, hosts: Any, folder: Path, *words: str, look: Any = None, check: Any = None) -> Supervisor:
+    given = ["cluster.hosts=" + ",".join(host for host, _ in hosts), "cluster.classes={x: {hosts: '*'}}",
+             "run.resume=auto", f"run.dir={folder}", *words]  # fmt: skip
+    return Supervisor(start, load(None, given), hosts, folder, 5, 1, look or (lambda: hosts), check or (lambda s: None))
+
+
+# ---- on other hosts ---------------------------------------------------------------------------------------------
 
 HOSTS = [("a", 2), ("b", 1), ("c", 2)]
 
 
 def test_the_ranks_that_remain_are_numbered_anew() -> None:
     classes = {"gpu": {"device": "cuda", "ranks": [0, 3]}, "cpu": {"ranks": "1-2,4", "slowdown": 2.0}}
-    assert remaining_classes(classes, HOSTS, ["a"]) == {
+    assert classes_on(classes, HOSTS, HOSTS[1:]) == {
         "gpu": {"device": "cuda", "ranks": [1]}, "cpu": {"ranks": [0, 2], "slowdown": 2.0}
     }
-    assert remaining_classes(classes, HOSTS, ["b"]) == {
+    assert classes_on(classes, HOSTS, [HOSTS[2], HOSTS[0]]) == {
+        "gpu": {"device": "cuda", "ranks": [2, 0]}, "cpu": {"ranks": [3, 1], "slowdown": 2.0}
+    }
+    assert classes_on(classes, HOSTS, [HOSTS[0], HOSTS[2]]) == {
         "gpu": {"device": "cuda", "ranks": [0, 2]}, "cpu": {"ranks": [1, 3], "slowdown": 2.0}
     }
-    assert remaining_classes(classes, HOSTS, []) == {
+    assert classes_on(classes, HOSTS, [*HOSTS, ("d", 3)]) == {
         "gpu": {"device": "cuda", "ranks": [0, 3]}, "cpu": {"ranks": [1, 2, 4], "slowdown": 2.0}
     }
 
@@ -167,12 +222,12 @@ def test_classes_without_ranks_are_dropped_and_what_is_said_of_them() -> None:
     given = ["cluster.hosts=a:2,b:1,c:2", "train.tau={one: 8, two: 4, three: 2}", "train.batch_size=4",
              "cluster.classes={one: {ranks: [0, 1]}, two: {ranks: [2]}, three: {hosts: c}}"]
     config = load([], given)
-    smaller = load([], [*given, *without(config, HOSTS, ["b"])])
+    smaller = load([], [*given, *elsewhere(config, HOSTS, [HOSTS[0], HOSTS[2]])])
     assert smaller.cluster.hosts == "a:2,c:2"
     assert smaller.cluster.classes == {"one": {"ranks": [0, 1]}, "three": {"hosts": "c"}}
     assert smaller.train.tau == {"one": 8, "three": 2}
     assert smaller.train.batch_size == 4
-    smallest = load([], [*given, *without(config, HOSTS, ["b", "c"])])
+    smallest = load([], [*given, *elsewhere(config, HOSTS, HOSTS[:1])])
     assert smallest.cluster.classes == {"one": {"ranks": [0, 1]}} and smallest.train.tau == {"one": 8}
 
 
@@ -180,4 +235,4 @@ def test_classes_that_are_chosen_by_the_hosts_stay_as_they_are() -> None:
     for classes in ("auto", "{one: {hosts: '*', slots: [0]}, two: {hosts: '*', slots: [1]}}"):
         given = ["cluster.hosts=a:2,c:2", f"cluster.classes={classes}"]
         config = load([], given)
-        assert without(config, [("a", 2), ("c", 2)], ["c"]) == ["cluster.hosts=a:2"]
+        assert elsewhere(config, [("a", 2), ("c", 2)], [("a", 2)]) == ["cluster.hosts=a:2"]

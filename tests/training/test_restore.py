@@ -188,7 +188,8 @@ def supervised(run: Path, leave: Any, monkeypatch: pytest.MonkeyPatch, *settings
     monkeypatch.setattr(time, "sleep", lambda sec: None)
     monkeypatch.setattr("hvd_hetero.launch.supervisor.reap", lambda job, hosts, shell: [])
     course = Course(leave)
-    assert Supervisor(course, load(None, settings), [("localhost", 2)], run, 5, None).run() == 0
+    hosts = [("localhost", 2)]
+    assert Supervisor(course, load(None, settings), hosts, run, 5, None, lambda: hosts, lambda s: None).run() == 0
     return course.told
 
 

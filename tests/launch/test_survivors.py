@@ -1,0 +1,104 @@
+"""A rank that is killed while the newest checkpoint is old: the others save what they have in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from job_helpers import rank_pids, when
+
+from hvd_hetero.checkpoint import CheckpointError, Store
+from hvd_hetero.config.load import load
+from hvd_hetero.training.survivor import Survivor, adopt
+
+RANKS = Path(__file__).parents[1] / "ranks"
+
+
+@pytest.mark.parametrize("killed", [0, 2])
+def test_no_more_than_a_round_is_lost_with_a_rank(killed: int, hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
+    """No checkpoint falls due before: the state is that of the last round in which all ranks met.
+
+    Rank 0 takes the losses of the samples along, so what it had saved of them is needed; the others do not.
+    """
+    run = tmp_path / "run"
+
+    def kill() -> None:
+        for pid in rank_pids(run, killed):
+            os.kill(pid, signal.SIGKILL)
+
+    def far_enough() -> bool:
+        status = json.loads((run / "status.json").read_text()) if (run / "status.json").exists() else {}
+        saved = status.get("checkpoint") or {}
+        return bool(status.get("round", 0) >= 3 and (killed > 0 or saved.get("round") is not None))
+
+    when(far_enough, kill)
+    # rounds of more than a second, so that ranks meet after each
+    done = hvd_hetero(
+        ["launch", "--max-restarts", "1", f"run.dir={run}", "run.trace_rounds=0", "cluster.hosts=localhost:3",
+         "cluster.classes={one: {ranks: [0, 1]}, two: {ranks: [2]}}", "train.tau={one: 8, two: 4}", "train.epochs=2",
+         "sampling.scheme=uniform", "train.optimizer=joining:Noted", "train.batch_size=16", "checkpoint.memory_sec=0",
+         f"checkpoint.every_sec={1000 if killed else 1}", f"checkpoint.keep={1 if killed else 100}",
+         "delays.distribution=lognormal", "delays.seed=0", "delays.sec=0.2"],
+        cwd=RANKS, timeout=250)  # fmt: skip
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    restart = re.search(r"restart 1 of 1 in 1 s, from round (\d+)", said)
+    place = re.search(r"resumed after epoch 0, round 0, in the next epoch (\d+) rounds later, reshaped: 2 of 3", said)
+    assert restart and place and int(place[1]) == int(restart[1]) >= 3, said
+    assert said.count("LOADED localhost 4 True") == 2
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+
+
+# ---- what survivors leave -------------------------------------------------------------------------------------------
+
+
+def state(number: int) -> dict[str, Any]:
+    return {"model": torch.full((3,), float(number)), "accounts": {"epochs": 1}, "table": np.arange(number)}
+
+
+def left_by(run: Path, rounds: dict[int, list[int]]) -> Store:
+    """Of each rank the rounds that it still held."""
+    run.mkdir()
+    for rank, numbers in rounds.items():
+        survivor = Survivor(Store(run), rank, 0.0)
+        for number in numbers:
+            survivor.keep(number, lambda number=number: state(number))
+        survivor.write()
+    return Store(run)
+
+
+def test_the_newest_round_that_most_ranks_have_becomes_the_checkpoint(tmp_path: Path) -> None:
+    """Of each only the last two are there; one rank was a meeting behind the others."""
+    store = left_by(tmp_path / "run", {0: [5, 6, 7], 2: [4, 5, 6], 3: [6, 7]})
+    adopt(tmp_path / "run", load(None), 4)
+    newest = store.latest(deep=True)
+    assert newest is not None and (newest.meta.round, newest.meta.lost, newest.meta.epochs) == (6, (1,), 1)
+    assert newest.load(3)["model"].tolist() == [6, 6, 6]
+    with pytest.raises(CheckpointError, match="without rank 1, which had been lost; set run.resume=reshape"):
+        newest.load(1)
+    adopt(tmp_path / "run", load(None), 4)
+    assert [c.round for c in store.candidates() if c.checkpoint] == [6], "nothing newer is left"
+
+
+def test_what_is_not_whole_is_not_taken(tmp_path: Path) -> None:
+    store = left_by(tmp_path / "run", {0: [7], 1: [7]})
+    (tmp_path / "run" / "checkpoints" / "000007" / "rank0001.json").write_text("{")
+    adopt(tmp_path / "run", load(None), 2)
+    newest = store.latest()
+    assert newest is not None and newest.meta.lost == (1,)
+
+
+def test_nothing_is_kept_or_written_unless_it_is_asked_for(tmp_path: Path) -> None:
+    survivor = Survivor(Store(tmp_path), 0, None)
+    survivor.keep(1, lambda: pytest.fail("a copy was made"))
+    survivor.write()
+    assert not list(tmp_path.iterdir())
