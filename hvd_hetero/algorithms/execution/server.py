@@ -70,7 +70,7 @@ class ServedModel:
         for gradient, part in zip(self._gradients, parts_of(direction, self._gradients), strict=True):
             torch.mul(part.to(gradient), factor, out=gradient)
         for own, theirs in zip(self._optimizer.param_groups, self._worker.optimizer.param_groups, strict=True):
-            own["lr"] = theirs["lr"]
+            own |= {name: value for name, value in theirs.items() if name != "params"}  # a schedule may set any of them
         self._worker.clip(self._params)
         self._optimizer.step()
 
