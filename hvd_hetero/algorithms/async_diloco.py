@@ -73,7 +73,7 @@ class AsyncDiLoCo(AsynchronousLocal):
     options: DiLoCoOptions
     Options: ClassVar[type[AlgorithmConfig]] = DiLoCoOptions
     flat_gradients: ClassVar[bool] = False
-    pushes_models: ClassVar[bool] = True
+    pushes_gradients: ClassVar[bool] = False
     unused: ClassVar[Mapping[str, Any]] = neutral("weights", *WAITING, "outer_nesterov")
 
     @property

@@ -51,15 +51,14 @@ def check_server(policy: Policy) -> None:
 class Asynchronous(Lockstep):
     """Let ranks claim the samples of an epoch, and push a gradient for each batch.
 
-    Attributes:
-        pushes_models: whether what is pushed is the progress of a local step; else its gradient.
+    Without ``pushes_gradients`` it is the progress of a local step.
     """
 
     executor: ClassVar[str] = EXECUTOR
     Options: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
     claims_samples: ClassVar[bool] = True
     flat_gradients: ClassVar[bool] = True
-    pushes_models: ClassVar[bool] = False
+    pushes_gradients: ClassVar[bool] = True
     unused: ClassVar[Mapping[str, Any]] = neutral("weights", *WAITING, *OUTER)
 
     def server_rule(self) -> Rule:
@@ -78,13 +77,12 @@ class AsynchronousLocal(LocalSGD):
 
     By class, or by rank where the rule needs every rank.
 
-    Attributes:
-        pushes_models: whether what is pushed is the progress of tau local steps; else the gradient of each.
+    What is pushed is the gradient of each local step, or without ``pushes_gradients`` the progress of tau of them.
     """
 
     executor: ClassVar[str] = EXECUTOR
     flat_gradients: ClassVar[bool] = True
-    pushes_models: ClassVar[bool] = False
+    pushes_gradients: ClassVar[bool] = True
     unused: ClassVar[Mapping[str, Any]] = neutral("weights", *WAITING, *OUTER)
 
     def server_rule(self) -> Rule:
@@ -92,7 +90,7 @@ class AsynchronousLocal(LocalSGD):
 
     @property
     def steps_of_push(self) -> int | None:
-        return None if self.pushes_models else 1
+        return 1 if self.pushes_gradients else None
 
     @property
     def has_blocking_average(self) -> bool:

@@ -65,7 +65,7 @@ class OmniLearnASP(Asynchronous):
     Options: ClassVar[type[AlgorithmConfig]] = OmniLearnOptions
     batch_varies: ClassVar[bool] = True
     flat_gradients: ClassVar[bool] = False
-    pushes_models: ClassVar[bool] = True
+    pushes_gradients: ClassVar[bool] = False
 
     @property
     def least(self) -> int:

@@ -41,6 +41,7 @@ class Policy:
         drops_late: whether what comes too late for its round is dropped; else it goes with the next one.
         flat_gradients: whether gradients are views into flat vectors, and sparse ones are added up in there.
         sends_at_once: whether each gradient is sent as soon as the backward pass has made it, dense and in one piece.
+        pushes_gradients: whether ranks give nothing but gradients to a server, which holds the model.
         follows_rate: whether the plan depends on the learning rate, which :meth:`follow_rate` tells.
         unused: keys of ``aggregation`` that mean nothing to the method, and the values that they are left at;
             ``unused_train``, of ``train``.
@@ -64,6 +65,7 @@ class Policy:
     flat_gradients: ClassVar[bool] = False
     sends_at_once: ClassVar[bool] = False
     batch_varies: ClassVar[bool] = False
+    pushes_gradients: ClassVar[bool] = False
     follows_rate: ClassVar[bool] = False
     unused: ClassVar[Mapping[str, Any]] = {}
     unused_train: ClassVar[Mapping[str, Any]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import horovod.torch as hvd
@@ -65,6 +66,16 @@ def _handed_over(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return made
 
 
+def _send_left_out(optimizer: Any) -> None:
+    """Send the gradients that this rank's backward passes have not sent; ``synchronize`` would, but too late.
+
+    A rank may leave out other layers than another one: each would wait for what the other sends after waiting.
+    """
+    for param in optimizer._requires_update:
+        if optimizer._handles.get(param, (None, None))[0] is None:
+            optimizer._handles[param] = optimizer._allreduce_grad_async(param)
+
+
 class GradientSum:
     """Replaces each gradient, on every rank of the group, by its sum over the group.
 
@@ -106,6 +117,7 @@ class GradientSum:
             return
         self._comm.carried.sent += self._bytes
         with self._comm.heartbeat.waiting("gradients"):
+            guarded(partial(_send_left_out, optimizer))
             for handle, _ in list(optimizer._handles.values()):
                 if handle is not None:
                     wait_until(handle)

@@ -75,10 +75,15 @@ class Wire:
         """In place, on every rank: the sum over the ranks of weight times vector, bit-identical everywhere.
 
         Args:
-            vector: ``[P + FLAG_SLOTS]``, float32 or float64, with its flags written.
+            vector: ``[P + FLAG_SLOTS]``, with its flags written.
             weight: equal within a class.
             states: elements before the flags that travel as they are: a variance that is rounded may be below 0.
         """
+        if vector.dtype == torch.float16:  # in which there is no room for what numbers are scaled with
+            wide = vector.float()
+            self.sum_(comm, wide, weight, name, states)
+            vector.copy_(wide)
+            return
         if weight != 1:
             vector.mul_(weight)
         body, exact, flags = vector.split([len(vector) - states - FLAG_SLOTS, states, FLAG_SLOTS])

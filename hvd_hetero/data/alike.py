@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
@@ -32,7 +33,7 @@ TOLERANCE = 1e-3
 COARSE = (torch.uint8, torch.int8, torch.int16)
 """Images and sounds, as inputs."""
 
-UNREAD = "cannot be read:"
+UNREAD, WEIGHTS = "cannot be read:", "sample weights"
 
 Facts = Mapping[str, Any]
 Content = list[Any]
@@ -41,8 +42,11 @@ REMEDY = ("every rank has to read the same samples in the same order, as each is
           "shuffles or splits them, sort lists of files, and give each rank all of them")
 
 
-def facts_of(source: Source) -> dict[str, Any]:
+def facts_of(source: Source, weights: NDArray[Any] | None = None) -> dict[str, Any]:
     """Look at a split: its length, what of it lies in memory, and a few samples, the same on all ranks.
+
+    Args:
+        weights: of its samples, if they do not all weigh the same.
 
     Samples are read twice under one seed. What is not the same both times has randomness of its own, and is not
     compared. Random states are left as they were.
@@ -53,6 +57,8 @@ def facts_of(source: Source) -> dict[str, Any]:
     if isinstance(source, StreamSource):  # of which nothing is dealt by number
         return {"length": len(source), "kept": {}, "numbers": [], "samples": [], "stable": [False, False]}
     kept = _kept(source)  # before samples are read, of which a dataset may keep something
+    if weights is not None:
+        kept[WEIGHTS] = _content(weights, PIECES_OF_ALL)
     numbers, reader = _sample_numbers(len(source)), source
     if isinstance(source, MapSource):  # workers that are to live on start when the rank's cores are known
         reader = MapSource(source.dataset, min(source.workers, 1), source.collate, source.transform, source.device)
@@ -65,6 +71,12 @@ def facts_of(source: Source) -> dict[str, Any]:
     pairs = list(zip(first, again, strict=False))
     stable = [len(first) == len(again) and all(_alike(one[i], other[i]) for one, other in pairs) for i in range(2)]
     return {"length": len(source), "kept": kept, "numbers": numbers, "samples": first, "stable": stable}
+
+
+def facts_of_stream(stream: StreamSource) -> dict[str, Any]:
+    """Look at what comes first in a stream that all ranks read, as :func:`facts_of` looks at a split."""
+    first = [(_content(item, PIECES_OF_SAMPLE, COARSE), NOTHING) for item in stream.ahead(FEW)]
+    return {"length": len(stream), "kept": {}, "numbers": list(range(FEW)), "samples": first, "stable": [True, True]}
 
 
 def check_alike(facts: Sequence[Mapping[str, Facts]], hosts: Sequence[str]) -> None:

@@ -66,10 +66,14 @@ class StreamSource:
 
     def peek(self, samples: int) -> Any:
         """Return the next batch, which is still there afterwards."""
+        return to_device(self._collate(self.ahead(samples // self._unit)), self._device)
+
+    def ahead(self, count: int) -> list[Any]:
+        """Return the next samples, or batches of a loader, which are still there afterwards."""
         with self._own_random_numbers():
-            while len(self._ahead) < samples // self._unit:
+            while len(self._ahead) < count:
                 self._ahead.append(self._next())
-        return to_device(self._collate(list(self._ahead)[: samples // self._unit]), self._device)
+        return list(self._ahead)[:count]
 
     def _take(self) -> Any:
         item = self._ahead.popleft() if self._ahead else self._next()

@@ -148,7 +148,7 @@ def begin(prepare: Callable[[], tuple[Config, Components]], make: Callable[[Job,
             if config.run.resume is not None:
                 found = find(Path(config.run.dir), config, None if has_helpers(config) else env.size)
                 if found is not None:
-                    check_data(found, parts.dataset.train)
+                    check_data(found, parts.dataset.train, parts.weights)
         return config, parts
 
     started = startup.start(prepare_folder_too)

@@ -15,26 +15,33 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hvd_hetero import algorithms, data
+from hvd_hetero import algorithms
 from hvd_hetero.checkpoint import CheckpointError, join, split
 from hvd_hetero.cluster.hardware import autocast_type, local_facts
 from hvd_hetero.comm.kv_store import job_env
 from hvd_hetero.config.instantiate import cause
 from hvd_hetero.config.load import device_classes
 from hvd_hetero.config.schema import AUTO, AggregationConfig, Config
-from hvd_hetero.data import Batch, Dataset
+from hvd_hetero.data import Batch
 from hvd_hetero.data.batch import cut, to_device
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.planning.local_steps import SHRINK, WAIT_AVOIDING
 from hvd_hetero.random_state import RandomState
+from hvd_hetero.training.step_checks import (
+    check_classes,
+    check_gradients,
+    check_rates,
+    check_unwritten,
+    trained_digests,
+)
 from hvd_hetero.worker import components
 from hvd_hetero.worker.components import Components, Origins, UserObjects, as_user_error, first_samples
 from hvd_hetero.worker.extra_state import load_extra_state
 from hvd_hetero.worker.loss_checks import Batched, closely, try_loss
-from hvd_hetero.worker.losses import IGNORED, Numbers
+from hvd_hetero.worker.losses import Numbers
 from hvd_hetero.worker.metrics import SampleMean
 from hvd_hetero.worker.modes import has_modes, warn_of_evaluation_mode
 from hvd_hetero.worker.own_attributes import attributes_of, warn_of_changes
@@ -146,7 +153,7 @@ class _DryRun:
         try:
             self._evaluate(worker)
         finally:  # where it finds something, it says more than the loss does that fails on it
-            _check_classes(self._parts.dataset, self._outputs, self._config, self._given, self._origins)
+            check_classes(self._parts.dataset, self._outputs, self._config, self._given, self._origins)
         self._metrics(worker)
         self._read()
         before = attributes_of(worker.model)
@@ -236,7 +243,10 @@ class _DryRun:
     def _make_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         assert self._parts.scheduler is not None
         with as_user_error(*self._origins.scheduler, "cannot be made", "correct its arguments (train.scheduler_args)"):
-            return self._parts.scheduler(optimizer)
+            rates = [group["lr"] for group in optimizer.param_groups]
+            made = self._parts.scheduler(optimizer)
+        check_rates(rates, optimizer, self._config, self._origins)
+        return made
 
     def _evaluate(self, worker: Worker) -> None:
         what = f"the model fails on {self._told(training=False)}"
@@ -257,9 +267,11 @@ class _DryRun:
             metric.figures()
 
     def _step(self, worker: Worker) -> None:
+        before = trained_digests(worker.model) if self._method.pushes_gradients else {}
         with counted(worker.model) as times:
             self._gradient(worker)
-        self._check_gradients(worker.model, times)
+        check_gradients(worker.model, times, self._config, self._method, self._origins)
+        check_unwritten(worker.model, before, self._config, self._origins)
         with as_user_error(*self._origins.optimizer, "fails in a step", "choose one that steps along a gradient"):
             worker.apply()
         self._stepped = True
@@ -273,23 +285,6 @@ class _DryRun:
             made = forward_places(lambda: worker.gradient(*self._batch))
             problem = f"the model fails on {self._told(training=True)}: {cause(error, made)}"
             raise ConfigError(*self._origins.model, problem, "make model and data fit together") from error
-
-    def _check_gradients(self, model: nn.Module, times: Mapping[str, int]) -> None:
-        """Refuse gradients that the method, or their clipping, cannot deal with."""
-        norm, method = self._config.train.clip_norm, self._config.algorithm.name
-        for name, param in model.named_parameters():
-            if self._method.sends_at_once and times.get(name, 0) > 1:
-                problem = f"the gradient of {name} is made in {times[name]} pieces, and {method} sends the first one"
-                remedy = "checkpoint it with use_reentrant=False, or choose another method"
-                raise ConfigError(*self._origins.model, problem, remedy)
-            if param.grad is None or not param.grad.is_sparse:
-                continue
-            if self._method.sends_at_once:
-                problem = f"{name} has sparse gradients, and {method} sums dense ones"
-                raise ConfigError(*self._origins.model, problem, "make it with sparse=False, or choose another method")
-            if norm is not None:
-                problem = f"{name} has sparse gradients, which cannot be clipped"
-                raise ConfigError("train.clip_norm", norm, problem, "make it with sparse=False, or leave it null")
 
     def _epochs(self, worker: Worker) -> None:
         what = "does not last through the epochs"
@@ -359,23 +354,3 @@ class _OneBatch:
 
     def batches(self, indices: Any, generator: torch.Generator, start: int = 0) -> Iterator[Batch]:
         yield self._batch
-
-
-def _check_classes(dataset: Dataset, outputs: Any, config: Config, given: UserObjects | None, origins: Origins) -> None:
-    """Refuse class numbers of which none counts or that the model has no output for, where they are at hand."""
-    own_loss = given is not None and given.loss is not None
-    if own_loss or config.train.loss not in ("cross_entropy", "nll_loss") or not isinstance(outputs, Tensor):
-        return
-    ignored = config.train.loss_args.get("ignore_index", IGNORED)
-    for name, source in (("training", dataset.train), ("test", dataset.test)):
-        targets = data.targets_of(source)
-        if not isinstance(targets, Tensor) or targets.is_floating_point() or not targets.numel():
-            continue
-        used = targets if ignored < int(targets.min()) else targets[targets != ignored]
-        if not len(used):
-            problem = f"none of the {name} targets counts: all are {ignored}, which is ignored"
-            raise ConfigError(*origins.data, problem, "correct the targets, or train.loss_args.ignore_index")
-        if not 0 <= int(used.min()) <= int(used.max()) < outputs.shape[1]:
-            found = f"the {name} targets are {used.min()} to {used.max()}"
-            problem = f"has outputs for {outputs.shape[1]} classes, {found}"
-            raise ConfigError(*origins.model, problem, "make its number of classes fit the data")

@@ -18,8 +18,10 @@ from hvd_hetero.config.schema import COURSE, FIGURES, Config
 from hvd_hetero.errors import ConfigError, Plain
 
 PACKAGE = Path(hvd_hetero.__file__).parent
-TARGETS = ("data.target", "model.target", "train.loss", "train.optimizer", "train.scheduler")
-"""Settings that may name a function of the user's own, ``package.module:function``; those of eval.metrics do so too."""
+TARGETS = ("data.target", "model.target", "train.loss", "train.optimizer", "train.scheduler",
+           "sampling.sample_weights")  # fmt: skip
+"""Settings that may name a function of the user's own, ``package.module:function``; those of eval.metrics do so too,
+and run.callbacks."""
 
 
 MODEL = "tensors of the model's"
@@ -59,6 +61,7 @@ def sources(config: Config) -> dict[str, str]:
     targets = {key: settings[key] for key in TARGETS}
     for name, entry in config.eval.metrics.items():
         targets[f"eval.metrics.{name}"] = entry.get("target") if isinstance(entry, Mapping) else entry
+    targets |= {f"run.callbacks[{i}]": path for i, path in enumerate(config.run.callbacks)}
     for key, target in targets.items():
         module = sys.modules.get(target.partition(":")[0]) if isinstance(target, str) and ":" in target else None
         file = None if module is None else getattr(module, "__file__", None)

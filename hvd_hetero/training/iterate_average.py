@@ -56,28 +56,30 @@ class IterateAverage:
             return
         self._rounds += 1
         kept = min(0.5 ** (steps / self._half_life), 1 - 1 / self._rounds)
+        models = self._summable()
         if self._mean is None:
-            self._mean = self._copy()
-        for mean, x in zip(self._mean, self._state.vectors, strict=True):
+            self._mean = [x.clone() for x in models]
+        for mean, x in zip(self._mean, models, strict=True):
             mean.mul_(kept).add_(x * (1 - kept))
 
     @torch.no_grad()
     def end_epoch(self) -> None:
         """Take in the model at the end of an epoch."""
         if self._kind == LAWA:
-            self._epochs.append(self._copy())
+            self._epochs.append([x.clone() for x in self._summable()])
             self._mean = [torch.stack(same).mean(0) for same in zip(*self._epochs, strict=True)]
 
-    def _copy(self) -> list[Tensor]:
-        return [vector.clone() for vector in self._state.vectors]
+    def _summable(self) -> list[Tensor]:
+        """Return the model's vectors, narrow ones as float32: they would round away what one round adds."""
+        return [x.float() if x.element_size() < torch.float32.itemsize else x for x in self._state.vectors]
 
     @contextmanager
     def in_place(self, comm: Comm) -> Iterator[None]:
         """Put the average, which rank 0 has, into the model of every rank for as long as a block lasts."""
-        before = self._copy()
+        before = [vector.clone() for vector in self._state.vectors]
         with torch.no_grad():
-            for i, vector in enumerate(self._state.vectors):
-                mean = vector if self._mean is None else self._mean[i]
+            for i, (vector, own) in enumerate(zip(self._state.vectors, self._summable(), strict=True)):
+                mean = own if self._mean is None else self._mean[i]
                 vector.copy_(comm.broadcast(mean, f"iterate_average.{i}"))
         try:
             yield
@@ -93,7 +95,11 @@ class IterateAverage:
         """Go on from a saved average; one of another kind is begun anew."""
         if state["kind"] != self._kind:
             return
-        device = self._state.vectors[0].device
-        self._mean = None if state["mean"] is None else [mean.to(device).clone() for mean in state["mean"]]
+        models = self._summable()
+
+        def own(saved: list[Tensor]) -> list[Tensor]:
+            return [mean.to(x, copy=True) for mean, x in zip(saved, models, strict=True)]
+
+        self._mean = None if state["mean"] is None else own(state["mean"])
         self._rounds = state["rounds"]
-        self._epochs.extend([part.to(device).clone() for part in epoch] for epoch in state["epochs"])
+        self._epochs.extend(map(own, state["epochs"]))

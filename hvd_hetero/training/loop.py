@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,6 +18,7 @@ from hvd_hetero.comm.kv_store import job_env
 from hvd_hetero.config.load import device_classes, load
 from hvd_hetero.config.schema import AUTO, TRAIN, Config, TrainConfig
 from hvd_hetero.data import Source
+from hvd_hetero.data.alike import check_alike, facts_of_stream
 from hvd_hetero.data.stream import Preview, StreamSource, dealt_or_stream
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.log import logged
@@ -285,6 +287,9 @@ class LoopTrainer(Trainer):
     def make_feed(self) -> Feed:
         if not isinstance(self.source, StreamSource):
             return super().make_feed()
+        if not self._sharded:
+            said = self.comm.gather_text(json.dumps(facts_of_stream(self.source)), "stream.facts")
+            check_alike([{"training": json.loads(text)} for text in said], [f.host for f in self.job.cluster.facts])
         nothing = Sampler(0, UNIFORM, 0.0, "", self.config.run.seed) if self.comm.rank == 0 else None
         feed = StreamFeed(self.comm, nothing, not self._sharded)
         self.kept[STREAM] = feed

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from hvd_hetero.checkpoint import Checkpoint, CheckpointError, Meta, Store
 from hvd_hetero.cluster.device_classes import Cluster
 from hvd_hetero.config.renamed import pairs_renamed
@@ -147,8 +149,8 @@ def changed_sources(meta: Meta, config: Config) -> list[str]:
             "same as before" for what, digest in sources(config).items() if meta.made_with.get(what, digest) != digest]
 
 
-def check_data(found: Found, source: Source) -> None:
-    """Refuse to resume with other training data than a checkpoint was made with.
+def check_data(found: Found, source: Source, weights: NDArray[Any] | None = None) -> None:
+    """Refuse to resume with other training data, or other weights of them, than a checkpoint was made with.
 
     Raises:
         ConfigError: another number of samples, or other ones, as far as a look at some of them can tell.
@@ -159,7 +161,7 @@ def check_data(found: Found, source: Source) -> None:
         problem = f"the checkpoint is of {known} training samples, and these are {len(source)}"
         raise ConfigError("run.resume", RESHAPE if found.reshaped else AUTO, problem, remedy)
     if saved["data"] is not None and not found.reshaped:
-        what = alike.difference(saved["data"], alike.facts_of(source))
+        what = alike.difference(saved["data"], alike.facts_of(source, weights))
         if what is not None:
             problem = f"the training data have other {what} than those that the checkpoint was made with"
             raise ConfigError("run.resume", AUTO, problem, f"{remedy}, {REMEDY}")

@@ -21,7 +21,6 @@ from hvd_hetero.comm.kv_store import JobEnv, exchange, job_env
 from hvd_hetero.config.load import device_classes, per_class
 from hvd_hetero.config.schema import AUTO, Config
 from hvd_hetero.data.alike import check_alike, facts_of
-from hvd_hetero.data.weights import sample_weights
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.files import restrict_umask
 from hvd_hetero.planning.injected_delays import check_delays
@@ -88,10 +87,13 @@ def _start(env: JobEnv, watchdog: Watchdog, prepare: Callable[[], tuple[Config, 
         _exchange(env, {"error": str(error)})
         raise
     data = components.dataset
+    looked_at = {}
+    if env.size > 1:
+        looked_at = {"training": facts_of(data.train, components.weights), "test": facts_of(data.test)}
     said = _exchange(env, {
         "facts": local_facts(env.rank, env.host, env.local_rank).to_dict(),
         "fingerprint": fingerprint(config, components.model),
-        "data": {"training": facts_of(data.train), "test": facts_of(data.test)} if env.size > 1 else {},
+        "data": looked_at,
     })
     watchdog.arm(config.run.watchdog_sec)
     facts = [RankFacts.from_dict(other["facts"]) for other in said]
@@ -171,8 +173,6 @@ def check(config: Config, components: Components, cluster: Cluster) -> None:
     if policy.claims_samples and config.sampling.scheme != "uniform":
         problem = f"{config.algorithm.name} hands out samples as ranks ask for them, to no class in particular"
         raise ConfigError("sampling.scheme", config.sampling.scheme, problem, "set sampling.scheme=uniform")
-    if config.sampling.sample_weights is not None:
-        sample_weights(config.sampling.sample_weights, components.dataset.train)
     check_delays(config.delays)
     check_schedule(config.train)
     check_bias_to(config.sampling.bias_to, [c.name for c in cluster.classes])

@@ -15,7 +15,6 @@ from hvd_hetero.algorithms.execution.base import Executor
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.config.schema import Config
 from hvd_hetero.data import Source, read
-from hvd_hetero.data.weights import sample_weights
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.sampling import Sampler
 from hvd_hetero.planning.schedules import next_rate, round_factor, run_share
@@ -80,9 +79,7 @@ class TrainerParts:
 
     def make_sampler(self) -> Sampler:
         spec, biased = self.config.sampling, self.plan.biased(self.config.sampling.bias_to)
-        own, data = spec.sample_weights, self.job.components.dataset.train
-        weights = None if own is None else sample_weights(own, data)
-        return Sampler.of(spec, len(self.source), biased, self.config.run.seed, weights)
+        return Sampler.of(spec, len(self.source), biased, self.config.run.seed, self.job.components.weights)
 
     def _memory_told(self) -> AbstractContextManager[None]:
         """What a class without enough memory for its steps ends with."""

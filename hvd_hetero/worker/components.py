@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -17,6 +18,7 @@ from hvd_hetero.comm.flat_params import check_state
 from hvd_hetero.config.instantiate import cause
 from hvd_hetero.config.schema import AUTO, Config, DataConfig, ModelConfig
 from hvd_hetero.data import Batch, Dataset, Source
+from hvd_hetero.data.weights import sample_weights
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.random_state import seed_all
@@ -66,6 +68,7 @@ class Components:
     """Everything a worker is made of.
 
     Attributes:
+        weights: ``[n]`` of the training samples, those of ``sampling.sample_weights``; None: all weigh the same.
         min_batch: samples that the model needs in a step, as far as the dry run has found out.
     """
 
@@ -76,6 +79,7 @@ class Components:
     optimizer: MakeOptimizer
     scheduler: MakeScheduler | None
     callbacks: Callbacks
+    weights: NDArray[np.float32] | None = None
     min_batch: int = 1
 
 
@@ -113,7 +117,8 @@ def build(config: Config, given: UserObjects | None = None) -> Components:
     train, origins = config.train, Origins.of(config, given)
     ignored = getattr(given.loss, "ignore_index", train.loss_args.get("ignore_index", IGNORED))
     seed_all(config.run.seed)  # every rank has to read the same data
-    dataset = _dataset(config, given)
+    dataset, weighs = _dataset(config, given), config.sampling.sample_weights
+    weights = None if weighs is None else sample_weights(weighs, dataset.train)
     seed_all(config.run.seed)  # however much randomness that took
     at_hand = [data.targets_of(split) for split in (dataset.train, dataset.test)]
     components = Components(
@@ -126,6 +131,7 @@ def build(config: Config, given: UserObjects | None = None) -> Components:
         optimizer=given.optimizer or optimizer_maker(train.optimizer, train.lr, train.optimizer_args),
         scheduler=given.scheduler or scheduler_maker(train.scheduler, train.scheduler_args),
         callbacks=Callbacks(config.run, given.callbacks),
+        weights=weights,
     )
     read_best(config.eval.best, components.metrics)
     _give_shapes(components, origins)

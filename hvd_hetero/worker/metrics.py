@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -134,6 +136,8 @@ class WholeSet(Metric):
 
     def figures(self, comm: Comm | None = None, root: int = 0) -> dict[str, float]:
         batches, self._batches = self._batches, []
+        if comm is None:  # on trial: whatever is to be sent later
+            batches = self._tried(lambda: _from_bytes(_to_bytes(batches)))
         if comm is None or comm.size == 1:
             return self._computed(batches)
         content = _to_bytes(batches)
@@ -273,6 +277,8 @@ def _number(value: Any) -> float | None:
 
 def _plain(value: Any) -> Any:
     """Return outputs or targets of dicts, lists, tuples and tensors on the host, in memory of their own."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        value = torch.from_numpy(value)
     if isinstance(value, Tensor):
         return value.detach().cpu().clone()
     parts = entries(value)
@@ -289,7 +295,11 @@ def _to_bytes(batches: Any) -> bytes:
 
 
 def _from_bytes(content: bytes) -> Any:
-    return torch.load(io.BytesIO(content), weights_only=True)
+    try:
+        return torch.load(io.BytesIO(content), weights_only=True)
+    except pickle.UnpicklingError as error:
+        kinds = "tensors, numbers, texts, and tuples, lists and dicts of them"
+        raise TypeError(f"outputs and targets go to one rank, and may only hold {kinds}") from error
 
 
 def _joined(batches: Sequence[Any]) -> Any:

@@ -40,8 +40,10 @@ pytestmark = pytest.mark.horovod
 SCRIPT = Path(__file__).parents[1] / "ranks_methods" / "run_cases.py"
 RANKS = Path(__file__).parents[1] / "ranks"
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
-ROUNDED = {"rtol": 0.0, "atol": 1e-2}
-"""To float16, in every average or sum of an epoch; BatchNorm makes more of it."""
+ROUNDED = {"float16 of two": {"rtol": 0.0, "atol": 1e-8}, "float16": {"rtol": 0.0, "atol": 1e-2}}
+"""The oracle rounds sums of two ranks as they are rounded on the wire, and comes to the same. How sums of three are
+rounded depends on the order in which they are made, which Horovod chooses: it alone moves this problem's weights by up
+to 4e-3, as training with BatchNorm on a few samples and momentum makes much of little."""
 RECOMPUTED = [name for name in POISONED if not name.startswith("every")]
 EVERY = [name for name in POISONED if name.startswith("every")]
 Found = dict[str, list[dict[str, Any]]]
@@ -73,7 +75,9 @@ def test_the_average_is_that_of_the_good_ranks(found: Found, case: str) -> None:
     expected = oracle.normalized if this.model == "norm" else oracle.joined
     if issubclass(get(this.method), LocalSGD):
         expected = oracle.delayed if this.settings.get("aggregation.delayed") else oracle.local
-    close = ROUNDED if "aggregation.wire" in this.settings else TOLERANCE
+    close = TOLERANCE
+    if "aggregation.wire" in this.settings:
+        close = ROUNDED["float16 of two" if this.classes == "of two" else "float16"]
     torch.testing.assert_close(found[case][0]["model"], expected(this, dealt), **close)
     hit = [sum(int((rows == 17).sum()) for rows in epochs) for epochs in dealt.values()]
     assert sum(hit) >= 2, "the sample was trained on"

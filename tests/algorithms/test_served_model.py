@@ -53,6 +53,19 @@ def pushes(count: int) -> list[Tensor]:
     return [torch.randn(size, generator=generator) for _ in range(count)]
 
 
+def test_a_schedule_of_momentum_is_followed() -> None:
+    """OneCycleLR has one: all options of rank 0's groups hold for the server's, not the rate alone."""
+    made, other = (worker("SGD", momentum=0.9) for _ in range(2))
+    server, gradients = served(made, ASGDRule(2)), other.flat_gradients()
+    for number, push in enumerate(pushes(4)):
+        for one in (made, other):
+            one.optimizer.param_groups[0]["momentum"] = 0.9 - 0.2 * number
+        gradients[0].copy_(push)
+        other.apply()
+        server.arrive(0, push)
+        assert torch.equal(server.give(0), other.state.parameters()[0])
+
+
 @pytest.mark.parametrize(("kind", "args"), [("SGD", {"momentum": 0.9, "weight_decay": 0.01}), ("AdamW", {}),
                                             ("Adagrad", {"initial_accumulator_value": 0.1})])
 def test_a_step_is_that_of_the_optimizer_with_the_rate_of_rank_0(kind: str, args: dict[str, Any]) -> None:

@@ -129,6 +129,17 @@ def test_float16_keeps_eleven_bits_of_numbers_of_any_size(scale: float) -> None:
     assert float(((found - sum(parts)) / scale).abs().max()) < 3 * 2**-11
 
 
+@pytest.mark.parametrize(("kind", "least"), [("float16", 3 * 2**-11), ("int8", 3 / 63)])
+@pytest.mark.parametrize("scale", [1e-5, 1e-3, 1.0, 1e3])
+def test_numbers_in_float16_have_room_for_their_scale(kind: str, least: float, scale: float) -> None:
+    """A model trained in float16: what numbers are multiplied with before they are rounded is beyond its range."""
+    parts = [(scale * torch.linspace(begin, 1, BLOCK + 9)).half() for begin in (0.1, -0.5)]
+    found = summed(kind, parts)[0]
+    expected = sum(part.double() for part in parts)
+    assert found.dtype == torch.float16
+    assert float((found.double() - expected).abs().max()) < least * scale + 1e-7
+
+
 @pytest.mark.parametrize("kind", ["float16", "int8"])
 def test_a_rank_with_bad_numbers_is_left_out_before_rounding(kind: str) -> None:
     part = torch.linspace(-1, 1, 100)

@@ -16,7 +16,8 @@ import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from hvd_hetero.data import MapSource, TensorSource, as_source
-from hvd_hetero.data.alike import FEW, MANY, check_alike, facts_of
+from hvd_hetero.data.alike import FEW, MANY, check_alike, facts_of, facts_of_stream
+from hvd_hetero.data.stream import StreamSource
 from hvd_hetero.errors import ConfigError
 
 HOSTS = ["a", "a", "b"]
@@ -194,6 +195,24 @@ def test_a_million_samples_are_told_in_little() -> None:
 def test_files_are_not_told_apart_by_their_folder(tmp_path: Path) -> None:
     """Hosts may keep them in folders of their own."""
     assert difference(Rows(lambda i: (str(tmp_path / f"{i}"), 0)), Rows(lambda i: (f"/elsewhere/{i}", 0))) is None
+
+
+def test_streams_are_told_apart_by_what_comes_first() -> None:
+    """Each rank reads a stream by itself and takes its own part of it."""
+    def stream(make: Callable[[int], Any]) -> StreamSource:
+        return StreamSource([make(i) for i in range(9)], 9, None, seed=3)
+
+    def shuffled(i: int) -> Any:
+        return torch.rand(3), random.random(), np.random.rand()
+
+    one, other = stream(shuffled), stream(shuffled)
+    first, second = ({"training": json.loads(json.dumps(facts_of_stream(s)))} for s in (one, other))
+    with pytest.raises(ConfigError, match="inputs of sample 0: rank 1 on b has read other ones than rank 0 on a"):
+        check_alike([first, second], ["a", "b"])
+    same = [{"training": facts_of_stream(stream(lambda i: (X[i], i)))} for _ in range(2)]
+    check_alike(same, ["a", "b"])
+    taken = next(one.batches(np.arange(4)[None], torch.Generator()))[0]
+    assert torch.equal(taken[0][0], one._stream[0][0]), "nothing of it is lost"  # type: ignore[index]
 
 
 def test_nothing_is_the_same_as_nothing() -> None:

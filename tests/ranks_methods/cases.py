@@ -314,6 +314,10 @@ POISONED: dict[str, Case] = {
         ("dlb", "dlb", {"algorithm.global_batch": 10}, {"classes": "of three"}),
         ("two, biased", "biased_local_sgd", TAU31, {"classes": "of two"}),
         ("two, sync, BatchNorm", "sync_sgd", {}, {"classes": "of two", "model": "norm"}),
+        ("two, sync, float16", "sync_sgd", {"aggregation.wire": "float16", "train.batch_size": {"fast": 5, "slow": 3}},
+         {"classes": "of two", "model": "norm"}),
+        ("two, float16", "biased_local_sgd", {**TAU31, "aggregation.wire": "float16"},
+         {"classes": "of two", "model": "norm"}),
     )
 }
 """In each epoch some rank is given a sample that its gradient cannot stand; an oracle knows what comes of it."""

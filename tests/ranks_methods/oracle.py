@@ -96,8 +96,12 @@ def normalized(case: Case, dealt: Dealt) -> dict[str, Tensor]:
             before = [mean_of([replica.net], [1.0]) for replica in replicas.values()]
             parts = [replica.gradient(rows) for replica, rows in zip(replicas.values(), step, strict=True)]
             clean = sum(size for size, fit in zip(sizes, good, strict=True) if fit)
-            whole = [sum(s / clean * g for s, g, fit in zip(sizes, gs, good, strict=True) if fit)
-                     for gs in zip(*parts, strict=True)]
+            if _rounds(case):
+                whole = [_sum_in_float16([s / sum(sizes) * g for s, g, fit in zip(sizes, gs, good, strict=True) if fit])
+                         * (sum(sizes) / clean) for gs in zip(*parts, strict=True)]  # fmt: skip
+            else:
+                whole = [sum(s / clean * g for s, g, fit in zip(sizes, gs, good, strict=True) if fit)
+                         for gs in zip(*parts, strict=True)]  # fmt: skip
             for replica, fit, kept in zip(replicas.values(), good, before, strict=True):
                 if not fit:
                     tracked = {name: t for name, t in replica.net.state_dict().items() if not t.is_floating_point()}
@@ -107,6 +111,24 @@ def normalized(case: Case, dealt: Dealt) -> dict[str, Tensor]:
         shares = [size / sum(sizes) for size in sizes]
         set_all(replicas.values(), mean_of([r.net for r in replicas.values()], shares))
     return next(iter(replicas.values())).net.state_dict()
+
+
+def _rounds(case: Case) -> bool:
+    """Whether sums are rounded here as on the wire: of two ranks, of which it does not matter who comes first."""
+    return case.settings.get("aggregation.wire") == "float16" and sum(map(len, CLASSES[case.classes].values())) == 2
+
+
+def _sum_in_float16(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of two, or one as it is, each of them and the sum to the 11 bits of float16 at any scale."""
+    total = torch.zeros_like(parts[0])
+    for part in parts:
+        total = _to_11_bits(total + _to_11_bits(part))
+    return total
+
+
+def _to_11_bits(numbers: Tensor) -> Tensor:
+    mantissa, exponent = torch.frexp(numbers)
+    return torch.ldexp(torch.round(mantissa * 2**11) / 2**11, exponent)
 
 
 def together(dealt: Dealt) -> list[list[tuple[Tensor, ...]]]:
@@ -142,6 +164,11 @@ def local(case: Case, dealt: Dealt) -> dict[str, Tensor]:
             kept = sum(w for w, fit in zip(weights, good, strict=True) if fit)
             scaled = [w / kept if fit else 0.0 for w, fit in zip(weights, good, strict=True)]
             mean = mean_of([r.net for r in replicas.values()], scaled)
+            if _rounds(case):
+                for p, (name, _) in zip(common, replicas[0].net.named_parameters(), strict=True):
+                    sent = [w * (dict(r.net.named_parameters())[name] - p).detach()
+                            for r, w, fit in zip(replicas.values(), weights, good, strict=True) if fit]  # fmt: skip
+                    mean[name] = p.detach() + _sum_in_float16(sent) / kept
             if normalised:
                 for p, (name, _) in zip(common, replicas[0].net.named_parameters(), strict=True):
                     moved = sum(dict(r.net.named_parameters())[name].detach() - p.detach() for r in replicas.values())

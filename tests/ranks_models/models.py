@@ -494,10 +494,31 @@ def made(name: str, **args: Any) -> dict[str, Any]:
     return {"optimizer": lambda params: getattr(torch.optim, name)(params, **args)}
 
 
+def two_groups(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD([{"params": params[:2], "lr": 0.01}, {"params": params[2:], "momentum": 0.9}], lr=0.05)
+
+
+def narrow(dtype: torch.dtype) -> Callable[[], Any]:
+    return lambda: tuple((x.to(dtype), y) for x, y in (xy(), xy(1)))
+
+
+class SparseCounting(Sparse):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, t: Tensor) -> Tensor:
+        if self.training:
+            self.steps += 1
+        return super().forward(t)
+
+
 AVERAGED = {"aggregation.optimizer_state": "average"}
 SOLO = {"aggregation.mode": "majority"}
 SYNC = {"algorithm.name": "sync_sgd", "train.tau": 1}
 EAGER = {"algorithm.name": "eager_sgd", "train.tau": 1}
+ASGD = {"algorithm.name": "asgd", "train.tau": 1}
+INT8 = {"aggregation.wire": "int8"}
 
 CASES: dict[str, Case] = {
     "buffers of all types": Case(with_buffers(**{f"of_{name}": torch.ones(3).to(t) for name, t in TYPES.items()})),
@@ -571,11 +592,37 @@ CASES: dict[str, Case] = {
     "partial rounds, bfloat16": Case(lambda: net().to(torch.bfloat16), lambda: tuple(
         (x.to(torch.bfloat16), y) for x, y in (xy(), xy(1))), settings=SOLO),
     "partial gradients, complex": Case(Complex, settings=EAGER),
+    # with what travels in fewer bits, in parts, or to a server
+    "buffers replaced, int8": Case(lambda: Counting(True), settings=INT8),
+    "bfloat16 weights, averaged iterates": Case(lambda: net().to(torch.bfloat16), narrow(torch.bfloat16), settings={
+        "eval.average": "ema", "eval.half_life": 1000.0}),
+    "float16 weights, float16": Case(lambda: net().to(torch.float16), narrow(torch.float16), settings={
+        "aggregation.wire": "float16"}),
+    "float16 weights, sync, float16": Case(lambda: net().to(torch.float16), narrow(torch.float16), settings={
+        **SYNC, "aggregation.wire": "float16"}),
+    "complex weights, sync, int8": Case(Complex, settings={**SYNC, **INT8}),
+    "a module replaced, int8": Case(Renewed, settings=INT8),
+    "BatchNorm in parts, sync": Case(lambda: net(nn.BatchNorm1d(6)), settings={**SYNC, "train.micro_batches": 2}),
+    "layers left out, sync": Case(Skips, settings=SYNC),
+    "layers left out in parts, sync": Case(Skips, settings={**SYNC, "train.micro_batches": 2}),
+    "padding in parts": Case(Tagger, padded, settings={"train.micro_batches": 2, "eval.metrics": {}}),
+    "outputs with none in parts": Case(lambda: Odd("none"), given={"loss": of_odd}, settings={
+        "train.micro_batches": 2, "eval.metrics": {}}),
+    "padding, pruned": Case(Tagger, padded, settings={"sampling.scheme": "infobatch", "eval.metrics": {}}),
+    "a quorum, buffers replaced": Case(lambda: Counting(True), settings={
+        "aggregation.mode": "quorum", "aggregation.quorum": 1}),
+    "a server, buffers replaced": Case(lambda: Counting(True), settings=ASGD),
+    "a server, a teacher": Case(Teacher, settings={"algorithm.name": "ringleader_asgd"}),
+    "a server, layers left out, extra groups": Case(Skips, given={"optimizer": two_groups}, settings=ASGD),
+    "a server of models, a module replaced": Case(Renewed, settings={"algorithm.name": "async_diloco"}),
+    "a server, sparse, summed": Case(SparseCounting, lambda: (tokens(), tokens()), settings={
+        **ASGD, "aggregation.state": {"steps": "sum"}}),
 }  # fmt: skip
 
 NOT_REPEATABLE = (
     "parameters written in forward, partial gradients", "partial rounds, buffers replaced", "partial rounds, bfloat16",
-    "partial gradients, complex",
+    "partial gradients, complex", "a quorum, buffers replaced",
+    *(name for name in CASES if name.startswith("a server")),
 )  # fmt: skip
 """Which rank joins which round is decided by the clock there: resumed is not the same bit by bit."""
 

@@ -157,6 +157,15 @@ def groups(params: list[nn.Parameter]) -> Any:
 SOLO, NORM = {"aggregation.mode": "solo"}, {"train.clip_norm": 1.0}
 SYNC, EAGER = {"algorithm.name": "sync_sgd"}, {"algorithm.name": "eager_sgd"}
 OPTIMIZER = "train.optimizer"
+def max_norm(net: Net, x: Tensor) -> Tensor:
+    """Bounds the weights in every step."""
+    if net.training:
+        net.head.weight.data = torch.renorm(net.head.weight.data, 2, 0, 0.1)
+    out: Tensor = net.head(x)
+    return out
+
+
+SCALED = {"train.groups": [{"match": "*.bias", "lr_scale": 0.1}]}
 TAKEN: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "old weight norm": (lambda: Net(nn.utils.weight_norm(nn.Linear(8, 8))), {}),
     "weight norm": (lambda: Net(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))), {}),
@@ -185,6 +194,11 @@ TAKEN: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "sequence with a lambda": (linear, {"scheduler": sequence}),
     "chain": (linear, {"scheduler": chain}),
     "one cycle": (linear, {"scheduler": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=4)}),
+    "one cycle and groups": (linear, {"settings": SCALED, "scheduler": lambda o: lr_scheduler.OneCycleLR(
+        o, [group["lr"] for group in o.param_groups], total_steps=4)}),
+    "writes to its weights": (lambda: linear(run=max_norm), {}),
+    "writes to its weights, models are pushed": (lambda: linear(run=max_norm), {
+        "settings": {"algorithm.name": "async_diloco"}}),
     "no scheduler after all": (linear, {"scheduler": lambda optimizer: None}),
 }  # fmt: skip
 
@@ -278,6 +292,7 @@ def unstable(outputs: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(outputs, targets, reduction="none") / outputs.std(0).mean()
 
 
+ASGD = {"algorithm.name": "asgd", "train.tau": 1}
 SMALL = {"train.batch_size": {"fast": 4, "slow": 1}}
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "auxiliary outputs": (
@@ -314,6 +329,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
                                    "aggregation.mode=solo"),
     "a schedule too short": (linear, {"scheduler": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=2)},
                              "scheduler='<lambda>': does not last through the epochs: ValueError: Tried to step 3"),
+    "a schedule of one rate": (linear, {"settings": {**SCALED, "train.scheduler": "OneCycleLR",
+                                                     "train.scheduler_args": {"max_lr": 0.1, "total_steps": 4}}},
+                               "train.scheduler='OneCycleLR': sets one rate for all parameters, so that lr_scale of"),
+    "writes to its weights, server": (lambda: linear(run=max_norm), {"settings": ASGD},
+                                      "model='Net': it writes to its trained parameter head.weight, and asgd takes"),
     "a schedule that needs figures": (linear, {"scheduler": lr_scheduler.ReduceLROnPlateau},
                                       "scheduler='ReduceLROnPlateau': does not last"),
     "a schedule that cannot be saved": (linear, {"scheduler": Forgets},

@@ -12,6 +12,7 @@ from torch import nn
 from hvd_hetero.cluster.device_classes import assign
 from hvd_hetero.cluster.hardware import RankFacts
 from hvd_hetero.comm.flat_params import FlatState
+from hvd_hetero.comm.nonfinite import SUMMED
 from hvd_hetero.config.load import device_classes
 from hvd_hetero.config.schema import EvalConfig, TrainConfig
 from hvd_hetero.planning.plan import Plan, make_plan
@@ -25,6 +26,7 @@ class Alone:
 
     @staticmethod
     def broadcast(tensor: Any, name: str) -> Any:
+        assert tensor.dtype in SUMMED, "Horovod has no other types"
         return tensor
 
 
@@ -67,6 +69,23 @@ def test_exponential_with_a_plain_mean_at_first() -> None:
     torch.testing.assert_close(mean_of(first, state), seen[-1], msg="without a round it is the model itself")
     torch.testing.assert_close(mean_of(first, state), torch.stack(seen[-1:]).mean(0))
     torch.testing.assert_close(torch.stack(rounds(state, first, 5)).mean(0), mean_of(first, state))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_numbers_are_averaged_in_wide_ones(dtype: torch.dtype) -> None:
+    """A round adds a thousandth of the model, which bfloat16 would round away."""
+    state = FlatState(nn.Linear(3, 2).to(dtype))
+    average, again = (IterateAverage(EMA, state, half_life=1e6, last=1) for _ in range(2))
+    for number in range(400):
+        state.vectors[0].fill_(1.0 if number < 200 else 2.0)
+        average.end_round(4)
+        if number == 300:
+            again.load_state_dict(average.state_dict())
+        elif number > 300:
+            again.end_round(4)
+    assert float(mean_of(average, state)[0]) == pytest.approx(1.5, abs=0.01)
+    assert torch.equal(mean_of(again, state), mean_of(average, state))
+    assert float(state.vectors[0][0]) == 2.0
 
 
 def test_the_mean_of_the_last_epochs() -> None:

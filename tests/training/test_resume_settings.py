@@ -128,12 +128,17 @@ def test_files_of_the_users_own_that_have_changed_are_said(tmp_path: Path, monke
     module.__file__ = str(file)
     monkeypatch.setitem(sys.modules, "resumed_target", module)
     file.write_text("a")
-    config = configured(run__resume="auto", model__target="resumed_target:model")
+    settings = {"model__target": "resumed_target:model", "run__callbacks": ["resumed_target:Tells"],
+                "sampling__sample_weights": "resumed_target:weights"}  # fmt: skip
+    config = configured(run__resume="auto", **settings)
     save_round(Store(tmp_path), OLD, [{}, {}], made_with(config))
     find(tmp_path, config, 2)
     file.write_text("b")
-    with pytest.warns(RuntimeWarning, match="source of model.target=resumed_target:model has changed since"):
+    with pytest.warns(RuntimeWarning) as heard:
         assert find(tmp_path, config, 2)
+    said = {str(warning.message).partition(" has changed since")[0] for warning in heard}
+    assert said == {"source of model.target=resumed_target:model", "source of run.callbacks[0]=resumed_target:Tells",
+                    "source of sampling.sample_weights=resumed_target:weights"}  # fmt: skip
 
 
 @pytest.mark.parametrize("resume", ["auto", "reshape"])
@@ -151,6 +156,15 @@ def test_other_data_is_told_by_its_number_and_by_a_look_at_it(resume: str) -> No
         return
     with pytest.raises(ConfigError, match="training data have other inputs of sample 0 than .*run.resume=reshape"):
         check_data(found, made(shift=9.0))
+
+
+def test_other_weights_of_the_same_data_are_told() -> None:
+    data, weights = TensorSource(torch.zeros(64, 2), torch.arange(64)), np.linspace(0, 2, 64, dtype=np.float32)
+    found = Found(3, {"rank0": {"data": around(facts_of(data, weights)), "sampler": {"losses": np.zeros(64)}}})
+    check_data(found, data, weights)
+    for other in (weights[::-1], None):
+        with pytest.raises(ConfigError, match="training data have other sample weights than .*run.resume=reshape"):
+            check_data(found, data, other)
 
 
 def test_the_same_ranks_in_the_same_classes_wherever_their_hosts_are() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -96,6 +98,19 @@ def test_several_metrics_of_every_kind() -> None:
     assert figures["eval_all_targets"] == pytest.approx(float(targets.double().mean()))
     assert figures["eval_f1"] == pytest.approx(float(f1(num_classes=3)(outputs, targets)))
     assert figures["eval_own"] == pytest.approx(float((outputs.argmax(1) == targets).float().mean()))
+
+
+def test_arrays_are_joined_and_what_cannot_be_sent_is_refused_on_trial() -> None:
+    """What ranks send to one of them is unpickled there by torch, which takes plain values alone."""
+    (metric,) = read_metrics("eval.metrics", {"m": {"target": lambda out, y: float(len(out["a"])), "over": "dataset"}})
+    metric.begin(torch.device("cpu"))
+    for count in (3, 4):
+        metric.add({"a": np.ones(count), "name": "head", "none": None}, torch.zeros(count), None)
+    assert metric.figures() == {"m": 7.0}
+    metric.begin(torch.device("cpu"))
+    metric.add({"a": np.ones(3), "cache": SimpleNamespace(keys=1)}, torch.zeros(3), None)
+    with pytest.raises(ConfigError, match="eval.metrics.m=.* go to one rank, and may only hold tensors"):
+        metric.figures()
 
 
 def test_batches_of_containers_and_of_lists_are_joined() -> None:

@@ -70,7 +70,7 @@ class ServedModel:
         for gradient, part in zip(self._gradients, parts_of(direction, self._gradients), strict=True):
             torch.mul(part.to(gradient), factor, out=gradient)
         for own, theirs in zip(self._optimizer.param_groups, self._worker.optimizer.param_groups, strict=True):
-            own["lr"] = theirs["lr"]
+            own |= {name: value for name, value in theirs.items() if name != "params"}  # a schedule may set any of them
         self._worker.clip(self._params)
         self._optimizer.step()
 
@@ -145,7 +145,7 @@ class ServerExecutor(Executor):
         answer = self._exchange(None, size)  # others may have pushed already
         while (batch := segment.claim(answer.offered, size)) is not None:
             segment.start_round(self._version - self._first)
-            vector = self._progress(batch, 1)[0] if self.policy.pushes_models else self._gradient(batch)
+            vector = self._gradient(batch) if self.policy.pushes_gradients else self._progress(batch, 1)[0]
             segment.note(1, self._version - self._first)
             # to claim everything leaves the others nothing
             answer = self._exchange(vector, segment.samples if segment.is_stopping() else size)
