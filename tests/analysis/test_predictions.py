@@ -17,6 +17,7 @@ from hvd_hetero.analysis.predict.speeds import Assumptions, Speed, gather
 from hvd_hetero.config.load import load
 from hvd_hetero.planning.plan import Plan
 
+FOUR = "cluster.classes={fast: {ranks: [0, 3]}, slow: {ranks: [1, 2]}}"
 EQUAL = ["cluster.classes={fast: {ranks: [0]}, slow: {ranks: [1]}}", "train.batch_size=4", "train.epochs=3"]
 
 
@@ -179,7 +180,7 @@ def test_rounds_of_stl_sgd_become_longer_as_the_rate_falls() -> None:
 
 def test_wagma_waits_for_all_in_every_tau_th_iteration_only() -> None:
     """Two fast ranks of 1 ms and two slow ones of 1.2 ms: fast ones are ahead by 0.2 ms an iteration, up to ten."""
-    four = ["cluster.classes={fast: {ranks: [0, 3]}, slow: {ranks: [1, 2]}}", "algorithm.name=wagma_sgd"]
+    four = [FOUR, "algorithm.name=wagma_sgd"]
     row = by_label(scenario([*four, "aggregation.sync_every=10"], step_ms="fast=1,slow=1.2").methods())["wagma_sgd"]
     assert row.problem is None and row.seconds == pytest.approx(3 * 90 * 0.0012)
     assert row.blocked == pytest.approx({"fast": 1 / 6, "slow": 0}, abs=1e-3)
@@ -187,6 +188,26 @@ def test_wagma_waits_for_all_in_every_tau_th_iteration_only() -> None:
                                bandwidth_mbit=80).methods())["wagma_sgd"]  # fmt: skip
     pair, everybody = 0.001 + 4e-4, 0.002 + 6e-4  # 4 kB at 10 MB/s
     assert linked.seconds == pytest.approx(270 * (0.001 + pair) + 27 * (everybody - pair), rel=1e-3)
+
+
+def test_daso_waits_for_all_hosts_as_often_as_its_cadence_says() -> None:
+    """Steps of 1 and 1.5 ms: blocking epochs go by the slow ranks; apart, too, as each average is waited for in time.
+
+    Four ranks of one host are hosts of their own. A sum takes 2 ms of latency: hidden behind a step or two.
+    """
+    own = [FOUR, "algorithm.name=daso", "algorithm.warmup_epochs=1", "algorithm.cooldown_epochs=1"]
+    row = by_label(scenario(own, step_ms="fast=1,slow=1.5", latency_ms=1).methods())["daso"]
+    blocking, apart = 2 * 90 * 0.0035, 90 * 0.0015 + 23 * 0.0005 + 0.002
+    assert row.problem is None and row.seconds == pytest.approx(blocking + apart, rel=0.01)
+    assert row.blocked["fast"] > row.blocked["slow"]
+
+
+def test_neighbours_wait_for_each_other() -> None:
+    """Ranks 0 and 3 are fast; each has a slow neighbour in both phases, so everybody goes at the slow ranks' pace."""
+    row = by_label(scenario([FOUR, "algorithm.name=decentlam"], step_ms="fast=1,slow=2", latency_ms=1).methods())
+    assert row["decentlam"].seconds == pytest.approx(3 * (90 * 0.003 + 0.002))
+    assert row["decentlam"].blocked["fast"] == pytest.approx(1 / 3, rel=0.02)
+    assert row["decentlam"].sent_bytes == pytest.approx(3 * (90 * 4000 + 6000)), "half of a ring of two, twice"
 
 
 def test_every_method_of_the_registry_is_predicted() -> None:

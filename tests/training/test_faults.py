@@ -33,6 +33,18 @@ def test_a_fault_on_one_rank_ends_the_job(hvd_hetero: Callable[..., Any], tmp_pa
     assert processes_with(str(tmp_path)) == []
 
 
+@pytest.mark.parametrize("name", ["wagma_sgd", pytest.param("daso", marks=pytest.mark.slow),
+                                  pytest.param("decentlam", marks=pytest.mark.slow)])  # fmt: skip
+def test_a_fault_ends_the_other_groups_too(hvd_hetero: Callable[..., Any], tmp_path: Path, name: str) -> None:
+    """Ranks 2 and 3 are in no group with rank 1 for a while; they learn of its end all the same."""
+    done = hvd_hetero(["launch", f"run.dir={tmp_path / 'run'}", "train.loss=own_parts:fails_on_rank_1",
+                       "cluster.classes={every: {ranks: 0-3}}", "cluster.hosts=localhost:4", f"algorithm.name={name}",
+                       "train.epochs=1000"], cwd=RANKS)  # fmt: skip
+    assert done.returncode == 1
+    assert "rank 1 on localhost ended first, with status 1; it said: RuntimeError: the disk" in done.stderr
+    assert processes_with(str(tmp_path)) == []
+
+
 BROKEN = """
 import os
 import torch

@@ -14,6 +14,7 @@ from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.nonfinite import FLAG_SLOTS, finite
 from hvd_hetero.comm.weighted_sums import sum_in_group_
 from hvd_hetero.data import Batch
+from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.groups import group_of
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.worker.epoch import Segment
@@ -27,6 +28,9 @@ class DecentLaMExecutor(GroupedExecutor):
 
     def start(self, plan: Plan, worker: Worker, comm: Comm) -> None:
         super().start(plan, worker, comm)
+        if type(worker.optimizer) is not torch.optim.SGD:  # a program may have given one of its own
+            problem = "decentlam has momentum of its own, which is that of torch's SGD"
+            raise ConfigError("train.optimizer", type(worker.optimizer).__name__, problem, "use that, or take sync_sgd")
         self._groups = [group_of(partition, comm.rank) for partition in self.policy.partitions]
         self._params = [p for p in worker.model.parameters() if p.requires_grad]
         self._steps = 0
