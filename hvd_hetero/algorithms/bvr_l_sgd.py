@@ -18,7 +18,9 @@ the paper's big batch. ``algorithm.stage_rounds`` is T. With all data in one bat
 rank alone is SARAH. It pays where ranks' data are alike and rounds are dear; all ranks take the same K, and wait.
 
 Both gradients see the same augmented samples, and the same random numbers (dropout). Batch normalization is refused:
-its statistics would be of two models. There is no momentum. A rank with non-finite values is not drawn.
+its statistics would be of two models. There is no momentum. A rank with non-finite values is not drawn. Corrections of
+small batches add up noise for as long as a stage lasts: rates that plain SGD takes may be too high, and then shorter
+stages or larger batches help.
 """
 
 from __future__ import annotations

@@ -158,6 +158,20 @@ def test_a_round_of_local_sgd_ends_by_the_clock_too() -> None:
     assert row.classes["fast"].blocked == pytest.approx(row.averages * 0.012)
 
 
+@pytest.mark.parametrize(("delay", "waits"), [(None, 0.0), (8, 0.0), (2, 0.008), (0, 0.008)])
+def test_a_delayed_average_travels_beside_the_next_round(delay: int | None, waits: float) -> None:
+    """Rounds of 16 ms on both, an average of 8 ms: it is there after 8 of 16 steps. An eighth of two steps is none."""
+    link = {"latency_ms": 8, "bandwidth_mbit": 1e9}
+    steps = "null" if delay is None else delay
+    own = ["train.tau=16", "aggregation.delayed=true", f"aggregation.delay_steps={steps}"]
+    late, at_once = (by_label(scenario(settings, **link).methods())["unbalanced, biased local SGD"]
+                     for settings in (own, own[:1]))  # fmt: skip
+    assert at_once.seconds == pytest.approx(at_once.averages * 0.024)
+    assert late.averages == at_once.averages
+    assert late.seconds == pytest.approx(late.averages * (0.016 + waits), rel=2e-3)
+    assert late.comm_sec == pytest.approx(late.averages * waits, rel=2e-2, abs=late.averages * 2e-5)
+
+
 def test_bvr_l_sgd_takes_two_gradients_for_each_batch_and_has_two_exchanges_a_round() -> None:
     """K = 3: five batches a round, of 16 ms each on the slow rank; momentum is for the other methods."""
     rows = by_label(scenario(["train.tau=3"]).methods())

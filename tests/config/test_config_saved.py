@@ -62,6 +62,8 @@ DECIDES = {
         algorithm.participants algorithm.global_batch algorithm.min_local_batch
         algorithm.max_local_batch algorithm.deadband algorithm.threshold algorithm.normalise
         algorithm.max_dropped
+        algorithm.warmup_rounds algorithm.measured_rounds algorithm.ordered_momentum algorithm.anchor_batches
+        algorithm.stage_rounds
         algorithm.warmup_steps algorithm.measured_steps algorithm.growth algorithm.max_growth
         algorithm.group_size algorithm.max_global_skips algorithm.warmup_epochs algorithm.cooldown_epochs
         algorithm.stability_level algorithm.patience algorithm.topology

@@ -13,6 +13,7 @@ import torch
 from data_helpers import REAL
 from torch import nn
 
+from hvd_hetero.algorithms import REGISTRY
 from hvd_hetero.analysis.compare.check import check
 from hvd_hetero.analysis.compare.spec import read
 from hvd_hetero.data import DATASETS
@@ -68,6 +69,12 @@ def test_small_comparisons_can_run_here(name: str, without_gpus: None, request: 
 @pytest.mark.parametrize("name", [name for name in COMPARISONS if not name.endswith("_small")])
 def test_the_papers_comparisons_can_run_on_the_papers_server(name: str, papers_server: None) -> None:
     check(read(COMPARISONS[name], []))
+
+
+def test_every_method_is_in_the_comparison_of_all() -> None:
+    for name in ("related_small", "related_jitter_small"):
+        rows = read(COMPARISONS[name], []).rows
+        assert {row.overrides.get("algorithm.name") for row in rows} == set(REGISTRY)
 
 
 def test_every_table_and_figure_has_both_scales() -> None:

@@ -119,6 +119,9 @@ CASES = {
     "groups": Schedule("wagma_sgd", APART, WAGMA, tau=(1, 1, 1, 1)),
     "groups, code": Schedule("wagma_sgd", APART, {**WAGMA, "algorithm.mode": "code"}, tau=(1, 1, 1, 1)),
     "groups of all": Schedule("wagma_sgd", [0, 1, 0, 1, 1, 0, 0, 1], WAGMA),
+    "server, progress of steps": Schedule("omnilearn_asp", [0, 0, 1], {"algorithm.min_local_batch": 4}),
+    "server, ordered momentum": Schedule("asgd", [0, 1, 0, 0, 2], {
+        "algorithm.ordered_momentum": 0.5, "train.optimizer_args": {}}, tau=(1, 1, 1)),
     "merging, outer": Schedule("biased_local_sgd", [0, 0, 1, 0, 2], {**SOLO, **OUTER}, tau=(3, 1, 2)),
 }
 

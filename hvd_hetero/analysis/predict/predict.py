@@ -19,6 +19,7 @@ from hvd_hetero.algorithms.local_sgd import BLOCKING, LocalSGD
 from hvd_hetero.algorithms.m_sync_sgd import MSyncOptions
 from hvd_hetero.algorithms.policy import FLOAT32, MAJORITY, SOLO, WIRE_BYTES, Policy
 from hvd_hetero.algorithms.synchronous import ALL, FAST, LockstepOptions, choose
+from hvd_hetero.analysis.predict.delaying import delaying
 from hvd_hetero.analysis.predict.dropping import dropping
 from hvd_hetero.analysis.predict.grouped import simulate as grouped
 from hvd_hetero.analysis.predict.link import sent_bytes
@@ -268,12 +269,16 @@ class Scenario:
             return grouped(policy, groups, ranks, min(plan.rounds, most if is_random else 100), self.inputs.link,
                            self.inputs.model_bytes, rng, law)  # fmt: skip
         if mode is None:
-            rounds = max(20, min(MOST_ROUNDS, MOST_DRAWS // size)) if is_random else 1
+            is_late = spec.delayed and isinstance(policy, LocalSGD)
+            rounds = max(20, min(MOST_ROUNDS, MOST_DRAWS // size)) if is_late or is_random else 1
             if isinstance(policy, DropCompute | DropComputeLocal):
                 parts = [(g.tau if isinstance(policy, DropComputeLocal) else policy.micro_batches[g.name]) or 1
                          for g in groups]  # fmt: skip
                 return dropping(groups, rounds, comm_sec, rng, law, parts=parts,
                                 threshold=policy.options.threshold_of)  # fmt: skip
+            if is_late and isinstance(policy, LocalSGD):
+                shares = {c.name: policy.delay_of(c) / c.tau if c.tau else 1.0 for c in plan.classes}
+                return delaying(groups, rounds, comm_sec, rng, law, shares=[shares[g.name] for g in groups])
             return blocking(groups, rounds, comm_sec, rng, law)
         quorum, apart = policy.quorum(), 1
         if quorum is not None:  # ranks come class by class here, whatever their numbers are
