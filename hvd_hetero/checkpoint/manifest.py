@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def read_manifest(path: Path) -> tuple[Meta, dict[str, FileInfo]]:
     names = ("round", "epoch", "world_size", "made_with", "version", "time")
     try:
         files = {name: FileInfo(int(info["bytes"]), str(info["sha256"])) for name, info in content["files"].items()}
-        meta = Meta(*(content[name] for name in names), tuple(content.get("lost", ())))
+        meta = replace(Meta(*(content[name] for name in names)), lost=tuple(content.get("lost", ())))
         if len(files) != 2 * len(meta.ranks):
             raise ValueError(f"{len(files)} files of {len(meta.ranks)} ranks")
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -35,10 +35,11 @@ def test_a_host_joins(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
          flag.touch)  # fmt: skip
     done = hvd_hetero(
         ["launch", f"cluster.hosts={hosts}", "launch.discovery_sec=0.2", f"run.dir={run}", "run.trace_rounds=0",
-         "cluster.classes={one: {hosts: '*'}}", "train.tau=8", "train.epochs=3", "sampling.scheme=uniform",
-         "train.optimizer=joining:Noted", "checkpoint.every_sec=1000", "train.scheduler=StepLR",
+         "cluster.classes={one: {hosts: '*'}}", "train.tau=8", "train.epochs=2", "sampling.scheme=uniform",
+         "train.optimizer=joining:Noted", "train.optimizer_args={momentum: 0.9}",
+         "checkpoint.every_sec=1000", "train.scheduler=StepLR",
          "train.scheduler_args={step_size: 2}", "data.args.validation=0", "train.batch_size=1",
-         "delays.distribution=lognormal", "delays.seed=0", "delays.sec=0.01"],
+         "delays.distribution=lognormal", "delays.seed=0", "delays.sec=0.004"],
         cwd=RANKS, timeout=200)  # fmt: skip
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
@@ -46,10 +47,10 @@ def test_a_host_joins(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
     stopped = re.search(r"goes on with 3 ranks, from round (\d+)", said)
     place = re.search(r"resumed after epoch 0, round 0, in the next epoch (\d+) rounds later, reshaped: 1 of 3", said)
     assert stopped and place and stopped[1] == place[1], said
-    assert [line for line in said.splitlines() if "LOADED" in line] == ["LOADED localhost 4 True"]
+    assert [line for line in said.splitlines() if "LOADED" in line and "True" in line] == ["LOADED localhost 6 True"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     samples = rows[1]["samples_seen"] - rows[0]["samples_seen"]
-    assert [row["epoch"] for row in rows] == [1, 2, 3] and samples - 3 * 8 < rows[0]["samples_seen"] <= samples + 3 * 8
+    assert [row["epoch"] for row in rows] == [1, 2] and samples - 3 * 8 < rows[0]["samples_seen"] <= samples + 3 * 8
 
 
 # ---- scripts that name hosts ----------------------------------------------------------------------------------------
