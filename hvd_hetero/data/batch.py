@@ -16,7 +16,7 @@ from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, Plain
 
 Batch = tuple[Any, Any]
-"""Inputs, as :func:`hvd_hetero.worker.worker.forward` takes them, and targets, as the loss does."""
+"""Inputs, as :func:`hvd_hetero.worker.forward.forward` takes them, and targets, as the loss does."""
 
 
 @dataclasses.dataclass(frozen=True)

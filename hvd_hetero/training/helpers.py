@@ -20,6 +20,7 @@ from hvd_hetero.log import LOGGER
 from hvd_hetero.telemetry.run_folder import RunFolder
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
+from hvd_hetero.training.evaluation import EVAL
 from hvd_hetero.worker.epoch import Epoch
 from hvd_hetero.worker.worker import Worker
 
@@ -44,24 +45,26 @@ class Helpers:
         self.evaluate = any(c.role == EVALUATE for c in cluster.helpers)
         self._in_rounds = not policy.needs_quiesce
         self._server: HelperServer | None = None
+        self._given = -1
         self._rows: list[dict[str, Any]] = []
         self._scores: list[Scores] = []
         if cluster.helpers:
             end = open_channel(comm, len({fact.host for fact in cluster.facts}))
             self._server = end if isinstance(end, HelperServer) else None
 
-    def end_round(self, place: Place) -> None:
-        """Give the model to a helper that waits for one, where all ranks hold the same after each round.
+    def end_round(self, number: int, place: Place) -> None:
+        """As :meth:`offer`, where all ranks hold the same model after each round."""
+        if self._in_rounds:
+            self.offer(number, place)
+
+    def offer(self, number: int, place: Place) -> None:
+        """Give the model, which all ranks hold, to a helper that waits for one; no model is given twice.
 
         Args:
+            number: of its round in the run.
             place: tells where in the run it is from.
         """
-        if self._in_rounds:
-            self.offer(place)
-
-    def offer(self, place: Place) -> None:
-        """Give the model, which all ranks hold, to a helper that waits for one, and take in what has come."""
-        if self._server is None:
+        if self._server is None or number == self._given:
             return
 
         def packed() -> tuple[str, Any]:
@@ -69,6 +72,7 @@ class Helpers:
             return json.dumps([place(), kinds]), data
 
         if self._server.offer(packed):
+            self._given = number
             self._comm.watch.waited(0.0)
 
     def receive(self) -> None:
@@ -79,8 +83,6 @@ class Helpers:
         self._rows += rows
         self._scores += scores
         for row in rows:
-            LOGGER.info("round %s evaluated: %s", row["round"], ", ".join(
-                f"{name} {value:.4g}" for name, value in row.items() if name.startswith("eval_") and value is not None))
             if self._folder is not None:
                 self._folder.evaluation(row)
 
@@ -89,10 +91,15 @@ class Helpers:
         self.receive()
         if not self.evaluate:
             return []
+        if self._rows:
+            figures = ((name, value) for name, value in self._rows[-1].items() if name.startswith(EVAL))
+            told = ", ".join(f"{name.removeprefix(EVAL)} {value:.4g}" for name, value in figures if value is not None)
+            LOGGER.info("round %s, evaluated by a helper: %s", self._rows[-1]["round"], told)
         with self._comm.booked():
-            told: list[dict[str, Any]] = json.loads(self._comm.broadcast_text(json.dumps(self._rows), "evaluations"))
+            shared = self._comm.broadcast_text(json.dumps(self._rows), "evaluations")
         self._rows = []
-        return told
+        rows: list[dict[str, Any]] = json.loads(shared)
+        return rows
 
     def take_scores(self, epoch: int) -> list[Scores]:
         """Return the losses that have come since the last call, at the end of an epoch.

@@ -284,7 +284,7 @@ class Trainer(TrainerParts):
         })  # fmt: skip
         self.algorithm.policy.note_average(done.average_sec)
         self._share_evaluations()
-        self.helpers.offer(lambda: place_after(accounts, time.perf_counter() - self.begin))
+        self.helpers.offer(accounts.rounds, lambda: place_after(accounts, time.perf_counter() - self.begin))
         rate = worker.optimizer.param_groups[0]["lr"]
         if config.train.scheduler_unit == "epoch":
             self._step_scheduler(f"{accounts.epochs} epochs")

@@ -117,10 +117,11 @@ class TrainerParts:
         if self.config.aggregation.anneal_from is not None:
             self.algorithm.policy.share = run_share(self.config.train, self.plan, self.accounts.done, rounds)
 
-    def _offer(self, offer: Callable[[Place], None], epoch: Epoch, rounds: int) -> None:
+    def _offer(self, offer: Callable[[int, Place], None], epoch: Epoch, rounds: int) -> None:
         """Let helpers have the model of an epoch under way, unless this rank has no part in it before its end."""
         if self.algorithm.mine.tau:
-            offer(lambda: place_in(epoch, self.accounts, self.watch, rounds, time.perf_counter() - self.begin))
+            number = self.accounts.rounds + rounds
+            offer(number, lambda: place_in(epoch, self.accounts, self.watch, rounds, time.perf_counter() - self.begin))
 
     def _share_evaluations(self) -> None:
         """Take in what helpers have evaluated; all ranks that train call it."""

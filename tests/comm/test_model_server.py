@@ -185,7 +185,7 @@ def test_nobody_pushes_before_all_know_the_version_that_they_begin_with() -> Non
     said, meets, late = list[Tensor](), threading.Barrier(2), threading.Event()
 
     def comm(rank: int) -> Any:
-        def broadcast(tensor: Tensor, name: str) -> Tensor:
+        def broadcast(tensor: Tensor, name: str, ranks: Any = None) -> Tensor:
             if rank == 0:
                 said.append(tensor)
             meets.wait(HANG_SEC)

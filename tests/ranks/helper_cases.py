@@ -125,6 +125,22 @@ def scored() -> dict[str, Any]:
     return {"epochs": found}
 
 
+def annealed() -> list[float]:
+    """The weight of this rank in each average of a run whose weights become uniform from its half on."""
+    from hvd_hetero.algorithms.averaging import blocking
+
+    weights, average = list[float](), blocking.average
+
+    def look(comm: Any, state: Any, weight: float, *args: Any, **options: Any) -> bool:
+        weights.append(weight)
+        return average(comm, state, weight, *args, **options)
+
+    blocking.average = look
+    run("annealed", {"aggregation.anneal_from": 0.5, "checkpoint.every_rounds": None})
+    blocking.average = average
+    return weights
+
+
 def main() -> None:
     said: dict[str, Any] = {}
     if CASE == "dies":
@@ -143,7 +159,10 @@ def main() -> None:
     Watched.name = "scored"
     said["scored"] = scored()
     Watched.name = "served"
-    said["served"] = run("served", {"algorithm.name": "asgd", "train.tau": 1, "checkpoint.every_rounds": None}, waits=True)
+    served = {"algorithm.name": "asgd", "train.tau": 1, "checkpoint.every_rounds": None}
+    said["served"] = run("served", served, waits=True)
+    said["annealed"] = annealed()
+    (FOLDER / f"annealed.weights{RANK}").write_text(json.dumps(said["annealed"]))
     if RANK == 0:
         (FOLDER / "said.json").write_text(json.dumps(said))
 

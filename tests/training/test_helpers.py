@@ -102,6 +102,14 @@ def test_a_helper_of_ranks_that_push_to_a_server(folder: Path) -> None:
     assert len(rows(folder, "served", "metrics.jsonl")) == 6
 
 
+def test_weights_by_steps_become_uniform_round_by_round(folder: Path) -> None:
+    """tau 6 and 2: 3/4 and 1/4, until half of the 42 rounds are done; by the middle of each round."""
+    fast, slow = (json.loads((folder / f"annealed.weights{rank}").read_text()) for rank in (0, 1))
+    shares = [(number + 0.5) / (6 * ROUNDS) for number in range(6 * ROUNDS)]
+    expected = [0.75 - 0.25 * max(0.0, (share - 0.5) / 0.5) for share in shares]
+    assert fast == pytest.approx(expected) and slow == pytest.approx([1 - weight for weight in expected])
+
+
 def test_a_helper_that_dies_ends_the_job_by_name(tmp_path: Path, horovodrun: Callable[..., Any]) -> None:
     done = horovodrun(3, [sys.executable, SCRIPT, "dies", tmp_path], cwd=tmp_path, timeout=120)
     assert done.returncode != 0

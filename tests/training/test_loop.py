@@ -145,7 +145,7 @@ def test_tau_auto_is_chosen_by_the_programs_own_steps_and_an_average(said: list[
             "in a round whose measures is False, or later"}  # fmt: skip
         assert not found["first"]["measures"] and found["first"]["weights"] == found["before"]
         fast, slow = found["first"]["taus"]
-        assert slow == 1 and 1 <= fast < 9  # the slow rank is a fast one that sleeps
+        assert slow == 1 <= fast < 100  # the slow rank is a fast one that sleeps: 3 at rest
         assert found["average_sec"] > 0
     assert said[0]["chosen"]["first"]["taus"] == said[1]["chosen"]["first"]["taus"]
 
