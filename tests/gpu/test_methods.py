@@ -10,7 +10,7 @@ import torch
 from ranks_gpu.cases import DIGITS, ORACLE
 from ranks_gpu.kinds import COMPILED, KINDS
 from ranks_methods import oracle
-from ranks_methods.cases import Case
+from ranks_methods.cases import Case, least_accuracy
 
 from hvd_hetero.algorithms import get
 from hvd_hetero.algorithms.synchronous import Lockstep
@@ -60,7 +60,8 @@ def test_as_in_one_process_and_the_same_on_all_ranks(ran: Ran, name: str) -> Non
 @pytest.mark.parametrize("name", DIGITS)
 def test_it_trains_on_digits(ran: Ran, name: str) -> None:
     found = ran(*GROUPS).of(name)
-    assert found[0]["summary"]["eval"]["final_accuracy"] > 0.8
+    summary = found[0]["summary"]
+    assert summary["eval"]["final_accuracy"] > least_accuracy(summary["algorithm"], summary["rounds"])
     assert_same(found, [0, *training(found)])
 
 
