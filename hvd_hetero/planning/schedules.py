@@ -80,8 +80,8 @@ def run_share(train: TrainConfig, plan: Plan, done: RunProgress, rounds: float) 
 
     Args:
         done: at the end of the last epoch.
-        rounds: of the epoch under way. The seconds of a round are taken to be those of the epochs before it, so that
-            all ranks come to the same share; in the first epoch none have passed.
+        rounds: of the epoch under way. The seconds of a round are taken to be those of all rounds until ranks last met,
+            so that all of them come to the same share; before they have met none have passed.
     """
     shares = [0.0]
     if train.epochs is not None:
@@ -90,8 +90,9 @@ def run_share(train: TrainConfig, plan: Plan, done: RunProgress, rounds: float) 
         shares.append((done.fast_steps + rounds * fast_steps(plan)) / train.max_fast_steps)
     if train.max_samples is not None:
         shares.append((done.samples + rounds * round_samples(plan)) / train.max_samples)
-    if train.max_train_sec is not None and done.rounds:
-        shares.append(done.train_sec * (1 + rounds / done.rounds) / train.max_train_sec)
+    if train.max_train_sec is not None and (past := done.rounds + done.epoch_rounds):
+        seconds = (done.train_sec + done.epoch_sec) * (1 + (rounds - done.epoch_rounds) / past)
+        shares.append(seconds / train.max_train_sec)
     return min(1.0, max(shares))
 
 

@@ -12,13 +12,19 @@ from hvd_hetero.planning.plan import Plan
 
 @dataclass(frozen=True)
 class RunProgress:
-    """What a run has done so far; ``fast_steps`` are those of the rank that took the most."""
+    """What a run has done so far; ``fast_steps`` are those of the rank that took the most.
+
+    Attributes:
+        epoch_rounds: of the epoch under way, which none of the others count, when all ranks last met; in ``epoch_sec``.
+    """
 
     epochs: int = 0
     rounds: int = 0
     fast_steps: int = 0
     samples: int = 0
     train_sec: float = 0.0
+    epoch_rounds: float = 0.0
+    epoch_sec: float = 0.0
 
     def after(self, plan: Plan) -> RunProgress:
         """What is done one more epoch later; the clock is left alone."""
@@ -30,8 +36,8 @@ class RunProgress:
 def next_rounds(train: TrainConfig, plan: Plan, done: RunProgress) -> int:
     """Rounds of the next epoch: all of the plan's, fewer where a limit lies within it, 0 where the run is over.
 
-    A limit in steps or samples is never exceeded. One in seconds is met as nearly as the mean speed so far can tell,
-    so it does nothing before the end of the first epoch.
+    A limit in steps or samples is never exceeded. One in seconds is met as nearly as the mean speed so far can tell;
+    within an epoch it is looked at where ranks meet.
     """
     if train.epochs is not None and done.epochs >= train.epochs:
         return 0

@@ -80,6 +80,8 @@ class Meetings:
     def __init__(self, config: Config, comm: Comm, needs_quiesce: bool) -> None:
         self._config, self._spec, self._comm = config, config.checkpoint, comm
         self._segment_sec, self._segment = DRAINING if needs_quiesce else LOCKSTEP
+        if config.train.max_train_sec is not None:
+            self._segment = 1  # until then nobody knows what share of the run is done
         self._began = time.monotonic()
         self._tried_at = self.saved_at = time.monotonic()
         self._tried = self.saved_round = NONE
@@ -139,7 +141,7 @@ class Meetings:
 
     def agree(
         self, progress: Progress, length: int, rounds: int, step_sec: Sequence[float] = (),
-        figures: Sequence[float] = (),
+        figures: Sequence[float] = (), left_sec: float = math.inf,
     ) -> SyncDecision:  # fmt: skip
         """Meets all ranks after a segment.
 
@@ -149,11 +151,12 @@ class Meetings:
             rounds: of the run, before it.
             step_sec: of its local steps in it, at the place of its class; 0 elsewhere.
             figures: others, as many on every rank.
+            left_sec: until the run's limit; the next segment is not to go beyond it. Rank 0's counts.
         """
         now, spec, lead = time.monotonic(), self._spec, self._comm.rank == 0
         due = spec.every_sec is not None and now - self._tried_at >= spec.every_sec
         due = due or (lead and self._is_asked())
-        worth = round(self._segment_sec * length / max(now - self._began, 1e-6))
+        worth = round(min(self._segment_sec, max(left_sec, 0.0)) * length / max(now - self._began, 1e-6))
         said = [self.stopping(), self._is_busy, lead and due,
                 lead and max(1, min(worth, GROWTH * length))]
         mine = astuple(progress)

@@ -14,6 +14,7 @@ from hvd_hetero.files import write_text
 from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.schedules import left_sec, run_share
+from hvd_hetero.planning.stop_criteria import RunProgress
 from hvd_hetero.planning.stop_criteria import expected_epochs
 from hvd_hetero.telemetry.row_file import to_json
 from hvd_hetero.telemetry.run_folder import RunFolder
@@ -46,6 +47,9 @@ class Run(Protocol):
     accounts: Accounts
     epoch: Epoch | None
     begin: float
+
+    @property
+    def done(self) -> RunProgress: ...
 
 
 class LiveStatus:
@@ -177,7 +181,7 @@ class LiveStatus:
 
     def _share(self, rounds: float) -> float:
         run = self._run
-        return run_share(run.config.train, run.plan, run.accounts.done, rounds)
+        return run_share(run.config.train, run.plan, run.done, rounds)
 
     def _write(self, least_sec: float = 0.0) -> None:
         """Write it, if the last time is so long ago."""

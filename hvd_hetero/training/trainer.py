@@ -210,7 +210,9 @@ class Trainer(TrainerParts):
         """Train an epoch in segments, between which it can be saved; return what was agreed after the last."""
         spans = RoundSpans(self.watch, self.recorder, epoch.work_sec)
         rebalances, work = self.algorithm.policy.rebalances, epoch.work_sec
-        saver = self.saver if self.saver is not None and (self.saver.active or rebalances) else None
+        meets = rebalances or self.config.train.max_train_sec is not None
+        saver = self.saver if self.saver is not None and (self.saver.active or meets) else None
+        self._met = 0.0, 0.0
         classes = [c.name for c in self.job.cluster.classes]
         own = classes.index(self.job.cluster.class_of(self.comm.rank).name)
         while True:
@@ -223,18 +225,14 @@ class Trainer(TrainerParts):
             self.status.start_segment()
             with self._memory_told():
                 self.algorithm.run_segment(segment)
-            progress = epoch.finish(segment, self.algorithm.mine.tau)
             if saver is None:
+                progress = epoch.finish(segment, self.algorithm.mine.tau)
                 epoch.add(segment, progress)
                 return SyncDecision(progress, False, False)
             step_sec = [0.0] * len(classes) if rebalances else []
             if rebalances and segment.at:
                 step_sec[own] = sum(work[first:]) / len(segment.at)
-            with self.comm.booked():
-                agreed = saver.agree(progress, length, before, step_sec, self.status.figures(epoch, segment))
-            self._tell_saved(saver)
-            epoch.add(segment, agreed.progress)
-            self.status.meet(epoch, agreed.figures)
+            agreed = self._meet(epoch, segment, saver, length, before, step_sec)
             self._offer(self.helpers.offer, epoch, epoch.progress.averages)
             self.helpers.receive()
             if epoch.rounds_left == 0 or (length >= left and not agreed.stop):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -18,12 +19,14 @@ from hvd_hetero.data import Source, read
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.sampling import Sampler
 from hvd_hetero.planning.schedules import next_rate, round_factor, run_share
+from hvd_hetero.planning.stop_criteria import RunProgress
 from hvd_hetero.telemetry.run_folder import RunFolder
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.training.best import BestEvaluation
-from hvd_hetero.training.checkpointer import Meetings, Saver
+from hvd_hetero.training.checkpointer import Meetings, Saver, SyncDecision
 from hvd_hetero.training.helpers import Helpers, Place, place_in
+from hvd_hetero.training.live_status import LiveStatus
 from hvd_hetero.training.startup import Job, make_worker
 from hvd_hetero.worker.components import as_user_error
 from hvd_hetero.worker.epoch import Epoch, Segment
@@ -55,8 +58,10 @@ class TrainerParts:
     helpers: Helpers
     begin: float
     folder: RunFolder | None
+    status: LiveStatus
     evaluates = True
     _saved_round = -1
+    _met = 0.0, 0.0
 
     def make_worker(self) -> Worker:
         return make_worker(self.job, self.watch, Worker)
@@ -102,6 +107,29 @@ class TrainerParts:
         with as_user_error("train.scheduler", name, what, "let it last as long as the run"):
             self.worker.step_scheduler()
 
+    @property
+    def done(self) -> RunProgress:
+        """What the run has done, with the pace of the epoch under way as all ranks know it."""
+        return replace(self.accounts.done, epoch_rounds=self._met[0], epoch_sec=self._met[1])
+
+    def _meet(self, epoch: Epoch, segment: Segment, saver: Meetings, length: int, before: int,
+              step_sec: Sequence[float]) -> SyncDecision:  # fmt: skip
+        """Agree with all ranks on a segment that has ended; where the run has had its time, the epoch ends with it."""
+        progress, limit = epoch.finish(segment, self.algorithm.mine.tau), self.config.train.max_train_sec
+        spent = sum(self.watch.seconds.values()) if self.comm.rank == 0 else 0.0
+        left = math.inf if limit is None else limit - self.accounts.train_sec - spent
+        with self.comm.booked():
+            figures = [*self.status.figures(epoch, segment), spent]
+            agreed = saver.agree(progress, length, before, step_sec, figures, left)
+        self._tell_saved(saver)
+        epoch.add(segment, agreed.progress)
+        *figures, spent = agreed.figures
+        self.status.meet(epoch, figures)
+        if limit is not None and self.accounts.train_sec + spent >= limit and epoch.rounds_left:
+            epoch.end_here()
+        self._met = epoch.rounds_met, spent
+        return agreed
+
     def _tell_rate(self) -> None:
         if self.algorithm.policy.follows_rate:
             rate = next_rate(self.config.train, self.plan, self.accounts.done, self.worker.rate)
@@ -111,11 +139,11 @@ class TrainerParts:
         """Set number and learning rate of a round, which has this number in its segment, with ``before`` before it."""
         self.comm.excluded.round = before + number + 1
         rounds = segment.rounds_done(self.algorithm.mine.tau) + 0.5  # the middle of the one that begins
-        factor = round_factor(self.config.train, self.plan, self.accounts.done, before + number + 1, rounds)
+        factor = round_factor(self.config.train, self.plan, self.done, before + number + 1, rounds)
         if factor is not None:
             self.worker.scale_rate(factor)
         if self.config.aggregation.anneal_from is not None:
-            self.algorithm.policy.share = run_share(self.config.train, self.plan, self.accounts.done, rounds)
+            self.algorithm.policy.share = run_share(self.config.train, self.plan, self.done, rounds)
 
     def _offer(self, offer: Callable[[int, Place], None], epoch: Epoch, rounds: int) -> None:
         """Let helpers have the model of an epoch under way, unless this rank has no part in it before its end."""

@@ -160,6 +160,18 @@ class Epoch:
         """Rounds so far, in rounds of the plan as it is now."""
         return self.progress.planned - self.since + self._earlier[0] / fast_steps(self.plan)
 
+    @property
+    def rounds_met(self) -> float:
+        """Rounds so far, as all ranks know them, in rounds of the plan as it is now."""
+        return self.progress.claimed / self.round_samples if self.is_claimed else self.rounds_done
+
+    def end_here(self) -> None:
+        """Leave out what is left."""
+        if self.is_claimed:
+            self.indices = self.indices[: self.progress.claimed]
+        else:
+            self.deal_rest(replace(self.plan, rounds=0), self.indices[:0])
+
     def deal_rest(self, plan: Plan, indices: Indices, weights: NDArray[np.float32] | None = None) -> None:
         """Go on by another plan, on other samples.
 

@@ -273,7 +273,7 @@ a busy machine lets the ranks run, and how late gradients are does too; what upd
 FEW_UPDATES = ("malenia_sgd", "ringleader_asgd")
 """They wait for a gradient of every rank."""
 ACCURACY = {"bvr_l_sgd": 0.6}
-"""At least, of what is not :data:`BY_THE_CLOCK`; of the others 0.8. It has few steps of its samples, and no momentum."""
+"""At least, of what is not by the clock; of the others 0.8. It has few steps of its samples, and no momentum."""
 
 
 def least_accuracy(method: str, updates: int) -> float:
