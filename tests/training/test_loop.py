@@ -136,7 +136,7 @@ def test_tau_is_measured_on_the_programs_own_steps_which_are_put_back(said: list
 
 
 def test_tau_auto_is_chosen_by_the_programs_own_steps_and_an_average(said: list[dict[str, Any]]) -> None:
-    """With any overhead allowed, the shortest round in which the slow rank takes a step; asked for too early, it says
+    """With any overhead allowed, the shortest round in which the slower rank takes a step; asked for too early, it says
     so.
     """
     for found in (each["chosen"] for each in said):
@@ -144,8 +144,7 @@ def test_tau_auto_is_chosen_by_the_programs_own_steps_and_an_average(said: list[
             "True: there is no plan yet: with train.tau=auto it goes by steps that are timed in the first rounds; ask "
             "in a round whose measures is False, or later"}  # fmt: skip
         assert not found["first"]["measures"] and found["first"]["weights"] == found["before"]
-        fast, slow = found["first"]["taus"]
-        assert slow == 1 <= fast < 100  # the slow rank is a fast one that sleeps: 3 at rest
+        assert min(found["first"]["taus"]) == 1  # whichever rank is the slower one where other work goes on
         assert found["average_sec"] > 0
     assert said[0]["chosen"]["first"]["taus"] == said[1]["chosen"]["first"]["taus"]
 
