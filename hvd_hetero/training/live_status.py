@@ -14,8 +14,7 @@ from hvd_hetero.files import write_text
 from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.schedules import left_sec, run_share
-from hvd_hetero.planning.stop_criteria import RunProgress
-from hvd_hetero.planning.stop_criteria import expected_epochs
+from hvd_hetero.planning.stop_criteria import RunProgress, expected_epochs
 from hvd_hetero.telemetry.row_file import to_json
 from hvd_hetero.telemetry.run_folder import RunFolder
 from hvd_hetero.telemetry.run_status import ENDED, LIVE_TRACE, LOOK, PREPARING, STATUS, own_mark
