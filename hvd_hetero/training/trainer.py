@@ -151,6 +151,8 @@ class Trainer(TrainerParts):
         before = accounts.steps[comm.rank] + (0 if self.epoch is None else self.epoch.steps)
         self.worker.pace.delays = delays(config.delays, comm.rank, comm.size, before)
         self.status.begin()
+        if self.epoch is not None:
+            self.status.enter(TRAINING)
         self._saved_round = -1 if self.saver is None else self.saver.saved_round
         self.watch.skip()
         with nullcontext() if self.saver is None or not self.saver.active else self.saver.stopping:
