@@ -347,7 +347,7 @@ class Trainer(TrainerParts):
         self.watch.skip()
 
     def _keep(self, epoch: Epoch | None) -> None:
-        if self.saver is not None:
+        if self.saver is not None and self.config.checkpoint.memory_sec is not None:
             number = self.accounts.rounds + (0 if epoch is None else epoch.progress.averages)
             self.saver.keep(number, lambda: state_of(self, epoch))
             self.watch.skip()
