@@ -17,7 +17,7 @@ from hvd_hetero.planning.schedules import left_sec, run_share
 from hvd_hetero.planning.stop_criteria import RunProgress, expected_epochs
 from hvd_hetero.telemetry.row_file import to_json
 from hvd_hetero.telemetry.run_folder import RunFolder
-from hvd_hetero.telemetry.run_status import ENDED, LIVE_TRACE, LOOK, PREPARING, STATUS, own_mark
+from hvd_hetero.telemetry.run_status import ENDED, LIVE_TRACE, LOOK, PREPARING, STATUS, TRAINING, own_mark
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import Recorder
@@ -83,6 +83,8 @@ class LiveStatus:
         self._start, self._start_share = time.monotonic(), self._share(rounds_of(run.epoch))
         self._content |= {"epochs": expected_epochs(run.config.train, run.plan), **self._place(run.epoch)}
         self._content["classes"] = self._classes()
+        if run.epoch is not None:
+            self.enter(TRAINING)
 
     # ---- segments ---------------------------------------------------------------------------------------------------
 

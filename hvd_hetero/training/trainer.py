@@ -99,7 +99,6 @@ class Trainer(TrainerParts):
         self.best = BestEvaluation(config.eval.best, self.job.components.metrics, config.train.patience)
         self.saver = self.make_saver()
         if self.saver is not None:
-            self.job.watchdog.last_act = self.saver.survive
             state, reshaped = self.saver.load(self.found, self.job.cluster)
         known = None
         if state is not None and reshaped:
@@ -151,8 +150,6 @@ class Trainer(TrainerParts):
         before = accounts.steps[comm.rank] + (0 if self.epoch is None else self.epoch.steps)
         self.worker.pace.delays = delays(config.delays, comm.rank, comm.size, before)
         self.status.begin()
-        if self.epoch is not None:
-            self.status.enter(TRAINING)
         self._saved_round = -1 if self.saver is None else self.saver.saved_round
         self.watch.skip()
         with nullcontext() if self.saver is None or not self.saver.active else self.saver.stopping:

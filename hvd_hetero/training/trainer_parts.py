@@ -71,7 +71,9 @@ class TrainerParts:
             return None
         quiesces = self.algorithm.policy.needs_quiesce
         env = replace(self.job.env, size=self.comm.size)  # helpers have nothing to be saved
-        return Saver(self.run_dir, self.config, env, self.comm, quiesces, self.best.by)
+        saver = Saver(self.run_dir, self.config, env, self.comm, quiesces, self.best.by)
+        self.job.watchdog.last_act = saver.survive
+        return saver
 
     def make_feed(self) -> Feed:
         sampler = self.make_sampler() if self.comm.rank == 0 else None
