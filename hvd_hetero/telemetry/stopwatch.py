@@ -39,6 +39,7 @@ class Stopwatch:
         self._own_mark = thread_cpu_clock() if thread_cpu_clock is not None else 0.0
         self.seconds = dict.fromkeys(KINDS, 0.0)
         self.collectives: list[float] = []
+        self._met = 0.0
         self.spans: list[tuple[str, float, float]] | None = None
 
     def skip(self) -> None:
@@ -71,6 +72,7 @@ class Stopwatch:
         """Books the time since the last span as one collective; ranks that are not in it call :meth:`absent`."""
         spent = self._lap(COLLECTIVE)
         self.collectives.append(spent)
+        self._met += spent
         return spent
 
     def skip_collective(self) -> None:
@@ -79,6 +81,11 @@ class Stopwatch:
         No time is booked: what passes until the rank's next collective is that one's, and so it is waiting.
         """
         self.collectives.append(math.nan)
+
+    @property
+    def spent(self) -> float:
+        """Seconds of all that is booked, collectives included."""
+        return sum(self.seconds.values()) + self._met
 
     def _lap(self, kind: str) -> float:
         now = self._clock()
@@ -96,11 +103,12 @@ class Stopwatch:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.seconds, self.collectives = dict(state["seconds"]), list(state["collectives"])
+        self._met = sum(spent for spent in self.collectives if spent == spent)
 
     def take(self) -> tuple[dict[str, float], list[float]]:
         """Returns the seconds by kind and the list of collectives since the last call, and clears them."""
         taken = dict(self.seconds), self.collectives
-        self.seconds, self.collectives = dict.fromkeys(self.seconds, 0.0), []
+        self.seconds, self.collectives, self._met = dict.fromkeys(self.seconds, 0.0), [], 0.0
         return taken
 
 

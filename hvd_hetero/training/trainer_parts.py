@@ -118,7 +118,7 @@ class TrainerParts:
               step_sec: Sequence[float]) -> SyncDecision:  # fmt: skip
         """Agree with all ranks on a segment that has ended; where the run has had its time, the epoch ends with it."""
         progress, limit = epoch.finish(segment, self.algorithm.mine.tau), self.config.train.max_train_sec
-        spent = sum(self.watch.seconds.values()) if self.comm.rank == 0 else 0.0
+        spent = self.watch.spent if self.comm.rank == 0 else 0.0
         left = math.inf if limit is None else limit - self.accounts.train_sec - spent
         with self.comm.booked():
             figures = [*self.status.figures(epoch, segment), spent]

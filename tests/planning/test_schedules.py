@@ -67,9 +67,14 @@ def test_the_share_goes_by_the_nearest_limit(limits: dict[str, Any], share: floa
     assert run_share(replace(TrainConfig(), **limits), whole, done, 5) == pytest.approx(share)
 
 
-def test_seconds_are_unknown_in_the_first_epoch() -> None:
+def test_seconds_are_unknown_until_ranks_have_met() -> None:
     train = replace(TrainConfig(), epochs=None, max_train_sec=60.0)
     assert run_share(train, plan(), RunProgress(), 9) == 0.0
+    met = RunProgress(epoch_rounds=4, epoch_sec=12.0)
+    assert run_share(train, plan(), met, 4) == pytest.approx(12 / 60)
+    assert run_share(train, plan(), met, 9) == pytest.approx(9 * 3 / 60)
+    later = RunProgress(epochs=1, rounds=10, train_sec=20.0, epoch_rounds=2, epoch_sec=4.0)  # 2 s a round
+    assert run_share(train, plan(), later, 5) == pytest.approx(30 / 60)
 
 
 @pytest.mark.parametrize(("settings", "key"), [
