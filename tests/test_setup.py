@@ -280,7 +280,7 @@ def test_every_requirement_has_an_upper_end() -> None:
 @pytest.mark.parametrize(
     ("script", "setup", "program_name", "expected"),
     [
-        ("quickstart", "scripts/setup", "hvd-hetero", f"launch {ROOT}/configs/default.yaml run.dir=x train.tau=2"),
+        ("quickstart", "scripts/setup", "hvd-hetero", f"launch {ROOT}/configs/quickstart.yaml run.dir=x train.tau=2"),
         ("test", "scripts/setup --extra dev --extra report --extra nlp --extra metrics", "python",
          "-m pytest run.dir=x train.tau=2"),
     ],

@@ -56,7 +56,7 @@ def get(name: str) -> type[Policy]:
 def method(name: str) -> Method:
     """Return a method's options and its meaning of settings left null, for :func:`hvd_hetero.config.load.load`."""
     found = get(name)
-    return found.Options, found.defaults
+    return found.Options, found.defaults_for
 
 
 def policy(config: Config, cluster: Cluster, samples: int, min_batch: int = 1) -> Policy:

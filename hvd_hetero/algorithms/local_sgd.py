@@ -26,8 +26,8 @@ from hvd_hetero.planning.quorum import QUORUM, Quorum, check_quorum
 from hvd_hetero.planning.rebalance import NEW_SHARE, Rebalancer
 
 BLOCKING = "blocking"
-ROUNDS = 4
-"""Rounds of an epoch at least, where their length is chosen: the number that the paper's own experiments have."""
+ROUNDS = 1
+"""Rounds of an epoch at least, where their length is chosen."""
 AVERAGED = ("average", "average_seed")
 """What ``aggregation.optimizer_state`` may be where the optimizers' state is averaged."""
 

@@ -76,6 +76,11 @@ class Policy:
     average_sec: float = 0.0
     share: float = 0.0
 
+    @classmethod
+    def defaults_for(cls, settings: Mapping[str, Any]) -> Mapping[str, str]:
+        """Return what the method means by settings left null, beside these, which are not checked yet."""
+        return cls.defaults
+
     def __init__(self, config: Config, cluster: Cluster, samples: int, min_batch: int = 1) -> None:
         self.options, self.train, self.aggregation = config.algorithm, config.train, config.aggregation
         self.cluster, self.samples, self.min_batch = cluster, samples, min_batch

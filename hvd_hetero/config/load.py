@@ -30,13 +30,13 @@ ARGUMENTS_OF = dict.fromkeys(("data.name", "data.target", "model.name", "model.t
     f"train.{name}": f"{name}_args" for name in ("loss", "optimizer", "scheduler")
 }
 
-Method = tuple[type[AlgorithmConfig], Mapping[str, str]]
+Method = tuple[type[AlgorithmConfig], Callable[[Mapping[str, Any]], Mapping[str, str]]]
 
 
 def load(
     files: str | Path | Sequence[str | Path] | None = (),
     overrides: Sequence[str] | Mapping[str, Any] | None = (),
-    method: Callable[[str], Method] = lambda name: (AlgorithmConfig, {}),
+    method: Callable[[str], Method] = lambda name: (AlgorithmConfig, lambda settings: {}),
 ) -> Config:
     """Merges files, then overrides, into a checked configuration.
 
@@ -69,7 +69,7 @@ def load(
     classes = merged["cluster"]["classes"]
     merged["cluster"]["classes"] = classes if classes == AUTO else _by_name("cluster.classes", classes)
 
-    for key, value in defaults.items():
+    for key, value in defaults(merged).items():
         section, last = key.split(".")
         if isinstance(merged[section], dict) and merged[section][last] is None:
             merged[section][last] = value

@@ -60,8 +60,22 @@ def test_biases_are_on_where_the_method_has_them_and_off_elsewhere() -> None:
     biased, others = ("separate", "steps"), ("uniform", "uniform")
     for name in algorithms.REGISTRY:
         expected = biased if name == "biased_local_sgd" else others
-        config = load((), {"algorithm.name": name}, algorithms.method)
+        config = load((), {"algorithm.name": name, "train.tau": 8}, algorithms.method)
         assert (config.sampling.scheme, config.aggregation.weights) == expected
+
+
+@pytest.mark.parametrize(("settings", "weights"), [
+    ({}, "normalised"),
+    ({"aggregation.weights": "uniform"}, "uniform"),
+    ({"aggregation.delayed": True}, "normalised"),
+    ({"aggregation.mode": "solo"}, "steps"),
+    ({"cluster.too_slow": "wait_avoiding"}, "steps"),
+    ({"aggregation.anneal_from": 0.5}, "steps"),
+    ({"train.tau": {"fast": 4, "slow": 1}}, "steps"),
+])
+def test_every_gradient_counts_the_same_where_rounds_are_chosen(settings: dict[str, Any], weights: str) -> None:
+    config = load((), {"train.tau": "auto", **settings}, algorithms.method)
+    assert config.aggregation.weights == weights
 
 
 @pytest.mark.parametrize("name", algorithms.REGISTRY)

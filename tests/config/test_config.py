@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -105,10 +107,14 @@ def test_a_files_reference_to_the_environment(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_method_fills_what_is_left_null() -> None:
-    def method(name: str) -> tuple[type[AlgorithmConfig], dict[str, str]]:
-        return AlgorithmConfig, {"sampling.scheme": "unified", "aggregation.weights": "uniform"}
+    def method(name: str) -> Any:
+        def defaults(settings: Mapping[str, Any]) -> dict[str, str]:
+            scheme = "unified" if settings["train"]["tau"] == 8 else "uniform"
+            return {"sampling.scheme": scheme, "aggregation.weights": "uniform"}
 
-    config = load(overrides=["aggregation.weights=steps"], method=method)
+        return AlgorithmConfig, defaults
+
+    config = load(overrides=["aggregation.weights=steps", "train.tau=8"], method=method)
     assert (config.sampling.scheme, config.aggregation.weights) == ("unified", "steps")
 
 
@@ -117,8 +123,8 @@ def test_a_methods_own_options_are_keys(tmp_path: Path) -> None:
     class Options(AlgorithmConfig):
         sync_every: int = dataclasses.field(default=32, metadata={"at_least": 1})
 
-    def method(name: str) -> tuple[type[AlgorithmConfig], dict[str, str]]:
-        return (Options, {}) if name == "mine" else (AlgorithmConfig, {})
+    def method(name: str) -> Any:
+        return Options if name == "mine" else AlgorithmConfig, lambda settings: {}
 
     file = write(tmp_path / "mine.yaml", "algorithm: {name: mine, sync_every: 4}")
     assert load([file], method=method).algorithm == Options("mine", None, 4)
