@@ -23,8 +23,8 @@ from hvd_hetero.models import MODELS
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMPARISONS = {path.stem: path for path in sorted((CONFIGS / "compare").glob("*.yaml"))}
 SIZES = {"fashion_mnist": 60_000, "cifar10": 50_000, "cifar100": 50_000, "flowers102": 7169, "tiny_imagenet": 100_000,
-         "ag_news": 120_000}
-"""Of the training sets that have to be downloaded; Flowers102 as its workloads take it."""
+         "ag_news": 120_000, "digits": 1437}
+"""Of the training sets; Flowers102 as its workloads take it."""
 GPUS = [SimpleNamespace(name="GPU", pci_domain_id=0, pci_bus_id=0, pci_device_id=number) for number in range(8)]
 
 

@@ -88,7 +88,7 @@ def test_no_round_is_longer_than_the_run(limit: str) -> None:
     made.samples = 600 if limit == "data" else 100_000
     plan = made.make_plan(EIGHTH)
     in_round = plan.classes[0].tau if limit == "train.max_fast_steps" else sum(c.round_samples for c in plan.classes)
-    assert (100 < in_round <= 150 and plan.rounds >= 4) if limit == "data" else 200 < in_round <= 300
+    assert (400 < in_round <= 600 and plan.rounds == 1) if limit == "data" else 200 < in_round <= 300
 
 
 def test_a_class_too_slow_even_for_the_longest_round() -> None:
