@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hvd_hetero import algorithms
 from hvd_hetero.comm.async_ops import PEER_LOST
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.helper_channel import HelperLink, Scores, open_channel
@@ -49,7 +50,9 @@ class HelperRank:
         self._source = on_device(data, device, name)
         self._worker = make_worker(job, Stopwatch(heartbeat=job.watchdog.heartbeat), Worker)
         seed_all(job.config.run.seed * 1000003 + job.env.rank)
-        self.comm = Comm(job.cluster, job.env.rank, job.config.aggregation, self._worker.watch)
+        # all ranks of a job make the same process sets, those of others too
+        groups = algorithms.policy(job.config, job.cluster, len(parts.dataset.train), parts.min_batch).process_sets
+        self.comm = Comm(job.cluster, job.env.rank, job.config.aggregation, self._worker.watch, groups)
         link = open_channel(self.comm, len({fact.host for fact in job.cluster.facts}))
         assert isinstance(link, HelperLink)
         self._link, self._work = link, self._evaluate if evaluates else self._score

@@ -150,6 +150,12 @@ def main() -> None:
             HelperRank._evaluate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
         run("dies", {"train.epochs": 100000, "checkpoint.every_rounds": None})
         return
+    if CASE == "groups":
+        classes = {"every": {"ranks": [0, 1, 2, 3]}, "aide": {"ranks": [4], "role": "evaluate"}}
+        watched("groups")
+        run("groups", {"cluster.classes": classes, "train.tau": 1, "algorithm.name": "wagma_sgd", "train.epochs": 2,
+                       "checkpoint.every_rounds": None}, waits=True)  # fmt: skip
+        return
     helper_channel.COPY_SHARE = 1e9  # whoever waits for a helper here must not wait for the next copy too
     watched("stopped")
     said["stopped"] = run("stopped", {}, waits=True)

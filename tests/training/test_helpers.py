@@ -114,3 +114,10 @@ def test_a_helper_that_dies_ends_the_job_by_name(tmp_path: Path, horovodrun: Cal
     done = horovodrun(3, [sys.executable, SCRIPT, "dies", tmp_path], cwd=tmp_path, timeout=120)
     assert done.returncode != 0
     assert "rank 2" in done.stdout + done.stderr or "[2]" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_helper_of_ranks_that_meet_in_groups(tmp_path: Path, horovodrun: Callable[..., Any]) -> None:
+    done = horovodrun(5, [sys.executable, SCRIPT, "groups", tmp_path], cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert rows(tmp_path, "groups")
