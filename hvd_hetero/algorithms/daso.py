@@ -116,8 +116,12 @@ class DASO(Grouped):
         """L."""
         if self.options.group_size is not None:
             return self.options.group_size
-        hosts = Counter(fact.host for fact in self.cluster.facts)
-        return max(hosts.values()) if len(hosts) > 1 else 1
+        return max(self._on_hosts.values()) if len(self._on_hosts) > 1 else 1
+
+    @property
+    def _on_hosts(self) -> Counter[str]:
+        """Ranks of each host, helpers left out."""
+        return Counter(fact.host for fact in self.cluster.facts[: self.cluster.size])
 
     @property
     def hosts(self) -> int:
@@ -130,7 +134,7 @@ class DASO(Grouped):
 
     def check_groups(self) -> None:
         size, facts = self.group_size, self.cluster.facts
-        if self.options.group_size is None and len(set(Counter(fact.host for fact in facts).values())) > 1:
+        if self.options.group_size is None and len(set(self._on_hosts.values())) > 1:
             problem = "the hosts have different numbers of ranks"
             raise ConfigError(self.group_key, None, problem, "start as many on each, or set a number that divides all")
         check_divides(self.group_key, size, self.cluster.size)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from method_helpers import TWO, of
 
 from hvd_hetero import algorithms
 from hvd_hetero.algorithms.daso import DASO, Cadence
 from hvd_hetero.algorithms.decentlam import DecentLaM
+from hvd_hetero.algorithms.execution.daso import DASOExecutor, Flight
 from hvd_hetero.algorithms.wagma_sgd import WAGMASGD
 from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
 from hvd_hetero.cluster.hardware import RankFacts
@@ -46,6 +51,16 @@ def test_daso_goes_by_hosts() -> None:
     assert alone.group_size == 1 and alone.process_sets == (), "on one host each rank is one"
     for fits in (by_host, alone, policy("daso", 4, algorithm__group_size=2)):
         fits.check()
+
+
+def test_helpers_of_a_host_are_not_of_its_group() -> None:
+    """Two hosts of two ranks that train, and a helper on the second."""
+    facts = tuple(RankFacts(rank, f"h{min(rank // 2, 1)}", rank, (), "cpu", (0,)) for rank in range(5))
+    aide = DeviceClass("aide", "cpu", (4,), role="evaluate")
+    cluster = Cluster((DeviceClass("every", "cpu", (0, 1, 2, 3)),), facts, helpers=(aide,))
+    this: Any = algorithms.policy(load((), {"algorithm.name": "daso"}, algorithms.method), cluster, 1000)
+    this.check()
+    assert this.group_size == this.hosts == 2
 
 
 def test_decentlam_goes_from_neighbour_to_neighbour_where_it_can() -> None:
@@ -85,6 +100,24 @@ def test_every_rank_takes_every_step_and_counts_the_same(kind: Any) -> None:
     plan = algorithms.policy(config, of(TWO), 1000).make_plan(None)
     assert [(c.tau, c.batch_size, c.weight) for c in plan.classes] == [(1, 20, 0.2), (1, 5, 0.2)]
     assert plan.rounds == 1000 // 55
+
+
+@pytest.mark.parametrize(("sent", "own", "found"), [(1.0, 5.0, 3.0), (1.0, math.nan, 1.0), (None, math.nan, math.nan)])
+def test_a_model_that_is_not_finite_takes_the_hosts_and_is_told_of_where_none_is(
+    sent: float | None, own: float, found: float
+) -> None:
+    """One host's models have travelled for a batch: weights 2 and 2, of two good ones."""
+    made, written, noted = DASOExecutor(policy("daso")), list[torch.Tensor](), list[bool]()
+    comm: Any = SimpleNamespace(booked=nullcontext, broadcast=lambda tensor, *args: tensor,
+                                excluded=SimpleNamespace(note=lambda: noted.append(True)))  # fmt: skip
+    worker: Any = SimpleNamespace(optimizer=SimpleNamespace(state={"momentum": own}))
+    made.comm, made.worker, made._host, made._is_apart = comm, worker, (0,), False
+    made.whole, made.write = lambda: torch.tensor([own]), written.append  # type: ignore[method-assign]
+    total = torch.tensor([0.0, 0.0, 2.0, 0.0] if sent is None else [2 * sent, 2.0, 0.0, 0.0])
+    made._flight = Flight(0, 1, 0, total, lambda: None)
+    made._receive(1)
+    assert torch.equal(written[0].nan_to_num(-1), torch.tensor([found]).nan_to_num(-1))
+    assert noted == [True] * math.isnan(own) and bool(worker.optimizer.state) == (not noted)
 
 
 # ---- DASO's cadence -------------------------------------------------------------------------------------------------

@@ -127,27 +127,33 @@ class DASOExecutor(GroupedExecutor):
         assert flight is not None
         self._settle()
         own = self.whole().to("cpu", copy=True)
+        good = finite([own])
         with self.comm.booked():
             if flight.total is not None:
                 flight.wait()
-                weight, count = 2 * (batch - flight.begun), float(flight.total[-FLAG_SLOTS])
-                if not finite([own]):
-                    own.zero_()
-                    weight = 0
-                if weight + count:
+                weight, count = 2 * (batch - flight.begun) if good else 0, float(flight.total[-FLAG_SLOTS])
+                if weight + count:  # else nobody's model is good, which the average of all ranks finds
+                    own = own if good else own.zero_()
                     own.mul_(weight).add_(flight.total[:-FLAG_SLOTS]).mul_(1 / (weight + count))
             self.write(self.comm.broadcast(own, "daso.host", self._host[flight.place], self._host))
+        if not good:
+            self.worker.optimizer.state.clear()
+            self.comm.excluded.note()
 
     def _settle(self) -> None:
         """Average the host's models, once its ranks have taken steps of their own: momentum keeps them apart."""
         if self._is_apart and len(self._host) > 1:
             own = self.whole()
+            good = finite([own])
             mean = torch.cat([own, own.new_empty(FLAG_SLOTS)])
             mean[:-FLAG_SLOTS].mul_(1 / len(self._host))
             with self.comm.booked():
-                kept = sum_in_group_(self.comm, [mean], finite([own]), 1 / len(self._host), "daso.settle", self._host)
+                kept = sum_in_group_(self.comm, [mean], good, 1 / len(self._host), "daso.settle", self._host)
             if kept:
                 self.write(mean[:-FLAG_SLOTS])
+                if not good:  # else the average over hosts does so
+                    self.worker.optimizer.state.clear()
+                    self.comm.excluded.note()
 
     def end_epoch(self) -> None:
         super().end_epoch()
