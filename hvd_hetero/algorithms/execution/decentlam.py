@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_hetero.algorithms.decentlam import DecentLaM
+from hvd_hetero.algorithms.decentlam import UNFIT, DecentLaM
 from hvd_hetero.algorithms.execution.grouped import GroupedExecutor
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.nonfinite import FLAG_SLOTS, finite
@@ -31,6 +31,10 @@ class DecentLaMExecutor(GroupedExecutor):
         if type(worker.optimizer) is not torch.optim.SGD:  # a program may have given one of its own
             problem = "decentlam has momentum of its own, which is that of torch's SGD"
             raise ConfigError("train.optimizer", type(worker.optimizer).__name__, problem, "use that, or take sync_sgd")
+        for key in UNFIT:
+            if any(group[key] for group in worker.optimizer.param_groups):
+                problem = f"decentlam's momentum knows no {key}"
+                raise ConfigError("train.optimizer", "SGD", problem, f"leave {key} out, or take sync_sgd")
         self._groups = [group_of(partition, comm.rank) for partition in self.policy.partitions]
         self._params = [p for p in worker.model.parameters() if p.requires_grad]
         self._steps = 0
