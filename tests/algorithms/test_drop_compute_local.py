@@ -12,6 +12,7 @@ from method_helpers import method
 from torch import nn
 
 from hvd_hetero.algorithms.averaging import blocking
+from hvd_hetero.algorithms.drop_compute_local import DropComputeLocal, DropComputeLocalOptions
 from hvd_hetero.algorithms.execution import compute_clock
 from hvd_hetero.algorithms.execution.drop_compute_local import DropComputeLocalExecutor
 from hvd_hetero.cluster.device_classes import DeviceClass
@@ -127,6 +128,37 @@ def test_weights_may_be_by_the_steps_that_were_taken(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(weights(made) - start, (stepped(2) - start) * 2 / 6)
     made, _ = run(monkeypatch, 1, [1.0, 5.0], others=4.0, threshold=4.5, normalise="full")
     torch.testing.assert_close(weights(made) - start, (stepped(2) - start) / 2)
+
+
+def test_weights_are_those_of_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``aggregation.anneal_from`` changes them."""
+    monkeypatch.setattr(DropComputeLocal, "weight_of", lambda self, mine: mine.weight / 2)
+    made, _ = run(monkeypatch, 1, [], others=4.0)
+    start = Net().weight.detach()
+    torch.testing.assert_close(weights(made) - start, (stepped(TAU) - start) / 4)
+
+
+@pytest.mark.parametrize("is_idle", [False, True])
+def test_a_class_that_is_left_out_measures_nothing_but_is_there(
+    monkeypatch: pytest.MonkeyPatch, is_idle: bool
+) -> None:
+    """The other rank's last step always takes long; all ranks gather, in whatever order classes have them."""
+    net, other = Net(), torch.tensor([9.0, 1.0, 2.0, 9.0], dtype=torch.float64)
+    monkeypatch.setattr(compute_clock, "time", net)
+    said: Any = {"threshold.sizes": torch.tensor([4]), "threshold.times": other}
+
+    def gather(tensor: torch.Tensor, name: str, sizes: Any = None, ranks: Any = None) -> list[torch.Tensor]:
+        assert ranks is None
+        return [tensor, said[name]]
+
+    clock = compute_clock.ComputeClock(DropComputeLocalOptions(threshold="auto", warmup_rounds=0, measured_rounds=1,
+                                                              max_dropped=0.5), lambda: None)  # fmt: skip
+    clock.begin()
+    for _ in range(0 if is_idle else 3):
+        net.now += 1
+        assert not clock.is_over()
+    clock.end(SimpleNamespace(gather=gather))  # type: ignore[arg-type]
+    assert clock.threshold is not None and clock.threshold < 2
 
 
 @pytest.mark.parametrize("options", [{"threshold": None}, {"threshold": 4.0}, {"threshold": 0.1, "warmup_rounds": 1}])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -50,22 +50,22 @@ class ComputeClock:
         limit = self.threshold if self._rounds >= self._options.warmup else None
         return limit is not None and self.times[-1] > limit
 
-    def end(self, comm: Comm, ranks: Sequence[int]) -> None:
-        """End a round, with all that these ranks did together; all of them call it."""
+    def end(self, comm: Comm, ranks: tuple[int, ...] | None = None) -> None:
+        """End a round, with all that these ranks, or all, did together; all of them call it, idle ones too."""
         self._rounds += 1
         if not self._is_open or self._rounds <= self._options.warmup:
             return
         self._ended.append(self.times)
         self._seconds.append(time.perf_counter() - self._begin)
         if len(self._ended) == self._options.measured:
-            self._choose(comm, tuple(ranks))
+            self._choose(comm, ranks)
 
-    def _choose(self, comm: Comm, ranks: tuple[int, ...]) -> None:
+    def _choose(self, comm: Comm, ranks: tuple[int, ...] | None) -> None:
         """Choose the threshold from what all ranks have measured; the same on all of them."""
         count = len(self._ended)
         own = torch.tensor([sum(self._seconds) / count, *np.ravel(self._ended)], dtype=torch.float64)
         sizes = [int(size) for size in comm.gather(torch.tensor([len(own)]), "threshold.sizes", ranks=ranks)]
-        said = [part.numpy() for part in comm.gather(own, "threshold.times", sizes, ranks)]
+        said = [part.numpy() for part in comm.gather(own, "threshold.times", sizes, ranks) if len(part) > 1]
         round_sec, ended = float(np.mean([part[0] for part in said])), [part[1:].reshape(count, -1) for part in said]
         found = best_threshold(ended, round_sec, self._options.max_dropped)
         self._is_open, self._ended, self._seconds = False, [], []

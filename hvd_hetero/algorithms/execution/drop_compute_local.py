@@ -50,22 +50,23 @@ class DeadlineAveraging(BlockingAveraging):
         """Take the local steps of one round that there is time for, and average the models; return how many."""
         state, is_done = self.worker.state, self.policy.options.normalise == DONE
         self.outer.snapshot()
+        weight = self.policy.weight_of(mine)
         base = [vector.clone() for vector in state.vectors] if is_done or self.wire is not None else None
         self.clock.begin()
         taken = self.worker.local_steps(batches, mine.tau, self.clock.is_over)
         self.dropped += (mine.tau - taken) * mine.batch_size
-        if is_done and base is not None and (factor := self._factor(taken, mine)) != 1:
+        if is_done and base is not None and (factor := self._factor(taken, weight)) != 1:
             state.refresh()
             scale_progress(state.parameters(), base, factor)
-        self.average_models(mine.weight, base)
-        self.clock.end(self.comm, [rank for c in self.policy.plan.training for rank in c.ranks])
+        self.average_models(weight, base)
+        self.clock.end(self.comm)
         return taken
 
-    def _factor(self, taken: int, mine: ClassPlan) -> float:
+    def _factor(self, taken: int, weight: float) -> float:
         """Return what makes this rank's weight one by the steps that were taken."""
         with self.comm.booked():
             (total,) = self.comm.sum([float(taken)], "deadline.steps")
-        return taken / total / mine.weight if mine.tau else 1.0
+        return taken / total / weight if taken else 1.0
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "clock": self.clock.state_dict(), "dropped": self.dropped, "taus": self._taus}
