@@ -82,6 +82,10 @@ class BVRLSGD(BalancedLocalSGD):
         return {name: tau and (self.options.anchor_batches or tau) + tau - 1
                 for name, tau in super().taus(step_sec).items()}  # fmt: skip
 
+    def _longest(self, step_sec: Mapping[str, float]) -> int:
+        longest, anchor = super()._longest(step_sec), self.options.anchor_batches  # of all batches of a round
+        return max(1, (longest + 1) // 2 if anchor is None else longest + 1 - anchor)
+
     def anchor_of(self, tau: int) -> int:
         """Return A, of the batches of a round."""
         return self.options.anchor_batches or (tau + 1) // 2

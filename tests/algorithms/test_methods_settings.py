@@ -29,6 +29,18 @@ def test_sync_takes_every_rank_one_step_a_round() -> None:
     assert plan.rounds == 1000 // 55
 
 
+@pytest.mark.parametrize(("anchor", "batches"), [(None, 9), (3, 10)])
+def test_the_longest_round_of_bvr_has_room_for_its_common_gradient(anchor: int | None, batches: int) -> None:
+    """20 batches for two ranks: A + K - 1 of each, with A = K or as it is set, where averages are dear."""
+    settings = {"algorithm.name": "bvr_l_sgd", "train.tau": "auto", "train.batch_size": 10,
+                "train.optimizer_args": {"momentum": 0.0}, "algorithm.anchor_batches": anchor}  # fmt: skip
+    policy = method(settings, ONE, samples=200)
+    policy.check()
+    policy.average_sec = 1.0
+    plan = policy.make_plan({"every": 0.01})
+    assert (plan.rounds, plan.classes[0].tau) == (1, batches)
+
+
 @pytest.mark.parametrize(("name", "role"), [("sync_sgd", "idle"), ("byteps", "server")])
 def test_only_the_fast_class_trains(name: str, role: str) -> None:
     settings = {"algorithm.name": name, "algorithm.participants": "fast", "train.batch_size": 10}
