@@ -67,20 +67,19 @@ def launch(
         return 0
     saves = config.checkpoint.every_sec is not None or config.checkpoint.every_rounds is not None
 
-    def check(settings: Sequence[str]) -> tuple[Config, list[tuple[str, int]]]:
+    def check(settings: Sequence[str]) -> tuple[Config, list[tuple[str, int]], Cluster | None]:
         again = read(files, [*chosen, *settings])
         here = job_hosts(again)
-        expected_cluster(again, here)  # all else is as it was when the job was first started
-        return again, here
+        return again, here, expected_cluster(again, here)  # all else is as it was when the job was first started
 
     def start(settings: Sequence[str]) -> End:
-        again, here = check(settings)
+        again, here, cluster = check(settings)
         if not settings:
             (folder / STOP).unlink(missing_ok=True)
         command = horovodrun_line(again, here, ["train", *files, *chosen, *settings])
         end = _run(again, command, here, folder / STOP if saves else None)
         if end.status != 0 and again.checkpoint.memory_sec is not None:
-            adopt(folder, again, sum(slots for _, slots in here))
+            adopt(folder, again, sum(slots for _, slots in here) if cluster is None else cluster.size)
         return end
 
     def look() -> list[tuple[str, int]]:

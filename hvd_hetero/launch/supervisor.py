@@ -108,6 +108,7 @@ class Supervisor:
                 _say(f"gives up: it cannot go on without {', '.join(sorted(self._lost))}: {error}")
                 return EXIT_LOST
             if end.status == 0:
+                lookout.take_back()  # it was asked too late, and a later start is not to stop for it
                 return 0
             newest = self._newest()
             if lookout.has_asked and end.status == EXIT_STOPPED and not end.asked:

@@ -53,6 +53,7 @@ class SyncDecision:
         step_sec: of a local step in it on the slowest rank of each class, NaN if it took none; empty where nobody met.
         rounds: that it had.
         figures: the maxima of what ranks gave.
+        keep: whether to remember the state, in case that a rank is lost.
     """
 
     progress: Progress
@@ -61,6 +62,7 @@ class SyncDecision:
     step_sec: tuple[float, ...] = ()
     rounds: int = 0
     figures: Sequence[float] = ()
+    keep: bool = False
 
 
 class Meetings:
@@ -98,6 +100,10 @@ class Meetings:
 
     def _is_asked(self) -> bool:
         """Whether somebody asks rank 0 to save now."""
+        return False
+
+    def _is_copy_due(self) -> bool:
+        """Whether rank 0 finds it time to remember the state."""
         return False
 
     def _settle(self) -> None:
@@ -157,13 +163,13 @@ class Meetings:
         due = spec.every_sec is not None and now - self._tried_at >= spec.every_sec
         due = due or (lead and self._is_asked())
         worth = round(min(self._segment_sec, max(left_sec, 0.0)) * length / max(now - self._began, 1e-6))
-        said = [self.stopping(), self._is_busy, lead and due,
+        said = [self.stopping(), self._is_busy, lead and due, lead and self._is_copy_due(),
                 lead and max(1, min(worth, GROWTH * length))]
         mine = astuple(progress)
         numbers = [float(number) for number in (*mine, *said, *step_sec, *figures)]
         most = self._comm.max(numbers, "epoch.progress")
         progress = Progress(*(int(number) for number in most[: len(mine)]))
-        stop, busy, late, segment, *most = most[len(mine) :]
+        stop, busy, late, keep, segment, *most = most[len(mine) :]
         slowest = tuple(sec or math.nan for sec in most[: len(step_sec)])
         self._segment = int(segment)
         if not busy:
@@ -173,7 +179,7 @@ class Meetings:
         if spec.every_rounds is not None:  # in partial collectives rounds do not come in the planned numbers
             save = save or number // spec.every_rounds > max(self._tried, 0) // spec.every_rounds
         due, stop = self.active and save and number > self._tried, self.active and stop
-        return SyncDecision(progress, bool(stop), due, slowest, length, most[len(step_sec) :])
+        return SyncDecision(progress, bool(stop), due, slowest, length, most[len(step_sec) :], bool(keep))
 
 
 class Saver(Meetings):
@@ -207,6 +213,9 @@ class Saver(Meetings):
     def _is_asked(self) -> bool:
         return os.path.exists(self._run_dir / SAVE)
 
+    def _is_copy_due(self) -> bool:
+        return self.survivor.is_due
+
     def load(self, found: Found | None, cluster: Cluster) -> tuple[Any, bool]:
         """What to go on from, and whether it is of another configuration or number of ranks.
 
@@ -234,7 +243,8 @@ class Saver(Meetings):
         state, problem = None, ""
         try:
             saved = self._store.at(number)
-            state = load_for(saved, cluster, self._comm.rank, bool(keeps)) if reshaped else saved.load(self._comm.rank)
+            rank = self._comm.rank
+            state = load_for(saved, self._config, cluster, rank, bool(keeps)) if reshaped else saved.load(rank)
             if found is not None:
                 state["rank0"] = found.state["rank0"]
                 self._store.rewind(number)

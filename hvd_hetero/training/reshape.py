@@ -98,3 +98,4 @@ def _deal_rest(run: Run, epoch: Epoch, state: Mapping[str, Any]) -> None:
     part = rest_plan(run.job.config, epoch, run.plan, len(run.source), before)
     rest = run.feed.deal_rest(part, epoch.indices, epoch.steps, gone) if part.rounds else epoch.indices[:0]
     epoch.deal_rest(part, rest, run.feed.weights_of(rest))
+    run.met = epoch.rounds_met, 0.0  # its seconds are with those of before

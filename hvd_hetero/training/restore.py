@@ -45,6 +45,7 @@ class Run(Protocol):
     averaged: IterateAverage | None
     begin: float
     kept: dict[str, Any]
+    met: tuple[float, float]
 
     @property
     def over(self) -> bool: ...
@@ -61,7 +62,7 @@ def state_of(run: Run, epoch: Epoch | None) -> dict[str, Any]:
     if epoch is not None:
         epoch.count(run.comm.excluded.take(), run.algorithm.counts())
         state["epoch"] = epoch.state_dict()
-        state["watch"] = run.watch.state_dict()
+        state["watch"], state["met"] = run.watch.state_dict(), run.met
     if run.feed.sampler is not None:
         rows_bytes = [0, 0] if run.folder is None else run.folder.rows_bytes
         kept = {"rows_bytes": rows_bytes, "samples_seen": run.accounts.samples_seen,
@@ -85,6 +86,7 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
     if "epoch" in state:
         run.epoch = Epoch.from_state(state["epoch"], run.source, run.worker.generator)
         run.watch.load_state_dict(state["watch"])
+        run.met = tuple(state.get("met", run.met))
         place += f", in the next epoch {run.epoch.progress.averages} rounds later"
     if run.feed.sampler is not None:
         run.feed.sampler.load_state_dict(state["rank0"]["sampler"])

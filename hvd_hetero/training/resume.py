@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from hvd_hetero.config.schema import AUTO, NUMBERS, RESHAPE, Config
 from hvd_hetero.data import Source, alike
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.planning.plan import Plan
-from hvd_hetero.telemetry.run_folder import METRICS
+from hvd_hetero.telemetry.run_folder import EVALUATIONS, METRICS
 from hvd_hetero.training.fingerprint import plain, sources
 from hvd_hetero.worker.worker import Worker
 
@@ -66,7 +67,7 @@ def find(run_dir: Path, config: Config, world_size: int | None) -> Found | None:
             checkpoint.verify()
             state = load_leads(checkpoint)
             if "rank0" not in state:
-                state["rank0"] = _earlier_rank0(run_dir, state)
+                state["rank0"] = _earlier_rank0(run_dir, candidate.round, state["accounts"]["epochs"])
         except CheckpointError as error:
             damaged.append(error)
             continue
@@ -93,8 +94,11 @@ def load_leads(checkpoint: Checkpoint) -> dict[str, Any]:
     return state
 
 
-def _earlier_rank0(run_dir: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+def _earlier_rank0(run_dir: Path, number: int, epochs: int) -> dict[str, Any]:
     """What rank 0 alone keeps, where it was lost, from an older checkpoint: losses, averaged iterate; and its rows.
+
+    Args:
+        number: of the round that the run goes on from, after so many whole ``epochs``.
 
     Raises:
         CheckpointError: there is none that has it.
@@ -102,10 +106,15 @@ def _earlier_rank0(run_dir: Path, state: Mapping[str, Any]) -> dict[str, Any]:
     for candidate in Store(run_dir).candidates():
         if candidate.checkpoint is not None and 0 in candidate.checkpoint.meta.ranks:
             kept: dict[str, Any] = candidate.checkpoint.load(0)["rank0"]
-            lines = (run_dir / METRICS).read_bytes().splitlines(keepends=True)
-            ended = (line for line in lines if json.loads(line)["epoch"] <= state["accounts"]["epochs"])
-            return {**kept, "rows_bytes": sum(map(len, ended))}
+            limits = (METRICS, "epoch", epochs), (EVALUATIONS, "round", number)
+            return {**kept, "rows_bytes": [_bytes_until(run_dir / name, key, most) for name, key, most in limits]}
     raise CheckpointError(run_dir, "rank 0 was lost, and with it the losses of samples", "start anew")
+
+
+def _bytes_until(path: Path, key: str, most: int) -> int:
+    """Return the size of a file's rows before the first one with more under a key."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return sum(map(len, itertools.takewhile(lambda line: json.loads(line)[key] <= most, lines)))
 
 
 def difference(checkpoint: Checkpoint, config: Config, world_size: int | None) -> UserError | None:
@@ -193,8 +202,8 @@ def slots(cluster: Cluster) -> list[list[Any]]:
     return [[fact.host, fact.local_rank] for fact in cluster.facts]
 
 
-def load_for(saved: Checkpoint, cluster: Cluster, rank: int, keeps: bool) -> dict[str, Any]:
-    """Return what a rank goes on from, of a job with other ranks.
+def load_for(saved: Checkpoint, config: Config, cluster: Cluster, rank: int, keeps: bool) -> dict[str, Any]:
+    """Return what a rank goes on from, of a job with other ranks or settings.
 
     Args:
         keeps: whether ranks that stay go on from their own states.
@@ -202,7 +211,7 @@ def load_for(saved: Checkpoint, cluster: Cluster, rank: int, keeps: bool) -> dic
     Returns:
         The state of that job's first rank, with the model of one that trained; and ``own``, of the rank that was where
         this one is, or None; ``stayed``, how many ranks have one; ``gone``, on rank 0, the states of those that nobody
-        has, with their classes; ``keeps``.
+        has, with their classes; ``keeps``; ``changed``, whether settings that decide the numbers are others now.
 
     Raises:
         CheckpointError: a part of it cannot be read.
@@ -213,7 +222,7 @@ def load_for(saved: Checkpoint, cluster: Cluster, rank: int, keeps: bool) -> dic
     left = set(saved.meta.ranks).difference(stays.values()) if rank == 0 and keeps else set()
     names = {other: name for name, _, ranks in state["classes"] for other in ranks}
     state["gone"] = [(names[other], saved.load(other)) for other in sorted(left)]
-    return {**state, "stayed": len(stays), "keeps": keeps}
+    return {**state, "stayed": len(stays), "keeps": keeps, "changed": bool(changed_settings(saved.meta, config))}
 
 
 def staying(state: Mapping[str, Any], cluster: Cluster) -> dict[int, int]:
@@ -229,7 +238,7 @@ def staying(state: Mapping[str, Any], cluster: Cluster) -> dict[int, int]:
 def known_plan(state: Mapping[str, Any], cluster: Cluster) -> Plan | None:
     """Return the plan that a job had with the same ranks and settings; speeds need not be measured again then."""
     same = state["classes"] == places(cluster) and state.get("slots") == slots(cluster)
-    return Plan.from_dict(state["plan"]) if state["keeps"] and same else None
+    return Plan.from_dict(state["plan"]) if state["keeps"] and not state["changed"] and same else None
 
 
 def check_places(state: Any, cluster: Cluster) -> None:

@@ -35,12 +35,16 @@ class Survivor:
         self._states: list[tuple[int, Any]] = []
         self._kept_at, self._lock, self._is_written = -float("inf"), threading.Lock(), False
 
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time for a copy; rank 0 asks, since all ranks have to copy the same rounds."""
+        return self._every_sec is not None and time.monotonic() - self._kept_at >= self._every_sec
+
     def keep(self, number: int, state: Callable[[], Any]) -> None:
-        """Copy a state after so many rounds, if it is time."""
-        now = time.monotonic()
-        if self._every_sec is None or now - self._kept_at < self._every_sec:
+        """Copy a state after so many rounds; of several meetings at the same one, the first."""
+        if self._states and self._states[-1][0] == number:
             return
-        self._kept_at = now
+        self._kept_at = time.monotonic()
         try:
             self._states = [*self._states[1 - KEPT :], (number, copied(state()))]
         except CheckpointError as error:  # the next checkpoint says it as well
@@ -66,7 +70,11 @@ class Survivor:
 def adopt(run_dir: Path, config: Config, size: int) -> None:
     """Make a checkpoint of what the ranks of a job that is over have left, if it is newer than the newest.
 
-    It is that of the round of which most ranks have left something, the newest of these.
+    It is that of the round of which most ranks have left something, the newest of these. Without rank 0, what it alone
+    kept has to be in an older checkpoint: then none is removed, and where there is none nothing is made.
+
+    Args:
+        size: ranks that train.
     """
     store = Store(run_dir, config.checkpoint.keep)
     with suppress(CheckpointError):
@@ -75,6 +83,11 @@ def adopt(run_dir: Path, config: Config, size: int) -> None:
         if number is None or not found[number]:
             return
         lost = sorted(set(range(size)).difference(info.rank for info in found[number]))
+        if 0 in lost:
+            older = store.candidates()
+            if not any(c.checkpoint is not None and 0 in c.checkpoint.meta.ranks for c in older):
+                return
+            store = Store(run_dir, keep=len(older) + 1)
         epochs = store.part(number, found[number][0])["accounts"]["epochs"]
         store.commit(number, found[number], epochs=epochs, made_with=made_with(config), lost=lost)
         store.rewind(number)

@@ -158,7 +158,7 @@ class Trainer(TrainerParts):
                 row = self._end_epoch(epoch, agreed)
                 if self.saver is not None and self.saver.active and (self.over or agreed.due or agreed.stop):
                     self._save(None, wait=self.over or agreed.stop, row=row)
-                else:
+                elif agreed.keep:
                     self._keep(None)
                 if agreed.stop and not self.over:
                     raise self._stopped()
@@ -209,9 +209,8 @@ class Trainer(TrainerParts):
         """Train an epoch in segments, between which it can be saved; return what was agreed after the last."""
         spans = RoundSpans(self.watch, self.recorder, epoch.work_sec)
         rebalances, work = self.algorithm.policy.rebalances, epoch.work_sec
-        meets = rebalances or self.config.train.max_train_sec is not None
+        meets = rebalances or {self.config.train.max_train_sec, self.config.checkpoint.memory_sec} != {None}
         saver = self.saver if self.saver is not None and (self.saver.active or meets) else None
-        self._met = 0.0, 0.0
         classes = [c.name for c in self.job.cluster.classes]
         own = classes.index(self.job.cluster.class_of(self.comm.rank).name)
         while True:
@@ -242,7 +241,7 @@ class Trainer(TrainerParts):
                     return replace(agreed, step_sec=())
             if agreed.due or agreed.stop:
                 self._save(epoch, wait=agreed.stop)
-            else:
+            elif agreed.keep:
                 self._keep(epoch)
             if agreed.stop:
                 raise self._stopped()
@@ -257,6 +256,7 @@ class Trainer(TrainerParts):
         self.watch.heartbeat.begin("dealing samples")
         rest = self.feed.deal_rest(part, epoch.indices, epoch.steps) if part.rounds else epoch.indices[:0]
         epoch.deal_rest(part, rest, self.feed.weights_of(rest))
+        self.met = epoch.rounds_met, self.met[1]
 
     def _end_epoch(self, epoch: Epoch, agreed: SyncDecision) -> dict[str, Any]:
         """Gather what the epoch came to, plan the next one, evaluate; return the row of figures."""
@@ -279,6 +279,7 @@ class Trainer(TrainerParts):
             "excluded": excluded, "sent": comm.carried.take(), "dropped": self.algorithm.take_dropped(),
             "overflows": 0 if worker.scaler is None else worker.scaler.overflows, "memory": used_bytes(worker.device),
         })  # fmt: skip
+        self.met = 0.0, 0.0
         self.algorithm.policy.note_average(done.average_sec)
         self._share_evaluations()
         self.helpers.offer(accounts.rounds, lambda: place_after(accounts, time.perf_counter() - self.begin))
@@ -337,17 +338,18 @@ class Trainer(TrainerParts):
         if epoch is not None:
             self._share_evaluations()
         self.watch.heartbeat.begin("checkpoint")
-        number = self.accounts.rounds + (0 if epoch is None else epoch.progress.averages)
+        number = self._round_of(epoch)
         good = self.best.goodness(row or {})
         self.saver.save(number, self.accounts.epochs, lambda: state_of(self, epoch), wait, good)
         self._tell_saved(self.saver)
         self.watch.skip()
 
     def _keep(self, epoch: Epoch | None) -> None:
-        if self.saver is not None and self.config.checkpoint.memory_sec is not None:
-            number = self.accounts.rounds + (0 if epoch is None else epoch.progress.averages)
-            self.saver.keep(number, lambda: state_of(self, epoch))
-            self.watch.skip()
+        assert self.saver is not None
+        if epoch is not None:
+            self._share_evaluations()
+        self.saver.keep(self._round_of(epoch), lambda: state_of(self, epoch))
+        self.watch.skip()
 
     def _stopped(self) -> Stopped:
         assert self.saver is not None

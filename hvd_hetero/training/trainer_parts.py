@@ -61,7 +61,7 @@ class TrainerParts:
     status: LiveStatus
     evaluates = True
     _saved_round = -1
-    _met = 0.0, 0.0
+    met = 0.0, 0.0  # rounds of the epoch under way when all ranks last met, and the seconds that it had taken
 
     def make_worker(self) -> Worker:
         return make_worker(self.job, self.watch, Worker)
@@ -112,7 +112,7 @@ class TrainerParts:
     @property
     def done(self) -> RunProgress:
         """What the run has done, with the pace of the epoch under way as all ranks know it."""
-        return replace(self.accounts.done, epoch_rounds=self._met[0], epoch_sec=self._met[1])
+        return replace(self.accounts.done, epoch_rounds=self.met[0], epoch_sec=self.met[1])
 
     def _meet(self, epoch: Epoch, segment: Segment, saver: Meetings, length: int, before: int,
               step_sec: Sequence[float]) -> SyncDecision:  # fmt: skip
@@ -129,7 +129,7 @@ class TrainerParts:
         self.status.meet(epoch, figures)
         if limit is not None and self.accounts.train_sec + spent >= limit and epoch.rounds_left:
             epoch.end_here()
-        self._met = epoch.rounds_met, spent
+        self.met = epoch.rounds_met, spent
         return agreed
 
     def _tell_rate(self) -> None:
@@ -158,6 +158,10 @@ class TrainerParts:
         for row in self.helpers.share():
             self.best.enter(row)
             self._call("on_evaluation", row)
+
+    def _round_of(self, epoch: Epoch | None) -> int:
+        """Return the rounds of the run so far, in an epoch under way or between two."""
+        return self.accounts.rounds + (0 if epoch is None else epoch.progress.averages)
 
     def _call(self, hook: str, *args: Any) -> None:
         self.watch.heartbeat.begin(hook)

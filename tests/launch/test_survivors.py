@@ -100,6 +100,30 @@ def test_what_is_not_whole_is_not_taken(tmp_path: Path) -> None:
 
 def test_nothing_is_kept_or_written_unless_it_is_asked_for(tmp_path: Path) -> None:
     survivor = Survivor(Store(tmp_path), 0, None)
-    survivor.keep(1, lambda: pytest.fail("a copy was made"))
+    assert not survivor.is_due
     survivor.write()
     assert not list(tmp_path.iterdir())
+
+
+def test_ranks_copy_the_same_rounds_whatever_their_clocks_say() -> None:
+    """One that copies by its own clock may come to have no round in common with the others."""
+    survivor = Survivor(Store(Path()), 0, 1000.0)
+    assert survivor.is_due
+    for number in (1, 2, 2, 3):
+        survivor.keep(number, lambda number=number: state(number))
+        assert not survivor.is_due
+    assert [number for number, _ in survivor._states] == [2, 3], "of two meetings at one round the first"
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_without_rank_0_what_it_kept_has_to_be_in_an_older_checkpoint(whole: bool, tmp_path: Path) -> None:
+    run, config = tmp_path / "run", load(None, ["checkpoint.keep=1"])
+    store = left_by(run, {0: [2], 1: [2]} if whole else {})
+    if whole:
+        adopt(run, config, 2)
+    for number in (4, 6):  # the second one is all that is to be kept
+        survivor = Survivor(Store(run), 1, 0.0)
+        survivor.keep(number, lambda number=number: state(number))
+        survivor.write()
+        adopt(run, config, 2)
+    assert [c.round for c in store.candidates() if c.checkpoint] == ([6, 4, 2] if whole else [])

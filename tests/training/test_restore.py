@@ -29,6 +29,7 @@ from hvd_hetero.launch.supervisor import Supervisor
 from hvd_hetero.planning.plan import make_plan
 from hvd_hetero.telemetry.run_folder import EVALUATIONS, METRICS, RunFolder
 from hvd_hetero.telemetry.staleness import KINDS, Counts
+from hvd_hetero.training.resume import _earlier_rank0
 from hvd_hetero.training.run_records import say_resumed
 from hvd_hetero.training.stop_request import StopRequest
 from hvd_hetero.worker.epoch import Epoch
@@ -74,6 +75,16 @@ def test_rows_that_are_gone_are_told_and_not_made_up(tmp_path: Path, caplog: pyt
     (tmp_path / EVALUATIONS).unlink()
     written(tmp_path, ROWS[2:3], keep=size)
     assert "rows are missing" in caplog.text and epochs(tmp_path) == [3]
+
+
+def test_rows_of_a_run_that_lost_rank_0_are_kept_as_far_as_it_goes_on(tmp_path: Path) -> None:
+    for number in (2, 4):
+        state = {"rank0": {"sampler": number}, "accounts": {"epochs": number}}
+        Store(tmp_path).commit(number, [Store(tmp_path).write_shard(number, 0, state)], epochs=1, made_with={})
+    rows = [{**row, "round": 10 * row["epoch"]} for row in ROWS]
+    sizes = written(tmp_path, rows)
+    kept = _earlier_rank0(tmp_path, number=35, epochs=4)
+    assert kept == {"sampler": 4, "rows_bytes": [sizes[4][0], sizes[3][1]]}, "evaluations of an epoch under way, too"
 
 
 @pytest.mark.parametrize("over", [True, False])

@@ -22,8 +22,9 @@ from hvd_hetero.config.schema import RESHAPE, Config
 from hvd_hetero.data.alike import facts_of
 from hvd_hetero.data.source import TensorSource
 from hvd_hetero.errors import ConfigError, UserError
+from hvd_hetero.planning.plan import make_plan
 from hvd_hetero.training.fingerprint import made_with
-from hvd_hetero.training.resume import Found, check_data, check_places, find, places
+from hvd_hetero.training.resume import Found, check_data, check_places, find, known_plan, load_for, places, slots
 
 pytestmark = pytest.mark.horovod
 
@@ -179,3 +180,15 @@ def test_the_same_ranks_in_the_same_classes_wherever_their_hosts_are() -> None:
     for other in ({**by_rank, "big": {"ranks": [0, 2]}}, {"big": by_rank["small"], "small": by_rank["big"]}):
         with pytest.raises(ConfigError, match="cluster.classes=.*made with.*'big': 'cuda .0, 2.'.*reshape"):
             check_places(saved, cluster(other, "new"))
+
+
+def test_a_plan_is_taken_over_only_where_its_settings_are_what_they_were(tmp_path: Path) -> None:
+    cluster = assign(device_classes({"one": {"ranks": [0]}}), [RankFacts(0, "here", 0, (), "cpu", (0,))])
+    plan = make_plan(cluster, 64, {"one": 4}, {"one": 2})
+    state = {"plan": plan.to_dict(), "classes": places(cluster), "slots": slots(cluster), "worker": {}}
+    save_round(Store(tmp_path), NEW, [state | {"rank0": {}}], made_with(configured(train__tau=4)))
+    for tau, known in ((4, plan), (8, None)):
+        config = configured(run__resume=RESHAPE, train__tau=tau)
+        found = find(tmp_path, config, 1) if tau != 4 else None
+        assert found is None or (found.reshaped and found.keeps)
+        assert known_plan(load_for(Store(tmp_path).at(NEW), config, cluster, 0, True), cluster) == known
