@@ -67,19 +67,20 @@ def launch(
         return 0
     saves = config.checkpoint.every_sec is not None or config.checkpoint.every_rounds is not None
 
-    def check(settings: Sequence[str]) -> tuple[Config, list[tuple[str, int]], Cluster | None]:
+    def check(settings: Sequence[str]) -> tuple[Config, list[tuple[str, int]]]:
         again = read(files, [*chosen, *settings])
         here = job_hosts(again)
-        return again, here, expected_cluster(again, here)  # all else is as it was when the job was first started
+        expected_cluster(again, here)  # all else is as it was when the job was first started
+        return again, here
 
     def start(settings: Sequence[str]) -> End:
-        again, here, cluster = check(settings)
+        again, here = check(settings)
         if not settings:
             (folder / STOP).unlink(missing_ok=True)
         command = horovodrun_line(again, here, ["train", *files, *chosen, *settings])
         end = _run(again, command, here, folder / STOP if saves else None)
         if end.status != 0 and again.checkpoint.memory_sec is not None:
-            adopt(folder, again, sum(slots for _, slots in here) if cluster is None else cluster.size)
+            adopt(folder, again, training_ranks(again, here))
         return end
 
     def look() -> list[tuple[str, int]]:
@@ -173,7 +174,7 @@ def _check_places(config: Config, hosts: Sequence[tuple[str, int]], trains: bool
         check_writable("run.dir", run_dir(config))
     if trains and config.run.resume == AUTO and config.run.dir is not None and is_local(hosts[0][0]):
         newest = Store(config.run.dir).latest()
-        other = None if newest is None else difference(newest, config, sum(slots for _, slots in hosts))
+        other = None if newest is None else difference(newest, config, training_ranks(config, hosts))
         if other is not None:
             raise other
     if not trains and config.profile.file is not None:
@@ -201,6 +202,12 @@ def expected_cluster(config: Config, hosts: Sequence[tuple[str, int]]) -> Cluste
         return None
     classes = AUTO if config.cluster.classes == AUTO else device_classes(config.cluster.classes)
     return assign(classes, facts, config.cluster.share_gpus)
+
+
+def training_ranks(config: Config, hosts: Sequence[tuple[str, int]]) -> int:
+    """Return the number of ranks that train, and so are saved: all but helpers."""
+    cluster = expected_cluster(config, hosts)
+    return sum(slots for _, slots in hosts) if cluster is None else cluster.size
 
 
 def horovodrun_line(config: Config, hosts: Sequence[tuple[str, int]], arguments: Sequence[str]) -> list[str]:

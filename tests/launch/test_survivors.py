@@ -17,6 +17,8 @@ from job_helpers import rank_pids, when
 
 from hvd_hetero.checkpoint import CheckpointError, Store
 from hvd_hetero.config.load import load
+from hvd_hetero.launch.launcher import _check_places as check_places
+from hvd_hetero.launch.launcher import training_ranks
 from hvd_hetero.training.survivor import Survivor, adopt
 
 RANKS = Path(__file__).parents[1] / "ranks"
@@ -127,3 +129,17 @@ def test_without_rank_0_what_it_kept_has_to_be_in_an_older_checkpoint(whole: boo
         survivor.write()
         adopt(run, config, 2)
     assert [c.round for c in store.candidates() if c.checkpoint] == ([6, 4, 2] if whole else [])
+
+
+def test_helpers_are_no_ranks_that_a_checkpoint_misses(tmp_path: Path) -> None:
+    classes = "cluster.classes={one: {ranks: [0, 1]}, test: {ranks: [2], role: evaluate}}"
+    config = load(None, ["run.resume=auto", f"run.dir={tmp_path / 'run'}", "cluster.hosts=localhost:3", classes])
+    hosts = [("localhost", 3)]
+    assert training_ranks(config, hosts) == 2
+    store = left_by(tmp_path / "run", {0: [7], 1: [7]})
+    adopt(tmp_path / "run", config, training_ranks(config, hosts))
+    newest = store.latest()
+    assert newest is not None and newest.meta.lost == ()
+    check_places(config, hosts, trains=True)
+    with pytest.raises(CheckpointError, match="saved by 2 ranks, and this job has 3"):
+        check_places(load(None, [f"run.dir={tmp_path / 'run'}", "run.resume=auto", "cluster.classes=auto"]), hosts, trains=True)
