@@ -141,5 +141,6 @@ def test_helpers_are_no_ranks_that_a_checkpoint_misses(tmp_path: Path) -> None:
     newest = store.latest()
     assert newest is not None and newest.meta.lost == ()
     check_places(config, hosts, trains=True)
+    all_train = load(None, ["run.resume=auto", f"run.dir={tmp_path / 'run'}", "cluster.classes=auto"])
     with pytest.raises(CheckpointError, match="saved by 2 ranks, and this job has 3"):
-        check_places(load(None, [f"run.dir={tmp_path / 'run'}", "run.resume=auto", "cluster.classes=auto"]), hosts, trains=True)
+        check_places(all_train, hosts, trains=True)
