@@ -81,7 +81,8 @@ def run_share(train: TrainConfig, plan: Plan, done: RunProgress, rounds: float) 
     Args:
         done: at the end of the last epoch.
         rounds: of the epoch under way. The seconds of a round are taken to be those of all rounds until ranks last met,
-            so that all of them come to the same share; before they have met none have passed.
+            so that all of them come to the same share, but half of those left at most, since the first round may have
+            been a slow one; before they have met none have passed.
     """
     shares = [0.0]
     if train.epochs is not None:
@@ -91,8 +92,9 @@ def run_share(train: TrainConfig, plan: Plan, done: RunProgress, rounds: float) 
     if train.max_samples is not None:
         shares.append((done.samples + rounds * round_samples(plan)) / train.max_samples)
     if train.max_train_sec is not None and (past := done.rounds + done.epoch_rounds):
-        seconds = (done.train_sec + done.epoch_sec) * (1 + (rounds - done.epoch_rounds) / past)
-        shares.append(seconds / train.max_train_sec)
+        spent = done.train_sec + done.epoch_sec
+        since = min(spent * (rounds - done.epoch_rounds) / past, max(0.0, train.max_train_sec - spent) / 2)
+        shares.append((spent + since) / train.max_train_sec)
     return min(1.0, max(shares))
 
 

@@ -48,7 +48,7 @@ LOCAL = [name for name, case in SMALL.items() if issubclass(get(case.method), Lo
 def found(horovodrun: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What each rank found, by case."""
     folder = tmp_path_factory.mktemp("methods")
-    done = horovodrun(SIZE, [sys.executable, SCRIPT, folder], timeout=300)
+    done = horovodrun(SIZE, [sys.executable, SCRIPT, folder], timeout=450)
     assert done.returncode == 0, done.stdout + done.stderr
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(SIZE)]
 

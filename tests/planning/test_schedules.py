@@ -73,6 +73,8 @@ def test_seconds_are_unknown_until_ranks_have_met() -> None:
     met = RunProgress(epoch_rounds=4, epoch_sec=12.0)
     assert run_share(train, plan(), met, 4) == pytest.approx(12 / 60)
     assert run_share(train, plan(), met, 9) == pytest.approx(9 * 3 / 60)
+    slow = RunProgress(epoch_rounds=1, epoch_sec=20.0)  # kernels were loaded
+    assert run_share(train, plan(), slow, 4) == pytest.approx(40 / 60), "the rate does not fall to 0 at once"
     later = RunProgress(epochs=1, rounds=10, train_sec=20.0, epoch_rounds=2, epoch_sec=4.0)  # 2 s a round
     assert run_share(train, plan(), later, 5) == pytest.approx(30 / 60)
 
