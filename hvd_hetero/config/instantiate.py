@@ -155,7 +155,10 @@ def check_arguments(key: str, function: Callable[..., Any], args: Mapping[str, A
             raise ConfigError(f"{key}.{name}", value, f"has type {type(value).__name__}", f"give {wanted}")
     missing = [name for name, p in by_name.items() if p.default is p.empty and name not in args]
     if missing:
-        raise ConfigError(key, dict(args), f"argument '{missing[0]}' is missing", f"set {key}.{missing[0]}")
+        remedy = f"set {key}.{missing[0]}"
+        if not args and key in ("data.args", "model.args"):
+            remedy += "; arguments of a former target are not kept"  # see config/load.py
+        raise ConfigError(key, dict(args), f"argument '{missing[0]}' is missing", remedy)
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:

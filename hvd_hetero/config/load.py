@@ -4,7 +4,8 @@ Layers are merged in order: the schema's built-in values, then each file, then e
 key; mappings with free keys (``cluster.classes``, ``train.tau``, any ``*args``) are replaced as a whole, while
 ``key=value`` may also reach inside one (``cluster.classes.slow.slowdown=4``). Arguments belong to what they are for: a
 layer that names another loss, optimizer, scheduler, model or dataset, and no arguments, leaves it without any. A model
-or dataset that is named takes the place of a target in a layer below.
+or dataset that is named takes the place of a target in a layer below. The built-in arguments of the loss are for
+models and datasets that are named; beside the user's own it has those that a layer gives it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def load(
     files: str | Path | Sequence[str | Path] | None = (),
     overrides: Sequence[str] | Mapping[str, Any] | None = (),
     method: Callable[[str], Method] = lambda name: (AlgorithmConfig, lambda settings: {}),
+    own: bool = False,
 ) -> Config:
     """Merges files, then overrides, into a checked configuration.
 
@@ -45,6 +47,7 @@ def load(
         overrides: ``key=value`` texts as on a command line, or a mapping of dotted keys to values.
         method: tells of a method, by name, the options class whose fields are the keys of ``algorithm``, and what
             it means by ``sampling.scheme`` and ``aggregation.weights`` where they are null.
+        own: a program gives a model or data of its own in place of those that are configured.
 
     Raises:
         ConfigError: a file cannot be read, a key is unknown, a value is of the wrong type or out of its limits.
@@ -60,12 +63,10 @@ def load(
     options, defaults = method(str(dict(pairs).get("algorithm.name", name)))
 
     schema = Config(algorithm=options())
-    merged = dataclasses.asdict(schema)
-    for layer in layers:
-        _merge(schema, merged, layer, "")
-    named = {part for key, _ in pairs for part in (key, key.rpartition(".")[0])}
-    for key, value in pairs:
-        _assign(schema, merged, key, value, named)
+    merged = _merged(schema, layers, pairs)
+    if own or any(merged[part]["target"] is not None for part in ("data", "model")):
+        plain = dataclasses.replace(schema, train=dataclasses.replace(schema.train, loss_args={}))
+        merged = _merged(plain, layers, pairs)  # again: only all layers tell whose the model and the data are
     classes = merged["cluster"]["classes"]
     merged["cluster"]["classes"] = classes if classes == AUTO else _by_name("cluster.classes", classes)
 
@@ -214,6 +215,18 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not OmegaConf.is_dict(content):
         raise ConfigError("config file", str(path), "is not a mapping", "write sections with keys, as in default.yaml")
     return OmegaConf.to_container(content)  # type: ignore[return-value]
+
+
+def _merged(schema: Config, layers: Sequence[dict[str, Any]], pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the schema's values with all layers over them, which stay as they are."""
+    merged = dataclasses.asdict(schema)
+    layers, pairs = copy.deepcopy((layers, pairs))
+    for layer in layers:
+        _merge(schema, merged, layer, "")
+    named = {part for key, _ in pairs for part in (key, key.rpartition(".")[0])}
+    for key, value in pairs:
+        _assign(schema, merged, key, value, named)
+    return merged
 
 
 def _merge(schema: Any, target: dict[str, Any], layer: Mapping[str, Any], prefix: str) -> None:

@@ -106,7 +106,8 @@ def train(
     given = UserObjects(model, train_data, test_data, loss, optimizer, scheduler, metrics, callbacks)
 
     def prepare() -> tuple[Config, Components]:
-        loaded = load(config, overrides, algorithms.method)
+        own = any(part is not None for part in (model, train_data, test_data))
+        loaded = load(config, overrides, algorithms.method, own)
         return loaded, dry_run.build(loaded, given)
 
     with ExitStack() as after:

@@ -107,7 +107,7 @@ class Loop:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         def prepare() -> tuple[Config, Components]:
-            loaded = load(config, overrides, algorithms.method)
+            loaded = load(config, overrides, algorithms.method, own=True)
             check_supported_by_loop(loaded)
             seed, train = None if sharded else loaded.run.seed, loaded.train
             source, size = dealt_or_stream(

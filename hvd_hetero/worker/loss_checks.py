@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, product
 from typing import Any
 
@@ -23,7 +23,7 @@ from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.worker.factories import ACCURACY, is_accuracy
 from hvd_hetero.worker.losses import OF_CLASSES, Numbers, PerSample, per_sample, tensors_in
-from hvd_hetero.worker.metrics import Metric, SampleMean
+from hvd_hetero.worker.metrics import Metric, SampleMean, WholeSet
 
 OTHERWISE_SHAPED = (*OF_CLASSES, "multi_margin_loss")
 """Functions of torch.nn.functional whose targets have another shape than the outputs; all others go by elements."""
@@ -97,14 +97,22 @@ def try_metric(key: str, value: Any, metric: PerSample, given: Batched) -> Numbe
 
 
 def closely(metric: Metric, given: Callable[[Any], Batched]) -> Metric:
-    """Return a metric that is looked at closely while it is filled, if it has a number for each sample.
+    """Return a metric that is looked at closely while it is tried, if it is a function: of samples or of the whole set.
 
     Args:
         given: tells of the batch that has these targets.
     """
-    if not isinstance(metric, SampleMean):
+    if not isinstance(metric, (SampleMean, WholeSet)):
         return metric
     origin, function = (metric.key, metric.value), metric.function
+
+    def of_all(outputs: Any, targets: Any) -> Any:
+        result = function(outputs, targets)
+        _check_pairs(*origin, function, replace(given(targets), outputs=outputs))
+        return result
+
+    if isinstance(metric, WholeSet):
+        return WholeSet(metric.name, *origin, of_all)
 
     def tried(outputs: Any, targets: Any) -> Numbers:
         try:
@@ -163,10 +171,10 @@ def _check_accuracy(key: str, given: Batched) -> None:
     raise ConfigError(key, ACCURACY, problem, "set eval.metrics={}, or take functions of your own")
 
 
-# ---- a loss of the user's own ---------------------------------------------------------------------------------------
+# ---- functions of the user's own ------------------------------------------------------------------------------------
 
 
-def _check_pairs(key: str, value: Any, function: PerSample, given: Batched) -> None:
+def _check_pairs(key: str, value: Any, function: Callable[[Any, Any], Any], given: Batched) -> None:
     """Refuse a function that compares each sample's outputs with the targets of all samples, by broadcasting.
 
     Outputs ``[B, 1]`` less targets ``[B]`` are ``[B, B]``, whose mean over either dimension looks like one number a

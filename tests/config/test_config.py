@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from torch import nn
 
+from hvd_hetero import Loop, train
+from hvd_hetero.config.instantiate import call
 from hvd_hetero.config.load import load
 from hvd_hetero.config.schema import AlgorithmConfig, Config
-from hvd_hetero.errors import ConfigError
+from hvd_hetero.errors import ConfigError, UserError
 
 DEFAULT = Path(__file__).parents[2] / "configs" / "default.yaml"
 
@@ -143,6 +147,48 @@ def test_arguments_belong_to_what_they_are_for(tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
     file.write_text("train: {loss: mse_loss}")
     assert load([file]).train.loss_args == {}
+
+
+@pytest.mark.parametrize("target", ["model.target=own:net", "data.target=own:data"])
+def test_a_loss_beside_the_users_own_is_smoothed_only_where_asked_for(target: str, tmp_path: Path) -> None:
+    smoothed = {"label_smoothing": 0.1}
+    assert load().train.loss_args == load(overrides=["model.name=cnn"]).train.loss_args == smoothed
+    assert load(overrides=[target]).train.loss_args == load(own=True).train.loss_args == {}
+    assert load(overrides=[target, "train.loss_args.weight=[1, 2]"]).train.loss_args == {"weight": [1, 2]}
+    said = write(tmp_path / "said.yaml", "train: {loss_args: {label_smoothing: 0.1}}")
+    assert load([said], [target]).train.loss_args == load([said], own=True).train.loss_args == smoothed
+    saved = write(tmp_path / "saved.yaml", load([said], [target]).to_yaml())
+    assert load([saved]).train.loss_args == smoothed, "a run goes on as it began"
+    own = write(tmp_path / "own.yaml", "data: {target: 'own:data'}\nmodel: {target: 'own:net'}")
+    assert load([own], ["data.name=digits", "model.name=mlp"]).train.loss_args == smoothed
+
+
+X, Y = torch.zeros(24, 8), torch.zeros(24, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("begin", [
+    lambda: train(model=nn.Linear(8, 3)), lambda: train(train_data=(X, Y)), lambda: train(test_data=(X, Y)),
+    lambda: Loop(nn.Linear(8, 3), (X, Y)),
+])  # fmt: skip
+def test_a_loss_beside_what_a_program_gives_is_not_smoothed(
+    begin: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(config: Config, given: Any) -> None:
+        raise UserError(f"built with {config.train.loss_args}")
+
+    monkeypatch.setattr("hvd_hetero.training.dry_run.build", build)
+    monkeypatch.setattr("hvd_hetero.training.loop.build", build)
+    with pytest.raises(UserError, match="built with {}"):
+        begin()
+
+
+def test_that_arguments_of_a_former_target_are_not_kept_is_told(tmp_path: Path) -> None:
+    def other(path: str) -> None: ...
+
+    file = write(tmp_path / "own.yaml", "data: {target: 'own:data', args: {path: here}}")
+    call("data.args", other, load([file]).data.args)
+    with pytest.raises(ConfigError, match="argument 'path' is missing.*former target are not kept"):
+        call("data.args", other, load([file], ["data.target=own:other"]).data.args)
 
 
 def test_a_name_in_a_higher_layer_wins_over_a_target_in_a_lower_one(tmp_path: Path) -> None:

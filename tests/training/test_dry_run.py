@@ -294,6 +294,7 @@ def unstable(outputs: Tensor, targets: Tensor) -> Tensor:
 
 ASGD = {"algorithm.name": "asgd", "train.tau": 1}
 SMALL = {"train.batch_size": {"fast": 4, "slow": 1}}
+PAIRS = {"data": (X, Y.float()), "loss": lambda o, y: (o[:, 0] - y) ** 2}
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "auxiliary outputs": (
         lambda: linear(run=lambda net, x: (net.head(x), net.head(x)) if net.training else net.head(x)), {},
@@ -321,6 +322,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
                            "model='Net': layers.0.weight is lazy, and its forward pass does not use it"),
     "lazy, and does not fit": (lambda: Net(nn.LazyConv2d(8, 3)), {}, "model='Net': it has lazy modules, and fails"),
     "asks for a closure": (linear, {"optimizer": lambda params: Closure(params, 0.1)}, "optimizer='<lambda>': fails"),
+    "a metric of the whole set, all pairs": (lambda: nn.Linear(8, 1), PAIRS | {"metrics": {"rmse": {
+        "target": lambda o, y: ((o - y) ** 2).mean().sqrt(), "over": "dataset"}}},
+        "metrics.rmse='<lambda>': broadcasts outputs [4, 1] and targets [4] against each other"),
+    "a metric of samples, all pairs": (
+        lambda: nn.Linear(8, 1), PAIRS | {"metrics": {"far": lambda o, y: (o - y).abs().mean(1)}},
+        "metrics.far='<lambda>': broadcasts outputs [4, 1] and targets [4] against each other"),
     "a parameter in two groups": (
         linear, {"optimizer": lambda params: SGD([{"params": params}, {"params": params[:1]}], 0.1)},
         "optimizer='<lambda>': cannot be made: ValueError: some parameters appear in more than one"),

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.worker.factories import accuracy, per_sample_loss
-from hvd_hetero.worker.loss_checks import Batched, try_loss, try_metric
+from hvd_hetero.worker.loss_checks import Batched, closely, try_loss, try_metric
+from hvd_hetero.worker.metrics import Metric, read_metrics
 
 F = nn.functional
 Shape = tuple[int, ...]
@@ -129,6 +130,37 @@ def test_what_pairs_all_samples_unnoticed_is_refused(own: Any, outputs: Shape, t
             call()
         for shape in (outputs, targets):
             assert str([4, *shape[1:]]) in caught.value.problem
+
+
+def of_set(function: Any, *shapes: Shape) -> Metric:
+    """A metric of the whole set as the dry run has it, filled with two batches."""
+    entry = {"target": function, "over": "dataset"}
+    metric = closely(read_metrics("eval.metrics", {"own": entry})[0], lambda targets: Batched(None, targets, 4, 8))
+    metric.begin(torch.device("cpu"))
+    for _ in range(2):
+        metric.add(*numbers(*shapes), None)
+    return metric
+
+
+def rmse(outputs: Tensor, targets: Tensor) -> Tensor:
+    return ((outputs - targets) ** 2).mean().sqrt()
+
+
+@pytest.mark.parametrize("shapes", [((2, 1), (2,)), ((2,), (2, 1))])
+def test_a_metric_of_the_whole_set_that_pairs_all_samples_is_refused(shapes: tuple[Shape, Shape]) -> None:
+    with pytest.raises(ConfigError, match="broadcasts outputs .* against each other") as caught:
+        of_set(rmse, *shapes).figures()
+    assert caught.value.key == "eval.metrics.own"
+    assert all(str([8, *shape[1:]]) in caught.value.problem for shape in shapes)
+
+
+@pytest.mark.parametrize(("function", "shapes"), [
+    (rmse, ((2, 1), (2, 1))), (rmse, ((2,), (2,))), (lambda o, y: rmse(o.squeeze(1), y), ((2, 1), (2,))),
+    (lambda o, y: (o.argmax(1) == y).float().mean(), ((2, 3), (2,))),
+    (lambda o, y: (o[y > 0.5][:, None] > o[y <= 0.5]).float().mean(), ((2, 1), (2,))),
+])  # fmt: skip
+def test_a_metric_of_the_whole_set_that_is_meant_is_taken(function: Any, shapes: tuple[Shape, Shape]) -> None:
+    assert set(of_set(function, *shapes).figures()) == {"own"}
 
 
 def pairwise(outputs: Tensor, targets: Tensor) -> Tensor:
