@@ -121,12 +121,9 @@ def _watch(args: argparse.Namespace, files: list[str], overrides: list[str]) -> 
 
 
 def _train(args: argparse.Namespace, files: list[str], overrides: list[str]) -> None:
-    from hvd_hetero.analysis.report import closing_table
     from hvd_hetero.training.api import train
 
-    summary = train(files, overrides)
-    if summary is not None:
-        print(closing_table(summary), flush=True)
+    train(files, overrides)
 
 
 def _launch(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:

@@ -28,6 +28,8 @@ from hvd_hetero.planning.rebalance import NEW_SHARE, Rebalancer
 BLOCKING = "blocking"
 ROUNDS = 1
 """Rounds of an epoch at least, where their length is chosen."""
+FEW_ROUNDS = 4
+"""With fewer rounds in an epoch, and no room for longer ones, that is told at the start."""
 AVERAGED = ("average", "average_seed")
 """What ``aggregation.optimizer_state`` may be where the optimizers' state is averaged."""
 
@@ -203,6 +205,20 @@ class LocalSGD(Policy):
         if train.max_fast_steps is not None:
             fits.append(train.max_fast_steps)
         return max(1, math.floor(min(fits)))
+
+    def few_rounds(self, plan: Plan) -> str | None:
+        step_sec = {c.name: c.step_sec for c in plan.training if c.step_sec is not None}
+        tau = plan.fastest.tau
+        if self.cluster.size == 1 or plan.rounds >= FEW_ROUNDS or tau >= local_steps.LONGEST:
+            return None
+        if 2 * tau <= self._longest(step_sec):  # it was chosen, though longer ones had room
+            return None
+        least = math.ceil(max(step_sec.values()) / min(step_sec.values()) * (1 - 1e-9))
+        shorter = max(least, tau * plan.rounds // FEW_ROUNDS)
+        remedy = f"set train.tau={shorter} for more averages, or " if 2 * shorter <= tau else ""
+        rounds = "1 round" if plan.rounds == 1 else f"{plan.rounds} rounds"
+        return (f"an epoch of {self.samples} samples has only {rounds}, as train.tau_overhead asks for rounds of that "
+                f"length or longer; {remedy}take a smaller train.batch_size or a larger dataset")  # fmt: skip
 
     def step_times(self) -> Mapping[str, float] | None:
         """Return the step times that the plan was made with, where :attr:`needs_speeds`; of one class alone, any."""

@@ -104,6 +104,10 @@ class Policy:
         """Whether the plan depends on how long an average takes."""
         return False
 
+    def few_rounds(self, plan: Plan) -> str | None:
+        """Tell that the epoch alone has ended the choice of longer rounds, and what to set; None: it has not."""
+        return None
+
     @property
     def derives_tau(self) -> bool:
         """Whether local steps, and so an epoch's rounds, follow from measured step times."""

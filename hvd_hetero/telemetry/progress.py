@@ -38,7 +38,7 @@ class Progress:
         done = row["epoch"]
         figures = {
             "round": str(row["round"]),
-            "loss": _short(row["train_loss"]),
+            "train loss": _short(row["train_loss"]),
             **{"acc" if name == "eval_accuracy" else name.removeprefix("eval_"):
                _percent(value) if name == "eval_accuracy" else _short(value)
                for name, value in row.items() if name.startswith("eval_") and name != "eval_loss"},

@@ -57,6 +57,15 @@ class RowFile:
             self._file.close()
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file; one that was cut off is none."""
+    rows = []
+    for line in path.read_text().splitlines():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def to_json(content: Any, indent: int | None = None) -> str:
     """A text in JSON, ended by a newline. JSON knows no NaN and no Inf: they become null."""
     return json.dumps(_or_null(content), indent=indent, allow_nan=False) + "\n"

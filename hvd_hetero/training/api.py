@@ -43,6 +43,7 @@ from hvd_hetero.training import dry_run, startup
 from hvd_hetero.training.helper_rank import HelperRank, help_out
 from hvd_hetero.training.process import process_restored
 from hvd_hetero.training.resume import Found, check_data, find
+from hvd_hetero.training.run_records import say_end
 from hvd_hetero.training.startup import Job
 from hvd_hetero.training.trainer import Trainer
 from hvd_hetero.worker.components import Components, MakeScheduler, UserObjects
@@ -118,13 +119,13 @@ def train(
             warnings.simplefilter("ignore", RenamedKeyWarning)
         after.callback(RandomState.capture().restore)
         after.callback(gc.collect)  # a next call needs the memory, and data workers end
-        return exit_on_error(lambda: _run(prepare))
+        return exit_on_error(lambda: _run(prepare, given))
 
 
-def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | None:
+def _run(prepare: Callable[[], tuple[Config, Components]], given: UserObjects) -> dict[str, Any] | None:
     def make(job: Job, found: Found | None) -> Trainer | HelperRank:
         is_helper = job.env.rank >= job.cluster.size
-        return HelperRank(job) if is_helper else Trainer(job, run_dir(job.config), found)
+        return HelperRank(job) if is_helper else Trainer(job, run_dir(job.config, given, job.components.model), found)
 
     trainer = begin(prepare, make)
     if isinstance(trainer, HelperRank):
@@ -132,6 +133,8 @@ def _run(prepare: Callable[[], tuple[Config, Components]]) -> dict[str, Any] | N
         return None
     summary = carry_out(trainer)
     trainer.close()
+    if summary is not None:
+        say_end(summary, trainer.saved)
     return summary
 
 
@@ -186,14 +189,20 @@ def carry_out(trainer: Trainer) -> dict[str, Any] | None:
         raise
 
 
-def run_dir(config: Config) -> Path:
+def run_dir(config: Config, given: UserObjects | None = None, model: nn.Module | None = None) -> Path:
     """Where the run is kept: as configured, else a new folder under ``runs/`` named after what is trained, and when.
 
-    A program may train several times in a second.
+    A program may train several times in a second. Its own model is named by its class, its own data are not named.
+
+    Args:
+        given: by a program; None: nothing.
+        model: that was made of it.
     """
     if config.run.dir is not None:
         return Path(config.run.dir)
-    what = ((part.target or part.name or "").rpartition(":")[2] for part in (config.data, config.model))
+    given = given or UserObjects()
+    data, net = ((part.target or part.name or "").rpartition(":")[2] for part in (config.data, config.model))
+    what = ["" if given.train_data is not None else data, net if given.model is None else type(model).__name__]
     name = config.run.name or "-".join(filter(None, (config.algorithm.name, *what)))
     first = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))

@@ -53,6 +53,8 @@ def first_plan(job: Job, policy: Policy, worker: Worker, source: Source, comm: C
     plan = policy.make_plan(step_sec)
     if policy.needs_average_sec and comm.rank == 0:
         LOGGER.info("train.tau=auto: %s", told_round(plan, policy.average_sec))
+        if (told := policy.few_rounds(plan)) is not None:
+            LOGGER.info("train.tau=auto: %s", told)
     return plan
 
 

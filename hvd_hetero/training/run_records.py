@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan, round_way
 from hvd_hetero.telemetry.environment import environment
 from hvd_hetero.telemetry.run_folder import SUMMARY, RunFolder, say_missing
+from hvd_hetero.telemetry.tables import closing_table
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import TRACE, Recorder, from_numbers, timeline, to_chrome
 
@@ -103,11 +105,19 @@ def write_summary(
     return summary
 
 
-def write_model(folder: RunFolder | None, model: nn.Module, name: str) -> None:
-    """Save the model for other programs, on rank 0."""
+def write_model(folder: RunFolder | None, model: nn.Module, name: str) -> Path | None:
+    """Save the model for other programs, on rank 0; return where it is, if it is."""
     if folder is None:
-        return
+        return None
     try:
-        save_model(folder.path, model, name)
+        return save_model(folder.path, model, name)
     except Exception as error:  # whatever a model's own state_dict or the disk may raise: the figures come next
         say_missing(folder.path / FOLDER / name, error)
+        return None
+
+
+def say_end(summary: Mapping[str, Any], saved: Path | None) -> None:
+    """Tell what a run came to, and where its weights are."""
+    LOGGER.info("%s", closing_table(summary))
+    if saved is not None:
+        LOGGER.info("saved: %s", saved)

@@ -16,18 +16,24 @@ from hvd_hetero.checkpoint import Checkpoint, Store
 from hvd_hetero.checkpoint.export import AVERAGED, FOLDER, MODEL, SAFETENSORS, weights_of, write_weights
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.flat_params import FlatState
+from hvd_hetero.comm.kv_store import job_env
 from hvd_hetero.config.load import load
 from hvd_hetero.config.schema import AUTO, AggregationConfig, AlgorithmConfig, Config, SamplingConfig
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.files import check_writable
+from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import lockstep_plan
+from hvd_hetero.telemetry.row_file import read_rows
+from hvd_hetero.telemetry.run_folder import EVALUATIONS, METRICS
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.training import startup
-from hvd_hetero.training.evaluation import evaluate
+from hvd_hetero.training.best import BestEvaluation
+from hvd_hetero.training.evaluation import EVAL, evaluate
 from hvd_hetero.training.process import process_restored
 from hvd_hetero.training.resume import load_leads
 from hvd_hetero.worker.components import Components, as_user_error, build
 from hvd_hetero.worker.extra_state import load_extra_state
+from hvd_hetero.worker.metrics import LOSS
 from hvd_hetero.worker.worker import Worker
 
 LAST, BEST, AVERAGE = "last", "best", "averaged"
@@ -55,6 +61,10 @@ def evaluate_run(run: str, checkpoint: str, overrides: Sequence[str]) -> dict[st
     def prepare() -> tuple[Config, Components]:
         parts = build(config)
         load_weights(Path(run), checkpoint, parts.model, config)
+        if checkpoint == BEST and job_env().rank == 0:
+            told = better_unsaved(Path(run), BestEvaluation(config.eval.best, parts.metrics))
+            if told is not None:
+                LOGGER.warning("%s", told)
         return _of_one_class(config), parts
 
     with process_restored():
@@ -121,6 +131,23 @@ def load_weights(run: Path, checkpoint: str, model: nn.Module, config: Config) -
     name = config.model.target or config.model.name
     with as_user_error("model", name, f"is not the model of {run}", PROGRAMS):
         fill()
+
+
+def better_unsaved(run: Path, best: BestEvaluation) -> str | None:
+    """Tell of an evaluation that was better than that of the checkpoint which is called the best, if there was one."""
+    store = Store(run)
+    found, value = store.best(), store.best_value(best.by)
+    rows = [row for name in (METRICS, EVALUATIONS) if (run / name).exists() for row in read_rows(run / name)]
+    goods = [(good, row) for row in rows if (good := best.goodness(row)) is not None]
+    if found is None or value is None or not goods:
+        return None
+    good, row = max(goods, key=lambda item: item[0])
+    saved = best.goodness({EVAL + LOSS: 0.0, EVAL + best.metric: value})
+    if saved is None or good <= saved:
+        return None
+    better = f"{best.metric} {row[EVAL + best.metric]:.4g} after epoch {row['epoch']}"
+    evaluated = f"{value:.4g} after epoch {found.meta.epochs}"
+    return f"the best evaluation, {better}, has no checkpoint; this is the best of those that have one: {evaluated}"
 
 
 def _fill(model: nn.Module, state: Any, config: Config) -> None:

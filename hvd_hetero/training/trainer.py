@@ -62,6 +62,7 @@ class Trainer(TrainerParts):
 
     Attributes:
         kept: what a program adds to this rank's state, by name.
+        saved: where the weights are, on rank 0 at the end.
     """
 
     def __init__(self, job: Job, run_dir: str | Path | None, found: Found | None = None) -> None:
@@ -174,7 +175,7 @@ class Trainer(TrainerParts):
             return None
         self.progress.close()
         self.best.tell()
-        write_model(self.folder, self.worker.model, MODEL)
+        self.saved = write_model(self.folder, self.worker.model, MODEL)
         cluster, path = self.job.cluster, comm.path
         classes = accounts.classes(self.plan)
         for item, own in zip(cluster.classes, classes, strict=True):

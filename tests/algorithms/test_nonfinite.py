@@ -24,7 +24,6 @@ from hvd_hetero.algorithms import REGISTRY, get
 from hvd_hetero.algorithms.local_sgd import LocalSGD
 from hvd_hetero.analysis.report.figures import figures
 from hvd_hetero.analysis.report.runs import Series, read_run
-from hvd_hetero.analysis.report.tables import closing_table
 from hvd_hetero.checkpoint import Store
 from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
 from hvd_hetero.cluster.hardware import RankFacts
@@ -33,6 +32,7 @@ from hvd_hetero.comm.nonfinite import FLAG_SLOTS, Exclusions, finite, scale_, wr
 from hvd_hetero.errors import EXIT_NON_FINITE, NonFiniteError
 from hvd_hetero.telemetry.row_file import to_json
 from hvd_hetero.telemetry.run_folder import METRICS
+from hvd_hetero.telemetry.tables import closing_table
 from hvd_hetero.telemetry.time_accounts import Accounts
 
 pytestmark = pytest.mark.horovod
@@ -251,4 +251,4 @@ def test_a_report_of_losses_that_are_none(hvd_hetero: Run, tmp_path: Path) -> No
     figure = figures(Series("one", (read_run(folder),)))
     assert figure is not None and figure.loss is None
     assert pictures.curves([Series("one", (read_run(folder),))], "eval_loss", "test loss") is None
-    assert "loss -" in closing_table(summary)
+    assert "test loss -" in closing_table(summary)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hvd_hetero.analysis.report.tables import worth
+from hvd_hetero.telemetry.tables import worth
 
 
 def made(

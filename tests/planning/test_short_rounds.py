@@ -91,6 +91,24 @@ def test_no_round_is_longer_than_the_run(limit: str) -> None:
     assert (400 < in_round <= 600 and plan.rounds == 1) if limit == "data" else 200 < in_round <= 300
 
 
+def test_an_epoch_that_ends_the_choice_of_rounds_is_told() -> None:
+    """At 1 s an average a round would be as long as it may."""
+    made = auto(average_sec=1.0)
+    made.samples = 600
+    plan = made.make_plan(EIGHTH)
+    told, tau = made.few_rounds(plan) or "", plan.classes[0].tau
+    assert "an epoch of 600 samples has only 1 round," in told and f"set train.tau={tau // 4} for more averages" in told
+    as_told = auto(**{"train.tau": tau // 4})
+    as_told.samples = 600
+    assert as_told.make_plan(EIGHTH).rounds == 4
+    made.samples = 100
+    assert "train.tau=" not in (made.few_rounds(made.make_plan(EIGHTH)) or ""), "the slow class needs 8 steps"
+    cheap = auto()
+    cheap.samples = 300
+    few = cheap.make_plan(EIGHTH)
+    assert few.rounds < 4 and few.classes[0].tau == 8 and cheap.few_rounds(few) is None, "chosen, not cut off"
+
+
 def test_a_class_too_slow_even_for_the_longest_round() -> None:
     speeds = {"fast": 0.001, "slow": 0.6}
     with pytest.raises(ConfigError, match=r"train\.tau.*slow is 600\.0 times slower.*cluster\.too_slow"):

@@ -10,8 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from hvd_hetero import algorithms
 from hvd_hetero.checkpoint import Store
+from hvd_hetero.config.load import load
+from hvd_hetero.training.api import run_dir
+from hvd_hetero.worker.components import UserObjects
 
 pytestmark = pytest.mark.horovod
 
@@ -82,3 +87,15 @@ def test_the_process_is_as_it_was(ranks: list[dict[str, Any]]) -> None:
             assert call["draws as before"] or name == "loop", "a loop's random numbers are its program's own"
             assert call["running"] == ["MainThread"], name
         assert found["last"]["files"] <= found["first"]["files"], "no file is left open"
+
+
+def test_new_folders_are_named_after_what_is_given() -> None:
+    """Not after the built-in data and model, which it takes the place of."""
+    config, net = load((), {}, algorithms.method), nn.Sequential(nn.Linear(2, 2))
+    for given, wanted in (
+        (None, "biased_local_sgd-digits-mlp-"),
+        (UserObjects(model=lambda: net), "biased_local_sgd-digits-Sequential-"),
+        (UserObjects(net, train_data=[(1.0, 2)]), "biased_local_sgd-Sequential-"),
+    ):
+        name = run_dir(config, given, net).name
+        assert name.startswith(wanted) and name[len(wanted)].isdigit()

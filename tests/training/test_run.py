@@ -181,10 +181,12 @@ def test_what_a_person_sees(default_run: Run) -> None:
     """The closing table on stdout, stamped as emulated; progress on stderr; no other rank's lines, no horovodrun's."""
     done = default_run[1]
     table = done.stdout[done.stdout.index("class  ") :]
-    for part in ("fast", "slow (x8 emulated)", "compute s", "blocked s", "EMULATED", "accuracy"):
+    for part in ("fast", "slow (x8 emulated)", "compute s", "blocked s", "EMULATED", "accuracy", "; test loss "):
         assert part in table
+    assert table.splitlines()[-1] == f"saved: {default_run[0] / 'checkpoint' / 'model.pt'}"
     assert "class slow (x8 emulated): ranks [1], tau" in done.stdout
     last = next(line for line in done.stderr.splitlines() if "epoch 3/3" in line)
+    assert f"train loss {rows_of(default_run[0])[-1]['train_loss']:.4g}" in last
     assert f"fast blocked {rows_of(default_run[0])[-1]['blocked_fraction']['fast']:.2%}" in last
     for noise in ("rank 1:", "<std", "Traceback", "Process 0", "error"):
         assert noise not in done.stdout + done.stderr

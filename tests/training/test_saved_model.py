@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,25 @@ def test_exported_weights_load_with_a_line_of_plain_pytorch(folder: Path, hvd_he
     shard = safetensors.torch.load_file(run / "checkpoints" / f"{number:06d}" / "rank0000.safetensors")
     vector = next(value for name, value in shard.items() if "vectors" in name)
     assert torch.equal(best["1.weight"].reshape(-1), vector[: 8 * 64])
+
+
+def test_a_best_evaluation_without_a_checkpoint_is_told(
+    folder: Path, hvd_hetero: Callable[..., Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    shutil.copy(folder / "own_net.py", tmp_path)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    best, saved = rows[1], json.loads((run / "checkpoints" / "best.json").read_text())
+    words = ["evaluate", "run", "--checkpoint", "best"]
+    before = hvd_hetero(words, cwd=tmp_path)
+    assert before.returncode == 0 and "has no checkpoint" not in before.stderr
+    best["eval_accuracy"] = 1.0
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = hvd_hetero(words, cwd=tmp_path)
+    epoch = next(row["epoch"] for row in rows if row["round"] == saved["best"])
+    assert "the best evaluation, accuracy 1 after epoch 2, has no checkpoint" in done.stderr
+    assert f"{saved['value']:.4g} after epoch {epoch}" in done.stderr and json.loads(done.stdout)
 
 
 @pytest.mark.parametrize(("words", "said"), [

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hvd_hetero.analysis.report import closing_table
 from hvd_hetero.data import TensorSource
 from hvd_hetero.errors import RankError
+from hvd_hetero.telemetry.tables import closing_table
 from hvd_hetero.worker.memory import batch_that_fits, largest_batch, on_device, peak_bytes, told_by_class
 
 CPU = torch.device("cpu")

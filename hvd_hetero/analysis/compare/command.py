@@ -24,13 +24,13 @@ from hvd_hetero.analysis.compare.table import Result, notes, table_rows, write_t
 from hvd_hetero.analysis.report.figures import fast_steps
 from hvd_hetero.analysis.report.runs import Run, read_run
 from hvd_hetero.analysis.report.style import check_matplotlib
-from hvd_hetero.analysis.report.tables import or_dash, table
 from hvd_hetero.analysis.report.write import Chapter, slug, write
 from hvd_hetero.config.load import load
 from hvd_hetero.config.schema import Config
 from hvd_hetero.errors import EXIT_FAULT, ConfigError
 from hvd_hetero.files import check_no_links, write_text
 from hvd_hetero.telemetry.run_folder import SUMMARY
+from hvd_hetero.telemetry.tables import or_dash, table
 
 ERROR = "hvd-hetero: error: "
 FOLDERS = ("configs", "logs", "runs")
@@ -239,7 +239,8 @@ def _amount(run: Run, equal: str) -> float:
 def _outcome(run: Run) -> str:
     summary: Mapping[str, Any] = run.summary or {}
     accuracy = summary["eval"].get("final_accuracy")
-    figure = f"loss {or_dash(summary['eval']['final_loss'])}" if accuracy is None else f"accuracy {100 * accuracy:.2f}%"
+    loss = f"test loss {or_dash(summary['eval']['final_loss'])}"
+    figure = loss if accuracy is None else f"accuracy {100 * accuracy:.2f}%"
     return f"; {figure}, {summary['train_sec']:.1f} s of training"
 
 

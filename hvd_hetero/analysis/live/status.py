@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hvd_hetero.analysis.report.tables import or_dash, table
 from hvd_hetero.cluster.hosts import ranges
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.telemetry.progress import span
 from hvd_hetero.telemetry.run_status import SAVE, RunStatus, StatusReader
+from hvd_hetero.telemetry.tables import or_dash, table
 from hvd_hetero.training.stop_request import STOP
 
 WATCH_SEC = 2.0

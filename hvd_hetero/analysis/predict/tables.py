@@ -9,7 +9,7 @@ from typing import Any
 from hvd_hetero.analysis.predict.advice import Advice, Together, Worth
 from hvd_hetero.analysis.predict.predict import Prediction, Scenario
 from hvd_hetero.analysis.predict.roles import RoleWorth
-from hvd_hetero.analysis.report.tables import table
+from hvd_hetero.telemetry.tables import table
 
 LEFT_OUT = (
     "Forecast are training seconds: no start, measuring, evaluation, dealing of samples, or ends of epochs; how well a "

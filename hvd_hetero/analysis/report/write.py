@@ -14,11 +14,11 @@ from hvd_hetero.analysis.report.figures import Figures, figures
 from hvd_hetero.analysis.report.page import Page
 from hvd_hetero.analysis.report.runs import Series, differing, emulation, flat, group, own_metrics, read_run, shown
 from hvd_hetero.analysis.report.style import check_matplotlib
-from hvd_hetero.analysis.report.tables import or_dash
 from hvd_hetero.config.schema import Config
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.files import check_writable, write_text
 from hvd_hetero.telemetry.emulation import DELAYED, SLOWED
+from hvd_hetero.telemetry.tables import or_dash
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

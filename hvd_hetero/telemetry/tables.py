@@ -59,7 +59,8 @@ def evaluated(result: Mapping[str, Any], prefix: str) -> list[str]:
         shown = (lambda x: f"{100 * x:.2f}%") if name == "accuracy" else or_dash
         if value is not None or name == "loss":
             best = result.get(f"best_{name}") if prefix == "final_" and name != "loss" else None
-            texts.append(f"{name} {shown(value)}" + ("" if best is None else f" (best {shown(best)})"))
+            title = "test loss" if name == "loss" else name  # lines of epochs have that of training
+            texts.append(f"{title} {shown(value)}" + ("" if best is None else f" (best {shown(best)})"))
     return texts
 
 
