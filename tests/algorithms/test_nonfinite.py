@@ -55,7 +55,7 @@ def found(horovodrun: Run, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """By case, what each rank found."""
     def run(size: int) -> Found:
         folder = tmp_path_factory.mktemp(f"poisoned{size}")
-        done = horovodrun(size, [sys.executable, SCRIPT, folder, "poisoned"], timeout=240)
+        done = horovodrun(size, [sys.executable, SCRIPT, folder, "poisoned"], timeout=360)
         assert done.returncode == 0, done.stdout + done.stderr
         ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
         return {name: [rank[name] for rank in ranks] for name in ranks[0]}

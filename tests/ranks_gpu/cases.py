@@ -12,9 +12,10 @@ from typing import Any
 
 from ranks_methods.cases import (
     ADAMW,
-    BATCHNORM,
+    ASKED,
     IN_STEP,
     NESTEROV,
+    OWN,
     TAU31,
     UNEVEN,
     Case,
@@ -60,7 +61,7 @@ ORACLE: Mapping[str, Case] = {
 }
 DIGITS: Mapping[str, Case] = {
     f"digits, {name}": Case(
-        name, {"profile.seconds": 0.2, "cluster.too_slow": "shrink_batch", **BATCHNORM.get(name, {})},
+        name, {"profile.seconds": 0.2, "cluster.too_slow": "shrink_batch", **ASKED.get(name, {}), **OWN.get(name, {})},
         model="digits", **BESIDE,
     )
     for name in REGISTRY

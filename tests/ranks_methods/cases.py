@@ -343,13 +343,18 @@ POISONED: dict[str, Case] = {
 }
 """In each epoch some rank is given a sample that its gradient cannot stand; an oracle knows what comes of it."""
 
-BATCHNORM = {"dlb": {"algorithm.min_local_batch": 2}, "nonblocking_sgd": {"algorithm.micro_batches": 2}}
-"""What it asks of methods: it cannot train on one sample, which a busy machine may leave a rank."""
+ASKED: dict[str, dict[str, Any]] = {
+    "dlb": {"algorithm.min_local_batch": 2}, "nonblocking_sgd": {"algorithm.micro_batches": 2},
+    "wagma_sgd": {"algorithm.group_size": 3}, "decentlam": {"algorithm.topology": "complete"},
+    "bvr_l_sgd": {**PLAIN, "train.tau": 3, "algorithm.stage_rounds": 2},
+    "omnilearn_asp": {"algorithm.min_local_batch": 2},
+}  # fmt: skip
+"""By method. BatchNorm cannot train on one sample, which a busy machine may leave a rank; three ranks are no power of 2."""
 
 POISONED |= {
     f"every, {name}, {mode}": Case(
-        name, {"train.epochs": 4, **BATCHNORM.get(name, {}),
-               **({} if mode == "as it is" else {"aggregation.mode": mode})}, "of three", "norm", poisoned=(17, 40),
+        name, {"train.epochs": 4, **ASKED.get(name, {}), **({} if mode == "as it is" else {"aggregation.mode": mode})},
+        "of three", "mlp" if name == "bvr_l_sgd" else "norm", poisoned=(17, 40),
     )
     for name in REGISTRY
     for mode in ("as it is", *(("solo", "majority") if name == "biased_local_sgd" else ()))
