@@ -349,7 +349,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "bvr_l_sgd": {**PLAIN, "train.tau": 3, "algorithm.stage_rounds": 2},
     "omnilearn_asp": {"algorithm.min_local_batch": 2},
 }  # fmt: skip
-"""By method. BatchNorm cannot train on one sample, which a busy machine may leave a rank; three ranks are no power of 2."""
+"""By method. BatchNorm cannot train on one sample, which a busy machine may leave a rank; three is no power of 2."""
 
 POISONED |= {
     f"every, {name}, {mode}": Case(
