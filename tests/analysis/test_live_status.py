@@ -184,7 +184,8 @@ def test_what_an_earlier_job_did_of_an_epoch_is_not_this_ones_pace() -> None:
     assert rounds_of(None) == 0 and rounds_of(epoch) == 4
     run: Any = SimpleNamespace(
         config=load((), {"train.epochs": 2}, algorithms.method), plan=replace(epoch.plan, rounds=5), folder=None,
-        saver=None, watch=Stopwatch(), accounts=Accounts(of(ALONE)), epoch=epoch, begin=0.0, job=None,
+        saver=None, watch=Stopwatch(), accounts=(accounts := Accounts(of(ALONE))), done=accounts.done, epoch=epoch,
+        begin=0.0, job=None,
     )  # fmt: skip
     status = LiveStatus(run)
     status.begin()
