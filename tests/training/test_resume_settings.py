@@ -22,7 +22,7 @@ from hvd_hetero.config.schema import RESHAPE, Config
 from hvd_hetero.data.alike import facts_of
 from hvd_hetero.data.source import TensorSource
 from hvd_hetero.errors import ConfigError, UserError
-from hvd_hetero.planning.plan import make_plan
+from hvd_hetero.planning.plan import ClassPlan, Plan, make_plan
 from hvd_hetero.training.fingerprint import made_with
 from hvd_hetero.training.resume import Found, check_data, check_places, find, known_plan, load_for, places, slots
 
@@ -36,13 +36,18 @@ def configured(**overrides: Any) -> Config:
     return load((), BASE | {key.replace("__", "."): value for key, value in overrides.items()}, algorithms.method)
 
 
+TWO = Plan((ClassPlan("fast", (0,), 1, 1, 0.5), ClassPlan("slow", (1,), 1, 1, 0.5)), 1)
+LEAD = {"plan": TWO.to_dict(), "rank0": {}}
+"""What the first rank's state has at least."""
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that has saved twice."""
     folder = tmp_path_factory.mktemp("made") / "run"
     folder.mkdir()
     for number in (OLD, NEW):
-        save_round(Store(folder), number, [{"n": number}, {}], made_with(configured()))
+        save_round(Store(folder), number, [{"n": number, **LEAD}, {}], made_with(configured()))
     return folder
 
 
@@ -78,7 +83,7 @@ def test_what_does_decide_is_named_with_both_values(source: Path, key: str, valu
 def test_the_launcher_finds_it_before_it_starts_anything(launched: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    save_round(Store(run), OLD, [{}, {}], made_with(load((), {}, algorithms.method)))
+    save_round(Store(run), OLD, [LEAD, {}], made_with(load((), {}, algorithms.method)))
     for setting, said in {
         "train.lr=0.5": "train.lr=0.5: the checkpoint of round 10 was made with 0.02",
         "cluster.classes.slow.ranks=[1, 2]": "was saved by 2 ranks, and this job has 3",
@@ -102,7 +107,7 @@ def test_another_number_of_ranks_is_said(source: Path) -> None:
 def test_a_key_that_a_checkpoint_does_not_know_had_its_built_in_value(tmp_path: Path) -> None:
     known = made_with(configured())
     del known["train.clip_norm"]
-    save_round(Store(tmp_path), OLD, [{}, {}], known)
+    save_round(Store(tmp_path), OLD, [LEAD, {}], known)
     assert find(tmp_path, configured(run__resume="auto"), 2)
     with pytest.raises(ConfigError, match="train.clip_norm=1.0: .*made with None"):
         find(tmp_path, configured(run__resume="auto", train__clip_norm=1.0), 2)
@@ -113,14 +118,14 @@ def test_what_is_damaged_is_passed_over_and_told(source: Path, tmp_path: Path) -
     (run / "checkpoints" / "000020" / "rank0001.json").write_bytes(b"")
     with pytest.warns(RuntimeWarning, match="rank0001.json: is cut off"):
         found = find(run, configured(run__resume="auto"), 2)
-    assert found is not None and found.round == OLD and found.state == {"n": OLD}
+    assert found is not None and found.round == OLD and found.state == {"n": OLD, **LEAD}
     (run / "checkpoints" / "000010" / "manifest.json").unlink()
     with pytest.raises(UserError, match="rank0001.json: is cut off"):
         find(run, configured(run__resume="auto"), 2)
 
 
 def test_a_first_checkpoint_that_was_never_finished_is_none(tmp_path: Path) -> None:
-    Store(tmp_path).write_shard(OLD, 0, {})
+    Store(tmp_path).write_shard(OLD, 0, LEAD)
     assert find(tmp_path, configured(run__resume="auto"), 2) is None
 
 
@@ -132,7 +137,7 @@ def test_files_of_the_users_own_that_have_changed_are_said(tmp_path: Path, monke
     settings = {"model__target": "resumed_target:model", "run__callbacks": ["resumed_target:Tells"],
                 "sampling__sample_weights": "resumed_target:weights"}  # fmt: skip
     config = configured(run__resume="auto", **settings)
-    save_round(Store(tmp_path), OLD, [{}, {}], made_with(config))
+    save_round(Store(tmp_path), OLD, [LEAD, {}], made_with(config))
     find(tmp_path, config, 2)
     file.write_text("b")
     with pytest.warns(RuntimeWarning) as heard:
