@@ -104,7 +104,7 @@ def test_a_folder_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_unknown_extra_and_unknown_cuda_mode(tmp_path: Path) -> None:
-    assert "there are dev, metrics, mlflow, nlp, report, wandb" in setup_in(tmp_path, "--extra", "tests").stderr
+    assert "there are dev, metrics, mlflow, nlp, ray, report, wandb" in setup_in(tmp_path, "--extra", "tests").stderr
     assert "must be auto, on or off" in setup_in(tmp_path, HVD_HETERO_CUDA="yes").stderr
 
 
