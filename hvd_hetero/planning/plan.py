@@ -234,9 +234,11 @@ def progress_factors(plan: Plan, most: float) -> dict[str, float]:
 
     With w_i by steps, f_i = tau_max / tau_i gives every local gradient the same coefficient, and the average moves as
     far as the class of tau_max alone would (FedNova, Wang et al. 2020, with tau_eff = tau_max). The coefficients
-    w_i f_i add up to more than 1 then. Along directions in which a local optimizer arrives within a round, all ranks
-    make the same way, so that the sum has to stay below 2: it is at most 1 + (most - 1) min(1, 8 / tau_max), since the
-    longer a round is, the more such directions there are.
+    w_i f_i add up to S > 1 then. Along directions in which a local optimizer arrives within a round, all ranks make the
+    same way, so that the sum has to stay below 2: it is at most 1 + (most - 1) min(1, 8 / tau_max), since the longer a
+    round is, the more such directions there are. Where S is more, f_i lies between 1, the average by steps, and
+    tau_max / tau_i, as far from 1 as the bound allows. To scale all f_i down instead would take from the progress of
+    the class of tau_max too, and a round could move less than the average by steps.
 
     Args:
         most: ``aggregation.max_extrapolation``.
@@ -245,7 +247,8 @@ def progress_factors(plan: Plan, most: float) -> dict[str, float]:
     factors = {c.name: longest / c.tau for c in plan.training}
     total = sum(len(c.ranks) * c.weight * factors[c.name] for c in plan.training)
     bound = 1 + (most - 1) * min(1.0, SHORT / longest)
-    return {name: factor * min(1.0, bound / total) for name, factor in factors.items()}
+    part = 1.0 if total <= bound else (bound - 1) / (total - 1)
+    return {name: 1 + part * (factor - 1) for name, factor in factors.items()}
 
 
 def annealed_weight(weight: float, ranks: int, share: float, start: float) -> float:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hvd_hetero.cluster.device_classes import assign
 from hvd_hetero.cluster.hardware import RankFacts
 from hvd_hetero.config.load import device_classes
-from hvd_hetero.planning.plan import Plan, make_plan, progress_factors
+from hvd_hetero.planning.plan import Plan, make_plan, progress_factors, round_way
 
 CLASSES = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 40), st.sampled_from([4, 8])), min_size=1, max_size=3)
 
@@ -53,7 +53,9 @@ def test_coefficients_add_up_to_no_more_than_they_may(classes: list[tuple[int, i
     total = sum(len(c.ranks) * c.weight * factors[c.name] for c in made.classes)
     longest = max(c.tau for c in made.classes)
     assert total <= 1 + (most - 1) * min(1.0, 8 / longest) + 1e-9
-    assert total >= 1 - 1e-9, "a round never moves less than a plain average by steps would"
+    assert all(factor >= 1 - 1e-9 for factor in factors.values()), "no rank's progress counts less than by steps"
+    by_steps, alike = (round_way(made, name, most) for name in ("steps", "normalised"))
+    assert alike >= by_steps - 1e-9, "nor does a round move less"
 
 
 @pytest.mark.parametrize("taus", [(2, 1), (4, 1), (8, 2), (32, 8), (128, 16)])

@@ -108,7 +108,7 @@ def test_how_far_a_round_moves() -> None:
     ways = {name: plan(10_000, workers, tau, batch, weights=name) for name in ("uniform", "steps", "normalised")}
     found = {name: round_way(made, name, 100.0) for name, made in ways.items()}
     assert found == pytest.approx({"uniform": 40 / 96, "steps": (1024 + 32) / (40 * 32), "normalised": 1.0})
-    assert round_way(ways["normalised"], "normalised", 1.0) == pytest.approx(40 / 96), "coefficients of 1/3"
+    assert round_way(ways["normalised"], "normalised", 1.0) == pytest.approx(found["steps"]), "nothing beyond by steps"
 
 
 CLASSES = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 64)), min_size=1, max_size=4)

@@ -147,7 +147,8 @@ def local(case: Case, dealt: Dealt) -> dict[str, Tensor]:
     is_biased = case.method == "biased_local_sgd" and settings.get("aggregation.weights") != "uniform"
     if normalised or is_biased or settings.get("algorithm.normalise") == "done":
         weights = [tau[r] / sum(tau.values()) for r in sorted(tau)]
-    coefficient = every_gradient_alike(list(tau.values()), settings.get("aggregation.max_extrapolation", 2.0))
+    most = settings.get("aggregation.max_extrapolation", 2.0)
+    coefficients = every_gradient_alike([tau[r] for r in sorted(tau)], most)
     replicas = {rank: Replica(case) for rank in sorted(tau)}
     x = list(replicas[0].net.parameters())
     common = [p.detach().clone().requires_grad_() for p in x]
@@ -171,8 +172,9 @@ def local(case: Case, dealt: Dealt) -> dict[str, Tensor]:
                     mean[name] = p.detach() + _sum_in_float16(sent) / kept
             if normalised:
                 for p, (name, _) in zip(common, replicas[0].net.named_parameters(), strict=True):
-                    moved = sum(dict(r.net.named_parameters())[name].detach() - p.detach() for r in replicas.values())
-                    mean[name] = p.detach() + coefficient * moved
+                    moved = sum(c * (dict(r.net.named_parameters())[name].detach() - p.detach())
+                                for c, r in zip(coefficients, replicas.values(), strict=True))  # fmt: skip
+                    mean[name] = p.detach() + moved
             for p, (name, _) in zip(common, replicas[0].net.named_parameters(), strict=True):
                 p.grad = p.detach() - mean[name]
             outer.step()
@@ -216,10 +218,11 @@ def reduced(case: Case, dealt: Dealt) -> dict[str, Tensor]:
     return one.net.state_dict()
 
 
-def every_gradient_alike(taus: Sequence[int], most: float) -> float:
-    """The coefficient of each rank's progress: 1 / m_eff, m_eff = sum tau / max tau; together no more than they may."""
-    effective = sum(taus) / max(taus)
-    return min(1 / effective, (1 + (most - 1) * min(1.0, 8 / max(taus))) / len(taus))
+def every_gradient_alike(taus: Sequence[int], most: float) -> list[float]:
+    """The coefficient of each rank's progress: max tau / sum tau, as far towards tau / sum tau as their bound asks."""
+    bound, alike = 1 + (most - 1) * min(1.0, 8 / max(taus)), max(taus) / sum(taus)
+    part = min(1.0, (bound - 1) / (len(taus) * alike - 1)) if len(taus) * alike > 1 else 1.0
+    return [(1 - part) * tau / sum(taus) + part * alike for tau in taus]
 
 
 def delayed(case: Case, dealt: Dealt) -> dict[str, Tensor]:
@@ -233,7 +236,7 @@ def delayed(case: Case, dealt: Dealt) -> dict[str, Tensor]:
     delay = {r: t if steps is None else round(steps * t / max(tau.values())) for r, t in tau.items()}
     most, normalised = settings.get("aggregation.max_extrapolation", 2.0), (
         settings.get("aggregation.weights") == "normalised")  # fmt: skip
-    alike = every_gradient_alike(list(tau.values()), most) if normalised else None
+    alike = every_gradient_alike([tau[r] for r in sorted(tau)], most) if normalised else None
     for number in range(len(dealt[0])):
         sent: list[nn.Module] = []
         base = {name: p.detach().clone() for name, p in replicas[0].net.named_parameters()}
@@ -254,8 +257,8 @@ def delayed(case: Case, dealt: Dealt) -> dict[str, Tensor]:
 
 
 def _take_in(
-    sent: Sequence[nn.Module], weights: Sequence[float], replicas: Sequence[Replica], alike: float | None = None,
-    base: dict[str, Tensor] | None = None, own_weight: float = 0.0,
+    sent: Sequence[nn.Module], weights: Sequence[float], replicas: Sequence[Replica],
+    alike: Sequence[float] | None = None, base: dict[str, Tensor] | None = None, own_weight: float = 0.0,
 ) -> None:  # fmt: skip
     """What a replica has done since it sent its model comes on top of the mean of what was sent.
 
@@ -268,8 +271,9 @@ def _take_in(
     mean = mean_of(sent, [w / kept if fit else 0.0 for w, fit in zip(weights, good, strict=True)])
     if alike is not None and base is not None:
         for name, before in base.items():
-            moved = sum(dict(net.named_parameters())[name].detach() - before for net in sent)
-            mean[name] = before + alike * moved
+            moved = sum(c * (dict(net.named_parameters())[name].detach() - before)
+                        for c, net in zip(alike, sent, strict=True))  # fmt: skip
+            mean[name] = before + moved
             base[name] = mean[name].clone()
     for net, replica, fit in zip(sent, replicas, good, strict=True):
         own = replica.net.state_dict()
