@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -297,7 +297,7 @@ def _to_bytes(batches: Any) -> bytes:
 def _from_bytes(content: bytes) -> Any:
     try:
         return torch.load(io.BytesIO(content), weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         kinds = "tensors, numbers, texts, and tuples, lists and dicts of them"
         raise TypeError(f"outputs and targets go to one rank, and may only hold {kinds}") from error
 

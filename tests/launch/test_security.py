@@ -47,8 +47,7 @@ def careless() -> Iterator[None]:
 def test_nothing_is_unpickled() -> None:
     """Readers are asked for plain tensors and arrays; CIFAR's own pickles go through a reader that admits no code."""
     loads = [ast.unparse(call) for _, call in CALLS if ast.unparse(call.func) in ("torch.load", "np.load")]
-    assert len(loads) == 5
-    assert all("weights_only=True" in text or "allow_pickle=False" in text for text in loads), loads
+    assert loads and all("weights_only=True" in text or "allow_pickle=False" in text for text in loads), loads
     unpickling = {"pickle.load", "pickle.loads", "cloudpickle.load", "cloudpickle.loads", "dill.load", "marshal.loads",
                   "joblib.load", "yaml.load", "yaml.unsafe_load", "eval", "exec", "shelve.open"}
     assert not [(path.name, call.lineno) for path, call in CALLS if ast.unparse(call.func) in unpickling]
