@@ -24,7 +24,7 @@ from hvd_hetero.planning.plan import NORMALISED, make_plan, progress_factors
 from hvd_hetero.planning.sampling import Sampler
 
 MOMENTUM, DECAY, WARM_UP = 0.9, 1e-4, 0.03
-SIZE, PADDING = 32, 4
+PADDING = 4
 EVAL_BATCH = 1000
 LOCKSTEP_TAU = 16
 """Steps between two looks at the clock where all ranks step together."""
@@ -43,6 +43,12 @@ class Task:
     held_back: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
     model: str
+    flips: bool = True
+
+    @property
+    def pixels(self) -> int:
+        """Of a side of an image, as models see it."""
+        return self.train.shape[-1] - 2 * PADDING
 
     @property
     def device(self) -> torch.device:
@@ -153,7 +159,7 @@ class Machine:
             self.losses = torch.full((samples,), math.inf, device=device)
             self.sample_weights = torch.ones(samples, device=device)
             self.at = torch.zeros(1, dtype=torch.long, device=device)
-            self.span, self.grid = torch.arange(batch, device=device), torch.arange(SIZE, device=device)
+            self.span, self.grid = torch.arange(batch, device=device), torch.arange(task.pixels, device=device)
             self.right = torch.zeros(2, device=device)
             self.rows = torch.zeros(samples, dtype=torch.long, device=device)
             self.moves = torch.zeros(samples, 3, dtype=torch.long, device=device)
@@ -183,7 +189,8 @@ class Machine:
     def _step(self) -> None:
         place = self.at * self.batch + self.span
         rows, moves = self.rows[place], self.moves[place]
-        y, x = moves[:, :1] + self.grid, moves[:, 1:2] + torch.where(moves[:, 2:] > 0, SIZE - 1 - self.grid, self.grid)
+        y = moves[:, :1] + self.grid
+        x = moves[:, 1:2] + torch.where(moves[:, 2:] > 0, self.task.pixels - 1 - self.grid, self.grid)
         channels = torch.arange(self.task.train.shape[1], device=rows.device)
         images = self.task.train[rows[:, None, None, None], channels[None, :, None, None], y[:, None, :, None],
                                  x[:, None, None, :]]  # fmt: skip
@@ -276,7 +283,8 @@ class Run:
             rows, rates = self._epoch(drawn, rounds, t)
             with machine.on_stream():
                 fill(machine.rows, rows)
-                fill(machine.moves, rng.integers([2 * PADDING + 1, 2 * PADDING + 1, 2], size=(len(rows), 3)))
+                places = [2 * PADDING + 1, 2 * PADDING + 1, 1 + self.task.flips]
+                fill(machine.moves, rng.integers(places, size=(len(rows), 3)))
                 fill(machine.rates, rates)
                 fill(machine.sample_weights, sampler.weights)
                 machine.at.zero_()
