@@ -18,6 +18,7 @@ from hvd_hetero.config.load import load
 from hvd_hetero.planning.plan import Plan
 
 FOUR = "cluster.classes={fast: {ranks: [0, 3]}, slow: {ranks: [1, 2]}}"
+WHOLE = "unbalanced, biased local SGD"
 EQUAL = ["cluster.classes={fast: {ranks: [0]}, slow: {ranks: [1]}}", "train.batch_size=4", "train.epochs=3"]
 
 
@@ -322,6 +323,16 @@ def test_all_classes_beside_the_fastest_alone() -> None:
     uniform = together(scenario(["aggregation.weights=uniform"], latency_ms=8.0), 16)
     assert uniform is not None and uniform.round_way == pytest.approx(9 / 16) and "SLOWER" in uniform.sentence
     assert together(scenario(["cluster.classes={fast: {ranks: [0, 1]}}"], step_ms="fast=1"), 16) is None
+
+
+def test_every_method_has_its_own_default_weights() -> None:
+    """With train.tau=auto those of biased local SGD are normalised, which partial averages and others refuse."""
+    rows = scenario().methods()
+    assert not {row.label: row.problem for row in rows if row.problem}
+    solo, waiting = (by_label(rows)[name].round_way for name in ("biased local SGD, solo", WHOLE))
+    assert solo == pytest.approx(8 / 9 + 1 / 9 / 8) and solo < waiting
+    chosen = by_label(scenario(["aggregation.weights=uniform"]).methods())
+    assert chosen["biased local SGD, solo"].round_way == chosen[WHOLE].round_way == pytest.approx(9 / 16)
 
 
 def test_step_times_of_other_batches() -> None:

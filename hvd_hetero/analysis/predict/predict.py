@@ -27,7 +27,7 @@ from hvd_hetero.analysis.predict.simulator import Group, Outcome, Spent, blockin
 from hvd_hetero.analysis.predict.speeds import Inputs
 from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
 from hvd_hetero.config.load import per_class
-from hvd_hetero.config.schema import AUTO, Config
+from hvd_hetero.config.schema import AUTO, AggregationConfig, Config
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.plan import IDLE, SERVER, ClassPlan, Plan, round_way
 from hvd_hetero.planning.quorum import QUORUM, best_quorum
@@ -181,11 +181,22 @@ class Scenario:
         spec = replace(config.aggregation, **{**({} if is_own else method.unused), **(aggregation or {})})
         if spec.mode != QUORUM:
             spec = replace(spec, quorum=None)
+        if self._has_default_weights:
+            spec = replace(spec, weights=method.defaults_for(self._settings(spec)).get("aggregation.weights"))
         config = replace(config, algorithm=own, train=train, aggregation=spec)
         try:
             return replace(self._run(method(config, self.cluster, self.inputs.samples)), label=label)
         except ConfigError as error:
             return Prediction(label, name, {}, dict(self.batch_size), problem=f"{error.problem}; {error.remedy}")
+
+    def _settings(self, aggregation: AggregationConfig) -> Mapping[str, Mapping[str, Any]]:
+        return {"train": vars(self.config.train), "aggregation": vars(aggregation), "cluster": vars(self.config.cluster)}
+
+    @property
+    def _has_default_weights(self) -> bool:
+        """Whether the configured weights are its method's default, so that another method has its own."""
+        own = algorithms.get(self.config.algorithm.name).defaults_for(self._settings(self.config.aggregation))
+        return self.config.aggregation.weights == own.get("aggregation.weights")
 
     # ---- plans and time ---------------------------------------------------------------------------------------------
 
