@@ -190,7 +190,8 @@ class Scenario:
             return Prediction(label, name, {}, dict(self.batch_size), problem=f"{error.problem}; {error.remedy}")
 
     def _settings(self, aggregation: AggregationConfig) -> Mapping[str, Mapping[str, Any]]:
-        return {"train": vars(self.config.train), "aggregation": vars(aggregation), "cluster": vars(self.config.cluster)}
+        train, cluster = self.config.train, self.config.cluster
+        return {"train": vars(train), "aggregation": vars(aggregation), "cluster": vars(cluster)}
 
     @property
     def _has_default_weights(self) -> bool:
