@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from ranks_methods import oracle
-from ranks_methods.cases import CLASSES, POISONED, model
+from ranks_methods.cases import CLASSES, POISONED, POISONED_SLOW, marked, model
 from together import together
 from torch import nn
 
@@ -51,11 +51,13 @@ Run = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def found(horovodrun: Run, tmp_path_factory: pytest.TempPathFactory) -> Found:
+def found(horovodrun: Run, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Found:
     """By case, what each rank found."""
+    slow = ["slow"] * request.config.getoption("--slow")
+
     def run(size: int) -> Found:
         folder = tmp_path_factory.mktemp(f"poisoned{size}")
-        done = horovodrun(size, [sys.executable, SCRIPT, folder, "poisoned"], timeout=360)
+        done = horovodrun(size, [sys.executable, SCRIPT, folder, "poisoned", *slow], timeout=360)
         assert done.returncode == 0, done.stdout + done.stderr
         ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
         return {name: [rank[name] for rank in ranks] for name in ranks[0]}
@@ -67,7 +69,7 @@ def found(horovodrun: Run, tmp_path_factory: pytest.TempPathFactory) -> Found:
 # ---- some ranks -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", RECOMPUTED)
+@pytest.mark.parametrize("case", marked(RECOMPUTED, POISONED_SLOW))
 def test_the_average_is_that_of_the_good_ranks(found: Found, case: str) -> None:
     """With their weights scaled up to 1; whoever was left out goes on from it, momentum and all."""
     this = POISONED[case]
@@ -85,7 +87,7 @@ def test_the_average_is_that_of_the_good_ranks(found: Found, case: str) -> None:
         assert mine["excluded"] == hit[rank], "as often as it was given the sample"
 
 
-@pytest.mark.parametrize("case", RECOMPUTED)
+@pytest.mark.parametrize("case", marked(RECOMPUTED, POISONED_SLOW))
 def test_all_ranks_hold_the_same_bits_afterwards(found: Found, case: str) -> None:
     trained = [mine for mine in found[case] if mine["dealt"][0].numel()]
     for mine in trained:
@@ -108,7 +110,7 @@ def test_every_method_is_there() -> None:
     assert {POISONED[case].method for case in EVERY} == set(REGISTRY)
 
 
-@pytest.mark.parametrize("case", POISONED)
+@pytest.mark.parametrize("case", marked(POISONED, POISONED_SLOW))
 def test_what_was_left_out_is_counted_by_class(found: Found, case: str) -> None:
     summary = found[case][0]["summary"]
     for c in summary["classes"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -232,6 +232,15 @@ CASES: dict[str, Case] = {
     "AdamW averaged": Case("biased_local_sgd", {**TAU31, **ADAMW, "aggregation.optimizer_state": "average"}),
 }
 
+CASES_SLOW = {
+    "sync, BatchNorm", "sync, one rank", "byteps, more servers than partitions", "byteps, micro-batches",
+    "dlb, micro-batches", "unified, to slow", "outer, Nesterov", "normalised, outer, hierarchical",
+    "solo, nobody late, momentum reset", "delayed, wire float16", "daso, a host a rank",
+    "decentlam, warm-up and cosine", "byteps, groups", "dlb, groups", "groups, solo, nobody late",
+    "digits, half, byteps", "digits, half, eager_sgd", "digits, biased_local_sgd, majority",
+}  # fmt: skip
+"""Of these, and of those on digits, the ones that others stand for."""
+
 RESUMED = {name: CASES[name] for name in (
     "sync, fast", "sync, rank 0 idle", "byteps, one server", "byteps, more servers than partitions", "balanced",
     "biased", "biased, hierarchical", "unified, to fast", "outer, Nesterov, BatchNorm",
@@ -342,6 +351,11 @@ POISONED: dict[str, Case] = {
     )
 }
 """In each epoch some rank is given a sample that its gradient cannot stand; an oracle knows what comes of it."""
+POISONED_SLOW = {
+    "hierarchical", "momentum averaged", "momentum reset", "AdamW", "sync, float16", "sync, BatchNorm", "sync, fast",
+    "two, biased", "two, float16",
+}  # fmt: skip
+"""Of these, the ones that others stand for."""
 
 ASKED: dict[str, dict[str, Any]] = {
     "dlb": {"algorithm.min_local_batch": 2}, "nonblocking_sgd": {"algorithm.micro_batches": 2},
@@ -360,6 +374,19 @@ POISONED |= {
     for mode in ("as it is", *(("solo", "majority") if name == "biased_local_sgd" else ()))
 }
 """Every method; who trains on what is not known beforehand with all of them."""
+
+
+def chosen(cases: Mapping[str, Case], others_stand_for: Collection[str], slow: bool) -> dict[str, Case]:
+    """Return the cases that are tried: all of them if ``slow``."""
+    assert not set(others_stand_for) - set(cases)
+    return {name: case for name, case in cases.items() if slow or name not in others_stand_for}
+
+
+def marked(names: Iterable[str], others_stand_for: Collection[str]) -> list[Any]:
+    """Return parameters of a test, with those marked as slow that others stand for."""
+    import pytest
+
+    return [pytest.param(name, marks=pytest.mark.slow) if name in others_stand_for else name for name in names]
 
 
 def pairs(size: int) -> tuple[tuple[int, ...], ...]:

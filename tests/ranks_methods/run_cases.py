@@ -1,6 +1,7 @@
 """Every rank of a job runs this: ``run_cases.py FOLDER`` trains each of the cases with the real trainer.
 
-``run_cases.py FOLDER poisoned`` takes those of ``cases.POISONED`` that are for the job's number of ranks.
+``run_cases.py FOLDER poisoned`` takes those of ``cases.POISONED`` that are for the job's number of ranks. A further
+word ``slow``: those too that others stand for.
 
 It writes ``FOLDER/rank{N}.pt``: by case the rank's final model, the indices it was dealt in each epoch, and on rank 0
 the summary and the laps of all ranks, where they are traced.
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CASES, CLASSES, POISONED, Case, data, model, pairs
+from cases import CASES, CASES_SLOW, CLASSES, POISONED, POISONED_SLOW, Case, chosen, data, model, pairs
 
 from hvd_hetero import algorithms
 from hvd_hetero.cluster.device_classes import assign
@@ -74,13 +75,14 @@ def run(case: Case, env: JobEnv, folder: Path) -> dict[str, Any]:
             "excluded": this.comm.excluded.count, "trace": trace}
 
 
-def main(folder: Path, poisoned: bool) -> None:
+def main(folder: Path, poisoned: bool, slow: bool) -> None:
     torch.set_num_threads(1)
     env = job_env()
     trainer_parts.Feed = RecordedFeed  # type: ignore[misc]
-    cases = CASES if not poisoned else {
-        name: case for name, case in POISONED.items() if sum(map(len, CLASSES[case.classes].values())) == env.size
-    }
+    cases = chosen(CASES, CASES_SLOW, slow) if not poisoned else {
+        name: case for name, case in chosen(POISONED, POISONED_SLOW, slow).items()
+        if sum(map(len, CLASSES[case.classes].values())) == env.size
+    }  # fmt: skip
     groups = {tuple(ranks) for classes in CLASSES.values() for ranks in classes.values()}
     groups |= {tuple(ranks[0] for ranks in classes.values()) for classes in CLASSES.values()}
     groups |= set(pairs(env.size))
@@ -94,4 +96,4 @@ def main(folder: Path, poisoned: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), poisoned=sys.argv[2:] == ["poisoned"])
+    main(Path(sys.argv[1]), poisoned="poisoned" in sys.argv[2:], slow="slow" in sys.argv[2:])
