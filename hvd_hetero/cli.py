@@ -20,7 +20,9 @@ from hvd_hetero.errors import (
     UserError,
 )
 from hvd_hetero.files import restrict_umask
-from hvd_hetero.log import logged
+from hvd_hetero.log import LOGGER, logged
+
+CHECKING = "checking the settings"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,6 +129,8 @@ def _train(args: argparse.Namespace, files: list[str], overrides: list[str]) -> 
 
 
 def _launch(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:
+    if not args.show:
+        LOGGER.info(CHECKING)  # before torch is imported, which takes seconds
     from hvd_hetero.launch.launcher import launch
 
     return launch(files, overrides, args.show, args.max_restarts, args.min_ranks)

@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from hvd_hetero.launch.environment import as_ranks, check_secrets, for_ranks
 from hvd_hetero.launch.horovodrun import End, Horovodrun
 from hvd_hetero.launch.hosts import allocation, job_hosts, settings_of, settled
 from hvd_hetero.launch.remote import is_local, remote_shell
-from hvd_hetero.launch.supervisor import Supervisor, check_options
+from hvd_hetero.launch.supervisor import Supervisor, check_options, counted
+from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.speed_profile import check_profile, load_profile
 from hvd_hetero.telemetry.run_folder import check_run_dir
 from hvd_hetero.training import dry_run, startup
@@ -37,6 +39,11 @@ from hvd_hetero.training.stop_request import STOP
 from hvd_hetero.training.survivor import adopt
 from hvd_hetero.worker.memory import release
 
+TRYING = "reading data and model, and trying out one step on two samples"
+MOST_NAMED = 4
+"""Hosts; more are told by their number."""
+LOG = "horovodrun.log"
+"""In the run's folder: what horovodrun itself said of jobs that failed; ranks' output is passed on."""
 SURVIVOR_SEC = 5.0
 """As horovodrun gives those on its own host."""
 
@@ -60,6 +67,7 @@ def launch(
     folder = run_dir(config)
     check_run_dir(folder, config.run.overwrite or config.run.resume is not None)
     if not show:
+        LOGGER.info(TRYING)
         preflight(config, hosts)
     chosen += [f"run.dir={folder}"] if config.run.dir is None else []
     if show:
@@ -79,6 +87,9 @@ def launch(
             (folder / STOP).unlink(missing_ok=True)
         command = horovodrun_line(again, here, ["train", *files, *chosen, *settings])
         end = _run(again, command, here, folder / STOP if saves else None)
+        if end.status not in (0, EXIT_STOPPED) and folder.is_dir() and end.log:
+            with suppress(OSError), open(folder / LOG, "a") as file:
+                file.write(f"{end.log}\n")
         if end.status != 0 and again.checkpoint.memory_sec is not None:
             adopt(folder, again, training_ranks(again, here))
         return end
@@ -98,6 +109,7 @@ def run_job(command: str, files: Sequence[str], overrides: Sequence[str]) -> int
     """
     config, chosen = placed(files, overrides, trains=False)
     hosts = job_hosts(config)
+    LOGGER.info(TRYING)
     preflight(config, hosts, trains=False)
     return _run(config, horovodrun_line(config, hosts, [command, *files, *chosen]), hosts).status
 
@@ -134,11 +146,24 @@ def read(files: Sequence[str], overrides: Sequence[str]) -> Config:
 
 def _run(config: Config, line: Sequence[str], hosts: Sequence[tuple[str, int]], stop: Path | None = None) -> End:
     release()  # what the dry run had on a GPU is for the ranks
+    LOGGER.info("starting %s", ranks_on(hosts))
     grace_sec = 0.0 if config.checkpoint.memory_sec is None else SURVIVOR_SEC
     end = Horovodrun(line[1:], hosts, remote_shell(config), for_ranks(config), stop, grace_sec).wait()
-    if end.status not in (0, EXIT_BAD_INPUT, EXIT_STOPPED) or (end.status == EXIT_BAD_INPUT and not end.error):
-        print(f"hvd-hetero: error: the job failed: {end.cause}", file=sys.stderr, flush=True)
+    say_failure(end)
     return end
+
+
+def say_failure(end: End) -> None:
+    """Let the last line of a job that has failed be its cause: a line of its own, unless a rank's was the last."""
+    if end.status not in (0, EXIT_STOPPED) and not (end.status == EXIT_BAD_INPUT and end.is_said):
+        print(f"hvd-hetero: error: the job failed: {end.cause}", file=sys.stderr, flush=True)
+
+
+def ranks_on(hosts: Sequence[tuple[str, int]]) -> str:
+    """Tell how many ranks there are, and where."""
+    names = list(dict.fromkeys(host for host, _ in hosts))
+    where = ", ".join(names) if len(names) <= MOST_NAMED else f"{len(names)} hosts"
+    return f"{counted(sum(slots for _, slots in hosts))} on {where}"
 
 
 def preflight(config: Config, hosts: Sequence[tuple[str, int]], trains: bool = True) -> None:

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hvd_hetero.cli import CHECKING
 from hvd_hetero.cluster import hardware
+from hvd_hetero.launch.launcher import TRYING, ranks_on
 
 OWN = Path(__file__).parents[1] / "ranks"
 PREFIX = "hvd-hetero: error: "
@@ -174,7 +176,15 @@ def test_the_launcher_starts_nothing(tmp_path: Path) -> None:
                               capture_output=True, text=True, timeout=120)
         assert done.returncode == status, done.stderr
         assert (tmp_path / "was-started").exists() == (status == 0)
+        phases = [line for line in done.stdout.splitlines() if line in (CHECKING, TRYING) or "starting " in line]
+        assert phases == [CHECKING, TRYING, *(["starting 2 ranks on localhost"] if status == 0 else [])], done.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_where_ranks_are_is_told_in_a_few_words() -> None:
+    assert ranks_on([("localhost", 1)]) == "1 rank on localhost"
+    assert ranks_on([("a", 2), ("b", 1), ("a", 1)]) == "4 ranks on a, b"
+    assert ranks_on([(f"node{i}", 8) for i in range(16)]) == "128 ranks on 16 hosts"
 
 
 @pytest.mark.slow
