@@ -71,6 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     launcher.add_argument("--max-restarts", type=int, default=0, metavar="N", help=restarts)
     fewer = "a restart may leave out hosts that do not answer, as long as M ranks remain"
     launcher.add_argument("--min-ranks", type=int, metavar="M", help=fewer)
+    runner = command("run", _run, "start a program of your own on every rank; why it fails comes last", config=False)
+    runner.add_argument("-np", type=int, metavar="N", help="ranks; default: all slots of the hosts")
+    runner.add_argument("-H", "--hosts", metavar="HOST:SLOTS,...", help="default: this machine")
+    runner.add_argument("program", nargs=argparse.REMAINDER, metavar="PROGRAM ...", help="e.g. python my.py ARGUMENT")
     command("profile", _profile, "measure the device classes' speeds, and keep them for runs of the same configuration")
     command("doctor", _doctor, "what this machine, or each rank of a job, has; can a configuration run here?")
     command("compare", _compare, "many runs that share a budget, one after another, in one table; half-done ones go on")
@@ -134,6 +138,12 @@ def _launch(args: argparse.Namespace, files: list[str], overrides: list[str]) ->
     from hvd_hetero.launch.launcher import launch
 
     return launch(files, overrides, args.show, args.max_restarts, args.min_ranks)
+
+
+def _run(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:
+    from hvd_hetero.launch.program import run
+
+    return run(args.np, args.hosts, args.program)
 
 
 def _profile(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:

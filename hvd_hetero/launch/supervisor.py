@@ -21,6 +21,7 @@ from hvd_hetero.config.schema import AUTO, RESHAPE, Config
 from hvd_hetero.errors import EXIT_FAULT, EXIT_LOST, EXIT_STOPPED, EXIT_STUCK, UserError
 from hvd_hetero.launch.discovery import Lookout
 from hvd_hetero.launch.horovodrun import End
+from hvd_hetero.launch.program import counted
 from hvd_hetero.launch.remote import reap, remote_shell
 from hvd_hetero.training.stop_request import STOP
 
@@ -272,11 +273,6 @@ def check_options(max_restarts: int, min_ranks: int | None, ranks: int) -> None:
         raise UserError(f"--min-ranks={min_ranks}: the job has {ranks} ranks; give 1 to {ranks}")
     if min_ranks is not None and max_restarts == 0:
         raise UserError(f"--min-ranks={min_ranks}: nothing is restarted; give --max-restarts too")
-
-
-def counted(count: int) -> str:
-    """Return a number of ranks as a person says it."""
-    return f"{count} rank{'s' * (count != 1)}"
 
 
 def _say(text: str) -> None:

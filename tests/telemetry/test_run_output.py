@@ -152,7 +152,8 @@ def test_whether_an_error_is_the_last_that_was_said() -> None:
     one, other = b"hvd-hetero: error: one\n", b"hvd-hetero: error: other\n"
     for blocks, final in (
         ([(0, b"first\n"), (1, one)], "one"), ([(1, one), (1, b"\nKilled\n")], "one"),
-        ([(1, one), (0, b"then\n")], None), ([(1, one), (0, other)], "other"), ([(1, one), (0, b"no end")], None), ([], None),
+        ([(1, one), (0, b"then\n")], None),
+        ([(1, one), (0, other)], "other"), ([(1, one), (0, b"no end")], None), ([], None),
     ):  # fmt: skip
         assert put_together(blocks, failed=True)[1].final_error == final
 
