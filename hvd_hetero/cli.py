@@ -20,7 +20,9 @@ from hvd_hetero.errors import (
     UserError,
 )
 from hvd_hetero.files import restrict_umask
-from hvd_hetero.log import logged
+from hvd_hetero.log import LOGGER, logged
+
+CHECKING = "checking the settings"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,6 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     launcher.add_argument("--max-restarts", type=int, default=0, metavar="N", help=restarts)
     fewer = "a restart may leave out hosts that do not answer, as long as M ranks remain"
     launcher.add_argument("--min-ranks", type=int, metavar="M", help=fewer)
+    runner = command("run", _run, "start a program of your own on every rank; why it fails comes last", config=False)
+    runner.add_argument("-np", type=int, metavar="N", help="ranks; default: all slots of the hosts")
+    runner.add_argument("-H", "--hosts", metavar="HOST:SLOTS,...", help="default: this machine")
+    runner.add_argument("program", nargs=argparse.REMAINDER, metavar="PROGRAM ...", help="e.g. python my.py ARGUMENT")
     command("profile", _profile, "measure the device classes' speeds, and keep them for runs of the same configuration")
     command("doctor", _doctor, "what this machine, or each rank of a job, has; can a configuration run here?")
     command("compare", _compare, "many runs that share a budget, one after another, in one table; half-done ones go on")
@@ -127,9 +133,17 @@ def _train(args: argparse.Namespace, files: list[str], overrides: list[str]) -> 
 
 
 def _launch(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:
+    if not args.show:
+        LOGGER.info(CHECKING)  # before torch is imported, which takes seconds
     from hvd_hetero.launch.launcher import launch
 
     return launch(files, overrides, args.show, args.max_restarts, args.min_ranks)
+
+
+def _run(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:
+    from hvd_hetero.launch.program import run
+
+    return run(args.np, args.hosts, args.program)
 
 
 def _profile(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:

@@ -217,8 +217,8 @@ class LocalSGD(Policy):
         shorter = max(least, tau * plan.rounds // FEW_ROUNDS)
         remedy = f"set train.tau={shorter} for more averages, or " if 2 * shorter <= tau else ""
         rounds = "1 round" if plan.rounds == 1 else f"{plan.rounds} rounds"
-        return (f"an epoch of {self.samples} samples has only {rounds}, as train.tau_overhead asks for rounds of that "
-                f"length or longer; {remedy}take a smaller train.batch_size or a larger dataset")  # fmt: skip
+        return (f"an epoch of {self.samples} samples has only {rounds}, because shorter rounds would cost more than "
+                f"train.tau_overhead allows; {remedy}take a smaller train.batch_size or a larger dataset")  # fmt: skip
 
     def step_times(self) -> Mapping[str, float] | None:
         """Return the step times that the plan was made with, where :attr:`needs_speeds`; of one class alone, any."""
@@ -302,7 +302,8 @@ class LocalSGD(Policy):
                 continue  # a class that is left out is measured no more, and could never come back
             if is_gain(self.plan, proposed):
                 saved = judge.capacity_saved(self.plan, proposed, times)
-                self.reason = f"{saved:.1%} of what all can do would wait no more"
+                self.reason = f"{saved:.1%} of the cluster's capacity is no longer lost to waiting" if saved > 0 else (
+                    "shorter rounds have become affordable (train.tau_overhead)")
                 self.plan = proposed
                 break
         return self.plan

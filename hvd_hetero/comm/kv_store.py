@@ -27,6 +27,8 @@ from hvd_hetero.errors import ConfigError
 SCOPE = "hvd_hetero"
 JOB = "HVD_HETERO_JOB"
 """In the environment of all processes of a launched job, on all hosts: the job's id, by which they are found."""
+TRIED = "HVD_HETERO_TRIED"
+"""Set by ``hvd-hetero launch``, which has tried out what the job is made of."""
 COLUMNS = "HVD_HETERO_COLUMNS"
 """Set by the launcher to the width of its terminal: ranks themselves never see one."""
 ORPHAN = "HVD_HETERO_ORPHAN_SEC"
@@ -82,7 +84,7 @@ def job_env() -> JobEnv:
         store=f"http://{address}:{port}/{SCOPE}" if address else None,
         columns=int(env[COLUMNS]) if COLUMNS in env else None,
         orphan_sec=float(env.get(ORPHAN, JobEnv.orphan_sec)),
-        launched=JOB in env,
+        launched=TRIED in env,
     )
 
 

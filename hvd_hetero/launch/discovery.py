@@ -56,13 +56,13 @@ class Lookout:
             except UserError as error:
                 if str(error) != said:
                     said = str(error)
-                    _say(f"takes no hosts in: {said}")
+                    _say(f"cannot add hosts: {said}")
                 continue
             if self.found and not self._ended.is_set():
                 with suppress(OSError):  # the folder is not there yet, or the user has asked already
                     self._stop.touch(exist_ok=False)
                     self.has_asked = True
-                    _say(f"saves, and starts again with {listed(self.found)}")
+                    _say(f"saves, and restarts with new hosts: {listed(self.found)}")
 
 
 def _say(text: str) -> None:

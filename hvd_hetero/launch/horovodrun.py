@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from errno import E2BIG
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ class End:
         cause: which rank ended first, and how; empty if none failed.
         error: what that rank said of it, if anything; of bad input, what any rank said.
         asked: whether the job was asked to end, by a signal to this process.
+        is_said: that error was the last that ranks said.
+        log: what horovodrun itself said, with a traceback if the job failed.
     """
 
     status: int
@@ -60,6 +62,8 @@ class End:
     cause: str = ""
     error: str = ""
     asked: bool = False
+    is_said: bool = False
+    log: str = ""
 
     @property
     def why(self) -> str:
@@ -121,7 +125,7 @@ class Horovodrun:
         ends = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]  # the last one is what schedulers are told to send
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
             ends.append(signal.SIGHUP)
-        before = {wanted: signal.signal(wanted, self._epoch_on) for wanted in ends}
+        before = {wanted: signal.signal(wanted, self._pass_on) for wanted in ends}
         status = self._process.wait()
         for wanted, handler in before.items():
             signal.signal(wanted, handler)
@@ -131,7 +135,10 @@ class Horovodrun:
         for reader in self._readers:
             reader.join()
         self._said.end(failed=status != 0)
-        return End(0, self._job) if status == 0 else self._judge(status, silent)
+        if status == 0:
+            return End(0, self._job)
+        end = self._judge(status, silent)
+        return replace(end, log="\n".join(self._own), is_said=bool(end.error) and end.error == self._said.final_error)
 
     def _judge(self, status: int, silent: Sequence[str]) -> End:
         said = "\n".join(self._own)
@@ -161,12 +168,12 @@ class Horovodrun:
             error = error or next(iter(errors.values()), "")
         cause = f"rank {rank} on {host} ended first, {meaning}"
         if error:
-            cause += f"; it said: {error.removeprefix(f'rank {rank} on {host} failed: ')}"
+            cause += f"; it said: {re.sub(f'^rank {rank} on {re.escape(host)}( failed)?: ', '', error)}"
         elif last:
             cause += f"; its last line: {last}"
         return End(known, self._job, cause, error, self._signalled)
 
-    def _epoch_on(self, number: int, frame: Any) -> None:
+    def _pass_on(self, number: int, frame: Any) -> None:
         """Asks the job to save and to end; where it cannot or does not, and at the second signal, tells it to end."""
         self._signalled = True
         stop, self._stop = self._stop, None
@@ -179,7 +186,7 @@ class Horovodrun:
             return
         self._later(SAVING_SEC, lambda: self._end(number))
         with suppress(OSError):  # the terminal may be gone
-            print("hvd-hetero: stops after this round and saves; at once if you insist", file=sys.stderr, flush=True)
+            print("hvd-hetero: stops after this round and saves; repeat to stop at once", file=sys.stderr, flush=True)
 
     def _end(self, number: int) -> None:
         """Asks horovodrun once to end its ranks, and ends it if it does not."""

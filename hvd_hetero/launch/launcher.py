@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-
-import psutil
 
 from hvd_hetero import algorithms
 from hvd_hetero.checkpoint import Store
 from hvd_hetero.cluster.allocation import check_one_task, restarts
 from hvd_hetero.cluster.device_classes import Cluster, assign
 from hvd_hetero.cluster.hardware import RankFacts, limit_threads, local_facts
-from hvd_hetero.cluster.hosts import listed
+from hvd_hetero.comm.kv_store import TRIED
 from hvd_hetero.config.load import device_classes, load
 from hvd_hetero.config.schema import AUTO, Config
-from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_STOPPED, ConfigError, nearest
+from hvd_hetero.errors import EXIT_STOPPED, ConfigError, nearest
 from hvd_hetero.files import check_writable
 from hvd_hetero.launch.environment import as_ranks, check_secrets, for_ranks
-from hvd_hetero.launch.horovodrun import End, Horovodrun
+from hvd_hetero.launch.horovodrun import End
 from hvd_hetero.launch.hosts import allocation, job_hosts, settings_of, settled
+from hvd_hetero.launch.program import command_line, run_told
 from hvd_hetero.launch.remote import is_local, remote_shell
 from hvd_hetero.launch.supervisor import Supervisor, check_options
+from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.speed_profile import check_profile, load_profile
 from hvd_hetero.telemetry.run_folder import check_run_dir
 from hvd_hetero.training import dry_run, startup
@@ -37,6 +37,9 @@ from hvd_hetero.training.stop_request import STOP
 from hvd_hetero.training.survivor import adopt
 from hvd_hetero.worker.memory import release
 
+TRYING = "reading data and model, and trying out one step on two samples"
+LOG = "horovodrun.log"
+"""In the run's folder: what horovodrun itself said of jobs that failed; ranks' output is passed on."""
 SURVIVOR_SEC = 5.0
 """As horovodrun gives those on its own host."""
 
@@ -60,6 +63,7 @@ def launch(
     folder = run_dir(config)
     check_run_dir(folder, config.run.overwrite or config.run.resume is not None)
     if not show:
+        LOGGER.info(TRYING)
         preflight(config, hosts)
     chosen += [f"run.dir={folder}"] if config.run.dir is None else []
     if show:
@@ -79,6 +83,9 @@ def launch(
             (folder / STOP).unlink(missing_ok=True)
         command = horovodrun_line(again, here, ["train", *files, *chosen, *settings])
         end = _run(again, command, here, folder / STOP if saves else None)
+        if end.status not in (0, EXIT_STOPPED) and folder.is_dir() and end.log:
+            with suppress(OSError), open(folder / LOG, "a") as file:
+                file.write(f"{end.log}\n")
         if end.status != 0 and again.checkpoint.memory_sec is not None:
             adopt(folder, again, training_ranks(again, here))
         return end
@@ -98,6 +105,7 @@ def run_job(command: str, files: Sequence[str], overrides: Sequence[str]) -> int
     """
     config, chosen = placed(files, overrides, trains=False)
     hosts = job_hosts(config)
+    LOGGER.info(TRYING)
     preflight(config, hosts, trains=False)
     return _run(config, horovodrun_line(config, hosts, [command, *files, *chosen]), hosts).status
 
@@ -135,10 +143,7 @@ def read(files: Sequence[str], overrides: Sequence[str]) -> Config:
 def _run(config: Config, line: Sequence[str], hosts: Sequence[tuple[str, int]], stop: Path | None = None) -> End:
     release()  # what the dry run had on a GPU is for the ranks
     grace_sec = 0.0 if config.checkpoint.memory_sec is None else SURVIVOR_SEC
-    end = Horovodrun(line[1:], hosts, remote_shell(config), for_ranks(config), stop, grace_sec).wait()
-    if end.status not in (0, EXIT_BAD_INPUT, EXIT_STOPPED) or (end.status == EXIT_BAD_INPUT and not end.error):
-        print(f"hvd-hetero: error: the job failed: {end.cause}", file=sys.stderr, flush=True)
-    return end
+    return run_told(line, hosts, remote_shell(config), {**for_ranks(config), TRIED: "1"}, stop, grace_sec)
 
 
 def preflight(config: Config, hosts: Sequence[tuple[str, int]], trains: bool = True) -> None:
@@ -212,35 +217,7 @@ def training_ranks(config: Config, hosts: Sequence[tuple[str, int]]) -> int:
 
 def horovodrun_line(config: Config, hosts: Sequence[tuple[str, int]], arguments: Sequence[str]) -> list[str]:
     """The command that starts the job; ``arguments`` are those of ``hvd-hetero`` on every rank."""
-    spec = config.cluster
-    beside = Path(sys.executable).with_name("horovodrun")
-    program = str(beside) if beside.exists() else shutil.which("horovodrun") or "horovodrun"
-    line = [program, "--gloo", "-np", str(sum(slots for _, slots in hosts)),
-            "-H", listed(hosts),
-            "--start-timeout", str(spec.start_timeout_sec),
-            "--gloo-timeout-seconds", str(spec.gloo_timeout_sec),
-            "--cycle-time-ms", f"{spec.cycle_time_ms:g}"]
-    interface = spec.network_interface
-    if interface is None and len(hosts) == 1 and not is_local(hosts[0][0]):
-        # of one remote host Horovod takes any interface, the loopback too, by which it would not find the launcher
-        interface = _interface_to(hosts[0][0])
-    if interface is not None:
-        line += ["--network-interfaces", interface]
-    return [*line, sys.executable, "-m", "hvd_hetero", *arguments]
-
-
-def _interface_to(host: str) -> str | None:
-    """The network interface of this machine from which another host is reached; None if it is none, or out of reach."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, 9))  # sends nothing
-        except OSError:
-            return None
-        mine, other = probe.getsockname()[0], probe.getpeername()[0]
-    if mine == other:
-        return None
-    found = (name for name, known in psutil.net_if_addrs().items() if any(a.address == mine for a in known))
-    return next(found, None)
+    return command_line(config.cluster, hosts, [sys.executable, "-m", "hvd_hetero", *arguments])
 
 
 def thread_variables() -> dict[str, str]:

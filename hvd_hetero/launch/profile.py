@@ -11,6 +11,7 @@ from hvd_hetero.config.load import load, per_class, without_roles
 from hvd_hetero.config.schema import Config
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.launch.launcher import run_job
+from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.speed_profile import ClassSpeed, Profile, kept_at, key_of
 from hvd_hetero.training import dry_run, startup
@@ -47,6 +48,9 @@ def _measure(files: Sequence[str], overrides: Sequence[str]) -> None:
     batch = per_class("train.batch_size", config.train.batch_size, names)
     most, least = len(trainer.source), started.components.min_batch
     sizes = [{name: max(least, min(most, int(size * factor))) for name, size in batch.items()} for factor in FACTORS]
+    if started.env.rank == 0:
+        LOGGER.info("measuring how fast each class is, with %s batch sizes, together and alone, for %g s each "
+                    "(profile.seconds)", 1 + len(sizes), measurement.seconds)  # fmt: skip
     together = measurement.classes(batch)
     others = [measurement.classes(size) for size in sizes]
     alone, others_alone = measurement.alone(batch), [measurement.alone(size) for size in sizes]

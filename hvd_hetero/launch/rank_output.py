@@ -25,7 +25,7 @@ Source = tuple[int, int]
 
 
 class RankOutput:
-    """Epochs on what ranks say: rank 0's lines bare, others' with their rank.
+    """Passes on what ranks say: rank 0's lines bare, others' with their rank.
 
     A line ends with a newline or a carriage return (a progress bar's). One that is too long to be kept until then
     goes out in pieces; what another rank says between two of them stands on lines of its own.
@@ -35,10 +35,12 @@ class RankOutput:
 
     Attributes:
         errors: each rank's last error message of ours, without its beginning.
+        final_error: such a message, if nothing else was said after it.
     """
 
     def __init__(self, streams: Mapping[int, Any]) -> None:
         self.errors: dict[int, str] = {}
+        self.final_error: str | None = None
         self._streams = streams
         self._last: dict[int, bytes] = {}
         self._rests: dict[Source, bytes] = {}
@@ -90,9 +92,9 @@ class RankOutput:
             self._held[source] = line
             return
         if line.startswith(ERROR):
-            self.errors[rank] = line[len(ERROR) :].decode(errors="replace").strip()
+            self.errors[rank] = self.final_error = line[len(ERROR) :].decode(errors="replace").strip()
         elif not line.isspace():
-            self._last[rank] = line
+            self._last[rank], self.final_error = line, None
         yield self._named(source, line)
 
     def _named(self, source: Source, line: bytes) -> bytes:

@@ -21,6 +21,7 @@ from hvd_hetero.config.schema import AUTO, RESHAPE, Config
 from hvd_hetero.errors import EXIT_FAULT, EXIT_LOST, EXIT_STOPPED, EXIT_STUCK, UserError
 from hvd_hetero.launch.discovery import Lookout
 from hvd_hetero.launch.horovodrun import End
+from hvd_hetero.launch.program import counted
 from hvd_hetero.launch.remote import reap, remote_shell
 from hvd_hetero.training.stop_request import STOP
 
@@ -54,10 +55,10 @@ class Restarts:
         if end.asked:
             return "it was told to end"
         if end.status not in MENDABLE:
-            return "it would end the same way again"
+            return "another start would fail in the same way"
         if self._failed and newest == self._failed[-1][0]:
             again = f", and failed in the same way: {end.why}" if RANK.sub("", end.why) == self._failed[-1][1] else ""
-            return f"it came to no newer checkpoint since it failed the last time{again}"
+            return f"it has made no new checkpoint since its last failure{again}"
         if self.made == self.most:
             return f"it was restarted {self.most} times"
         self._failed.append((newest, RANK.sub("", end.why)))
@@ -105,7 +106,7 @@ class Supervisor:
             except UserError as error:
                 if not self._lost:
                     raise
-                _say(f"gives up: it cannot go on without {', '.join(sorted(self._lost))}: {error}")
+                _say(f"gives up: it cannot continue without {', '.join(sorted(self._lost))}: {error}")
                 return EXIT_LOST
             if end.status == 0:
                 lookout.take_back()  # it was asked too late, and a later start is not to stop for it
@@ -115,13 +116,14 @@ class Supervisor:
                 self._relist()
                 self._lost.difference_update(host for host, _ in lookout.found)
                 self._changed = True
-                _say(f"goes on with {self._ranks(self._lost)} ranks, {self._from(newest)}")
+                _say(f"continues with {counted(self._ranks(self._lost))}, {self._from(newest)}")
                 settings = self._settings(newest)
                 continue
             lookout.take_back()
             if (reason := self._restarts.why_not(end, self._made())) is not None:
                 if self._restarts.made or (self._restarts.most and end.status in MENDABLE and not end.asked):
-                    _say(f"gives up: {reason}")
+                    told = "" if end.asked or not end.why or end.why in reason else f": {end.why}"
+                    _say(f"gives up: {reason}{told}")
                 return end.status
             number, wait_sec = self._restarts.made, self._restarts.backoff_sec
             _say(f"restart {number} of {self._restarts.most} in {wait_sec} s, {self._from(newest)}: {end.why}")
@@ -132,7 +134,7 @@ class Supervisor:
             self._relist()
             if back := self._lost.difference(reap(end.job, sorted(self._lost), self._shell)):
                 self._lost -= back
-                _say(f"takes {', '.join(sorted(back))} back, with {self._ranks(self._lost)} ranks")
+                _say(f"uses {', '.join(sorted(back))} again, with {counted(self._ranks(self._lost))}")
             lost = self._await(end)
             if lost and not self._may_lose(lost):
                 _say(f"gives up: no answer from {', '.join(lost)}")
@@ -140,7 +142,7 @@ class Supervisor:
             if lost:
                 self._lost.update(lost)
                 self._changed = True
-                _say(f"goes on without {', '.join(lost)}, with {self._ranks(self._lost)} ranks")
+                _say(f"continues without {', '.join(lost)}, with {counted(self._ranks(self._lost))}")
             settings = self._settings(newest)
 
     @property

@@ -77,11 +77,11 @@ def worth(summary: Mapping[str, Any]) -> list[str]:
     alone = len(fastest["ranks"]) * fastest["batch_size"] / fastest["step_sec"]
     rate = sum(c["samples"] for c in training) / summary["train_sec"]
     name, others = fastest["name"], " and ".join(c["name"] for c in training if c is not fastest)
-    line = f"{rate:.4g} samples/s; class {name} alone could take {alone:.4g}: {rate / alone:.2f} of it with all"
+    line = f"{rate:.4g} samples/s, {rate / alone:.2f} times what class {name} could process alone ({alone:.4g})"
     if rate < alone:
         line += f", so the run was SLOWER than without {others}"
     if len({c["tau"] for c in training}) > 1:
-        line += f"; a round moves {summary['round_way']:.2f} of a {name} rank's way"
+        line += f"; a round moves the model {summary['round_way']:.2f} times as far as a {name} rank alone"
     return [line]
 
 

@@ -35,7 +35,7 @@ from hvd_hetero.errors import (
     UserError,
 )
 from hvd_hetero.files import check_writable
-from hvd_hetero.log import logged
+from hvd_hetero.log import LOGGER, logged
 from hvd_hetero.random_state import RandomState
 from hvd_hetero.telemetry.callbacks import Callback
 from hvd_hetero.telemetry.run_folder import check_run_dir
@@ -156,6 +156,8 @@ def begin(prepare: Callable[[], tuple[Config, Components]], make: Callable[[Job,
         return config, parts
 
     started = startup.start(prepare_folder_too)
+    if env.size > 1:
+        LOGGER.info("%s ranks are there, with data and model; connecting", env.size)
     try:
         return make(started, found)
     except BaseException:

@@ -78,6 +78,7 @@ def build(config: Config, given: UserObjects | None = None) -> Components:
         return parts
     if not tried:
         _try(run)
+        components.tell(parts, config, given)
     return replace(parts, min_batch=run.forgotten(run.min_batch)) if one else parts
 
 

@@ -105,5 +105,5 @@ def say_taus(old: Plan, new: Plan, reason: str) -> None:
     pairs = zip(old.classes, new.classes, strict=True)
     changes = [f"tau of {a.name} {a.tau} -> {b.tau}" for a, b in pairs if a.tau != b.tau]
     if changes:
-        steps = ", ".join(f"{c.name} {1e3 * c.step_sec:.3g} ms" for c in new.classes if c.step_sec is not None)
+        steps = ", ".join(f"{1e3 * c.step_sec:.3g} ms on {c.name}" for c in new.classes if c.step_sec is not None)
         LOGGER.info("%s: a step now takes %s; %s", ", ".join(changes), steps, reason)

@@ -48,6 +48,8 @@ def first_plan(job: Job, policy: Policy, worker: Worker, source: Source, comm: C
     if known is not None:
         step_sec, policy.average_sec = known
     else:
+        if comm.rank == 0:
+            LOGGER.info("measuring how fast each class is, for %g s (profile.seconds)", measure.seconds)
         step_sec = {name: figures.step_sec for name, figures in measure.classes(policy.batch_size).items()}
         policy.average_sec = measure.average_sec() if policy.needs_average_sec else 0.0
     plan = policy.make_plan(step_sec)
@@ -62,7 +64,8 @@ def told_round(plan: Plan, average_sec: float) -> str:
     """Tell the taus of a plan, and what its rounds cost by measured times."""
     taus = ", ".join(f"{c.name} {c.tau}" for c in plan.classes)
     longest = max(c.tau * c.step_sec for c in plan.training if c.step_sec is not None)
-    return f"{taus} local steps, {1e3 * longest:.3g} ms a round and {1e3 * average_sec:.3g} ms an average"
+    times = f"a round takes {1e3 * longest:.3g} ms and its average {1e3 * average_sec:.3g} ms"
+    return f"local steps of a round: {taus}; {times}"
 
 
 def choose_micro_batches(job: Job, policy: Policy, worker: Worker, source: Source, comm: Comm) -> None:
@@ -103,7 +106,7 @@ def choose_path(policy: Policy, measure: Measurement) -> None:
         found = measure.choose_path()
         if comm.rank == 0:
             times = ", ".join(f"{path} {1e3 * sec:.3g} ms" for path, sec in found.items())
-            LOGGER.info("averages go the %s way: %s", comm.path, times)
+            LOGGER.info("averages take the %s path, the faster one: %s", comm.path, times)
 
 
 def start_together(algorithm: Executor, plan: Plan, worker: Worker, comm: Comm) -> None:

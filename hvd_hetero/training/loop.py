@@ -32,7 +32,7 @@ from hvd_hetero.training.process import process_restored
 from hvd_hetero.training.resume import Found
 from hvd_hetero.training.startup import Job, make_worker
 from hvd_hetero.training.trainer import Trainer
-from hvd_hetero.worker.components import Components, MakeScheduler, UserObjects, build
+from hvd_hetero.worker.components import Components, MakeScheduler, UserObjects, build, tell
 from hvd_hetero.worker.index_feed import Feed, StreamFeed
 from hvd_hetero.worker.losses import PerSample
 from hvd_hetero.worker.parameter_groups import MakeOptimizer
@@ -123,7 +123,10 @@ class Loop:
             if loaded.run.dir is None:
                 loaded = replace(loaded, run=replace(loaded.run, trackers=[]))  # they have no place to write to
             given = UserObjects(model, source, test, loss, optimizer, scheduler, metrics, callbacks)
-            return loaded, build(loaded, given)
+            parts = build(loaded, given)
+            if test_data is not None:
+                tell(parts, loaded, given)
+            return loaded, parts
 
         def make(job: Job, found: Found | None) -> LoopTrainer:
             return LoopTrainer(job, job.config.run.dir, found, sharded, evaluates=test_data is not None)

@@ -21,16 +21,13 @@ from hvd_hetero.data import Batch, Dataset, Source
 from hvd_hetero.data.weights import sample_weights
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, UserError
+from hvd_hetero.log import LOGGER
 from hvd_hetero.random_state import seed_all
 from hvd_hetero.telemetry.callbacks import Callback
 from hvd_hetero.worker.callbacks import Callbacks
-from hvd_hetero.worker.factories import (
-    loss_of_module,
-    optimizer_maker,
-    per_sample_loss,
-    scheduler_maker,
-)
+from hvd_hetero.worker.factories import optimizer_maker, per_sample_loss, scheduler_maker
 from hvd_hetero.worker.forward import forward
+from hvd_hetero.worker.loss_modules import SampleLosses, loss_of_module
 from hvd_hetero.worker.losses import IGNORED, PerSample
 from hvd_hetero.worker.metrics import Metric, read_best, read_metrics
 from hvd_hetero.worker.modes import evaluating
@@ -115,17 +112,20 @@ def build(config: Config, given: UserObjects | None = None) -> Components:
     """
     given = given or UserObjects()
     train, origins = config.train, Origins.of(config, given)
-    ignored = getattr(given.loss, "ignore_index", train.loss_args.get("ignore_index", IGNORED))
     seed_all(config.run.seed)  # every rank has to read the same data
     dataset, weighs = _dataset(config, given), config.sampling.sample_weights
     weights = None if weighs is None else sample_weights(weighs, dataset.train)
     seed_all(config.run.seed)  # however much randomness that took
     at_hand = [data.targets_of(split) for split in (dataset.train, dataset.test)]
+    model = _model(config, given)
+    loss = (per_sample_loss(train.loss, train.loss_args, at_hand) if given.loss is None
+            else loss_of_module(given.loss, at_hand))  # fmt: skip
+    module = loss.given if isinstance(loss, SampleLosses) else given.loss
+    ignored = getattr(module, "ignore_index", train.loss_args.get("ignore_index", IGNORED))
     components = Components(
         dataset=dataset,
-        model=_model(config, given),
-        loss=(per_sample_loss(train.loss, train.loss_args, at_hand) if given.loss is None
-              else loss_of_module(given.loss, at_hand)),
+        model=model,
+        loss=loss,
         metrics=read_metrics("eval.metrics", config.eval.metrics, ignored) if given.metrics is None else (
             read_metrics("metrics", given.metrics, ignored)),
         optimizer=given.optimizer or optimizer_maker(train.optimizer, train.lr, train.optimizer_args),
@@ -139,6 +139,13 @@ def build(config: Config, given: UserObjects | None = None) -> Components:
     components = replace(components, optimizer=_with_groups(components, train.groups))
     check_state(components.model, config.aggregation.state)
     return components
+
+
+def tell(components: Components, config: Config, given: UserObjects | None = None) -> None:
+    """Log what is taken in another way than it is given, one line each."""
+    if isinstance(components.loss, SampleLosses):
+        LOGGER.info("%s=%r: reduction='none' is used in place of 'mean', as each sample's own loss is needed; "
+                    "a batch's loss is still their mean", *Origins.of(config, given).loss)  # fmt: skip
 
 
 def _check_autocast(model: nn.Module, autocast: str | None) -> None:

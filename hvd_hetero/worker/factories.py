@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvd_hetero.config.instantiate import import_target
+from hvd_hetero.config.instantiate import call, import_target
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.schedules import NAMES
-from hvd_hetero.worker.losses import IGNORED, Numbers, PerSample, mean_of_targets, named_loss, with_arguments
+from hvd_hetero.worker.loss_modules import loss_of_module
+from hvd_hetero.worker.losses import IGNORED, Numbers, PerSample, mean_of_targets, named_loss, with_tensors
 from hvd_hetero.worker.parameter_groups import MakeOptimizer, asks_for_names
 
 ACCURACY = "accuracy"
@@ -20,6 +21,8 @@ ACCURACY = "accuracy"
 def per_sample_loss(name: str, args: Mapping[str, Any], at_hand: Sequence[Any] = ()) -> PerSample:
     """Make a loss by its name (a function of ``torch.nn.functional``) or import path.
 
+    A class of modules is made with the arguments; all else is called with them.
+
     Args:
         at_hand: see :func:`hvd_hetero.worker.losses.named_loss`.
 
@@ -27,24 +30,15 @@ def per_sample_loss(name: str, args: Mapping[str, Any], at_hand: Sequence[Any] =
         ConfigError: there is no such loss, or it cannot take its arguments.
     """
     if ":" in name:
-        own = loss_of_module(import_target("train.loss", name), at_hand)
-        return with_arguments(own, args) if args else own
+        own = import_target("train.loss", name)
+        if isinstance(own, type) and issubclass(own, nn.Module):
+            own, args = call("train.loss_args", own, with_tensors(own, args)), {}
+        return loss_of_module(own, at_hand, args)
     function = getattr(nn.functional, name, None)
     if not callable(function):
         raise ConfigError("train.loss", name, "is no function of torch.nn.functional",
                           "give one, for example cross_entropy, or package.module:function")
     return named_loss(name, function, args, at_hand)
-
-
-def loss_of_module(loss: PerSample, at_hand: Sequence[Any] = ()) -> PerSample:
-    """Take the losses of ``torch.nn`` that know class weights and ignored targets as what they are; others as given."""
-    if type(loss) is nn.CrossEntropyLoss and loss.reduction == "none":
-        args = {"weight": loss.weight, "ignore_index": loss.ignore_index, "label_smoothing": loss.label_smoothing}
-        return named_loss("cross_entropy", nn.functional.cross_entropy, args, at_hand)
-    if type(loss) is nn.NLLLoss and loss.reduction == "none":
-        args = {"weight": loss.weight, "ignore_index": loss.ignore_index}
-        return named_loss("nll_loss", nn.functional.nll_loss, args, at_hand)
-    return loss
 
 
 def accuracy(outputs: Tensor, targets: Tensor, ignored: int = IGNORED) -> Numbers:

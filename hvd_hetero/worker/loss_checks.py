@@ -22,11 +22,14 @@ from hvd_hetero.data.batch import entries, with_entries
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.worker.factories import ACCURACY, is_accuracy
+from hvd_hetero.worker.loss_modules import SampleLosses
 from hvd_hetero.worker.losses import OF_CLASSES, Numbers, PerSample, per_sample, tensors_in
 from hvd_hetero.worker.metrics import Metric, SampleMean, WholeSet
 
 OTHERWISE_SHAPED = (*OF_CLASSES, "multi_margin_loss")
 """Functions of torch.nn.functional whose targets have another shape than the outputs; all others go by elements."""
+NEARLY = 0.01
+"""Relative: as exact as a mean in bfloat16 is."""
 FIT = "make model, data, loss and its arguments fit together"
 ONE_SHAPE = "give both one shape, by squeeze() or unsqueeze()"
 
@@ -80,7 +83,19 @@ def try_loss(key: str, value: Any, loss: PerSample, args: Mapping[str, Any], giv
     losses = per_sample(key, value, loss(*given.both), {given.samples})
     if not named:
         _check_pairs(key, value, loss, given)
+    if isinstance(loss, SampleLosses) and loss.mean is not None:
+        _check_mean(key, value, losses[0], loss.mean(*given.both))
     return losses
+
+
+def _check_mean(key: str, value: Any, losses: Tensor, mean: Any) -> None:
+    """Refuse a module whose mean is not that of what it gives each sample: its code divides by something else."""
+    if isinstance(mean, Tensor) and mean.numel() == 1:
+        mean = mean.detach().reshape(()).to(losses)
+        if torch.allclose(losses.detach().mean(), mean, rtol=NEARLY, equal_nan=True):
+            return
+    problem = "returns a mean (reduction='mean'), and its mean is another one than that of what reduction='none' gives"
+    raise ConfigError(key, value, problem, "give it reduction='none', and return (values, weights) where not all count")
 
 
 def try_metric(key: str, value: Any, metric: PerSample, given: Batched) -> Numbers:

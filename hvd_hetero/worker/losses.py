@@ -220,6 +220,15 @@ def with_arguments(function: Callable[..., Any], args: Mapping[str, Any]) -> Per
     return loss
 
 
+def with_tensors(function: Callable[..., Any], args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments with tensors on the host in place of numbers and lists, where a function declares them so.
+
+    Raises:
+        ConfigError: a list makes no tensor.
+    """
+    return {**args, **{name: _tensor(name, args[name]).float() for name in _tensors_among(function, args)}}
+
+
 def _arguments(function: Callable[..., Any], args: Mapping[str, Any]) -> Callable[[Any], Mapping[str, Any]]:
     """Return what gives the arguments for some outputs: tensors are on their device, and of their type."""
     tensors = {name: _tensor(name, args[name]) for name in _tensors_among(function, args)}

@@ -46,7 +46,7 @@ def test_tau_is_derived_anew_with_the_margin_and_says_why() -> None:
             break
     # 64 / 24, less a margin: 2.4
     assert {c.name: c.tau for c in made.plan.classes} == {"fast": 64, "slow": 2}
-    assert made.reason.endswith("wait no more")
+    assert made.reason.endswith("of the cluster's capacity is no longer lost to waiting")
     before = made.plan
     assert all(made.replan(slowed) is before for _ in range(200)), "a stable one is left alone"
 

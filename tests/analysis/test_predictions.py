@@ -315,8 +315,10 @@ def test_all_classes_beside_the_fastest_alone() -> None:
     found = together(scenario(["aggregation.weights=steps"]), 16)
     assert found is not None
     assert (found.fastest, found.with_all, found.alone) == ("fast", pytest.approx(4500), pytest.approx(4000))
-    assert found.round_way == pytest.approx(8 / 9 + 1 / 9 / 8) and "1.12 of it" in found.sentence
-    assert found.sentence.endswith("with aggregation.weights=steps a round moves 0.90 of a fast rank's way.")
+    assert found.round_way == pytest.approx(8 / 9 + 1 / 9 / 8)
+    assert "1.12 times what class fast could alone (4000)" in found.sentence
+    way = "a round moves the model 0.90 times as far as a fast rank alone."
+    assert found.sentence.endswith(f"with aggregation.weights=steps {way}")
     by_default = together(scenario(), 8)  # train.tau=auto: normalised, and within aggregation.max_extrapolation
     normalised = together(scenario(["aggregation.weights=normalised"]), 8)
     assert by_default == normalised

@@ -21,15 +21,15 @@ def test_both_together_over_the_fast_class_alone() -> None:
     classes = [made("quick", 1, 32, 0.8, 0.01, 900), made("lame", 1, 8, 0.2, 0.04, 225)]
     summary = {"train_sec": 10.0, "round_way": 0.85, "classes": classes}
     (line,) = worth(summary)
-    assert line.startswith("450 samples/s; class quick alone could take 400: 1.12 of it with all;")
-    assert line.endswith("a round moves 0.85 of a quick rank's way") and "SLOWER" not in line
+    assert line.startswith("450 samples/s, 1.12 times what class quick could process alone (400);")
+    assert line.endswith("a round moves the model 0.85 times as far as a quick rank alone") and "SLOWER" not in line
 
 
 def test_a_class_that_costs_more_than_it_gives() -> None:
     classes = [made("quick", 1, 32, 0.5, 0.01, 700), made("lame", 1, 2, 0.5, 0.16, 44)]
     summary = {"train_sec": 10.0, "round_way": 0.53, "classes": classes}
     (line,) = worth(summary)
-    assert "SLOWER than without lame" in line and "moves 0.53" in line
+    assert "SLOWER than without lame" in line and "moves the model 0.53 times" in line
 
 
 @pytest.mark.parametrize("classes", [

@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hvd_hetero.cli import CHECKING
 from hvd_hetero.cluster import hardware
+from hvd_hetero.launch.launcher import TRYING
+from hvd_hetero.launch.program import first_slots, ranks_on
 
 OWN = Path(__file__).parents[1] / "ranks"
 PREFIX = "hvd-hetero: error: "
@@ -174,7 +177,27 @@ def test_the_launcher_starts_nothing(tmp_path: Path) -> None:
                               capture_output=True, text=True, timeout=120)
         assert done.returncode == status, done.stderr
         assert (tmp_path / "was-started").exists() == (status == 0)
+        phases = [line for line in done.stdout.splitlines() if line in (CHECKING, TRYING) or "starting " in line]
+        assert phases == [CHECKING, TRYING, *(["starting 2 ranks on localhost"] if status == 0 else [])], done.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_where_ranks_are_is_told_in_a_few_words() -> None:
+    assert ranks_on([("localhost", 1)]) == "1 rank on localhost"
+    assert ranks_on([("a", 2), ("b", 1), ("a", 1)]) == "4 ranks on a, b"
+    assert ranks_on([(f"node{i}", 8) for i in range(16)]) == "128 ranks on 16 hosts"
+
+
+def test_a_program_ends_with_the_line_of_its_rank(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
+    """Nothing was tried out beforehand, and horovodrun's own words are kept back."""
+    words = ["run", "-np", "2", sys.executable, "bad_object.py", str(tmp_path / "run")]
+    done = hvd_hetero(words, cwd=OWN)
+    assert done.returncode == 2 and done.stdout == "starting 2 ranks on localhost\n"
+    assert_one_message(done.stderr, "loss", "'CrossEntropyLoss'", "reduction='none'")
+
+
+def test_ranks_take_the_first_slots() -> None:
+    assert first_slots([("a", 2), ("b", 2), ("c", 1)], 3) == [("a", 2), ("b", 1)]
 
 
 @pytest.mark.slow

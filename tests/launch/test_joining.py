@@ -43,8 +43,8 @@ def test_a_host_joins(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
         cwd=RANKS, timeout=200)  # fmt: skip
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
-    assert "hvd-hetero: saves, and starts again with 127.0.0.1:2" in said
-    stopped = re.search(r"goes on with 3 ranks, from round (\d+)", said)
+    assert "hvd-hetero: saves, and restarts with new hosts: 127.0.0.1:2" in said
+    stopped = re.search(r"continues with 3 ranks, from round (\d+)", said)
     place = re.search(r"resumed after epoch 0, round 0, in the next epoch (\d+) rounds later, reshaped: 1 of 3", said)
     assert stopped and place and stopped[1] == place[1], said
     assert [line for line in said.splitlines() if "LOADED" in line and "True" in line] == ["LOADED localhost 6 True"]

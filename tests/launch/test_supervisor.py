@@ -75,7 +75,7 @@ def test_no_progress_between_two_failures_gives_up(hvd_hetero: Callable[..., Any
     said = [line for line in done.stderr.splitlines() if line.startswith("hvd-hetero: restart ")]
     assert said == ["hvd-hetero: restart 1 of 3 in 1 s, from the start: rank 1 on localhost failed: RuntimeError: "
                     "the disk of rank 1 is on fire"]
-    assert ("hvd-hetero: gives up: it came to no newer checkpoint since it failed the last time, and failed in the "
+    assert ("hvd-hetero: gives up: it has made no new checkpoint since its last failure, and failed in the "
             "same way: rank 1 on localhost failed: RuntimeError: the disk of rank 1 is on fire") in done.stderr
 
 
@@ -150,7 +150,7 @@ def test_a_host_that_answers_again_is_taken_back(
     assert told == [[], fewer, fewer, all_, all_]
     assert asked == [["a", "b"], ["b"], ["a"], ["b"], ["a", "b"], ["a", "b"]]
     said = capsys.readouterr().err
-    assert "goes on without b, with 1 ranks" in said and "takes b back, with 2 ranks" in said
+    assert "continues without b, with 1 rank\n" in said and "uses b again, with 2 ranks" in said
 
 
 @pytest.mark.parametrize("refused", [False, True])
@@ -183,11 +183,11 @@ def test_a_host_that_comes_is_taken_in_while_the_job_runs(
     assert supervisor(start, [("a", 1)], tmp_path, *words, look=lambda: list(there), check=check).run() == 0
     said = capsys.readouterr().err
     if refused:
-        assert told == [[]] and said.count("takes no hosts in: cluster.classes='x': has no place for b") == 1
+        assert told == [[]] and said.count("cannot add hosts: cluster.classes='x': has no place for b") == 1
         assert not (tmp_path / "stop").exists()
     else:
         assert told == [[], ["cluster.hosts=a:1,b:2", "run.resume=reshape"]]
-        assert "saves, and starts again with b:2" in said and "goes on with 3 ranks, from round 7" in said
+        assert "saves, and restarts with new hosts: b:2" in said and "continues with 3 ranks, from round 7" in said
 
 
 def supervisor(start: Any, hosts: Any, folder: Path, *words: str, look: Any = None, check: Any = None) -> Supervisor:

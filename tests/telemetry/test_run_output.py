@@ -143,7 +143,19 @@ def test_lines_that_mean_something_to_the_launcher() -> None:
     said, output = put_together([(1, b"".join(lines))], failed=True)
     assert said == lines[0] + b"rank 1: then\nrank 1: \n", "the shell's word about the rank's end is told otherwise"
     assert output.errors == {1: "rank 1 is broken"} and output.last(1) == "then" and output.last(0) == ""
+    assert output.final_error is None
     assert put_together([(1, b"Killed\n")], failed=False)[0] == b"rank 1: Killed\n"
+
+
+def test_whether_an_error_is_the_last_that_was_said() -> None:
+    """Of any rank; blank lines, and what a shell says of a rank's end, are not said."""
+    one, other = b"hvd-hetero: error: one\n", b"hvd-hetero: error: other\n"
+    for blocks, final in (
+        ([(0, b"first\n"), (1, one)], "one"), ([(1, one), (1, b"\nKilled\n")], "one"),
+        ([(1, one), (0, b"then\n")], None),
+        ([(1, one), (0, other)], "other"), ([(1, one), (0, b"no end")], None), ([], None),
+    ):  # fmt: skip
+        assert put_together(blocks, failed=True)[1].final_error == final
 
 
 def test_a_line_without_an_end_is_not_kept() -> None:

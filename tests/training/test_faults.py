@@ -85,6 +85,14 @@ def test_bad_input_that_one_rank_meets_in_mid_run_ends_all(
     errors = [line for line in done.stderr.splitlines() if line.startswith("hvd-hetero: error: rank 1 on localhost: ")]
     assert len(errors) == 1 and "is corrupt, in the batch of the samples [" in errors[0]
     assert "replace it" in errors[0]
+    *before, last = done.stderr.splitlines()
+    assert last in (errors[0], "hvd-hetero: error: the job failed: rank 1 on localhost ended first, with status 2; it "
+                    f"said: {errors[0].partition('localhost: ')[2]}"), "what others say after it is not the last word"
+    assert "starting 2 ranks on localhost" in done.stdout.splitlines()
+    if "launch" in words:  # horovodrun's own words are kept where the run is
+        assert "Exit code: 2" in (tmp_path / "run" / "horovodrun.log").read_text()
+    if "profile" in words or tau == "16":
+        assert "measuring how fast each class is" in done.stdout
     assert "Traceback" not in done.stderr and "restart" not in done.stderr
     assert processes_with(str(tmp_path)) == []
 

@@ -232,7 +232,7 @@ def test_a_single_rank_needs_no_horovodrun(hvd_hetero: Callable[..., Any], tmp_p
     summary = assert_adds_up(tmp_path / "run")
     (only,) = summary["classes"]
     assert (only["name"], only["ranks"], only["weight"]) == ("only", [0], 1.0)
-    assert f"train.tau=auto: only {only['tau']} local steps" in done.stdout + done.stderr
+    assert f"train.tau=auto: local steps of a round: only {only['tau']};" in done.stdout + done.stderr
     assert only["tau"] > 1, "nobody to drift apart from"
     assert only["time_sec"]["blocked"] == 0
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from hvd_hetero.data import TensorSource
 from hvd_hetero.errors import ConfigError
-from hvd_hetero.worker.factories import accuracy, loss_of_module, per_sample_loss
+from hvd_hetero.worker.factories import accuracy, per_sample_loss
+from hvd_hetero.worker.loss_checks import Batched, try_loss
+from hvd_hetero.worker.loss_modules import SampleLosses, loss_of_module
 from hvd_hetero.worker.losses import NOT_COUNTED, PerSample, concat, mean, per_sample
 from hvd_hetero.worker.metrics import SampleMean, read_metrics
 from hvd_hetero.worker.worker import Worker
@@ -316,6 +318,102 @@ def test_modules_of_torch_are_what_their_functions_are(kind: Any, args: dict[str
     assert_as_in_pytorch(ours, plain, inputs, inputs[:, 0] % CLASSES, tokens=False)
     other = nn.MSELoss(reduction="none")
     assert loss_of_module(other) is other
+
+
+class Scaled(nn.Module):
+    """A user's module as many are: a mean, or one number for each element; ``over`` what counts of it."""
+
+    def __init__(self, by: float = 3.0, reduction: str = "mean", over: float = 1.0) -> None:
+        super().__init__()
+        self.reduction, self.over = reduction, over
+        self.register_buffer("by", torch.tensor(by))
+
+    def forward(self, outputs: Tensor, targets: Tensor, shift: float = 0.0) -> Tensor:
+        losses: Tensor = self.by * (outputs - targets - shift) ** 2
+        return losses.mean() / self.over if self.reduction == "mean" else losses
+
+
+@pytest.mark.parametrize("plain", [
+    nn.MSELoss(), nn.L1Loss(), nn.HuberLoss(delta=0.3), nn.KLDivLoss(log_target=True), Scaled(),
+    nn.BCEWithLogitsLoss(weight=torch.tensor([2.0, 1.0, 0.5, 1.0]), pos_weight=torch.tensor(WEIGHTS)),
+], ids=lambda module: type(module).__name__)  # fmt: skip
+def test_a_module_that_returns_the_mean_gives_each_sample_its_own_loss(plain: nn.Module) -> None:
+    """Whose mean is that of the module, which stays as it is."""
+    inputs, targets = texts(), torch.rand(12, CLASSES, generator=torch.Generator().manual_seed(2))
+    ours = loss_of_module(plain)
+    assert isinstance(ours, SampleLosses) and plain.reduction == "mean"
+    assert_as_in_pytorch(ours, plain, inputs, targets, tokens=False)
+    outputs = torch.randn(3, CLASSES)
+    each = torch.stack([plain(outputs[i : i + 1], targets[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(ours(outputs, targets[:3]), each)
+    tried("loss", "own", ours, outputs, targets[:3])
+
+
+def tried(key: str, value: str, loss: PerSample, outputs: Tensor, targets: Tensor) -> None:
+    try_loss(key, value, loss, {}, Batched(outputs, targets, len(targets), 8))
+
+
+@pytest.mark.parametrize(("kind", "args"), [
+    (nn.CrossEntropyLoss, {"label_smoothing": 0.1}), (nn.NLLLoss, {}),
+    (type("Renamed", (nn.CrossEntropyLoss,), {}), {}),
+])  # fmt: skip
+def test_a_mean_over_classes_is_divided_by_what_counts(kind: Any, args: dict[str, Any]) -> None:
+    inputs, plain = texts(), kind(torch.tensor(WEIGHTS), ignore_index=1, **args)
+    ours = loss_of_module(plain)
+    assert isinstance(ours, SampleLosses)
+    assert_as_in_pytorch(ours, plain, inputs, inputs[:, 0] % CLASSES, tokens=False)
+
+
+def of_one_sample(outputs: Tensor, targets: Tensor) -> Tensor:
+    return ((outputs - targets) ** 2).mean()
+
+
+class Focal(Scaled):
+    """What its mean is divided by is in its code alone."""
+
+    ignore_index = -1
+
+
+class Fixed(Scaled):
+    """Whose reduction cannot be set."""
+
+    reduction = property(lambda self: "mean", lambda self, value: None)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("given", [
+    of_one_sample, nn.MSELoss(reduction="sum"), nn.KLDivLoss(reduction="batchmean"), Focal(), Fixed(),
+], ids=["function", "sum", "batchmean", "ignore_index", "fixed"])  # fmt: skip
+def test_a_mean_that_cannot_be_taken_apart_is_refused(given: Any) -> None:
+    outputs, targets = torch.randn(2, CLASSES), torch.rand(2, CLASSES)
+    with pytest.raises(ConfigError, match="is not per sample"):
+        tried("loss", "own", loss_of_module(given), outputs, targets)
+
+
+def test_a_mean_of_something_else_is_refused() -> None:
+    outputs, targets = torch.randn(2, CLASSES), torch.rand(2, CLASSES)
+    with pytest.raises(ConfigError, match="its mean is another one") as caught:
+        tried("loss", "own", loss_of_module(Scaled(over=2.0)), outputs, targets)
+    assert "reduction='none'" in caught.value.remedy
+
+
+def test_a_mean_over_pairs_of_samples_is_refused_as_other_losses_are() -> None:
+    with pytest.raises(ConfigError, match="broadcasts"), pytest.warns(UserWarning, match="broadcasting"):
+        tried("loss", "MSELoss", loss_of_module(nn.MSELoss()), torch.randn(2, 1), torch.rand(2))
+
+
+def test_a_class_of_modules_is_made_with_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function, and a module that there is already, are called with them."""
+    outputs, targets = torch.zeros(2, 3), torch.ones(2, 3)
+    ours = per_sample_loss("torch.nn:BCEWithLogitsLoss", {"pos_weight": [1.0, 2.0, 4.0]})
+    expected = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2.0, 4.0]))(outputs, targets)
+    torch.testing.assert_close(ours(outputs, targets), expected.expand(2))
+    mine = per_sample_loss("torch.nn:CrossEntropyLoss", {"weight": [1.0, 0.0, 0.0], "ignore_index": 2})
+    values, weights = mine(torch.zeros(3, 3), torch.arange(3))
+    assert isinstance(mine, SampleLosses) and weights.tolist() == [1.0, 0.0, 0.0] and values[1:].tolist() == [0.0, 0.0]
+    with pytest.raises(ConfigError, match="train.loss_args.wieght"):
+        per_sample_loss("torch.nn:CrossEntropyLoss", {"wieght": [1.0]})
+    monkeypatch.setattr("hvd_hetero.worker.factories.import_target", lambda key, name: Scaled(by=1.0))
+    assert per_sample_loss("m:own", {"shift": 1.0})(torch.ones(2, 3), torch.zeros(2, 3)).tolist() == [0.0, 0.0]
 
 
 # ---- accuracy -------------------------------------------------------------------------------------------------------

@@ -70,10 +70,10 @@ class ComputeClock:
         found = best_threshold(ended, round_sec, self._options.max_dropped)
         self._is_open, self._ended, self._seconds = False, [], []
         if found is None:
-            LOGGER.info("algorithm.threshold: nothing is worth leaving out")
+            LOGGER.info("algorithm.threshold: none, as leaving steps out would not make training faster")
             return
         self.threshold, gain, dropped = found
-        LOGGER.info("algorithm.threshold: %.4g s, which leaves out %.1f %% of all work, for %.1f %% more a second",
+        LOGGER.info("algorithm.threshold: %.4g s, which leaves out %.1f %% of all work; %.1f %% more is done a second",
                     self.threshold, 100 * dropped, 100 * gain)  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:

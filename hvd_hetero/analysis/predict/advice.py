@@ -39,7 +39,8 @@ class Worth:
     def sentence(self) -> str:
         figures = f"{self.with_it:.4g} samples/s with class {self.name}, {self.without_it:.4g} without it"
         gain = self.with_it / self.without_it - 1
-        return f"{figures}: {'worth having, it adds' if gain > 0 else 'better left out, it costs'} {abs(gain):.1%}."
+        judged = "worth having: it adds" if gain > 0 else "better left out: it costs"
+        return f"{figures}; {judged} {abs(gain):.1%}."
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,10 @@ class Together:
     @property
     def sentence(self) -> str:
         share = self.with_all / self.alone
-        told = f"Worth it? All classes take {self.with_all:.4g} samples/s, class {self.fastest} alone {self.alone:.4g}"
-        told += f": {share:.2f} of it" + (", so the run would be SLOWER than without the others" if share < 1 else "")
-        way = f"a round moves {self.round_way:.2f} of a {self.fastest} rank's way"
+        told = f"Worth it? All classes together process {self.with_all:.4g} samples/s, {share:.2f} times what class "
+        told += f"{self.fastest} could alone ({self.alone:.4g})"
+        told += ", so the run would be SLOWER than without the others" if share < 1 else ""
+        way = f"a round moves the model {self.round_way:.2f} times as far as a {self.fastest} rank alone"
         return f"{told}; with aggregation.weights={self.weights} {way}."
 
 
@@ -92,11 +94,12 @@ def recommended(scenario: Scenario, rows: Sequence[tuple[int, Prediction]]) -> A
     blocked = ", ".join(f"{name} {share:.1%}" for name, share in row.blocked.items())
     sizes = ", ".join(f"{name} {size}" for name, size in row.batch_size.items())
     reason = (
-        f"tau {tau} ({own} local steps; batches {sizes}): {row.samples_per_sec:.4g} samples/s are "
-        f"{row.samples_per_sec / scenario.capacity:.1%} of what the classes could take if nobody waited or "
-        f"communicated; blocked: {blocked}. It is train.tau=auto: the shortest round of which waiting and averages "
-        f"take at most {scenario.config.train.tau_overhead:.0%} where no step jitters, or the cheapest; longer rounds "
-        f"let the models drift further apart (best of those tried: {best:.4g} samples/s)."
+        f"tau {tau} ({own} local steps; batches {sizes}): {row.samples_per_sec:.4g} samples/s, "
+        f"{row.samples_per_sec / scenario.capacity:.1%} of what the classes could process without waiting and "
+        f"communication; blocked: {blocked}. train.tau=auto chooses it: the shortest round that spends at most "
+        f"{scenario.config.train.tau_overhead:.0%} on waiting and averages if all steps take equally long, or the "
+        f"cheapest if none does. Longer rounds let the models drift further apart (the fastest tau tried: {best:.4g} "
+        "samples/s)."
     )
     return Advice(tau, row, reason)
 

@@ -41,9 +41,9 @@ class RoleWorth:
         gains = {TRAIN: self.without_sec / self.train_sec - 1, EVALUATE: self.without_sec / self.evaluate_sec - 1}
         told = ", ".join(f"role {role} {gain:+.1%}" for role, gain in gains.items())
         return (
-            f"Class {self.name}, in epochs a second with their evaluations, beside a run without it: {told}: worth "
-            f"most with role {self.best}. Evaluating it would have {self.evaluations:.2g} results an epoch; with role "
-            f"score it would score {self.scored:.2g} of the samples an epoch, which makes no epoch faster."
+            f"Class {self.name} changes the epochs per second, evaluations included, over a run without it: {told}. It "
+            f"is worth most with role {self.best}. With role evaluate it finishes {self.evaluations:.2g} of them an "
+            f"epoch; with role score it scores {self.scored:.2g} of the samples an epoch, which speeds up no epoch."
         )
 
 
