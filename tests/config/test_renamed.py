@@ -60,6 +60,7 @@ def test_todays_names_warn_of_nothing() -> None:
         load(None, ["train.epochs=3", "train.epoch_length=dataset"])
 
 
+@pytest.mark.slow
 def test_a_job_says_it_once(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
     done = hvd_hetero(["launch", "train.passes=1", f"run.dir={tmp_path / 'run'}"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -24,7 +24,7 @@ from hvd_hetero.training.survivor import Survivor, adopt
 RANKS = Path(__file__).parents[1] / "ranks"
 
 
-@pytest.mark.parametrize("killed", [0, 2])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_no_more_than_a_round_is_lost_with_a_rank(killed: int, hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
     """The state is that of the last round in which all ranks met.
 
