@@ -1,6 +1,6 @@
 """Averages over ranks into which no NaN and no Inf goes.
 
-Ranks whose values are non-finite are left out, and the weights of the others are scaled up to 1. Where all are good,
+Ranks whose values are non-finite are left out, and the weights of the others are scaled up to 1. Where all are finite,
 the weighted sum stays as it is.
 """
 
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.flat_params import FlatState
-from hvd_hetero.comm.nonfinite import FLAG_SLOTS, finite, scale_, summable
+from hvd_hetero.comm.nonfinite import FLAG_SLOTS, all_finite, scale_, summable
 from hvd_hetero.comm.paths import FLAT
 from hvd_hetero.comm.tensor_slots import digest
 from hvd_hetero.comm.untrained_averaging import OtherAverages
-from hvd_hetero.comm.weighted_sums import average_tensors, sum_good_
+from hvd_hetero.comm.weighted_sums import average_tensors, sum_finite_
 from hvd_hetero.comm.wire import Wire
 from hvd_hetero.errors import NonFiniteError
 
@@ -49,7 +49,7 @@ class Sent:
 def average(
     comm: Comm, state: FlatState, weight: float, name: str = "average", sent: Sent | None = None
 ) -> bool:
-    """Replaces every rank's model by sum_i w_i x_i (paper, eq. 4) over the good ranks.
+    """Replaces every rank's model by sum_i w_i x_i (paper, eq. 4) over the ranks with finite values.
 
     What is in no flat vector follows its policy, see :mod:`hvd_hetero.comm.untrained_state`.
 
@@ -58,17 +58,17 @@ def average(
         sent: how differences are sent; None: models are, as they are.
 
     Returns:
-        Whether this rank's own model was good. If not, all else that its steps have made is to be forgotten too.
+        Whether this rank's own model was finite. If not, all else that its steps have made is to be forgotten too.
 
     Raises:
-        NonFiniteError: on all ranks, if no rank's model is good, or if a bad one is to stop the job.
+        NonFiniteError: on all ranks, if no rank's model is finite, or if one that is not is to stop the job.
         UserError: a tensor is not what it was, so that it cannot be averaged.
     """
     with comm.booked():
-        good = _average(comm, state, weight, name, sent)
-    if not good:
+        is_finite = _average(comm, state, weight, name, sent)
+    if not is_finite:
         comm.excluded.note()
-    return good
+    return is_finite
 
 
 def _average(comm: Comm, state: FlatState, weight: float, name: str, sent: Sent | None) -> bool:
@@ -79,14 +79,14 @@ def _average(comm: Comm, state: FlatState, weight: float, name: str, sent: Sent 
     if sent is not None:
         sent.take_off(contents)
     if comm.path == FLAT:
-        good, weight, share = scale_(contents, weight), 1.0, weight
+        is_finite, weight, share = scale_(contents, weight), 1.0, weight
     else:
-        good, share = finite(contents), 1.0
-    others = OtherAverages(comm, state.others, own_weight, good, f"{name}.others")
+        is_finite, share = all_finite(contents), 1.0
+    others = OtherAverages(comm, state.others, own_weight, is_finite, f"{name}.others")
     others.begin()
     states = [len(content) - params for content, params in zip(contents, state.params, strict=True)]
-    news = sum_good_(comm, vectors, good, name, weight=weight, share=share, news=news,
-                      wire=None if sent is None else sent.wire, states=states)
+    news = sum_finite_(comm, vectors, is_finite, name, weight=weight, share=share, news=news,
+                        wire=None if sent is None else sent.wire, states=states)
     if sent is not None:
         sent.put_back(contents)
     for own, total in zip(state.padded, vectors, strict=True):
@@ -95,7 +95,7 @@ def _average(comm: Comm, state: FlatState, weight: float, name: str, sent: Sent 
     others.finish()
     if news:
         others.agree()
-    return good
+    return is_finite
 
 
 def average_buffers(comm: Comm, state: FlatState, weight: float, ranks: tuple[int, ...], name: str = "buffers") -> None:
@@ -109,19 +109,19 @@ def average_buffers(comm: Comm, state: FlatState, weight: float, ranks: tuple[in
         NonFiniteError, UserError: as :func:`average`.
     """
     state.refresh()
-    good = finite(state.buffers())
+    is_finite = all_finite(state.buffers())
     vectors = [summable(vector) for vector in state.padded_buffers()]
     for vector in vectors:
         vector[:-FLAG_SLOTS].mul_(weight)
-    others = OtherAverages(comm, state.others, weight, good, f"{name}.others", ranks)
+    others = OtherAverages(comm, state.others, weight, is_finite, f"{name}.others", ranks)
     others.begin()
-    sum_good_(comm, vectors, good, name, share=weight, ranks=ranks)
+    sum_finite_(comm, vectors, is_finite, name, share=weight, ranks=ranks)
     for own, total in zip(state.padded_buffers(), vectors, strict=True):
         if own is not total:
             own.copy_(total)
     others.finish()
     others.look()
-    if not good:
+    if not is_finite:
         comm.excluded.note()
 
 
@@ -141,7 +141,7 @@ def average_unlike_parameters(comm: Comm, state: FlatState, weight: float, ranks
     first, *others = comm.gather(mine, "parameters.digest", ranks=ranks)
     if not all(torch.equal(first, other) for other in others):
         parts = [part.clone() for part in state.parameters()]
-        average_tensors(comm, parts, finite(parts), "parameters", weight=weight, ranks=ranks)
+        average_tensors(comm, parts, all_finite(parts), "parameters", weight=weight, ranks=ranks)
         for own, average in zip(state.parameters(), parts, strict=True):
             own.copy_(average)
 
@@ -167,7 +167,7 @@ def average_others(
 
 
 def check_partial(comm: Comm, parameters: Sequence[Tensor], averages: int) -> None:
-    """Ends the job where nobody's numbers are good; all ranks call it after the same rounds of partial collectives.
+    """Ends the job where no rank's values are finite; all ranks call it after the same rounds of partial collectives.
 
     Args:
         parameters: the model that all ranks hold then.
@@ -176,5 +176,5 @@ def check_partial(comm: Comm, parameters: Sequence[Tensor], averages: int) -> No
     Raises:
         NonFiniteError: on all ranks.
     """
-    if not finite(parameters) or (not averages and comm.max([-float(comm.excluded.since)], "partial.bad")[0] < 0):
+    if not all_finite(parameters) or (not averages and comm.max([-float(comm.excluded.since)], "partial.bad")[0] < 0):
         raise NonFiniteError(comm.excluded.round, range(comm.size), everybody=True)

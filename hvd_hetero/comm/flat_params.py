@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hvd_hetero.comm.nonfinite import FLAG_SLOTS, sum_type
 from hvd_hetero.comm.tensor_slots import Slot, Structure, memory_of, overlapping, real_view, slots_of
-from hvd_hetero.comm.untrained_state import AVERAGE, OtherState, check_policies, is_finite
+from hvd_hetero.comm.untrained_state import AVERAGE, OtherState, check_policies, is_tensor_finite
 from hvd_hetero.errors import ConfigError, UserError
 
 ALIGNMENT = 64
@@ -273,7 +273,7 @@ def check_state(module: nn.Module, policies: Mapping[str, str]) -> Layout:
         tensor
         for tensor, own in slots.items()
         if not own[0].is_parameter and own[0].persistent and own[0].name not in shared
-        if others.policy(own[0].name) == AVERAGE and tensor.dtype in TRAINED and is_finite(tensor)
+        if others.policy(own[0].name) == AVERAGE and tensor.dtype in TRAINED and is_tensor_finite(tensor)
     ]
     return Layout(trained, averaged, slots)
 

@@ -1,9 +1,9 @@
-"""non-finite values (NaN, Inf): how they are found, how a sum says that a rank was left out of it, and who has been.
+"""Non-finite values (NaN, Inf): how they are found, how a sum says that a rank was left out of it, and who has been.
 
-Every vector that is summed has elements for flags at its end. A good rank puts its weight into the first of them and 0
-into the second; a bad one sends nothing but its weight in the second. So the sum itself tells all ranks, exactly,
-whether anybody was left out and whether anybody was not, without a further collective. The third tells them in the same
-way that a rank has something for all to agree on.
+Every vector that is summed has elements for flags at its end. A finite rank puts its weight into the first of them and
+0 into the second; a non-finite one sends nothing but its weight in the second. So the sum itself tells all ranks,
+exactly, whether anybody was left out and whether anybody was not, without a further collective. The third tells them in
+the same way that a rank has something for all to agree on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CHUNK, PIECE = 1 << 26, 1 << 18
 """Elements: cuBLAS takes no longer vectors than 2**31, and a core's cache holds about a megabyte."""
 
 
-def finite(tensors: Sequence[Tensor]) -> bool:
+def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether there is no NaN and no Inf in tensors of one device."""
     parts = [part for tensor in tensors for part in real_view(tensor.detach()).reshape(-1).split(CHUNK)]
     if not parts:
@@ -66,18 +66,18 @@ def summable(vector: Tensor) -> Tensor:
     return vector.to(sum_type(vector.dtype))
 
 
-def write_validity_flags(vectors: Sequence[Tensor], good: bool, share: float = 1.0, news: bool = False) -> None:
+def write_validity_flags(vectors: Sequence[Tensor], is_finite: bool, share: float = 1.0, news: bool = False) -> None:
     """Makes ready what a rank is about to send.
 
     Args:
-        vectors: ``[P + FLAG_SLOTS]``, of which a bad rank sends zeros.
+        vectors: ``[P + FLAG_SLOTS]``, of which a non-finite rank sends zeros.
         share: of this rank, as far as it is in the numbers already.
         news: whether this rank has something for all to agree on.
     """
     for vector in vectors:
-        if not good:
+        if not is_finite:
             vector.zero_()
-        flags = [share if good else 0.0, 0.0 if good else share, float(news)]
+        flags = [share if is_finite else 0.0, 0.0 if is_finite else share, float(news)]
         vector[-FLAG_SLOTS:] = torch.tensor(flags, dtype=vector.dtype)
 
 

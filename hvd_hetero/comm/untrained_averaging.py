@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.tensor_slots import as_bytes, from_bytes, real_view
-from hvd_hetero.comm.untrained_state import AVERAGE, KEY, MAX, ROOT, SUM, OtherState, is_finite
+from hvd_hetero.comm.untrained_state import AVERAGE, KEY, MAX, ROOT, SUM, OtherState, is_tensor_finite
 from hvd_hetero.comm.weighted_sums import average_tensors
 from hvd_hetero.errors import UserError
 
@@ -24,15 +24,15 @@ class OtherAverages:
 
     Args:
         weight: of this rank in averages.
-        is_good: whether this rank's model is free of NaN and Inf; else it gives nothing.
+        is_finite: whether this rank's model is free of NaN and Inf; else it gives nothing.
         ranks: those that take part: all, or one class.
     """
 
     def __init__(
-        self, comm: Comm, others: OtherState, weight: float, is_good: bool, name: str,
+        self, comm: Comm, others: OtherState, weight: float, is_finite: bool, name: str,
         ranks: tuple[int, ...] | None = None,
     ) -> None:  # fmt: skip
-        self._comm, self._others, self._weight, self._is_good = comm, others, weight, is_good
+        self._comm, self._others, self._weight, self._is_finite = comm, others, weight, is_finite
         self._name, self._ranks = name, ranks or tuple(range(comm.size))
         self._alone = len(self._ranks) == 1
         self._finish_maxima: Callable[[], None] = lambda: None
@@ -131,12 +131,12 @@ class OtherAverages:
         if not tensors:
             return
         work = [real_view(tensor).clone() for tensor in tensors.values()]
-        is_good = self._is_good and all(map(is_finite, work))
-        average_tensors(self._comm, work, is_good, f"{self._name}.average", weight=self._weight,
+        is_finite = self._is_finite and all(map(is_tensor_finite, work))
+        average_tensors(self._comm, work, is_finite, f"{self._name}.average", weight=self._weight,
                         share=1.0, ranks=self._ranks)  # fmt: skip
         for (name, tensor), average in zip(tensors.items(), work, strict=True):
             self._others.put(name, torch.view_as_complex(average) if tensor.is_complex() else average)
-        if self._is_good and not is_good:
+        if self._is_finite and not is_finite:
             self._comm.excluded.note()
 
     @torch.no_grad()
@@ -149,7 +149,7 @@ class OtherAverages:
                 continue
             bases = {name: self._others.base[name].to(wide) for name in chosen}
             added = torch.cat([(t.to(wide) - bases[name]).reshape(-1) for name, t in chosen.items()]).cpu()
-            if not self._is_good:
+            if not self._is_finite:
                 added.zero_()
             self._comm.sum_(added, f"{self._name}.sum.{wide}", self._ranks)
             parts = added.split([t.numel() for t in chosen.values()])
@@ -162,7 +162,7 @@ class OtherAverages:
         """Give all ranks what the first of those has that weigh most."""
         if not tensors:
             return
-        mine = torch.tensor([self._weight if self._is_good else 0.0], dtype=torch.float64)
+        mine = torch.tensor([self._weight if self._is_finite else 0.0], dtype=torch.float64)
         weights = [float(w) for w in self._comm.gather(mine, f"{self._name}.weights", ranks=self._ranks)]
         if not any(weights):
             return

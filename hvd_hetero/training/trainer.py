@@ -339,8 +339,8 @@ class Trainer(TrainerParts):
         if epoch is not None:
             self._share_evaluations()
         self.watch.heartbeat.begin("checkpoint")
-        good = self.best.goodness(row or {})
-        self.saver.save(self._round_of(epoch), self.accounts.epochs, lambda: state_of(self, epoch), wait, good)
+        score = self.best.score(row or {})
+        self.saver.save(self._round_of(epoch), self.accounts.epochs, lambda: state_of(self, epoch), wait, score)
         self._tell_saved(self.saver)
         self.watch.skip()
 

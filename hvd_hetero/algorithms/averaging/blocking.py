@@ -105,10 +105,10 @@ class BlockingAveraging(Averaging):
         optimizer, kept = self.worker.optimizer, self.spec.optimizer_state
         self.worker.rest()
         sent = None if self.wire is None or base is None else Sent(base, self.wire)
-        good = average(self.comm, self.worker.state, weight, sent=sent)
+        is_finite = average(self.comm, self.worker.state, weight, sent=sent)
         if kept in AVERAGED:
-            self._optimizer_average.average(optimizer, weight, good)
-        if kept == "reset" or (kept == "local" and not good):
+            self._optimizer_average.average(optimizer, weight, is_finite)
+        if kept == "reset" or (kept == "local" and not is_finite):
             optimizer.state.clear()
         self.outer.step()
 

@@ -30,7 +30,7 @@ from hvd_hetero.algorithms.averaging.blocking import BlockingAveraging, scale_pr
 from hvd_hetero.algorithms.local_sgd import LocalSGD
 from hvd_hetero.comm.averaging import Sent
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.nonfinite import finite
+from hvd_hetero.comm.nonfinite import all_finite
 from hvd_hetero.comm.weighted_sums import average_tensors
 from hvd_hetero.comm.wire import Wire
 from hvd_hetero.data import Batch
@@ -103,7 +103,7 @@ class InFlightAverage:
         state.refresh()  # what it finds is agreed on where all ranks meet
         self._sent = [v.clone() for v in state.vectors]
         self._mean = [v.clone() for v in state.vectors]
-        self._good = finite(self._sent)
+        self._is_finite = all_finite(self._sent)
         if factor != 1:
             scale_progress(self._parts(self._mean), self._parts(self.base), factor)
         if self._wire is not None:
@@ -147,14 +147,14 @@ class InFlightAverage:
         self._is_sent = False
         if problem is not None:
             raise problem
-        if not self._good:
+        if not self._is_finite:
             self._worker.optimizer.state.clear()
             self._comm.excluded.note()
         state, share = self._worker.state, 1 - self._own_weight
         if self._wire is not None:
             Sent(self.base, self._wire).put_back(self._mean)
         for x, mean, sent, params in zip(state.vectors, self._mean, self._sent, state.params, strict=True):
-            if self._good:
+            if self._is_finite:
                 moved = mean[:params] - sent[:params]
                 x[:params] += moved if share == 1 else moved.mul_(share)
                 x[params:] = mean[params:]
@@ -164,12 +164,12 @@ class InFlightAverage:
 
     def _average(self, weight: float) -> None:
         if self._wire is None:
-            average_tensors(self._comm, self._mean, self._good, "delayed", weight=weight)
+            average_tensors(self._comm, self._mean, self._is_finite, "delayed", weight=weight)
             return
-        average_tensors(self._comm, self._parts(self._mean), self._good, "delayed", weight=weight, wire=self._wire)
+        average_tensors(self._comm, self._parts(self._mean), self._is_finite, "delayed", weight=weight, wire=self._wire)
         rest = [vector[params:] for vector, params in zip(self._mean, self._worker.state.params, strict=True)]
         if states := [part for part in rest if len(part)]:  # they are not rounded
-            average_tensors(self._comm, states, self._good, "delayed.states", weight=weight)
+            average_tensors(self._comm, states, self._is_finite, "delayed.states", weight=weight)
 
     def _parts(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Return the parameters' parts of vectors, those that have one."""

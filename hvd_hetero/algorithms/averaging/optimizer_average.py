@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.tensor_slots import real_view
-from hvd_hetero.comm.untrained_state import is_finite
+from hvd_hetero.comm.untrained_state import is_tensor_finite
 from hvd_hetero.comm.weighted_sums import average_tensors
 
 STEP = "step"
@@ -60,12 +60,12 @@ class OptimizerAverage:
         self._known, self._entries = "", list[Entry]()
         self._missing: set[Entry] = set()
 
-    def average(self, optimizer: torch.optim.Optimizer, weight: float, good: bool = True) -> None:
+    def average(self, optimizer: torch.optim.Optimizer, weight: float, is_finite: bool = True) -> None:
         """Take part in one average.
 
         Args:
             weight: of this rank; the weights of all ranks sum to 1 and are equal within a class.
-            good: whether this rank's model was; if not, its state has no part in the average either.
+            is_finite: whether this rank's model is; if not, its state has no part in the average either.
 
         Raises:
             NonFiniteError: as :func:`hvd_hetero.comm.averaging.average`.
@@ -77,16 +77,16 @@ class OptimizerAverage:
             values = [self._value(own, entry) for entry in floating]
             # where not all ranks have an entry, the weights of those that do travel beside it
             present = {entry: torch.tensor([float(entry in own)]) for entry in floating if entry in self._missing}
-            fit = good and all(map(is_finite, values))
+            is_state_finite = is_finite and all(map(is_tensor_finite, values))
             device = self._params[0].device
             sums = [*values, *(flag.to(device) for flag in present.values())]
             if sums:
-                average_tensors(self._comm, sums, fit, "optimizer", weight=weight)
+                average_tensors(self._comm, sums, is_state_finite, "optimizer", weight=weight)
             for entry, average in zip(floating, values, strict=True):
                 if entry in present:
                     average /= sums[len(values) + list(present).index(entry)].clamp_min(1e-30)
                 self._put(optimizer, entry, average)
-            if good and not fit:
+            if is_finite and not is_state_finite:
                 self._comm.excluded.note()
             counts = [entry for entry in self._entries if entry.is_count]
             said = [float(own[entry]) if entry in own else -float("inf") for entry in counts]

@@ -42,7 +42,7 @@ from hvd_hetero.algorithms.local_sgd import LocalSGD
 from hvd_hetero.comm.averaging import check_partial
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.flat_params import concat, parts_of
-from hvd_hetero.comm.nonfinite import finite
+from hvd_hetero.comm.nonfinite import all_finite
 from hvd_hetero.comm.partial.allreduce import PartialAllreduce
 from hvd_hetero.comm.partial.rounds import Round
 from hvd_hetero.planning.plan import ClassPlan
@@ -115,7 +115,7 @@ class PartialAveraging(Averaging):
     def _contribute(self, steps: float, arrived: bool) -> bool:
         """Contribute the progress since the last time; return False, and go back, if it is non-finite."""
         self.worker.state.refresh()
-        if not finite([*self._params, *self._buffers]):
+        if not all_finite([*self._params, *self._buffers]):
             self._reset()
             for vector, kept in zip(self._buffers, self._kept, strict=True):
                 vector.copy_(kept)

@@ -13,8 +13,8 @@ from hvd_hetero.algorithms.bvr_l_sgd import BVRLSGD
 from hvd_hetero.algorithms.execution.base import run_rounds
 from hvd_hetero.algorithms.execution.local_sgd import LocalSGDExecutor
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.nonfinite import FLAG_SLOTS, finite, summable
-from hvd_hetero.comm.weighted_sums import sum_good_
+from hvd_hetero.comm.nonfinite import FLAG_SLOTS, all_finite, summable
+from hvd_hetero.comm.weighted_sums import sum_finite_
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import NonFiniteError
 from hvd_hetero.planning.plan import ClassPlan
@@ -60,12 +60,12 @@ class VarianceReduced(Averaging):
             self._difference(inputs, targets, [] if is_new else self.before, mine.weight / count)
             for total, gradient in zip(sums, self._gradients, strict=True):
                 total[:-FLAG_SLOTS].add_(gradient)
-        good = finite(sums)
+        is_finite = all_finite(sums)
         worker.pace.pause()
         sent = [summable(total) for total in sums]
         with self.comm.booked():
-            sum_good_(self.comm, sent, good, "anchor", share=mine.weight)
-        if not good:
+            sum_finite_(self.comm, sent, is_finite, "anchor", share=mine.weight)
+        if not is_finite:
             self.comm.excluded.note()
         found = [total[:-FLAG_SLOTS].to(gradient) for total, gradient in zip(sent, self._gradients, strict=True)]
         if not is_new:
@@ -106,15 +106,16 @@ class VarianceReduced(Averaging):
         worker, comm = self.worker, self.comm
         worker.rest()
         worker.state.refresh()
-        good = finite([*worker.state.parameters(), *worker.state.buffers()])
+        is_finite = all_finite([*worker.state.parameters(), *worker.state.buffers()])
         worker.pace.pause()
         with comm.booked():
-            flags = [int(flag) for flag in comm.gather(torch.tensor([2 * (not good) + is_training]), "drawn.good")]
-            fit, bad = [r for r, flag in enumerate(flags) if flag == 1], [r for r, flag in enumerate(flags) if flag > 1]
-            if not fit or (bad and comm.excluded.stops):
-                raise NonFiniteError(comm.excluded.round, bad, not fit)
-            comm.broadcast_state(worker.state, self.policy.drawn(self.rounds, fit))
-        if not good:
+            flags = [int(flag) for flag in comm.gather(torch.tensor([2 * (not is_finite) + is_training]), "drawn.good")]
+            finite_ranks = [r for r, flag in enumerate(flags) if flag == 1]
+            non_finite_ranks = [r for r, flag in enumerate(flags) if flag > 1]
+            if not finite_ranks or (non_finite_ranks and comm.excluded.stops):
+                raise NonFiniteError(comm.excluded.round, non_finite_ranks, not finite_ranks)
+            comm.broadcast_state(worker.state, self.policy.drawn(self.rounds, finite_ranks))
+        if not is_finite:
             comm.excluded.note()
 
     def _copy(self) -> list[Tensor]:

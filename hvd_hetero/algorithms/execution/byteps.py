@@ -32,7 +32,7 @@ class BytePSExecutor(FlatGradientExecutor):
         else:
             super().run_round(batches)
 
-    def sum_(self, sums: Sequence[Tensor], good: bool, share: float) -> None:
-        write_validity_flags(sums, good, share)
+    def sum_(self, sums: Sequence[Tensor], is_finite: bool, share: float) -> None:
+        write_validity_flags(sums, is_finite, share)
         self.servers.sum_(sums, "gradient")
-        renormalize(self.comm, sums, good, "gradient", self.policy.ranks)
+        renormalize(self.comm, sums, is_finite, "gradient", self.policy.ranks)

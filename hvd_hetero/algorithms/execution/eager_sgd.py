@@ -11,7 +11,7 @@ from hvd_hetero.comm.averaging import check_partial
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.flat_params import concat, parts_of
 from hvd_hetero.comm.gradient_staging import HostGradients
-from hvd_hetero.comm.nonfinite import finite
+from hvd_hetero.comm.nonfinite import all_finite
 from hvd_hetero.comm.partial.allreduce import PartialAllreduce
 from hvd_hetero.comm.partial.rounds import Round
 from hvd_hetero.data import Batch
@@ -61,7 +61,7 @@ class EagerSGDExecutor(SynchronousExecutor):
                 # the answer comes while this rank waits for the round; to claim everything leaves the others nothing
                 partial.claim(segment.samples if segment.is_stopping() else self.mine.batch_size)
             gradient = concat(self._gradients).cpu() if self._host is None else self._host.take()
-            if finite([gradient]):
+            if all_finite([gradient]):
                 partial.contribute(gradient, self.mine.weight / parts, arrived=is_whole, samples=self.mine.batch_size)
                 self._apply(partial.pop(None if is_whole else 0), segment, first)
             else:  # others may be waiting for this rank to contribute, so it waits for nothing

@@ -10,8 +10,8 @@ from torch import Tensor
 from hvd_hetero.algorithms.execution.synchronous import SynchronousExecutor
 from hvd_hetero.algorithms.policy import FLOAT32
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.nonfinite import finite, summable
-from hvd_hetero.comm.weighted_sums import sum_good_
+from hvd_hetero.comm.nonfinite import all_finite, summable
+from hvd_hetero.comm.weighted_sums import sum_finite_
 from hvd_hetero.comm.wire import Wire
 from hvd_hetero.data import Batch
 from hvd_hetero.planning.plan import Plan
@@ -40,14 +40,14 @@ class FlatGradientExecutor(SynchronousExecutor):
         for inputs, targets in worker.pace.steps(batches, 1):
             self.keep_buffers()
             share = self.compute(inputs, targets)
-            good = finite(self.gradients)
+            is_finite = all_finite(self.gradients)
             sums = [summable(vector) for vector in self.vectors]
             worker.pace.pause()
-            self.sum_(sums, good, share)
+            self.sum_(sums, is_finite, share)
             for gradient, total in zip(self.vectors, sums, strict=True):
                 if gradient is not total:
                     gradient.copy_(total)
-            if not good:
+            if not is_finite:
                 self.exclude_step()
             worker.apply()
 
@@ -56,10 +56,10 @@ class FlatGradientExecutor(SynchronousExecutor):
         self.worker.gradient(inputs, targets, self.mine.weight)
         return self.mine.weight
 
-    def sum_(self, sums: Sequence[Tensor], good: bool, share: float) -> None:
-        """Replace the parts, ``[P + FLAG_SLOTS]`` each, by the joined gradient of the good ranks."""
+    def sum_(self, sums: Sequence[Tensor], is_finite: bool, share: float) -> None:
+        """Replace the parts, ``[P + FLAG_SLOTS]`` each, by the joined gradient of the finite ranks."""
         with self.comm.booked():
-            sum_good_(self.comm, sums, good, "gradient", share=share, ranks=self.policy.ranks, wire=self.wire)
+            sum_finite_(self.comm, sums, is_finite, "gradient", share=share, ranks=self.policy.ranks, wire=self.wire)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), **({} if self.wire is None else {"wire": self.wire.state_dict()})}

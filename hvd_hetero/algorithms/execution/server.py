@@ -16,7 +16,7 @@ from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.flat_params import concat, parts_of
 from hvd_hetero.comm.gradient_staging import HostGradients
 from hvd_hetero.comm.model_server import Answer, ModelLink
-from hvd_hetero.comm.nonfinite import finite
+from hvd_hetero.comm.nonfinite import all_finite
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.plan import Plan
@@ -173,7 +173,7 @@ class ServerExecutor(Executor):
             self._keep_buffers()
             self.worker.gradient(inputs, targets)
         gradient = concat(self._gradients).cpu() if self._host is None else self._host.take()
-        return gradient if self._is_good([gradient]) else None
+        return gradient if self._check_finite([gradient]) else None
 
     def _progress(self, batches: Iterator[Batch], tau: int) -> tuple[Tensor | None, int]:
         """Take local steps; return x - x_i on the host, None if it is non-finite, and the steps."""
@@ -181,7 +181,7 @@ class ServerExecutor(Executor):
         self._keep_buffers()
         steps = self.worker.local_steps(batches, tau)
         self.worker.state.refresh()
-        if not self._is_good([*self._params, *self.worker.state.buffers()]):
+        if not self._check_finite([*self._params, *self.worker.state.buffers()]):
             self.worker.optimizer.state.clear()
             self._write(before)
             return None, steps
@@ -190,15 +190,15 @@ class ServerExecutor(Executor):
     def _keep_buffers(self) -> None:
         self._kept = [buffers.clone() for buffers in self.worker.state.buffers()]
 
-    def _is_good(self, tensors: list[Tensor]) -> bool:
+    def _check_finite(self, tensors: list[Tensor]) -> bool:
         """Tell whether all is finite; if not, put running statistics back and count it."""
-        good = finite(tensors)
-        if not good:
+        is_finite = all_finite(tensors)
+        if not is_finite:
             self.worker.state.refresh()
             for buffers, kept in zip(self.worker.state.buffers(), self._kept, strict=True):
                 buffers.copy_(kept)
             self.comm.excluded.note()
-        return good
+        return is_finite
 
     def _exchange(self, vector: Tensor | None, claim: int) -> Answer:
         answer = self.link.exchange(vector, claim)

@@ -11,7 +11,7 @@ from torch import Tensor
 from hvd_hetero.algorithms.execution.synchronous import SynchronousExecutor
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.gradient_allreduce import GradientSum
-from hvd_hetero.comm.nonfinite import finite
+from hvd_hetero.comm.nonfinite import all_finite
 from hvd_hetero.comm.weighted_sums import average_tensors
 from hvd_hetero.data import Batch
 from hvd_hetero.planning.plan import Plan
@@ -38,7 +38,7 @@ class SyncSGDExecutor(SynchronousExecutor):
             worker.pace.pause()
             with self.sum.finished(worker.optimizer):
                 with self.comm.booked():
-                    if not finite(worker.gradients()):
+                    if not all_finite(worker.gradients()):
                         self._sum_again(inputs, targets)
                 worker.apply()
 
@@ -49,9 +49,9 @@ class SyncSGDExecutor(SynchronousExecutor):
         self.restore_buffers()
         own = worker.gradient_again(inputs, targets, self.mine.weight)
         worker.state.others.load_state_dict(others)
-        good = finite(own)
-        average_tensors(self.comm, own, good, "gradient.again", share=self.mine.weight, ranks=self.policy.ranks)
+        is_finite = all_finite(own)
+        average_tensors(self.comm, own, is_finite, "gradient.again", share=self.mine.weight, ranks=self.policy.ranks)
         for gradient, again in zip(worker.gradients(), own, strict=True):
             gradient.copy_(again)
-        if not good:
+        if not is_finite:
             self.exclude_step()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hvd_hetero.algorithms.execution.base import Executor
 from hvd_hetero.algorithms.synchronous import Lockstep
 from hvd_hetero.comm.averaging import average_buffers, average_unlike_parameters
-from hvd_hetero.comm.nonfinite import finite
+from hvd_hetero.comm.nonfinite import all_finite
 from hvd_hetero.errors import NonFiniteError
 from hvd_hetero.worker.epoch import Segment
 
@@ -24,7 +24,7 @@ class SynchronousExecutor(Executor):
         super().run_segment(segment)
         state = self.worker.state
         state.refresh()
-        if self.mine.tau and not finite(state.parameters()):  # a step itself may have gone too far
+        if self.mine.tau and not all_finite(state.parameters()):  # a step itself may have gone too far
             raise NonFiniteError(self.comm.excluded.round, self.policy.ranks, everybody=True)
 
     def keep_buffers(self) -> None:

@@ -13,7 +13,7 @@ from hvd_hetero.algorithms.policy import SOLO
 from hvd_hetero.algorithms.wagma_sgd import WAGMASGD
 from hvd_hetero.comm.averaging import average_others, check_partial
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.nonfinite import finite
+from hvd_hetero.comm.nonfinite import all_finite
 from hvd_hetero.comm.partial.allreduce import PartialAllreduce
 from hvd_hetero.comm.partial.rounds import Round
 from hvd_hetero.data import Batch
@@ -60,8 +60,8 @@ class WAGMAExecutor(GroupedExecutor):
 
     def _step_and_average(self, batches: Iterator[Batch]) -> None:
         self.worker.local_steps(batches, 1)
-        own, good = self._send()
-        if good:
+        own, is_finite = self._send()
+        if is_finite:
             self.comm.excluded.since = 0
         self._receive(own, lambda item: item.fresh)
 
@@ -69,31 +69,31 @@ class WAGMAExecutor(GroupedExecutor):
         worker, excluded, every = self.worker, self.comm.excluded, self.policy.sync_every
         for inputs, targets in worker.pace.steps(batches, 1):
             worker.gradient(inputs, targets)
-        is_gradient_good = finite(worker.gradients())
-        own, good = self._send()
+        is_gradient_finite = all_finite(worker.gradients())
+        own, is_finite = self._send()
         self._receive(own, lambda item: (item.number + 1) % every == 0)
-        if is_gradient_good:
+        if is_gradient_finite:
             worker.apply()
-            excluded.since = excluded.since if not good else 0
-        elif good:
+            excluded.since = excluded.since if not is_finite else 0
+        elif is_finite:
             excluded.note()
 
     @torch.no_grad()
     def _send(self, arrived: bool = True) -> tuple[Tensor, bool]:
-        """Put the model into the send buffer; return it, on the host, and whether it was good.
+        """Put the model into the send buffer; return it, on the host, and whether it is finite.
 
         A step that made it non-finite is taken back before.
         """
         own = self.whole()
-        good = finite([own])
-        if not good:
+        is_finite = all_finite([own])
+        if not is_finite:
             self.write(self._average)
             own = self._average
             self.worker.optimizer.state.clear()
             self.comm.excluded.note()
         host = own.to("cpu")
         self.partial.contribute(host, arrived=arrived)
-        return host, good
+        return host, is_finite
 
     @torch.no_grad()
     def _receive(self, own: Tensor, is_in_it: Callable[[Round], bool]) -> None:
