@@ -35,12 +35,12 @@ class Sent:
     base: Sequence[Tensor]
     wire: Wire
 
-    def take_off(self, vectors: Sequence[Tensor]) -> None:
+    def subtract_base(self, vectors: Sequence[Tensor]) -> None:
         """Turn models into differences, in place."""
         for vector, base in zip(vectors, self.base, strict=True):
             vector.sub_(base)
 
-    def put_back(self, vectors: Sequence[Tensor]) -> None:
+    def add_base(self, vectors: Sequence[Tensor]) -> None:
         """Turn differences into models again."""
         for vector, base in zip(vectors, self.base, strict=True):
             vector.add_(base)
@@ -77,7 +77,7 @@ def _average(comm: Comm, state: FlatState, weight: float, name: str, sent: Sent 
     contents = [vector[:-FLAG_SLOTS] for vector in vectors]
     own_weight = weight
     if sent is not None:
-        sent.take_off(contents)
+        sent.subtract_base(contents)
     if comm.path == FLAT:
         is_finite, weight, share = scale_(contents, weight), 1.0, weight
     else:
@@ -88,7 +88,7 @@ def _average(comm: Comm, state: FlatState, weight: float, name: str, sent: Sent 
     news = sum_finite_(comm, vectors, is_finite, name, weight=weight, share=share, news=news,
                         wire=None if sent is None else sent.wire, states=states)
     if sent is not None:
-        sent.put_back(contents)
+        sent.add_base(contents)
     for own, total in zip(state.padded, vectors, strict=True):
         if own is not total:
             own.copy_(total)

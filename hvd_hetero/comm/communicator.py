@@ -34,12 +34,12 @@ STOP = "stop"
 
 
 @dataclass
-class Carried:
+class Traffic:
     """Bytes that a rank has given to sums and averages, of gradients and models, since they were last taken."""
 
     sent: int = 0
 
-    def take(self) -> int:
+    def pop(self) -> int:
         taken, self.sent = self.sent, 0
         return taken
 
@@ -62,7 +62,7 @@ class Comm:
         path: that weighted sums take, ``flat`` or ``hierarchical``; the same on all ranks, changed between two sums.
         everyone: all ranks of the job, helpers too; ``size`` is the number of those that train, which all else is of.
         excluded: what this rank was left out of.
-        carried: what it has sent.
+        traffic: what it has sent.
 
     Raises:
         ConfigError: this Horovod cannot make these sets on these hosts, or cannot sum on GPUs.
@@ -75,7 +75,7 @@ class Comm:
         spec = spec or AggregationConfig()
         self.rank, self.size, self.watch = rank, cluster.size, watch or Stopwatch()
         self.heartbeat = self.watch.heartbeat
-        self.excluded, self.carried = Exclusions(rank, spec.nan == STOP), Carried()
+        self.excluded, self.traffic = Exclusions(rank, spec.nan == STOP), Traffic()
         mine = cluster.class_of(rank)
         self._peers, self._training = mine.ranks, tuple(range(self.size))
         self.everyone = tuple(range(len(cluster.facts)))
@@ -165,7 +165,7 @@ class Comm:
         group = self._sets.get(self._peers)
 
         def begun(i: int) -> int:
-            self.carried.sent += pieces[i].nbytes
+            self.traffic.sent += pieces[i].nbytes
             return begin(hvd.allreduce_async_, pieces[i], op=hvd.Sum, prescale_factor=weight, process_set=group,
                           name=f"{name}.{i}")  # fmt: skip
 
@@ -181,7 +181,7 @@ class Comm:
 
     def _sum_(self, vector: Tensor, ranks: tuple[int, ...], name: str) -> None:
         if len(ranks) > 1:
-            self.carried.sent += vector.nbytes
+            self.traffic.sent += vector.nbytes
             self._call(hvd.allreduce_async_, vector, op=hvd.Sum, process_set=self.group(ranks), name=name)
 
     def group(self, ranks: tuple[int, ...]) -> hvd.ProcessSet:
@@ -322,7 +322,7 @@ class Comm:
         ranks = ranks or self._training
         if len(ranks) == 1:
             return lambda: None
-        self.carried.sent += tensor.nbytes
+        self.traffic.sent += tensor.nbytes
         handle = begin(hvd.allreduce_async_, tensor, op=op, process_set=self.group(ranks), name=name)
         return lambda: self._finish(handle, name)
 
@@ -335,7 +335,7 @@ class Comm:
         Returns:
             A handle for :meth:`received`.
         """
-        self.carried.sent += tensor.nbytes
+        self.traffic.sent += tensor.nbytes
         return begin(hvd.alltoall_async, tensor, counts, process_set=self.group(self._training), name=name)
 
     def received(self, handle: int) -> Tensor:

@@ -98,7 +98,7 @@ class FlatState:
             for _, holder, key in place.slots:
                 if (key in holder and holder[key] is tensor) and tensor.data_ptr() == address:
                     continue
-                self._put_back(place)
+                self._restore(place)
                 break
         return bool(self.others.changed())
 
@@ -112,7 +112,7 @@ class FlatState:
         self.others.follow(slot for name, slot in slots.items() if name not in self._known)
 
     @torch.no_grad()
-    def _put_back(self, place: _Place) -> None:
+    def _restore(self, place: _Place) -> None:
         """Take the value that the module goes on with into the vector, and make the module's tensor a view again."""
         current = [(name, holder[key] if key in holder else None) for name, holder, key in place.slots]
         found = {id(now): (name, now) for name, now in current}

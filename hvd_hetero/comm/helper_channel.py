@@ -78,7 +78,7 @@ class HelperServer(ThreadedServer):
             self._turn.notify_all()
         return True
 
-    def take(self) -> tuple[list[dict[str, Any]], list[Scores]]:
+    def drain(self) -> tuple[list[dict[str, Any]], list[Scores]]:
         """Return rows and losses that have come since the last call."""
         with self._turn:
             taken, self._rows, self._scores = (self._rows, self._scores), [], []

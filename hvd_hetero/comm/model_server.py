@@ -162,7 +162,7 @@ class ModelLink:
     def __init__(
         self, comm: Comm, served: Served | None, like: Tensor, units: Sequence[Sequence[int]], hosts: int = 1
     ) -> None:
-        self._pulse, self._watch, self._carried = comm.heartbeat, comm.watch, comm.carried
+        self._pulse, self._watch, self._traffic = comm.heartbeat, comm.watch, comm.traffic
         self._model = torch.empty_like(like)
 
         def make(address: str, ranks: int, secret: bytes) -> ModelServer:
@@ -197,7 +197,7 @@ class ModelLink:
     def _ask(self, what: int, number: int = 0, vector: Tensor | None = None) -> Answer:
         try:
             self._link.send(what, number, vector)
-            self._carried.sent += 0 if vector is None else vector.nbytes
+            self._traffic.sent += 0 if vector is None else vector.nbytes
             *told, follows = self._link.answer(ANSWER, self._model)
         except (EOFError, OSError) as error:
             if isinstance(self._server, ModelServer) and self._server.error is not None:

@@ -94,7 +94,7 @@ class Exclusions:
 
     def __init__(self, rank: int, stops: bool = False) -> None:
         self._rank, self.stops = rank, stops
-        self.round = self.count = self.since = self._taken = 0
+        self.round = self.count = self.since = self._popped = 0
 
     def note(self) -> None:
         """This rank's contribution has been left out; the first, second, fourth, ... time it says so.
@@ -112,11 +112,11 @@ class Exclusions:
                            self._rank, self.round, times)  # fmt: skip
 
     @property
-    def untaken(self) -> int:
-        """How many since the last :meth:`take`."""
-        return self.count - self._taken
+    def pending(self) -> int:
+        """How many since the last :meth:`pop`."""
+        return self.count - self._popped
 
-    def take(self) -> int:
+    def pop(self) -> int:
         """How many since the last call."""
-        taken, self._taken = self.untaken, self.count
+        taken, self._popped = self.pending, self.count
         return taken

@@ -104,7 +104,7 @@ class OtherAverages:
             vectors[dtype] = torch.cat(parts).cpu()
             waits.append(self._comm.max_async_(vectors[dtype], f"{self._name}.max.{dtype}", self._ranks))
 
-        def put_back() -> None:
+        def restore() -> None:
             for wait in waits:
                 wait()
             places = dict.fromkeys(types, 0)
@@ -114,13 +114,13 @@ class OtherAverages:
                 part = vectors[value.dtype][start : start + value.numel()].view(value.shape)
                 self._others.put(name, _unordered(part.to(value.device), tensors[name].dtype))
 
-        return put_back
+        return restore
 
     def _follow(self, policies: Mapping[str, str]) -> None:
         """Everything but maxima."""
         self._average(self._chosen(policies, AVERAGE))
         self._sum(self._chosen(policies, SUM))
-        self._take_root(self._chosen(policies, ROOT))
+        self._broadcast_root(self._chosen(policies, ROOT))
 
     def _chosen(self, policies: Mapping[str, str], policy: str) -> dict[str, Tensor]:
         names = [name for name in sorted(policies) if policies[name] == policy]
@@ -158,7 +158,7 @@ class OtherAverages:
                 self._others.put(name, total.to(tensor.dtype))
                 self._others.base[name] = total.to(tensor.dtype)
 
-    def _take_root(self, tensors: Mapping[str, Tensor]) -> None:
+    def _broadcast_root(self, tensors: Mapping[str, Tensor]) -> None:
         """Give all ranks what the first of those has that weigh most."""
         if not tensors:
             return

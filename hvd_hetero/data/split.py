@@ -29,7 +29,7 @@ class Split:
     inputs: Tensor | dict[str, Tensor] | np.ndarray
     targets: Tensor
 
-    def take(self, indices: np.ndarray) -> Split:
+    def select(self, indices: np.ndarray) -> Split:
         """Return the samples at ``indices``."""
         rows = torch.from_numpy(indices)
         if isinstance(self.inputs, dict):
@@ -115,7 +115,7 @@ def adapt(splits: Splits, seed: int, *, validation: float = 0.0, label_noise: fl
     train, test = splits.train, splits.test
     if validation:
         kept, held = stratified(train.targets.numpy(), validation, np.random.default_rng([seed, 1]))
-        train, test = train.take(kept), train.take(held)
+        train, test = train.select(kept), train.select(held)
     if label_noise:
         train = Split(train.inputs, noisy(train.targets, label_noise, np.random.default_rng([seed, 2])))
     train, test = _limit("train_limit", train, train_limit), _limit("test_limit", test, test_limit)
@@ -141,4 +141,4 @@ def _limit(name: str, split: Split, count: int | None) -> Split:
         raise ConfigError(f"data.args.{name}", count, "must be at least 1", "give a number of samples")
     total = len(split.targets)
     count = min(count, total)
-    return split.take(np.arange(count) * total // count)  # some datasets come sorted by class
+    return split.select(np.arange(count) * total // count)  # some datasets come sorted by class

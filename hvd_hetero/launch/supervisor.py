@@ -108,7 +108,7 @@ class Supervisor:
                 _say(f"gives up: it cannot go on without {', '.join(sorted(self._lost))}: {error}")
                 return EXIT_LOST
             if end.status == 0:
-                lookout.take_back()  # it was asked too late, and a later start is not to stop for it
+                lookout.withdraw()  # it was asked too late, and a later start is not to stop for it
                 return 0
             newest = self._newest()
             if lookout.has_asked and end.status == EXIT_STOPPED and not end.asked:
@@ -118,7 +118,7 @@ class Supervisor:
                 _say(f"goes on with {self._ranks(self._lost)} ranks, {self._from(newest)}")
                 settings = self._settings(newest)
                 continue
-            lookout.take_back()
+            lookout.withdraw()
             if (reason := self._restarts.why_not(end, self._made())) is not None:
                 if self._restarts.made or (self._restarts.most and end.status in MENDABLE and not end.asked):
                     _say(f"gives up: {reason}")

@@ -130,12 +130,12 @@ class _DryRun:
     def forgotten(self, call: Callable[[], T]) -> T:
         """Call something, and put back whatever it has changed."""
         parts, before = self._parts, RandomState.capture(self._device)
-        put_back = snapshot(parts.model, parts.loss, parts.metrics, parts.optimizer, parts.scheduler)
+        restore = snapshot(parts.model, parts.loss, parts.metrics, parts.optimizer, parts.scheduler)
         try:
             with warnings.catch_warnings(record=True) as heard:
                 result = call()
         finally:
-            put_back()
+            restore()
             before.restore()
         for warning in heard:  # what fails is said once, by the error
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

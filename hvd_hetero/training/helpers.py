@@ -79,14 +79,14 @@ class Helpers:
         """Write the evaluations that have come since the last call."""
         if self._server is None:
             return
-        rows, scores = self._server.take()
+        rows, scores = self._server.drain()
         self._rows += rows
         self._scores += scores
         for row in rows:
             if self._folder is not None:
                 self._folder.evaluation(row)
 
-    def share(self) -> list[dict[str, Any]]:
+    def broadcast_evaluations(self) -> list[dict[str, Any]]:
         """Return the evaluations that all ranks have not been told of; all that train call it, with the same result."""
         self.receive()
         if not self.evaluate:
@@ -101,7 +101,7 @@ class Helpers:
         rows: list[dict[str, Any]] = json.loads(shared)
         return rows
 
-    def take_scores(self, epoch: int) -> list[Scores]:
+    def pop_scores(self, epoch: int) -> list[Scores]:
         """Return the losses that have come since the last call, at the end of an epoch.
 
         Those by a model of an earlier epoch are older than all that this one has trained on.

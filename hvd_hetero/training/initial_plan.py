@@ -88,7 +88,7 @@ def choose_micro_batches(job: Job, policy: Policy, worker: Worker, source: Sourc
         parts_that_fit(steps, max(1, size // worker.min_batch))
     counts = [int(count) for count in comm.gather(torch.tensor([worker.micro_batches]), "micro_batches")]
     worker.micro_batches = max(counts[rank] for rank in mine.ranks)
-    worker.watch.take()
+    worker.watch.drain()
     for c in job.cluster.classes:
         if c.name in tried:
             count = max(counts[rank] for rank in c.ranks)

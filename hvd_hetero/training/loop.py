@@ -169,7 +169,7 @@ class Loop:
         self._handover.begin(partial(carry_out, trainer), trainer.job.placement.device)
         with ExitStack() as hearing:
             is_heard = False
-            while (round := exit_on_error(self._handover.take)) is not None:
+            while (round := exit_on_error(self._handover.swap)) is not None:
                 if not round.measures and not is_heard and trainer.saver is not None and trainer.saver.active:
                     hearing.enter_context(trainer.saver.stopping)  # only a program's main thread hears signals
                     is_heard = True
@@ -242,7 +242,7 @@ class Loop:
     def _stop_trainer(self) -> None:
         if self._handover.is_out:
             try:
-                self._handover.take(Left("the program has left its loop"))
+                self._handover.swap(Left("the program has left its loop"))
             except Left:
                 pass
 

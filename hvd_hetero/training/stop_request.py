@@ -58,16 +58,16 @@ class StopRequest:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if threading.current_thread() is threading.main_thread():
-            self._put_back()
+            self._restore()
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self._asked:
-            self._put_back()
+            self._restore()
             os.kill(os.getpid(), number)
         self._asked = True
         self.heard()
 
-    def _put_back(self) -> None:
+    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

@@ -46,7 +46,7 @@ from hvd_hetero.training.startup import Job
 from hvd_hetero.training.trainer_parts import TrainerParts
 from hvd_hetero.worker.epoch import Epoch, Segment
 from hvd_hetero.worker.memory import on_device, peak_bytes, used_bytes
-from hvd_hetero.worker.step_benchmark import take_first_steps
+from hvd_hetero.worker.step_benchmark import warm_up
 
 TRACED_EPOCHS = 2
 """An epoch's first rounds are recorded in place of the last epoch's; the first epoch warms up caches and
@@ -117,7 +117,7 @@ class Trainer(TrainerParts):
             if known is None or reshaped:
                 choose_micro_batches(self.job, policy, self.worker, measured, self.comm)
             self.plan = known or first_plan(self.job, policy, self.worker, measured, self.comm)
-            take_first_steps(self.worker, measured, self.plan.of_rank(self.comm.rank).batch_size)
+            warm_up(self.worker, measured, self.plan.of_rank(self.comm.rank).batch_size)
         check_limits(config.train, self.plan)
         self.comm.agree(self.plan.digest(), "plan", "plan")
         start_together(self.algorithm, self.plan, self.worker, self.comm)
@@ -128,7 +128,7 @@ class Trainer(TrainerParts):
             spec.average, self.worker.state, half_life(spec, config.train, self.plan), spec.last
         )
         self.epoch: Epoch | None = None
-        self.comm.carried.take()  # what was only measured
+        self.comm.traffic.pop()  # what was only measured
         self._tell_rate()
         if state is not None:
             (carry_over if reshaped else restore)(self, state)
@@ -269,15 +269,15 @@ class Trainer(TrainerParts):
         shapes = [(plan.rounds * c.tau, c.batch_size) for c in plan.by_rank()] if as_dealt else None
         with comm.booked():
             self.algorithm.end_epoch()
-            losses, weights = worker.take_losses()
-            self.feed.collect(*epoch.results(), losses, shapes, self.helpers.take_scores(accounts.epochs + 1))
+            losses, weights = worker.pop_losses()
+            self.feed.collect(*epoch.results(), losses, shapes, self.helpers.pop_scores(accounts.epochs + 1))
         if self.averaged is not None and comm.rank == 0:
             self.averaged.end_epoch()
         spans = RoundSpans(self.watch, self.recorder, epoch.work_sec)
         step_sec = spans.step_sec(epoch, self.algorithm.mine.tau, is_planned)
-        excluded, counts = epoch.count(comm.excluded.take(), self.algorithm.counts())
+        excluded, counts = epoch.count(comm.excluded.pop(), self.algorithm.counts())
         done = gather_figures(comm, self.watch, accounts, epoch, losses, weights, step_sec, {
-            "excluded": excluded, "sent": comm.carried.take(), "dropped": self.algorithm.take_dropped(),
+            "excluded": excluded, "sent": comm.traffic.pop(), "dropped": self.algorithm.pop_dropped(),
             "overflows": 0 if worker.scaler is None else worker.scaler.overflows, "memory": used_bytes(worker.device),
         })  # fmt: skip
         self.met = 0.0, 0.0

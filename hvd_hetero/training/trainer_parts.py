@@ -155,7 +155,7 @@ class TrainerParts:
 
     def _share_evaluations(self) -> None:
         """Take in what helpers have evaluated; all ranks that train call it."""
-        for row in self.helpers.share():
+        for row in self.helpers.broadcast_evaluations():
             self.best.enter(row)
             self._call("on_evaluation", row)
 

@@ -168,7 +168,7 @@ class Worker(ForwardPasses):
                 taken to be zero.
 
         Returns:
-            The per-sample losses ``[B]``, on the device; they are also kept for :meth:`take_losses`. Samples that were
+            The per-sample losses ``[B]``, on the device; they are also kept for :meth:`pop_losses`. Samples that were
             left out have none, and do not count.
         """
         self._end_rest()
@@ -265,7 +265,7 @@ class Worker(ForwardPasses):
         self.clip(self._params)
         self.optimizer.step()
 
-    def take_losses(self) -> tuple[Tensor, Tensor]:
+    def pop_losses(self) -> tuple[Tensor, Tensor]:
         """Return losses and weights ``[K]`` of all samples since the last call, in the order of training.
 
         They are on the host, in float32. A sample that does not count has the loss -inf, and weight 0.
@@ -295,11 +295,11 @@ class Worker(ForwardPasses):
     def snapshot(self) -> Callable[[], None]:
         """Remembers everything that training changes; calling the result puts it back."""
         before, steps = RandomState.capture(self.device), self._steps
-        put_back = snapshot(self.model, self.state, self.optimizer, self.scheduler, self._loss, self.measures,
-                            self.generator, self.scaler)  # fmt: skip
+        restore_objects = snapshot(self.model, self.state, self.optimizer, self.scheduler, self._loss, self.measures,
+                                   self.generator, self.scaler)  # fmt: skip
 
         def restore() -> None:
-            put_back()
+            restore_objects()
             before.restore()
             self._losses, self._steps = [], steps
 

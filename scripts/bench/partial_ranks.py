@@ -43,7 +43,7 @@ def main(folder: Path, mode: str, size: int, steps: int, sync_every: int, *speed
         partial.release(results)
     for results in partial.finish():
         partial.release(results)
-    counts = partial.take_counts()
+    counts = partial.pop_counts()
     found = {"waits": waits, "fresh": counts.fresh, "late": counts.late, "empty": counts.empty}
     (folder / f"rank{env.rank}.json").write_text(json.dumps(found))
     comm.barrier("end")

@@ -118,7 +118,7 @@ def test_a_late_rank_joins_with_the_steps_it_has_and_goes_on_with_the_samples_it
     made, part = run(monkeypatch, 2, [1.0, 5.0], threshold=4.5)
     assert part.noted == [2, 4] and part.planned == part.averages == 2
     torch.testing.assert_close(weights(made), stepped(6))
-    assert made.take_dropped() == 2 * 2 and made.take_dropped() == 0
+    assert made.pop_dropped() == 2 * 2 and made.pop_dropped() == 0
 
 
 def test_weights_may_be_by_the_steps_that_were_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +164,7 @@ def test_a_class_that_is_left_out_measures_nothing_but_is_there(
 @pytest.mark.parametrize("options", [{"threshold": None}, {"threshold": 4.0}, {"threshold": 0.1, "warmup_rounds": 1}])
 def test_nothing_is_left_out_in_time(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     made, part = run(monkeypatch, 1, [], **options)
-    assert part.noted == [TAU] and made.take_dropped() == 0
+    assert part.noted == [TAU] and made.pop_dropped() == 0
     torch.testing.assert_close(weights(made), stepped(TAU))
 
 

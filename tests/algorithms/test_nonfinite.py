@@ -210,7 +210,7 @@ def test_it_is_said_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
     said = caplog.messages
     assert [line.split("round ")[1].split(";")[0] for line in said] == ["1", "2", "4", "8"]
     assert all("rank 3" in line for line in said)
-    assert (excluded.take(), excluded.take(), excluded.count) == (9, 0, 9)
+    assert (excluded.pop(), excluded.pop(), excluded.count) == (9, 0, 9)
     with pytest.raises(NonFiniteError, match="rank 3 .* round 5"):
         stops = Exclusions(3, stops=True)
         stops.round = 5

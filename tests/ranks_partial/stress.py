@@ -66,7 +66,7 @@ def stress(comm: Comm, mode: str, seed: int, steps: int) -> dict[str, Any]:
         for results in partial.finish():
             enter(results)
         comm.barrier("epoch")
-    counts = partial.take_counts()
+    counts = partial.pop_counts()
     whole = torch.stack(comm.gather(computed, "computed")).sum(0)
     partial.close()
     left = [thread.name for thread in threading.enumerate() if thread.name.startswith("hvd_hetero")]

@@ -52,7 +52,7 @@ def test_the_gradient_is_that_of_the_whole_batch(loss: str, count: int, flat: bo
         torch.testing.assert_close(again, whole.gradients())
         torch.testing.assert_close(parted.gradients(), whole.gradients())
         whole.apply(), parted.apply()
-    for found, expected in zip(parted.take_losses(), whole.take_losses(), strict=True):
+    for found, expected in zip(parted.pop_losses(), whole.pop_losses(), strict=True):
         torch.testing.assert_close(found, expected)
 
 
@@ -79,9 +79,9 @@ def test_parts_that_are_left_out_count_as_zero_gradients(loss: str) -> None:
     mine.gradient(inputs, targets, stop=lambda: bool(asked.append(1)) or len(asked) == 2)
     expected.gradient(inputs[:4], targets[:4], 4 / 7)
     torch.testing.assert_close(mine.gradients(), expected.gradients())
-    losses, weights = mine.take_losses()
+    losses, weights = mine.pop_losses()
     assert losses[4:].tolist() == [NOT_COUNTED] * 3 and weights[4:].tolist() == [0.0] * 3
-    torch.testing.assert_close(losses[:4], expected.take_losses()[0])
+    torch.testing.assert_close(losses[:4], expected.pop_losses()[0])
 
 
 def test_a_part_has_as_many_samples_as_the_model_needs() -> None:

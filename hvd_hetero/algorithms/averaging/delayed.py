@@ -107,7 +107,7 @@ class InFlightAverage:
         if factor != 1:
             scale_progress(self._parts(self._mean), self._parts(self.base), factor)
         if self._wire is not None:
-            Sent(self.base, self._wire).take_off(self._mean)
+            Sent(self.base, self._wire).subtract_base(self._mean)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._worker.device))
         self._is_sent = True
@@ -152,7 +152,7 @@ class InFlightAverage:
             self._comm.excluded.note()
         state, share = self._worker.state, 1 - self._own_weight
         if self._wire is not None:
-            Sent(self.base, self._wire).put_back(self._mean)
+            Sent(self.base, self._wire).add_base(self._mean)
         for x, mean, sent, params in zip(state.vectors, self._mean, self._sent, state.params, strict=True):
             if self._is_finite:
                 moved = mean[:params] - sent[:params]

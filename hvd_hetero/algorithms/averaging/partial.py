@@ -173,7 +173,7 @@ class PartialAveraging(Averaging):
             vector.copy_(part)
 
     def counts(self) -> Counts:
-        return self.partial.take_counts()
+        return self.partial.pop_counts()
 
     def close(self) -> None:
         self.partial.close()

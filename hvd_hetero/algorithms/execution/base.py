@@ -63,7 +63,7 @@ class Executor:
         """Return what this rank sent in partial collectives since the last call, if the method has them."""
         return None
 
-    def take_dropped(self) -> int:
+    def pop_dropped(self) -> int:
         """Return how many samples of this rank's batches no step was made of since the last call, by the method."""
         return 0
 

@@ -68,7 +68,7 @@ class DecentLaMExecutor(GroupedExecutor):
                     param.detach().copy_(kept)
             elif is_finite:
                 self.comm.excluded.since = 0
-                self._take_step(before)
+                self._apply(before)
 
     @torch.no_grad()
     def _try_step(self) -> None:
@@ -93,7 +93,7 @@ class DecentLaMExecutor(GroupedExecutor):
         return kept > 0
 
     @torch.no_grad()
-    def _take_step(self, before: Mapping[Tensor, Tensor]) -> None:
+    def _apply(self, before: Mapping[Tensor, Tensor]) -> None:
         """Take the momentum step from the model as it was, along what it has come to, over the learning rate."""
         optimizer, decay = self.worker.optimizer, []
         for group in optimizer.param_groups:

@@ -43,7 +43,7 @@ class DropComputeExecutor(FlatGradientExecutor):
         part = 1 - left_out / len(losses) if self.policy.options.normalise == DONE else 1
         return self.mine.weight * part
 
-    def take_dropped(self) -> int:
+    def pop_dropped(self) -> int:
         taken, self._dropped = self._dropped, 0
         return taken
 

@@ -42,11 +42,11 @@ class DeadlineAveraging(BlockingAveraging):
         for number in range(segment.rounds):
             segment.planned = number
             segment.start_round(number)
-            segment.note(self.take_round(batches, mine), number)
+            segment.note(self.run_local_round(batches, mine), number)
             segment.finish_round()
         segment.planned = segment.averages = segment.rounds
 
-    def take_round(self, batches: Iterator[Batch], mine: ClassPlan) -> int:
+    def run_local_round(self, batches: Iterator[Batch], mine: ClassPlan) -> int:
         """Take the local steps of one round that there is time for, and average the models; return how many."""
         state, is_done = self.worker.state, self.policy.options.normalise == DONE
         self.outer.snapshot()
@@ -87,6 +87,6 @@ class DropComputeLocalExecutor(LocalSGDExecutor):
     def _strategy(self) -> type[Averaging]:
         return DeadlineAveraging
 
-    def take_dropped(self) -> int:
+    def pop_dropped(self) -> int:
         taken, self.averaging.dropped = self.averaging.dropped, 0
         return taken

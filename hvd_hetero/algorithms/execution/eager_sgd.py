@@ -60,7 +60,7 @@ class EagerSGDExecutor(SynchronousExecutor):
                 segment.note(1, partial.version - first)
                 # the answer comes while this rank waits for the round; to claim everything leaves the others nothing
                 partial.claim(segment.samples if segment.is_stopping() else self.mine.batch_size)
-            gradient = concat(self._gradients).cpu() if self._host is None else self._host.take()
+            gradient = concat(self._gradients).cpu() if self._host is None else self._host.synchronize()
             if all_finite([gradient]):
                 partial.contribute(gradient, self.mine.weight / parts, arrived=is_whole, samples=self.mine.batch_size)
                 self._apply(partial.pop(None if is_whole else 0), segment, first)
@@ -96,7 +96,7 @@ class EagerSGDExecutor(SynchronousExecutor):
         self.partial.release(results)
 
     def counts(self) -> Counts | None:
-        return self.partial.take_counts()
+        return self.partial.pop_counts()
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "round": self.partial.version}

@@ -172,7 +172,7 @@ class ServerExecutor(Executor):
         for inputs, targets in self.worker.pace.steps(batches, 1):
             self._keep_buffers()
             self.worker.gradient(inputs, targets)
-        gradient = concat(self._gradients).cpu() if self._host is None else self._host.take()
+        gradient = concat(self._gradients).cpu() if self._host is None else self._host.synchronize()
         return gradient if self._check_finite([gradient]) else None
 
     def _progress(self, batches: Iterator[Batch], tau: int) -> tuple[Tensor | None, int]:

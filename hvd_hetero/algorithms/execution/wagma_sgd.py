@@ -116,7 +116,7 @@ class WAGMAExecutor(GroupedExecutor):
         average_others(self.comm, self.worker.state, self.mine.weight)
 
     def counts(self) -> Counts | None:
-        return self.partial.take_counts()
+        return self.partial.pop_counts()
 
     def close(self) -> None:
         if "partial" in vars(self):  # else it was never started

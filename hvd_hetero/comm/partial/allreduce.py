@@ -95,7 +95,7 @@ class PartialAllreduce:
         pinned: bool = False,
     ) -> None:
         assert comm.size > 1 and sync_every >= 1 and max_lag >= 1
-        self._rank, self._pulse, self._watch, self._carried = comm.rank, comm.heartbeat, comm.watch, comm.carried
+        self._rank, self._pulse, self._watch, self._traffic = comm.rank, comm.heartbeat, comm.watch, comm.traffic
         self._full = 1 if mode == FULL else sync_every
         self._max_lag, self._drops_late, self._keeps = max_lag, drops_late, keeps
         self._everybody = comm.group(tuple(range(comm.size)))
@@ -205,7 +205,7 @@ class PartialAllreduce:
             yield taken
         self._in_epoch, self.closing = True, False
 
-    def take_counts(self) -> Counts:
+    def pop_counts(self) -> Counts:
         """What this rank has sent since the last call."""
         taken, self.counts = self.counts, Counts()
         return taken
@@ -283,14 +283,14 @@ class PartialAllreduce:
                     return
                 assert number == self._next, "rounds come in order"
                 self._next += 1
-                item, steps = self._buffer.take(number, started, final, self.counts)
+                item, steps = self._buffer.drain(number, started, final, self.counts)
             payload = self._buffer.payload(item, steps)
             group = self._everybody if self._is_full(number) or final else self._groups[number % len(self._groups)]
             handle = guarded(lambda: hvd.allreduce_async_(payload, op=hvd.Sum, process_set=group, name="partial"))  # noqa: B023
             if not done_unless(self._over, handle):
                 return
             item.weight = float(payload[-1])
-            self._carried.sent += payload.nbytes
+            self._traffic.sent += payload.nbytes
             with self._changed:
                 self._rounds.append(item)
                 self._changed.notify_all()

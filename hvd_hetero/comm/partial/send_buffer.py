@@ -58,7 +58,7 @@ class SendBuffer:
         self._steps += steps
         self._made_at.append(version)
 
-    def take(self, number: int, started: float, final: bool, counts: Counts) -> tuple[Round, float]:
+    def drain(self, number: int, started: float, final: bool, counts: Counts) -> tuple[Round, float]:
         """What is in it, for a round, with its number of steps; leaves an empty one."""
         buffer, made_at, steps, fresh = self._buffer, self._made_at, self._steps, self._is_for(number)
         self._buffer = self._empty()
