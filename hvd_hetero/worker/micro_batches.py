@@ -27,7 +27,7 @@ def accumulate(
     Args:
         count: of parts, and ``least``, samples of one: a batch that has too few is cut into fewer parts.
         losses_of: one number a sample of inputs and targets.
-        backward: adds the gradient along the losses ``[b]``, by the second argument ``[b]``, to those that there are.
+        backward: adds the gradient of the losses ``[b]`` for their ``grad_output`` ``[b]`` to those that there are.
         rescale: multiplies them by a number.
         stop: asked between parts whether those that are left are to be left out; their gradient then counts as zero.
 
@@ -36,8 +36,8 @@ def accumulate(
     """
     if count == 1:
         losses, weights = losses_of(*batch)
-        along = mean_gradient(losses, weights, scale)  # their mean's gradient, without the mean
-        backward(losses, _weighed(along, batch[1]))
+        grad_output = mean_gradient(losses, weights, scale)  # their mean's gradient, without the mean
+        backward(losses, weight_grad(grad_output, batch[1]))
         return losses.detach(), weights
     size, parts = cut(batch, count, least)
     each, counted, taken = scale / size, torch.zeros(()), list[Numbers]()
@@ -48,14 +48,14 @@ def accumulate(
         losses, weights = losses_of(*part)
         samples += len(losses)
         if weights is None:
-            along, counted = torch.full_like(losses, each), counted + len(losses)
+            grad_output, counted = torch.full_like(losses, each), counted + len(losses)
         else:
-            along, counted = torch.where(weights > 0, each, 0.0).to(losses), counted.to(weights) + weights.sum()
+            grad_output, counted = torch.where(weights > 0, each, 0.0).to(losses), counted.to(weights) + weights.sum()
         taken.append((losses.detach(), weights))
         if len(taken) == len(parts) and (factor := _factor(taken, samples, counted)) is not None:
             rescale(factor)
-            along = along * factor
-        backward(losses, _weighed(along, part[1]))
+            grad_output = grad_output * factor
+        backward(losses, weight_grad(grad_output, part[1]))
     if samples < size:
         if (factor := _factor(taken, samples, counted)) is not None:
             rescale(factor)
@@ -64,9 +64,9 @@ def accumulate(
     return joined(taken)
 
 
-def _weighed(along: Tensor, targets: Any) -> Tensor:
-    """Return what losses are differentiated along, where samples may weigh differently."""
-    return along * targets.weights.to(along) if isinstance(targets, Weighted) else along
+def weight_grad(grad_output: Tensor, targets: Any) -> Tensor:
+    """Return the ``grad_output`` of losses, where samples may have weights of their own."""
+    return grad_output * targets.weights.to(grad_output) if isinstance(targets, Weighted) else grad_output
 
 
 def _factor(taken: list[Numbers], samples: int, counted: Tensor) -> Tensor | None:

@@ -204,8 +204,8 @@ class Worker(ForwardPasses):
             for param in self._params:
                 param.grad = None
 
-        def add(losses: Tensor, along: Tensor) -> None:
-            losses.backward(self._scaled(along))
+        def add(losses: Tensor, grad_output: Tensor) -> None:
+            losses.backward(self._scaled(grad_output))
 
         return accumulate((inputs, targets), self.micro_batches, self.min_batch, weight,
                           partial(self._dependent_losses, model), add, self._scale_gradients, stop)  # fmt: skip
@@ -223,8 +223,8 @@ class Worker(ForwardPasses):
             losses, weights = losses.clone(), None if weights is None else weights.clone()
         return losses, weights
 
-    def _scaled(self, along: Tensor) -> Tensor:
-        return along if self.scaler is None else along * self.scaler.scale
+    def _scaled(self, grad_output: Tensor) -> Tensor:
+        return grad_output if self.scaler is None else grad_output * self.scaler.scale
 
     def gradients(self) -> list[Tensor]:
         """The gradients at hand, of those parameters that the optimizer steps along and that have one."""
@@ -238,9 +238,9 @@ class Worker(ForwardPasses):
         params = [p for p in self._stepped() if p.grad is not None]
         total = [torch.zeros_like(p) for p in params]
 
-        def add(losses: Tensor, along: Tensor) -> None:
-            along = self._scaled(along)
-            found = torch.autograd.grad(losses, params, along, allow_unused=True, materialize_grads=True)
+        def add(losses: Tensor, grad_output: Tensor) -> None:
+            grad_output = self._scaled(grad_output)
+            found = torch.autograd.grad(losses, params, grad_output, allow_unused=True, materialize_grads=True)
             torch._foreach_add_(total, found)
 
         def rescale(factor: Tensor) -> None:
