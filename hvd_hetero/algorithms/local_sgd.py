@@ -258,7 +258,7 @@ class LocalSGD(Policy):
         if self.aggregation.anneal_from is None or not mine.tau:
             return mine.weight
         ranks = sum(len(c.ranks) for c in self.plan.training)
-        return annealed_weight(mine.weight, ranks, self.share, self.aggregation.anneal_from)
+        return annealed_weight(mine.weight, ranks, self.fraction_done, self.aggregation.anneal_from)
 
     def delay_of(self, mine: ClassPlan) -> int:
         """Return the local steps after which a class takes in a delayed average: the same share of a round for all."""

@@ -79,13 +79,13 @@ def _average(comm: Comm, state: FlatState, weight: float, name: str, sent: Sent 
     if sent is not None:
         sent.subtract_base(contents)
     if comm.path == FLAT:
-        is_finite, weight, share = scale_(contents, weight), 1.0, weight
+        is_finite, weight, prescaled_weight = scale_(contents, weight), 1.0, weight
     else:
-        is_finite, share = all_finite(contents), 1.0
+        is_finite, prescaled_weight = all_finite(contents), 1.0
     others = OtherAverages(comm, state.others, own_weight, is_finite, f"{name}.others")
     others.begin()
     states = [len(content) - params for content, params in zip(contents, state.params, strict=True)]
-    news = sum_finite_(comm, vectors, is_finite, name, weight=weight, share=share, news=news,
+    news = sum_finite_(comm, vectors, is_finite, name, weight=weight, prescaled_weight=prescaled_weight, news=news,
                         wire=None if sent is None else sent.wire, states=states)
     if sent is not None:
         sent.add_base(contents)
@@ -115,7 +115,7 @@ def average_buffers(comm: Comm, state: FlatState, weight: float, ranks: tuple[in
         vector[:-FLAG_SLOTS].mul_(weight)
     others = OtherAverages(comm, state.others, weight, is_finite, f"{name}.others", ranks)
     others.begin()
-    sum_finite_(comm, vectors, is_finite, name, share=weight, ranks=ranks)
+    sum_finite_(comm, vectors, is_finite, name, prescaled_weight=weight, ranks=ranks)
     for own, total in zip(state.padded_buffers(), vectors, strict=True):
         if own is not total:
             own.copy_(total)

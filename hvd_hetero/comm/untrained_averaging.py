@@ -133,7 +133,7 @@ class OtherAverages:
         work = [real_view(tensor).clone() for tensor in tensors.values()]
         is_finite = self._is_finite and all(map(is_tensor_finite, work))
         average_tensors(self._comm, work, is_finite, f"{self._name}.average", weight=self._weight,
-                        share=1.0, ranks=self._ranks)  # fmt: skip
+                        prescaled_weight=1.0, ranks=self._ranks)  # fmt: skip
         for (name, tensor), average in zip(tensors.items(), work, strict=True):
             self._others.put(name, torch.view_as_complex(average) if tensor.is_complex() else average)
         if self._is_finite and not is_finite:

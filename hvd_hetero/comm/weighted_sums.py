@@ -16,13 +16,15 @@ from hvd_hetero.errors import NonFiniteError
 
 def average_tensors(
     comm: Comm, tensors: Sequence[Tensor], is_finite: bool, name: str, *,
-    weight: float = 1.0, share: float = 1.0, ranks: tuple[int, ...] | None = None, wire: Wire | None = None,
+    weight: float = 1.0, prescaled_weight: float = 1.0, ranks: tuple[int, ...] | None = None,
+    wire: Wire | None = None,
 ) -> None:  # fmt: skip
     """Replaces tensors, of the same shapes and types on all ranks, by their weighted sums over the finite ranks.
 
     Args:
         is_finite: whether all values of this rank are finite.
-        weight: that they are to be multiplied with, equal within a class; ``share``: what is in them already.
+        weight: that they are to be multiplied with, equal within a class.
+        prescaled_weight: what is in them already.
         ranks: those that take part: all, or one class; ``wire``: what sums travel in.
 
     Raises:
@@ -34,7 +36,8 @@ def average_tensors(
     for dtype, group in zip(types, groups, strict=True):
         flags = torch.empty(FLAG_SLOTS, dtype=dtype, device=group[0].device)
         vectors.append(torch.cat([*(real_view(t).reshape(-1).to(dtype) for t in group), flags]))
-    sum_finite_(comm, vectors, is_finite, name, weight=weight, share=share, ranks=ranks, wire=wire)
+    sum_finite_(comm, vectors, is_finite, name, weight=weight, prescaled_weight=prescaled_weight,
+                ranks=ranks, wire=wire)  # fmt: skip
     for vector, group in zip(vectors, groups, strict=True):
         reals = [real_view(t) for t in group]
         for tensor, part in zip(reals, vector[:-FLAG_SLOTS].split([t.numel() for t in reals]), strict=True):
@@ -72,7 +75,7 @@ def renormalize(
 
 def sum_finite_(
     comm: Comm, vectors: Sequence[Tensor], is_finite: bool, name: str, *,
-    weight: float = 1.0, share: float = 1.0, ranks: tuple[int, ...] | None = None, news: bool = False,
+    weight: float = 1.0, prescaled_weight: float = 1.0, ranks: tuple[int, ...] | None = None, news: bool = False,
     wire: Wire | None = None, states: Sequence[int] = (),
 ) -> bool:  # fmt: skip
     """Replaces marked vectors by their weighted sums over the finite ranks; see :func:`average_tensors`.
@@ -85,7 +88,7 @@ def sum_finite_(
     Returns:
         Whether any rank has.
     """
-    write_validity_flags(vectors, is_finite, share, news)
+    write_validity_flags(vectors, is_finite, prescaled_weight, news)
     for i, vector in enumerate(vectors):
         if wire is None:
             comm.weighted_sum_(vector, weight, f"{name}.{i}", ranks)
@@ -95,19 +98,19 @@ def sum_finite_(
 
 
 def sum_in_group_(
-    comm: Comm, vectors: Sequence[Tensor], is_finite: bool, share: float, name: str, ranks: tuple[int, ...]
+    comm: Comm, vectors: Sequence[Tensor], is_finite: bool, prescaled_weight: float, name: str, ranks: tuple[int, ...]
 ) -> float:
-    """Replaces marked vectors by their sums over a group's finite ranks, over the shares of these.
+    """Replaces marked vectors by their sums over a group's finite ranks, over the weights of these.
 
     Unlike all ranks together, a group may have no finite one: then the vectors become zeros.
 
     Args:
-        share: of this rank, which is in the numbers already.
+        prescaled_weight: of this rank, which is in the numbers already.
 
     Returns:
-        The shares of the finite ones.
+        The weights of the finite ones.
     """
-    write_validity_flags(vectors, is_finite, share)
+    write_validity_flags(vectors, is_finite, prescaled_weight)
     for i, vector in enumerate(vectors):
         comm.weighted_sum_(vector, 1.0, f"{name}.{i}", ranks)
     kept, lost, _ = max(vectors, key=lambda v: v.element_size())[-FLAG_SLOTS:].tolist()

@@ -109,9 +109,9 @@ def adapt(splits: Splits, seed: int, *, validation: float = 0.0, label_noise: fl
     Raises:
         ConfigError: a value out of range, or a split left empty.
     """
-    for name, share in (("validation", validation), ("label_noise", label_noise)):
-        if not 0 <= share < 1:
-            raise ConfigError(f"data.args.{name}", share, "not a share", "give a number in [0, 1)")
+    for name, fraction in (("validation", validation), ("label_noise", label_noise)):
+        if not 0 <= fraction < 1:
+            raise ConfigError(f"data.args.{name}", fraction, "not a share", "give a number in [0, 1)")
     train, test = splits.train, splits.test
     if validation:
         kept, held = stratified(train.targets.numpy(), validation, np.random.default_rng([seed, 1]))
@@ -124,10 +124,10 @@ def adapt(splits: Splits, seed: int, *, validation: float = 0.0, label_noise: fl
     return replace(splits, train=train, test=test)
 
 
-def noisy(targets: Tensor, share: float, rng: np.random.Generator) -> Tensor:
+def noisy(targets: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
     """Return targets of which a share (rounded) are replaced by a different class that occurs in them."""
     labels, positions = np.unique(targets.numpy(), return_inverse=True)
-    chosen = rng.permutation(len(positions))[: round(share * len(positions))]
+    chosen = rng.permutation(len(positions))[: round(fraction * len(positions))]
     if len(labels) > 1:
         shift = rng.integers(1, len(labels), size=len(chosen))
         positions[chosen] = (positions[chosen] + shift) % len(labels)

@@ -13,7 +13,7 @@ from hvd_hetero.config.schema import Config
 from hvd_hetero.files import write_text
 from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan
-from hvd_hetero.planning.schedules import left_sec, run_share
+from hvd_hetero.planning.schedules import left_sec, run_fraction
 from hvd_hetero.planning.stop_criteria import RunProgress, expected_epochs
 from hvd_hetero.telemetry.row_file import to_json
 from hvd_hetero.telemetry.run_folder import RunFolder
@@ -62,7 +62,7 @@ class LiveStatus:
         self._content: dict[str, Any] = {"phase": PREPARING}
         self._wrote, self._took, self._told_of = 0.0, 0.0, False
         self._began, self._met, self._waited = time.monotonic(), 0, 0.0
-        self._start, self._start_share = time.monotonic(), 0.0
+        self._start, self._start_fraction = time.monotonic(), 0.0
         self._recorder = Recorder(run.watch, LIVE_ROUNDS)
         self._recording = False
         self._write()
@@ -80,7 +80,7 @@ class LiveStatus:
     def begin(self) -> None:
         """Training begins, or is resumed."""
         run = self._run
-        self._start, self._start_share = time.monotonic(), self._share(rounds_of(run.epoch))
+        self._start, self._start_fraction = time.monotonic(), self._fraction_done(rounds_of(run.epoch))
         self._content |= {"epochs": expected_epochs(run.config.train, run.plan), **self._place(run.epoch)}
         self._content["classes"] = self._classes()
         if run.epoch is not None:
@@ -160,17 +160,17 @@ class LiveStatus:
         """Where the run is, in an epoch or between two."""
         run, done = self._run, self._run.accounts.done
         rounds = 0 if epoch is None else epoch.progress.averages
-        share = self._share(rounds_of(epoch))
+        fraction = self._fraction_done(rounds_of(epoch))
         return {"epoch": done.epochs, "round": done.rounds + rounds, "rounds_in_epoch": rounds,
-                "rounds_per_epoch": (epoch or run).plan.rounds, "share_done": share,
+                "rounds_per_epoch": (epoch or run).plan.rounds, "share_done": fraction,
                 "wall_sec": time.perf_counter() - run.begin,
-                "left_sec": self.left_sec(share),
+                "left_sec": self.left_sec(fraction),
                 "checkpoint": self._checkpoint()}  # fmt: skip
 
-    def left_sec(self, share: float | None = None) -> float | None:
+    def left_sec(self, fraction: float | None = None) -> float | None:
         """Seconds to the end of the run, where so much of it is done, or as much as at the end of the last epoch."""
-        share = self._share(0) if share is None else share
-        return left_sec(time.monotonic() - self._start, self._start_share, share)
+        fraction = self._fraction_done(0) if fraction is None else fraction
+        return left_sec(time.monotonic() - self._start, self._start_fraction, fraction)
 
     def _checkpoint(self) -> dict[str, Any] | None:
         """The newest checkpoint and its age, without one that of the run; None where none is ever made."""
@@ -180,9 +180,9 @@ class LiveStatus:
         number = saver.saved_round
         return {"round": None if number == NONE else number, "age_sec": time.monotonic() - saver.saved_at}
 
-    def _share(self, rounds: float) -> float:
+    def _fraction_done(self, rounds: float) -> float:
         run = self._run
-        return run_share(run.config.train, run.plan, run.done, rounds)
+        return run_fraction(run.config.train, run.plan, run.done, rounds)
 
     def _write(self, least_sec: float = 0.0) -> None:
         """Write it, if the last time is so long ago."""

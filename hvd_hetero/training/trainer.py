@@ -19,7 +19,7 @@ from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.errors import Stopped
 from hvd_hetero.planning.injected_delays import delays
 from hvd_hetero.planning.plan import Plan
-from hvd_hetero.planning.schedules import run_share
+from hvd_hetero.planning.schedules import run_fraction
 from hvd_hetero.planning.stop_criteria import check_limits, expected_epochs, fast_steps, next_rounds
 from hvd_hetero.random_state import seed_all
 from hvd_hetero.telemetry.callbacks import Started
@@ -200,7 +200,7 @@ class Trainer(TrainerParts):
             self.recorder.start()
         self.watch.heartbeat.begin("dealing samples")
         if self.feed.sampler is not None:
-            self.feed.sampler.share = run_share(self.config.train, self.plan, self.accounts.done, 0.0)
+            self.feed.sampler.fraction_done = run_fraction(self.config.train, self.plan, self.accounts.done, 0.0)
         whole = self.feed.begin_epoch(self.plan)
         part = replace(whole, rounds=min(rounds, whole.rounds))
         indices = self.algorithm.deal(self.feed, part, whole)

@@ -18,7 +18,7 @@ from hvd_hetero.config.schema import Config
 from hvd_hetero.data import Source, read
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.sampling import Sampler
-from hvd_hetero.planning.schedules import next_rate, round_factor, run_share
+from hvd_hetero.planning.schedules import next_rate, round_factor, run_fraction
 from hvd_hetero.planning.stop_criteria import RunProgress
 from hvd_hetero.telemetry.run_folder import RunFolder
 from hvd_hetero.telemetry.stopwatch import Stopwatch
@@ -145,7 +145,7 @@ class TrainerParts:
         if factor is not None:
             self.worker.scale_rate(factor)
         if self.config.aggregation.anneal_from is not None:
-            self.algorithm.policy.share = run_share(self.config.train, self.plan, self.done, rounds)
+            self.algorithm.policy.fraction_done = run_fraction(self.config.train, self.plan, self.done, rounds)
 
     def _offer(self, offer: Callable[[int, Place], None], epoch: Epoch, rounds: int) -> None:
         """Let helpers have the model of an epoch under way, unless this rank has no part in it before its end."""

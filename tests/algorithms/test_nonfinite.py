@@ -187,7 +187,7 @@ def test_what_is_finite(dtype: torch.dtype) -> None:
 
 def test_a_bad_rank_sends_its_weight_and_nothing_else() -> None:
     vectors = [torch.full((3 + FLAG_SLOTS,), math.nan), torch.ones(2 + FLAG_SLOTS, dtype=torch.float64)]
-    write_validity_flags(vectors, is_finite=False, share=0.25)
+    write_validity_flags(vectors, is_finite=False, prescaled_weight=0.25)
     assert [v.tolist() for v in vectors] == [[0, 0, 0, 0, 0.25, 0], [0, 0, 0, 0.25, 0]]
     vectors[0].fill_(7)
     write_validity_flags(vectors, is_finite=True, news=True)

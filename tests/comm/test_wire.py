@@ -84,7 +84,7 @@ def summed(kind: str, parts: Sequence[Tensor], weight: float = 1.0, finite: Sequ
         wire = Wire(comm, kind, CPU, seed=7)
         vector = torch.cat([parts[comm.rank], torch.zeros(FLAG_SLOTS, dtype=parts[0].dtype)])
         is_finite = not finite or finite[comm.rank]
-        sum_finite_(comm, [vector], is_finite, "x", weight=weight, share=1.0, wire=wire)
+        sum_finite_(comm, [vector], is_finite, "x", weight=weight, prescaled_weight=1.0, wire=wire)
         return vector[:-FLAG_SLOTS]
 
     found = ranks.run(one)

@@ -150,13 +150,13 @@ class InFlightAverage:
         if not self._is_finite:
             self._worker.optimizer.state.clear()
             self._comm.excluded.note()
-        state, share = self._worker.state, 1 - self._own_weight
+        state, factor = self._worker.state, 1 - self._own_weight
         if self._wire is not None:
             Sent(self.base, self._wire).add_base(self._mean)
         for x, mean, sent, params in zip(state.vectors, self._mean, self._sent, state.params, strict=True):
             if self._is_finite:
                 moved = mean[:params] - sent[:params]
-                x[:params] += moved if share == 1 else moved.mul_(share)
+                x[:params] += moved if factor == 1 else moved.mul_(factor)
                 x[params:] = mean[params:]
             else:
                 x.copy_(mean)

@@ -64,7 +64,7 @@ class VarianceReduced(Averaging):
         worker.pace.pause()
         sent = [summable(total) for total in sums]
         with self.comm.booked():
-            sum_finite_(self.comm, sent, is_finite, "anchor", share=mine.weight)
+            sum_finite_(self.comm, sent, is_finite, "anchor", prescaled_weight=mine.weight)
         if not is_finite:
             self.comm.excluded.note()
         found = [total[:-FLAG_SLOTS].to(gradient) for total, gradient in zip(sent, self._gradients, strict=True)]

@@ -32,7 +32,7 @@ class BytePSExecutor(FlatGradientExecutor):
         else:
             super().run_round(batches)
 
-    def sum_(self, sums: Sequence[Tensor], is_finite: bool, share: float) -> None:
-        write_validity_flags(sums, is_finite, share)
+    def sum_(self, sums: Sequence[Tensor], is_finite: bool, prescaled_weight: float) -> None:
+        write_validity_flags(sums, is_finite, prescaled_weight)
         self.servers.sum_(sums, "gradient")
         renormalize(self.comm, sums, is_finite, "gradient", self.policy.ranks)

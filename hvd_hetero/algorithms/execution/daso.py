@@ -50,7 +50,7 @@ class DASOExecutor(GroupedExecutor):
         self._host = group_of(self.policy.local_groups, comm.rank)
         self._across = group_of(self.policy.global_groups, comm.rank)
         batches = [plan.of_rank(rank).batch_size for rank in self._host]
-        self._share = self.mine.batch_size / sum(batches)
+        self._batch_fraction = self.mine.batch_size / sum(batches)
         self._place, self._is_apart, self._losses = 0, False, [0.0, 0.0]
         self._flight: Flight | None = None
 
@@ -69,7 +69,7 @@ class DASOExecutor(GroupedExecutor):
         worker = self.worker
         for inputs, targets in worker.pace.steps(batches, 1):
             self.keep_buffers()
-            losses = worker.gradient(inputs, targets, self._share if together else 1.0)
+            losses = worker.gradient(inputs, targets, self._batch_fraction if together else 1.0)
             self._note(losses)
             is_finite = any_finite = all_finite(self._gradients)
             if together:
@@ -87,7 +87,7 @@ class DASOExecutor(GroupedExecutor):
         own = self.worker.state.padded_gradients
         sums = [summable(vector) for vector in own]
         with self.comm.booked():
-            kept = sum_in_group_(self.comm, sums, is_finite, self._share, "daso.gradient", self._host)
+            kept = sum_in_group_(self.comm, sums, is_finite, self._batch_fraction, "daso.gradient", self._host)
         for gradient, total in zip(own, sums, strict=True):
             if gradient is not total:
                 gradient.copy_(total)

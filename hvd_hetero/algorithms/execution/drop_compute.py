@@ -47,8 +47,8 @@ class DropComputeExecutor(FlatGradientExecutor):
         taken, self._dropped = self._dropped, 0
         return taken
 
-    def sum_(self, sums: Sequence[Tensor], is_finite: bool, share: float) -> None:
-        super().sum_(sums, is_finite, share)
+    def sum_(self, sums: Sequence[Tensor], is_finite: bool, prescaled_weight: float) -> None:
+        super().sum_(sums, is_finite, prescaled_weight)
         if self.policy.options.normalise == DONE:
             for total in sums:  # by the share of the joined batch that was taken, the same on all ranks
                 total.mul_(1 / float(total[-FLAG_SLOTS]))

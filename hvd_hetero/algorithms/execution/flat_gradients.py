@@ -39,11 +39,11 @@ class FlatGradientExecutor(SynchronousExecutor):
             return
         for inputs, targets in worker.pace.steps(batches, 1):
             self.keep_buffers()
-            share = self.compute(inputs, targets)
+            prescaled_weight = self.compute(inputs, targets)
             is_finite = all_finite(self.gradients)
             sums = [summable(vector) for vector in self.vectors]
             worker.pace.pause()
-            self.sum_(sums, is_finite, share)
+            self.sum_(sums, is_finite, prescaled_weight)
             for gradient, total in zip(self.vectors, sums, strict=True):
                 if gradient is not total:
                     gradient.copy_(total)
@@ -56,10 +56,11 @@ class FlatGradientExecutor(SynchronousExecutor):
         self.worker.gradient(inputs, targets, self.mine.weight)
         return self.mine.weight
 
-    def sum_(self, sums: Sequence[Tensor], is_finite: bool, share: float) -> None:
+    def sum_(self, sums: Sequence[Tensor], is_finite: bool, prescaled_weight: float) -> None:
         """Replace the parts, ``[P + FLAG_SLOTS]`` each, by the joined gradient of the finite ranks."""
         with self.comm.booked():
-            sum_finite_(self.comm, sums, is_finite, "gradient", share=share, ranks=self.policy.ranks, wire=self.wire)
+            sum_finite_(self.comm, sums, is_finite, "gradient", prescaled_weight=prescaled_weight,
+                        ranks=self.policy.ranks, wire=self.wire)  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), **({} if self.wire is None else {"wire": self.wire.state_dict()})}

@@ -50,7 +50,8 @@ class SyncSGDExecutor(SynchronousExecutor):
         own = worker.gradient_again(inputs, targets, self.mine.weight)
         worker.state.others.load_state_dict(others)
         is_finite = all_finite(own)
-        average_tensors(self.comm, own, is_finite, "gradient.again", share=self.mine.weight, ranks=self.policy.ranks)
+        average_tensors(self.comm, own, is_finite, "gradient.again", prescaled_weight=self.mine.weight,
+                        ranks=self.policy.ranks)  # fmt: skip
         for gradient, again in zip(worker.gradients(), own, strict=True):
             gradient.copy_(again)
         if not is_finite:
