@@ -64,8 +64,8 @@ class _Describer:
         return kind
 
     def _several(self, parts: Iterable[tuple[str, Any]], count: int, between: str) -> str:
-        told = [_cut(name, TEXT) + between + self.tell(part) for name, part in islice(parts, ITEMS)]
-        return ", ".join([*told, *(["..."] if count > ITEMS else [])])
+        texts = [_cut(name, TEXT) + between + self.tell(part) for name, part in islice(parts, ITEMS)]
+        return ", ".join([*texts, *(["..."] if count > ITEMS else [])])
 
 
 def _field_names(value: Any) -> list[str] | None:

@@ -114,8 +114,8 @@ class _Splitter:
         if kind in (dict, OrderedDict, Counter, defaultdict):
             return self._mapping(value, path, depth)
         if kind in ATOMS:
-            word, say, _ = ATOMS[kind]
-            return {f"${word}": self.encode(say(value), path, depth + 1)}
+            word, to_plain, _ = ATOMS[kind]
+            return {f"${word}": self.encode(to_plain(value), path, depth + 1)}
         if isinstance(value, torch.Tensor):
             return self._tensor(value, path)
         if kind is np.ndarray:

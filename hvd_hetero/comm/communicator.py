@@ -229,8 +229,8 @@ class Comm:
         state.refresh()
         with torch.no_grad():
             for i, vector in enumerate(state.vectors):
-                told = self.broadcast(vector.view(torch.uint8), f"model.{i}", root)
-                vector.view(torch.uint8).copy_(told)
+                received = self.broadcast(vector.view(torch.uint8), f"model.{i}", root)
+                vector.view(torch.uint8).copy_(received)
         kinds = json.loads(self.broadcast_text(json.dumps(state.others.kinds()), "model.kinds", root))
         own = [as_bytes(tensor).cpu() for tensor in state.others.tensors().values()]
         size = sum(math.prod(shape) * getattr(torch, kind).itemsize for _, kind, shape, *_ in kinds)
@@ -243,8 +243,8 @@ class Comm:
         """Gives every rank the root's text."""
         own = torch.tensor(list(text.encode()), dtype=torch.uint8)
         size = int(self.broadcast(torch.tensor([len(own)]), f"{name}.size", root))
-        told = self.broadcast(own if self.rank == root else torch.empty(size, dtype=torch.uint8), name, root)
-        return bytes(told.tolist()).decode()
+        received = self.broadcast(own if self.rank == root else torch.empty(size, dtype=torch.uint8), name, root)
+        return bytes(received.tolist()).decode()
 
     def gather(
         self, tensor: Tensor, name: str, sizes: Sequence[int] | None = None, ranks: tuple[int, ...] | None = None
@@ -276,10 +276,10 @@ class Comm:
         """Gives every rank the tensors of all ranks, by rank, of whatever shapes and types, on its tensor's device."""
         kind = str(tensor.dtype).removeprefix("torch.")
         kinds = self.gather_text(json.dumps([kind, list(tensor.shape)]), f"{name}.kinds")
-        told = [(getattr(torch, kind), shape) for kind, shape in map(json.loads, kinds)]
-        sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in told]
+        formats = [(getattr(torch, kind), shape) for kind, shape in map(json.loads, kinds)]
+        sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in formats]
         parts = self.gather(as_bytes(tensor).cpu(), name, sizes)
-        return [from_bytes(part, *of).to(tensor.device) for part, of in zip(parts, told, strict=True)]
+        return [from_bytes(part, *of).to(tensor.device) for part, of in zip(parts, formats, strict=True)]
 
     def gather_bytes(self, content: bytes, name: str, root: int = 0) -> list[bytes]:
         """Gives the root the bytes of all ranks, by rank, fewer than 2**31 of each; the others get nothing."""
@@ -353,8 +353,8 @@ class Comm:
             RuntimeError: naming the first rank that differs from rank 0.
         """
         number = torch.tensor([int(digest, 16) >> 1])
-        said = [int(x) for x in self.gather(number, name)]
-        odd = [r for r, value in enumerate(said) if value != said[0]]
+        values = [int(x) for x in self.gather(number, name)]
+        odd = [r for r, value in enumerate(values) if value != values[0]]
         if odd:
             raise RuntimeError(f"rank {odd[0]} has another {what} than rank 0")
 

@@ -55,7 +55,7 @@ class HelperServer(ThreadedServer):
         self._waiting: deque[int] = deque()
         self._given: dict[int, Packed] = {}
         self._asking: set[int] = set()
-        self._told: set[int] = set()
+        self._notified: set[int] = set()
         self._rows: list[dict[str, Any]] = []
         self._scores: list[Scores] = []
         self._copied_at, self._copy_sec = -1e9, 0.0
@@ -138,8 +138,8 @@ class HelperServer(ThreadedServer):
 
     def _tell_end(self, link: int, wire: _Wire) -> None:
         """Tell a helper, once, that the job ends; the caller holds the lock."""
-        if link not in self._told and self._status is not None:
-            self._told.add(link)
+        if link not in self._notified and self._status is not None:
+            self._notified.add(link)
             try:
                 wire.connection.send_bytes(ANSWER.pack(0, self._status))
             except OSError:
@@ -170,7 +170,7 @@ class HelperLink:
         """
         with self._heartbeat.waiting("newest model"):
             if not self.is_over:
-                self._say(ASK)
+                self._send(ASK)
             try:
                 size, status = self._link.numbers(ANSWER)
                 if status < 0:
@@ -183,14 +183,14 @@ class HelperLink:
 
     def send_row(self, row: Mapping[str, Any]) -> None:
         """Send a row of figures, fit for JSON."""
-        self._say(ROW, 0, json.dumps(row))
+        self._send(ROW, 0, json.dumps(row))
 
     def send_scores(self, scores: Scores) -> None:
         """Send losses of samples."""
         text = json.dumps({"epoch": scores.epoch, "rounds": scores.rounds})
-        self._say(SCORES, len(scores.indices), text, scores.indices, scores.losses)
+        self._send(SCORES, len(scores.indices), text, scores.indices, scores.losses)
 
-    def _say(self, what: int, number: int = 0, text: str | None = None, *vectors: Tensor) -> None:
+    def _send(self, what: int, number: int = 0, text: str | None = None, *vectors: Tensor) -> None:
         try:
             self._link.send(what, number, *vectors, text=text)
         except OSError as error:

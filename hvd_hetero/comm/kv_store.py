@@ -133,10 +133,10 @@ def collect(
     return result
 
 
-def to_shared(said: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def to_shared(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what ranks said with each part that several say once: most of it is the same on all."""
     numbers: dict[str, int] = {}
-    rows = [[numbers.setdefault(json.dumps(part), len(numbers)) for part in one.items()] for one in said]
+    rows = [[numbers.setdefault(json.dumps(part), len(numbers)) for part in one.items()] for one in messages]
     return {"parts": list(numbers), "ranks": rows}
 
 

@@ -198,12 +198,12 @@ class ModelLink:
         try:
             self._link.send(what, number, vector)
             self._traffic.sent += 0 if vector is None else vector.nbytes
-            *told, follows = self._link.answer(ANSWER, self._model)
+            *header, follows = self._link.answer(ANSWER, self._model)
         except (EOFError, OSError) as error:
             if isinstance(self._server, ModelServer) and self._server.error is not None:
                 raise self._server.error from error
             raise PeerLost(BROKEN) from error
-        version, offered, delay, used, closing = told
+        version, offered, delay, used, closing = header
         return Answer(version, offered, delay, bool(used), bool(closing), self._model if follows else None)
 
     def close(self) -> None:

@@ -71,14 +71,14 @@ class OtherAverages:
                    self._others.is_cache(name, tensor)]
             for name, tensor in tensors.items() if name not in self._others.active
         }  # fmt: skip
-        said: list[dict[str, Any]] = [
+        gathered: list[dict[str, Any]] = [
             json.loads(text) for text in self._comm.gather_text(json.dumps(own), f"{self._name}.names", self._ranks)
         ]
-        names = sorted({name for each in said for name, (_, has_changed, _) in each.items() if has_changed})
-        caches = [name for name in names if any(name in each and each[name][2] for each in said)]
+        names = sorted({name for each in gathered for name, (_, has_changed, _) in each.items() if has_changed})
+        caches = [name for name in names if any(name in each and each[name][2] for each in gathered)]
         fresh = [name for name in names if name not in caches]
         for name in fresh:
-            kinds = [each[name][0] if name in each else "missing" for each in said]
+            kinds = [each[name][0] if name in each else "missing" for each in gathered]
             for rank, kind in zip(self._ranks, kinds, strict=True):
                 if kind != kinds[0]:
                     problem = f"the model's {name} is {kinds[0]} on rank {self._ranks[0]} and {kind} on rank {rank}"
@@ -168,8 +168,8 @@ class OtherAverages:
             return
         root = self._ranks[weights.index(max(weights))]
         own = [as_bytes(tensor).cpu() for tensor in tensors.values()]
-        told = self._comm.broadcast(torch.cat(own), f"{self._name}.from_root", root, self._ranks)
-        for (name, tensor), part in zip(tensors.items(), told.split([len(t) for t in own]), strict=True):
+        received = self._comm.broadcast(torch.cat(own), f"{self._name}.from_root", root, self._ranks)
+        for (name, tensor), part in zip(tensors.items(), received.split([len(t) for t in own]), strict=True):
             self._others.put(name, from_bytes(part, tensor.dtype, tensor.shape).to(tensor.device))
 
 

@@ -64,10 +64,10 @@ def renormalize(
     # all vectors have the same flags, the widest the most exact ones
     kept, lost, news = max(vectors, key=lambda v: v.element_size())[-FLAG_SLOTS:].tolist()
     if lost and (not kept or comm.excluded.stops):
-        said = torch.zeros(comm.size, dtype=torch.float64)
-        said[comm.rank] = float(not is_finite)
-        comm.weighted_sum_(said, 1.0, f"{name}.bad", ranks)
-        raise NonFiniteError(comm.excluded.round, [r for r, bad in enumerate(said.tolist()) if bad], bool(not kept))
+        flags = torch.zeros(comm.size, dtype=torch.float64)
+        flags[comm.rank] = float(not is_finite)
+        comm.weighted_sum_(flags, 1.0, f"{name}.bad", ranks)
+        raise NonFiniteError(comm.excluded.round, [r for r, flag in enumerate(flags.tolist()) if flag], bool(not kept))
     for vector in vectors if lost else ():
         vector.mul_(1 / kept)  # devices differ in how they divide by a number, and do not in how they multiply
     return bool(news)

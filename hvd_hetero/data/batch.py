@@ -161,8 +161,8 @@ def sample_counts(targets: Any) -> set[int]:
 
 
 def _common(counts: Iterable[set[int]]) -> set[int]:
-    told = [count for count in counts if count]
-    return set.intersection(*told) if told else set()
+    known = [count for count in counts if count]
+    return set.intersection(*known) if known else set()
 
 
 def cut(batch: Batch, parts: int, least: int = 1) -> tuple[int, list[Batch]]:

@@ -163,10 +163,10 @@ class Meetings:
         due = spec.every_sec is not None and now - self._tried_at >= spec.every_sec
         due = due or (lead and self._is_asked())
         worth = round(min(self._segment_sec, max(left_sec, 0.0)) * length / max(now - self._began, 1e-6))
-        said = [self.stopping(), self._is_busy, lead and due, lead and self._is_copy_due(),
+        flags = [self.stopping(), self._is_busy, lead and due, lead and self._is_copy_due(),
                 lead and max(1, min(worth, GROWTH * length))]
         mine = astuple(progress)
-        numbers = [float(number) for number in (*mine, *said, *step_sec, *figures)]
+        numbers = [float(number) for number in (*mine, *flags, *step_sec, *figures)]
         most = self._comm.max(numbers, "epoch.progress")
         progress = Progress(*(int(number) for number in most[: len(mine)]))
         stop, busy, late, keep, segment, *most = most[len(mine) :]
@@ -197,8 +197,8 @@ class Saver(Meetings):
         self._best_by = best_by
         self._env, self._made_with = env, made_with(config)
         path = str(Path(run_dir).resolve()).encode().ljust(PATH_BYTES) if comm.rank == 0 else bytes(PATH_BYTES)
-        told = comm.broadcast(torch.tensor(list(path), dtype=torch.uint8), "checkpoint.path")
-        self._run_dir = Path(bytes(told.tolist()).decode().rstrip())
+        message = comm.broadcast(torch.tensor(list(path), dtype=torch.uint8), "checkpoint.path")
+        self._run_dir = Path(bytes(message.tolist()).decode().rstrip())
         self._store = Store(self._run_dir, self._spec.keep)
         self.stopping = StopRequest(self._run_dir)
         self.survivor = Survivor(self._store, comm.rank, self._spec.memory_sec)
@@ -225,11 +225,11 @@ class Saver(Meetings):
         Raises:
             UserError: on all ranks, if one of them cannot read its part.
         """
-        told = torch.tensor([NONE, 0, 0])
+        message = torch.tensor([NONE, 0, 0])
         if found is not None:
             elsewhere = self._config.run.resume == RESHAPE and found.state.get("classes") != places(cluster)
-            told = torch.tensor([found.round, int(found.reshaped or elsewhere), int(found.keeps)])
-        number, reshaped, keeps = (int(x) for x in self._comm.broadcast(told, "checkpoint.found"))
+            message = torch.tensor([found.round, int(found.reshaped or elsewhere), int(found.keeps)])
+        number, reshaped, keeps = (int(x) for x in self._comm.broadcast(message, "checkpoint.found"))
         if number == NONE:
             problem = ""
             try:
@@ -329,8 +329,8 @@ class HandedOut(Meetings):
         mine = NONE if self.given is None else int(self.given["round"])
         rounds = [int(number) for number in self._comm.gather(torch.tensor([mine]), "checkpoint.given")]
         if len(set(rounds)) > 1:
-            said = ", ".join("none" if number == NONE else f"round {number}" for number in rounds)
-            raise ConfigError("load_state_dict", Plain(said), "by rank, these are states of different rounds",
+            text = ", ".join("none" if number == NONE else f"round {number}" for number in rounds)
+            raise ConfigError("load_state_dict", Plain(text), "by rank, these are states of different rounds",
                               "give each rank its own, all of one round")  # fmt: skip
         if self.given is None:
             return None, False

@@ -249,7 +249,7 @@ class _DryRun:
         return made
 
     def _evaluate(self, worker: Worker) -> None:
-        what = f"the model fails on {self._told(training=False)}"
+        what = f"the model fails on {self._input_text(training=False)}"
         with as_user_error(*self._origins.model, what, "make model and data fit together"):
             worker.evaluate(_OneBatch(self._batch), np.arange(self._count), self._count)
 
@@ -283,7 +283,7 @@ class _DryRun:
             raise
         except Exception as error:
             made = forward_places(lambda: worker.gradient(*self._batch))
-            problem = f"the model fails on {self._told(training=True)}: {cause(error, made)}"
+            problem = f"the model fails on {self._input_text(training=True)}: {cause(error, made)}"
             raise ConfigError(*self._origins.model, problem, "make model and data fit together") from error
 
     def _epochs(self, worker: Worker) -> None:
@@ -314,14 +314,14 @@ class _DryRun:
 
     # ---- what a user's functions give -------------------------------------------------------------------------------
 
-    def _told(self, training: bool) -> str:
+    def _input_text(self, training: bool) -> str:
         inputs, targets = self._batch
         mode = "training" if training else "evaluation"
         return f"a batch of {self._count} in {mode} (inputs {describe(inputs)}, targets {describe(targets)})"
 
     def _loss(self, outputs: Any, targets: Any) -> Numbers:
         self._outputs, key, training = outputs, self._origins.loss, torch.is_grad_enabled()
-        what = f"the loss fails on the model's outputs {describe(outputs)} for {self._told(training)}"
+        what = f"the loss fails on the model's outputs {describe(outputs)} for {self._input_text(training)}"
         with as_user_error(*key, what, "make model, data, loss and its arguments fit together"):
             losses, weights = try_loss(*key, self._parts.loss, self._config.train.loss_args, self._batched(targets))
         counting = losses if weights is None else losses[weights > 0]

@@ -141,8 +141,8 @@ class LiveStatus:
 
     def end_epoch(self, row: Mapping[str, Any]) -> None:
         """Take in a row of ``metrics.jsonl``."""
-        told = {name: row[name] for name in row if name in ("train_loss", "samples_per_sec") or name.startswith(EVAL)}
-        self._content |= told | self._place()
+        shown = {name: row[name] for name in row if name in ("train_loss", "samples_per_sec") or name.startswith(EVAL)}
+        self._content |= shown | self._place()
         live = self._content["classes"]
         self._content["classes"] = {
             name: {**known, "steps_per_sec": live[name].get("steps_per_sec"),

@@ -288,8 +288,8 @@ class LoopTrainer(Trainer):
         if not isinstance(self.source, StreamSource):
             return super().make_feed()
         if not self._sharded:
-            said = self.comm.gather_text(json.dumps(facts_of_stream(self.source)), "stream.facts")
-            check_alike([{"training": json.loads(text)} for text in said], [f.host for f in self.job.cluster.facts])
+            texts = self.comm.gather_text(json.dumps(facts_of_stream(self.source)), "stream.facts")
+            check_alike([{"training": json.loads(text)} for text in texts], [f.host for f in self.job.cluster.facts])
         nothing = Sampler(0, UNIFORM, 0.0, "", self.config.run.seed) if self.comm.rank == 0 else None
         feed = StreamFeed(self.comm, nothing, not self._sharded)
         self.kept[STREAM] = feed

@@ -62,9 +62,9 @@ def evaluate_run(run: str, checkpoint: str, overrides: Sequence[str]) -> dict[st
         parts = build(config)
         load_weights(Path(run), checkpoint, parts.model, config)
         if checkpoint == BEST and job_env().rank == 0:
-            told = better_unsaved(Path(run), BestEvaluation(config.eval.best, parts.metrics))
-            if told is not None:
-                LOGGER.warning("%s", told)
+            warning = better_unsaved(Path(run), BestEvaluation(config.eval.best, parts.metrics))
+            if warning is not None:
+                LOGGER.warning("%s", warning)
         return _of_one_class(config), parts
 
     with process_restored():

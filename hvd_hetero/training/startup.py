@@ -90,16 +90,16 @@ def _start(env: JobEnv, watchdog: Watchdog, prepare: Callable[[], tuple[Config, 
     looked_at = {}
     if env.size > 1:
         looked_at = {"training": facts_of(data.train, components.weights), "test": facts_of(data.test)}
-    said = _exchange(env, {
+    gathered = _exchange(env, {
         "facts": local_facts(env.rank, env.host, env.local_rank).to_dict(),
         "fingerprint": fingerprint(config, components.model),
         "data": looked_at,
     })
     watchdog.arm(config.run.watchdog_sec)
-    facts = [RankFacts.from_dict(other["facts"]) for other in said]
+    facts = [RankFacts.from_dict(other["facts"]) for other in gathered]
     hosts = [fact.host for fact in facts]
-    check_same([other["fingerprint"] for other in said], hosts)
-    check_alike([other["data"] for other in said], hosts)
+    check_same([other["fingerprint"] for other in gathered], hosts)
+    check_alike([other["data"] for other in gathered], hosts)
     classes = config.cluster.classes
     classes = classes if classes == AUTO else device_classes(classes)
     cluster = assign(classes, facts, config.cluster.share_gpus)
@@ -113,7 +113,7 @@ def _start(env: JobEnv, watchdog: Watchdog, prepare: Callable[[], tuple[Config, 
     if placement.device != "cpu":
         torch.cuda.set_device(torch.device(placement.device))
         warnings.filterwarnings("default", "train.compile")  # what fails on a GPU may go well on rank 0
-    return Job(env, config, components, cluster, placement, watchdog, said[env.rank]["data"])
+    return Job(env, config, components, cluster, placement, watchdog, gathered[env.rank]["data"])
 
 
 W = TypeVar("W", bound=Worker)
@@ -180,13 +180,13 @@ def check(config: Config, components: Components, cluster: Cluster) -> None:
 
 def _exchange(env: JobEnv, content: dict[str, Any]) -> list[dict[str, Any]]:
     """Exchanges facts; a complaint of any rank becomes one error on all of them."""
-    said = exchange(env, "start", content, PREPARE_TIMEOUT_SEC)
+    gathered = exchange(env, "start", content, PREPARE_TIMEOUT_SEC)
     errors: dict[str, list[int]] = {}
-    for rank, other in enumerate(said):
+    for rank, other in enumerate(gathered):
         if "error" in other:
             errors.setdefault(str(other["error"]), []).append(rank)
     if errors:
         everywhere = len(next(iter(errors.values()))) == env.size
         lines = [text if everywhere else f"rank {', '.join(map(str, ranks))}: {text}" for text, ranks in errors.items()]
         raise UserError("\n".join(lines))
-    return said
+    return gathered

@@ -81,15 +81,15 @@ class Feed:
             gone: on rank 0, by class, what ranks have taken that are not there any more.
         """
         with self._comm.booked():
-            told = [row.tolist() for row in self._comm.gather(torch.tensor([steps, *indices.shape]), "rest.sizes")]
+            shapes = [row.tolist() for row in self._comm.gather(torch.tensor([steps, *indices.shape]), "rest.sizes")]
             own = torch.from_numpy(np.ascontiguousarray(indices.reshape(-1))).to(self._dtype)
-            dealt = self._comm.gather(own, "rest.indices", [rows * batch for _, rows, batch in told])
+            dealt = self._comm.gather(own, "rest.indices", [rows * batch for _, rows, batch in shapes])
         if self._is_weighted and self._weights is None:  # the epoch was begun by an earlier job
             self._share_weights()
         drawn: Mapping[str, NDArray[Any]] = {}
         if self.sampler is not None:
             parts = [part.split([taken * batch, (rows - taken) * batch])
-                     for part, (taken, rows, batch) in zip(dealt, told, strict=True)]  # fmt: skip
+                     for part, (taken, rows, batch) in zip(dealt, shapes, strict=True)]  # fmt: skip
             used, left = ({c.name: np.concatenate([parts[rank][i].numpy() for rank in c.ranks]) for c in plan.classes}
                           for i in (0, 1))  # fmt: skip
             for name, others in (gone or {}).items():
@@ -139,8 +139,8 @@ class Feed:
         steps, batch = indices.shape
         check_number(len(losses), steps * batch)
         if shapes is None:
-            told = self._comm.gather(torch.tensor([steps, batch]), "epoch.shapes")
-            shapes = [(int(row[0]), int(row[1])) for row in told]
+            rows = self._comm.gather(torch.tensor([steps, batch]), "epoch.shapes")
+            shapes = [(int(row[0]), int(row[1])) for row in rows]
         parts = (torch.from_numpy(np.ascontiguousarray(at, dtype=np.int32)),
                  torch.from_numpy(np.ascontiguousarray(indices.reshape(-1))).to(self._dtype).view(torch.int32),
                  losses.float().view(torch.int32))  # fmt: skip

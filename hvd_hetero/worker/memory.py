@@ -70,11 +70,11 @@ def told_by_class(name: str, batch_size: int, fitting: Callable[[], int | None])
         yield
         return
     except torch.OutOfMemoryError as missing:
-        said = " ".join(str(missing).split(". ")[:2])
+        message = " ".join(str(missing).split(". ")[:2])
         traceback.clear_frames(missing.__traceback__)  # which hold what the step had made so far
     fit = fitting()
     estimate = "" if fit is None else f", by estimate {fit} samples would fit" if fit else ", not even one sample fits"
-    problem = f"class {name} is out of GPU memory ({said}){estimate}"
+    problem = f"class {name} is out of GPU memory ({message}){estimate}"
     alone = f"for this class alone train.batch_size={{{name}: {fit or 1}, ...}}"
     remedy = f"set a smaller one, {alone}, train.micro_batches=auto, or train.autocast=auto"
     error = ConfigError("train.batch_size", batch_size, problem, remedy)

@@ -146,8 +146,8 @@ class WholeSet(Metric):
             raise ConfigError(self.key, self.value, problem, "take over: samples, or torchmetrics")
         parts = comm.gather_bytes(content, f"metric.{self.name}.parts", root)
         found = self._computed([batch for part in parts for batch in _from_bytes(part)]) if parts else {}
-        told: dict[str, float] = json.loads(comm.broadcast_text(json.dumps(found), f"metric.{self.name}", root))
-        return told
+        values: dict[str, float] = json.loads(comm.broadcast_text(json.dumps(found), f"metric.{self.name}", root))
+        return values
 
     def _computed(self, batches: Sequence[tuple[Any, Any]]) -> dict[str, float]:
         return self._named(self._tried(lambda: self.function(*_joined(batches))))
@@ -180,8 +180,8 @@ class Streaming(Metric):
         found = self._named(self._tried(self.metric.compute))
         self.metric.distributed_available_fn, self.metric.dist_sync_fn = hooks  # it may be a program's, for more runs
         # devices round differently, and all ranks decide by the figures
-        told: dict[str, float] = json.loads(comm.broadcast_text(json.dumps(found), name, root))
-        return told
+        values: dict[str, float] = json.loads(comm.broadcast_text(json.dumps(found), name, root))
+        return values
 
 
 # ---- from settings and programs ------------------------------------------------------------------------------------

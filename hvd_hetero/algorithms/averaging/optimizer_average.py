@@ -89,8 +89,8 @@ class OptimizerAverage:
             if is_finite and not is_state_finite:
                 self._comm.excluded.note()
             counts = [entry for entry in self._entries if entry.is_count]
-            said = [float(own[entry]) if entry in own else -float("inf") for entry in counts]
-            most = self._comm.max(said, "optimizer.counts") if counts else []
+            entry_counts = [float(own[entry]) if entry in own else -float("inf") for entry in counts]
+            most = self._comm.max(entry_counts, "optimizer.counts") if counts else []
             for entry, value in zip(counts, most, strict=True):
                 self._put(optimizer, entry, torch.tensor(value, dtype=torch.float64))
             for state in optimizer.state.values():
@@ -111,8 +111,8 @@ class OptimizerAverage:
         """Make the list of entries that some rank has, the same on all ranks; as a rule it is as it was."""
         text = json.dumps([(e.param, e.key, e.shape, e.dtype, e.is_count) for e in own])
         number = int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
-        said = self._comm.gather(torch.tensor([number]), "optimizer.entries")
-        known = str([int(x) for x in said])
+        entry_counts = self._comm.gather(torch.tensor([number]), "optimizer.entries")
+        known = str([int(x) for x in entry_counts])
         if known == self._known:
             return
         lists = [

@@ -65,8 +65,8 @@ class ComputeClock:
         count = len(self._ended)
         own = torch.tensor([sum(self._seconds) / count, *np.ravel(self._ended)], dtype=torch.float64)
         sizes = [int(size) for size in comm.gather(torch.tensor([len(own)]), "threshold.sizes", ranks=ranks)]
-        said = [part.numpy() for part in comm.gather(own, "threshold.times", sizes, ranks) if len(part) > 1]
-        round_sec, ended = float(np.mean([part[0] for part in said])), [part[1:].reshape(count, -1) for part in said]
+        times = [part.numpy() for part in comm.gather(own, "threshold.times", sizes, ranks) if len(part) > 1]
+        round_sec, ended = float(np.mean([part[0] for part in times])), [part[1:].reshape(count, -1) for part in times]
         found = best_threshold(ended, round_sec, self._options.max_dropped)
         self._is_open, self._ended, self._seconds = False, [], []
         if found is None:

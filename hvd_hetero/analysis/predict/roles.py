@@ -39,9 +39,9 @@ class RoleWorth:
     @property
     def sentence(self) -> str:
         gains = {TRAIN: self.without_sec / self.train_sec - 1, EVALUATE: self.without_sec / self.evaluate_sec - 1}
-        told = ", ".join(f"role {role} {gain:+.1%}" for role, gain in gains.items())
+        listed = ", ".join(f"role {role} {gain:+.1%}" for role, gain in gains.items())
         return (
-            f"Class {self.name}, in epochs a second with their evaluations, beside a run without it: {told}: worth "
+            f"Class {self.name}, in epochs a second with their evaluations, beside a run without it: {listed}: worth "
             f"most with role {self.best}. Evaluating it would have {self.evaluations:.2g} results an epoch; with role "
             f"score it would score {self.scored:.2g} of the samples an epoch, which makes no epoch faster."
         )

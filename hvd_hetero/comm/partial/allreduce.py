@@ -152,7 +152,7 @@ class PartialAllreduce:
             self._buffer.add(vector, steps, self._taken - (self._keeps and not arrived))
             self._changed.notify_all()
         if arrived:
-            self._say(ARRIVED, self._taken)
+            self._send(ARRIVED, self._taken)
         return True
 
     def pop(self, patience_sec: float | None = None, most: int | None = None) -> list[Round]:
@@ -180,7 +180,7 @@ class PartialAllreduce:
 
     def claim(self, samples: int) -> None:
         """Asks for samples of the epoch; :meth:`offered` has the answer."""
-        self._say(CLAIM, samples)
+        self._send(CLAIM, samples)
 
     def offered(self) -> int:
         """Place in the epoch of the first of the samples asked for; no two ranks are offered the same."""
@@ -197,7 +197,7 @@ class PartialAllreduce:
         with self._changed:
             self._in_epoch = False
             self._changed.notify_all()
-        self._say(FINISHED, 0)
+        self._send(FINISHED, 0)
         last = False
         while not last:
             taken = self.pop()
@@ -221,7 +221,7 @@ class PartialAllreduce:
         for thread in self._threads:
             thread.join(timeout=5)
 
-    def _say(self, what: int, number: int) -> None:
+    def _send(self, what: int, number: int) -> None:
         try:
             self._link.send(what, number)
         except OSError as error:
@@ -266,7 +266,7 @@ class PartialAllreduce:
                 self._changed.notify_all()
 
     def _help(self) -> None:
-        said = False
+        has_warned = False
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._starts or self._over())
@@ -275,8 +275,8 @@ class PartialAllreduce:
                 number, started, final = self._starts.popleft()
                 if number - self._taken >= self._max_lag:
                     self.counts.waited_for += 1
-                    if not said:
-                        said = True
+                    if not has_warned:
+                        has_warned = True
                         LOGGER.warning("rank %s is %s rounds behind: the others wait for it", self._rank, self._max_lag)
                 self._changed.wait_for(lambda: self._over() or self._may_join(number, final))  # noqa: B023
                 if self._over():
