@@ -53,7 +53,7 @@ class HelperServer(ThreadedServer):
         self._turn = threading.Condition()
         self._status: int | None = None
         self._waiting: deque[int] = deque()
-        self._given: dict[int, Packed] = {}
+        self._copies: dict[int, Packed] = {}
         self._asking: set[int] = set()
         self._notified: set[int] = set()
         self._rows: list[dict[str, Any]] = []
@@ -74,7 +74,7 @@ class HelperServer(ThreadedServer):
         self._copied_at = time.perf_counter()
         self._copy_sec = self._copied_at - now
         with self._turn:
-            self._given[self._waiting.popleft()] = made
+            self._copies[self._waiting.popleft()] = made
             self._turn.notify_all()
         return True
 
@@ -122,12 +122,12 @@ class HelperServer(ThreadedServer):
         with self._turn:
             self._asking.add(link)
             self._waiting.append(link)
-            self._turn.wait_for(lambda: self._status is not None or link in self._given)
+            self._turn.wait_for(lambda: self._status is not None or link in self._copies)
             if self._status is not None:
                 self._asking.discard(link)
                 self._tell_end(link, wire)
                 return
-            text, data = self._given.pop(link)
+            text, data = self._copies.pop(link)
         wire.connection.send_bytes(ANSWER.pack(len(data), -1))
         wire.connection.send_bytes(text.encode())
         wire.send_vector(data)

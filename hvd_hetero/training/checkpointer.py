@@ -311,13 +311,13 @@ class HandedOut(Meetings):
     Attributes:
         is_asked: the program asks whether something is to be saved.
         state: the newest, of this rank; None where there is none that the program has not been told of.
-        given: what to go on from, if there is anything.
+        loaded_state: what to go on from, if there is anything.
     """
 
-    def __init__(self, config: Config, comm: Comm, needs_quiesce: bool, given: Mapping[str, Any] | None) -> None:
+    def __init__(self, config: Config, comm: Comm, needs_quiesce: bool, loaded_state: Mapping[str, Any] | None) -> None:
         super().__init__(config, comm, needs_quiesce)
         self.stopping = StopRequest(None)
-        self.is_asked, self.given = False, given
+        self.is_asked, self.loaded_state = False, loaded_state
         self.state: dict[str, Any] | None = None
 
     def load(self, found: Found | None, cluster: Cluster) -> tuple[Any, bool]:
@@ -326,16 +326,16 @@ class HandedOut(Meetings):
         Raises:
             UserError: on all ranks, if they were given states of different rounds, or some of them none.
         """
-        mine = NONE if self.given is None else int(self.given["round"])
+        mine = NONE if self.loaded_state is None else int(self.loaded_state["round"])
         rounds = [int(number) for number in self._comm.gather(torch.tensor([mine]), "checkpoint.given")]
         if len(set(rounds)) > 1:
             text = ", ".join("none" if number == NONE else f"round {number}" for number in rounds)
             raise ConfigError("load_state_dict", Plain(text), "by rank, these are states of different rounds",
                               "give each rank its own, all of one round")  # fmt: skip
-        if self.given is None:
+        if self.loaded_state is None:
             return None, False
         self._tried = self.saved_round = mine
-        return join(self.given["tensors"], self.given["rest"]), False
+        return join(self.loaded_state["tensors"], self.loaded_state["rest"]), False
 
     def save(self, number: int, epochs: int, state: Callable[[], Any], wait: bool, value: float | None = None) -> None:
         """Have a copy of this rank's state at hand, where the program asks for it."""

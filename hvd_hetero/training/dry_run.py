@@ -59,7 +59,7 @@ SMALL = 10_000_000
 """Parameters. Models that have no more take a second step: what a module has kept of the first may be in its way."""
 
 
-def build(config: Config, given: UserObjects | None = None) -> Components:
+def build(config: Config, objects: UserObjects | None = None) -> Components:
     """Build what is trained, and try it out, so that mistakes show before a job starts.
 
     On the ranks of a launched job only what they have to know is found out once more: launch has tried it out, unless
@@ -68,12 +68,12 @@ def build(config: Config, given: UserObjects | None = None) -> Components:
     Raises:
         ConfigError: anything of it cannot be made, or fails, or the loss is not one number a sample.
     """
-    parts, env = components.build(config, given), job_env()
+    parts, env = components.build(config, objects), job_env()
     device = _device(config, env.local_rank)
     tried, one = env.launched and device == "cpu", _may_take_one(config)
     if tried and not one:
         return parts
-    run = _DryRun(parts, config, given, device or "cpu")
+    run = _DryRun(parts, config, objects, device or "cpu")
     if device is None:
         return parts
     if not tried:
@@ -119,9 +119,9 @@ def _listed(setting: Any) -> list[Any]:
 class _DryRun:
     """One dry run; what fails is told by the part that it is about, in the order of what a run does."""
 
-    def __init__(self, parts: Components, config: Config, given: UserObjects | None, device: str) -> None:
-        self._parts, self._config, self._given, self._device = parts, config, given, device
-        self._origins = Origins.of(config, given)
+    def __init__(self, parts: Components, config: Config, objects: UserObjects | None, device: str) -> None:
+        self._parts, self._config, self._objects, self._device = parts, config, objects, device
+        self._origins = Origins.of(config, objects)
         self._method = algorithms.get(config.algorithm.name)
         self._samples = SAMPLES
         self._read()
@@ -153,7 +153,7 @@ class _DryRun:
         try:
             self._evaluate(worker)
         finally:  # where it finds something, it says more than the loss does that fails on it
-            check_classes(self._parts.dataset, self._outputs, self._config, self._given, self._origins)
+            check_classes(self._parts.dataset, self._outputs, self._config, self._objects, self._origins)
         self._metrics(worker)
         self._read()
         before = attributes_of(worker.model)

@@ -45,7 +45,7 @@ class Helpers:
         self.evaluate = any(c.role == EVALUATE for c in cluster.helpers)
         self._in_rounds = not policy.needs_quiesce
         self._server: HelperServer | None = None
-        self._given = -1
+        self._round_sent = -1
         self._rows: list[dict[str, Any]] = []
         self._scores: list[Scores] = []
         if cluster.helpers:
@@ -64,7 +64,7 @@ class Helpers:
             number: of its round in the run.
             place: tells where in the run it is from.
         """
-        if self._server is None or number == self._given:
+        if self._server is None or number == self._round_sent:
             return
 
         def packed() -> tuple[str, Any]:
@@ -72,7 +72,7 @@ class Helpers:
             return json.dumps([place(), kinds]), data
 
         if self._server.offer(packed):
-            self._given = number
+            self._round_sent = number
             self._comm.watch.waited(0.0)
 
     def receive(self) -> None:

@@ -122,8 +122,8 @@ class Loop:
             test = source if test_data is None else test_data
             if loaded.run.dir is None:
                 loaded = replace(loaded, run=replace(loaded.run, trackers=[]))  # they have no place to write to
-            given = UserObjects(model, source, test, loss, optimizer, scheduler, metrics, callbacks)
-            return loaded, build(loaded, given)
+            objects = UserObjects(model, source, test, loss, optimizer, scheduler, metrics, callbacks)
+            return loaded, build(loaded, objects)
 
         def make(job: Job, found: Found | None) -> LoopTrainer:
             return LoopTrainer(job, job.config.run.dir, found, sharded, evaluates=test_data is not None)
@@ -215,7 +215,7 @@ class Loop:
         """Go on from this rank's state, with the same settings and ranks; comes before the first round."""
         if self._is_begun:
             raise RuntimeError("load a state before the first round")
-        self._trainer.given = state
+        self._trainer.loaded_state = state
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 
@@ -259,7 +259,7 @@ class LoopTrainer(Trainer):
         evaluates: there are test data.
 
     Attributes:
-        given: a state to go on from, which the program has kept.
+        loaded_state: a state to go on from, which the program has kept.
     """
 
     worker: HandedWorker
@@ -267,7 +267,7 @@ class LoopTrainer(Trainer):
     def __init__(self, job: Job, run_dir: str | None, found: Found | None, sharded: bool, evaluates: bool) -> None:
         super().__init__(job, run_dir, found)
         self._sharded, self.evaluates = sharded, evaluates
-        self.given: Mapping[str, Any] | None = None
+        self.loaded_state: Mapping[str, Any] | None = None
 
     def connect(self, handover: Handover) -> None:
         """Hand rounds out there."""
@@ -282,7 +282,7 @@ class LoopTrainer(Trainer):
     def make_saver(self) -> Meetings | None:
         if self.run_dir is not None:
             return super().make_saver()
-        return HandedOut(self.config, self.comm, self.algorithm.policy.needs_quiesce, self.given)
+        return HandedOut(self.config, self.comm, self.algorithm.policy.needs_quiesce, self.loaded_state)
 
     def make_feed(self) -> Feed:
         if not isinstance(self.source, StreamSource):

@@ -208,11 +208,11 @@ def _read(key: str, name: str, entry: Any, ignored: int) -> Metric:
     if NAME.fullmatch(name) is None or name == LOSS:
         problem = "is the name of the loss" if name == LOSS else "cannot be a name here"
         raise ConfigError(key, name, problem, "choose another, of letters, digits and _")
-    given = dict(entry) if isinstance(entry, Mapping) else {"target": entry}
-    for part in given:
+    fields = dict(entry) if isinstance(entry, Mapping) else {"target": entry}
+    for part in fields:
         if part not in KEYS:
-            raise ConfigError(f"{key}.{part}", given[part], "is not a known key", nearest(part, KEYS))
-    target, over, args = given.get("target"), given.get("over", OVER[0]), given.get("args", {})
+            raise ConfigError(f"{key}.{part}", fields[part], "is not a known key", nearest(part, KEYS))
+    target, over, args = fields.get("target"), fields.get("over", OVER[0]), fields.get("args", {})
     if over not in OVER:
         raise ConfigError(f"{key}.over", over, "is neither", f"give {' or '.join(OVER)}")
     if not isinstance(args, Mapping):

@@ -39,7 +39,7 @@ class ServedModel:
         self._vectors, self._gradients, copies = worker.state.on_host()
         self._params = list(copies.values())
         self._optimizer = worker.optimizer_of(copies)
-        self._given = list(rule.made_at)
+        self._made_at = list(rule.made_at)
         self._begins = [True] * rule.size
         rule.step = self._outer_step if rule.is_outer else self._step
 
@@ -57,9 +57,9 @@ class ServedModel:
 
     def give(self, rank: int) -> Tensor | None:
         at = self.rule.made_at[rank]
-        if self._given[rank] == at:
+        if self._made_at[rank] == at:
             return None
-        self._given[rank] = at
+        self._made_at[rank] = at
         return concat(self._vectors)
 
     def finish(self) -> None:
@@ -84,7 +84,7 @@ class ServedModel:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         load_state(self._optimizer, state["optimizer"], "optimizer")
         self.rule.load_state_dict(state["rule"])
-        self._given = list(self.rule.made_at)
+        self._made_at = list(self.rule.made_at)
 
     def carry_over(self, state: Mapping[str, Any]) -> None:
         """Load what does not depend on the ranks: the momentum of the rule, and the state of an optimizer set alike."""
