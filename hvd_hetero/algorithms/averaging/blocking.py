@@ -11,6 +11,7 @@ from torch import Tensor
 from hvd_hetero.algorithms.averaging.optimizer_average import SEEDED, OptimizerAverage
 from hvd_hetero.algorithms.averaging.outer_optimizer import OuterOptimizer
 from hvd_hetero.algorithms.execution.base import run_rounds
+from hvd_hetero.algorithms.execution.resumable import Resumable, WireResumable
 from hvd_hetero.algorithms.local_sgd import AVERAGED, LocalSGD
 from hvd_hetero.algorithms.policy import FLOAT32
 from hvd_hetero.comm.averaging import Sent, average
@@ -18,12 +19,11 @@ from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.wire import Wire
 from hvd_hetero.data import Batch
 from hvd_hetero.planning.plan import ClassPlan
-from hvd_hetero.telemetry.staleness import Counts
 from hvd_hetero.worker.epoch import Segment
 from hvd_hetero.worker.worker import Worker
 
 
-class Averaging:
+class Averaging(Resumable):
     """Take local steps and average the models of all ranks, by the strategy of a subclass.
 
     Attributes:
@@ -38,13 +38,6 @@ class Averaging:
     def run_segment(self, segment: Segment, mine: ClassPlan) -> None:
         """Run the rounds of a segment; when this returns, all ranks hold the same model."""
         raise NotImplementedError(type(self).__name__)
-
-    def counts(self) -> Counts | None:
-        """Return what this rank sent in partial collectives since the last call, if it takes part in any."""
-        return None
-
-    def close(self) -> None:
-        """Stop what runs in the background."""
 
     def state_dict(self) -> dict[str, Any]:
         return self.outer.state_dict()
@@ -65,7 +58,7 @@ def scale_progress(params: Sequence[Tensor], base: Sequence[Tensor], factor: flo
         x.sub_(before).mul_(factor).add_(before)
 
 
-class BlockingAveraging(Averaging):
+class BlockingAveraging(WireResumable, Averaging):
     """Average the models of all ranks at the end of each round, x = sum_i w_i x_i.
 
     The optimizer's own state (momentum) stays each rank's own, is averaged with the models, or starts anew after every
@@ -111,11 +104,3 @@ class BlockingAveraging(Averaging):
         if kept == "reset" or (kept == "local" and not is_finite):
             optimizer.state.clear()
         self.outer.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), **({} if self.wire is None else {"wire": self.wire.state_dict()})}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        if self.wire is not None:
-            self.wire.load_state_dict(state["wire"])

@@ -31,13 +31,13 @@ optimizer's state is cleared.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hvd_hetero.algorithms.averaging.blocking import Averaging
+from hvd_hetero.algorithms.execution.resumable import PartialResumable
 from hvd_hetero.algorithms.local_sgd import LocalSGD
 from hvd_hetero.comm.averaging import check_partial
 from hvd_hetero.comm.communicator import Comm
@@ -46,18 +46,16 @@ from hvd_hetero.comm.nonfinite import all_finite
 from hvd_hetero.comm.partial.allreduce import PartialAllreduce
 from hvd_hetero.comm.partial.rounds import Round
 from hvd_hetero.planning.plan import ClassPlan
-from hvd_hetero.telemetry.staleness import Counts
 from hvd_hetero.worker.epoch import Segment
 from hvd_hetero.worker.worker import Worker
 
 
-class PartialAveraging(Averaging):
+class PartialAveraging(PartialResumable, Averaging):
     """Take local steps, and contribute their progress to partial averages; all ranks make it together."""
 
     def __init__(self, policy: LocalSGD, worker: Worker, comm: Comm) -> None:
         super().__init__(policy, worker, comm)
         self._params, self._buffers = worker.state.parameters(), worker.state.buffers()
-        self._global_model = concat(self._params).clone()
         self._in_flight: Tensor | None = None
         """``[P]`` on the host: progress that was contributed and has not come back in a result; None: nothing."""
         self._unmerged = self._averages = 0
@@ -65,7 +63,7 @@ class PartialAveraging(Averaging):
 
     def _open(self, first: int) -> None:
         spec, whole = self.spec, concat([*self._params, *self._buffers])
-        self._kept = [buffers.clone() for buffers in self._buffers]
+        self._global_model, self._kept = concat(self._params).clone(), [buffers.clone() for buffers in self._buffers]
         self.partial = PartialAllreduce(
             self.comm, whole.numel(), whole.dtype, self.policy.mode, latest=sum(b.numel() for b in self._buffers),
             units=[c.ranks for c in self.policy.cluster.classes], seed=self.policy.seed, sync_every=spec.sync_every,
@@ -171,18 +169,3 @@ class PartialAveraging(Averaging):
     def _write(self, whole: Tensor) -> None:
         for vector, part in zip(self._params, parts_of(whole, self._params), strict=True):
             vector.copy_(part)
-
-    def counts(self) -> Counts:
-        return self.partial.pop_counts()
-
-    def close(self) -> None:
-        self.partial.close()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "round": self.partial.version}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.partial.close()
-        self._global_model.copy_(concat(self._params))
-        self._open(int(state["round"]))

@@ -7,17 +7,17 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from hvd_hetero.algorithms.execution.resumable import Resumable
 from hvd_hetero.algorithms.policy import Policy
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.data import Batch
 from hvd_hetero.planning.plan import Plan
-from hvd_hetero.telemetry.staleness import Counts
 from hvd_hetero.worker.epoch import Segment
 from hvd_hetero.worker.index_feed import Feed
 from hvd_hetero.worker.worker import Worker
 
 
-class Executor:
+class Executor(Resumable):
     """Execute one rank's part of a method.
 
     After :meth:`start` follow, epoch by epoch, :meth:`run_segment` for each part, :meth:`end_epoch`, :meth:`replan`.
@@ -59,19 +59,11 @@ class Executor:
         self._follow()
         return plan
 
-    def counts(self) -> Counts | None:
-        """Return what this rank sent in partial collectives since the last call, if the method has them."""
-        return None
-
     def pop_dropped(self) -> int:
         """Return how many samples of this rank's batches no step was made of since the last call, by the method."""
         return 0
 
-    def close(self) -> None:
-        """Stop what runs in the background; called whatever has happened, even before :meth:`start`."""
-
     def state_dict(self) -> dict[str, Any]:
-        """Return what the method carries from round to round."""
         return {"policy": self.policy.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

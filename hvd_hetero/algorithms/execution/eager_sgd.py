@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from hvd_hetero.algorithms.eager_sgd import EagerSGD
+from hvd_hetero.algorithms.execution.resumable import PartialResumable
 from hvd_hetero.algorithms.execution.synchronous import SynchronousExecutor
 from hvd_hetero.comm.averaging import check_partial
 from hvd_hetero.comm.communicator import Comm
@@ -16,12 +16,11 @@ from hvd_hetero.comm.partial.allreduce import PartialAllreduce
 from hvd_hetero.comm.partial.rounds import Round
 from hvd_hetero.data import Batch
 from hvd_hetero.planning.plan import Plan
-from hvd_hetero.telemetry.staleness import Counts
 from hvd_hetero.worker.epoch import Segment
 from hvd_hetero.worker.worker import Worker
 
 
-class EagerSGDExecutor(SynchronousExecutor):
+class EagerSGDExecutor(PartialResumable, SynchronousExecutor):
     """Step along each result; no rank computes while another one waits for it."""
 
     policy: EagerSGD
@@ -94,18 +93,3 @@ class EagerSGDExecutor(SynchronousExecutor):
                 segment.finish_round()
         self.worker.pace.pause()  # what was copied from is not given back before it has been copied
         self.partial.release(results)
-
-    def counts(self) -> Counts | None:
-        return self.partial.pop_counts()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "round": self.partial.version}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.partial.close()
-        self._open(int(state["round"]))
-
-    def close(self) -> None:
-        if "partial" in vars(self):  # else it was never started
-            self.partial.close()

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from hvd_hetero.algorithms.execution.resumable import WireResumable
 from hvd_hetero.algorithms.execution.synchronous import SynchronousExecutor
 from hvd_hetero.algorithms.policy import FLOAT32
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.nonfinite import all_finite, summable
 from hvd_hetero.comm.weighted_sums import sum_finite_
 from hvd_hetero.comm.wire import Wire
-from hvd_hetero.data import Batch
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.worker.worker import Worker
 
 
-class FlatGradientExecutor(SynchronousExecutor):
+class FlatGradientExecutor(WireResumable, SynchronousExecutor):
     """Step along the gradient of the joined batch, of which each rank sends its part at once.
 
     ``aggregation.wire`` says what it travels in; see :mod:`hvd_hetero.comm.wire`.
@@ -32,24 +32,18 @@ class FlatGradientExecutor(SynchronousExecutor):
         is_plain = kind == FLOAT32 or not self.mine.tau or len(ranks) == 1
         self.wire = None if is_plain else Wire(comm, kind, worker.device, self.policy.seed, ranks)
 
-    def run_round(self, batches: Iterator[Batch]) -> None:
-        worker = self.worker
-        if not self.mine.tau:
-            self.comm.sit_out()
-            return
-        for inputs, targets in worker.pace.steps(batches, 1):
-            self.keep_buffers()
-            prescaled_weight = self.compute(inputs, targets)
-            is_finite = all_finite(self.gradients)
-            sums = [summable(vector) for vector in self.vectors]
-            worker.pace.pause()
-            self.sum_(sums, is_finite, prescaled_weight)
-            for gradient, total in zip(self.vectors, sums, strict=True):
-                if gradient is not total:
-                    gradient.copy_(total)
-            if not is_finite:
-                self.exclude_step()
-            worker.apply()
+    def run_step(self, inputs: Any, targets: Any) -> None:
+        worker, prescaled_weight = self.worker, self.compute(inputs, targets)
+        is_finite = all_finite(self.gradients)
+        sums = [summable(vector) for vector in self.vectors]
+        worker.pace.pause()
+        self.sum_(sums, is_finite, prescaled_weight)
+        for gradient, total in zip(self.vectors, sums, strict=True):
+            if gradient is not total:
+                gradient.copy_(total)
+        if not is_finite:
+            self.exclude_step()
+        worker.apply()
 
     def compute(self, inputs: Any, targets: Any) -> float:
         """Leave this rank's part of the joined gradient in the parameters; return its share of the joined batch."""
@@ -61,11 +55,3 @@ class FlatGradientExecutor(SynchronousExecutor):
         with self.comm.booked():
             sum_finite_(self.comm, sums, is_finite, "gradient", prescaled_weight=prescaled_weight,
                         ranks=self.policy.ranks, wire=self.wire)  # fmt: skip
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), **({} if self.wire is None else {"wire": self.wire.state_dict()})}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        if self.wire is not None:
-            self.wire.load_state_dict(state["wire"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,6 @@ from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.gradient_allreduce import GradientSum
 from hvd_hetero.comm.nonfinite import all_finite
 from hvd_hetero.comm.weighted_sums import average_tensors
-from hvd_hetero.data import Batch
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.worker.worker import Worker
 
@@ -27,20 +25,15 @@ class SyncSGDExecutor(SynchronousExecutor):
             self.sum = GradientSum(comm, self.policy.ranks, self.policy.cluster)
             worker.make_optimizer(lambda made: self.sum.wrap(made, worker.model, worker.micro_batches))
 
-    def run_round(self, batches: Iterator[Batch]) -> None:
+    def run_step(self, inputs: Any, targets: Any) -> None:
         worker = self.worker
-        if not self.mine.tau:
-            self.comm.sit_out()
-            return
-        for inputs, targets in worker.pace.steps(batches, 1):
-            self.keep_buffers()
-            self.sum.sent(partial(worker.gradient, inputs, targets, self.mine.weight))
-            worker.pace.pause()
-            with self.sum.finished(worker.optimizer):
-                with self.comm.booked():
-                    if not all_finite(worker.gradients()):
-                        self._sum_again(inputs, targets)
-                worker.apply()
+        self.sum.sent(partial(worker.gradient, inputs, targets, self.mine.weight))
+        worker.pace.pause()
+        with self.sum.finished(worker.optimizer):
+            with self.comm.booked():
+                if not all_finite(worker.gradients()):
+                    self._sum_again(inputs, targets)
+            worker.apply()
 
     def _sum_again(self, inputs: Any, targets: Tensor) -> None:
         """Sum the finite gradients alone; all ranks of the group see that the first sum was not finite."""

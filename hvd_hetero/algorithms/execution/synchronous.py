@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from hvd_hetero.algorithms.execution.base import Executor
 from hvd_hetero.algorithms.synchronous import Lockstep
 from hvd_hetero.comm.averaging import average_buffers, average_unlike_parameters
 from hvd_hetero.comm.nonfinite import all_finite
+from hvd_hetero.data import Batch
 from hvd_hetero.errors import NonFiniteError
 from hvd_hetero.worker.epoch import Segment
 
@@ -26,6 +30,18 @@ class SynchronousExecutor(Executor):
         state.refresh()
         if self.mine.tau and not all_finite(state.parameters()):  # a step itself may have gone too far
             raise NonFiniteError(self.comm.excluded.round, self.policy.ranks, everybody=True)
+
+    def run_round(self, batches: Iterator[Batch]) -> None:
+        if not self.mine.tau:
+            self.comm.sit_out()
+            return
+        for inputs, targets in self.worker.pace.steps(batches, 1):
+            self.keep_buffers()
+            self.run_step(inputs, targets)
+
+    def run_step(self, inputs: Any, targets: Any) -> None:
+        """Take the step of one batch, all its collectives included."""
+        raise NotImplementedError(type(self).__name__)
 
     def keep_buffers(self) -> None:
         """Copy running statistics, before a step."""

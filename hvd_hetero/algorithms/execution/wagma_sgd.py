@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from hvd_hetero.algorithms.execution.grouped import GroupedExecutor
+from hvd_hetero.algorithms.execution.resumable import PartialResumable
 from hvd_hetero.algorithms.policy import SOLO
 from hvd_hetero.algorithms.wagma_sgd import WAGMASGD
 from hvd_hetero.comm.averaging import average_others, check_partial
@@ -18,12 +18,11 @@ from hvd_hetero.comm.partial.allreduce import PartialAllreduce
 from hvd_hetero.comm.partial.rounds import Round
 from hvd_hetero.data import Batch
 from hvd_hetero.planning.plan import Plan
-from hvd_hetero.telemetry.staleness import Counts
 from hvd_hetero.worker.epoch import Segment
 from hvd_hetero.worker.worker import Worker
 
 
-class WAGMAExecutor(GroupedExecutor):
+class WAGMAExecutor(PartialResumable, GroupedExecutor):
     """Take one step an iteration, and average with the group's models as they are."""
 
     policy: WAGMASGD
@@ -114,18 +113,3 @@ class WAGMAExecutor(GroupedExecutor):
 
     def end_epoch(self) -> None:
         average_others(self.comm, self.worker.state, self.mine.weight)
-
-    def counts(self) -> Counts | None:
-        return self.partial.pop_counts()
-
-    def close(self) -> None:
-        if "partial" in vars(self):  # else it was never started
-            self.partial.close()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "round": self.partial.version}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.partial.close()
-        self._open(int(state["round"]))
