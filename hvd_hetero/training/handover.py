@@ -173,11 +173,11 @@ class HandedWorker(Worker):
         def steps() -> Iterator[tuple[Any, set[int]]]:
             nonlocal is_whole
             self.watch.skip()  # what the program did between two rounds is no part of a step that is to be stretched
-            for inputs, targets in self.pace.steps(batches, count):
+            for inputs, targets in self.emulator.steps(batches, count):
                 counts = sample_counts(targets) | sample_counts(inputs)  # one of the two tells
                 yield (inputs, counts) if self._as_read else ((inputs, targets), counts)
                 if stop is not None and stop():
-                    self.pace.pause()
+                    self.emulator.pause()
                     break
             is_whole = True
 

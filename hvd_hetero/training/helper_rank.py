@@ -97,7 +97,7 @@ class HelperRank:
 
     def _unless_over(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Let batches through, as slowly as an emulated device would take them."""
-        for batch in self._worker.pace.steps(batches, sys.maxsize):
+        for batch in self._worker.emulator.steps(batches, sys.maxsize):
             if self._link.is_over:
                 raise JobOver
             yield batch

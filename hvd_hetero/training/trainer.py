@@ -149,7 +149,7 @@ class Trainer(TrainerParts):
         expected = expected_epochs(config.train, self.plan)
         self.progress = None if self.folder is None else Progress(expected, self.job.env.columns, accounts.epochs)
         before = accounts.steps[comm.rank] + (0 if self.epoch is None else self.epoch.steps)
-        self.worker.pace.delays = delays(config.delays, comm.rank, comm.size, before)
+        self.worker.emulator.delays = delays(config.delays, comm.rank, comm.size, before)
         self.status.begin()
         self._saved_round = -1 if self.saver is None else self.saver.saved_round
         self.watch.skip()

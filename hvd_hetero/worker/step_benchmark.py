@@ -71,7 +71,7 @@ def measure_step(
         now = time.perf_counter()
         chunks.append((now - start) / count)
         counts.append(count)
-        if not worker.pace.emulates:
+        if not worker.emulator.emulates:
             count = max(1, int(max(CHUNK_SEC, seconds / CHUNKS) * sum(counts) / (now - begin)))
     restore()
     step_sec = statistics.median(chunks)

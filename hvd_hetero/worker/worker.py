@@ -89,7 +89,7 @@ class Worker(ForwardPasses):
         self.make_optimizer()
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.watch = watch or Stopwatch()
-        self.pace = SlowdownEmulator(self.watch, slowdown, self._synchronize)
+        self.emulator = SlowdownEmulator(self.watch, slowdown, self._synchronize)
         self._loss = loss.to(self.device) if isinstance(loss, nn.Module) else loss
         self._mean_loss = SampleMean(LOSS, "train.loss", name_of(loss), loss)
         self.measures: list[Metric] = [self._mean_loss, *metrics]
@@ -149,12 +149,12 @@ class Worker(ForwardPasses):
     def local_steps(self, batches: Iterator[Batch], count: int, stop: Callable[[], bool] | None = None) -> int:
         """``count`` local steps on the next batches, fewer if ``stop`` says so after one; returns how many."""
         done = 0
-        for inputs, targets in self.pace.steps(batches, count):
+        for inputs, targets in self.emulator.steps(batches, count):
             self.gradient(inputs, targets)
             self.apply()
             done += 1
             if stop is not None and stop():
-                self.pace.pause()
+                self.emulator.pause()
                 break
         return done
 

@@ -114,14 +114,14 @@ def test_waiting_is_no_part_of_a_steps_own_time() -> None:
     assert watch.drain()[0] == {"compute": 2.0, "data": 0.0, "blocked": 4.0, "comm": 4.0}
 
 
-def run_steps(clock: Clock, pace: SlowdownEmulator, count: int, data_sec: float, step_sec: float) -> int:
+def run_steps(clock: Clock, emulator: SlowdownEmulator, count: int, data_sec: float, step_sec: float) -> int:
     def batches() -> object:
         while True:
             clock.now += data_sec
             yield object()
 
     done = 0
-    for _ in pace.steps(batches(), count):  # type: ignore[var-annotated, arg-type]
+    for _ in emulator.steps(batches(), count):  # type: ignore[var-annotated, arg-type]
         clock.now += step_sec
         done += 1
     return done
@@ -136,9 +136,9 @@ def test_steps_are_booked_as_data_and_compute(clock: Clock) -> None:
 
 def test_no_more_batches_are_taken_than_asked_for(clock: Clock) -> None:
     batches = iter(range(10))
-    pace = SlowdownEmulator(Stopwatch(clock))
-    assert list(pace.steps(batches, 3)) == [0, 1, 2]
-    assert list(pace.steps(batches, 2)) == [3, 4], "one taken too many would be a batch never trained on"
+    emulator = SlowdownEmulator(Stopwatch(clock))
+    assert list(emulator.steps(batches, 3)) == [0, 1, 2]
+    assert list(emulator.steps(batches, 2)) == [3, 4], "one taken too many would be a batch never trained on"
 
 
 def test_slowdown_stretches_data_and_compute_to_its_multiple(clock: Clock) -> None:
@@ -154,10 +154,10 @@ def test_slowdown_stretches_data_and_compute_to_its_multiple(clock: Clock) -> No
 def test_delays_are_slept_in_their_steps_and_count_as_their_compute(clock: Clock, slowdown: float) -> None:
     """One a step, as long as it was drawn: a slower device is not slower at being delayed."""
     watch = Stopwatch(clock)
-    pace = SlowdownEmulator(watch, slowdown)
-    pace.delays = iter([0.25, 0.0, 4.0, 32.0])
-    assert run_steps(clock, pace, 2, data_sec=0.5, step_sec=2.0) == 2
-    assert run_steps(clock, pace, 1, data_sec=0.5, step_sec=2.0) == 1
+    emulator = SlowdownEmulator(watch, slowdown)
+    emulator.delays = iter([0.25, 0.0, 4.0, 32.0])
+    assert run_steps(clock, emulator, 2, data_sec=0.5, step_sec=2.0) == 2
+    assert run_steps(clock, emulator, 1, data_sec=0.5, step_sec=2.0) == 1
     assert [sec for sec in clock.slept if sec in (0.25, 0.0, 4.0, 32.0)] == [0.25, 0.0, 4.0]
     seconds, _ = watch.drain()
     assert seconds["data"] == pytest.approx(1.5)

@@ -257,7 +257,7 @@ def scripted(
 
     monkeypatch.setattr("hvd_hetero.worker.step_benchmark.time", SimpleNamespace(perf_counter=lambda: now[0]))
     mine = SimpleNamespace(snapshot=lambda: lambda: None, local_steps=local_steps, pop_losses=lambda: None,
-                           generator=torch.Generator(), pace=SimpleNamespace(emulates=emulates))  # fmt: skip
+                           generator=torch.Generator(), emulator=SimpleNamespace(emulates=emulates))  # fmt: skip
     return mine, counts
 
 

@@ -56,12 +56,12 @@ class VarianceReduced(Averaging):
     def _anchor(self, batches: Iterator[Batch], count: int, mine: ClassPlan) -> None:
         worker, is_new = self.worker, self.rounds % self.policy.options.stage_rounds == 0
         sums = [torch.zeros_like(vector) for vector in worker.state.padded_gradients]
-        for inputs, targets in worker.pace.steps(batches, count) if mine.tau else ():
+        for inputs, targets in worker.emulator.steps(batches, count) if mine.tau else ():
             self._difference(inputs, targets, [] if is_new else self.before, mine.weight / count)
             for total, gradient in zip(sums, self._gradients, strict=True):
                 total[:-FLAG_SLOTS].add_(gradient)
         is_finite = all_finite(sums)
-        worker.pace.pause()
+        worker.emulator.pause()
         sent = [summable(total) for total in sums]
         with self.comm.booked():
             sum_finite_(self.comm, sent, is_finite, "anchor", prescaled_weight=mine.weight)
@@ -77,7 +77,7 @@ class VarianceReduced(Averaging):
         worker, before = self.worker, self.before
         estimate = [vector.clone() for vector in self.anchor]
         self._apply(estimate)
-        for inputs, targets in worker.pace.steps(batches, count):
+        for inputs, targets in worker.emulator.steps(batches, count):
             self._difference(inputs, targets, before)
             torch._foreach_add_(estimate, self._gradients)
             before = self._copy()
@@ -107,7 +107,7 @@ class VarianceReduced(Averaging):
         worker.rest()
         worker.state.refresh()
         is_finite = all_finite([*worker.state.parameters(), *worker.state.buffers()])
-        worker.pace.pause()
+        worker.emulator.pause()
         with comm.booked():
             flags = [int(flag) for flag in comm.gather(torch.tensor([2 * (not is_finite) + is_training]), "drawn.good")]
             finite_ranks = [r for r, flag in enumerate(flags) if flag == 1]

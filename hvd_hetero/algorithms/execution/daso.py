@@ -67,13 +67,13 @@ class DASOExecutor(GroupedExecutor):
 
     def _step(self, batches: Iterator[Batch], together: bool) -> None:
         worker = self.worker
-        for inputs, targets in worker.pace.steps(batches, 1):
+        for inputs, targets in worker.emulator.steps(batches, 1):
             self.keep_buffers()
             losses = worker.gradient(inputs, targets, self._batch_fraction if together else 1.0)
             self._note(losses)
             is_finite = any_finite = all_finite(self._gradients)
             if together:
-                worker.pace.pause()
+                worker.emulator.pause()
                 any_finite = self._average_gradients(is_finite)
             if not is_finite:
                 self.exclude_step()

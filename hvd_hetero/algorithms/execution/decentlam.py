@@ -51,13 +51,13 @@ class DecentLaMExecutor(GroupedExecutor):
 
     def _step(self, batches: Iterator[Batch]) -> None:
         worker, optimizer = self.worker, self.worker.optimizer
-        for inputs, targets in worker.pace.steps(batches, 1):
+        for inputs, targets in worker.emulator.steps(batches, 1):
             self.keep_buffers()
             worker.gradient(inputs, targets)
             worker.clip(self._params)
             before: dict[Tensor, Tensor] = {param: param.detach().clone() for param in self._params}
             self._try_step()
-            worker.pace.pause()
+            worker.emulator.pause()
             own = self.whole()
             is_finite = all_finite([own])
             if not is_finite:

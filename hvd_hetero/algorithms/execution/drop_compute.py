@@ -25,7 +25,7 @@ class DropComputeExecutor(FlatGradientExecutor):
 
     def start(self, plan: Plan, worker: Worker, comm: Comm) -> None:
         super().start(plan, worker, comm)
-        self.clock, self._dropped = ComputeClock(self.policy.options, worker.pace.pause), 0
+        self.clock, self._dropped = ComputeClock(self.policy.options, worker.emulator.pause), 0
 
     def run_round(self, batches: Iterator[Batch]) -> None:
         self.clock.begin()

@@ -28,7 +28,7 @@ class DeadlineAveraging(BlockingAveraging):
 
     def __init__(self, policy: DropComputeLocal, worker: Worker, comm: Comm) -> None:
         super().__init__(policy, worker, comm)
-        self.clock, self.dropped = ComputeClock(policy.options, worker.pace.pause), 0
+        self.clock, self.dropped = ComputeClock(policy.options, worker.emulator.pause), 0
         self._taus = self._taus_now()
 
     def _taus_now(self) -> list[int]:

@@ -48,7 +48,7 @@ class EagerSGDExecutor(PartialResumable, SynchronousExecutor):
         partial.claim(self.mine.batch_size)
         while True:
             before = made
-            for inputs, targets in worker.pace.steps(batches, 1):
+            for inputs, targets in worker.emulator.steps(batches, 1):
                 self.keep_buffers()
                 worker.gradient(inputs, targets, self.mine.weight / parts)
                 made += 1
@@ -91,5 +91,5 @@ class EagerSGDExecutor(PartialResumable, SynchronousExecutor):
                 self._averages += 1
                 self.comm.excluded.since = 0
                 segment.finish_round()
-        self.worker.pace.pause()  # what was copied from is not given back before it has been copied
+        self.worker.emulator.pause()  # what was copied from is not given back before it has been copied
         self.partial.release(results)

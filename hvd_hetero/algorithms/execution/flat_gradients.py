@@ -36,7 +36,7 @@ class FlatGradientExecutor(WireResumable, SynchronousExecutor):
         worker, prescaled_weight = self.worker, self.compute(inputs, targets)
         is_finite = all_finite(self.gradients)
         sums = [summable(vector) for vector in self.vectors]
-        worker.pace.pause()
+        worker.emulator.pause()
         self.sum_(sums, is_finite, prescaled_weight)
         for gradient, total in zip(self.vectors, sums, strict=True):
             if gradient is not total:

@@ -169,7 +169,7 @@ class ServerExecutor(Executor):
 
     def _gradient(self, batches: Iterator[Batch]) -> Tensor | None:
         """Compute the gradient of the next batch, on the host; None if it is non-finite."""
-        for inputs, targets in self.worker.pace.steps(batches, 1):
+        for inputs, targets in self.worker.emulator.steps(batches, 1):
             self._keep_buffers()
             self.worker.gradient(inputs, targets)
         gradient = concat(self._gradients).cpu() if self._host is None else self._host.synchronize()

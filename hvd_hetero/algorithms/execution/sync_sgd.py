@@ -28,7 +28,7 @@ class SyncSGDExecutor(SynchronousExecutor):
     def run_step(self, inputs: Any, targets: Any) -> None:
         worker = self.worker
         self.sum.sent(partial(worker.gradient, inputs, targets, self.mine.weight))
-        worker.pace.pause()
+        worker.emulator.pause()
         with self.sum.finished(worker.optimizer):
             with self.comm.booked():
                 if not all_finite(worker.gradients()):

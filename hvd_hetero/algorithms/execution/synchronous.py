@@ -35,7 +35,7 @@ class SynchronousExecutor(Executor):
         if not self.mine.tau:
             self.comm.sit_out()
             return
-        for inputs, targets in self.worker.pace.steps(batches, 1):
+        for inputs, targets in self.worker.emulator.steps(batches, 1):
             self.keep_buffers()
             self.run_step(inputs, targets)
 

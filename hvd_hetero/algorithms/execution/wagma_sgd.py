@@ -66,7 +66,7 @@ class WAGMAExecutor(PartialResumable, GroupedExecutor):
 
     def _average_and_step(self, batches: Iterator[Batch]) -> None:
         worker, excluded, every = self.worker, self.comm.excluded, self.policy.sync_every
-        for inputs, targets in worker.pace.steps(batches, 1):
+        for inputs, targets in worker.emulator.steps(batches, 1):
             worker.gradient(inputs, targets)
         is_gradient_finite = all_finite(worker.gradients())
         own, is_finite = self._send()
