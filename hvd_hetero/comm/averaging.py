@@ -67,7 +67,7 @@ def average(
     with comm.booked():
         is_finite = _average(comm, state, weight, name, sent)
     if not is_finite:
-        comm.excluded.note()
+        comm.excluded.record()
     return is_finite
 
 
@@ -122,7 +122,7 @@ def average_buffers(comm: Comm, state: FlatState, weight: float, ranks: tuple[in
     others.finish()
     others.look()
     if not is_finite:
-        comm.excluded.note()
+        comm.excluded.record()
 
 
 def average_unlike_parameters(comm: Comm, state: FlatState, weight: float, ranks: tuple[int, ...]) -> None:

@@ -98,7 +98,7 @@ class Exclusions:
         self._rank, self.stops = rank, stops
         self.round = self.count = self.since = self._popped = 0
 
-    def note(self) -> None:
+    def record(self) -> None:
         """This rank's contribution has been left out; the first, second, fourth, ... time it says so.
 
         Raises:

@@ -137,7 +137,7 @@ class OtherAverages:
         for (name, tensor), average in zip(tensors.items(), work, strict=True):
             self._others.put(name, torch.view_as_complex(average) if tensor.is_complex() else average)
         if self._is_finite and not is_finite:
-            self._comm.excluded.note()
+            self._comm.excluded.record()
 
     @torch.no_grad()
     def _sum(self, tensors: Mapping[str, Tensor]) -> None:

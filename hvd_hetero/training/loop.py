@@ -274,7 +274,7 @@ class LoopTrainer(Trainer):
         is_stream = isinstance(self.source, StreamSource)
         needs_losses = not is_stream and self.config.sampling.scheme != UNIFORM
         self.worker.connect(handover, self.comm.excluded, self.kept, is_stream, needs_losses,
-                            lambda: self.algorithm.mine.batch_size)  # fmt: skip
+                            lambda: self.algorithm.class_plan.batch_size)  # fmt: skip
 
     def make_worker(self) -> HandedWorker:
         return make_worker(self.job, self.watch, HandedWorker)

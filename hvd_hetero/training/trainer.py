@@ -225,7 +225,7 @@ class Trainer(TrainerParts):
             with self._memory_told():
                 self.algorithm.run_segment(segment)
             if saver is None:
-                progress = epoch.finish(segment, self.algorithm.mine.tau)
+                progress = epoch.finish(segment, self.algorithm.class_plan.tau)
                 epoch.add(segment, progress)
                 return SyncDecision(progress, False, False)
             step_sec = [0.0] * len(classes) if rebalances else []
@@ -274,7 +274,7 @@ class Trainer(TrainerParts):
         if self.averaged is not None and comm.rank == 0:
             self.averaged.end_epoch()
         spans = RoundSpans(self.watch, self.recorder, epoch.work_sec)
-        step_sec = spans.step_sec(epoch, self.algorithm.mine.tau, is_planned)
+        step_sec = spans.step_sec(epoch, self.algorithm.class_plan.tau, is_planned)
         excluded, counts = epoch.count(comm.excluded.pop(), self.algorithm.counts())
         done = gather_figures(comm, self.watch, accounts, epoch, losses, weights, step_sec, {
             "excluded": excluded, "sent": comm.traffic.pop(), "dropped": self.algorithm.pop_dropped(),

@@ -117,7 +117,7 @@ class TrainerParts:
     def _meet(self, epoch: Epoch, segment: Segment, saver: Meetings, length: int, before: int,
               step_sec: Sequence[float]) -> SyncDecision:  # fmt: skip
         """Agree with all ranks on a segment that has ended; where the run has had its time, the epoch ends with it."""
-        progress, limit = epoch.finish(segment, self.algorithm.mine.tau), self.config.train.max_train_sec
+        progress, limit = epoch.finish(segment, self.algorithm.class_plan.tau), self.config.train.max_train_sec
         spent = self.watch.spent if self.comm.rank == 0 else 0.0
         left = math.inf if limit is None else limit - self.accounts.train_sec - spent
         with self.comm.booked():
@@ -140,7 +140,7 @@ class TrainerParts:
     def _start_round(self, segment: Segment, before: int, number: int) -> None:
         """Set number and learning rate of a round, which has this number in its segment, with ``before`` before it."""
         self.comm.excluded.round = before + number + 1
-        rounds = segment.rounds_done(self.algorithm.mine.tau) + 0.5  # the middle of the one that begins
+        rounds = segment.rounds_done(self.algorithm.class_plan.tau) + 0.5  # the middle of the one that begins
         factor = round_factor(self.config.train, self.plan, self.done, before + number + 1, rounds)
         if factor is not None:
             self.worker.scale_rate(factor)
@@ -149,7 +149,7 @@ class TrainerParts:
 
     def _offer(self, offer: Callable[[int, Place], None], epoch: Epoch, rounds: int) -> None:
         """Let helpers have the model of an epoch under way, unless this rank has no part in it before its end."""
-        if self.algorithm.mine.tau:
+        if self.algorithm.class_plan.tau:
             number = self.accounts.rounds + rounds
             offer(number, lambda: place_in(epoch, self.accounts, self.watch, rounds, time.perf_counter() - self.begin))
 

@@ -82,7 +82,7 @@ class Segment:
             return epoch.rounds_done + self.planned
         return epoch.rounds_done + (len(self.at) / tau if tau else 0)
 
-    def note(self, steps: int, number: int) -> None:
+    def record(self, steps: int, number: int) -> None:
         """Note that this rank has taken ``steps`` steps in round ``number`` of the segment."""
         self.at += [number] * steps
 

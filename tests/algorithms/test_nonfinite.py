@@ -206,7 +206,7 @@ def test_a_mask_of_infinities_is_no_bad_number() -> None:
 def test_it_is_said_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
     excluded = Exclusions(3)
     for excluded.round in range(1, 10):
-        excluded.note()
+        excluded.record()
     said = caplog.messages
     assert [line.split("round ")[1].split(";")[0] for line in said] == ["1", "2", "4", "8"]
     assert all("rank 3" in line for line in said)
@@ -214,7 +214,7 @@ def test_it_is_said_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(NonFiniteError, match="rank 3 .* round 5"):
         stops = Exclusions(3, stops=True)
         stops.round = 5
-        stops.note()
+        stops.record()
 
 
 def test_counts_are_kept_in_checkpoints() -> None:

@@ -35,7 +35,7 @@ class Averaging(Resumable):
         spec = self.spec
         self.outer = OuterOptimizer(worker.state, spec.outer_lr, spec.outer_momentum, spec.outer_nesterov)
 
-    def run_segment(self, segment: Segment, mine: ClassPlan) -> None:
+    def run_segment(self, segment: Segment, class_plan: ClassPlan) -> None:
         """Run the rounds of a segment; when this returns, all ranks hold the same model."""
         raise NotImplementedError(type(self).__name__)
 
@@ -75,19 +75,19 @@ class BlockingAveraging(WireResumable, Averaging):
         self._optimizer_average = OptimizerAverage([p for p in worker.model.parameters() if p.requires_grad], comm,
                                                    SEEDED if self.spec.optimizer_state == "average_seed" else {})
 
-    def run_segment(self, segment: Segment, mine: ClassPlan) -> None:
-        run_rounds(segment, mine.tau, lambda batches: self.run_round(batches, mine))
+    def run_segment(self, segment: Segment, class_plan: ClassPlan) -> None:
+        run_rounds(segment, class_plan.tau, lambda batches: self.run_round(batches, class_plan))
 
-    def run_round(self, batches: Iterator[Batch], mine: ClassPlan) -> None:
+    def run_round(self, batches: Iterator[Batch], class_plan: ClassPlan) -> None:
         """Take the local steps of one round, and average the models."""
         self.outer.snapshot()
-        factor, state = self.policy.progress_factor(mine.name), self.worker.state
+        factor, state = self.policy.progress_factor(class_plan.name), self.worker.state
         base = None if factor == 1 and self.wire is None else [vector.clone() for vector in state.vectors]
-        self.worker.local_steps(batches, mine.tau)
+        self.worker.local_steps(batches, class_plan.tau)
         if base is not None and factor != 1:
             state.refresh()
             scale_progress(state.parameters(), base, factor)
-        self.average_models(self.policy.weight_of(mine), base)
+        self.average_models(self.policy.weight_of(class_plan), base)
 
     def average_models(self, weight: float, base: Sequence[Tensor] | None) -> None:
         """Average the models that are here now, and take the outer step.

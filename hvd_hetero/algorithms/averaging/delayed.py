@@ -46,18 +46,18 @@ class DelayedAveraging(BlockingAveraging):
         super().__init__(policy, worker, comm)
         self._in_flight = InFlightAverage(worker, comm, self.wire, self.spec.own_weight)
 
-    def run_segment(self, segment: Segment, mine: ClassPlan) -> None:
+    def run_segment(self, segment: Segment, class_plan: ClassPlan) -> None:
         self._in_flight.begin()
-        super().run_segment(segment, mine)
+        super().run_segment(segment, class_plan)
         self._in_flight.receive()
-        self.average_models(self.policy.weight_of(mine), self._in_flight.base)
+        self.average_models(self.policy.weight_of(class_plan), self._in_flight.base)
 
-    def run_round(self, batches: Iterator[Batch], mine: ClassPlan) -> None:
-        delay = self.policy.delay_of(mine)
+    def run_round(self, batches: Iterator[Batch], class_plan: ClassPlan) -> None:
+        delay = self.policy.delay_of(class_plan)
         self.worker.local_steps(batches, delay)
         self._in_flight.receive()
-        self.worker.local_steps(batches, mine.tau - delay)
-        self._in_flight.send(self.policy.weight_of(mine), self.policy.progress_factor(mine.name))
+        self.worker.local_steps(batches, class_plan.tau - delay)
+        self._in_flight.send(self.policy.weight_of(class_plan), self.policy.progress_factor(class_plan.name))
         if self.spec.optimizer_state == "reset":
             self.worker.optimizer.state.clear()
 
@@ -149,7 +149,7 @@ class InFlightAverage:
             raise problem
         if not self._is_finite:
             self._worker.optimizer.state.clear()
-            self._comm.excluded.note()
+            self._comm.excluded.record()
         state, factor = self._worker.state, 1 - self._own_weight
         if self._wire is not None:
             Sent(self.base, self._wire).add_base(self._mean)

@@ -87,7 +87,7 @@ class OptimizerAverage:
                     average /= sums[len(values) + list(present).index(entry)].clamp_min(1e-30)
                 self._put(optimizer, entry, average)
             if is_finite and not is_state_finite:
-                self._comm.excluded.note()
+                self._comm.excluded.record()
             counts = [entry for entry in self._entries if entry.is_count]
             entry_counts = [float(own[entry]) if entry in own else -float("inf") for entry in counts]
             most = self._comm.max(entry_counts, "optimizer.counts") if counts else []

@@ -72,26 +72,26 @@ class PartialAveraging(PartialResumable, Averaging):
             hosts=len({fact.host for fact in self.policy.cluster.facts}),
         )  # fmt: skip
 
-    def run_segment(self, segment: Segment, mine: ClassPlan) -> None:
+    def run_segment(self, segment: Segment, class_plan: ClassPlan) -> None:
         """Run rounds of tau local steps until a class has had all its samples; then merge all ranks.
 
         With a quorum, steps are contributed one by one, and a rank goes on until a round begins.
         """
         by_step = self.policy.quorum() is not None
-        at_once, most = (1, self.spec.max_lag * mine.tau) if by_step else (mine.tau, self.spec.max_lag)
-        part = mine.batch_size / self.policy.batch_size[mine.name]  # of a step, where the batch is shrunk
+        at_once, most = (1, self.spec.max_lag * class_plan.tau) if by_step else (class_plan.tau, self.spec.max_lag)
+        part = class_plan.batch_size / self.policy.batch_size[class_plan.name]  # of a step, where the batch is shrunk
         partial, batches = self.partial, segment.batches()
         first, self._averages, since = partial.version, 0, 0
-        for _ in range(segment.rounds * mine.tau // at_once):
+        for _ in range(segment.rounds * class_plan.tau // at_once):
             number = partial.version - first
             if since == 0:
                 segment.start_round(number)
             steps = self.worker.local_steps(batches, at_once, lambda: partial.closing or segment.is_stopping())
-            segment.note(steps, number)
+            segment.record(steps, number)
             since += steps
             patience: float | None = 0.0  # others may be waiting for this rank to contribute
             # one that is as far ahead as it may be waits, and who waits is there
-            arrived = not by_step or since >= mine.tau or self._unmerged + 1 >= most
+            arrived = not by_step or since >= class_plan.tau or self._unmerged + 1 >= most
             if self._contribute(steps * part, arrived):
                 if self._unmerged >= most:
                     patience = None
@@ -118,7 +118,7 @@ class PartialAveraging(PartialResumable, Averaging):
             for vector, kept in zip(self._buffers, self._kept, strict=True):
                 vector.copy_(kept)
             self.worker.optimizer.state.clear()
-            self.comm.excluded.note()
+            self.comm.excluded.record()
             return False
         progress = (concat(self._params) - self._global_model).to("cpu")
         fresh = progress if self._in_flight is None else progress - self._in_flight

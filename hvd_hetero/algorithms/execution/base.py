@@ -23,7 +23,7 @@ class Executor(Resumable):
     After :meth:`start` follow, epoch by epoch, :meth:`run_segment` for each part, :meth:`end_epoch`, :meth:`replan`.
 
     Attributes:
-        mine: this rank's part of the plan that is followed, from :meth:`start` on.
+        class_plan: this rank's part of the plan that is followed, from :meth:`start` on.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -36,7 +36,7 @@ class Executor(Resumable):
         self._follow()
 
     def _follow(self) -> None:
-        self.mine = self.policy.plan.of_rank(self.comm.rank)
+        self.class_plan = self.policy.plan.of_rank(self.comm.rank)
 
     def deal(self, feed: Feed, plan: Plan, whole: Plan) -> NDArray[Any]:
         """Deal the samples of an epoch, as :class:`hvd_hetero.worker.epoch.Epoch` has them."""
@@ -44,7 +44,7 @@ class Executor(Resumable):
 
     def run_segment(self, segment: Segment) -> None:
         """Run the rounds of a segment, up to the last collective of the last one, and note each step."""
-        run_rounds(segment, self.mine.tau, self.run_round)
+        run_rounds(segment, self.class_plan.tau, self.run_round)
 
     def run_round(self, batches: Iterator[Batch]) -> None:
         """Run one round of this rank, all its collectives included."""
@@ -81,6 +81,6 @@ def run_rounds(segment: Segment, tau: int, run_round: Callable[[Iterator[Batch]]
     for number in range(segment.rounds):
         segment.start_round(number)
         run_round(batches)
-        segment.note(tau, number)
+        segment.record(tau, number)
         segment.finish_round()
     segment.averages = segment.rounds

@@ -41,32 +41,32 @@ class VarianceReduced(Averaging):
         self.before: list[Tensor] = []
         self._gradients = worker.flat_gradients()
 
-    def run_segment(self, segment: Segment, mine: ClassPlan) -> None:
-        run_rounds(segment, mine.tau, lambda batches: self.run_round(batches, mine))
+    def run_segment(self, segment: Segment, class_plan: ClassPlan) -> None:
+        run_rounds(segment, class_plan.tau, lambda batches: self.run_round(batches, class_plan))
 
-    def run_round(self, batches: Iterator[Batch], mine: ClassPlan) -> None:
+    def run_round(self, batches: Iterator[Batch], class_plan: ClassPlan) -> None:
         """Make or correct the common estimate, take this rank's steps, and go on from the model that was drawn."""
-        count = self.policy.anchor_of(mine.tau)
-        self._anchor(batches, count, mine)
-        if mine.tau:
-            self._steps(batches, mine.tau - count)
-        self._draw(bool(mine.tau))
+        count = self.policy.anchor_of(class_plan.tau)
+        self._anchor(batches, count, class_plan)
+        if class_plan.tau:
+            self._steps(batches, class_plan.tau - count)
+        self._draw(bool(class_plan.tau))
         self.rounds += 1
 
-    def _anchor(self, batches: Iterator[Batch], count: int, mine: ClassPlan) -> None:
+    def _anchor(self, batches: Iterator[Batch], count: int, class_plan: ClassPlan) -> None:
         worker, is_new = self.worker, self.rounds % self.policy.options.stage_rounds == 0
         sums = [torch.zeros_like(vector) for vector in worker.state.padded_gradients]
-        for inputs, targets in worker.emulator.steps(batches, count) if mine.tau else ():
-            self._difference(inputs, targets, [] if is_new else self.before, mine.weight / count)
+        for inputs, targets in worker.emulator.steps(batches, count) if class_plan.tau else ():
+            self._difference(inputs, targets, [] if is_new else self.before, class_plan.weight / count)
             for total, gradient in zip(sums, self._gradients, strict=True):
                 total[:-FLAG_SLOTS].add_(gradient)
         is_finite = all_finite(sums)
         worker.emulator.pause()
         sent = [summable(total) for total in sums]
         with self.comm.booked():
-            sum_finite_(self.comm, sent, is_finite, "anchor", prescaled_weight=mine.weight)
+            sum_finite_(self.comm, sent, is_finite, "anchor", prescaled_weight=class_plan.weight)
         if not is_finite:
-            self.comm.excluded.note()
+            self.comm.excluded.record()
         found = [total[:-FLAG_SLOTS].to(gradient) for total, gradient in zip(sent, self._gradients, strict=True)]
         if not is_new:
             torch._foreach_add_(found, self.anchor)
@@ -116,7 +116,7 @@ class VarianceReduced(Averaging):
                 raise NonFiniteError(comm.excluded.round, non_finite_ranks, not finite_ranks)
             comm.broadcast_state(worker.state, self.policy.drawn(self.rounds, finite_ranks))
         if not is_finite:
-            comm.excluded.note()
+            comm.excluded.record()
 
     def _copy(self) -> list[Tensor]:
         return [vector.detach().clone() for vector in self.worker.state.parameters()]

@@ -27,7 +27,7 @@ class BytePSExecutor(FlatGradientExecutor):
         self.servers = Servers(comm, self.policy.ranks, self.policy.options.partition_bytes)
 
     def run_round(self, batches: Iterator[Batch]) -> None:
-        if self.mine.role == SERVER:
+        if self.class_plan.role == SERVER:
             self.servers.sum_([summable(vector) for vector in self.vectors], "gradient")
         else:
             super().run_round(batches)

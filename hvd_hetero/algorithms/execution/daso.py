@@ -50,7 +50,7 @@ class DASOExecutor(GroupedExecutor):
         self._host = group_of(self.policy.local_groups, comm.rank)
         self._across = group_of(self.policy.global_groups, comm.rank)
         batches = [plan.of_rank(rank).batch_size for rank in self._host]
-        self._batch_fraction = self.mine.batch_size / sum(batches)
+        self._batch_fraction = self.class_plan.batch_size / sum(batches)
         self._place, self._is_apart, self._losses = 0, False, [0.0, 0.0]
         self._flight: Flight | None = None
 
@@ -61,7 +61,7 @@ class DASOExecutor(GroupedExecutor):
             segment.start_round(number)
             self._step(batches, cadence.averages_gradients(number, last))
             self._exchange(cadence, number, last)
-            segment.note(1, number)
+            segment.record(1, number)
             segment.finish_round()
         self.end_segment(segment)
 
@@ -138,7 +138,7 @@ class DASOExecutor(GroupedExecutor):
             self.write(self.comm.broadcast(own, "daso.host", self._host[flight.place], self._host))
         if not is_finite:
             self.worker.optimizer.state.clear()
-            self.comm.excluded.note()
+            self.comm.excluded.record()
 
     def _settle(self) -> None:
         """Average the host's models, once its ranks have taken steps of their own: momentum keeps them apart."""
@@ -153,7 +153,7 @@ class DASOExecutor(GroupedExecutor):
                 self.write(mean[:-FLAG_SLOTS])
                 if not is_finite:  # else the average over hosts does so
                     self.worker.optimizer.state.clear()
-                    self.comm.excluded.note()
+                    self.comm.excluded.record()
 
     def end_epoch(self) -> None:
         super().end_epoch()

@@ -45,7 +45,7 @@ class DecentLaMExecutor(GroupedExecutor):
         for number in range(segment.rounds):
             segment.start_round(number)
             self._step(batches)
-            segment.note(1, number)
+            segment.record(1, number)
             segment.finish_round()
         self.end_segment(segment)
 

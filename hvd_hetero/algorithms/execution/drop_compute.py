@@ -30,18 +30,18 @@ class DropComputeExecutor(FlatGradientExecutor):
     def run_round(self, batches: Iterator[Batch]) -> None:
         self.clock.begin()
         super().run_round(batches)
-        if self.mine.tau:
+        if self.class_plan.tau:
             self.clock.end(self.comm, self.policy.ranks)
 
     def compute(self, inputs: Any, targets: Any) -> float:
         clock = self.clock
-        losses = self.worker.gradient(inputs, targets, self.mine.weight, clock.is_over)
+        losses = self.worker.gradient(inputs, targets, self.class_plan.weight, clock.is_over)
         clock.is_over()
         del clock.times[: -self.worker.micro_batches]  # of a gradient in float16 that was computed once more
         left_out = int((losses == NOT_COUNTED).sum())
         self._dropped += left_out
         part = 1 - left_out / len(losses) if self.policy.options.normalise == DONE else 1
-        return self.mine.weight * part
+        return self.class_plan.weight * part
 
     def pop_dropped(self) -> int:
         taken, self._dropped = self._dropped, 0

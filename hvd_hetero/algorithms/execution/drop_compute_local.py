@@ -34,7 +34,7 @@ class DeadlineAveraging(BlockingAveraging):
     def _taus_now(self) -> list[int]:
         return [c.tau for c in self.policy.plan.classes]
 
-    def run_segment(self, segment: Segment, mine: ClassPlan) -> None:
+    def run_segment(self, segment: Segment, class_plan: ClassPlan) -> None:
         batches, taus = segment.batches(), self._taus_now()
         if taus != self._taus:  # of other rounds than were measured
             self._taus = taus
@@ -42,19 +42,19 @@ class DeadlineAveraging(BlockingAveraging):
         for number in range(segment.rounds):
             segment.planned = number
             segment.start_round(number)
-            segment.note(self.run_local_round(batches, mine), number)
+            segment.record(self.run_local_round(batches, class_plan), number)
             segment.finish_round()
         segment.planned = segment.averages = segment.rounds
 
-    def run_local_round(self, batches: Iterator[Batch], mine: ClassPlan) -> int:
+    def run_local_round(self, batches: Iterator[Batch], class_plan: ClassPlan) -> int:
         """Take the local steps of one round that there is time for, and average the models; return how many."""
         state, is_done = self.worker.state, self.policy.options.normalise == DONE
         self.outer.snapshot()
-        weight = self.policy.weight_of(mine)
+        weight = self.policy.weight_of(class_plan)
         base = [vector.clone() for vector in state.vectors] if is_done or self.wire is not None else None
         self.clock.begin()
-        taken = self.worker.local_steps(batches, mine.tau, self.clock.is_over)
-        self.dropped += (mine.tau - taken) * mine.batch_size
+        taken = self.worker.local_steps(batches, class_plan.tau, self.clock.is_over)
+        self.dropped += (class_plan.tau - taken) * class_plan.batch_size
         if is_done and base is not None and (factor := self._factor(taken, weight)) != 1:
             state.refresh()
             scale_progress(state.parameters(), base, factor)

@@ -45,23 +45,24 @@ class EagerSGDExecutor(PartialResumable, SynchronousExecutor):
     def run_segment(self, segment: Segment) -> None:
         worker, partial, first, self._averages = self.worker, self.partial, self.partial.version, 0
         batches, parts, made = self._claimed(segment), self.policy.parts_of_batch, 0
-        partial.claim(self.mine.batch_size)
+        partial.claim(self.class_plan.batch_size)
         while True:
             before = made
             for inputs, targets in worker.emulator.steps(batches, 1):
                 self.keep_buffers()
-                worker.gradient(inputs, targets, self.mine.weight / parts)
+                worker.gradient(inputs, targets, self.class_plan.weight / parts)
                 made += 1
             if made == before:
                 break
             is_whole = made % parts == 0
             if is_whole:
-                segment.note(1, partial.version - first)
+                segment.record(1, partial.version - first)
                 # the answer comes while this rank waits for the round; to claim everything leaves the others nothing
-                partial.claim(segment.samples if segment.is_stopping() else self.mine.batch_size)
+                partial.claim(segment.samples if segment.is_stopping() else self.class_plan.batch_size)
             gradient = concat(self._gradients).cpu() if self._host is None else self._host.synchronize()
             if all_finite([gradient]):
-                partial.contribute(gradient, self.mine.weight / parts, arrived=is_whole, samples=self.mine.batch_size)
+                partial.contribute(gradient, self.class_plan.weight / parts, arrived=is_whole,
+                                   samples=self.class_plan.batch_size)  # fmt: skip
                 self._apply(partial.pop(None if is_whole else 0), segment, first)
             else:  # others may be waiting for this rank to contribute, so it waits for nothing
                 self.exclude_step()
@@ -74,7 +75,7 @@ class EagerSGDExecutor(PartialResumable, SynchronousExecutor):
 
     def _claimed(self, segment: Segment) -> Iterator[Batch]:
         """Yield the batches that this rank is offered, as long as there are whole ones."""
-        size, parts = self.mine.batch_size, self.policy.parts_of_batch
+        size, parts = self.class_plan.batch_size, self.policy.parts_of_batch
         while (batch := segment.claim(self.partial.offered(), size, parts)) is not None:
             yield from batch
 

@@ -29,7 +29,7 @@ class FlatGradientExecutor(WireResumable, SynchronousExecutor):
         self.gradients = worker.flat_gradients()
         self.vectors = worker.state.padded_gradients
         kind, ranks = self.policy.aggregation.wire, self.policy.ranks
-        is_plain = kind == FLOAT32 or not self.mine.tau or len(ranks) == 1
+        is_plain = kind == FLOAT32 or not self.class_plan.tau or len(ranks) == 1
         self.wire = None if is_plain else Wire(comm, kind, worker.device, self.policy.seed, ranks)
 
     def run_step(self, inputs: Any, targets: Any) -> None:
@@ -47,8 +47,8 @@ class FlatGradientExecutor(WireResumable, SynchronousExecutor):
 
     def compute(self, inputs: Any, targets: Any) -> float:
         """Leave this rank's part of the joined gradient in the parameters; return its share of the joined batch."""
-        self.worker.gradient(inputs, targets, self.mine.weight)
-        return self.mine.weight
+        self.worker.gradient(inputs, targets, self.class_plan.weight)
+        return self.class_plan.weight
 
     def sum_(self, sums: Sequence[Tensor], is_finite: bool, prescaled_weight: float) -> None:
         """Replace the parts, ``[P + FLAG_SLOTS]`` each, by the joined gradient of the finite ranks."""

@@ -39,10 +39,10 @@ class GroupedExecutor(SynchronousExecutor):
     def end_segment(self, segment: Segment) -> None:
         """Average the models of all ranks, after their rounds."""
         self.worker.rest()
-        if not average(self.comm, self.worker.state, self.mine.weight):
+        if not average(self.comm, self.worker.state, self.class_plan.weight):
             self.worker.optimizer.state.clear()
         check_partial(self.comm, self.worker.state.parameters(), 0)
         segment.averages = segment.rounds
 
     def end_epoch(self) -> None:
-        average_others(self.comm, self.worker.state, self.mine.weight, only_new=True)
+        average_others(self.comm, self.worker.state, self.class_plan.weight, only_new=True)

@@ -45,10 +45,10 @@ class LocalSGDExecutor(Executor):
         return DelayedAveraging if self.policy.aggregation.delayed else BlockingAveraging
 
     def run_segment(self, segment: Segment) -> None:
-        self.averaging.run_segment(segment, self.mine)
+        self.averaging.run_segment(segment, self.class_plan)
 
     def end_epoch(self) -> None:
-        weight = self.policy.weight_of(self.mine)
+        weight = self.policy.weight_of(self.class_plan)
         average_others(self.comm, self.worker.state, weight, only_new=not self.policy.is_partial)
 
     def counts(self) -> Counts | None:

@@ -141,18 +141,18 @@ class ServerExecutor(Executor):
         segment.averages = averages
 
     def _work_on_claims(self, segment: Segment) -> None:
-        size = self.mine.batch_size
+        size = self.class_plan.batch_size
         answer = self._exchange(None, size)  # others may have pushed already
         while (batch := segment.claim(answer.offered, size)) is not None:
             segment.start_round(self._version - self._first)
             vector = self._gradient(batch) if self.policy.pushes_gradients else self._progress(batch, 1)[0]
-            segment.note(1, self._version - self._first)
+            segment.record(1, self._version - self._first)
             # to claim everything leaves the others nothing
             answer = self._exchange(vector, segment.samples if segment.is_stopping() else size)
             segment.finish_round()
 
     def _work_on_own(self, segment: Segment) -> None:
-        batches, tau = segment.batches(), self.mine.tau
+        batches, tau = segment.batches(), self.class_plan.tau
         at_once = self.policy.steps_of_push or tau
         closing = segment.is_stopping()
         for _ in range(segment.rounds * tau // at_once):
@@ -163,7 +163,7 @@ class ServerExecutor(Executor):
                 vector, steps = self._progress(batches, tau)
             else:
                 vector, steps = self._gradient(batches), 1
-            segment.note(steps, self._version - self._first)
+            segment.record(steps, self._version - self._first)
             closing = self._exchange(vector, 0).closing or segment.is_stopping()
             segment.finish_round()
 
@@ -197,7 +197,7 @@ class ServerExecutor(Executor):
             self.worker.state.refresh()
             for buffers, kept in zip(self.worker.state.buffers(), self._kept, strict=True):
                 buffers.copy_(kept)
-            self.comm.excluded.note()
+            self.comm.excluded.record()
         return is_finite
 
     def _exchange(self, vector: Tensor | None, claim: int) -> Answer:
@@ -210,7 +210,8 @@ class ServerExecutor(Executor):
                 self.comm.excluded.since = 0
             else:
                 self._sent.dropped += 1
-                self._sent.lost_samples += self.mine.batch_size * (self.policy.steps_of_push or self.mine.tau)
+                steps = self.policy.steps_of_push or self.class_plan.tau
+                self._sent.lost_samples += self.class_plan.batch_size * steps
         self._take(answer)
         return answer
 
@@ -229,8 +230,8 @@ class ServerExecutor(Executor):
     def end_epoch(self) -> None:
         worker, ranks = self.worker, tuple(range(self.comm.size))
         worker.rest()
-        average_buffers(self.comm, worker.state, self.mine.weight, ranks)
-        average_unlike_parameters(self.comm, worker.state, self.mine.weight, ranks)
+        average_buffers(self.comm, worker.state, self.class_plan.weight, ranks)
+        average_unlike_parameters(self.comm, worker.state, self.class_plan.weight, ranks)
 
     def counts(self) -> Counts:
         taken, self._sent = self._sent, Counts()

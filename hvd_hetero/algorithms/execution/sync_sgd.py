@@ -21,13 +21,13 @@ class SyncSGDExecutor(SynchronousExecutor):
 
     def start(self, plan: Plan, worker: Worker, comm: Comm) -> None:
         super().start(plan, worker, comm)
-        if self.mine.tau:
+        if self.class_plan.tau:
             self.sum = GradientSum(comm, self.policy.ranks, self.policy.cluster)
             worker.make_optimizer(lambda made: self.sum.wrap(made, worker.model, worker.micro_batches))
 
     def run_step(self, inputs: Any, targets: Any) -> None:
         worker = self.worker
-        self.sum.sent(partial(worker.gradient, inputs, targets, self.mine.weight))
+        self.sum.sent(partial(worker.gradient, inputs, targets, self.class_plan.weight))
         worker.emulator.pause()
         with self.sum.finished(worker.optimizer):
             with self.comm.booked():
@@ -40,10 +40,10 @@ class SyncSGDExecutor(SynchronousExecutor):
         worker = self.worker
         others = worker.state.others.copy()
         self.restore_buffers()
-        own = worker.gradient_again(inputs, targets, self.mine.weight)
+        own = worker.gradient_again(inputs, targets, self.class_plan.weight)
         worker.state.others.load_state_dict(others)
         is_finite = all_finite(own)
-        average_tensors(self.comm, own, is_finite, "gradient.again", prescaled_weight=self.mine.weight,
+        average_tensors(self.comm, own, is_finite, "gradient.again", prescaled_weight=self.class_plan.weight,
                         ranks=self.policy.ranks)  # fmt: skip
         for gradient, again in zip(worker.gradients(), own, strict=True):
             gradient.copy_(again)

@@ -28,11 +28,11 @@ class SynchronousExecutor(Executor):
         super().run_segment(segment)
         state = self.worker.state
         state.refresh()
-        if self.mine.tau and not all_finite(state.parameters()):  # a step itself may have gone too far
+        if self.class_plan.tau and not all_finite(state.parameters()):  # a step itself may have gone too far
             raise NonFiniteError(self.comm.excluded.round, self.policy.ranks, everybody=True)
 
     def run_round(self, batches: Iterator[Batch]) -> None:
-        if not self.mine.tau:
+        if not self.class_plan.tau:
             self.comm.sit_out()
             return
         for inputs, targets in self.worker.emulator.steps(batches, 1):
@@ -56,13 +56,13 @@ class SynchronousExecutor(Executor):
     def exclude_step(self) -> None:
         """Note that this rank's gradient was excluded, and undo what its batch has made of running statistics."""
         self.restore_buffers()
-        self.comm.excluded.note()
+        self.comm.excluded.record()
 
     def end_epoch(self) -> None:
         worker, comm, ranks = self.worker, self.comm, self.policy.ranks
         worker.rest()
         if comm.rank in ranks:
-            average_buffers(comm, worker.state, self.mine.weight, ranks)
-            average_unlike_parameters(comm, worker.state, self.mine.weight, ranks)
+            average_buffers(comm, worker.state, self.class_plan.weight, ranks)
+            average_unlike_parameters(comm, worker.state, self.class_plan.weight, ranks)
         if 0 not in ranks:
             comm.broadcast_state(worker.state, ranks[0])

@@ -47,7 +47,7 @@ class WAGMAExecutor(PartialResumable, GroupedExecutor):
         for number in range(segment.rounds):
             segment.start_round(number)
             (self._step_and_average if self.policy.steps_first else self._average_and_step)(batches)
-            segment.note(1, self.partial.version - first - 1)
+            segment.record(1, self.partial.version - first - 1)
             segment.finish_round()
         self._send(arrived=False)
         for rounds in self.partial.finish():
@@ -75,7 +75,7 @@ class WAGMAExecutor(PartialResumable, GroupedExecutor):
             worker.apply()
             excluded.since = excluded.since if not is_finite else 0
         elif is_finite:
-            excluded.note()
+            excluded.record()
 
     @torch.no_grad()
     def _send(self, arrived: bool = True) -> tuple[Tensor, bool]:
@@ -89,7 +89,7 @@ class WAGMAExecutor(PartialResumable, GroupedExecutor):
             self.write(self._average)
             own = self._average
             self.worker.optimizer.state.clear()
-            self.comm.excluded.note()
+            self.comm.excluded.record()
         host = own.to("cpu")
         self.partial.contribute(host, arrived=arrived)
         return host, is_finite
@@ -112,4 +112,4 @@ class WAGMAExecutor(PartialResumable, GroupedExecutor):
         self.partial.release([item])
 
     def end_epoch(self) -> None:
-        average_others(self.comm, self.worker.state, self.mine.weight)
+        average_others(self.comm, self.worker.state, self.class_plan.weight)
