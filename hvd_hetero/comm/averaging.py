@@ -17,7 +17,7 @@ from hvd_hetero.comm.flat_params import FlatState
 from hvd_hetero.comm.nonfinite import FLAG_SLOTS, all_finite, scale_, summable
 from hvd_hetero.comm.paths import FLAT
 from hvd_hetero.comm.tensor_slots import digest
-from hvd_hetero.comm.untrained_averaging import OtherAverages
+from hvd_hetero.comm.untrained_averaging import UntrainedAverages
 from hvd_hetero.comm.weighted_sums import average_tensors, sum_finite_
 from hvd_hetero.comm.wire import Wire
 from hvd_hetero.errors import NonFiniteError
@@ -82,8 +82,8 @@ def _average(comm: Comm, state: FlatState, weight: float, name: str, sent: Sent 
         is_finite, weight, prescaled_weight = scale_(contents, weight), 1.0, weight
     else:
         is_finite, prescaled_weight = all_finite(contents), 1.0
-    others = OtherAverages(comm, state.others, own_weight, is_finite, f"{name}.others")
-    others.begin()
+    untrained = UntrainedAverages(comm, state.untrained, own_weight, is_finite, f"{name}.others")
+    untrained.begin()
     states = [len(content) - params for content, params in zip(contents, state.params, strict=True)]
     news = sum_finite_(comm, vectors, is_finite, name, weight=weight, prescaled_weight=prescaled_weight, news=news,
                         wire=None if sent is None else sent.wire, states=states)
@@ -92,9 +92,9 @@ def _average(comm: Comm, state: FlatState, weight: float, name: str, sent: Sent 
     for own, total in zip(state.padded, vectors, strict=True):
         if own is not total:
             own.copy_(total)
-    others.finish()
+    untrained.finish()
     if news:
-        others.agree()
+        untrained.agree()
     return is_finite
 
 
@@ -113,14 +113,14 @@ def average_buffers(comm: Comm, state: FlatState, weight: float, ranks: tuple[in
     vectors = [summable(vector) for vector in state.padded_buffers()]
     for vector in vectors:
         vector[:-FLAG_SLOTS].mul_(weight)
-    others = OtherAverages(comm, state.others, weight, is_finite, f"{name}.others", ranks)
-    others.begin()
+    untrained = UntrainedAverages(comm, state.untrained, weight, is_finite, f"{name}.others", ranks)
+    untrained.begin()
     sum_finite_(comm, vectors, is_finite, name, prescaled_weight=weight, ranks=ranks)
     for own, total in zip(state.padded_buffers(), vectors, strict=True):
         if own is not total:
             own.copy_(total)
-    others.finish()
-    others.look()
+    untrained.finish()
+    untrained.look()
     if not is_finite:
         comm.excluded.record()
 
@@ -146,7 +146,7 @@ def average_unlike_parameters(comm: Comm, state: FlatState, weight: float, ranks
             own.copy_(average)
 
 
-def average_others(
+def average_untrained(
     comm: Comm, state: FlatState, weight: float, name: str = "others", only_new: bool = False
 ) -> None:
     """Replaces what is in no flat vector, on all ranks, after a thorough look at what has changed.
@@ -159,11 +159,11 @@ def average_others(
         UserError: as :func:`average`.
     """
     state.refresh()
-    others = OtherAverages(comm, state.others, weight, True, name)
+    untrained = UntrainedAverages(comm, state.untrained, weight, True, name)
     if not only_new:
-        others.begin()
-        others.finish()
-    others.look()
+        untrained.begin()
+        untrained.finish()
+    untrained.look()
 
 
 def check_partial(comm: Comm, parameters: Sequence[Tensor], averages: int) -> None:

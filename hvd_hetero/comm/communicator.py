@@ -231,13 +231,13 @@ class Comm:
             for i, vector in enumerate(state.vectors):
                 received = self.broadcast(vector.view(torch.uint8), f"model.{i}", root)
                 vector.view(torch.uint8).copy_(received)
-        kinds = json.loads(self.broadcast_text(json.dumps(state.others.kinds()), "model.kinds", root))
-        own = [as_bytes(tensor).cpu() for tensor in state.others.tensors().values()]
+        kinds = json.loads(self.broadcast_text(json.dumps(state.untrained.kinds()), "model.kinds", root))
+        own = [as_bytes(tensor).cpu() for tensor in state.untrained.tensors().values()]
         size = sum(math.prod(shape) * getattr(torch, kind).itemsize for _, kind, shape, *_ in kinds)
         data = torch.cat(own) if own and self.rank == root else torch.empty(size, dtype=torch.uint8)
         if size:
-            state.others.receive(kinds, self.broadcast(data, "model.others", root))
-        state.others.remember()
+            state.untrained.receive(kinds, self.broadcast(data, "model.others", root))
+        state.untrained.remember()
 
     def broadcast_text(self, text: str, name: str, root: int = 0) -> str:
         """Gives every rank the root's text."""

@@ -37,7 +37,7 @@ POLICIES = (AVERAGE, ROOT, MAX, SUM, LOCAL)
 KEY = "aggregation.state"
 
 
-class OtherState:
+class UntrainedState:
     """The tensors of a module that no optimizer trains and no flat vector holds.
 
     Args:

@@ -341,7 +341,7 @@ class Worker(ForwardPasses):
     def carry_over(self, state: Mapping[str, Any]) -> None:
         """Takes the model alone from what another rank's :meth:`state_dict` gave."""
         self._load_model(state)
-        self.state.others.remember()
+        self.state.untrained.remember()
 
     def _load_model(self, state: Mapping[str, Any]) -> None:
         self.state.load_state_dict(state["model"])

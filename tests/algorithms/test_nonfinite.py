@@ -200,7 +200,7 @@ def test_a_mask_of_infinities_is_no_bad_number() -> None:
     net.register_buffer("mask", torch.full((2, 2), -math.inf).triu(1))
     state = FlatState(net)
     assert all_finite(state.vectors) and state.vectors[0].numel() == without
-    assert net.get_buffer("mask").data_ptr() in [t.data_ptr() for t in state.others.tensors().values()]
+    assert net.get_buffer("mask").data_ptr() in [t.data_ptr() for t in state.untrained.tensors().values()]
 
 
 def test_it_is_said_now_and_then(caplog: pytest.LogCaptureFixture) -> None:

@@ -193,7 +193,7 @@ def test_running_statistics_are_not_rounded(kind: str, averages: str) -> None:
     def one(comm: Any) -> dict[str, Tensor]:
         net = nets[comm.rank]
         state, wire = FlatState(net), Wire(comm, kind, CPU, seed=7)
-        state.others.remember()  # all have it
+        state.untrained.remember()  # all have it
         worker: Any = SimpleNamespace(device=CPU, state=state)
         flight = InFlightAverage(worker, comm, wire)
         flight.begin()

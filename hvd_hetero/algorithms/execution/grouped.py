@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hvd_hetero.algorithms.execution.synchronous import SynchronousExecutor
 from hvd_hetero.algorithms.grouped import Grouped
-from hvd_hetero.comm.averaging import average, average_others, check_partial
+from hvd_hetero.comm.averaging import average, average_untrained, check_partial
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.flat_params import concat, parts_of
 from hvd_hetero.planning.plan import Plan
@@ -45,4 +45,4 @@ class GroupedExecutor(SynchronousExecutor):
         segment.averages = segment.rounds
 
     def end_epoch(self) -> None:
-        average_others(self.comm, self.worker.state, self.class_plan.weight, only_new=True)
+        average_untrained(self.comm, self.worker.state, self.class_plan.weight, only_new=True)

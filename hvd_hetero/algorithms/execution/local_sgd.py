@@ -11,7 +11,7 @@ from hvd_hetero.algorithms.averaging.delayed import DelayedAveraging
 from hvd_hetero.algorithms.averaging.partial import PartialAveraging
 from hvd_hetero.algorithms.execution.base import Executor
 from hvd_hetero.algorithms.local_sgd import LocalSGD
-from hvd_hetero.comm.averaging import average_others
+from hvd_hetero.comm.averaging import average_untrained
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.planning.local_steps import LEAVE_OUT, SHRINK, WAIT_AVOIDING
 from hvd_hetero.planning.plan import Plan
@@ -49,7 +49,7 @@ class LocalSGDExecutor(Executor):
 
     def end_epoch(self) -> None:
         weight = self.policy.weight_of(self.class_plan)
-        average_others(self.comm, self.worker.state, weight, only_new=not self.policy.is_partial)
+        average_untrained(self.comm, self.worker.state, weight, only_new=not self.policy.is_partial)
 
     def counts(self) -> Counts | None:
         return self.averaging.counts()

@@ -38,10 +38,10 @@ class SyncSGDExecutor(SynchronousExecutor):
     def _sum_again(self, inputs: Any, targets: Tensor) -> None:
         """Sum the finite gradients alone; all ranks of the group see that the first sum was not finite."""
         worker = self.worker
-        others = worker.state.others.copy()
+        untrained = worker.state.untrained.copy()
         self.restore_buffers()
         own = worker.gradient_again(inputs, targets, self.class_plan.weight)
-        worker.state.others.load_state_dict(others)
+        worker.state.untrained.load_state_dict(untrained)
         is_finite = all_finite(own)
         average_tensors(self.comm, own, is_finite, "gradient.again", prescaled_weight=self.class_plan.weight,
                         ranks=self.policy.ranks)  # fmt: skip

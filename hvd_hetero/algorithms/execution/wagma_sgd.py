@@ -11,7 +11,7 @@ from hvd_hetero.algorithms.execution.grouped import GroupedExecutor
 from hvd_hetero.algorithms.execution.resumable import PartialResumable
 from hvd_hetero.algorithms.policy import SOLO
 from hvd_hetero.algorithms.wagma_sgd import WAGMASGD
-from hvd_hetero.comm.averaging import average_others, check_partial
+from hvd_hetero.comm.averaging import average_untrained, check_partial
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.nonfinite import all_finite
 from hvd_hetero.comm.partial.allreduce import PartialAllreduce
@@ -112,4 +112,4 @@ class WAGMAExecutor(PartialResumable, GroupedExecutor):
         self.partial.release([item])
 
     def end_epoch(self) -> None:
-        average_others(self.comm, self.worker.state, self.class_plan.weight)
+        average_untrained(self.comm, self.worker.state, self.class_plan.weight)
