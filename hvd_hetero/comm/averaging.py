@@ -24,7 +24,7 @@ from hvd_hetero.errors import NonFiniteError
 
 
 @dataclass(frozen=True)
-class Sent:
+class ModelDifferences:
     """What an average of models sends in place of them: their differences from a model that all ranks hold.
 
     Attributes:
@@ -47,7 +47,7 @@ class Sent:
 
 
 def average(
-    comm: Comm, state: FlatState, weight: float, name: str = "average", sent: Sent | None = None
+    comm: Comm, state: FlatState, weight: float, name: str = "average", differences: ModelDifferences | None = None
 ) -> bool:
     """Replaces every rank's model by sum_i w_i x_i (paper, eq. 4) over the ranks with finite values.
 
@@ -55,7 +55,7 @@ def average(
 
     Args:
         weight: w of this rank; the weights of all ranks sum to 1 and are equal within a class.
-        sent: how differences are sent; None: models are, as they are.
+        differences: how differences are sent; None: models are, as they are.
 
     Returns:
         Whether this rank's own model was finite. If not, all else that its steps have made is to be forgotten too.
@@ -65,19 +65,19 @@ def average(
         UserError: a tensor is not what it was, so that it cannot be averaged.
     """
     with comm.booked():
-        is_finite = _average(comm, state, weight, name, sent)
+        is_finite = _average(comm, state, weight, name, differences)
     if not is_finite:
         comm.excluded.record()
     return is_finite
 
 
-def _average(comm: Comm, state: FlatState, weight: float, name: str, sent: Sent | None) -> bool:
-    news = state.refresh()
+def _average(comm: Comm, state: FlatState, weight: float, name: str, differences: ModelDifferences | None) -> bool:
+    needs_agreement = state.refresh()
     vectors = [summable(vector) for vector in state.padded]
     contents = [vector[:-FLAG_SLOTS] for vector in vectors]
     own_weight = weight
-    if sent is not None:
-        sent.subtract_base(contents)
+    if differences is not None:
+        differences.subtract_base(contents)
     if comm.path == FLAT:
         is_finite, weight, prescaled_weight = scale_(contents, weight), 1.0, weight
     else:
@@ -85,15 +85,16 @@ def _average(comm: Comm, state: FlatState, weight: float, name: str, sent: Sent 
     untrained = UntrainedAverages(comm, state.untrained, own_weight, is_finite, f"{name}.others")
     untrained.begin()
     states = [len(content) - params for content, params in zip(contents, state.params, strict=True)]
-    news = sum_finite_(comm, vectors, is_finite, name, weight=weight, prescaled_weight=prescaled_weight, news=news,
-                        wire=None if sent is None else sent.wire, states=states)
-    if sent is not None:
-        sent.add_base(contents)
+    needs_agreement = sum_finite_(comm, vectors, is_finite, name, weight=weight, prescaled_weight=prescaled_weight,
+                                  needs_agreement=needs_agreement, states=states,
+                                  wire=None if differences is None else differences.wire)  # fmt: skip
+    if differences is not None:
+        differences.add_base(contents)
     for own, total in zip(state.padded, vectors, strict=True):
         if own is not total:
             own.copy_(total)
     untrained.finish()
-    if news:
+    if needs_agreement:
         untrained.agree()
     return is_finite
 

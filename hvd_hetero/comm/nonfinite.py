@@ -67,19 +67,19 @@ def summable(vector: Tensor) -> Tensor:
 
 
 def write_validity_flags(
-    vectors: Sequence[Tensor], is_finite: bool, prescaled_weight: float = 1.0, news: bool = False
+    vectors: Sequence[Tensor], is_finite: bool, prescaled_weight: float = 1.0, needs_agreement: bool = False
 ) -> None:
     """Makes ready what a rank is about to send.
 
     Args:
         vectors: ``[P + FLAG_SLOTS]``, of which a non-finite rank sends zeros.
         prescaled_weight: of this rank, as far as it is in the numbers already.
-        news: whether this rank has something for all to agree on.
+        needs_agreement: whether this rank has something for all to agree on.
     """
     for vector in vectors:
         if not is_finite:
             vector.zero_()
-        flags = [prescaled_weight if is_finite else 0.0, 0.0 if is_finite else prescaled_weight, float(news)]
+        flags = [prescaled_weight if is_finite else 0.0, 0.0 if is_finite else prescaled_weight, float(needs_agreement)]
         vector[-FLAG_SLOTS:] = torch.tensor(flags, dtype=vector.dtype)
 
 

@@ -62,7 +62,7 @@ def renormalize(
     if not vectors:
         return False
     # all vectors have the same flags, the widest the most exact ones
-    kept, lost, news = max(vectors, key=lambda v: v.element_size())[-FLAG_SLOTS:].tolist()
+    kept, lost, needs_agreement = max(vectors, key=lambda v: v.element_size())[-FLAG_SLOTS:].tolist()
     if lost and (not kept or comm.excluded.stops):
         flags = torch.zeros(comm.size, dtype=torch.float64)
         flags[comm.rank] = float(not is_finite)
@@ -70,25 +70,25 @@ def renormalize(
         raise NonFiniteError(comm.excluded.round, [r for r, flag in enumerate(flags.tolist()) if flag], bool(not kept))
     for vector in vectors if lost else ():
         vector.mul_(1 / kept)  # devices differ in how they divide by a number, and do not in how they multiply
-    return bool(news)
+    return bool(needs_agreement)
 
 
 def sum_finite_(
     comm: Comm, vectors: Sequence[Tensor], is_finite: bool, name: str, *,
-    weight: float = 1.0, prescaled_weight: float = 1.0, ranks: tuple[int, ...] | None = None, news: bool = False,
-    wire: Wire | None = None, states: Sequence[int] = (),
+    weight: float = 1.0, prescaled_weight: float = 1.0, ranks: tuple[int, ...] | None = None,
+    needs_agreement: bool = False, wire: Wire | None = None, states: Sequence[int] = (),
 ) -> bool:  # fmt: skip
     """Replaces marked vectors by their weighted sums over the finite ranks; see :func:`average_tensors`.
 
     Args:
-        news: whether this rank has something for all to agree on.
+        needs_agreement: whether this rank has something for all to agree on.
         wire: what sums over these ranks travel in; None: as they are.
         states: for each vector, how many elements before its flags travel as they are in any case.
 
     Returns:
         Whether any rank has.
     """
-    write_validity_flags(vectors, is_finite, prescaled_weight, news)
+    write_validity_flags(vectors, is_finite, prescaled_weight, needs_agreement)
     for i, vector in enumerate(vectors):
         if wire is None:
             comm.weighted_sum_(vector, weight, f"{name}.{i}", ranks)

@@ -190,7 +190,7 @@ def test_a_bad_rank_sends_its_weight_and_nothing_else() -> None:
     write_validity_flags(vectors, is_finite=False, prescaled_weight=0.25)
     assert [v.tolist() for v in vectors] == [[0, 0, 0, 0, 0.25, 0], [0, 0, 0, 0.25, 0]]
     vectors[0].fill_(7)
-    write_validity_flags(vectors, is_finite=True, news=True)
+    write_validity_flags(vectors, is_finite=True, needs_agreement=True)
     assert [v.tolist() for v in vectors] == [[7, 7, 7, 1, 0, 1], [0, 0, 1, 0, 1]]
 
 

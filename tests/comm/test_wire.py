@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hvd_hetero.algorithms.averaging.delayed import InFlightAverage
-from hvd_hetero.comm.averaging import Sent, average
+from hvd_hetero.comm.averaging import ModelDifferences, average
 from hvd_hetero.comm.flat_params import FlatState
 from hvd_hetero.comm.nonfinite import FLAG_SLOTS
 from hvd_hetero.comm.paths import FLAT
@@ -202,7 +202,7 @@ def test_running_statistics_are_not_rounded(kind: str, averages: str) -> None:
             flight.send(0.5)
             flight.receive()
         else:
-            average(comm, state, 0.5, sent=Sent(flight.base, wire))
+            average(comm, state, 0.5, differences=ModelDifferences(flight.base, wire))
         flight.close()
         return {name: value.clone() for name, value in net.state_dict().items()}
 

@@ -14,7 +14,7 @@ from hvd_hetero.algorithms.execution.base import run_rounds
 from hvd_hetero.algorithms.execution.resumable import Resumable, WireResumable
 from hvd_hetero.algorithms.local_sgd import AVERAGED, LocalSGD
 from hvd_hetero.algorithms.policy import FLOAT32
-from hvd_hetero.comm.averaging import Sent, average
+from hvd_hetero.comm.averaging import ModelDifferences, average
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.wire import Wire
 from hvd_hetero.data import Batch
@@ -97,8 +97,8 @@ class BlockingAveraging(WireResumable, Averaging):
         """
         optimizer, kept = self.worker.optimizer, self.spec.optimizer_state
         self.worker.rest()
-        sent = None if self.wire is None or base is None else Sent(base, self.wire)
-        is_finite = average(self.comm, self.worker.state, weight, sent=sent)
+        differences = None if self.wire is None or base is None else ModelDifferences(base, self.wire)
+        is_finite = average(self.comm, self.worker.state, weight, differences=differences)
         if kept in AVERAGED:
             self._optimizer_average.average(optimizer, weight, is_finite)
         if kept == "reset" or (kept == "local" and not is_finite):

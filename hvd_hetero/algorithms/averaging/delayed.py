@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hvd_hetero.algorithms.averaging.blocking import BlockingAveraging, scale_progress
 from hvd_hetero.algorithms.local_sgd import LocalSGD
-from hvd_hetero.comm.averaging import Sent
+from hvd_hetero.comm.averaging import ModelDifferences
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.nonfinite import all_finite
 from hvd_hetero.comm.weighted_sums import average_tensors
@@ -107,7 +107,7 @@ class InFlightAverage:
         if factor != 1:
             scale_progress(self._parts(self._mean), self._parts(self.base), factor)
         if self._wire is not None:
-            Sent(self.base, self._wire).subtract_base(self._mean)
+            ModelDifferences(self.base, self._wire).subtract_base(self._mean)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._worker.device))
         self._is_sent = True
@@ -152,10 +152,10 @@ class InFlightAverage:
             self._comm.excluded.record()
         state, factor = self._worker.state, 1 - self._own_weight
         if self._wire is not None:
-            Sent(self.base, self._wire).add_base(self._mean)
-        for x, mean, sent, params in zip(state.vectors, self._mean, self._sent, state.params, strict=True):
+            ModelDifferences(self.base, self._wire).add_base(self._mean)
+        for x, mean, own, params in zip(state.vectors, self._mean, self._sent, state.params, strict=True):
             if self._is_finite:
-                moved = mean[:params] - sent[:params]
+                moved = mean[:params] - own[:params]
                 x[:params] += moved if factor == 1 else moved.mul_(factor)
                 x[params:] = mean[params:]
             else:
