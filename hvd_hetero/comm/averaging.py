@@ -64,7 +64,7 @@ def average(
         NonFiniteError: on all ranks, if no rank's model is finite, or if one that is not is to stop the job.
         UserError: a tensor is not what it was, so that it cannot be averaged.
     """
-    with comm.booked():
+    with comm.timed():
         is_finite = _average(comm, state, weight, name, differences)
     if not is_finite:
         comm.excluded.record()

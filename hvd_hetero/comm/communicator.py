@@ -54,7 +54,7 @@ class Comm:
         spec: how weighted sums travel, and what happens if a rank's values are non-finite. ``path`` is ``flat`` (scale
             locally, one global sum; host tensors only), ``hierarchical`` (within classes, among leaders, back),
             ``auto`` (flat where all classes are on the CPU) or ``measured``.
-        watch: books the time in what is :meth:`booked`; its heartbeat is told of every collective.
+        watch: books the time in what is :meth:`timed`; its heartbeat is told of every collective.
         groups: ranks that meet among themselves too.
 
     Attributes:
@@ -97,12 +97,12 @@ class Comm:
         self._copying: torch.cuda.Stream | None = None
 
     @contextmanager
-    def booked(self) -> Iterator[None]:
+    def timed(self) -> Iterator[None]:
         """Book all collectives of a block, with the time since the last span, as one in which all ranks meet."""
         yield
         self.watch.collective()
 
-    def sit_out(self) -> None:
+    def skip_collective(self) -> None:
         """Take no part in what the other ranks book as one collective."""
         self.watch.skip_collective()
 

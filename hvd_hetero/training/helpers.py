@@ -95,7 +95,7 @@ class Helpers:
             figures = ((name, value) for name, value in self._rows[-1].items() if name.startswith(EVAL))
             text = ", ".join(f"{name.removeprefix(EVAL)} {value:.4g}" for name, value in figures if value is not None)
             LOGGER.info("round %s, evaluated by a helper: %s", self._rows[-1]["round"], text)
-        with self._comm.booked():
+        with self._comm.timed():
             shared = self._comm.broadcast_text(json.dumps(self._rows), "evaluations")
         self._rows = []
         rows: list[dict[str, Any]] = json.loads(shared)

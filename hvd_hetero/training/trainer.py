@@ -267,7 +267,7 @@ class Trainer(TrainerParts):
         self.epoch, plan, is_planned = None, epoch.plan, self.algorithm.policy.follows_plan
         as_dealt = is_planned and not epoch.since
         shapes = [(plan.rounds * c.tau, c.batch_size) for c in plan.by_rank()] if as_dealt else None
-        with comm.booked():
+        with comm.timed():
             self.algorithm.end_epoch()
             losses, weights = worker.pop_losses()
             self.feed.collect(*epoch.results(), losses, shapes, self.helpers.pop_scores(accounts.epochs + 1))

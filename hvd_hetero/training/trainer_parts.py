@@ -120,7 +120,7 @@ class TrainerParts:
         progress, limit = epoch.finish(segment, self.algorithm.class_plan.tau), self.config.train.max_train_sec
         spent = self.watch.spent if self.comm.rank == 0 else 0.0
         left = math.inf if limit is None else limit - self.accounts.train_sec - spent
-        with self.comm.booked():
+        with self.comm.timed():
             figures = [*self.status.figures(epoch, segment), spent]
             agreed = saver.agree(progress, length, before, step_sec, figures, left)
         self._tell_saved(saver)

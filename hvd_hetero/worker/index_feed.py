@@ -42,14 +42,14 @@ class Feed:
             return plan
         in_round = sum(c.round_samples for c in plan.classes)
         size = 0 if self.sampler is None else self.sampler.prepare(in_round)
-        with self._comm.booked():
+        with self._comm.timed():
             size = int(self._comm.broadcast(torch.tensor([size]), "epoch.size"))
         self._share_weights()
         return replace(plan, rounds=min(plan.rounds, size // in_round))
 
     def _share_weights(self) -> None:
         own = torch.empty(self._samples) if self.sampler is None else torch.from_numpy(self.sampler.weights)
-        with self._comm.booked():
+        with self._comm.timed():
             self._weights = self._comm.broadcast(own, "epoch.weights").numpy()
 
     def weights_of(self, indices: NDArray[Any]) -> NDArray[np.float32] | None:
@@ -80,7 +80,7 @@ class Feed:
             indices: what this rank was dealt, ``[rows, B]``, of which it has taken ``steps`` rows.
             gone: on rank 0, by class, what ranks have taken that are not there any more.
         """
-        with self._comm.booked():
+        with self._comm.timed():
             shapes = [row.tolist() for row in self._comm.gather(torch.tensor([steps, *indices.shape]), "rest.sizes")]
             own = torch.from_numpy(np.ascontiguousarray(indices.reshape(-1))).to(self._dtype)
             dealt = self._comm.gather(own, "rest.indices", [rows * batch for _, rows, batch in shapes])
@@ -108,7 +108,7 @@ class Feed:
                 ends = np.cumsum([sizes[rank] for rank in c.ranks])
                 dealt |= dict(zip(c.ranks, np.split(drawn[c.name][: counts[c.name]], ends[:-1]), strict=True))
             everything = torch.from_numpy(np.concatenate([dealt[rank] for rank in range(len(sizes))])).to(self._dtype)
-        with self._comm.booked():
+        with self._comm.timed():
             everything = self._comm.broadcast(everything, "epoch.indices")
         mine = everything.split(sizes)[self._comm.rank].numpy()
         own = plan.of_rank(self._comm.rank)
@@ -119,7 +119,7 @@ class Feed:
         whole = torch.empty(sum(plan.epoch_samples().values()), dtype=self._dtype)
         if self.sampler is not None:
             whole = torch.from_numpy(self.sampler.draw({EVERYBODY: len(whole)})[EVERYBODY])
-        with self._comm.booked():
+        with self._comm.timed():
             whole = self._comm.broadcast(whole, "epoch.indices")
         return whole.numpy()
 
@@ -208,7 +208,7 @@ class StreamFeed(Feed):
             self._next = int(indices[steps, 0]) - self._before
         if self._is_shared:  # one that has taken no steps does not know where the others are
             place = self._next if steps < len(indices) else 0
-            with self._comm.booked():
+            with self._comm.timed():
                 self._next = int(self._comm.max([float(place)], "rest.place")[0])
         return self.deal(plan, plan)
 

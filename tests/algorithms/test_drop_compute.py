@@ -55,7 +55,7 @@ def run(monkeypatch: pytest.MonkeyPatch, steps: int, seconds: list[float], **opt
     loss = per_sample_loss("cross_entropy", {})
     worker = Worker(Net(clock, seconds), loss, lambda params: torch.optim.SGD(params, lr=1.0), None, micro_batches=4)
     comm: Any = SimpleNamespace(
-        rank=0, size=1, booked=nullcontext, weighted_sum_=lambda *args: None,
+        rank=0, size=1, timed=nullcontext, weighted_sum_=lambda *args: None,
         gather=lambda tensor, *args, **more: [tensor], excluded=SimpleNamespace(stops=False),
     )
     made = DropComputeExecutor(policy)

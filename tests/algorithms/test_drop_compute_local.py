@@ -78,7 +78,7 @@ def run(
     policy.check()
     worker = Worker(net, per_sample_loss("cross_entropy", {}), lambda params: torch.optim.SGD(params, lr=0.5), None)
     comm: Any = SimpleNamespace(
-        rank=0, size=1, booked=nullcontext, sum=lambda values, name: [values[0] + others],
+        rank=0, size=1, timed=nullcontext, sum=lambda values, name: [values[0] + others],
         gather=lambda tensor, *args, **more: [tensor], excluded=SimpleNamespace(stops=False),
     )  # fmt: skip
 

@@ -108,7 +108,7 @@ def test_a_model_that_is_not_finite_takes_the_hosts_and_is_told_of_where_none_is
 ) -> None:
     """One host's models have travelled for a batch: weights 2 and 2, of two good ones."""
     made, written, recorded = DASOExecutor(policy("daso")), list[torch.Tensor](), list[bool]()
-    comm: Any = SimpleNamespace(booked=nullcontext, broadcast=lambda tensor, *args: tensor,
+    comm: Any = SimpleNamespace(timed=nullcontext, broadcast=lambda tensor, *args: tensor,
                                 excluded=SimpleNamespace(record=lambda: recorded.append(True)))  # fmt: skip
     worker: Any = SimpleNamespace(optimizer=SimpleNamespace(state={"momentum": own}))
     made.comm, made.worker, made._host, made._is_apart = comm, worker, (0,), False

@@ -59,7 +59,7 @@ class Ranks:
             return lambda: self._meet(rank, vector, torch.maximum)
 
         made = SimpleNamespace(
-            rank=rank, size=self.count, weighted_sum_=weighted_sum_, max_async_=max_async_, booked=nullcontext,
+            rank=rank, size=self.count, weighted_sum_=weighted_sum_, max_async_=max_async_, timed=nullcontext,
             path=FLAT, excluded=SimpleNamespace(stops=False), heartbeat=Heartbeat(),
         )
         made.clone_for_thread = lambda: made

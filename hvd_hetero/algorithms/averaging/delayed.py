@@ -142,7 +142,7 @@ class InFlightAverage:
         """
         if not self._is_sent:
             return
-        with self._own_comm.booked(), self._own_comm.heartbeat.waiting("delayed"):
+        with self._own_comm.timed(), self._own_comm.heartbeat.waiting("delayed"):
             problem = self._problems.get()
         self._is_sent = False
         if problem is not None:

@@ -70,7 +70,7 @@ class OptimizerAverage:
         Raises:
             NonFiniteError: as :func:`hvd_hetero.comm.averaging.average`.
         """
-        with self._comm.booked():
+        with self._comm.timed():
             own = {entry: value for entry, value in self._own(optimizer) if entry.key not in self._seeded}
             self._agree(sorted(own))
             floating = [entry for entry in self._entries if not entry.is_count]

@@ -63,7 +63,7 @@ class VarianceReduced(Averaging):
         is_finite = all_finite(sums)
         worker.emulator.pause()
         sent = [summable(total) for total in sums]
-        with self.comm.booked():
+        with self.comm.timed():
             sum_finite_(self.comm, sent, is_finite, "anchor", prescaled_weight=class_plan.weight)
         if not is_finite:
             self.comm.excluded.record()
@@ -108,7 +108,7 @@ class VarianceReduced(Averaging):
         worker.state.refresh()
         is_finite = all_finite([*worker.state.parameters(), *worker.state.buffers()])
         worker.emulator.pause()
-        with comm.booked():
+        with comm.timed():
             flags = [int(flag) for flag in comm.gather(torch.tensor([2 * (not is_finite) + is_training]), "drawn.good")]
             finite_ranks = [r for r, flag in enumerate(flags) if flag == 1]
             non_finite_ranks = [r for r, flag in enumerate(flags) if flag > 1]

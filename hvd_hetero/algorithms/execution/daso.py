@@ -86,7 +86,7 @@ class DASOExecutor(GroupedExecutor):
         """Average the host's gradients; return whether there is a finite one."""
         own = self.worker.state.padded_gradients
         sums = [summable(vector) for vector in own]
-        with self.comm.booked():
+        with self.comm.timed():
             kept = sum_in_group_(self.comm, sums, is_finite, self._batch_fraction, "daso.gradient", self._host)
         for gradient, total in zip(own, sums, strict=True):
             if gradient is not total:
@@ -128,7 +128,7 @@ class DASOExecutor(GroupedExecutor):
         self._settle()
         own = self.whole().to("cpu", copy=True)
         is_finite = all_finite([own])
-        with self.comm.booked():
+        with self.comm.timed():
             if flight.total is not None:
                 flight.wait()
                 weight, count = 2 * (batch - flight.begun) if is_finite else 0, float(flight.total[-FLAG_SLOTS])
@@ -147,7 +147,7 @@ class DASOExecutor(GroupedExecutor):
             is_finite = all_finite([own])
             mean = torch.cat([own, own.new_empty(FLAG_SLOTS)])
             mean[:-FLAG_SLOTS].mul_(1 / len(self._host))
-            with self.comm.booked():
+            with self.comm.timed():
                 kept = sum_in_group_(self.comm, [mean], is_finite, 1 / len(self._host), "daso.settle", self._host)
             if kept:
                 self.write(mean[:-FLAG_SLOTS])

@@ -86,7 +86,7 @@ class DecentLaMExecutor(GroupedExecutor):
         self._steps += 1
         mean = torch.cat([own, own.new_empty(FLAG_SLOTS)])
         mean[:-FLAG_SLOTS].mul_(1 / len(group))
-        with self.comm.booked():
+        with self.comm.timed():
             kept = sum_in_group_(self.comm, [mean], is_finite, 1 / len(group), "decentlam", group)
         if kept:
             self.write(mean[:-FLAG_SLOTS])

@@ -64,7 +64,7 @@ class DeadlineAveraging(BlockingAveraging):
 
     def _factor(self, taken: int, weight: float) -> float:
         """Return what makes this rank's weight one by the steps that were taken."""
-        with self.comm.booked():
+        with self.comm.timed():
             (total,) = self.comm.sum([float(taken)], "deadline.steps")
         return taken / total / weight if taken else 1.0
 

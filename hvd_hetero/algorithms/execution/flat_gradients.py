@@ -52,6 +52,6 @@ class FlatGradientExecutor(WireResumable, SynchronousExecutor):
 
     def sum_(self, sums: Sequence[Tensor], is_finite: bool, prescaled_weight: float) -> None:
         """Replace the parts, ``[P + FLAG_SLOTS]`` each, by the joined gradient of the finite ranks."""
-        with self.comm.booked():
+        with self.comm.timed():
             sum_finite_(self.comm, sums, is_finite, "gradient", prescaled_weight=prescaled_weight,
                         ranks=self.policy.ranks, wire=self.wire)  # fmt: skip

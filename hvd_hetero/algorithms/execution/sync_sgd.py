@@ -30,7 +30,7 @@ class SyncSGDExecutor(SynchronousExecutor):
         self.sum.sent(partial(worker.gradient, inputs, targets, self.class_plan.weight))
         worker.emulator.pause()
         with self.sum.finished(worker.optimizer):
-            with self.comm.booked():
+            with self.comm.timed():
                 if not all_finite(worker.gradients()):
                     self._sum_again(inputs, targets)
             worker.apply()

@@ -33,7 +33,7 @@ class SynchronousExecutor(Executor):
 
     def run_round(self, batches: Iterator[Batch]) -> None:
         if not self.class_plan.tau:
-            self.comm.sit_out()
+            self.comm.skip_collective()
             return
         for inputs, targets in self.worker.emulator.steps(batches, 1):
             self.keep_buffers()
