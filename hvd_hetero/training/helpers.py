@@ -125,9 +125,9 @@ def place_in(epoch: Epoch, accounts: Accounts, watch: Stopwatch, rounds: int, wa
     """Tell where in a run the model of an epoch under way is from, after so many rounds of the epoch."""
     ahead, progress = rounds - epoch.progress.averages, epoch.progress
     samples = (progress.claimed or epoch.spent[1]) + ahead * epoch.round_samples
-    booked = sum(watch.seconds.values()) + sum(spent for spent in watch.collectives if spent == spent)
+    train_sec = sum(watch.seconds.values()) + sum(spent for spent in watch.collectives if spent == spent)
     return {"epoch": accounts.epochs + 1, "round": accounts.rounds + rounds, "rounds": progress.version + ahead,
-            "samples_seen": accounts.samples_seen + samples, "train_sec": accounts.train_sec + booked,
+            "samples_seen": accounts.samples_seen + samples, "train_sec": accounts.train_sec + train_sec,
             "wall_sec": wall_sec}  # fmt: skip
 
 

@@ -132,7 +132,7 @@ class Worker(ForwardPasses):
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
-    def rest(self) -> None:
+    def set_eval_mode(self) -> None:
         """Lets the parameters be what is evaluated, averaged and saved, until the next gradient or step.
 
         They are something else only while an optimizer steps that has modes, see :mod:`hvd_hetero.worker.modes`.
@@ -307,7 +307,7 @@ class Worker(ForwardPasses):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything of this rank that decides its further steps, between two rounds."""
-        self.rest()  # which mode an optimizer is in is not always in its own state
+        self.set_eval_mode()  # which mode an optimizer is in is not always in its own state
         return {
             "model": self.state.state_dict(),
             "extra": extra_state(self.model),

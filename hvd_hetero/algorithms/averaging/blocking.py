@@ -96,7 +96,7 @@ class BlockingAveraging(WireResumable, Averaging):
             base: the vectors of a model that all ranks held, where differences from it are sent.
         """
         optimizer, kept = self.worker.optimizer, self.spec.optimizer_state
-        self.worker.rest()
+        self.worker.set_eval_mode()
         differences = None if self.wire is None or base is None else ModelDifferences(base, self.wire)
         is_finite = average(self.comm, self.worker.state, weight, differences=differences)
         if kept in AVERAGED:

@@ -104,7 +104,7 @@ class VarianceReduced(Averaging):
     def _draw(self, is_training: bool) -> None:
         """Go on from the model of one of the ranks whose values are finite."""
         worker, comm = self.worker, self.comm
-        worker.rest()
+        worker.set_eval_mode()
         worker.state.refresh()
         is_finite = all_finite([*worker.state.parameters(), *worker.state.buffers()])
         worker.emulator.pause()

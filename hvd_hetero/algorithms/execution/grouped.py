@@ -27,7 +27,7 @@ class GroupedExecutor(SynchronousExecutor):
     def whole(self) -> Tensor:
         """The model's parameters and running statistics as one vector; perhaps the model's own memory."""
         self.worker.state.refresh()
-        self.worker.rest()
+        self.worker.set_eval_mode()
         return concat(self.vectors)
 
     @torch.no_grad()
@@ -38,7 +38,7 @@ class GroupedExecutor(SynchronousExecutor):
 
     def end_segment(self, segment: Segment) -> None:
         """Average the models of all ranks, after their rounds."""
-        self.worker.rest()
+        self.worker.set_eval_mode()
         if not average(self.comm, self.worker.state, self.class_plan.weight):
             self.worker.optimizer.state.clear()
         check_partial(self.comm, self.worker.state.parameters(), 0)

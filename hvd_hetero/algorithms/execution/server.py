@@ -229,7 +229,7 @@ class ServerExecutor(Executor):
 
     def end_epoch(self) -> None:
         worker, ranks = self.worker, tuple(range(self.comm.size))
-        worker.rest()
+        worker.set_eval_mode()
         average_buffers(self.comm, worker.state, self.class_plan.weight, ranks)
         average_unlike_parameters(self.comm, worker.state, self.class_plan.weight, ranks)
 

@@ -60,7 +60,7 @@ class SynchronousExecutor(Executor):
 
     def end_epoch(self) -> None:
         worker, comm, ranks = self.worker, self.comm, self.policy.ranks
-        worker.rest()
+        worker.set_eval_mode()
         if comm.rank in ranks:
             average_buffers(comm, worker.state, self.class_plan.weight, ranks)
             average_unlike_parameters(comm, worker.state, self.class_plan.weight, ranks)
