@@ -132,6 +132,11 @@ class Worker(ForwardPasses):
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
+    @property
+    def pace(self) -> SlowdownEmulator:
+        """The emulator by its former name, which docs/methods.md gave; for one release."""
+        warnings.warn("Worker.pace is now Worker.emulator: the former one is kept for one release", FutureWarning, 2)
+        return self.emulator
     def set_eval_mode(self) -> None:
         """Lets the parameters be what is evaluated, averaged and saved, until the next gradient or step.
 
