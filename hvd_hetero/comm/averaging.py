@@ -178,4 +178,4 @@ def check_partial(comm: Comm, parameters: Sequence[Tensor], averages: int) -> No
         NonFiniteError: on all ranks.
     """
     if not all_finite(parameters) or (not averages and comm.max([-float(comm.excluded.since)], "partial.bad")[0] < 0):
-        raise NonFiniteError(comm.excluded.round, range(comm.size), everybody=True)
+        raise NonFiniteError(comm.excluded.round, range(comm.size), all_ranks=True)

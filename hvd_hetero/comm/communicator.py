@@ -60,7 +60,7 @@ class Comm:
     Attributes:
         paths: those to choose between, one if there is nothing to choose.
         path: that weighted sums take, ``flat`` or ``hierarchical``; the same on all ranks, changed between two sums.
-        everyone: all ranks of the job, helpers too; ``size`` is the number of those that train, which all else is of.
+        all_ranks: all ranks of the job, helpers too; ``size`` is the number of those that train, which all else is of.
         excluded: what this rank was left out of.
         traffic: what it has sent.
 
@@ -78,19 +78,19 @@ class Comm:
         self.excluded, self.traffic = Exclusions(rank, spec.nan == STOP), Traffic()
         mine = cluster.class_of(rank)
         self._peers, self._training = mine.ranks, tuple(range(self.size))
-        self.everyone = tuple(range(len(cluster.facts)))
+        self.all_ranks = tuple(range(len(cluster.facts)))
         self._hosts, self._local_ranks = {f.host for f in cluster.facts}, {f.local_rank for f in cluster.facts}
         self._leaders = tuple(sorted(c.ranks[0] for c in cluster.classes))
         self.paths = paths_of(spec, cluster)
         self.path = self.paths[0]
         self._chunk_mb = spec.chunk_mb
         members = dict.fromkeys([*(c.ranks for c in cluster.classes), self._leaders, self._training, *groups])
-        sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in members if 1 < len(ranks) < len(self.everyone)}
+        sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in members if 1 < len(ranks) < len(self.all_ranks)}
         check_mixed_hosts(list(sets), cluster.facts)
         check_gpu_sums(cluster)
         with self.heartbeat.waiting("init"):
             hvd.init(process_sets=list(sets.values()))
-        sets[self.everyone] = hvd.global_process_set
+        sets[self.all_ranks] = hvd.global_process_set
         self._sets = sets
         self._sums_on = cache(lambda ranks: sums_on_gpus(cluster, ranks) and bool(hvd.nccl_built()))
         self._staging: dict[tuple[torch.dtype, int], Tensor] = {}
@@ -372,7 +372,7 @@ class Comm:
         """Waits for all ranks, then leaves: a rank that leaves early takes the others down with it."""
         if self.rank == 0:
             forget_addresses(job_env(), self._hosts, self._local_ranks)
-        self.barrier("close", self.everyone)
+        self.barrier("close", self.all_ranks)
         hvd.shutdown()
 
     def _call(self, operation: Callable[..., int], *args: Any, name: str, **options: Any) -> Any:

@@ -209,8 +209,8 @@ def open_channel(comm: Comm, hosts: int) -> HelperServer | HelperLink | None:
     Returns:
         This rank's end, if it has one.
     """
-    server, address, secret = open_hub(comm, hosts, len(comm.everyone) - comm.size, HelperServer, comm.everyone)
+    server, address, secret = open_hub(comm, hosts, len(comm.all_ranks) - comm.size, HelperServer, comm.all_ranks)
     link = ControlClient(address, secret, comm.rank - comm.size) if comm.rank >= comm.size else None
-    comm.barrier("helpers.connected", comm.everyone)
+    comm.barrier("helpers.connected", comm.all_ranks)
     assert server is None or isinstance(server, HelperServer)
     return server if link is None else HelperLink(comm, link)

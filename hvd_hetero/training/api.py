@@ -181,7 +181,7 @@ def carry_out(trainer: Trainer) -> dict[str, Any] | None:
         is_fault = isinstance(error, Exception)
         trainer.abandon(saves=is_fault and not isinstance(error, PEER_LOST),
                         survives=is_fault and not isinstance(error, (UserError, NonFiniteError)))  # fmt: skip
-        if len(trainer.comm.everyone) == 1:  # nobody has to be told, and the program may go on
+        if len(trainer.comm.all_ranks) == 1:  # nobody has to be told, and the program may go on
             trainer.close()
         if isinstance(error, UserError):
             # one rank's own trouble, a broken file for instance: the others are waiting somewhere else

@@ -65,7 +65,7 @@ class SyncDecision:
     keep: bool = False
 
 
-class Meetings:
+class SyncPoints:
     """When all ranks meet between two segments, and agree on whether to save; a subclass keeps what is saved.
 
     Args:
@@ -182,7 +182,7 @@ class Meetings:
         return SyncDecision(progress, bool(stop), due, slowest, length, most[len(step_sec) :], bool(keep))
 
 
-class Saver(Meetings):
+class Saver(SyncPoints):
     """The checkpoints of one run.
 
     Args:
@@ -305,7 +305,7 @@ class Saver(Meetings):
         self._write = None
 
 
-class HandedOut(Meetings):
+class LoopSaver(SyncPoints):
     """States of a run that a program keeps, wherever it likes.
 
     Attributes:

@@ -26,7 +26,7 @@ from hvd_hetero.worker.snapshot import snapshot
 from hvd_hetero.worker.worker import Worker
 
 
-class Left(Exception):
+class LoopExited(Exception):
     """The program has left its loop in the middle of a round."""
 
 
@@ -146,7 +146,7 @@ class Handover:
         return item
 
 
-class HandedWorker(Worker):
+class LoopWorker(Worker):
     """A worker whose local steps are the program's; :meth:`connect` comes before the first."""
 
     def connect(

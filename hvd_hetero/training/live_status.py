@@ -21,7 +21,7 @@ from hvd_hetero.telemetry.run_status import ENDED, LIVE_TRACE, LOOK, PREPARING, 
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import Recorder
-from hvd_hetero.training.checkpointer import NONE, Meetings
+from hvd_hetero.training.checkpointer import NONE, SyncPoints
 from hvd_hetero.training.evaluation import EVAL
 from hvd_hetero.training.run_records import write_trace
 from hvd_hetero.training.startup import Job
@@ -42,7 +42,7 @@ class Run(Protocol):
     plan: Plan
     watch: Stopwatch
     folder: RunFolder | None
-    saver: Meetings | None
+    saver: SyncPoints | None
     accounts: Accounts
     epoch: Epoch | None
     begin: float

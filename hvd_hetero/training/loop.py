@@ -26,8 +26,8 @@ from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.sampling import Sampler
 from hvd_hetero.telemetry.callbacks import Callback
 from hvd_hetero.training.api import begin, carry_out, exit_on_error
-from hvd_hetero.training.checkpointer import HandedOut, Meetings
-from hvd_hetero.training.handover import HandedWorker, Handover, Left, Round
+from hvd_hetero.training.checkpointer import LoopSaver, SyncPoints
+from hvd_hetero.training.handover import Handover, LoopExited, LoopWorker, Round
 from hvd_hetero.training.process import process_restored
 from hvd_hetero.training.resume import Found
 from hvd_hetero.training.startup import Job, make_worker
@@ -192,7 +192,7 @@ class Loop:
         steps, and once after the last round. With ``run.dir`` it never is: checkpoints are written there.
         """
         saver = self._trainer.saver
-        if not isinstance(saver, HandedOut):
+        if not isinstance(saver, LoopSaver):
             return False
         saver.is_asked = True
         return saver.state is not None
@@ -206,7 +206,7 @@ class Loop:
             RuntimeError: :meth:`save_due` does not say that it is.
         """
         saver = self._trainer.saver
-        if not isinstance(saver, HandedOut) or saver.state is None:
+        if not isinstance(saver, LoopSaver) or saver.state is None:
             raise RuntimeError("there is nothing to save now: ask loop.save_due() first")
         state, saver.state = saver.state, None
         return state
@@ -242,8 +242,8 @@ class Loop:
     def _stop_trainer(self) -> None:
         if self._handover.is_out:
             try:
-                self._handover.swap(Left("the program has left its loop"))
-            except Left:
+                self._handover.swap(LoopExited("the program has left its loop"))
+            except LoopExited:
                 pass
 
     def _leave(self) -> None:
@@ -262,7 +262,7 @@ class LoopTrainer(Trainer):
         loaded_state: a state to go on from, which the program has kept.
     """
 
-    worker: HandedWorker
+    worker: LoopWorker
 
     def __init__(self, job: Job, run_dir: str | None, found: Found | None, sharded: bool, evaluates: bool) -> None:
         super().__init__(job, run_dir, found)
@@ -276,13 +276,13 @@ class LoopTrainer(Trainer):
         self.worker.connect(handover, self.comm.excluded, self.kept, is_stream, needs_losses,
                             lambda: self.algorithm.class_plan.batch_size)  # fmt: skip
 
-    def make_worker(self) -> HandedWorker:
-        return make_worker(self.job, self.watch, HandedWorker)
+    def make_worker(self) -> LoopWorker:
+        return make_worker(self.job, self.watch, LoopWorker)
 
-    def make_saver(self) -> Meetings | None:
+    def make_saver(self) -> SyncPoints | None:
         if self.run_dir is not None:
             return super().make_saver()
-        return HandedOut(self.config, self.comm, self.algorithm.policy.needs_quiesce, self.loaded_state)
+        return LoopSaver(self.config, self.comm, self.algorithm.policy.needs_quiesce, self.loaded_state)
 
     def make_feed(self) -> Feed:
         if not isinstance(self.source, StreamSource):

@@ -14,7 +14,7 @@ from hvd_hetero.telemetry.run_folder import RunFolder
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.training.best import BestEvaluation
-from hvd_hetero.training.checkpointer import Meetings
+from hvd_hetero.training.checkpointer import SyncPoints
 from hvd_hetero.training.iterate_average import IterateAverage
 from hvd_hetero.training.resume import places, slots
 from hvd_hetero.training.run_records import say_resumed
@@ -38,7 +38,7 @@ class Run(Protocol):
     plan: Plan
     watch: Stopwatch
     folder: RunFolder | None
-    saver: Meetings | None
+    saver: SyncPoints | None
     epoch: Epoch | None
     source: Source
     best: BestEvaluation

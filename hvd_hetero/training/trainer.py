@@ -231,7 +231,7 @@ class Trainer(TrainerParts):
             step_sec = [0.0] * len(classes) if rebalances else []
             if rebalances and segment.at:
                 step_sec[own] = sum(work[first:]) / len(segment.at)
-            agreed = self._meet(epoch, segment, saver, length, before, step_sec)
+            agreed = self._synchronize(epoch, segment, saver, length, before, step_sec)
             self._offer(self.helpers.offer, epoch, epoch.progress.averages)
             self.helpers.receive()
             if epoch.rounds_left == 0 or (length >= left and not agreed.stop):

@@ -24,7 +24,7 @@ from hvd_hetero.telemetry.run_folder import RunFolder
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.training.best import BestEvaluation
-from hvd_hetero.training.checkpointer import Meetings, Saver, SyncDecision
+from hvd_hetero.training.checkpointer import Saver, SyncDecision, SyncPoints
 from hvd_hetero.training.helpers import Helpers, Place, place_in
 from hvd_hetero.training.live_status import LiveStatus
 from hvd_hetero.training.startup import Job, make_worker
@@ -52,7 +52,7 @@ class TrainerParts:
     plan: Plan
     worker: Worker
     feed: Feed
-    saver: Meetings | None
+    saver: SyncPoints | None
     best: BestEvaluation
     accounts: Accounts
     helpers: Helpers
@@ -66,7 +66,7 @@ class TrainerParts:
     def make_worker(self) -> Worker:
         return make_worker(self.job, self.watch, Worker)
 
-    def make_saver(self) -> Meetings | None:
+    def make_saver(self) -> SyncPoints | None:
         if self.run_dir is None:
             return None
         quiesces = self.algorithm.policy.needs_quiesce
@@ -114,7 +114,7 @@ class TrainerParts:
         """What the run has done, with the pace of the epoch under way as all ranks know it."""
         return replace(self.accounts.done, epoch_rounds=self.met[0], epoch_sec=self.met[1])
 
-    def _meet(self, epoch: Epoch, segment: Segment, saver: Meetings, length: int, before: int,
+    def _synchronize(self, epoch: Epoch, segment: Segment, saver: SyncPoints, length: int, before: int,
               step_sec: Sequence[float]) -> SyncDecision:  # fmt: skip
         """Agree with all ranks on a segment that has ended; where the run has had its time, the epoch ends with it."""
         progress, limit = epoch.finish(segment, self.algorithm.class_plan.tau), self.config.train.max_train_sec
@@ -167,7 +167,7 @@ class TrainerParts:
         self.watch.heartbeat.begin(hook)
         self.job.components.callbacks.call(self.comm.rank, hook, *args)
 
-    def _tell_saved(self, saver: Meetings) -> None:
+    def _tell_saved(self, saver: SyncPoints) -> None:
         if saver.saved_round > self._saved_round:
             self._saved_round = saver.saved_round
             self._call("on_checkpoint", self._saved_round)

@@ -62,6 +62,7 @@ def test_the_emulator_has_its_former_name_for_one_release() -> None:
     with pytest.warns(FutureWarning, match=r"Worker\.pace is now Worker\.emulator"):
         assert mine.pace is mine.emulator
 
+
 def test_local_steps_are_those_of_a_plain_loop() -> None:
     rows = np.arange(40).reshape(5, 8)
     mine = worker()

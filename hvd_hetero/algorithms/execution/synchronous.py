@@ -29,7 +29,7 @@ class SynchronousExecutor(Executor):
         state = self.worker.state
         state.refresh()
         if self.class_plan.tau and not all_finite(state.parameters()):  # a step itself may have gone too far
-            raise NonFiniteError(self.comm.excluded.round, self.policy.ranks, everybody=True)
+            raise NonFiniteError(self.comm.excluded.round, self.policy.ranks, all_ranks=True)
 
     def run_round(self, batches: Iterator[Batch]) -> None:
         if not self.class_plan.tau:

@@ -98,8 +98,8 @@ class PartialAllreduce:
         self._rank, self._pulse, self._watch, self._traffic = comm.rank, comm.heartbeat, comm.watch, comm.traffic
         self._full = 1 if mode == FULL else sync_every
         self._max_lag, self._drops_late, self._keeps = max_lag, drops_late, keeps
-        self._everybody = comm.group(tuple(range(comm.size)))
-        self._groups = [comm.group(group_of(partition, comm.rank)) for partition in groups] or [self._everybody]
+        self._all_ranks = comm.group(tuple(range(comm.size)))
+        self._groups = [comm.group(group_of(partition, comm.rank)) for partition in groups] or [self._all_ranks]
         self._changed = threading.Condition()
         self._buffer = SendBuffer(size, dtype, latest, weigh, pinned, keeps)
         self._starts: deque[tuple[int, float, bool]] = deque()
@@ -285,7 +285,7 @@ class PartialAllreduce:
                 self._next += 1
                 item, steps = self._buffer.drain(number, started, final, self.counts)
             payload = self._buffer.payload(item, steps)
-            group = self._everybody if self._is_full(number) or final else self._groups[number % len(self._groups)]
+            group = self._all_ranks if self._is_full(number) or final else self._groups[number % len(self._groups)]
             handle = guarded(lambda: hvd.allreduce_async_(payload, op=hvd.Sum, process_set=group, name="partial"))  # noqa: B023
             if not done_unless(self._over, handle):
                 return
