@@ -163,7 +163,7 @@ class Policy:
         return None
 
     @property
-    def parts_of_batch(self) -> int:
+    def micro_batch_count(self) -> int:
         """Parts of a batch that are contributed to partial sums one by one."""
         return 1
 

@@ -372,6 +372,6 @@ def concat(vectors: list[Tensor]) -> Tensor:
     return torch.cat([v.to(dtype) for v in vectors])
 
 
-def parts_of(vector: Tensor, vectors: list[Tensor]) -> tuple[Tensor, ...]:
+def split_like(vector: Tensor, vectors: list[Tensor]) -> tuple[Tensor, ...]:
     """The parts of what :func:`joined` made of these vectors, as views."""
     return vector.split([v.numel() for v in vectors])

@@ -162,7 +162,7 @@ class ModelLink:
     def __init__(
         self, comm: Comm, served: Served | None, like: Tensor, units: Sequence[Sequence[int]], hosts: int = 1
     ) -> None:
-        self._pulse, self._watch, self._traffic = comm.heartbeat, comm.watch, comm.traffic
+        self._heartbeat, self._watch, self._traffic = comm.heartbeat, comm.watch, comm.traffic
         self._model = torch.empty_like(like)
 
         def make(address: str, ranks: int, secret: bytes) -> ModelServer:
@@ -182,14 +182,14 @@ class ModelLink:
         Raises:
             PeerLost: another rank is gone.
         """
-        with self._pulse.waiting("server"):
+        with self._heartbeat.waiting("server"):
             answer = self._ask(PULL if vector is None else PUSH, claim, vector)
         self._watch.waited(0.0)
         return answer
 
     def finish(self) -> Answer:
         """Ends this rank's part of the epoch; waits for all others, and has the same model as they."""
-        with self._pulse.waiting("server.finish"):
+        with self._heartbeat.waiting("server.finish"):
             answer = self._ask(FINISH)
         self._watch.waited(math.inf)
         return answer

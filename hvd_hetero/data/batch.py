@@ -165,7 +165,7 @@ def _common(counts: Iterable[set[int]]) -> set[int]:
     return set.intersection(*known) if known else set()
 
 
-def cut(batch: Batch, parts: int, least: int = 1) -> tuple[int, list[Batch]]:
+def split_batch(batch: Batch, parts: int, least: int = 1) -> tuple[int, list[Batch]]:
     """Count a batch's samples, B, and cut it into parts that follow one another, as equal as can be.
 
     Tensors and arrays ``[B, ...]`` are cut, in containers too, and so are plain lists and tuples with an entry for each

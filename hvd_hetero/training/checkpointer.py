@@ -202,7 +202,7 @@ class Saver(SyncPoints):
         self._store = Store(self._run_dir, self._spec.keep)
         self.stopping = StopRequest(self._run_dir)
         self.survivor = Survivor(self._store, comm.rank, self._spec.memory_sec)
-        self.stopping.heard = self.survivor.write_soon
+        self.stopping.on_signal = self.survivor.write_soon
         self._write: Write | None = None
         self._best: float | None = None
 

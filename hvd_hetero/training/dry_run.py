@@ -25,7 +25,7 @@ from hvd_hetero.config.instantiate import cause
 from hvd_hetero.config.load import device_classes
 from hvd_hetero.config.schema import AUTO, AggregationConfig, Config
 from hvd_hetero.data import Batch
-from hvd_hetero.data.batch import cut, to_device
+from hvd_hetero.data.batch import split_batch, to_device
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.planning.local_steps import SHRINK, WAIT_AVOIDING
@@ -78,18 +78,18 @@ def build(config: Config, objects: UserObjects | None = None) -> Components:
         return parts
     if not tried:
         _try(run)
-    return replace(parts, min_batch=run.forgotten(run.min_batch)) if one else parts
+    return replace(parts, min_batch=run.rolled_back(run.min_batch)) if one else parts
 
 
 def _try(run: _DryRun) -> None:
     """Try a few samples, and as many as a step really has before it is refused: a queue takes batches of one size."""
     try:
-        run.forgotten(run.whole)
+        run.rolled_back(run.whole)
     except ConfigError as error:
         if not run.read_whole_batch():
             raise
         try:
-            run.forgotten(run.whole)
+            run.rolled_back(run.whole)
         except ConfigError:
             raise error from error.__cause__
 
@@ -127,7 +127,7 @@ class _DryRun:
         self._read()
         self._outputs: Any = None
 
-    def forgotten(self, call: Callable[[], T]) -> T:
+    def rolled_back(self, call: Callable[[], T]) -> T:
         """Call something, and put back whatever it has changed."""
         parts, before = self._parts, RandomState.capture(self._device)
         restore = snapshot(parts.model, parts.loss, parts.metrics, parts.optimizer, parts.scheduler)
@@ -147,7 +147,7 @@ class _DryRun:
         """Evaluate, train, go through the epochs, save."""
         warn_of_evaluation_mode(self._parts.model)
         if self._config.train.micro_batches != 1:
-            cut(first_samples(self._parts.dataset.train, CUT, self._origins), 2)
+            split_batch(first_samples(self._parts.dataset.train, CUT, self._origins), 2)
         worker = self._worker()
         self._read("test")  # training samples are never evaluated
         try:

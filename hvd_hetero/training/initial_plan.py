@@ -17,7 +17,7 @@ from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.speed_profile import known_speeds
 from hvd_hetero.training.startup import Job
-from hvd_hetero.worker.memory import parts_that_fit
+from hvd_hetero.worker.memory import micro_batches_that_fit
 from hvd_hetero.worker.step_benchmark import Measurement
 from hvd_hetero.worker.worker import Worker
 
@@ -85,7 +85,7 @@ def choose_micro_batches(job: Job, policy: Policy, worker: Worker, source: Sourc
     if not tried:
         return
     if mine.name in tried:
-        parts_that_fit(steps, max(1, size // worker.min_batch))
+        micro_batches_that_fit(steps, max(1, size // worker.min_batch))
     counts = [int(count) for count in comm.gather(torch.tensor([worker.micro_batches]), "micro_batches")]
     worker.micro_batches = max(counts[rank] for rank in mine.ranks)
     worker.watch.drain()

@@ -60,7 +60,7 @@ class LiveStatus:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._content: dict[str, Any] = {"phase": PREPARING}
-        self._wrote, self._took, self._told_of = 0.0, 0.0, False
+        self._wrote, self._write_sec, self._has_warned = 0.0, 0.0, False
         self._began, self._met, self._waited = time.monotonic(), 0, 0.0
         self._start, self._start_fraction = time.monotonic(), 0.0
         self._recorder = Recorder(run.watch, LIVE_ROUNDS)
@@ -75,7 +75,7 @@ class LiveStatus:
             self._content["phase"] = phase
             if "checkpoint" in self._content:
                 self._content["checkpoint"] = self._checkpoint()
-            self._write(0.0 if phase in ENDED else SHARE * self._took)
+            self._write(0.0 if phase in ENDED else SHARE * self._write_sec)
 
     def begin(self) -> None:
         """Training begins, or is resumed."""
@@ -118,7 +118,7 @@ class LiveStatus:
                 # together: the shortest time in collectives, which a rank that waits for nobody spends there
                 known |= {"steps_per_sec": steps / spent, "excluded_in_epoch": int(excluded),
                           "blocked_fraction": min(1.0, max(0.0, waited + together) / spent)}  # fmt: skip
-            self._write(max(EVERY_SEC, SHARE * self._took))
+            self._write(max(EVERY_SEC, SHARE * self._write_sec))
         self._record(bool(looked_at))
 
     def end_round(self) -> None:
@@ -148,7 +148,7 @@ class LiveStatus:
             name: {**known, "steps_per_sec": live[name].get("steps_per_sec"),
                    "blocked_fraction": row["blocked_fraction"][name]} for name, known in self._classes().items()
         }  # fmt: skip
-        self._write(max(EVERY_SEC, SHARE * self._took))
+        self._write(max(EVERY_SEC, SHARE * self._write_sec))
 
     def _classes(self) -> dict[str, dict[str, Any]]:
         run = self._run
@@ -192,11 +192,11 @@ class LiveStatus:
         try:
             write_text(folder.path / STATUS, to_json(self._content | own_mark()))
         except OSError as error:
-            if not self._told_of:
+            if not self._has_warned:
                 LOGGER.warning("%s cannot be written now: %s", STATUS, error.strerror)
-            self._told_of = True
+            self._has_warned = True
         self._wrote = time.monotonic()
-        self._took = self._wrote - now
+        self._write_sec = self._wrote - now
 
 
 def rounds_of(epoch: Epoch | None) -> float:

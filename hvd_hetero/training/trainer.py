@@ -112,7 +112,7 @@ class Trainer(TrainerParts):
             self.worker.micro_batches = state["worker"].get("micro_batches", 1)
         if state is not None and known is not None:
             self.comm.set_path(state["path"])
-        with self._memory_told():
+        with self._explain_out_of_memory():
             policy, measured = self.algorithm.policy, self.measured_source
             if known is None or reshaped:
                 choose_micro_batches(self.job, policy, self.worker, measured, self.comm)
@@ -222,7 +222,7 @@ class Trainer(TrainerParts):
             segment.start_round = partial(self._start_round, segment, before)
             segment.finish_round = partial(self._finish_round, spans, epoch)
             self.status.start_segment()
-            with self._memory_told():
+            with self._explain_out_of_memory():
                 self.algorithm.run_segment(segment)
             if saver is None:
                 progress = epoch.finish(segment, self.algorithm.class_plan.tau)

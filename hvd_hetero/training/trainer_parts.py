@@ -31,7 +31,7 @@ from hvd_hetero.training.startup import Job, make_worker
 from hvd_hetero.worker.components import as_user_error
 from hvd_hetero.worker.epoch import Epoch, Segment
 from hvd_hetero.worker.index_feed import Feed
-from hvd_hetero.worker.memory import batch_that_fits, told_by_class
+from hvd_hetero.worker.memory import batch_that_fits, explain_out_of_memory
 from hvd_hetero.worker.worker import Worker
 
 
@@ -88,7 +88,7 @@ class TrainerParts:
         spec, biased = self.config.sampling, self.plan.biased(self.config.sampling.bias_to)
         return Sampler.of(spec, len(self.source), biased, self.config.run.seed, self.job.components.weights)
 
-    def _memory_told(self) -> AbstractContextManager[None]:
+    def _explain_out_of_memory(self) -> AbstractContextManager[None]:
         """What a class without enough memory for its steps ends with."""
         worker, name = self.worker, self.job.cluster.class_of(self.comm.rank).name
         batch_size = self.algorithm.policy.batch_size[name]
@@ -96,7 +96,7 @@ class TrainerParts:
         def step(rows: Tensor) -> None:
             worker.try_gradient(*next(read(self.source, rows.view(1, -1), worker.generator)))
 
-        return told_by_class(name, batch_size, lambda: batch_that_fits(step, worker.device, batch_size))
+        return explain_out_of_memory(name, batch_size, lambda: batch_that_fits(step, worker.device, batch_size))
 
     # ---- in an epoch, and at its end --------------------------------------------------------------------------------
 

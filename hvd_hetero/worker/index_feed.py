@@ -66,7 +66,7 @@ class Feed:
         drawn: Mapping[str, NDArray[Any]] = {}
         if self.sampler is not None:
             drawn = self.sampler.draw(whole.epoch_samples())
-        mine = self._cut(plan, drawn)
+        mine = self._slice(plan, drawn)
         if self.sampler is not None:
             self.sampler.begin(whole.epoch_samples())
         return mine
@@ -96,9 +96,9 @@ class Feed:
                 home = name if name in used else next(iter(used))  # where its class is gone, any
                 used[home] = np.concatenate([used[home], *(rows.reshape(-1) for rows in others)])
             drawn = self.sampler.draw_rest(used, left, plan.epoch_samples())
-        return self._cut(plan, drawn)
+        return self._slice(plan, drawn)
 
-    def _cut(self, plan: Plan, drawn: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    def _slice(self, plan: Plan, drawn: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
         """This rank's part of what rank 0 has drawn for each class, as far as the plan goes."""
         sizes = self._sizes(plan)
         everything = torch.empty(sum(sizes), dtype=self._dtype)

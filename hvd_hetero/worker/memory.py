@@ -55,7 +55,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def told_by_class(name: str, batch_size: int, fitting: Callable[[], int | None]) -> Iterator[None]:
+def explain_out_of_memory(name: str, batch_size: int, fitting: Callable[[], int | None]) -> Iterator[None]:
     """Turn a GPU's running out of memory into an error that says what to change.
 
     Args:
@@ -107,7 +107,7 @@ def batch_that_fits(step: Callable[[Tensor], None], device: torch.device, most: 
     return largest_batch(free, needed[0], needed[1], most)
 
 
-def parts_that_fit(step: Callable[[int], None], most: int) -> int:
+def micro_batches_that_fit(step: Callable[[int], None], most: int) -> int:
     """Return how many micro-batches a step has to have: 1, or as often twice as many as there is not enough memory.
 
     Args:

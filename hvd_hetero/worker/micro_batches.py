@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hvd_hetero.data import Batch
-from hvd_hetero.data.batch import Weighted, cut
+from hvd_hetero.data.batch import Weighted, split_batch
 from hvd_hetero.worker.losses import NOT_COUNTED, TINY, Numbers, joined, mean_gradient
 
 
@@ -39,7 +39,7 @@ def accumulate(
         grad_output = mean_gradient(losses, weights, scale)  # their mean's gradient, without the mean
         backward(losses, weight_grad(grad_output, batch[1]))
         return losses.detach(), weights
-    size, parts = cut(batch, count, least)
+    size, parts = split_batch(batch, count, least)
     each, counted, taken = scale / size, torch.zeros(()), list[Numbers]()
     samples = 0
     for part in parts:

@@ -112,7 +112,7 @@ def test_a_model_that_is_not_finite_takes_the_hosts_and_is_told_of_where_none_is
                                 excluded=SimpleNamespace(record=lambda: recorded.append(True)))  # fmt: skip
     worker: Any = SimpleNamespace(optimizer=SimpleNamespace(state={"momentum": own}))
     made.comm, made.worker, made._host, made._is_apart = comm, worker, (0,), False
-    made.whole, made.write = lambda: torch.tensor([own]), written.append  # type: ignore[method-assign]
+    made.flat_model, made.write = lambda: torch.tensor([own]), written.append  # type: ignore[method-assign]
     total = torch.tensor([0.0, 0.0, 2.0, 0.0] if sent is None else [2 * sent, 2.0, 0.0, 0.0])
     made._flight = Flight(0, 1, 0, total, lambda: None)
     made._receive(1)

@@ -33,11 +33,11 @@ def test_contributions_add_up_but_for_the_states_at_the_end() -> None:
 def test_what_is_sent_without_a_contribution_counts_for_nothing() -> None:
     mine, counts = buffer(), Counts()
     mine.add(torch.full((3,), torch.nan), 1, version=0)
-    mine.give_back(mine.drain(1, 0.0, False, counts)[0])
+    mine.release(mine.drain(1, 0.0, False, counts)[0])
     for number, final in ((2, False), (3, True)):
         item, steps = mine.drain(number, 0.0, final, counts)
         assert mine.payload(item, steps).tolist() == [0, 0, 0, 0], "whatever was in the memory before"
-        mine.give_back(item)
+        mine.release(item)
     assert (counts.fresh, counts.late, counts.empty) == (0, 1, 1), "an epoch ends with a round that empties all buffers"
 
 
@@ -49,7 +49,7 @@ def test_a_weight_leaves_ones_own_contribution_as_it_was() -> None:
     assert item.own is not None and item.own.tolist() == [4, 8, 12]
     places = {part.data_ptr() for part in item.buffers}
     assert len(places) == 2
-    mine.give_back(item)
+    mine.release(item)
     again = [mine.drain(number, 0.0, False, Counts())[0].buffers[0].data_ptr() for number in (1, 2, 3)]
     assert places < set(again), "memory is used again"
 
@@ -65,7 +65,7 @@ def test_what_is_kept_is_sent_again_until_there_is_something_newer() -> None:
         item, steps = mine.drain(number, 0.0, number == 3, counts)
         sent.append((mine.payload(item, steps).tolist(), item.fresh))
         item.total.zero_()  # as the sum overwrites it
-        mine.give_back(item)
+        mine.release(item)
     assert sent == [([1, 2, 3, 1], False), ([4, 5, 6, 1], True), ([4, 5, 6, 1], False), ([4, 5, 6, 1], False)]
     assert (counts.fresh, counts.late, counts.empty) == (1, 2, 0), "the last round of an epoch is not counted"
     assert counts.staleness == Counter({1: 2, 0: 1})

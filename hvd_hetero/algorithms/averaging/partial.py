@@ -41,7 +41,7 @@ from hvd_hetero.algorithms.execution.resumable import PartialResumable
 from hvd_hetero.algorithms.local_sgd import LocalSGD
 from hvd_hetero.comm.averaging import check_partial
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.flat_params import concat, parts_of
+from hvd_hetero.comm.flat_params import concat, split_like
 from hvd_hetero.comm.nonfinite import all_finite
 from hvd_hetero.comm.partial.allreduce import PartialAllreduce
 from hvd_hetero.comm.partial.rounds import Round
@@ -62,10 +62,10 @@ class PartialAveraging(PartialResumable, Averaging):
         self._open(0)
 
     def _open(self, first: int) -> None:
-        spec, whole = self.spec, concat([*self._params, *self._buffers])
+        spec, flat = self.spec, concat([*self._params, *self._buffers])
         self._global_model, self._kept = concat(self._params).clone(), [buffers.clone() for buffers in self._buffers]
         self.partial = PartialAllreduce(
-            self.comm, whole.numel(), whole.dtype, self.policy.mode, latest=sum(b.numel() for b in self._buffers),
+            self.comm, flat.numel(), flat.dtype, self.policy.mode, latest=sum(b.numel() for b in self._buffers),
             units=[c.ranks for c in self.policy.cluster.classes], seed=self.policy.seed, sync_every=spec.sync_every,
             max_lag=spec.max_lag, quorum=self.policy.quorum(),
             weigh=float if spec.weights == "steps" else lambda steps: 1.0, first=first,
@@ -144,9 +144,9 @@ class PartialAveraging(PartialResumable, Averaging):
                 self.outer.snapshot()
                 # divided here, then added: two plain operations, which round alike on every kind of processor
                 mean = item.total.div_(item.weight)
-                for vector, part in zip(self._params, parts_of(mean[:count], self._params), strict=True):
+                for vector, part in zip(self._params, split_like(mean[:count], self._params), strict=True):
                     vector.add_(part.to(vector))
-                for vector, part in zip(self._buffers, parts_of(mean[count:], self._buffers), strict=True):
+                for vector, part in zip(self._buffers, split_like(mean[count:], self._buffers), strict=True):
                     vector.copy_(part)
                 self.outer.step()
                 self._averages += 1
@@ -163,9 +163,9 @@ class PartialAveraging(PartialResumable, Averaging):
 
     def _reset(self) -> None:
         """Set the model to the global one, with this rank's progress in flight on top."""
-        whole = self._global_model
-        self._write(whole if self._in_flight is None else whole + self._in_flight.to(whole))
+        flat = self._global_model
+        self._write(flat if self._in_flight is None else flat + self._in_flight.to(flat))
 
-    def _write(self, whole: Tensor) -> None:
-        for vector, part in zip(self._params, parts_of(whole, self._params), strict=True):
+    def _write(self, flat: Tensor) -> None:
+        for vector, part in zip(self._params, split_like(flat, self._params), strict=True):
             vector.copy_(part)

@@ -113,7 +113,7 @@ class DASOExecutor(GroupedExecutor):
         self._settle()
         place, total, wait = self._place, None, lambda: None
         if self._host.index(self.comm.rank) == place:
-            own = self.whole().to("cpu")
+            own = self.flat_model().to("cpu")
             total = torch.cat([own, own.new_empty(FLAG_SLOTS)])
             write_validity_flags([total], all_finite([own]))
             wait = self.comm.sum_async_(total, "daso.models", self._across)
@@ -126,7 +126,7 @@ class DASOExecutor(GroupedExecutor):
         flight, self._flight = self._flight, None
         assert flight is not None
         self._settle()
-        own = self.whole().to("cpu", copy=True)
+        own = self.flat_model().to("cpu", copy=True)
         is_finite = all_finite([own])
         with self.comm.timed():
             if flight.total is not None:
@@ -143,7 +143,7 @@ class DASOExecutor(GroupedExecutor):
     def _settle(self) -> None:
         """Average the host's models, once its ranks have taken steps of their own: momentum keeps them apart."""
         if self._is_apart and len(self._host) > 1:
-            own = self.whole()
+            own = self.flat_model()
             is_finite = all_finite([own])
             mean = torch.cat([own, own.new_empty(FLAG_SLOTS)])
             mean[:-FLAG_SLOTS].mul_(1 / len(self._host))

@@ -58,7 +58,7 @@ class DecentLaMExecutor(GroupedExecutor):
             before: dict[Tensor, Tensor] = {param: param.detach().clone() for param in self._params}
             self._try_step()
             worker.emulator.pause()
-            own = self.whole()
+            own = self.flat_model()
             is_finite = all_finite([own])
             if not is_finite:
                 self.exclude_step()

@@ -9,7 +9,7 @@ from hvd_hetero.algorithms.execution.resumable import PartialResumable
 from hvd_hetero.algorithms.execution.synchronous import SynchronousExecutor
 from hvd_hetero.comm.averaging import check_partial
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.flat_params import concat, parts_of
+from hvd_hetero.comm.flat_params import concat, split_like
 from hvd_hetero.comm.gradient_staging import HostGradients
 from hvd_hetero.comm.nonfinite import all_finite
 from hvd_hetero.comm.partial.allreduce import PartialAllreduce
@@ -34,9 +34,9 @@ class EagerSGDExecutor(PartialResumable, SynchronousExecutor):
         self._open(0)
 
     def _open(self, first: int) -> None:
-        whole, policy, spec = concat(self._gradients), self.policy, self.policy.aggregation
+        flat, policy, spec = concat(self._gradients), self.policy, self.policy.aggregation
         self.partial = PartialAllreduce(
-            self.comm, whole.numel(), whole.dtype, policy.mode, units=[(rank,) for rank in policy.ranks],
+            self.comm, flat.numel(), flat.dtype, policy.mode, units=[(rank,) for rank in policy.ranks],
             seed=policy.seed, sync_every=policy.sync_every, max_lag=spec.max_lag, first=first,
             quorum=policy.quorum(), drops_late=policy.drops_late,
             hosts=len({fact.host for fact in policy.cluster.facts}), pinned=self._on_gpu,
@@ -44,7 +44,7 @@ class EagerSGDExecutor(PartialResumable, SynchronousExecutor):
 
     def run_segment(self, segment: Segment) -> None:
         worker, partial, first, self._averages = self.worker, self.partial, self.partial.version, 0
-        batches, parts, made = self._claimed(segment), self.policy.parts_of_batch, 0
+        batches, parts, made = self._claimed(segment), self.policy.micro_batch_count, 0
         partial.claim(self.class_plan.batch_size)
         while True:
             before = made
@@ -75,7 +75,7 @@ class EagerSGDExecutor(PartialResumable, SynchronousExecutor):
 
     def _claimed(self, segment: Segment) -> Iterator[Batch]:
         """Yield the batches that this rank is offered, as long as there are whole ones."""
-        size, parts = self.class_plan.batch_size, self.policy.parts_of_batch
+        size, parts = self.class_plan.batch_size, self.policy.micro_batch_count
         while (batch := segment.claim(self.partial.offered(), size, parts)) is not None:
             yield from batch
 
@@ -84,9 +84,9 @@ class EagerSGDExecutor(PartialResumable, SynchronousExecutor):
         for result in results:
             if result.weight:  # the last round of an epoch finds the buffers empty, as a rule
                 segment.start_round(result.number - first)
-                if self.policy.drops_late or self.policy.parts_of_batch > 1:
+                if self.policy.drops_late or self.policy.micro_batch_count > 1:
                     result.total.div_(result.weight)
-                for gradient, part in zip(self._gradients, parts_of(result.total, self._gradients), strict=True):
+                for gradient, part in zip(self._gradients, split_like(result.total, self._gradients), strict=True):
                     gradient.copy_(part, non_blocking=True)
                 self.worker.apply()
                 self._averages += 1

@@ -9,7 +9,7 @@ from hvd_hetero.algorithms.execution.synchronous import SynchronousExecutor
 from hvd_hetero.algorithms.grouped import Grouped
 from hvd_hetero.comm.averaging import average, average_untrained, check_partial
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.flat_params import concat, parts_of
+from hvd_hetero.comm.flat_params import concat, split_like
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.worker.epoch import Segment
 from hvd_hetero.worker.worker import Worker
@@ -24,16 +24,16 @@ class GroupedExecutor(SynchronousExecutor):
         super().start(plan, worker, comm)
         self.vectors = [*worker.state.parameters(), *worker.state.buffers()]
 
-    def whole(self) -> Tensor:
+    def flat_model(self) -> Tensor:
         """The model's parameters and running statistics as one vector; perhaps the model's own memory."""
         self.worker.state.refresh()
         self.worker.set_eval_mode()
         return concat(self.vectors)
 
     @torch.no_grad()
-    def write(self, whole: Tensor) -> None:
+    def write(self, flat: Tensor) -> None:
         """Set the model to such a vector."""
-        for vector, part in zip(self.vectors, parts_of(whole, self.vectors), strict=True):
+        for vector, part in zip(self.vectors, split_like(flat, self.vectors), strict=True):
             vector.copy_(part)
 
     def end_segment(self, segment: Segment) -> None:

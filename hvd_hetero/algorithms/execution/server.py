@@ -13,7 +13,7 @@ from hvd_hetero.algorithms.execution.base import Executor
 from hvd_hetero.algorithms.server_rule import Rule
 from hvd_hetero.comm.averaging import average_buffers, average_unlike_parameters, check_partial
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.flat_params import concat, parts_of
+from hvd_hetero.comm.flat_params import concat, split_like
 from hvd_hetero.comm.gradient_staging import HostGradients
 from hvd_hetero.comm.model_server import Answer, ModelLink
 from hvd_hetero.comm.nonfinite import all_finite
@@ -67,7 +67,7 @@ class ServedModel:
             self.rule.restart(rank)
 
     def _step(self, direction: Tensor, factor: float) -> None:
-        for gradient, part in zip(self._gradients, parts_of(direction, self._gradients), strict=True):
+        for gradient, part in zip(self._gradients, split_like(direction, self._gradients), strict=True):
             torch.mul(part.to(gradient), factor, out=gradient)
         for own, theirs in zip(self._optimizer.param_groups, self._worker.optimizer.param_groups, strict=True):
             own |= {name: value for name, value in theirs.items() if name != "params"}  # a schedule may set any of them
@@ -75,7 +75,7 @@ class ServedModel:
         self._optimizer.step()
 
     def _outer_step(self, direction: Tensor, factor: float) -> None:
-        for vector, part in zip(self._vectors, parts_of(direction, self._vectors), strict=True):
+        for vector, part in zip(self._vectors, split_like(direction, self._vectors), strict=True):
             vector.sub_(part.to(vector).mul_(factor))
 
     def state_dict(self) -> dict[str, Any]:
@@ -222,9 +222,9 @@ class ServerExecutor(Executor):
             self._write(answer.model)
 
     @torch.no_grad()
-    def _write(self, whole: Tensor) -> None:
+    def _write(self, flat: Tensor) -> None:
         self.worker.state.refresh()
-        for vector, part in zip(self._params, parts_of(whole, self._params), strict=True):
+        for vector, part in zip(self._params, split_like(flat, self._params), strict=True):
             vector.copy_(part)
 
     def end_epoch(self) -> None:

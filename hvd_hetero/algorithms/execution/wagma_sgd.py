@@ -32,7 +32,7 @@ class WAGMAExecutor(PartialResumable, GroupedExecutor):
         self._open(0)
 
     def _open(self, first: int) -> None:
-        self._average, every, policy = self.whole().clone(), self.policy.sync_every, self.policy
+        self._average, every, policy = self.flat_model().clone(), self.policy.sync_every, self.policy
         self.partial = PartialAllreduce(
             self.comm, self._average.numel(), self._average.dtype, SOLO, units=[(rank,) for rank in policy.ranks],
             sync_every=every, max_lag=every + 1, groups=policy.partitions, keeps=True, first=first,
@@ -42,7 +42,7 @@ class WAGMAExecutor(PartialResumable, GroupedExecutor):
     def run_segment(self, segment: Segment) -> None:
         """Take this rank's steps, however late it is; then wait for the mean of all models."""
         batches, first = segment.batches(), self.partial.version
-        self._average = self.whole().clone()
+        self._average = self.flat_model().clone()
         self._send(arrived=False)
         for number in range(segment.rounds):
             segment.start_round(number)
@@ -83,7 +83,7 @@ class WAGMAExecutor(PartialResumable, GroupedExecutor):
 
         A step that made it non-finite is taken back before.
         """
-        own = self.whole()
+        own = self.flat_model()
         is_finite = all_finite([own])
         if not is_finite:
             self.write(self._average)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from hvd_hetero.analysis.predict.simulator import LOGNORMAL, Floats, Group, Outcome, draw_works, in_parts, in_step
+from hvd_hetero.analysis.predict.simulator import LOGNORMAL, Floats, Group, Outcome, draw_works, in_step, split_steps
 from hvd_hetero.planning.compute_threshold import taken
 
 
@@ -22,7 +22,7 @@ def dropping(
         parts: of a round, by group: its local steps, or the micro-batches of its one step.
         threshold: is given by rank when its parts end, ``[rounds, M]``, and what a round takes; None: no limit.
     """
-    single = [replace(g, tau=1) if count == g.tau else in_parts(g, count)
+    single = [replace(g, tau=1) if count == g.tau else split_steps(g, count)
               for g, count in zip(groups, parts, strict=True)]  # fmt: skip
     ended = [np.cumsum(draw_works(g, rounds * count, rng, law).reshape(rounds, count, g.ranks), axis=1)
              for g, count in zip(single, parts, strict=True)]  # fmt: skip

@@ -289,7 +289,7 @@ class Scenario:
             "by_class": True, "rounds": max(20, MOST_EVENTS // size // (4 * apart)), "patience_sec": spec.patience_sec}
         return partial(groups, comm_sec, rng, mode=MAJORITY if mode == MAJORITY else SOLO, quorum=quorum,
                        sync_every=policy.sync_every, max_lag=spec.max_lag, law=law, drops_late=policy.drops_late,
-                       micro_batches=policy.parts_of_batch,
+                       micro_batches=policy.micro_batch_count,
                        **until)  # fmt: skip
 
 

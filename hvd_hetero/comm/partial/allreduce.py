@@ -95,7 +95,7 @@ class PartialAllreduce:
         pinned: bool = False,
     ) -> None:
         assert comm.size > 1 and sync_every >= 1 and max_lag >= 1
-        self._rank, self._pulse, self._watch, self._traffic = comm.rank, comm.heartbeat, comm.watch, comm.traffic
+        self._rank, self._heartbeat, self._watch, self._traffic = comm.rank, comm.heartbeat, comm.watch, comm.traffic
         self._full = 1 if mode == FULL else sync_every
         self._max_lag, self._drops_late, self._keeps = max_lag, drops_late, keeps
         self._all_ranks = comm.group(tuple(range(comm.size)))
@@ -162,7 +162,7 @@ class PartialAllreduce:
             patience_sec: how long to wait at most; None: as long as it takes.
             most: that are taken; None: all.
         """
-        with self._pulse.waiting("partial"), self._changed:
+        with self._heartbeat.waiting("partial"), self._changed:
             self._changed.wait_for(lambda: self._rounds or self._error or self._stopped, patience_sec)
             self._check()
             taken = [self._rounds.popleft() for _ in range(min(len(self._rounds), most or len(self._rounds)))]
@@ -176,7 +176,7 @@ class PartialAllreduce:
         """Give back the memory of results."""
         with self._changed:
             for item in rounds:
-                self._buffer.give_back(item)
+                self._buffer.release(item)
 
     def claim(self, samples: int) -> None:
         """Asks for samples of the epoch; :meth:`offered` has the answer."""
@@ -184,7 +184,7 @@ class PartialAllreduce:
 
     def offered(self) -> int:
         """Place in the epoch of the first of the samples asked for; no two ranks are offered the same."""
-        with self._pulse.waiting("partial.offer"), self._changed:
+        with self._heartbeat.waiting("partial.offer"), self._changed:
             self._changed.wait_for(lambda: self._offers or self._error or self._stopped)
             self._check()
             return self._offers.popleft()

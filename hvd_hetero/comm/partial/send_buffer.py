@@ -93,7 +93,7 @@ class SendBuffer:
         item.total = payload[: self._size]
         return payload
 
-    def give_back(self, item: Round) -> None:
+    def release(self, item: Round) -> None:
         """Takes the memory of a result that nobody needs any more."""
         self._pool += item.buffers
         item.buffers = []
