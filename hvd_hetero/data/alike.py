@@ -220,9 +220,9 @@ class _Content:
         elif value is None or isinstance(value, (bytes, int)):
             self._same(repr(value))
         else:
-            parts = entries(value)
-            self._same(f"{type(value).__qualname__} {None if parts is None else [str(name) for name in parts]}")
-            for part in (parts or {}).values():
+            children = entries(value)
+            self._same(f"{type(value).__qualname__} {None if children is None else [str(name) for name in children]}")
+            for part in (children or {}).values():
                 self.add(part)
 
     def _tensor(self, tensor: Tensor) -> None:

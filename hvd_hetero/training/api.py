@@ -145,15 +145,15 @@ def begin(prepare: Callable[[], tuple[Config, Components]], make: Callable[[Job,
 
     def prepare_folder_too() -> tuple[Config, Components]:
         nonlocal found
-        config, parts = prepare()
+        config, components = prepare()
         if env.rank == 0 and config.run.dir is not None:
             check_run_dir(config.run.dir, config.run.overwrite or config.run.resume is not None)
             check_writable("run.dir", Path(config.run.dir))
             if config.run.resume is not None:
                 found = find(Path(config.run.dir), config, None if has_helpers(config) else env.size)
                 if found is not None:
-                    check_data(found, parts.dataset.train, parts.weights)
-        return config, parts
+                    check_data(found, components.dataset.train, components.weights)
+        return config, components
 
     started = startup.start(prepare_folder_too)
     try:

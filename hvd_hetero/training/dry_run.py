@@ -120,7 +120,7 @@ class _DryRun:
     """One dry run; what fails is told by the part that it is about, in the order of what a run does."""
 
     def __init__(self, parts: Components, config: Config, objects: UserObjects | None, device: str) -> None:
-        self._parts, self._config, self._objects, self._device = parts, config, objects, device
+        self._components, self._config, self._objects, self._device = parts, config, objects, device
         self._origins = Origins.of(config, objects)
         self._method = algorithms.get(config.algorithm.name)
         self._samples = SAMPLES
@@ -129,7 +129,7 @@ class _DryRun:
 
     def rolled_back(self, call: Callable[[], T]) -> T:
         """Call something, and put back whatever it has changed."""
-        parts, before = self._parts, RandomState.capture(self._device)
+        parts, before = self._components, RandomState.capture(self._device)
         restore = snapshot(parts.model, parts.loss, parts.metrics, parts.optimizer, parts.scheduler)
         try:
             with warnings.catch_warnings(record=True) as heard:
@@ -145,15 +145,15 @@ class _DryRun:
 
     def whole(self) -> None:
         """Evaluate, train, go through the epochs, save."""
-        warn_of_evaluation_mode(self._parts.model)
+        warn_of_evaluation_mode(self._components.model)
         if self._config.train.micro_batches != 1:
-            split_batch(first_samples(self._parts.dataset.train, CUT, self._origins), 2)
+            split_batch(first_samples(self._components.dataset.train, CUT, self._origins), 2)
         worker = self._worker()
         self._read("test")  # training samples are never evaluated
         try:
             self._evaluate(worker)
         finally:  # where it finds something, it says more than the loss does that fails on it
-            check_classes(self._parts.dataset, self._outputs, self._config, self._objects, self._origins)
+            check_classes(self._components.dataset, self._outputs, self._config, self._objects, self._origins)
         self._metrics(worker)
         self._read()
         before = attributes_of(worker.model)
@@ -183,7 +183,7 @@ class _DryRun:
     # ---- its parts --------------------------------------------------------------------------------------------------
 
     def _read(self, split: str = "training", count: int | None = None) -> None:
-        dataset, count = self._parts.dataset, count or self._samples
+        dataset, count = self._components.dataset, count or self._samples
         source = dataset.train if split == "training" else dataset.test
         inputs, targets = first_samples(source, count, self._origins, split)
         self._batch: Batch = (to_device(inputs, self._device), to_device(targets, self._device))
@@ -197,7 +197,7 @@ class _DryRun:
         return self._count > before
 
     def _worker(self) -> Worker:
-        parts, train = self._parts, self._config.train
+        parts, train = self._components, self._config.train
         if not any(p.requires_grad for p in parts.model.parameters()):
             raise ConfigError(*self._origins.model, "has no trainable parameters", "leave some to train")
         what, remedy = "the model cannot be made ready for training", "give one whose tensors can be moved and copied"
@@ -215,7 +215,7 @@ class _DryRun:
     def _make_optimizer(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
         key, own = self._origins.optimizer, {id(p) for p in params}
         with as_user_error(*key, "cannot be made", "give a function of the parameters that makes a torch optimizer"):
-            optimizer = self._parts.optimizer(params)
+            optimizer = self._components.optimizer(params)
         if not isinstance(optimizer, torch.optim.Optimizer):
             problem = f"makes a {type(optimizer).__name__}, no torch optimizer"
             raise ConfigError(*key, problem, "make a torch.optim.Optimizer")
@@ -241,10 +241,10 @@ class _DryRun:
             raise ConfigError(*self._origins.optimizer, problem, "leave that at its default, or choose another one")
 
     def _make_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        assert self._parts.scheduler is not None
+        assert self._components.scheduler is not None
         with as_user_error(*self._origins.scheduler, "cannot be made", "correct its arguments (train.scheduler_args)"):
             rates = [group["lr"] for group in optimizer.param_groups]
-            made = self._parts.scheduler(optimizer)
+            made = self._components.scheduler(optimizer)
         check_rates(rates, optimizer, self._config, self._origins)
         return made
 
@@ -259,7 +259,7 @@ class _DryRun:
         worker.measures = [loss, *(metric for metric in others if not isinstance(metric, SampleMean))]
         if len(worker.measures) == 1:
             return
-        source = self._parts.dataset.test.to(self._device)
+        source = self._components.dataset.test.to(self._device)
         self._count = len(rows := np.unique(np.linspace(0, len(source) - 1, SPREAD).astype(int)))
         with as_user_error(*self._origins.model, f"fails on {self._count} test samples", "make it fit the data"):
             worker.evaluate(source, rows, self._count)
@@ -323,7 +323,8 @@ class _DryRun:
         self._outputs, key, training = outputs, self._origins.loss, torch.is_grad_enabled()
         what = f"the loss fails on the model's outputs {describe(outputs)} for {self._input_text(training)}"
         with as_user_error(*key, what, "make model, data, loss and its arguments fit together"):
-            losses, weights = try_loss(*key, self._parts.loss, self._config.train.loss_args, self._batched(targets))
+            args = self._config.train.loss_args
+            losses, weights = try_loss(*key, self._components.loss, args, self._batched(targets))
         counting = losses if weights is None else losses[weights > 0]
         # a first step may be too long, and statistics may make sense only then: both are another matter
         if training and not self._stepped and counting.isnan().any():

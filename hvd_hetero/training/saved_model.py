@@ -59,13 +59,13 @@ def evaluate_run(run: str, checkpoint: str, overrides: Sequence[str]) -> dict[st
     config = _config(run, overrides)
 
     def prepare() -> tuple[Config, Components]:
-        parts = build(config)
-        load_weights(Path(run), checkpoint, parts.model, config)
+        components = build(config)
+        load_weights(Path(run), checkpoint, components.model, config)
         if checkpoint == BEST and job_env().rank == 0:
-            warning = better_unsaved(Path(run), BestEvaluation(config.eval.best, parts.metrics))
+            warning = better_unsaved(Path(run), BestEvaluation(config.eval.best, components.metrics))
             if warning is not None:
                 LOGGER.warning("%s", warning)
-        return _of_one_class(config), parts
+        return _of_one_class(config), components
 
     with process_restored():
         job = startup.start(prepare)

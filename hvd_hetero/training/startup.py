@@ -121,18 +121,18 @@ W = TypeVar("W", bound=Worker)
 
 def make_worker(job: Job, watch: Stopwatch, kind: type[W]) -> W:
     """This rank's worker, on its device."""
-    config, parts, mine = job.config, job.components, job.cluster.class_of(job.env.rank)
+    config, components, mine = job.config, job.components, job.cluster.class_of(job.env.rank)
     cut = per_class("train.micro_batches", config.train.micro_batches, [c.name for c in job.cluster.classes], word=AUTO)
     set_precision(config.train.matmul_precision)
     return kind(
-        parts.model,
-        parts.loss,
-        parts.optimizer,
-        parts.scheduler,
+        components.model,
+        components.loss,
+        components.optimizer,
+        components.scheduler,
         device=job.placement.device,
         slowdown=mine.slowdown,
         watch=watch,
-        metrics=parts.metrics,
+        metrics=components.metrics,
         seed=config.run.seed * 1000003 + job.env.rank,
         clip_norm=config.train.clip_norm,
         autocast=autocast_type(config.train.autocast, job.placement.device),
@@ -140,7 +140,7 @@ def make_worker(job: Job, watch: Stopwatch, kind: type[W]) -> W:
         channels_last=config.train.channels_last,
         state_policies=config.aggregation.state,
         micro_batches=cut.get(mine.name) or 1,
-        min_batch=parts.min_batch,
+        min_batch=components.min_batch,
     )
 
 

@@ -66,15 +66,15 @@ class Trainer(TrainerParts):
     """
 
     def __init__(self, job: Job, run_dir: str | Path | None, found: Found | None = None) -> None:
-        config, parts = job.config, job.components
+        config, components = job.config, job.components
         self.job, self.config = job, config
         slowdown = job.cluster.class_of(job.env.rank).slowdown
         clock = thread_cpu_clock(job.placement.device, job.placement.threads)
         self.watch = Stopwatch(thread_cpu_clock=clock if slowdown > 1 else None, heartbeat=job.watchdog.heartbeat)
-        self.source = on_device(parts.dataset.train, job.placement.device, "training")
-        self.test = on_device(parts.dataset.test, job.placement.device, "test")
+        self.source = on_device(components.dataset.train, job.placement.device, "training")
+        self.test = on_device(components.dataset.test, job.placement.device, "test")
         self.worker = self.make_worker()
-        self.algorithm = algorithms.build(config, job.cluster, len(self.source), parts.min_batch)
+        self.algorithm = algorithms.build(config, job.cluster, len(self.source), components.min_batch)
         seed_all(config.run.seed * 1000003 + job.env.rank)  # dropout differs from rank to rank
         self.run_dir, self.found, self.folder = run_dir, found, None
         if run_dir is not None and job.env.rank == 0:

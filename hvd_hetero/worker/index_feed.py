@@ -88,9 +88,9 @@ class Feed:
             self._share_weights()
         drawn: Mapping[str, NDArray[Any]] = {}
         if self.sampler is not None:
-            parts = [part.split([taken * batch, (rows - taken) * batch])
+            pieces = [part.split([taken * batch, (rows - taken) * batch])
                      for part, (taken, rows, batch) in zip(dealt, shapes, strict=True)]  # fmt: skip
-            used, left = ({c.name: np.concatenate([parts[rank][i].numpy() for rank in c.ranks]) for c in plan.classes}
+            used, left = ({c.name: np.concatenate([pieces[rank][i].numpy() for rank in c.ranks]) for c in plan.classes}
                           for i in (0, 1))  # fmt: skip
             for name, others in (gone or {}).items():
                 home = name if name in used else next(iter(used))  # where its class is gone, any
@@ -141,12 +141,12 @@ class Feed:
         if shapes is None:
             rows = self._comm.gather(torch.tensor([steps, batch]), "epoch.shapes")
             shapes = [(int(row[0]), int(row[1])) for row in rows]
-        parts = (torch.from_numpy(np.ascontiguousarray(at, dtype=np.int32)),
+        buffers = (torch.from_numpy(np.ascontiguousarray(at, dtype=np.int32)),
                  torch.from_numpy(np.ascontiguousarray(indices.reshape(-1))).to(self._dtype).view(torch.int32),
                  losses.float().view(torch.int32))  # fmt: skip
         words = self._dtype.itemsize // 4  # in one collective, whatever the types
         sizes = [steps * (1 + batch * (words + 1)) for steps, batch in shapes]
-        gathered = self._comm.gather(torch.cat(parts), "epoch.results", sizes)
+        gathered = self._comm.gather(torch.cat(buffers), "epoch.results", sizes)
         if self.sampler is None:
             return
         cut = [part.split([steps, steps * batch * words, steps * batch])

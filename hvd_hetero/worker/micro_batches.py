@@ -39,29 +39,29 @@ def accumulate(
         grad_output = mean_gradient(losses, weights, scale)  # their mean's gradient, without the mean
         backward(losses, weight_grad(grad_output, batch[1]))
         return losses.detach(), weights
-    size, parts = split_batch(batch, count, least)
-    each, counted, taken = scale / size, torch.zeros(()), list[Numbers]()
+    size, chunks = split_batch(batch, count, least)
+    each, counted, results = scale / size, torch.zeros(()), list[Numbers]()
     samples = 0
-    for part in parts:
-        if taken and stop is not None and stop():
+    for chunk in chunks:
+        if results and stop is not None and stop():
             break
-        losses, weights = losses_of(*part)
+        losses, weights = losses_of(*chunk)
         samples += len(losses)
         if weights is None:
             grad_output, counted = torch.full_like(losses, each), counted + len(losses)
         else:
             grad_output, counted = torch.where(weights > 0, each, 0.0).to(losses), counted.to(weights) + weights.sum()
-        taken.append((losses.detach(), weights))
-        if len(taken) == len(parts) and (factor := _factor(taken, samples, counted)) is not None:
+        results.append((losses.detach(), weights))
+        if len(results) == len(chunks) and (factor := _factor(results, samples, counted)) is not None:
             rescale(factor)
             grad_output = grad_output * factor
-        backward(losses, weight_grad(grad_output, part[1]))
+        backward(losses, weight_grad(grad_output, chunk[1]))
     if samples < size:
-        if (factor := _factor(taken, samples, counted)) is not None:
+        if (factor := _factor(results, samples, counted)) is not None:
             rescale(factor)
-        first = taken[0][0]
-        taken.append((first.new_full((size - samples,), NOT_COUNTED), first.new_zeros(size - samples)))
-    return joined(taken)
+        first = results[0][0]
+        results.append((first.new_full((size - samples,), NOT_COUNTED), first.new_zeros(size - samples)))
+    return joined(results)
 
 
 def weight_grad(grad_output: Tensor, targets: Any) -> Tensor:
@@ -69,8 +69,8 @@ def weight_grad(grad_output: Tensor, targets: Any) -> Tensor:
     return grad_output * targets.weights.to(grad_output) if isinstance(targets, Weighted) else grad_output
 
 
-def _factor(taken: list[Numbers], samples: int, counted: Tensor) -> Tensor | None:
+def _factor(results: list[Numbers], samples: int, counted: Tensor) -> Tensor | None:
     """Return what turns sums in which each sample counts once into sums in which each counts as much as it does."""
-    if all(weights is None for _, weights in taken):
+    if all(weights is None for _, weights in results):
         return None
     return torch.where(counted > 0, samples / counted.clamp(min=TINY), 0.0)

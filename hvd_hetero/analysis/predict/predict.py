@@ -274,7 +274,7 @@ class Scenario:
             if isinstance(policy, DropCompute | DropComputeLocal):
                 parts = [(g.tau if isinstance(policy, DropComputeLocal) else policy.micro_batches[g.name]) or 1
                          for g in groups]  # fmt: skip
-                return dropping(groups, rounds, comm_sec, rng, law, parts=parts,
+                return dropping(groups, rounds, comm_sec, rng, law, micro_batches=parts,
                                 threshold=policy.options.threshold_of)  # fmt: skip
             if is_late and isinstance(policy, LocalSGD):
                 shares = {c.name: policy.delay_of(c) / c.tau if c.tau else 1.0 for c in plan.classes}
