@@ -69,16 +69,17 @@ class ModelServer(ThreadedServer):
     """Rank 0's end.
 
     Args:
-        units: all ranks, by device class: when one of them has finished, the epoch comes to its end.
+        rank_groups: all ranks, by device class: when one of them has finished, the epoch comes to its end.
 
     Attributes:
         error: why it has ended, if that is the server's own fault.
     """
 
     def __init__(
-        self, address: str, ranks: int, secret: bytes, served: Served, like: Tensor, units: Sequence[Sequence[int]]
-    ) -> None:
-        self._served, self._like, self._coordinator = served, like, Coordinator(units, SOLO, seed=0)
+        self, address: str, ranks: int, secret: bytes, served: Served, like: Tensor,
+        rank_groups: Sequence[Sequence[int]],
+    ) -> None:  # fmt: skip
+        self._served, self._like, self._coordinator = served, like, Coordinator(rank_groups, SOLO, seed=0)
         self._turn, self._epochs, self._over, self._closing = threading.Condition(), 0, False, False
         self._cores = torch.get_num_threads()
         self.error: BaseException | None = None
@@ -152,7 +153,7 @@ class ModelLink:
     Args:
         served: rank 0's model.
         like: ``[P]`` on the host, a vector as they travel.
-        units: all ranks, by device class.
+        rank_groups: all ranks, by device class.
         hosts: how many the ranks are on.
 
     Attributes:
@@ -160,14 +161,14 @@ class ModelLink:
     """
 
     def __init__(
-        self, comm: Comm, served: Served | None, like: Tensor, units: Sequence[Sequence[int]], hosts: int = 1
+        self, comm: Comm, served: Served | None, like: Tensor, rank_groups: Sequence[Sequence[int]], hosts: int = 1
     ) -> None:
         self._heartbeat, self._watch, self._traffic = comm.heartbeat, comm.watch, comm.traffic
         self._model = torch.empty_like(like)
 
         def make(address: str, ranks: int, secret: bytes) -> ModelServer:
             assert served is not None
-            return ModelServer(address, ranks, secret, served, like, units)
+            return ModelServer(address, ranks, secret, served, like, rank_groups)
 
         self._link, self._server = connect(comm, hosts, make)
         self.first = self._ask(PULL).version

@@ -28,7 +28,8 @@ def main(folder: Path, mode: str, size: int, steps: int, sync_every: int, *speed
     facts = [RankFacts(rank, "localhost", rank, (), "cpu", (0,)) for rank in range(env.size)]
     comm = Comm(assign({"all": ClassConfig(ranks=list(range(env.size)))}, facts), env.rank)
     partial = PartialAllreduce(
-        comm, size, torch.float32, mode, units=[(rank,) for rank in range(env.size)], sync_every=sync_every, max_lag=64
+        comm, size, torch.float32, mode, rank_groups=[(rank,) for rank in range(env.size)],
+        sync_every=sync_every, max_lag=64,
     )
     rng = np.random.default_rng(env.rank)
     mean_sec = float(speeds[-env.size :][env.rank]) / 1e3

@@ -42,7 +42,7 @@ def test_what_is_sent_without_a_contribution_counts_for_nothing() -> None:
 
 
 def test_a_weight_leaves_ones_own_contribution_as_it_was() -> None:
-    mine = buffer(weigh=lambda steps: 1 / (2 * steps))
+    mine = buffer(weight_of=lambda steps: 1 / (2 * steps))
     mine.add(torch.tensor([4.0, 8.0, 12.0]), 2, version=0)
     item, steps = mine.drain(0, 0.0, False, Counts())
     assert mine.payload(item, steps).tolist() == [1, 2, 3, 0.25]
@@ -55,7 +55,7 @@ def test_a_weight_leaves_ones_own_contribution_as_it_was() -> None:
 
 
 def test_what_is_kept_is_sent_again_until_there_is_something_newer() -> None:
-    mine, counts = buffer(latest=3, keeps=True), Counts()
+    mine, counts = buffer(state_elements=3, resends=True), Counts()
     mine.add(torch.tensor([1.0, 2.0, 3.0]), 1, version=-1)
     sent = []
     for number in range(4):

@@ -65,10 +65,10 @@ class PartialAveraging(PartialResumable, Averaging):
         spec, flat = self.spec, concat([*self._params, *self._buffers])
         self._global_model, self._kept = concat(self._params).clone(), [buffers.clone() for buffers in self._buffers]
         self.partial = PartialAllreduce(
-            self.comm, flat.numel(), flat.dtype, self.policy.mode, latest=sum(b.numel() for b in self._buffers),
-            units=[c.ranks for c in self.policy.cluster.classes], seed=self.policy.seed, sync_every=spec.sync_every,
-            max_lag=spec.max_lag, quorum=self.policy.quorum(),
-            weigh=float if spec.weights == "steps" else lambda steps: 1.0, first=first,
+            self.comm, flat.numel(), flat.dtype, self.policy.mode, state_elements=sum(b.numel() for b in self._buffers),
+            rank_groups=[c.ranks for c in self.policy.cluster.classes], seed=self.policy.seed,
+            sync_every=spec.sync_every, max_lag=spec.max_lag, quorum=self.policy.quorum(),
+            weight_of=float if spec.weights == "steps" else lambda steps: 1.0, first_round=first,
             hosts=len({fact.host for fact in self.policy.cluster.facts}),
         )  # fmt: skip
 

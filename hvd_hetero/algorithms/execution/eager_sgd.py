@@ -36,8 +36,8 @@ class EagerSGDExecutor(PartialResumable, SynchronousExecutor):
     def _open(self, first: int) -> None:
         flat, policy, spec = concat(self._gradients), self.policy, self.policy.aggregation
         self.partial = PartialAllreduce(
-            self.comm, flat.numel(), flat.dtype, policy.mode, units=[(rank,) for rank in policy.ranks],
-            seed=policy.seed, sync_every=policy.sync_every, max_lag=spec.max_lag, first=first,
+            self.comm, flat.numel(), flat.dtype, policy.mode, rank_groups=[(rank,) for rank in policy.ranks],
+            seed=policy.seed, sync_every=policy.sync_every, max_lag=spec.max_lag, first_round=first,
             quorum=policy.quorum(), drops_late=policy.drops_late,
             hosts=len({fact.host for fact in policy.cluster.facts}), pinned=self._on_gpu,
         )  # fmt: skip

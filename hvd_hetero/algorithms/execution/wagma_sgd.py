@@ -34,8 +34,8 @@ class WAGMAExecutor(PartialResumable, GroupedExecutor):
     def _open(self, first: int) -> None:
         self._average, every, policy = self.flat_model().clone(), self.policy.sync_every, self.policy
         self.partial = PartialAllreduce(
-            self.comm, self._average.numel(), self._average.dtype, SOLO, units=[(rank,) for rank in policy.ranks],
-            sync_every=every, max_lag=every + 1, groups=policy.partitions, keeps=True, first=first,
+            self.comm, self._average.numel(), self._average.dtype, SOLO, rank_groups=[(rank,) for rank in policy.ranks],
+            sync_every=every, max_lag=every + 1, groups=policy.partitions, resends=True, first_round=first,
             hosts=len({fact.host for fact in policy.cluster.facts}),
         )  # fmt: skip
 
@@ -102,7 +102,7 @@ class WAGMAExecutor(PartialResumable, GroupedExecutor):
             own: this rank's model now.
             is_in_it: tells whether it is in the sum, so that it does not count once more.
         """
-        [item] = self.partial.pop(most=1)
+        [item] = self.partial.pop(max_rounds=1)
         total, count = item.total, item.weight
         if not is_in_it(item):
             total.add_(own)

@@ -52,20 +52,20 @@ class PartialAllreduce:
         size: P, elements of the vector.
         mode: ``solo``, ``majority``, ``quorum`` or ``full``, see
             :class:`hvd_hetero.comm.partial.coordinator.Coordinator`.
-        units: all ranks, by what arrives as a whole.
+        rank_groups: all ranks, by what arrives as a whole.
         seed: of majority's initiators; the same on all ranks.
         sync_every: every so many rounds each rank joins only when it has something to send: nothing that is sent is
             older than ``sync_every`` + 1 rounds.
         max_lag: a rank joins no round while it has so many results left to take; the others then wait for it.
-        latest: so many elements at the end of the vector are states and not sums: the newest contribution's are sent.
-        weigh: turns the steps in the send buffer into the factor of what is sent; None: as it is, by number of steps.
-        first: number of the first round, in a resumed run.
+        state_elements: elements at the end of the vector that are states and not sums; the newest's are sent.
+        weight_of: turns the steps in the send buffer into the factor of what is sent; None: as it is, by steps.
+        first_round: its number, in a resumed run.
         quorum: in mode quorum, what is enough to start a round.
         drops_late: whether what comes too late for the round it was made for is dropped; else it goes with the next.
         groups: partitions of the ranks: in round k those of a group of partition k mod r add up among themselves, but
             in every ``sync_every``-th round and the last one of an epoch all do. None: always all.
-        keeps: whether a rank that has nothing new sends once more what it sent last; a contribution that replaces that
-            one without being for a round is made with ``arrived=False``.
+        resends: whether a rank that has nothing new sends once more what it sent last; a contribution that replaces
+            that one without being for a round is made with ``arrived=False``.
         hosts: how many hosts the ranks are on.
         pinned: whether results lie in memory from which a GPU copies while the host goes on.
 
@@ -80,36 +80,36 @@ class PartialAllreduce:
         dtype: torch.dtype,
         mode: str,
         *,
-        units: Sequence[Sequence[int]],
+        rank_groups: Sequence[Sequence[int]],
         seed: int = 0,
         sync_every: int = 32,
         max_lag: int = 32,
-        latest: int = 0,
-        weigh: Callable[[float], float] | None = None,
-        first: int = 0,
+        state_elements: int = 0,
+        weight_of: Callable[[float], float] | None = None,
+        first_round: int = 0,
         quorum: Quorum | None = None,
         drops_late: bool = False,
         groups: Sequence[Partition] = (),
-        keeps: bool = False,
+        resends: bool = False,
         hosts: int = 1,
         pinned: bool = False,
     ) -> None:
         assert comm.size > 1 and sync_every >= 1 and max_lag >= 1
         self._rank, self._heartbeat, self._watch, self._traffic = comm.rank, comm.heartbeat, comm.watch, comm.traffic
         self._full = 1 if mode == FULL else sync_every
-        self._max_lag, self._drops_late, self._keeps = max_lag, drops_late, keeps
+        self._max_lag, self._drops_late, self._resends = max_lag, drops_late, resends
         self._all_ranks = comm.group(tuple(range(comm.size)))
         self._groups = [comm.group(group_of(partition, comm.rank)) for partition in groups] or [self._all_ranks]
         self._changed = threading.Condition()
-        self._buffer = SendBuffer(size, dtype, latest, weigh, pinned, keeps)
+        self._buffer = SendBuffer(size, dtype, state_elements, weight_of, pinned, resends)
         self._starts: deque[tuple[int, float, bool]] = deque()
         self._rounds: deque[Round] = deque()
         self._offers: deque[int] = deque()
-        self._next, self._taken = first, first
+        self._next, self._taken = first_round, first_round
         self._in_epoch, self._stopped, self.closing = True, False, False
         self._error: BaseException | None = None
         self.counts = Counts()
-        coordinator = Coordinator(units, mode, seed, first, quorum)
+        coordinator = Coordinator(rank_groups, mode, seed, first_round, quorum)
         self._link, self._hub = connect(comm, hosts, partial(ControlServer, handle=coordinator.handle))
         self._threads = [
             threading.Thread(target=self._watched, args=(run,), name=f"hvd_hetero.{run.__name__}", daemon=True)
@@ -149,23 +149,23 @@ class PartialAllreduce:
                 self.counts.dropped += 1
                 self.counts.lost_samples += samples
                 return False
-            self._buffer.add(vector, steps, self._taken - (self._keeps and not arrived))
+            self._buffer.add(vector, steps, self._taken - (self._resends and not arrived))
             self._changed.notify_all()
         if arrived:
             self._send(ARRIVED, self._taken)
         return True
 
-    def pop(self, patience_sec: float | None = None, most: int | None = None) -> list[Round]:
+    def pop(self, patience_sec: float | None = None, max_rounds: int | None = None) -> list[Round]:
         """The results that are there and were not taken yet, in order; waits for one if there is none, and books that.
 
         Args:
             patience_sec: how long to wait at most; None: as long as it takes.
-            most: that are taken; None: all.
+            max_rounds: that are taken; None: all.
         """
         with self._heartbeat.waiting("partial"), self._changed:
             self._changed.wait_for(lambda: self._rounds or self._error or self._stopped, patience_sec)
             self._check()
-            taken = [self._rounds.popleft() for _ in range(min(len(self._rounds), most or len(self._rounds)))]
+            taken = [self._rounds.popleft() for _ in range(min(len(self._rounds), max_rounds or len(self._rounds)))]
             self._taken += len(taken)
             self._changed.notify_all()
         if taken or patience_sec != 0:
