@@ -121,7 +121,7 @@ def average_buffers(comm: Comm, state: FlatState, weight: float, ranks: tuple[in
         if own is not total:
             own.copy_(total)
     untrained.finish()
-    untrained.look()
+    untrained.agree_on_changes()
     if not is_finite:
         comm.excluded.record()
 
@@ -164,7 +164,7 @@ def average_untrained(
     if not only_new:
         untrained.begin()
         untrained.finish()
-    untrained.look()
+    untrained.agree_on_changes()
 
 
 def check_partial(comm: Comm, parameters: Sequence[Tensor], averages: int) -> None:

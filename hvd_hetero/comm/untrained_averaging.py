@@ -48,7 +48,7 @@ class UntrainedAverages:
         if not self._alone and self._untrained.active:
             self._follow(self._untrained.active)
 
-    def look(self) -> None:
+    def agree_on_changes(self) -> None:
         """Look thoroughly for what has changed; where a rank finds something, all agree on what becomes of it."""
         if self._alone:
             return

@@ -66,7 +66,7 @@ class BestEvaluation:
         """Whether nothing better is to be expected."""
         return self._patience is not None and self.since >= self._patience
 
-    def tell(self) -> None:
+    def log_end(self) -> None:
         """Tell that the run has ended for this, if it has."""
         if self.waited_enough:
             LOGGER.info("ended by train.patience: %d evaluations were no better than the best one, %s %s",

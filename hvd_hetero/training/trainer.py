@@ -174,7 +174,7 @@ class Trainer(TrainerParts):
             self._call("on_end", None)
             return None
         self.progress.close()
-        self.best.tell()
+        self.best.log_end()
         self.saved = write_model(self.folder, self.worker.model, MODEL)
         cluster, path = self.job.cluster, comm.path
         classes = accounts.classes(self.plan)

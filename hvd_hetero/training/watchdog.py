@@ -46,7 +46,7 @@ class PeerStatus:
     beat: dict[str, Any] | None = None
     silent_sec: float = 0.0
 
-    def look(self, beat: dict[str, Any] | None, elapsed_sec: float) -> bool:
+    def update(self, beat: dict[str, Any] | None, elapsed_sec: float) -> bool:
         """Takes in what it says now; whether it is new."""
         new = beat is not None and (self.beat is None or beat["number"] != self.beat["number"])
         self.silent_sec = 0.0 if new else self.silent_sec + elapsed_sec
@@ -128,7 +128,7 @@ class Watchdog:
             put_beat(self._env, beat)
             self._unreached_sec = 0.0
             if self._armed:
-                self._look(beat, elapsed)
+                self._check_peers(beat, elapsed)
         except (OSError, HTTPException, ValueError, KeyError):  # whatever a stranger may have put there
             self._unreached_sec += elapsed
             if self._unreached_sec >= self._env.orphan_sec and not self._stopped.is_set():
@@ -139,14 +139,14 @@ class Watchdog:
     def _me(self) -> str:
         return f"rank {self._env.rank} on {self._env.host}"
 
-    def _look(self, mine: dict[str, Any], elapsed_sec: float) -> None:
+    def _check_peers(self, mine: dict[str, Any], elapsed_sec: float) -> None:
         """Ends the job if a rank is silent for too long, or if all wait for each other.
 
         That is for the lowest rank that is not silent itself, so that one message tells it, and one rank reads all.
         """
         _, patience_sec = self._rhythm
         for rank, peer in self._peers.items():
-            if peer.look(get_beat(self._env, rank), elapsed_sec) and rank < self._env.rank:
+            if peer.update(get_beat(self._env, rank), elapsed_sec) and rank < self._env.rank:
                 return
         if any(peer.silent_sec < patience_sec for rank, peer in self._peers.items() if rank < self._env.rank):
             return

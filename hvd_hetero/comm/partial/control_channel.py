@@ -172,8 +172,8 @@ class ControlServer:
                         what, number = MESSAGE.unpack(ready.recv_bytes(MESSAGE.size))
                     except (EOFError, OSError, struct.error):
                         return
-                    for whom, order, value in self._handle(ranks[ready], what, number):
-                        self._tell(ranks, whom, MESSAGE.pack(order, value))
+                    for target, order, value in self._handle(ranks[ready], what, number):
+                        self._send(ranks, target, MESSAGE.pack(order, value))
         finally:
             for rank in ranks.values():
                 self._drop(rank)
@@ -183,9 +183,9 @@ class ControlServer:
             self._links.pop(rank).close()
 
     @staticmethod
-    def _tell(ranks: dict[Connection, int], whom: int | None, message: bytes) -> None:
+    def _send(ranks: dict[Connection, int], target: int | None, message: bytes) -> None:
         for connection, rank in ranks.items():
-            if whom is None or whom == rank:
+            if target is None or target == rank:
                 try:
                     connection.send_bytes(message)
                 except OSError:
