@@ -151,8 +151,7 @@ def test_a_class_that_is_left_out_measures_nothing_but_is_there(
         assert ranks is None
         return [tensor, said[name]]
 
-    clock = compute_clock.ComputeClock(DropComputeLocalOptions(threshold="auto", warmup_rounds=0, measured_rounds=1,
-                                                              max_dropped=0.5), lambda: None)  # fmt: skip
+    clock = compute_clock.ComputeClock(DropComputeLocalOptions(threshold="auto", max_dropped=0.5), 0, 1, lambda: None)
     clock.begin()
     for _ in range(0 if is_idle else 3):
         net.now += 1

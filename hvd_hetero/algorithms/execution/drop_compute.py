@@ -25,7 +25,8 @@ class DropComputeExecutor(FlatGradientExecutor):
 
     def start(self, plan: Plan, worker: Worker, comm: Comm) -> None:
         super().start(plan, worker, comm)
-        self.clock, self._dropped = ComputeClock(self.policy.options, worker.emulator.pause), 0
+        options, self._dropped = self.policy.options, 0
+        self.clock = ComputeClock(options, options.warmup_steps, options.measured_steps, worker.emulator.pause)
 
     def run_round(self, batches: Iterator[Batch]) -> None:
         self.clock.begin()

@@ -28,7 +28,8 @@ class DeadlineAveraging(BlockingAveraging):
 
     def __init__(self, policy: DropComputeLocal, worker: Worker, comm: Comm) -> None:
         super().__init__(policy, worker, comm)
-        self.clock, self.dropped = ComputeClock(policy.options, worker.emulator.pause), 0
+        options, self.dropped = policy.options, 0
+        self.clock = ComputeClock(options, options.warmup_rounds, options.measured_rounds, worker.emulator.pause)
         self._taus = self._taus_now()
 
     def _taus_now(self) -> list[int]:
