@@ -14,7 +14,7 @@ pytestmark = pytest.mark.horovod
 
 
 def buffer(**options: object) -> SendBuffer:
-    settings = {"latest": 1, "weigh": None, "pinned": False, **options}
+    settings = {"state_elements": 1, "weight_of": None, "pinned": False, **options}
     return SendBuffer(3, torch.float32, **settings)  # type: ignore[arg-type]
 
 
