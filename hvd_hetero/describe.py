@@ -20,25 +20,25 @@ def describe(value: Any) -> str:
     Tensors and arrays are told by shape and type, containers by what is in them, other objects by their class. Never
     fails: not for what contains itself, nor for objects that raise when they are looked at.
     """
-    return _cut(_Describer().tell(value), LENGTH)
+    return _cut(_Describer().format(value), LENGTH)
 
 
 class _Describer:
     def __init__(self) -> None:
         self._inside: list[int] = []
 
-    def tell(self, value: Any) -> str:
+    def format(self, value: Any) -> str:
         if id(value) in self._inside or len(self._inside) > DEPTH:
             return "..."
         self._inside.append(id(value))
         try:
-            return self._tell(value)
+            return self._format(value)
         except Exception:  # a proxy, a lazy container, a tensor without a shape: its class can always be told
             return type(value).__name__
         finally:
             self._inside.pop()
 
-    def _tell(self, value: Any) -> str:
+    def _format(self, value: Any) -> str:
         kind = type(value).__name__
         if isinstance(value, torch.Tensor):
             layout = "" if value.layout == torch.strided else f" {_name(value.layout)}"
@@ -64,8 +64,8 @@ class _Describer:
         return kind
 
     def _several(self, parts: Iterable[tuple[str, Any]], count: int, between: str) -> str:
-        told = [_cut(name, TEXT) + between + self.tell(part) for name, part in islice(parts, ITEMS)]
-        return ", ".join([*told, *(["..."] if count > ITEMS else [])])
+        texts = [_cut(name, TEXT) + between + self.format(part) for name, part in islice(parts, ITEMS)]
+        return ", ".join([*texts, *(["..."] if count > ITEMS else [])])
 
 
 def _field_names(value: Any) -> list[str] | None:

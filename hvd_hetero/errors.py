@@ -77,10 +77,10 @@ class NonFiniteError(Exception):
         ranks: whose numbers they are.
     """
 
-    def __init__(self, round: int, ranks: Iterable[int], everybody: bool = False) -> None:
+    def __init__(self, round: int, ranks: Iterable[int], all_ranks: bool = False) -> None:
         self.ranks = list(ranks)
         named = f"rank{'s' * (len(self.ranks) > 1)} {', '.join(map(str, self.ranks))}"
-        why = "nobody's are good" if everybody else "aggregation.nan=stop"
+        why = "nobody's are good" if all_ranks else "aggregation.nan=stop"
         super().__init__(f"the numbers of {named} have gone bad (NaN, Inf) in round {round}, and {why}; a lower "
                          "train.lr or train.clip_norm may help, with run.resume=reshape from the last checkpoint on")
 

@@ -55,13 +55,13 @@ class DelayedNesterov(Rule):
 
     def arrive(self, rank: int, vector: Any) -> bool:
         n, b, c = self.buffer, self.momentum, self.activation
-        g, share = vector / n, c * b
+        g, factor = vector / n, c * b
         self.total = added(self.total, vector)
         if (self.version + 1) % n == 0:
             mean = self.total / n
             self.velocity = mean if self.velocity is None else self.velocity * b + mean
-            self.total, share = None, (1 - c * n + c) * b
-        self.update(g if self.velocity is None else g + self.velocity * share, self.lr)
+            self.total, factor = None, (1 - c * n + c) * b
+        self.update(g if self.velocity is None else g + self.velocity * factor, self.lr)
         self.restart(rank)
         return True
 

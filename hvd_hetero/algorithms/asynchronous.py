@@ -48,15 +48,10 @@ def check_server(policy: Policy) -> None:
         raise ConfigError("train.max_fast_steps", policy.train.max_fast_steps, problem, remedy)
 
 
-class Asynchronous(Lockstep):
-    """Let ranks claim the samples of an epoch, and push a gradient for each batch.
-
-    Without ``pushes_gradients`` it is the progress of a local step.
-    """
+class ServerPolicy(Policy):
+    """Have a server, to which each rank pushes the gradient of each of its batches."""
 
     executor: ClassVar[str] = EXECUTOR
-    Options: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
-    claims_samples: ClassVar[bool] = True
     flat_gradients: ClassVar[bool] = True
     pushes_gradients: ClassVar[bool] = True
     unused: ClassVar[Mapping[str, Any]] = neutral("weights", *WAITING, *OUTER)
@@ -72,21 +67,23 @@ class Asynchronous(Lockstep):
         return False
 
 
-class AsynchronousLocal(LocalSGD):
+class Asynchronous(ServerPolicy, Lockstep):
+    """Let ranks claim the samples of an epoch, and push a gradient for each batch.
+
+    Without ``pushes_gradients`` it is the progress of a local step.
+    """
+
+    Options: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
+    claims_samples: ClassVar[bool] = True
+
+
+class AsynchronousLocal(ServerPolicy, LocalSGD):
     """Let each class have samples of its own, as many as its speed asks for; an epoch ends with the first that is done.
 
     By class, or by rank where the rule needs every rank.
 
     What is pushed is the gradient of each local step, or without ``pushes_gradients`` the progress of tau of them.
     """
-
-    executor: ClassVar[str] = EXECUTOR
-    flat_gradients: ClassVar[bool] = True
-    pushes_gradients: ClassVar[bool] = True
-    unused: ClassVar[Mapping[str, Any]] = neutral("weights", *WAITING, *OUTER)
-
-    def server_rule(self) -> Rule:
-        raise NotImplementedError(type(self).__name__)
 
     @property
     def steps_of_push(self) -> int | None:
@@ -106,10 +103,3 @@ class AsynchronousLocal(LocalSGD):
 
     def partial_mode(self, step_sec: Mapping[str, float]) -> None:
         return None
-
-    def is_blocking(self, step_sec: Mapping[str, float]) -> bool:
-        return False
-
-    def check(self) -> None:
-        check_server(self)
-        super().check()

@@ -48,20 +48,11 @@ class ThresholdOptions(AlgorithmConfig):
         threshold: seconds from a round's begin after which no part of it is begun; ``auto``; None: all are taken.
         normalise: whether what was left out counts as nothing, ``full``, or does not count, ``done``.
         max_dropped: the share of all parts that ``auto`` may leave out, on average.
-        warmup: first rounds, in which nothing is left out nor measured, and ``measured`` ones, for ``auto``.
     """
 
     threshold: Any = None
     normalise: str = field(default=FULL, metadata={"choices": (FULL, DONE)})
     max_dropped: float = field(default=0.1, metadata={"above": 0, "at_most": 1})
-
-    @property
-    def warmup(self) -> int:
-        raise NotImplementedError(type(self).__name__)
-
-    @property
-    def measured(self) -> int:
-        raise NotImplementedError(type(self).__name__)
 
     def check_threshold(self) -> None:
         """Refuse a threshold that is no time.
@@ -88,14 +79,6 @@ class DropComputeOptions(ThresholdOptions, LockstepOptions):
 
     warmup_steps: int = field(default=5, metadata={"at_least": 0})
     measured_steps: int = field(default=45, metadata={"at_least": 1})
-
-    @property
-    def warmup(self) -> int:
-        return self.warmup_steps
-
-    @property
-    def measured(self) -> int:
-        return self.measured_steps
 
 
 @final

@@ -43,14 +43,6 @@ class DropComputeLocalOptions(ThresholdOptions):
     warmup_rounds: int = field(default=2, metadata={"at_least": 0})
     measured_rounds: int = field(default=20, metadata={"at_least": 1})
 
-    @property
-    def warmup(self) -> int:
-        return self.warmup_rounds
-
-    @property
-    def measured(self) -> int:
-        return self.measured_rounds
-
 
 @final
 class DropComputeLocal(LocalSGD):

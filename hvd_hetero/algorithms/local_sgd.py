@@ -253,17 +253,17 @@ class LocalSGD(Policy):
             return 1.0
         return progress_factors(self.plan, self.aggregation.max_extrapolation).get(name, 1.0)
 
-    def weight_of(self, mine: ClassPlan) -> float:
+    def weight_of(self, class_plan: ClassPlan) -> float:
         """Return the weight of a class's rank in the average of this round, see :func:`annealed_weight`."""
-        if self.aggregation.anneal_from is None or not mine.tau:
-            return mine.weight
+        if self.aggregation.anneal_from is None or not class_plan.tau:
+            return class_plan.weight
         ranks = sum(len(c.ranks) for c in self.plan.training)
-        return annealed_weight(mine.weight, ranks, self.share, self.aggregation.anneal_from)
+        return annealed_weight(class_plan.weight, ranks, self.fraction_done, self.aggregation.anneal_from)
 
-    def delay_of(self, mine: ClassPlan) -> int:
+    def delay_of(self, class_plan: ClassPlan) -> int:
         """Return the local steps after which a class takes in a delayed average: the same share of a round for all."""
         steps, longest = self.aggregation.delay_steps, max(c.tau for c in self.plan.training)
-        return mine.tau if steps is None else min(mine.tau, round(steps * mine.tau / longest))
+        return class_plan.tau if steps is None else min(class_plan.tau, round(steps * class_plan.tau / longest))
 
     def start(self, plan: Plan) -> None:
         super().start(plan)

@@ -50,11 +50,11 @@ class NonBlockingSGD(EagerSGD):
         return SOLO
 
     @property
-    def parts_of_batch(self) -> int:
+    def micro_batch_count(self) -> int:
         return self.options.micro_batches
 
     def check(self) -> None:
-        k = self.parts_of_batch
+        k = self.micro_batch_count
         for name, size in self.batch_size.items():
             if size % k or size // k < self.min_batch:
                 problem = f"does not divide the batch of class {name}, {size}, into parts that can be trained on"

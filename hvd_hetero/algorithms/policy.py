@@ -51,7 +51,7 @@ class Policy:
         micro_batches: by class, parts that a batch is cut into; 0: as few as fit in memory.
         average_sec: of one average that nobody is late for; to be set before :meth:`make_plan` where
             :attr:`needs_average_sec`, the same on all ranks.
-        share: of the run that is done in this round; set where weights go by it (``aggregation.anneal_from``).
+        fraction_done: of the run, in this round; set where weights go by it (``aggregation.anneal_from``).
         plan: the one followed now, from :meth:`start` on.
         reason: why :meth:`replan` last changed it, for a person to read.
     """
@@ -74,7 +74,7 @@ class Policy:
     collectives_of_round: ClassVar[int] = 1
     reason: str = ""
     average_sec: float = 0.0
-    share: float = 0.0
+    fraction_done: float = 0.0
 
     @classmethod
     def defaults_for(cls, settings: Mapping[str, Any]) -> Mapping[str, str]:
@@ -163,7 +163,7 @@ class Policy:
         return None
 
     @property
-    def parts_of_batch(self) -> int:
+    def micro_batch_count(self) -> int:
         """Parts of a batch that are contributed to partial sums one by one."""
         return 1
 

@@ -71,16 +71,16 @@ class Write:
         info = None if self.problem else self._try(
             lambda: self._store.write_shard(self.number, self._env.rank, content).to_json()
         )
-        said = {PROBLEM: self.problem} if info is None else {SHARD: info}
-        outcome = self._try(lambda: collect(self._env, self._name, said, TIMEOUT_SEC, self._commit))
+        message = {PROBLEM: self.problem} if info is None else {SHARD: info}
+        outcome = self._try(lambda: collect(self._env, self._name, message, TIMEOUT_SEC, self._commit))
         self.problem = self.problem or outcome or ""
 
-    def _commit(self, said: list[dict[str, Any]]) -> str:
+    def _commit(self, messages: list[dict[str, Any]]) -> str:
         """Write the manifest on rank 0, once all shards are there; return what stands in the way, if anything does."""
-        self.problem = next((other[PROBLEM] for other in said if SHARD not in other), "")
+        self.problem = next((other[PROBLEM] for other in messages if SHARD not in other), "")
         if not self.problem:
             self._try(lambda: self._store.commit(
-                self.number, [ShardInfo.from_json(other[SHARD]) for other in said],
+                self.number, [ShardInfo.from_json(other[SHARD]) for other in messages],
                 epochs=self._epochs, made_with=self._made_with,
             ))  # fmt: skip
         try:

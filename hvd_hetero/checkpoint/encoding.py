@@ -72,7 +72,7 @@ def split(state: Any) -> tuple[dict[str, torch.Tensor], Any]:
         CheckpointError: a part of it could only be saved by pickle; names its dotted path.
     """
     splitter = _Splitter()
-    plain = splitter.take(state, "", 0)
+    plain = splitter.encode(state, "", 0)
     return splitter.tensors, plain
 
 
@@ -93,7 +93,7 @@ class _Splitter:
         self.tensors: dict[str, torch.Tensor] = {}
         self._names: dict[tuple[Any, ...], str] = {}
 
-    def take(self, value: Any, path: str, depth: int) -> Any:
+    def encode(self, value: Any, path: str, depth: int) -> Any:
         if depth > DEPTH:
             raise _refused(path, f"more than {DEPTH} levels deep, or contains itself", "flatten it")
         kind = type(value)  # exactly: a subclass would come back as something else
@@ -114,30 +114,30 @@ class _Splitter:
         if kind in (dict, OrderedDict, Counter, defaultdict):
             return self._mapping(value, path, depth)
         if kind in ATOMS:
-            word, say, _ = ATOMS[kind]
-            return {f"${word}": self.take(say(value), path, depth + 1)}
+            word, to_plain, _ = ATOMS[kind]
+            return {f"${word}": self.encode(to_plain(value), path, depth + 1)}
         if isinstance(value, torch.Tensor):
             return self._tensor(value, path)
         if kind is np.ndarray:
             tensor = self._tensor(_from_numpy(value, path), path)
             return {"$array": tensor.get("$tensor", tensor)}
         if isinstance(value, np.generic) and _native(value.dtype):
-            return {"$number": [value.dtype.name, self.take(value.item(), path, depth + 1)]}
+            return {"$number": [value.dtype.name, self.encode(value.item(), path, depth + 1)]}
         problem = f"a {kind.__module__}.{kind.__qualname__}, which only pickle could save"
         raise _refused(path, problem, "save what it is made of: numbers, strings, None, tensors, arrays, and plain "
                        "dicts, lists, tuples and sets of them")
 
     def _items(self, values: Iterable[Any], path: str, depth: int) -> list[Any]:
-        return [self.take(item, _under(path, i), depth + 1) for i, item in enumerate(values)]
+        return [self.encode(item, _under(path, i), depth + 1) for i, item in enumerate(values)]
 
     def _mapping(self, value: Mapping[Any, Any], path: str, depth: int) -> dict[str, Any]:
         if type(value) is dict and all(type(key) is str and not key.startswith("$") for key in value):
-            return {key: self.take(item, _under(path, key), depth + 1) for key, item in value.items()}
+            return {key: self.encode(item, _under(path, key), depth + 1) for key, item in value.items()}
         items = []
         for key, item in value.items():
             below = _under(path, key)
             _check_key(key, below)
-            items.append([self.take(key, below, 0), self.take(item, below, depth + 1)])
+            items.append([self.encode(key, below, 0), self.encode(item, below, depth + 1)])
         if isinstance(value, defaultdict):
             names = [name for name, factory in FACTORIES.items() if factory is value.default_factory]
             if not names:

@@ -98,7 +98,7 @@ def candidates(folder: Path, deep: bool = False) -> list[Candidate]:
     older: int | None = None
     for number in rounds(folder):
         try:
-            checkpoint = _look(folder / folder_name(number), number)
+            checkpoint = _read(folder / folder_name(number), number)
             checkpoint._compare(checkpoint.meta.ranks, whole=deep)
             found.append(Candidate(number, checkpoint, None))
             older = number
@@ -123,7 +123,7 @@ def folder_name(number: int) -> str:
     return f"{number:06d}"
 
 
-def _look(path: Path, number: int) -> Checkpoint:
+def _read(path: Path, number: int) -> Checkpoint:
     manifest = path / MANIFEST
     meta, files = read_manifest(manifest)
     if meta.round != number:

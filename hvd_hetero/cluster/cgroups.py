@@ -29,11 +29,11 @@ def cpu_limit(root: Path = Path("/")) -> Limit | None:
 
     def quota(folder: Path) -> Limit | None:
         if (file := folder / "cpu.max").exists():
-            share, period = file.read_text().split()
+            quota_us, period = file.read_text().split()
         else:
             file = folder / "cpu.cfs_quota_us"
-            share, period = file.read_text(), (folder / "cpu.cfs_period_us").read_text()
-        return Limit(int(share) / int(period), file) if share != "max" and int(share) > 0 else None
+            quota_us, period = file.read_text(), (folder / "cpu.cfs_period_us").read_text()
+        return Limit(int(quota_us) / int(period), file) if quota_us != "max" and int(quota_us) > 0 else None
 
     return _smallest(root, "cpu", quota)
 

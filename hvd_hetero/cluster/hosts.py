@@ -73,8 +73,8 @@ def run_host_script(path: Path, key: str) -> list[Host]:
         done = subprocess.run([path], stdin=subprocess.DEVNULL, capture_output=True, timeout=SCRIPT_SEC, check=True)
         lines = done.stdout.decode().splitlines()
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError) as error:
-        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
-        problem = f"fails: {said[-1] if said else error}"
+        output = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
+        problem = f"fails: {output[-1] if output else error}"
         raise ConfigError(key, str(path), problem, "let it print a line host:slots for each host") from error
     return _hosts_of(lines, path, key)
 

@@ -38,12 +38,12 @@ def place(cluster: Cluster, rank: int, gpu_cores: int, affinity: bool) -> Placem
     for_gpu = (len(cores) - len(cpu_ranks)) // len(on_gpus) if on_gpus else 0
     for_gpu = min(gpu_cores, for_gpu) if cpu_ranks else for_gpu
     for_cpu, spare = divmod(len(cores) - for_gpu * len(on_gpus), len(cpu_ranks)) if cpu_ranks else (0, 0)
-    shares = {r: for_gpu for r in on_gpus} | {r: for_cpu + (i < spare) for i, r in enumerate(cpu_ranks)}
+    core_counts = {r: for_gpu for r in on_gpus} | {r: for_cpu + (i < spare) for i, r in enumerate(cpu_ranks)}
     fixed = affinity and len(cores) == len(fact.cores)
     own: tuple[int, ...] = ()
-    for other, share in shares.items():
+    for other, count in core_counts.items():
         near = fact.gpu_cores[gpu_index(cluster, other)] if other in on_gpus and fact.gpu_cores else ()
-        own = tuple(sorted(cores, key=lambda core: core not in near)[:share])
+        own = tuple(sorted(cores, key=lambda core: core not in near)[:count])
         if other == rank:
             break
         cores = [core for core in cores if core not in own]

@@ -1,6 +1,6 @@
 """Averages over ranks into which no NaN and no Inf goes.
 
-Ranks whose values are non-finite are left out, and the weights of the others are scaled up to 1. Where all are good,
+Ranks whose values are non-finite are left out, and the weights of the others are scaled up to 1. Where all are finite,
 the weighted sum stays as it is.
 """
 
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.flat_params import FlatState
-from hvd_hetero.comm.nonfinite import FLAG_SLOTS, finite, scale_, summable
+from hvd_hetero.comm.nonfinite import FLAG_SLOTS, all_finite, scale_, summable
 from hvd_hetero.comm.paths import FLAT
 from hvd_hetero.comm.tensor_slots import digest
-from hvd_hetero.comm.untrained_averaging import OtherAverages
-from hvd_hetero.comm.weighted_sums import average_tensors, sum_good_
+from hvd_hetero.comm.untrained_averaging import UntrainedAverages
+from hvd_hetero.comm.weighted_sums import average_tensors, sum_finite_
 from hvd_hetero.comm.wire import Wire
 from hvd_hetero.errors import NonFiniteError
 
 
 @dataclass(frozen=True)
-class Sent:
+class ModelDifferences:
     """What an average of models sends in place of them: their differences from a model that all ranks hold.
 
     Attributes:
@@ -35,67 +35,68 @@ class Sent:
     base: Sequence[Tensor]
     wire: Wire
 
-    def take_off(self, vectors: Sequence[Tensor]) -> None:
+    def subtract_base(self, vectors: Sequence[Tensor]) -> None:
         """Turn models into differences, in place."""
         for vector, base in zip(vectors, self.base, strict=True):
             vector.sub_(base)
 
-    def put_back(self, vectors: Sequence[Tensor]) -> None:
+    def add_base(self, vectors: Sequence[Tensor]) -> None:
         """Turn differences into models again."""
         for vector, base in zip(vectors, self.base, strict=True):
             vector.add_(base)
 
 
 def average(
-    comm: Comm, state: FlatState, weight: float, name: str = "average", sent: Sent | None = None
+    comm: Comm, state: FlatState, weight: float, name: str = "average", differences: ModelDifferences | None = None
 ) -> bool:
-    """Replaces every rank's model by sum_i w_i x_i (paper, eq. 4) over the good ranks.
+    """Replaces every rank's model by sum_i w_i x_i (paper, eq. 4) over the ranks with finite values.
 
     What is in no flat vector follows its policy, see :mod:`hvd_hetero.comm.untrained_state`.
 
     Args:
         weight: w of this rank; the weights of all ranks sum to 1 and are equal within a class.
-        sent: how differences are sent; None: models are, as they are.
+        differences: how differences are sent; None: models are, as they are.
 
     Returns:
-        Whether this rank's own model was good. If not, all else that its steps have made is to be forgotten too.
+        Whether this rank's own model was finite. If not, all else that its steps have made is to be forgotten too.
 
     Raises:
-        NonFiniteError: on all ranks, if no rank's model is good, or if a bad one is to stop the job.
+        NonFiniteError: on all ranks, if no rank's model is finite, or if one that is not is to stop the job.
         UserError: a tensor is not what it was, so that it cannot be averaged.
     """
-    with comm.booked():
-        good = _average(comm, state, weight, name, sent)
-    if not good:
-        comm.excluded.note()
-    return good
+    with comm.timed():
+        is_finite = _average(comm, state, weight, name, differences)
+    if not is_finite:
+        comm.excluded.record()
+    return is_finite
 
 
-def _average(comm: Comm, state: FlatState, weight: float, name: str, sent: Sent | None) -> bool:
-    news = state.refresh()
+def _average(comm: Comm, state: FlatState, weight: float, name: str, differences: ModelDifferences | None) -> bool:
+    needs_agreement = state.refresh()
     vectors = [summable(vector) for vector in state.padded]
     contents = [vector[:-FLAG_SLOTS] for vector in vectors]
     own_weight = weight
-    if sent is not None:
-        sent.take_off(contents)
+    if differences is not None:
+        differences.subtract_base(contents)
     if comm.path == FLAT:
-        good, weight, share = scale_(contents, weight), 1.0, weight
+        is_finite, weight, prescaled_weight = scale_(contents, weight), 1.0, weight
     else:
-        good, share = finite(contents), 1.0
-    others = OtherAverages(comm, state.others, own_weight, good, f"{name}.others")
-    others.begin()
+        is_finite, prescaled_weight = all_finite(contents), 1.0
+    untrained = UntrainedAverages(comm, state.untrained, own_weight, is_finite, f"{name}.others")
+    untrained.begin()
     states = [len(content) - params for content, params in zip(contents, state.params, strict=True)]
-    news = sum_good_(comm, vectors, good, name, weight=weight, share=share, news=news,
-                      wire=None if sent is None else sent.wire, states=states)
-    if sent is not None:
-        sent.put_back(contents)
+    needs_agreement = sum_finite_(comm, vectors, is_finite, name, weight=weight, prescaled_weight=prescaled_weight,
+                                  needs_agreement=needs_agreement, states=states,
+                                  wire=None if differences is None else differences.wire)  # fmt: skip
+    if differences is not None:
+        differences.add_base(contents)
     for own, total in zip(state.padded, vectors, strict=True):
         if own is not total:
             own.copy_(total)
-    others.finish()
-    if news:
-        others.agree()
-    return good
+    untrained.finish()
+    if needs_agreement:
+        untrained.agree()
+    return is_finite
 
 
 def average_buffers(comm: Comm, state: FlatState, weight: float, ranks: tuple[int, ...], name: str = "buffers") -> None:
@@ -109,20 +110,20 @@ def average_buffers(comm: Comm, state: FlatState, weight: float, ranks: tuple[in
         NonFiniteError, UserError: as :func:`average`.
     """
     state.refresh()
-    good = finite(state.buffers())
+    is_finite = all_finite(state.buffers())
     vectors = [summable(vector) for vector in state.padded_buffers()]
     for vector in vectors:
         vector[:-FLAG_SLOTS].mul_(weight)
-    others = OtherAverages(comm, state.others, weight, good, f"{name}.others", ranks)
-    others.begin()
-    sum_good_(comm, vectors, good, name, share=weight, ranks=ranks)
+    untrained = UntrainedAverages(comm, state.untrained, weight, is_finite, f"{name}.others", ranks)
+    untrained.begin()
+    sum_finite_(comm, vectors, is_finite, name, prescaled_weight=weight, ranks=ranks)
     for own, total in zip(state.padded_buffers(), vectors, strict=True):
         if own is not total:
             own.copy_(total)
-    others.finish()
-    others.look()
-    if not good:
-        comm.excluded.note()
+    untrained.finish()
+    untrained.agree_on_changes()
+    if not is_finite:
+        comm.excluded.record()
 
 
 def average_unlike_parameters(comm: Comm, state: FlatState, weight: float, ranks: tuple[int, ...]) -> None:
@@ -141,12 +142,12 @@ def average_unlike_parameters(comm: Comm, state: FlatState, weight: float, ranks
     first, *others = comm.gather(mine, "parameters.digest", ranks=ranks)
     if not all(torch.equal(first, other) for other in others):
         parts = [part.clone() for part in state.parameters()]
-        average_tensors(comm, parts, finite(parts), "parameters", weight=weight, ranks=ranks)
+        average_tensors(comm, parts, all_finite(parts), "parameters", weight=weight, ranks=ranks)
         for own, average in zip(state.parameters(), parts, strict=True):
             own.copy_(average)
 
 
-def average_others(
+def average_untrained(
     comm: Comm, state: FlatState, weight: float, name: str = "others", only_new: bool = False
 ) -> None:
     """Replaces what is in no flat vector, on all ranks, after a thorough look at what has changed.
@@ -159,15 +160,15 @@ def average_others(
         UserError: as :func:`average`.
     """
     state.refresh()
-    others = OtherAverages(comm, state.others, weight, True, name)
+    untrained = UntrainedAverages(comm, state.untrained, weight, True, name)
     if not only_new:
-        others.begin()
-        others.finish()
-    others.look()
+        untrained.begin()
+        untrained.finish()
+    untrained.agree_on_changes()
 
 
 def check_partial(comm: Comm, parameters: Sequence[Tensor], averages: int) -> None:
-    """Ends the job where nobody's numbers are good; all ranks call it after the same rounds of partial collectives.
+    """Ends the job where no rank's values are finite; all ranks call it after the same rounds of partial collectives.
 
     Args:
         parameters: the model that all ranks hold then.
@@ -176,5 +177,5 @@ def check_partial(comm: Comm, parameters: Sequence[Tensor], averages: int) -> No
     Raises:
         NonFiniteError: on all ranks.
     """
-    if not finite(parameters) or (not averages and comm.max([-float(comm.excluded.since)], "partial.bad")[0] < 0):
-        raise NonFiniteError(comm.excluded.round, range(comm.size), everybody=True)
+    if not all_finite(parameters) or (not averages and comm.max([-float(comm.excluded.since)], "partial.bad")[0] < 0):
+        raise NonFiniteError(comm.excluded.round, range(comm.size), all_ranks=True)

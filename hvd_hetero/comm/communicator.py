@@ -34,12 +34,12 @@ STOP = "stop"
 
 
 @dataclass
-class Carried:
+class Traffic:
     """Bytes that a rank has given to sums and averages, of gradients and models, since they were last taken."""
 
     sent: int = 0
 
-    def take(self) -> int:
+    def pop(self) -> int:
         taken, self.sent = self.sent, 0
         return taken
 
@@ -54,15 +54,15 @@ class Comm:
         spec: how weighted sums travel, and what happens if a rank's values are non-finite. ``path`` is ``flat`` (scale
             locally, one global sum; host tensors only), ``hierarchical`` (within classes, among leaders, back),
             ``auto`` (flat where all classes are on the CPU) or ``measured``.
-        watch: books the time in what is :meth:`booked`; its heartbeat is told of every collective.
+        watch: books the time in what is :meth:`timed`; its heartbeat is told of every collective.
         groups: ranks that meet among themselves too.
 
     Attributes:
         paths: those to choose between, one if there is nothing to choose.
         path: that weighted sums take, ``flat`` or ``hierarchical``; the same on all ranks, changed between two sums.
-        everyone: all ranks of the job, helpers too; ``size`` is the number of those that train, which all else is of.
+        all_ranks: all ranks of the job, helpers too; ``size`` is the number of those that train, which all else is of.
         excluded: what this rank was left out of.
-        carried: what it has sent.
+        traffic: what it has sent.
 
     Raises:
         ConfigError: this Horovod cannot make these sets on these hosts, or cannot sum on GPUs.
@@ -75,34 +75,34 @@ class Comm:
         spec = spec or AggregationConfig()
         self.rank, self.size, self.watch = rank, cluster.size, watch or Stopwatch()
         self.heartbeat = self.watch.heartbeat
-        self.excluded, self.carried = Exclusions(rank, spec.nan == STOP), Carried()
+        self.excluded, self.traffic = Exclusions(rank, spec.nan == STOP), Traffic()
         mine = cluster.class_of(rank)
         self._peers, self._training = mine.ranks, tuple(range(self.size))
-        self.everyone = tuple(range(len(cluster.facts)))
+        self.all_ranks = tuple(range(len(cluster.facts)))
         self._hosts, self._local_ranks = {f.host for f in cluster.facts}, {f.local_rank for f in cluster.facts}
         self._leaders = tuple(sorted(c.ranks[0] for c in cluster.classes))
         self.paths = paths_of(spec, cluster)
         self.path = self.paths[0]
         self._chunk_mb = spec.chunk_mb
         members = dict.fromkeys([*(c.ranks for c in cluster.classes), self._leaders, self._training, *groups])
-        sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in members if 1 < len(ranks) < len(self.everyone)}
+        sets = {ranks: hvd.ProcessSet(list(ranks)) for ranks in members if 1 < len(ranks) < len(self.all_ranks)}
         check_mixed_hosts(list(sets), cluster.facts)
         check_gpu_sums(cluster)
         with self.heartbeat.waiting("init"):
             hvd.init(process_sets=list(sets.values()))
-        sets[self.everyone] = hvd.global_process_set
+        sets[self.all_ranks] = hvd.global_process_set
         self._sets = sets
         self._sums_on = cache(lambda ranks: sums_on_gpus(cluster, ranks) and bool(hvd.nccl_built()))
         self._staging: dict[tuple[torch.dtype, int], Tensor] = {}
         self._copying: torch.cuda.Stream | None = None
 
     @contextmanager
-    def booked(self) -> Iterator[None]:
+    def timed(self) -> Iterator[None]:
         """Book all collectives of a block, with the time since the last span, as one in which all ranks meet."""
         yield
         self.watch.collective()
 
-    def sit_out(self) -> None:
+    def skip_collective(self) -> None:
         """Take no part in what the other ranks book as one collective."""
         self.watch.skip_collective()
 
@@ -165,7 +165,7 @@ class Comm:
         group = self._sets.get(self._peers)
 
         def begun(i: int) -> int:
-            self.carried.sent += pieces[i].nbytes
+            self.traffic.sent += pieces[i].nbytes
             return begin(hvd.allreduce_async_, pieces[i], op=hvd.Sum, prescale_factor=weight, process_set=group,
                           name=f"{name}.{i}")  # fmt: skip
 
@@ -181,7 +181,7 @@ class Comm:
 
     def _sum_(self, vector: Tensor, ranks: tuple[int, ...], name: str) -> None:
         if len(ranks) > 1:
-            self.carried.sent += vector.nbytes
+            self.traffic.sent += vector.nbytes
             self._call(hvd.allreduce_async_, vector, op=hvd.Sum, process_set=self.group(ranks), name=name)
 
     def group(self, ranks: tuple[int, ...]) -> hvd.ProcessSet:
@@ -229,22 +229,22 @@ class Comm:
         state.refresh()
         with torch.no_grad():
             for i, vector in enumerate(state.vectors):
-                told = self.broadcast(vector.view(torch.uint8), f"model.{i}", root)
-                vector.view(torch.uint8).copy_(told)
-        kinds = json.loads(self.broadcast_text(json.dumps(state.others.kinds()), "model.kinds", root))
-        own = [as_bytes(tensor).cpu() for tensor in state.others.tensors().values()]
+                received = self.broadcast(vector.view(torch.uint8), f"model.{i}", root)
+                vector.view(torch.uint8).copy_(received)
+        kinds = json.loads(self.broadcast_text(json.dumps(state.untrained.kinds()), "model.kinds", root))
+        own = [as_bytes(tensor).cpu() for tensor in state.untrained.tensors().values()]
         size = sum(math.prod(shape) * getattr(torch, kind).itemsize for _, kind, shape, *_ in kinds)
         data = torch.cat(own) if own and self.rank == root else torch.empty(size, dtype=torch.uint8)
         if size:
-            state.others.receive(kinds, self.broadcast(data, "model.others", root))
-        state.others.remember()
+            state.untrained.receive(kinds, self.broadcast(data, "model.others", root))
+        state.untrained.remember()
 
     def broadcast_text(self, text: str, name: str, root: int = 0) -> str:
         """Gives every rank the root's text."""
         own = torch.tensor(list(text.encode()), dtype=torch.uint8)
         size = int(self.broadcast(torch.tensor([len(own)]), f"{name}.size", root))
-        told = self.broadcast(own if self.rank == root else torch.empty(size, dtype=torch.uint8), name, root)
-        return bytes(told.tolist()).decode()
+        received = self.broadcast(own if self.rank == root else torch.empty(size, dtype=torch.uint8), name, root)
+        return bytes(received.tolist()).decode()
 
     def gather(
         self, tensor: Tensor, name: str, sizes: Sequence[int] | None = None, ranks: tuple[int, ...] | None = None
@@ -276,10 +276,10 @@ class Comm:
         """Gives every rank the tensors of all ranks, by rank, of whatever shapes and types, on its tensor's device."""
         kind = str(tensor.dtype).removeprefix("torch.")
         kinds = self.gather_text(json.dumps([kind, list(tensor.shape)]), f"{name}.kinds")
-        told = [(getattr(torch, kind), shape) for kind, shape in map(json.loads, kinds)]
-        sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in told]
+        formats = [(getattr(torch, kind), shape) for kind, shape in map(json.loads, kinds)]
+        sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in formats]
         parts = self.gather(as_bytes(tensor).cpu(), name, sizes)
-        return [from_bytes(part, *of).to(tensor.device) for part, of in zip(parts, told, strict=True)]
+        return [from_bytes(part, *of).to(tensor.device) for part, of in zip(parts, formats, strict=True)]
 
     def gather_bytes(self, content: bytes, name: str, root: int = 0) -> list[bytes]:
         """Gives the root the bytes of all ranks, by rank, fewer than 2**31 of each; the others get nothing."""
@@ -322,7 +322,7 @@ class Comm:
         ranks = ranks or self._training
         if len(ranks) == 1:
             return lambda: None
-        self.carried.sent += tensor.nbytes
+        self.traffic.sent += tensor.nbytes
         handle = begin(hvd.allreduce_async_, tensor, op=op, process_set=self.group(ranks), name=name)
         return lambda: self._finish(handle, name)
 
@@ -335,7 +335,7 @@ class Comm:
         Returns:
             A handle for :meth:`received`.
         """
-        self.carried.sent += tensor.nbytes
+        self.traffic.sent += tensor.nbytes
         return begin(hvd.alltoall_async, tensor, counts, process_set=self.group(self._training), name=name)
 
     def received(self, handle: int) -> Tensor:
@@ -353,8 +353,8 @@ class Comm:
             RuntimeError: naming the first rank that differs from rank 0.
         """
         number = torch.tensor([int(digest, 16) >> 1])
-        said = [int(x) for x in self.gather(number, name)]
-        odd = [r for r, value in enumerate(said) if value != said[0]]
+        values = [int(x) for x in self.gather(number, name)]
+        odd = [r for r, value in enumerate(values) if value != values[0]]
         if odd:
             raise RuntimeError(f"rank {odd[0]} has another {what} than rank 0")
 
@@ -372,7 +372,7 @@ class Comm:
         """Waits for all ranks, then leaves: a rank that leaves early takes the others down with it."""
         if self.rank == 0:
             forget_addresses(job_env(), self._hosts, self._local_ranks)
-        self.barrier("close", self.everyone)
+        self.barrier("close", self.all_ranks)
         hvd.shutdown()
 
     def _call(self, operation: Callable[..., int], *args: Any, name: str, **options: Any) -> Any:

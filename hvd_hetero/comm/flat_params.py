@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hvd_hetero.comm.nonfinite import FLAG_SLOTS, sum_type
 from hvd_hetero.comm.tensor_slots import Slot, Structure, memory_of, overlapping, real_view, slots_of
-from hvd_hetero.comm.untrained_state import AVERAGE, OtherState, check_policies, is_finite
+from hvd_hetero.comm.untrained_state import AVERAGE, UntrainedState, check_policies, is_tensor_finite
 from hvd_hetero.errors import ConfigError, UserError
 
 ALIGNMENT = 64
@@ -26,8 +26,8 @@ class FlatState:
     """Moves a module's trainable parameters and running statistics into flat vectors, of which they become views.
 
     Build it after the module is on its device and before the optimizer. In the vectors are trainable parameters and
-    buffers that are averaged, as running statistics are; everything else is in :attr:`others`, and so is a buffer that
-    holds Inf or NaN before training, or shares its memory with another tensor. Complex tensors are pairs of real
+    buffers that are averaged, as running statistics are; everything else is in :attr:`untrained`, and so is a buffer
+    that holds Inf or NaN before training, or shares its memory with another tensor. Complex tensors are pairs of real
     numbers in the vectors.
 
     A module may replace what it has been given (``self.mean = ...``, ``weight.data = ...``): :meth:`refresh` takes the
@@ -43,7 +43,7 @@ class FlatState:
         padded: the same memory, ``[P + FLAG_SLOTS]``, with the elements for flags that travel with it.
         params: for each vector, how many of its elements belong to parameters (the rest to buffers).
         padded_gradients: as :meth:`flat_gradients`, with elements for flags.
-        others: frozen parameters, and buffers that are in no vector.
+        untrained: frozen parameters, and buffers that are in no vector.
 
     Raises:
         ConfigError: see :func:`check_state`.
@@ -78,7 +78,8 @@ class FlatState:
             self._places.append(_Place(tensor, view, places, view.data_ptr()))
         self.vectors = [vector[:-FLAG_SLOTS] for vector in self.padded]
         self._known = {name for place in self._places for name, _, _ in place.slots}
-        self.others = OtherState(module, (s for s in slots_of(module) if s.name not in self._known), policies or {})
+        rest = (s for s in slots_of(module) if s.name not in self._known)
+        self.untrained = UntrainedState(module, rest, policies or {})
         self._structure = Structure(module)
 
     def refresh(self) -> bool:
@@ -98,9 +99,9 @@ class FlatState:
             for _, holder, key in place.slots:
                 if (key in holder and holder[key] is tensor) and tensor.data_ptr() == address:
                     continue
-                self._put_back(place)
+                self._restore(place)
                 break
-        return bool(self.others.changed())
+        return bool(self.untrained.changed())
 
     def _follow_modules(self) -> None:
         """Find the places again, by their names, once modules have got others or have made new ones."""
@@ -109,10 +110,10 @@ class FlatState:
             place.slots[:] = [
                 (name, slots[name].holder if name in slots else {}, key) for name, _, key in place.slots
             ]
-        self.others.follow(slot for name, slot in slots.items() if name not in self._known)
+        self.untrained.follow(slot for name, slot in slots.items() if name not in self._known)
 
     @torch.no_grad()
-    def _put_back(self, place: _Place) -> None:
+    def _restore(self, place: _Place) -> None:
         """Take the value that the module goes on with into the vector, and make the module's tensor a view again."""
         current = [(name, holder[key] if key in holder else None) for name, holder, key in place.slots]
         found = {id(now): (name, now) for name, now in current}
@@ -183,17 +184,17 @@ class FlatState:
 
     def tensors(self) -> list[Tensor]:
         """All tensors that decide the model's outputs, the same ones in the same order on all ranks at the start."""
-        return [*self.vectors, *self.others.tensors().values()]
+        return [*self.vectors, *self.untrained.tensors().values()]
 
     def state_dict(self) -> dict[str, Any]:
         """All that a checkpoint needs of the model."""
         self.refresh()
-        return {"vectors": self.vectors, "layout": self.layout(), "others": self.others.state_dict()}
+        return {"vectors": self.vectors, "layout": self.layout(), "others": self.untrained.state_dict()}
 
     def copy(self) -> dict[str, Any]:
         """What :meth:`state_dict` gives, in memory of its own."""
         self.refresh()
-        return {"vectors": [vector.clone() for vector in self.vectors], "others": self.others.copy()}
+        return {"vectors": [vector.clone() for vector in self.vectors], "others": self.untrained.copy()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -201,7 +202,7 @@ class FlatState:
         self.refresh()
         for own, saved in zip(self.vectors, state["vectors"], strict=True):
             own.copy_(saved)
-        self.others.load_state_dict(state["others"])
+        self.untrained.load_state_dict(state["others"])
         if self._structure.has_changed():
             self._follow_modules()
 
@@ -268,12 +269,12 @@ def check_state(module: nn.Module, policies: Mapping[str, str]) -> Layout:
         shared |= set(pair)
     state = {s.name: t for t, own in slots.items() for s in own if t not in is_trained}
     check_policies(policies, state, in_vectors)
-    others = OtherState(module, slots_of(module), policies)
+    untrained = UntrainedState(module, slots_of(module), policies)
     averaged = [
         tensor
         for tensor, own in slots.items()
         if not own[0].is_parameter and own[0].persistent and own[0].name not in shared
-        if others.policy(own[0].name) == AVERAGE and tensor.dtype in TRAINED and is_finite(tensor)
+        if untrained.policy(own[0].name) == AVERAGE and tensor.dtype in TRAINED and is_tensor_finite(tensor)
     ]
     return Layout(trained, averaged, slots)
 
@@ -371,6 +372,6 @@ def concat(vectors: list[Tensor]) -> Tensor:
     return torch.cat([v.to(dtype) for v in vectors])
 
 
-def parts_of(vector: Tensor, vectors: list[Tensor]) -> tuple[Tensor, ...]:
+def split_like(vector: Tensor, vectors: list[Tensor]) -> tuple[Tensor, ...]:
     """The parts of what :func:`joined` made of these vectors, as views."""
     return vector.split([v.numel() for v in vectors])

@@ -55,13 +55,13 @@ def _handed_over(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """
     kind, held = type(optimizer), vars(optimizer)
 
-    def take_over(self: Any, params: Any) -> None:
+    def set_up(self: Any, params: Any) -> None:
         vars(self).update(held)
 
     def step(self: Any, closure: None = None) -> Any:
         return kind.step(self)
 
-    again = type(kind.__name__, (kind,), {"__init__": take_over, "step": step})
+    again = type(kind.__name__, (kind,), {"__init__": set_up, "step": step})
     made: torch.optim.Optimizer = again(optimizer.param_groups)
     return made
 
@@ -115,7 +115,7 @@ class GradientSum:
         if len(self._ranks) == 1:
             yield
             return
-        self._comm.carried.sent += self._bytes
+        self._comm.traffic.sent += self._bytes
         with self._comm.heartbeat.waiting("gradients"):
             guarded(partial(_send_left_out, optimizer))
             for handle, _ in list(optimizer._handles.values()):

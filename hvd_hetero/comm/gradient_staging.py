@@ -46,7 +46,7 @@ class HostGradients:
             part.copy_(real_view(param.grad), non_blocking=True)
 
     @torch.no_grad()
-    def take(self) -> Tensor:
+    def synchronize(self) -> Tensor:
         """The gradients of the backward pass that has ended, ``[P]``; valid until the next one begins."""
         for param in list(self._left):  # it had no part in the loss, and its gradient is zero
             self._copy(self._parts[param], param)

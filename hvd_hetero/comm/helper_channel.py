@@ -53,9 +53,9 @@ class HelperServer(ThreadedServer):
         self._turn = threading.Condition()
         self._status: int | None = None
         self._waiting: deque[int] = deque()
-        self._given: dict[int, Packed] = {}
+        self._copies: dict[int, Packed] = {}
         self._asking: set[int] = set()
-        self._told: set[int] = set()
+        self._notified: set[int] = set()
         self._rows: list[dict[str, Any]] = []
         self._scores: list[Scores] = []
         self._copied_at, self._copy_sec = -1e9, 0.0
@@ -74,11 +74,11 @@ class HelperServer(ThreadedServer):
         self._copied_at = time.perf_counter()
         self._copy_sec = self._copied_at - now
         with self._turn:
-            self._given[self._waiting.popleft()] = made
+            self._copies[self._waiting.popleft()] = made
             self._turn.notify_all()
         return True
 
-    def take(self) -> tuple[list[dict[str, Any]], list[Scores]]:
+    def drain(self) -> tuple[list[dict[str, Any]], list[Scores]]:
         """Return rows and losses that have come since the last call."""
         with self._turn:
             taken, self._rows, self._scores = (self._rows, self._scores), [], []
@@ -122,12 +122,12 @@ class HelperServer(ThreadedServer):
         with self._turn:
             self._asking.add(link)
             self._waiting.append(link)
-            self._turn.wait_for(lambda: self._status is not None or link in self._given)
+            self._turn.wait_for(lambda: self._status is not None or link in self._copies)
             if self._status is not None:
                 self._asking.discard(link)
                 self._tell_end(link, wire)
                 return
-            text, data = self._given.pop(link)
+            text, data = self._copies.pop(link)
         wire.connection.send_bytes(ANSWER.pack(len(data), -1))
         wire.connection.send_bytes(text.encode())
         wire.send_vector(data)
@@ -138,8 +138,8 @@ class HelperServer(ThreadedServer):
 
     def _tell_end(self, link: int, wire: _Wire) -> None:
         """Tell a helper, once, that the job ends; the caller holds the lock."""
-        if link not in self._told and self._status is not None:
-            self._told.add(link)
+        if link not in self._notified and self._status is not None:
+            self._notified.add(link)
             try:
                 wire.connection.send_bytes(ANSWER.pack(0, self._status))
             except OSError:
@@ -170,7 +170,7 @@ class HelperLink:
         """
         with self._heartbeat.waiting("newest model"):
             if not self.is_over:
-                self._say(ASK)
+                self._send(ASK)
             try:
                 size, status = self._link.numbers(ANSWER)
                 if status < 0:
@@ -183,14 +183,14 @@ class HelperLink:
 
     def send_row(self, row: Mapping[str, Any]) -> None:
         """Send a row of figures, fit for JSON."""
-        self._say(ROW, 0, json.dumps(row))
+        self._send(ROW, 0, json.dumps(row))
 
     def send_scores(self, scores: Scores) -> None:
         """Send losses of samples."""
         text = json.dumps({"epoch": scores.epoch, "rounds": scores.rounds})
-        self._say(SCORES, len(scores.indices), text, scores.indices, scores.losses)
+        self._send(SCORES, len(scores.indices), text, scores.indices, scores.losses)
 
-    def _say(self, what: int, number: int = 0, text: str | None = None, *vectors: Tensor) -> None:
+    def _send(self, what: int, number: int = 0, text: str | None = None, *vectors: Tensor) -> None:
         try:
             self._link.send(what, number, *vectors, text=text)
         except OSError as error:
@@ -209,8 +209,8 @@ def open_channel(comm: Comm, hosts: int) -> HelperServer | HelperLink | None:
     Returns:
         This rank's end, if it has one.
     """
-    server, address, secret = open_hub(comm, hosts, len(comm.everyone) - comm.size, HelperServer, comm.everyone)
+    server, address, secret = open_hub(comm, hosts, len(comm.all_ranks) - comm.size, HelperServer, comm.all_ranks)
     link = ControlClient(address, secret, comm.rank - comm.size) if comm.rank >= comm.size else None
-    comm.barrier("helpers.connected", comm.everyone)
+    comm.barrier("helpers.connected", comm.all_ranks)
     assert server is None or isinstance(server, HelperServer)
     return server if link is None else HelperLink(comm, link)

@@ -125,20 +125,20 @@ def collect(
     if env.rank > 0:
         put(env.rank, to_bytes(content))
         every_sec = env.size / LOOKS_PER_SEC
-        return unpack(_patiently(lambda: _look(f"{where}.all"), deadline, "rank 0", every_sec))
+        return unpack(_patiently(lambda: _get(f"{where}.all"), deadline, "rank 0", every_sec))
 
     def said_by(rank: int) -> Any:
-        return json.loads(_patiently(lambda: _look(f"{where}.{rank}"), deadline, f"rank {rank}"))
+        return json.loads(_patiently(lambda: _get(f"{where}.{rank}"), deadline, f"rank {rank}"))
 
     result = answer([content, *map(said_by, range(1, env.size))])
     put("all", pack(result))
     return result
 
 
-def to_shared(said: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def to_shared(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return what ranks said with each part that several say once: most of it is the same on all."""
     numbers: dict[str, int] = {}
-    rows = [[numbers.setdefault(json.dumps(part), len(numbers)) for part in one.items()] for one in said]
+    rows = [[numbers.setdefault(json.dumps(part), len(numbers)) for part in one.items()] for one in messages]
     return {"parts": list(numbers), "ranks": rows}
 
 
@@ -196,7 +196,7 @@ def get_beat(env: JobEnv, rank: int) -> dict[str, Any] | None:
     Raises:
         OSError, http.client.HTTPException: the store is not reached.
     """
-    data = _look(f"{env.store}/beat.{rank}", BEAT_TIMEOUT_SEC)
+    data = _get(f"{env.store}/beat.{rank}", BEAT_TIMEOUT_SEC)
     beat: dict[str, Any] | None = None if data is None else json.loads(data)
     return beat
 
@@ -208,7 +208,7 @@ def _put(url: str, data: bytes, timeout_sec: float = TIMEOUT_SEC) -> int:
         return int(answer.status)
 
 
-def _patiently(call: Callable[[], Any], deadline: float, who: str, every_sec: float = LOOK_SEC) -> Any:
+def _patiently(call: Callable[[], Any], deadline: float, peer: str, every_sec: float = LOOK_SEC) -> Any:
     """Calls until there is an answer. The store may fail once; where it fails for long, the watchdog sees to it.
 
     Args:
@@ -224,7 +224,7 @@ def _patiently(call: Callable[[], Any], deadline: float, who: str, every_sec: fl
         now = time.monotonic()
         if now > deadline:
             why = f" ({problem})" if problem else ""
-            raise TimeoutError(f"{who} did not answer in time: it may still be at work on its data, or be gone{why}")
+            raise TimeoutError(f"{peer} did not answer in time: it may still be at work on its data, or be gone{why}")
         time.sleep(max(LOOK_SEC, every_sec, min(MOST_LOOK_SEC, (now - began) / 10)))
 
 
@@ -237,7 +237,7 @@ def _is_there(url: str) -> bool:
         return error.code != 404
 
 
-def _look(url: str, timeout_sec: float = TIMEOUT_SEC) -> bytes | None:
+def _get(url: str, timeout_sec: float = TIMEOUT_SEC) -> bytes | None:
     """What lies under a key; None where there is nothing."""
     try:
         with _open(urllib.request.Request(url), timeout_sec) as answer:

@@ -15,8 +15,8 @@ def to_bytes(state: FlatState) -> tuple[str, Tensor]:
     """Copy a model to the host: what its tensors outside of the vectors are, and the bytes ``[K]`` of all."""
     state.refresh()
     parts = [vector.detach().view(torch.uint8) for vector in state.vectors]
-    parts += [as_bytes(tensor) for tensor in state.others.tensors().values()]
-    return json.dumps(state.others.kinds()), torch.cat([part.cpu() for part in parts])
+    parts += [as_bytes(tensor) for tensor in state.untrained.tensors().values()]
+    return json.dumps(state.untrained.kinds()), torch.cat([part.cpu() for part in parts])
 
 
 @torch.no_grad()
@@ -26,4 +26,4 @@ def from_bytes(state: FlatState, kinds: str, data: Tensor) -> None:
     for vector in state.vectors:
         part, data = data.split([vector.nbytes, len(data) - vector.nbytes])
         vector.view(torch.uint8).copy_(part)
-    state.others.receive(json.loads(kinds), data)
+    state.untrained.receive(json.loads(kinds), data)

@@ -69,16 +69,17 @@ class ModelServer(ThreadedServer):
     """Rank 0's end.
 
     Args:
-        units: all ranks, by device class: when one of them has finished, the epoch comes to its end.
+        rank_groups: all ranks, by device class: when one of them has finished, the epoch comes to its end.
 
     Attributes:
         error: why it has ended, if that is the server's own fault.
     """
 
     def __init__(
-        self, address: str, ranks: int, secret: bytes, served: Served, like: Tensor, units: Sequence[Sequence[int]]
-    ) -> None:
-        self._served, self._like, self._coordinator = served, like, Coordinator(units, SOLO, seed=0)
+        self, address: str, ranks: int, secret: bytes, served: Served, like: Tensor,
+        rank_groups: Sequence[Sequence[int]],
+    ) -> None:  # fmt: skip
+        self._served, self._like, self._coordinator = served, like, Coordinator(rank_groups, SOLO, seed=0)
         self._turn, self._epochs, self._over, self._closing = threading.Condition(), 0, False, False
         self._cores = torch.get_num_threads()
         self.error: BaseException | None = None
@@ -152,7 +153,7 @@ class ModelLink:
     Args:
         served: rank 0's model.
         like: ``[P]`` on the host, a vector as they travel.
-        units: all ranks, by device class.
+        rank_groups: all ranks, by device class.
         hosts: how many the ranks are on.
 
     Attributes:
@@ -160,14 +161,14 @@ class ModelLink:
     """
 
     def __init__(
-        self, comm: Comm, served: Served | None, like: Tensor, units: Sequence[Sequence[int]], hosts: int = 1
+        self, comm: Comm, served: Served | None, like: Tensor, rank_groups: Sequence[Sequence[int]], hosts: int = 1
     ) -> None:
-        self._pulse, self._watch, self._carried = comm.heartbeat, comm.watch, comm.carried
+        self._heartbeat, self._watch, self._traffic = comm.heartbeat, comm.watch, comm.traffic
         self._model = torch.empty_like(like)
 
         def make(address: str, ranks: int, secret: bytes) -> ModelServer:
             assert served is not None
-            return ModelServer(address, ranks, secret, served, like, units)
+            return ModelServer(address, ranks, secret, served, like, rank_groups)
 
         self._link, self._server = connect(comm, hosts, make)
         self.first = self._ask(PULL).version
@@ -182,14 +183,14 @@ class ModelLink:
         Raises:
             PeerLost: another rank is gone.
         """
-        with self._pulse.waiting("server"):
+        with self._heartbeat.waiting("server"):
             answer = self._ask(PULL if vector is None else PUSH, claim, vector)
         self._watch.waited(0.0)
         return answer
 
     def finish(self) -> Answer:
         """Ends this rank's part of the epoch; waits for all others, and has the same model as they."""
-        with self._pulse.waiting("server.finish"):
+        with self._heartbeat.waiting("server.finish"):
             answer = self._ask(FINISH)
         self._watch.waited(math.inf)
         return answer
@@ -197,13 +198,13 @@ class ModelLink:
     def _ask(self, what: int, number: int = 0, vector: Tensor | None = None) -> Answer:
         try:
             self._link.send(what, number, vector)
-            self._carried.sent += 0 if vector is None else vector.nbytes
-            *told, follows = self._link.answer(ANSWER, self._model)
+            self._traffic.sent += 0 if vector is None else vector.nbytes
+            *header, follows = self._link.answer(ANSWER, self._model)
         except (EOFError, OSError) as error:
             if isinstance(self._server, ModelServer) and self._server.error is not None:
                 raise self._server.error from error
             raise PeerLost(BROKEN) from error
-        version, offered, delay, used, closing = told
+        version, offered, delay, used, closing = header
         return Answer(version, offered, delay, bool(used), bool(closing), self._model if follows else None)
 
     def close(self) -> None:

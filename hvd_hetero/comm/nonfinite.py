@@ -1,9 +1,9 @@
-"""non-finite values (NaN, Inf): how they are found, how a sum says that a rank was left out of it, and who has been.
+"""Non-finite values (NaN, Inf): how they are found, how a sum says that a rank was left out of it, and who has been.
 
-Every vector that is summed has elements for flags at its end. A good rank puts its weight into the first of them and 0
-into the second; a bad one sends nothing but its weight in the second. So the sum itself tells all ranks, exactly,
-whether anybody was left out and whether anybody was not, without a further collective. The third tells them in the same
-way that a rank has something for all to agree on.
+Every vector that is summed has elements for flags at its end. A finite rank puts its weight into the first of them and
+0 into the second; a non-finite one sends nothing but its weight in the second. So the sum itself tells all ranks,
+exactly, whether anybody was left out and whether anybody was not, without a further collective. The third tells them in
+the same way that a rank has something for all to agree on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CHUNK, PIECE = 1 << 26, 1 << 18
 """Elements: cuBLAS takes no longer vectors than 2**31, and a core's cache holds about a megabyte."""
 
 
-def finite(tensors: Sequence[Tensor]) -> bool:
+def all_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether there is no NaN and no Inf in tensors of one device."""
     parts = [part for tensor in tensors for part in real_view(tensor.detach()).reshape(-1).split(CHUNK)]
     if not parts:
@@ -66,18 +66,20 @@ def summable(vector: Tensor) -> Tensor:
     return vector.to(sum_type(vector.dtype))
 
 
-def write_validity_flags(vectors: Sequence[Tensor], good: bool, share: float = 1.0, news: bool = False) -> None:
+def write_validity_flags(
+    vectors: Sequence[Tensor], is_finite: bool, prescaled_weight: float = 1.0, needs_agreement: bool = False
+) -> None:
     """Makes ready what a rank is about to send.
 
     Args:
-        vectors: ``[P + FLAG_SLOTS]``, of which a bad rank sends zeros.
-        share: of this rank, as far as it is in the numbers already.
-        news: whether this rank has something for all to agree on.
+        vectors: ``[P + FLAG_SLOTS]``, of which a non-finite rank sends zeros.
+        prescaled_weight: of this rank, as far as it is in the numbers already.
+        needs_agreement: whether this rank has something for all to agree on.
     """
     for vector in vectors:
-        if not good:
+        if not is_finite:
             vector.zero_()
-        flags = [share if good else 0.0, 0.0 if good else share, float(news)]
+        flags = [prescaled_weight if is_finite else 0.0, 0.0 if is_finite else prescaled_weight, float(needs_agreement)]
         vector[-FLAG_SLOTS:] = torch.tensor(flags, dtype=vector.dtype)
 
 
@@ -94,9 +96,9 @@ class Exclusions:
 
     def __init__(self, rank: int, stops: bool = False) -> None:
         self._rank, self.stops = rank, stops
-        self.round = self.count = self.since = self._taken = 0
+        self.round = self.count = self.since = self._popped = 0
 
-    def note(self) -> None:
+    def record(self) -> None:
         """This rank's contribution has been left out; the first, second, fourth, ... time it says so.
 
         Raises:
@@ -112,11 +114,11 @@ class Exclusions:
                            self._rank, self.round, times)  # fmt: skip
 
     @property
-    def untaken(self) -> int:
-        """How many since the last :meth:`take`."""
-        return self.count - self._taken
+    def pending(self) -> int:
+        """How many since the last :meth:`pop`."""
+        return self.count - self._popped
 
-    def take(self) -> int:
+    def pop(self) -> int:
         """How many since the last call."""
-        taken, self._taken = self.untaken, self.count
+        taken, self._popped = self.pending, self.count
         return taken

@@ -32,7 +32,7 @@ class Servers:
         Args:
             vectors: ``[P]`` each, of the same lengths and types on all ranks, on the rank's own device.
         """
-        with self._comm.booked():
+        with self._comm.timed():
             for i, vector in enumerate(vectors):
                 if self._serving:
                     self._serve(vector.numel(), vector.dtype, f"{name}.{i}")

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from hvd_hetero.comm.nonfinite import finite
+from hvd_hetero.comm.nonfinite import all_finite
 from hvd_hetero.comm.tensor_slots import Slot, compact, digest, from_bytes, real_view
 from hvd_hetero.errors import ConfigError, UserError, nearest
 
@@ -37,7 +37,7 @@ POLICIES = (AVERAGE, ROOT, MAX, SUM, LOCAL)
 KEY = "aggregation.state"
 
 
-class OtherState:
+class UntrainedState:
     """The tensors of a module that no optimizer trains and no flat vector holds.
 
     Args:
@@ -88,7 +88,7 @@ class OtherState:
         for name, tensor in self.tensors().items():
             self._digests[name] = digest(tensor)
             self._see(name)
-            if is_start and not self._slots[name].is_parameter and not is_finite(tensor):
+            if is_start and not self._slots[name].is_parameter and not is_tensor_finite(tensor):
                 self._began_infinite.add(name)
             if self.policy(name) == SUM:
                 self.base[name] = tensor.clone()
@@ -303,12 +303,12 @@ def check_policies(policies: Mapping[str, Any], names: Mapping[str, Tensor], tra
                 raise ConfigError(f"{KEY}.{pattern}", policy, problem, "choose root or local")
 
 
-def is_finite(tensor: Tensor) -> bool:
+def is_tensor_finite(tensor: Tensor) -> bool:
     """Whether there is no NaN and no Inf in a tensor of any type."""
     if not _is_floating(tensor):
         return True
     real = real_view(compact(tensor.detach()))
-    return finite([real.float() if real.element_size() == 1 else real])
+    return all_finite([real.float() if real.element_size() == 1 else real])
 
 
 def _is_floating(tensor: Tensor) -> bool:

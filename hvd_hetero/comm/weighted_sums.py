@@ -15,14 +15,16 @@ from hvd_hetero.errors import NonFiniteError
 
 
 def average_tensors(
-    comm: Comm, tensors: Sequence[Tensor], good: bool, name: str, *,
-    weight: float = 1.0, share: float = 1.0, ranks: tuple[int, ...] | None = None, wire: Wire | None = None,
+    comm: Comm, tensors: Sequence[Tensor], is_finite: bool, name: str, *,
+    weight: float = 1.0, prescaled_weight: float = 1.0, ranks: tuple[int, ...] | None = None,
+    wire: Wire | None = None,
 ) -> None:  # fmt: skip
-    """Replaces tensors, of the same shapes and types on all ranks, by their weighted sums over the good ranks.
+    """Replaces tensors, of the same shapes and types on all ranks, by their weighted sums over the finite ranks.
 
     Args:
-        good: whether this rank is one.
-        weight: that they are to be multiplied with, equal within a class; ``share``: what is in them already.
+        is_finite: whether all values of this rank are finite.
+        weight: that they are to be multiplied with, equal within a class.
+        prescaled_weight: what is in them already.
         ranks: those that take part: all, or one class; ``wire``: what sums travel in.
 
     Raises:
@@ -34,7 +36,8 @@ def average_tensors(
     for dtype, group in zip(types, groups, strict=True):
         flags = torch.empty(FLAG_SLOTS, dtype=dtype, device=group[0].device)
         vectors.append(torch.cat([*(real_view(t).reshape(-1).to(dtype) for t in group), flags]))
-    sum_good_(comm, vectors, good, name, weight=weight, share=share, ranks=ranks, wire=wire)
+    sum_finite_(comm, vectors, is_finite, name, weight=weight, prescaled_weight=prescaled_weight,
+                ranks=ranks, wire=wire)  # fmt: skip
     for vector, group in zip(vectors, groups, strict=True):
         reals = [real_view(t) for t in group]
         for tensor, part in zip(reals, vector[:-FLAG_SLOTS].split([t.numel() for t in reals]), strict=True):
@@ -42,13 +45,13 @@ def average_tensors(
 
 
 def renormalize(
-    comm: Comm, vectors: Sequence[Tensor], good: bool, name: str, ranks: tuple[int, ...] | None = None
+    comm: Comm, vectors: Sequence[Tensor], is_finite: bool, name: str, ranks: tuple[int, ...] | None = None
 ) -> bool:
     """Makes an average of sums to which not all ranks may have contributed; the same on all of them.
 
     Args:
         vectors: ``[P + FLAG_SLOTS]``, marked before they were summed.
-        good: whether this rank has contributed.
+        is_finite: whether this rank has contributed.
 
     Returns:
         Whether a rank has something for all to agree on.
@@ -59,55 +62,55 @@ def renormalize(
     if not vectors:
         return False
     # all vectors have the same flags, the widest the most exact ones
-    kept, lost, news = max(vectors, key=lambda v: v.element_size())[-FLAG_SLOTS:].tolist()
+    kept, lost, needs_agreement = max(vectors, key=lambda v: v.element_size())[-FLAG_SLOTS:].tolist()
     if lost and (not kept or comm.excluded.stops):
-        said = torch.zeros(comm.size, dtype=torch.float64)
-        said[comm.rank] = float(not good)
-        comm.weighted_sum_(said, 1.0, f"{name}.bad", ranks)
-        raise NonFiniteError(comm.excluded.round, [r for r, bad in enumerate(said.tolist()) if bad], bool(not kept))
+        flags = torch.zeros(comm.size, dtype=torch.float64)
+        flags[comm.rank] = float(not is_finite)
+        comm.weighted_sum_(flags, 1.0, f"{name}.bad", ranks)
+        raise NonFiniteError(comm.excluded.round, [r for r, flag in enumerate(flags.tolist()) if flag], bool(not kept))
     for vector in vectors if lost else ():
         vector.mul_(1 / kept)  # devices differ in how they divide by a number, and do not in how they multiply
-    return bool(news)
+    return bool(needs_agreement)
 
 
-def sum_good_(
-    comm: Comm, vectors: Sequence[Tensor], good: bool, name: str, *,
-    weight: float = 1.0, share: float = 1.0, ranks: tuple[int, ...] | None = None, news: bool = False,
-    wire: Wire | None = None, states: Sequence[int] = (),
+def sum_finite_(
+    comm: Comm, vectors: Sequence[Tensor], is_finite: bool, name: str, *,
+    weight: float = 1.0, prescaled_weight: float = 1.0, ranks: tuple[int, ...] | None = None,
+    needs_agreement: bool = False, wire: Wire | None = None, states: Sequence[int] = (),
 ) -> bool:  # fmt: skip
-    """Replaces marked vectors by their weighted sums over the good ranks; see :func:`average_tensors`.
+    """Replaces marked vectors by their weighted sums over the finite ranks; see :func:`average_tensors`.
 
     Args:
-        news: whether this rank has something for all to agree on.
+        needs_agreement: whether this rank has something for all to agree on.
         wire: what sums over these ranks travel in; None: as they are.
         states: for each vector, how many elements before its flags travel as they are in any case.
 
     Returns:
         Whether any rank has.
     """
-    write_validity_flags(vectors, good, share, news)
+    write_validity_flags(vectors, is_finite, prescaled_weight, needs_agreement)
     for i, vector in enumerate(vectors):
         if wire is None:
             comm.weighted_sum_(vector, weight, f"{name}.{i}", ranks)
         else:
             wire.sum_(comm, vector, weight, f"{name}.{i}", states[i] if states else 0)
-    return renormalize(comm, vectors, good, name, ranks)
+    return renormalize(comm, vectors, is_finite, name, ranks)
 
 
 def sum_in_group_(
-    comm: Comm, vectors: Sequence[Tensor], good: bool, share: float, name: str, ranks: tuple[int, ...]
+    comm: Comm, vectors: Sequence[Tensor], is_finite: bool, prescaled_weight: float, name: str, ranks: tuple[int, ...]
 ) -> float:
-    """Replaces marked vectors by their sums over a group's good ranks, over the shares of these.
+    """Replaces marked vectors by their sums over a group's finite ranks, over the weights of these.
 
-    Unlike all ranks together, a group may have no good one: then the vectors become zeros.
+    Unlike all ranks together, a group may have no finite one: then the vectors become zeros.
 
     Args:
-        share: of this rank, which is in the numbers already.
+        prescaled_weight: of this rank, which is in the numbers already.
 
     Returns:
-        The shares of the good ones.
+        The weights of the finite ones.
     """
-    write_validity_flags(vectors, good, share)
+    write_validity_flags(vectors, is_finite, prescaled_weight)
     for i, vector in enumerate(vectors):
         comm.weighted_sum_(vector, 1.0, f"{name}.{i}", ranks)
     kept, lost, _ = max(vectors, key=lambda v: v.element_size())[-FLAG_SLOTS:].tolist()

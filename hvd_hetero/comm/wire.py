@@ -119,12 +119,12 @@ class Wire:
         """Return, on the host, each block's largest maximum of all ranks, and the sums of their flags."""
         count, own = len(self._ranks), self._ranks.index(self._rank)
         shares = torch.zeros(2 * count + 1, dtype=maxima.dtype)
-        kept, lost, news = flags.tolist()
-        shares[own], shares[count + own], shares[-1] = kept, lost, news
-        told = torch.cat([maxima.cpu(), shares])
-        comm.max_async_(told, f"{name}.largest", self._ranks)()
-        largest, kept_by, lost_by, news_of_all = told.split([len(maxima), count, count, 1])
-        return largest, torch.stack([kept_by.sum(), lost_by.sum(), news_of_all[0]])
+        kept, lost, needs_agreement = flags.tolist()
+        shares[own], shares[count + own], shares[-1] = kept, lost, needs_agreement
+        figures = torch.cat([maxima.cpu(), shares])
+        comm.max_async_(figures, f"{name}.largest", self._ranks)()
+        largest, kept_by, lost_by, agreement_of_all = figures.split([len(maxima), count, count, 1])
+        return largest, torch.stack([kept_by.sum(), lost_by.sum(), agreement_of_all[0]])
 
     def _scales(self, largest: Tensor) -> tuple[Tensor, Tensor]:
         """Return by block what is multiplied with before rounding and after, the same on all ranks to the last bit."""

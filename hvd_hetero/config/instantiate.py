@@ -111,11 +111,11 @@ def cause(error: BaseException, made: Iterable[Place] = ()) -> str:
     Args:
         made: where else to look, if there is none: the places that made what an exception is about.
     """
-    said = in_a_line(error)
-    said = said if len(said) <= LONGEST else f"{said[:LONGEST]}..."
+    message = in_a_line(error)
+    message = message if len(message) <= LONGEST else f"{message[:LONGEST]}..."
     trace = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     own = [(file, line) for file, line in [*made, *trace] if not LIBRARIES.search(file)]
-    return f"{said} ({os.path.basename(own[-1][0])}, line {own[-1][1]})" if own else said
+    return f"{message} ({os.path.basename(own[-1][0])}, line {own[-1][1]})" if own else message
 
 
 def in_a_line(error: BaseException) -> str:

@@ -68,5 +68,5 @@ def warn_of(found: set[str]) -> None:
 
 
 @cache  # Python's own "once" starts anew with each block that changes filters
-def _warn(said: str) -> None:
-    warnings.warn(f"{said}: the former one is accepted for one release", RenamedKeyWarning, stacklevel=3)
+def _warn(text: str) -> None:
+    warnings.warn(f"{text}: the former one is accepted for one release", RenamedKeyWarning, stacklevel=3)

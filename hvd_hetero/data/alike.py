@@ -75,7 +75,7 @@ def facts_of(source: Source, weights: NDArray[Any] | None = None) -> dict[str, A
 
 def facts_of_stream(stream: StreamSource) -> dict[str, Any]:
     """Look at what comes first in a stream that all ranks read, as :func:`facts_of` looks at a split."""
-    first = [(_content(item, PIECES_OF_SAMPLE, COARSE), NOTHING) for item in stream.ahead(FEW)]
+    first = [(_content(item, PIECES_OF_SAMPLE, COARSE), NOTHING) for item in stream.peek_items(FEW)]
     return {"length": len(stream), "kept": {}, "numbers": list(range(FEW)), "samples": first, "stable": [True, True]}
 
 
@@ -220,9 +220,9 @@ class _Content:
         elif value is None or isinstance(value, (bytes, int)):
             self._same(repr(value))
         else:
-            parts = entries(value)
-            self._same(f"{type(value).__qualname__} {None if parts is None else [str(name) for name in parts]}")
-            for part in (parts or {}).values():
+            children = entries(value)
+            self._same(f"{type(value).__qualname__} {None if children is None else [str(name) for name in children]}")
+            for part in (children or {}).values():
                 self.add(part)
 
     def _tensor(self, tensor: Tensor) -> None:

@@ -83,19 +83,19 @@ def entries(value: Any) -> dict[Any, Any] | None:
     return None
 
 
-def with_entries(value: Any, parts: Mapping[Any, Any]) -> Any:
+def with_entries(value: Any, children: Mapping[Any, Any]) -> Any:
     """Return a container of the same class with other entries, which are as :func:`entries` has them."""
     if isinstance(value, MutableMapping):
         changed = copy.copy(value)  # a mapping may hold more than its entries
-        changed.update(parts)
+        changed.update(children)
         return changed
     if hasattr(value, "_fields"):
-        return type(value)(*parts.values())
+        return type(value)(*children.values())
     if isinstance(value, (Mapping, tuple, list)):
-        return type(value)(parts if isinstance(value, Mapping) else parts.values())  # type: ignore[call-arg]
+        return type(value)(children if isinstance(value, Mapping) else children.values())  # type: ignore[call-arg]
     changed = copy.copy(value)
-    for name, part in parts.items():
-        object.__setattr__(changed, name, part)  # it may be frozen
+    for name, child in children.items():
+        object.__setattr__(changed, name, child)  # it may be frozen
     return changed
 
 
@@ -104,11 +104,11 @@ def _applied(value: Any, change: Callable[[Any], Any]) -> Any:
     changed = change(value)
     if changed is not NotImplemented:
         return changed
-    parts = entries(value)
-    if parts is None:
+    children = entries(value)
+    if children is None:
         return value
-    new = {name: _applied(part, change) for name, part in parts.items()}
-    return value if all(new[name] is part for name, part in parts.items()) else with_entries(value, new)
+    new = {name: _applied(child, change) for name, child in children.items()}
+    return value if all(new[name] is child for name, child in children.items()) else with_entries(value, new)
 
 
 # ---- devices --------------------------------------------------------------------------------------------------------
@@ -153,19 +153,19 @@ def sample_counts(targets: Any) -> set[int]:
     """
     if isinstance(targets, (Tensor, np.ndarray)):
         return {targets.shape[0]} if targets.ndim else set()
-    parts = entries(targets)
-    if parts is None:
+    children = entries(targets)
+    if children is None:
         return set()
-    inside = _common(sample_counts(part) for part in parts.values())
-    return inside | {len(parts)} if type(targets) in (tuple, list) else inside
+    inside = _common(sample_counts(child) for child in children.values())
+    return inside | {len(children)} if type(targets) in (tuple, list) else inside
 
 
 def _common(counts: Iterable[set[int]]) -> set[int]:
-    told = [count for count in counts if count]
-    return set.intersection(*told) if told else set()
+    known = [count for count in counts if count]
+    return set.intersection(*known) if known else set()
 
 
-def cut(batch: Batch, parts: int, least: int = 1) -> tuple[int, list[Batch]]:
+def split_batch(batch: Batch, micro_batches: int, least: int = 1) -> tuple[int, list[Batch]]:
     """Count a batch's samples, B, and cut it into parts that follow one another, as equal as can be.
 
     Tensors and arrays ``[B, ...]`` are cut, in containers too, and so are plain lists and tuples with an entry for each
@@ -181,7 +181,7 @@ def cut(batch: Batch, parts: int, least: int = 1) -> tuple[int, list[Batch]]:
     if len(counts) != 1:
         raise _uncut(batch, "does not tell how many samples it has")
     size = counts.pop()
-    count = max(1, min(parts, size // least))
+    count = max(1, min(micro_batches, size // least))
     ends = [size * number // count for number in range(count + 1)]
     inputs, targets = ([_rows(half, size, start, end) for start, end in pairwise(ends)] for half in batch)
     return size, list(zip(inputs, targets, strict=True))

@@ -28,7 +28,7 @@ def digits(root: Path | None) -> Splits:
     inputs = torch.from_numpy(pixels).float().div_(16).view(-1, 1, 8, 8)
     everything = Split(inputs, torch.from_numpy(numbers).long())
     train, test = stratified(numbers, 0.2, np.random.default_rng(0))
-    return Splits(everything.take(train), everything.take(test))
+    return Splits(everything.select(train), everything.select(test))
 
 
 def _digits() -> tuple[NDArray[Any], NDArray[Any]]:

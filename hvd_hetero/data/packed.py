@@ -106,7 +106,7 @@ def flowers102(root: Path, train: Sequence[int], test: int) -> Pair | None:
     images = _images(path, arrays["jpeg"], arrays["offsets"])
     everything = Split(images, class_numbers(path, arrays["y"], len(images), classes=102))
     split = class_numbers(path, arrays["split"], len(images), classes=3).numpy()
-    return everything.take(np.flatnonzero(np.isin(split, train))), everything.take(np.flatnonzero(split == test))
+    return everything.select(np.flatnonzero(np.isin(split, train))), everything.select(np.flatnonzero(split == test))
 
 
 def tiny_imagenet(root: Path) -> Pair | None:

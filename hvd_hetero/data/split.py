@@ -29,7 +29,7 @@ class Split:
     inputs: Tensor | dict[str, Tensor] | np.ndarray
     targets: Tensor
 
-    def take(self, indices: np.ndarray) -> Split:
+    def select(self, indices: np.ndarray) -> Split:
         """Return the samples at ``indices``."""
         rows = torch.from_numpy(indices)
         if isinstance(self.inputs, dict):
@@ -109,13 +109,13 @@ def adapt(splits: Splits, seed: int, *, validation: float = 0.0, label_noise: fl
     Raises:
         ConfigError: a value out of range, or a split left empty.
     """
-    for name, share in (("validation", validation), ("label_noise", label_noise)):
-        if not 0 <= share < 1:
-            raise ConfigError(f"data.args.{name}", share, "not a share", "give a number in [0, 1)")
+    for name, fraction in (("validation", validation), ("label_noise", label_noise)):
+        if not 0 <= fraction < 1:
+            raise ConfigError(f"data.args.{name}", fraction, "not a share", "give a number in [0, 1)")
     train, test = splits.train, splits.test
     if validation:
         kept, held = stratified(train.targets.numpy(), validation, np.random.default_rng([seed, 1]))
-        train, test = train.take(kept), train.take(held)
+        train, test = train.select(kept), train.select(held)
     if label_noise:
         train = Split(train.inputs, noisy(train.targets, label_noise, np.random.default_rng([seed, 2])))
     train, test = _limit("train_limit", train, train_limit), _limit("test_limit", test, test_limit)
@@ -124,10 +124,10 @@ def adapt(splits: Splits, seed: int, *, validation: float = 0.0, label_noise: fl
     return replace(splits, train=train, test=test)
 
 
-def noisy(targets: Tensor, share: float, rng: np.random.Generator) -> Tensor:
+def noisy(targets: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
     """Return targets of which a share (rounded) are replaced by a different class that occurs in them."""
     labels, positions = np.unique(targets.numpy(), return_inverse=True)
-    chosen = rng.permutation(len(positions))[: round(share * len(positions))]
+    chosen = rng.permutation(len(positions))[: round(fraction * len(positions))]
     if len(labels) > 1:
         shift = rng.integers(1, len(labels), size=len(chosen))
         positions[chosen] = (positions[chosen] + shift) % len(labels)
@@ -141,4 +141,4 @@ def _limit(name: str, split: Split, count: int | None) -> Split:
         raise ConfigError(f"data.args.{name}", count, "must be at least 1", "give a number of samples")
     total = len(split.targets)
     count = min(count, total)
-    return split.take(np.arange(count) * total // count)  # some datasets come sorted by class
+    return split.select(np.arange(count) * total // count)  # some datasets come sorted by class

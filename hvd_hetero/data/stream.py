@@ -40,7 +40,7 @@ class StreamSource:
         self._device = torch.device("cpu")
         self._iterator: Iterator[Any] | None = None
         self._random: RandomState | None = None
-        self._ahead: deque[Any] = deque()
+        self._peeked: deque[Any] = deque()
         self._at = 0
 
     def __len__(self) -> int:
@@ -66,17 +66,17 @@ class StreamSource:
 
     def peek(self, samples: int) -> Any:
         """Return the next batch, which is still there afterwards."""
-        return to_device(self._collate(self.ahead(samples // self._unit)), self._device)
+        return to_device(self._collate(self.peek_items(samples // self._unit)), self._device)
 
-    def ahead(self, count: int) -> list[Any]:
+    def peek_items(self, count: int) -> list[Any]:
         """Return the next samples, or batches of a loader, which are still there afterwards."""
         with self._own_random_numbers():
-            while len(self._ahead) < count:
-                self._ahead.append(self._next())
-        return list(self._ahead)[:count]
+            while len(self._peeked) < count:
+                self._peeked.append(self._next())
+        return list(self._peeked)[:count]
 
     def _take(self) -> Any:
-        item = self._ahead.popleft() if self._ahead else self._next()
+        item = self._peeked.popleft() if self._peeked else self._next()
         self._at += self._unit
         return item
 

@@ -43,7 +43,7 @@ class Lookout:
         if self._every_sec is not None:
             self._thread.join()
 
-    def take_back(self) -> None:
+    def withdraw(self) -> None:
         """Remove the request, where the job has ended otherwise."""
         if self.has_asked:
             self._stop.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from hvd_hetero.files import check_writable
 from hvd_hetero.launch.environment import as_ranks, check_secrets, for_ranks
 from hvd_hetero.launch.horovodrun import End
 from hvd_hetero.launch.hosts import allocation, job_hosts, settings_of, settled
-from hvd_hetero.launch.program import command_line, run_told
+from hvd_hetero.launch.program import command_line, run_and_explain
 from hvd_hetero.launch.remote import is_local, remote_shell
 from hvd_hetero.launch.supervisor import Supervisor, check_options
 from hvd_hetero.log import LOGGER
@@ -143,7 +143,7 @@ def read(files: Sequence[str], overrides: Sequence[str]) -> Config:
 def _run(config: Config, line: Sequence[str], hosts: Sequence[tuple[str, int]], stop: Path | None = None) -> End:
     release()  # what the dry run had on a GPU is for the ranks
     grace_sec = 0.0 if config.checkpoint.memory_sec is None else SURVIVOR_SEC
-    return run_told(line, hosts, remote_shell(config), {**for_ranks(config), TRIED: "1"}, stop, grace_sec)
+    return run_and_explain(line, hosts, remote_shell(config), {**for_ranks(config), TRIED: "1"}, stop, grace_sec)
 
 
 def preflight(config: Config, hosts: Sequence[tuple[str, int]], trains: bool = True) -> None:

@@ -44,7 +44,7 @@ def run(ranks: int | None, hosts: str | None, command: Sequence[str]) -> int:
         raise UserError(f"-np={ranks}: the hosts have {slots} slots; give 1 to {slots}" if hosts is not None else
                         f"-np={ranks}: is below 1; give the number of ranks")
     places = first_slots(given, ranks or slots)
-    return run_told(command_line(ClusterConfig(), places, command), places, SSH, os.environ).status
+    return run_and_explain(command_line(ClusterConfig(), places, command), places, SSH, os.environ).status
 
 
 def first_slots(hosts: Sequence[Host], ranks: int) -> list[Host]:
@@ -56,7 +56,7 @@ def first_slots(hosts: Sequence[Host], ranks: int) -> list[Host]:
     return found
 
 
-def run_told(
+def run_and_explain(
     line: Sequence[str], hosts: Sequence[Host], shell: str, env: Mapping[str, str], stop: Path | None = None,
     grace_sec: float = 0.0,
 ) -> End:  # fmt: skip

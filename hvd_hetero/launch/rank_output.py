@@ -56,9 +56,9 @@ class RankOutput:
         """Take in blocks with their headers to the end of the pipe."""
         while len(header := pipe.read(HEADER.size)) == HEADER.size:
             stream, rank, size = HEADER.unpack(header)
-            self.take(stream, rank, pipe.read(size))
+            self.receive(stream, rank, pipe.read(size))
 
-    def take(self, stream: int, rank: int, block: bytes) -> None:
+    def receive(self, stream: int, rank: int, block: bytes) -> None:
         """Pass on what has become whole by another block of a rank's output."""
         source = (stream, rank)
         *lines, rest = LINE_ENDS.split(self._rests.pop(source, b"") + block)

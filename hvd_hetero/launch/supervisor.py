@@ -109,7 +109,7 @@ class Supervisor:
                 _say(f"gives up: it cannot continue without {', '.join(sorted(self._lost))}: {error}")
                 return EXIT_LOST
             if end.status == 0:
-                lookout.take_back()  # it was asked too late, and a later start is not to stop for it
+                lookout.withdraw()  # it was asked too late, and a later start is not to stop for it
                 return 0
             newest = self._newest()
             if lookout.has_asked and end.status == EXIT_STOPPED and not end.asked:
@@ -119,7 +119,7 @@ class Supervisor:
                 _say(f"continues with {counted(self._ranks(self._lost))}, {self._from(newest)}")
                 settings = self._settings(newest)
                 continue
-            lookout.take_back()
+            lookout.withdraw()
             if (reason := self._restarts.why_not(end, self._made())) is not None:
                 if self._restarts.made or (self._restarts.most and end.status in MENDABLE and not end.asked):
                     told = "" if end.asked or not end.why or end.why in reason else f": {end.why}"

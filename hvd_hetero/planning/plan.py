@@ -251,7 +251,7 @@ def progress_factors(plan: Plan, most: float) -> dict[str, float]:
     return {name: 1 + part * (factor - 1) for name, factor in factors.items()}
 
 
-def annealed_weight(weight: float, ranks: int, share: float, start: float) -> float:
+def annealed_weight(weight: float, ranks: int, fraction: float, start: float) -> float:
     """Return a rank's weight on its way to the unbiased one: (1 - a) w + a / m.
 
     a = max(0, (t - s) / (1 - s)), where t is the share of the run that is done, and s where it starts. The weights of
@@ -259,9 +259,9 @@ def annealed_weight(weight: float, ranks: int, share: float, start: float) -> fl
 
     Args:
         ranks: m, those that train.
-        share: t; ``start``, s, ``aggregation.anneal_from``.
+        fraction: t; ``start``, s, ``aggregation.anneal_from``.
     """
-    a = min(1.0, max(0.0, (share - start) / (1 - start)))
+    a = min(1.0, max(0.0, (fraction - start) / (1 - start)))
     return (1 - a) * weight + a / ranks
 
 

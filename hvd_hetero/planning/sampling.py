@@ -51,7 +51,7 @@ class Sampler:
     Attributes:
         biased: name of the class that gets the hard samples.
         losses: ``[n]`` training loss of each sample when it was last trained on, +inf if it never was.
-        share: of the run that is done; to be set before each draw.
+        fraction_done: of the run; to be set before each draw.
         weights: ``[n]`` of the samples in this epoch, from :meth:`prepare` on.
     """
 
@@ -64,7 +64,7 @@ class Sampler:
         self._draw = SCHEMES[scheme]
         self._ratio, self._until, self._anneal, self._smoothing = high_loss_ratio, until, anneal, smoothing
         self._choose, self._block = _softly if soft else _highest, block
-        self.biased, self.share = biased, 0.0
+        self.biased, self.fraction_done = biased, 0.0
         self._scheme, self._prune_ratio = scheme, prune_ratio
         self._sample_weights = np.ones(samples, dtype=np.float32) if sample_weights is None else sample_weights
         self.weights = self._sample_weights
@@ -95,8 +95,8 @@ class Sampler:
             How many the epoch draws from.
         """
         self._pool, self.weights = None, self._sample_weights
-        self._resamples = self._scheme == IMPORTANCE and self.share < self._until
-        if self._scheme == INFOBATCH and self.share < min(self._until, INFOBATCH_UNTIL):
+        self._resamples = self._scheme == IMPORTANCE and self.fraction_done < self._until
+        if self._scheme == INFOBATCH and self.fraction_done < min(self._until, INFOBATCH_UNTIL):
             pool, own = pruned(self._rng, self.losses, self._prune_ratio)
             if np.count_nonzero(pool) >= least:
                 self._pool, self.weights = pool, self._sample_weights * own
@@ -122,7 +122,7 @@ class Sampler:
         elif self._pool is not None:
             drawn = _deal(self._rng, self._pool, counts)
         else:
-            draw = _uniform if self.share >= self._until else self._draw
+            draw = _uniform if self.fraction_done >= self._until else self._draw
             drawn = draw(self._rng, self.losses, counts, self.biased, self.ratio, self._choose)
         return {name: self._by_block(drawn[name]) for name in counts}
 
@@ -150,7 +150,7 @@ class Sampler:
         kept = {name: left[name][:count] for name, count in counts.items()}
         drawn: dict[str, Indices] = {}
         for name, count in counts.items():
-            apart = self._draw is _separate and self.share < self._until
+            apart = self._draw is _separate and self.fraction_done < self._until
             taken = np.zeros(len(self.losses), dtype=bool) if self._pool is None else ~self._pool
             for other in (name,) if apart else counts:
                 for part in (used[other], kept[other], drawn.get(other, kept[other])):
@@ -162,7 +162,7 @@ class Sampler:
     @property
     def ratio(self) -> float:
         """p as it is now."""
-        return self._ratio * (max(0.0, 1 - self.share / self._until) if self._anneal else 1.0)
+        return self._ratio * (max(0.0, 1 - self.fraction_done / self._until) if self._anneal else 1.0)
 
     def begin(self, counts: Mapping[str, int]) -> None:
         """Begins to draw the next epoch in a thread, where the scheme does not go by losses, and n makes it worth it.
@@ -201,13 +201,13 @@ class Sampler:
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": self.losses, "rng": self._rng.bit_generator.state, "biased": self.biased,
-                "share": self.share, "weights": self.weights, "pool": self._pool,
+                "share": self.fraction_done, "weights": self.weights, "pool": self._pool,
                 "resamples": self._resamples}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.losses = np.asarray(state["losses"], dtype=np.float32)
         self._rng.bit_generator.state = state["rng"]
-        self.biased, self.share = state.get("biased", self.biased), state.get("share", self.share)
+        self.biased, self.fraction_done = state.get("biased", self.biased), state.get("share", self.fraction_done)
         self.weights, self._pool = state.get("weights", self.weights), state.get("pool")
         self._resamples = state.get("resamples", False)
 

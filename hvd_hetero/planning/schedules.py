@@ -37,13 +37,13 @@ def check_schedule(train: TrainConfig) -> None:
             raise ConfigError(key, Plain(value), "is no share", "give a number from 0 to 1 (below 1 for warmup)")
 
 
-def rate_factor(name: str, share: float, args: Mapping[str, Any]) -> float:
-    """Return the factor of the learning rate where ``share`` of the run is done, in [0, 1]."""
+def rate_factor(name: str, fraction: float, args: Mapping[str, Any]) -> float:
+    """Return the factor of the learning rate where ``fraction`` of the run is done, in [0, 1]."""
     given = {**ARGUMENTS, **args}
     warmup, floor = given["warmup"], given["floor"]
-    if share < warmup:
-        return share / warmup
-    left = 1 - (share - warmup) / (1 - warmup)
+    if fraction < warmup:
+        return fraction / warmup
+    left = 1 - (fraction - warmup) / (1 - warmup)
     shape = left if name == LINEAR else 0.5 * (1 - math.cos(math.pi * left))
     return floor + (1 - floor) * shape
 
@@ -56,7 +56,7 @@ def next_rate(train: TrainConfig, plan: Plan, done: RunProgress, scheduled: floa
     """
     if train.scheduler not in NAMES:
         return scheduled
-    return scheduled * rate_factor(train.scheduler, run_share(train, plan, done, 0.0), train.scheduler_args)
+    return scheduled * rate_factor(train.scheduler, run_fraction(train, plan, done, 0.0), train.scheduler_args)
 
 
 def round_factor(train: TrainConfig, plan: Plan, done: RunProgress, number: int, rounds: float) -> float | None:
@@ -70,12 +70,12 @@ def round_factor(train: TrainConfig, plan: Plan, done: RunProgress, number: int,
     if train.warmup_rounds:  # always: a late rank may skip the round with which the warm-up ends
         factor = min(1.0, number / train.warmup_rounds)
     if train.scheduler in NAMES:
-        share = run_share(train, plan, done, rounds)
-        factor = (factor or 1.0) * rate_factor(train.scheduler, share, train.scheduler_args)
+        fraction = run_fraction(train, plan, done, rounds)
+        factor = (factor or 1.0) * rate_factor(train.scheduler, fraction, train.scheduler_args)
     return factor
 
 
-def run_share(train: TrainConfig, plan: Plan, done: RunProgress, rounds: float) -> float:
+def run_fraction(train: TrainConfig, plan: Plan, done: RunProgress, rounds: float) -> float:
     """Return what share of a run is done; of several limits, by the one that is nearest.
 
     Args:
@@ -84,24 +84,24 @@ def run_share(train: TrainConfig, plan: Plan, done: RunProgress, rounds: float) 
             so that all of them come to the same share, but half of those left at most, since the first round may have
             been a slow one; before they have met none have passed.
     """
-    shares = [0.0]
+    fractions = [0.0]
     if train.epochs is not None:
-        shares.append((done.epochs + rounds / plan.rounds) / train.epochs)
+        fractions.append((done.epochs + rounds / plan.rounds) / train.epochs)
     if train.max_fast_steps is not None:
-        shares.append((done.fast_steps + rounds * fast_steps(plan)) / train.max_fast_steps)
+        fractions.append((done.fast_steps + rounds * fast_steps(plan)) / train.max_fast_steps)
     if train.max_samples is not None:
-        shares.append((done.samples + rounds * round_samples(plan)) / train.max_samples)
+        fractions.append((done.samples + rounds * round_samples(plan)) / train.max_samples)
     if train.max_train_sec is not None and (past := done.rounds + done.epoch_rounds):
         spent = done.train_sec + done.epoch_sec
         since = min(spent * (rounds - done.epoch_rounds) / past, max(0.0, train.max_train_sec - spent) / 2)
-        shares.append((spent + since) / train.max_train_sec)
-    return min(1.0, max(shares))
+        fractions.append((spent + since) / train.max_train_sec)
+    return min(1.0, max(fractions))
 
 
-def left_sec(spent_sec: float, before: float, share: float) -> float | None:
+def left_sec(spent_sec: float, before: float, fraction: float) -> float | None:
     """Return the seconds that a run will take from now on, at the pace so far; None before anything is done.
 
     Args:
-        spent_sec: by this job, in which the share of the run that is done has grown from ``before`` to ``share``.
+        spent_sec: by this job, in which the share of the run that is done has grown from ``before`` to ``fraction``.
     """
-    return spent_sec * (1 - share) / (share - before) if share > before else None
+    return spent_sec * (1 - fraction) / (fraction - before) if fraction > before else None

@@ -105,7 +105,7 @@ class Stopwatch:
         self.seconds, self.collectives = dict(state["seconds"]), list(state["collectives"])
         self._met = sum(spent for spent in self.collectives if spent == spent)
 
-    def take(self) -> tuple[dict[str, float], list[float]]:
+    def drain(self) -> tuple[dict[str, float], list[float]]:
         """Returns the seconds by kind and the list of collectives since the last call, and clears them."""
         taken = dict(self.seconds), self.collectives
         self.seconds, self.collectives, self._met = dict.fromkeys(self.seconds, 0.0), [], 0.0

@@ -134,7 +134,7 @@ class Accounts:
 
     def blocked_fractions(self) -> dict[str, float]:
         """By class, the share of its time that its ranks waited for others."""
-        return {c.name: _share(self._times(c.ranks), "blocked") for c in self._cluster.classes}
+        return {c.name: fraction_of(self._times(c.ranks), "blocked") for c in self._cluster.classes}
 
     def by_class(self, counts: Sequence[int]) -> dict[str, int]:
         """Counts by rank, added up by class."""
@@ -164,7 +164,7 @@ class Accounts:
                     "overflows": self.by_class(self.overflows)[item.name],
                     "sent_bytes": sum(self.sent[r] for r in item.ranks) / len(item.ranks),
                     "time_sec": times,
-                    "blocked_fraction": _share(times, "blocked"),
+                    "blocked_fraction": fraction_of(times, "blocked"),
                 }
             )
         return result
@@ -173,6 +173,6 @@ class Accounts:
         return {kind: sum(self.seconds[r][kind] for r in ranks) / len(ranks) for kind in KINDS}
 
 
-def _share(times: Mapping[str, float], kind: str) -> float:
+def fraction_of(times: Mapping[str, float], kind: str) -> float:
     total = sum(times.values())
     return times[kind] / total if total else 0.0

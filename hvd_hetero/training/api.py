@@ -104,12 +104,12 @@ def train(
     if metric is not None:
         warnings.warn("train(metric=...) is now train(metrics={name: ...})", RenamedKeyWarning, stacklevel=2)
         metrics = {"metric": metric, **(metrics or {})}
-    given = UserObjects(model, train_data, test_data, loss, optimizer, scheduler, metrics, callbacks)
+    objects = UserObjects(model, train_data, test_data, loss, optimizer, scheduler, metrics, callbacks)
 
     def prepare() -> tuple[Config, Components]:
         own = any(part is not None for part in (model, train_data, test_data))
         loaded = load(config, overrides, algorithms.method, own)
-        return loaded, dry_run.build(loaded, given)
+        return loaded, dry_run.build(loaded, objects)
 
     with ExitStack() as after:
         after.enter_context(process_restored())
@@ -119,13 +119,13 @@ def train(
             warnings.simplefilter("ignore", RenamedKeyWarning)
         after.callback(RandomState.capture().restore)
         after.callback(gc.collect)  # a next call needs the memory, and data workers end
-        return exit_on_error(lambda: _run(prepare, given))
+        return exit_on_error(lambda: _run(prepare, objects))
 
 
-def _run(prepare: Callable[[], tuple[Config, Components]], given: UserObjects) -> dict[str, Any] | None:
+def _run(prepare: Callable[[], tuple[Config, Components]], objects: UserObjects) -> dict[str, Any] | None:
     def make(job: Job, found: Found | None) -> Trainer | HelperRank:
         is_helper = job.env.rank >= job.cluster.size
-        return HelperRank(job) if is_helper else Trainer(job, run_dir(job.config, given, job.components.model), found)
+        return HelperRank(job) if is_helper else Trainer(job, run_dir(job.config, objects, job.components.model), found)
 
     trainer = begin(prepare, make)
     if isinstance(trainer, HelperRank):
@@ -145,15 +145,15 @@ def begin(prepare: Callable[[], tuple[Config, Components]], make: Callable[[Job,
 
     def prepare_folder_too() -> tuple[Config, Components]:
         nonlocal found
-        config, parts = prepare()
+        config, components = prepare()
         if env.rank == 0 and config.run.dir is not None:
             check_run_dir(config.run.dir, config.run.overwrite or config.run.resume is not None)
             check_writable("run.dir", Path(config.run.dir))
             if config.run.resume is not None:
                 found = find(Path(config.run.dir), config, None if has_helpers(config) else env.size)
                 if found is not None:
-                    check_data(found, parts.dataset.train, parts.weights)
-        return config, parts
+                    check_data(found, components.dataset.train, components.weights)
+        return config, components
 
     started = startup.start(prepare_folder_too)
     if env.size > 1:
@@ -183,7 +183,7 @@ def carry_out(trainer: Trainer) -> dict[str, Any] | None:
         is_fault = isinstance(error, Exception)
         trainer.abandon(saves=is_fault and not isinstance(error, PEER_LOST),
                         survives=is_fault and not isinstance(error, (UserError, NonFiniteError)))  # fmt: skip
-        if len(trainer.comm.everyone) == 1:  # nobody has to be told, and the program may go on
+        if len(trainer.comm.all_ranks) == 1:  # nobody has to be told, and the program may go on
             trainer.close()
         if isinstance(error, UserError):
             # one rank's own trouble, a broken file for instance: the others are waiting somewhere else
@@ -191,20 +191,20 @@ def carry_out(trainer: Trainer) -> dict[str, Any] | None:
         raise
 
 
-def run_dir(config: Config, given: UserObjects | None = None, model: nn.Module | None = None) -> Path:
+def run_dir(config: Config, objects: UserObjects | None = None, model: nn.Module | None = None) -> Path:
     """Where the run is kept: as configured, else a new folder under ``runs/`` named after what is trained, and when.
 
     A program may train several times in a second. Its own model is named by its class, its own data are not named.
 
     Args:
-        given: by a program; None: nothing.
+        objects: what a program has passed; None: nothing.
         model: that was made of it.
     """
     if config.run.dir is not None:
         return Path(config.run.dir)
-    given = given or UserObjects()
+    objects = objects or UserObjects()
     data, net = ((part.target or part.name or "").rpartition(":")[2] for part in (config.data, config.model))
-    what = ["" if given.train_data is not None else data, net if given.model is None else type(model).__name__]
+    what = ["" if objects.train_data is not None else data, net if objects.model is None else type(model).__name__]
     name = config.run.name or "-".join(filter(None, (config.algorithm.name, *what)))
     first = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))

@@ -38,7 +38,7 @@ class BestEvaluation:
         self.since = 0
         self._last: dict[str, float | None] = {}
 
-    def goodness(self, row: Mapping[str, Any]) -> float | None:
+    def score(self, row: Mapping[str, Any]) -> float | None:
         """Return what an evaluation is compared with others by, more is better.
 
         None without an evaluation, for NaN, and for a model whose loss is NaN: whatever else is said of it cannot be
@@ -54,9 +54,9 @@ class BestEvaluation:
         named = {"final_" + name.removeprefix(EVAL): value for name, value in row.items() if name.startswith(EVAL)}
         named |= {name: value for name, value in row.items() if name.startswith(AVERAGED)}
         self._last = {name: None if value is None or math.isnan(value) else value for name, value in named.items()}
-        good = self.goodness(row)
+        score = self.score(row)
         best = None if self.value is None else (self.value if self.mode == MAX else -self.value)
-        if good is not None and (best is None or good > best):
+        if score is not None and (best is None or score > best):
             self.value, self.since = row[EVAL + self.metric], 0
         else:
             self.since += 1
@@ -66,7 +66,7 @@ class BestEvaluation:
         """Whether nothing better is to be expected."""
         return self._patience is not None and self.since >= self._patience
 
-    def tell(self) -> None:
+    def log_end(self) -> None:
         """Tell that the run has ended for this, if it has."""
         if self.waited_enough:
             LOGGER.info("ended by train.patience: %d evaluations were no better than the best one, %s %s",

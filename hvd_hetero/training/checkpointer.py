@@ -65,7 +65,7 @@ class SyncDecision:
     keep: bool = False
 
 
-class Meetings:
+class SyncPoints:
     """When all ranks meet between two segments, and agree on whether to save; a subclass keeps what is saved.
 
     Args:
@@ -163,10 +163,10 @@ class Meetings:
         due = spec.every_sec is not None and now - self._tried_at >= spec.every_sec
         due = due or (lead and self._is_asked())
         worth = round(min(self._segment_sec, max(left_sec, 0.0)) * length / max(now - self._began, 1e-6))
-        said = [self.stopping(), self._is_busy, lead and due, lead and self._is_copy_due(),
+        flags = [self.stopping(), self._is_busy, lead and due, lead and self._is_copy_due(),
                 lead and max(1, min(worth, GROWTH * length))]
         mine = astuple(progress)
-        numbers = [float(number) for number in (*mine, *said, *step_sec, *figures)]
+        numbers = [float(number) for number in (*mine, *flags, *step_sec, *figures)]
         most = self._comm.max(numbers, "epoch.progress")
         progress = Progress(*(int(number) for number in most[: len(mine)]))
         stop, busy, late, keep, segment, *most = most[len(mine) :]
@@ -182,7 +182,7 @@ class Meetings:
         return SyncDecision(progress, bool(stop), due, slowest, length, most[len(step_sec) :], bool(keep))
 
 
-class Saver(Meetings):
+class Saver(SyncPoints):
     """The checkpoints of one run.
 
     Args:
@@ -197,12 +197,12 @@ class Saver(Meetings):
         self._best_by = best_by
         self._env, self._made_with = env, made_with(config)
         path = str(Path(run_dir).resolve()).encode().ljust(PATH_BYTES) if comm.rank == 0 else bytes(PATH_BYTES)
-        told = comm.broadcast(torch.tensor(list(path), dtype=torch.uint8), "checkpoint.path")
-        self._run_dir = Path(bytes(told.tolist()).decode().rstrip())
+        message = comm.broadcast(torch.tensor(list(path), dtype=torch.uint8), "checkpoint.path")
+        self._run_dir = Path(bytes(message.tolist()).decode().rstrip())
         self._store = Store(self._run_dir, self._spec.keep)
         self.stopping = StopRequest(self._run_dir)
         self.survivor = Survivor(self._store, comm.rank, self._spec.memory_sec)
-        self.stopping.heard = self.survivor.write_soon
+        self.stopping.on_signal = self.survivor.write_soon
         self._write: Write | None = None
         self._best: float | None = None
 
@@ -225,11 +225,11 @@ class Saver(Meetings):
         Raises:
             UserError: on all ranks, if one of them cannot read its part.
         """
-        told = torch.tensor([NONE, 0, 0])
+        message = torch.tensor([NONE, 0, 0])
         if found is not None:
             elsewhere = self._config.run.resume == RESHAPE and found.state.get("classes") != places(cluster)
-            told = torch.tensor([found.round, int(found.reshaped or elsewhere), int(found.keeps)])
-        number, reshaped, keeps = (int(x) for x in self._comm.broadcast(told, "checkpoint.found"))
+            message = torch.tensor([found.round, int(found.reshaped or elsewhere), int(found.keeps)])
+        number, reshaped, keeps = (int(x) for x in self._comm.broadcast(message, "checkpoint.found"))
         if number == NONE:
             problem = ""
             try:
@@ -305,19 +305,19 @@ class Saver(Meetings):
         self._write = None
 
 
-class HandedOut(Meetings):
+class LoopSaver(SyncPoints):
     """States of a run that a program keeps, wherever it likes.
 
     Attributes:
         is_asked: the program asks whether something is to be saved.
         state: the newest, of this rank; None where there is none that the program has not been told of.
-        given: what to go on from, if there is anything.
+        loaded_state: what to go on from, if there is anything.
     """
 
-    def __init__(self, config: Config, comm: Comm, needs_quiesce: bool, given: Mapping[str, Any] | None) -> None:
+    def __init__(self, config: Config, comm: Comm, needs_quiesce: bool, loaded_state: Mapping[str, Any] | None) -> None:
         super().__init__(config, comm, needs_quiesce)
         self.stopping = StopRequest(None)
-        self.is_asked, self.given = False, given
+        self.is_asked, self.loaded_state = False, loaded_state
         self.state: dict[str, Any] | None = None
 
     def load(self, found: Found | None, cluster: Cluster) -> tuple[Any, bool]:
@@ -326,16 +326,16 @@ class HandedOut(Meetings):
         Raises:
             UserError: on all ranks, if they were given states of different rounds, or some of them none.
         """
-        mine = NONE if self.given is None else int(self.given["round"])
+        mine = NONE if self.loaded_state is None else int(self.loaded_state["round"])
         rounds = [int(number) for number in self._comm.gather(torch.tensor([mine]), "checkpoint.given")]
         if len(set(rounds)) > 1:
-            said = ", ".join("none" if number == NONE else f"round {number}" for number in rounds)
-            raise ConfigError("load_state_dict", Plain(said), "by rank, these are states of different rounds",
+            text = ", ".join("none" if number == NONE else f"round {number}" for number in rounds)
+            raise ConfigError("load_state_dict", Plain(text), "by rank, these are states of different rounds",
                               "give each rank its own, all of one round")  # fmt: skip
-        if self.given is None:
+        if self.loaded_state is None:
             return None, False
         self._tried = self.saved_round = mine
-        return join(self.given["tensors"], self.given["rest"]), False
+        return join(self.loaded_state["tensors"], self.loaded_state["rest"]), False
 
     def save(self, number: int, epochs: int, state: Callable[[], Any], wait: bool, value: float | None = None) -> None:
         """Have a copy of this rank's state at hand, where the program asks for it."""

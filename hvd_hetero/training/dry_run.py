@@ -25,7 +25,7 @@ from hvd_hetero.config.instantiate import cause
 from hvd_hetero.config.load import device_classes
 from hvd_hetero.config.schema import AUTO, AggregationConfig, Config
 from hvd_hetero.data import Batch
-from hvd_hetero.data.batch import cut, to_device
+from hvd_hetero.data.batch import split_batch, to_device
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.planning.local_steps import SHRINK, WAIT_AVOIDING
@@ -59,7 +59,7 @@ SMALL = 10_000_000
 """Parameters. Models that have no more take a second step: what a module has kept of the first may be in its way."""
 
 
-def build(config: Config, given: UserObjects | None = None) -> Components:
+def build(config: Config, objects: UserObjects | None = None) -> Components:
     """Build what is trained, and try it out, so that mistakes show before a job starts.
 
     On the ranks of a launched job only what they have to know is found out once more: launch has tried it out, unless
@@ -68,29 +68,29 @@ def build(config: Config, given: UserObjects | None = None) -> Components:
     Raises:
         ConfigError: anything of it cannot be made, or fails, or the loss is not one number a sample.
     """
-    parts, env = components.build(config, given), job_env()
+    parts, env = components.build(config, objects), job_env()
     device = _device(config, env.local_rank)
     tried, one = env.launched and device == "cpu", _may_take_one(config)
     if tried and not one:
         return parts
-    run = _DryRun(parts, config, given, device or "cpu")
+    run = _DryRun(parts, config, objects, device or "cpu")
     if device is None:
         return parts
     if not tried:
         _try(run)
-        components.tell(parts, config, given)
-    return replace(parts, min_batch=run.forgotten(run.min_batch)) if one else parts
+        components.log_adaptations(parts, config, objects)
+    return replace(parts, min_batch=run.rolled_back(run.min_batch)) if one else parts
 
 
 def _try(run: _DryRun) -> None:
     """Try a few samples, and as many as a step really has before it is refused: a queue takes batches of one size."""
     try:
-        run.forgotten(run.whole)
+        run.rolled_back(run.whole)
     except ConfigError as error:
         if not run.read_whole_batch():
             raise
         try:
-            run.forgotten(run.whole)
+            run.rolled_back(run.whole)
         except ConfigError:
             raise error from error.__cause__
 
@@ -120,23 +120,23 @@ def _listed(setting: Any) -> list[Any]:
 class _DryRun:
     """One dry run; what fails is told by the part that it is about, in the order of what a run does."""
 
-    def __init__(self, parts: Components, config: Config, given: UserObjects | None, device: str) -> None:
-        self._parts, self._config, self._given, self._device = parts, config, given, device
-        self._origins = Origins.of(config, given)
+    def __init__(self, parts: Components, config: Config, objects: UserObjects | None, device: str) -> None:
+        self._components, self._config, self._objects, self._device = parts, config, objects, device
+        self._origins = Origins.of(config, objects)
         self._method = algorithms.get(config.algorithm.name)
         self._samples = SAMPLES
         self._read()
         self._outputs: Any = None
 
-    def forgotten(self, call: Callable[[], T]) -> T:
+    def rolled_back(self, call: Callable[[], T]) -> T:
         """Call something, and put back whatever it has changed."""
-        parts, before = self._parts, RandomState.capture(self._device)
-        put_back = snapshot(parts.model, parts.loss, parts.metrics, parts.optimizer, parts.scheduler)
+        parts, before = self._components, RandomState.capture(self._device)
+        restore = snapshot(parts.model, parts.loss, parts.metrics, parts.optimizer, parts.scheduler)
         try:
             with warnings.catch_warnings(record=True) as heard:
                 result = call()
         finally:
-            put_back()
+            restore()
             before.restore()
         for warning in heard:  # what fails is said once, by the error
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
@@ -146,15 +146,15 @@ class _DryRun:
 
     def whole(self) -> None:
         """Evaluate, train, go through the epochs, save."""
-        warn_of_evaluation_mode(self._parts.model)
+        warn_of_evaluation_mode(self._components.model)
         if self._config.train.micro_batches != 1:
-            cut(first_samples(self._parts.dataset.train, CUT, self._origins), 2)
+            split_batch(first_samples(self._components.dataset.train, CUT, self._origins), 2)
         worker = self._worker()
         self._read("test")  # training samples are never evaluated
         try:
             self._evaluate(worker)
         finally:  # where it finds something, it says more than the loss does that fails on it
-            check_classes(self._parts.dataset, self._outputs, self._config, self._given, self._origins)
+            check_classes(self._components.dataset, self._outputs, self._config, self._objects, self._origins)
         self._metrics(worker)
         self._read()
         before = attributes_of(worker.model)
@@ -184,7 +184,7 @@ class _DryRun:
     # ---- its parts --------------------------------------------------------------------------------------------------
 
     def _read(self, split: str = "training", count: int | None = None) -> None:
-        dataset, count = self._parts.dataset, count or self._samples
+        dataset, count = self._components.dataset, count or self._samples
         source = dataset.train if split == "training" else dataset.test
         inputs, targets = first_samples(source, count, self._origins, split)
         self._batch: Batch = (to_device(inputs, self._device), to_device(targets, self._device))
@@ -198,7 +198,7 @@ class _DryRun:
         return self._count > before
 
     def _worker(self) -> Worker:
-        parts, train = self._parts, self._config.train
+        parts, train = self._components, self._config.train
         if not any(p.requires_grad for p in parts.model.parameters()):
             raise ConfigError(*self._origins.model, "has no trainable parameters", "leave some to train")
         what, remedy = "the model cannot be made ready for training", "give one whose tensors can be moved and copied"
@@ -216,7 +216,7 @@ class _DryRun:
     def _make_optimizer(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
         key, own = self._origins.optimizer, {id(p) for p in params}
         with as_user_error(*key, "cannot be made", "give a function of the parameters that makes a torch optimizer"):
-            optimizer = self._parts.optimizer(params)
+            optimizer = self._components.optimizer(params)
         if not isinstance(optimizer, torch.optim.Optimizer):
             problem = f"makes a {type(optimizer).__name__}, no torch optimizer"
             raise ConfigError(*key, problem, "make a torch.optim.Optimizer")
@@ -242,15 +242,15 @@ class _DryRun:
             raise ConfigError(*self._origins.optimizer, problem, "leave that at its default, or choose another one")
 
     def _make_scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        assert self._parts.scheduler is not None
+        assert self._components.scheduler is not None
         with as_user_error(*self._origins.scheduler, "cannot be made", "correct its arguments (train.scheduler_args)"):
             rates = [group["lr"] for group in optimizer.param_groups]
-            made = self._parts.scheduler(optimizer)
+            made = self._components.scheduler(optimizer)
         check_rates(rates, optimizer, self._config, self._origins)
         return made
 
     def _evaluate(self, worker: Worker) -> None:
-        what = f"the model fails on {self._told(training=False)}"
+        what = f"the model fails on {self._input_text(training=False)}"
         with as_user_error(*self._origins.model, what, "make model and data fit together"):
             worker.evaluate(_OneBatch(self._batch), np.arange(self._count), self._count)
 
@@ -260,7 +260,7 @@ class _DryRun:
         worker.measures = [loss, *(metric for metric in others if not isinstance(metric, SampleMean))]
         if len(worker.measures) == 1:
             return
-        source = self._parts.dataset.test.to(self._device)
+        source = self._components.dataset.test.to(self._device)
         self._count = len(rows := np.unique(np.linspace(0, len(source) - 1, SPREAD).astype(int)))
         with as_user_error(*self._origins.model, f"fails on {self._count} test samples", "make it fit the data"):
             worker.evaluate(source, rows, self._count)
@@ -284,7 +284,7 @@ class _DryRun:
             raise
         except Exception as error:
             made = forward_places(lambda: worker.gradient(*self._batch))
-            problem = f"the model fails on {self._told(training=True)}: {cause(error, made)}"
+            problem = f"the model fails on {self._input_text(training=True)}: {cause(error, made)}"
             raise ConfigError(*self._origins.model, problem, "make model and data fit together") from error
 
     def _epochs(self, worker: Worker) -> None:
@@ -315,16 +315,17 @@ class _DryRun:
 
     # ---- what a user's functions give -------------------------------------------------------------------------------
 
-    def _told(self, training: bool) -> str:
+    def _input_text(self, training: bool) -> str:
         inputs, targets = self._batch
         mode = "training" if training else "evaluation"
         return f"a batch of {self._count} in {mode} (inputs {describe(inputs)}, targets {describe(targets)})"
 
     def _loss(self, outputs: Any, targets: Any) -> Numbers:
         self._outputs, key, training = outputs, self._origins.loss, torch.is_grad_enabled()
-        what = f"the loss fails on the model's outputs {describe(outputs)} for {self._told(training)}"
+        what = f"the loss fails on the model's outputs {describe(outputs)} for {self._input_text(training)}"
         with as_user_error(*key, what, "make model, data, loss and its arguments fit together"):
-            losses, weights = try_loss(*key, self._parts.loss, self._config.train.loss_args, self._batched(targets))
+            args = self._config.train.loss_args
+            losses, weights = try_loss(*key, self._components.loss, args, self._batched(targets))
         counting = losses if weights is None else losses[weights > 0]
         # a first step may be too long, and statistics may make sense only then: both are another matter
         if training and not self._stepped and counting.isnan().any():

@@ -47,7 +47,7 @@ def gather_figures(
         step_sec: seconds of one of its steps.
         counts: of this rank, see :meth:`~hvd_hetero.telemetry.time_accounts.Accounts.enter`; the same names on all.
     """
-    kinds, collectives = watch.take()
+    kinds, collectives = watch.drain()
     sums = weighted_sums(losses.double(), weights.double()).tolist()
     figures = [*(kinds[kind] for kind in KINDS), *sums, epoch.steps, step_sec, *counts.values(), *collectives]
     rows = [row.tolist() for row in comm.gather(torch.tensor(figures, dtype=torch.float64), "epoch.times")]

@@ -26,7 +26,7 @@ from hvd_hetero.worker.snapshot import snapshot
 from hvd_hetero.worker.worker import Worker
 
 
-class Left(Exception):
+class LoopExited(Exception):
     """The program has left its loop in the middle of a round."""
 
 
@@ -128,7 +128,7 @@ class Handover:
         if (problem := self._to_trainer.get()) is not None:
             raise problem
 
-    def take(self, problem: Exception | None = None) -> Round | None:
+    def swap(self, problem: Exception | None = None) -> Round | None:
         """Give back the round at hand and wait for the next one, None after the last; the program calls it.
 
         Args:
@@ -146,7 +146,7 @@ class Handover:
         return item
 
 
-class HandedWorker(Worker):
+class LoopWorker(Worker):
     """A worker whose local steps are the program's; :meth:`connect` comes before the first."""
 
     def connect(
@@ -173,11 +173,11 @@ class HandedWorker(Worker):
         def steps() -> Iterator[tuple[Any, set[int]]]:
             nonlocal is_whole
             self.watch.skip()  # what the program did between two rounds is no part of a step that is to be stretched
-            for inputs, targets in self.pace.steps(batches, count):
+            for inputs, targets in self.emulator.steps(batches, count):
                 counts = sample_counts(targets) | sample_counts(inputs)  # one of the two tells
                 yield (inputs, counts) if self._as_read else ((inputs, targets), counts)
                 if stop is not None and stop():
-                    self.pace.pause()
+                    self.emulator.pause()
                     break
             is_whole = True
 
@@ -188,10 +188,10 @@ class HandedWorker(Worker):
         if not is_whole:
             problem = f"a round has {count} batches, of which {round.steps} were taken"
             raise RuntimeError(f"{problem}: go through the whole round")
-        self._take_losses_of(round)
+        self._collect_losses(round)
         return round.steps
 
-    def _take_losses_of(self, round: Round) -> None:
+    def _collect_losses(self, round: Round) -> None:
         taken = round.taken
         if not taken and not self._needs_losses and not self._as_read and not self._measures:
             samples = round.steps * self._batch_size()
@@ -202,7 +202,7 @@ class HandedWorker(Worker):
         self._losses += taken
 
     def _fail(self, error: Exception) -> None:
-        exit_on_error(lambda: self._handover.take(error))
+        exit_on_error(lambda: self._handover.swap(error))
 
     def snapshot(self) -> Callable[[], None]:
         """Remembers everything that training changes; the rounds until it is put back are told to be measured."""

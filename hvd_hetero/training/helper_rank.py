@@ -44,14 +44,15 @@ class HelperRank:
 
     def __init__(self, job: Job) -> None:
         self._job, self._config = job, job.config
-        self._mine, parts, device = job.cluster.class_of(job.env.rank), job.components, job.placement.device
+        self._mine, components, device = job.cluster.class_of(job.env.rank), job.components, job.placement.device
         evaluates = self._mine.role == EVALUATE
-        data, name = (parts.dataset.test, "test") if evaluates else (parts.dataset.train, "training")
+        data, name = (components.dataset.test, "test") if evaluates else (components.dataset.train, "training")
         self._source = on_device(data, device, name)
         self._worker = make_worker(job, Stopwatch(heartbeat=job.watchdog.heartbeat), Worker)
         seed_all(job.config.run.seed * 1000003 + job.env.rank)
         # all ranks of a job make the same process sets, those of others too
-        groups = algorithms.policy(job.config, job.cluster, len(parts.dataset.train), parts.min_batch).process_sets
+        samples, min_batch = len(components.dataset.train), components.min_batch
+        groups = algorithms.policy(job.config, job.cluster, samples, min_batch).process_sets
         self.comm = Comm(job.cluster, job.env.rank, job.config.aggregation, self._worker.watch, groups)
         link = open_channel(self.comm, len({fact.host for fact in job.cluster.facts}))
         assert isinstance(link, HelperLink)
@@ -97,7 +98,7 @@ class HelperRank:
 
     def _unless_over(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Let batches through, as slowly as an emulated device would take them."""
-        for batch in self._worker.pace.steps(batches, sys.maxsize):
+        for batch in self._worker.emulator.steps(batches, sys.maxsize):
             if self._link.is_over:
                 raise JobOver
             yield batch

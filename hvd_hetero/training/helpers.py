@@ -45,7 +45,7 @@ class Helpers:
         self.evaluate = any(c.role == EVALUATE for c in cluster.helpers)
         self._in_rounds = not policy.needs_quiesce
         self._server: HelperServer | None = None
-        self._given = -1
+        self._round_sent = -1
         self._rows: list[dict[str, Any]] = []
         self._scores: list[Scores] = []
         if cluster.helpers:
@@ -64,7 +64,7 @@ class Helpers:
             number: of its round in the run.
             place: tells where in the run it is from.
         """
-        if self._server is None or number == self._given:
+        if self._server is None or number == self._round_sent:
             return
 
         def packed() -> tuple[str, Any]:
@@ -72,36 +72,36 @@ class Helpers:
             return json.dumps([place(), kinds]), data
 
         if self._server.offer(packed):
-            self._given = number
+            self._round_sent = number
             self._comm.watch.waited(0.0)
 
     def receive(self) -> None:
         """Write the evaluations that have come since the last call."""
         if self._server is None:
             return
-        rows, scores = self._server.take()
+        rows, scores = self._server.drain()
         self._rows += rows
         self._scores += scores
         for row in rows:
             if self._folder is not None:
                 self._folder.evaluation(row)
 
-    def share(self) -> list[dict[str, Any]]:
+    def broadcast_evaluations(self) -> list[dict[str, Any]]:
         """Return the evaluations that all ranks have not been told of; all that train call it, with the same result."""
         self.receive()
         if not self.evaluate:
             return []
         if self._rows:
             figures = ((name, value) for name, value in self._rows[-1].items() if name.startswith(EVAL))
-            told = ", ".join(f"{name.removeprefix(EVAL)} {value:.4g}" for name, value in figures if value is not None)
-            LOGGER.info("round %s, evaluated by a helper: %s", self._rows[-1]["round"], told)
-        with self._comm.booked():
+            text = ", ".join(f"{name.removeprefix(EVAL)} {value:.4g}" for name, value in figures if value is not None)
+            LOGGER.info("round %s, evaluated by a helper: %s", self._rows[-1]["round"], text)
+        with self._comm.timed():
             shared = self._comm.broadcast_text(json.dumps(self._rows), "evaluations")
         self._rows = []
         rows: list[dict[str, Any]] = json.loads(shared)
         return rows
 
-    def take_scores(self, epoch: int) -> list[Scores]:
+    def pop_scores(self, epoch: int) -> list[Scores]:
         """Return the losses that have come since the last call, at the end of an epoch.
 
         Those by a model of an earlier epoch are older than all that this one has trained on.
@@ -125,9 +125,9 @@ def place_in(epoch: Epoch, accounts: Accounts, watch: Stopwatch, rounds: int, wa
     """Tell where in a run the model of an epoch under way is from, after so many rounds of the epoch."""
     ahead, progress = rounds - epoch.progress.averages, epoch.progress
     samples = (progress.claimed or epoch.spent[1]) + ahead * epoch.round_samples
-    booked = sum(watch.seconds.values()) + sum(spent for spent in watch.collectives if spent == spent)
+    train_sec = sum(watch.seconds.values()) + sum(spent for spent in watch.collectives if spent == spent)
     return {"epoch": accounts.epochs + 1, "round": accounts.rounds + rounds, "rounds": progress.version + ahead,
-            "samples_seen": accounts.samples_seen + samples, "train_sec": accounts.train_sec + booked,
+            "samples_seen": accounts.samples_seen + samples, "train_sec": accounts.train_sec + train_sec,
             "wall_sec": wall_sec}  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.speed_profile import known_speeds
 from hvd_hetero.training.startup import Job
-from hvd_hetero.worker.memory import parts_that_fit
+from hvd_hetero.worker.memory import micro_batches_that_fit
 from hvd_hetero.worker.step_benchmark import Measurement
 from hvd_hetero.worker.worker import Worker
 
@@ -54,13 +54,13 @@ def first_plan(job: Job, policy: Policy, worker: Worker, source: Source, comm: C
         policy.average_sec = measure.average_sec() if policy.needs_average_sec else 0.0
     plan = policy.make_plan(step_sec)
     if policy.needs_average_sec and comm.rank == 0:
-        LOGGER.info("train.tau=auto: %s", told_round(plan, policy.average_sec))
-        if (told := policy.few_rounds(plan)) is not None:
-            LOGGER.info("train.tau=auto: %s", told)
+        LOGGER.info("train.tau=auto: %s", round_text(plan, policy.average_sec))
+        if (hint := policy.few_rounds(plan)) is not None:
+            LOGGER.info("train.tau=auto: %s", hint)
     return plan
 
 
-def told_round(plan: Plan, average_sec: float) -> str:
+def round_text(plan: Plan, average_sec: float) -> str:
     """Tell the taus of a plan, and what its rounds cost by measured times."""
     taus = ", ".join(f"{c.name} {c.tau}" for c in plan.classes)
     longest = max(c.tau * c.step_sec for c in plan.training if c.step_sec is not None)
@@ -88,10 +88,10 @@ def choose_micro_batches(job: Job, policy: Policy, worker: Worker, source: Sourc
     if not tried:
         return
     if mine.name in tried:
-        parts_that_fit(steps, max(1, size // worker.min_batch))
+        micro_batches_that_fit(steps, max(1, size // worker.min_batch))
     counts = [int(count) for count in comm.gather(torch.tensor([worker.micro_batches]), "micro_batches")]
     worker.micro_batches = max(counts[rank] for rank in mine.ranks)
-    worker.watch.take()
+    worker.watch.drain()
     for c in job.cluster.classes:
         if c.name in tried:
             count = max(counts[rank] for rank in c.ranks)
@@ -129,17 +129,17 @@ def start_together(algorithm: Executor, plan: Plan, worker: Worker, comm: Comm) 
 def _known(job: Job, comm: Comm) -> tuple[dict[str, float], float] | None:
     """Step times and that of an average from an earlier profile, found by rank 0; what is wrong with it ends all."""
     names = [c.name for c in job.cluster.classes]
-    told, error = [0.0] * (len(names) + 1), UserError("rank 0 says why")
+    step_times, error = [0.0] * (len(names) + 1), UserError("rank 0 says why")
     if comm.rank == 0:
         try:
             known = known_speeds(job.config, job.cluster)
         except ConfigError as problem:
-            told, error = [math.nan] * len(told), problem
+            step_times, error = [math.nan] * len(step_times), problem
         else:
             if known is not None:
-                told = [*(known[0].step_sec[name] for name in names), known[0].average_sec]
+                step_times = [*(known[0].step_sec[name] for name in names), known[0].average_sec]
                 LOGGER.info("step times from %s; profile.reuse=false measures them", known[1])
-    said = comm.broadcast(torch.tensor(told, dtype=torch.float64), "profile.known").tolist()
-    if math.isnan(said[0]):
+    received = comm.broadcast(torch.tensor(step_times, dtype=torch.float64), "profile.known").tolist()
+    if math.isnan(received[0]):
         raise error
-    return (dict(zip(names, said, strict=False)), said[-1]) if any(said) else None
+    return (dict(zip(names, received, strict=False)), received[-1]) if any(received) else None

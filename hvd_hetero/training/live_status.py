@@ -13,7 +13,7 @@ from hvd_hetero.config.schema import Config
 from hvd_hetero.files import write_text
 from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan
-from hvd_hetero.planning.schedules import left_sec, run_share
+from hvd_hetero.planning.schedules import left_sec, run_fraction
 from hvd_hetero.planning.stop_criteria import RunProgress, expected_epochs
 from hvd_hetero.telemetry.row_file import to_json
 from hvd_hetero.telemetry.run_folder import RunFolder
@@ -21,7 +21,7 @@ from hvd_hetero.telemetry.run_status import ENDED, LIVE_TRACE, LOOK, PREPARING, 
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import Recorder
-from hvd_hetero.training.checkpointer import NONE, Meetings
+from hvd_hetero.training.checkpointer import NONE, SyncPoints
 from hvd_hetero.training.evaluation import EVAL
 from hvd_hetero.training.run_records import write_trace
 from hvd_hetero.training.startup import Job
@@ -42,7 +42,7 @@ class Run(Protocol):
     plan: Plan
     watch: Stopwatch
     folder: RunFolder | None
-    saver: Meetings | None
+    saver: SyncPoints | None
     accounts: Accounts
     epoch: Epoch | None
     begin: float
@@ -60,9 +60,9 @@ class LiveStatus:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._content: dict[str, Any] = {"phase": PREPARING}
-        self._wrote, self._took, self._told_of = 0.0, 0.0, False
+        self._wrote, self._write_sec, self._has_warned = 0.0, 0.0, False
         self._began, self._met, self._waited = time.monotonic(), 0, 0.0
-        self._start, self._start_share = time.monotonic(), 0.0
+        self._start, self._start_fraction = time.monotonic(), 0.0
         self._recorder = Recorder(run.watch, LIVE_ROUNDS)
         self._recording = False
         self._write()
@@ -75,12 +75,12 @@ class LiveStatus:
             self._content["phase"] = phase
             if "checkpoint" in self._content:
                 self._content["checkpoint"] = self._checkpoint()
-            self._write(0.0 if phase in ENDED else SHARE * self._took)
+            self._write(0.0 if phase in ENDED else SHARE * self._write_sec)
 
     def begin(self) -> None:
         """Training begins, or is resumed."""
         run = self._run
-        self._start, self._start_share = time.monotonic(), self._share(rounds_of(run.epoch))
+        self._start, self._start_fraction = time.monotonic(), self._fraction_done(rounds_of(run.epoch))
         self._content |= {"epochs": expected_epochs(run.config.train, run.plan), **self._place(run.epoch)}
         self._content["classes"] = self._classes()
         if run.epoch is not None:
@@ -101,7 +101,7 @@ class LiveStatus:
         run, comm = self._run, self._run.comm
         together = sum(spent for spent in run.watch.collectives[self._met :] if spent == spent)
         waited = together + run.watch.seconds["blocked"] - self._waited
-        own = [float(len(segment.at)), waited, float(epoch.excluded + comm.excluded.untaken)]
+        own = [float(len(segment.at)), waited, float(epoch.excluded + comm.excluded.pending)]
         mine = run.job.cluster.class_of(comm.rank).name
         rows = (own if c.name == mine else [0.0] * len(own) for c in run.job.cluster.classes)
         looked_at = run.folder is not None and not self._recording and os.path.exists(run.folder.path / LOOK)
@@ -118,7 +118,7 @@ class LiveStatus:
                 # together: the shortest time in collectives, which a rank that waits for nobody spends there
                 known |= {"steps_per_sec": steps / spent, "excluded_in_epoch": int(excluded),
                           "blocked_fraction": min(1.0, max(0.0, waited + together) / spent)}  # fmt: skip
-            self._write(max(EVERY_SEC, SHARE * self._took))
+            self._write(max(EVERY_SEC, SHARE * self._write_sec))
         self._record(bool(looked_at))
 
     def end_round(self) -> None:
@@ -141,14 +141,14 @@ class LiveStatus:
 
     def end_epoch(self, row: Mapping[str, Any]) -> None:
         """Take in a row of ``metrics.jsonl``."""
-        told = {name: row[name] for name in row if name in ("train_loss", "samples_per_sec") or name.startswith(EVAL)}
-        self._content |= told | self._place()
+        shown = {name: row[name] for name in row if name in ("train_loss", "samples_per_sec") or name.startswith(EVAL)}
+        self._content |= shown | self._place()
         live = self._content["classes"]
         self._content["classes"] = {
             name: {**known, "steps_per_sec": live[name].get("steps_per_sec"),
                    "blocked_fraction": row["blocked_fraction"][name]} for name, known in self._classes().items()
         }  # fmt: skip
-        self._write(max(EVERY_SEC, SHARE * self._took))
+        self._write(max(EVERY_SEC, SHARE * self._write_sec))
 
     def _classes(self) -> dict[str, dict[str, Any]]:
         run = self._run
@@ -160,17 +160,17 @@ class LiveStatus:
         """Where the run is, in an epoch or between two."""
         run, done = self._run, self._run.accounts.done
         rounds = 0 if epoch is None else epoch.progress.averages
-        share = self._share(rounds_of(epoch))
+        fraction = self._fraction_done(rounds_of(epoch))
         return {"epoch": done.epochs, "round": done.rounds + rounds, "rounds_in_epoch": rounds,
-                "rounds_per_epoch": (epoch or run).plan.rounds, "share_done": share,
+                "rounds_per_epoch": (epoch or run).plan.rounds, "share_done": fraction,
                 "wall_sec": time.perf_counter() - run.begin,
-                "left_sec": self.left_sec(share),
+                "left_sec": self.left_sec(fraction),
                 "checkpoint": self._checkpoint()}  # fmt: skip
 
-    def left_sec(self, share: float | None = None) -> float | None:
+    def left_sec(self, fraction: float | None = None) -> float | None:
         """Seconds to the end of the run, where so much of it is done, or as much as at the end of the last epoch."""
-        share = self._share(0) if share is None else share
-        return left_sec(time.monotonic() - self._start, self._start_share, share)
+        fraction = self._fraction_done(0) if fraction is None else fraction
+        return left_sec(time.monotonic() - self._start, self._start_fraction, fraction)
 
     def _checkpoint(self) -> dict[str, Any] | None:
         """The newest checkpoint and its age, without one that of the run; None where none is ever made."""
@@ -180,9 +180,9 @@ class LiveStatus:
         number = saver.saved_round
         return {"round": None if number == NONE else number, "age_sec": time.monotonic() - saver.saved_at}
 
-    def _share(self, rounds: float) -> float:
+    def _fraction_done(self, rounds: float) -> float:
         run = self._run
-        return run_share(run.config.train, run.plan, run.done, rounds)
+        return run_fraction(run.config.train, run.plan, run.done, rounds)
 
     def _write(self, least_sec: float = 0.0) -> None:
         """Write it, if the last time is so long ago."""
@@ -192,11 +192,11 @@ class LiveStatus:
         try:
             write_text(folder.path / STATUS, to_json(self._content | own_mark()))
         except OSError as error:
-            if not self._told_of:
+            if not self._has_warned:
                 LOGGER.warning("%s cannot be written now: %s", STATUS, error.strerror)
-            self._told_of = True
+            self._has_warned = True
         self._wrote = time.monotonic()
-        self._took = self._wrote - now
+        self._write_sec = self._wrote - now
 
 
 def rounds_of(epoch: Epoch | None) -> float:

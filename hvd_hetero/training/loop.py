@@ -26,13 +26,13 @@ from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.sampling import Sampler
 from hvd_hetero.telemetry.callbacks import Callback
 from hvd_hetero.training.api import begin, carry_out, exit_on_error
-from hvd_hetero.training.checkpointer import HandedOut, Meetings
-from hvd_hetero.training.handover import HandedWorker, Handover, Left, Round
+from hvd_hetero.training.checkpointer import LoopSaver, SyncPoints
+from hvd_hetero.training.handover import Handover, LoopExited, LoopWorker, Round
 from hvd_hetero.training.process import process_restored
 from hvd_hetero.training.resume import Found
 from hvd_hetero.training.startup import Job, make_worker
 from hvd_hetero.training.trainer import Trainer
-from hvd_hetero.worker.components import Components, MakeScheduler, UserObjects, build, tell
+from hvd_hetero.worker.components import Components, MakeScheduler, UserObjects, build, log_adaptations
 from hvd_hetero.worker.index_feed import Feed, StreamFeed
 from hvd_hetero.worker.losses import PerSample
 from hvd_hetero.worker.parameter_groups import MakeOptimizer
@@ -122,10 +122,10 @@ class Loop:
             test = source if test_data is None else test_data
             if loaded.run.dir is None:
                 loaded = replace(loaded, run=replace(loaded.run, trackers=[]))  # they have no place to write to
-            given = UserObjects(model, source, test, loss, optimizer, scheduler, metrics, callbacks)
-            parts = build(loaded, given)
+            objects = UserObjects(model, source, test, loss, optimizer, scheduler, metrics, callbacks)
+            parts = build(loaded, objects)
             if test_data is not None:
-                tell(parts, loaded, given)
+                log_adaptations(parts, loaded, objects)
             return loaded, parts
 
         def make(job: Job, found: Found | None) -> LoopTrainer:
@@ -172,7 +172,7 @@ class Loop:
         self._handover.begin(partial(carry_out, trainer), trainer.job.placement.device)
         with ExitStack() as hearing:
             is_heard = False
-            while (round := exit_on_error(self._handover.take)) is not None:
+            while (round := exit_on_error(self._handover.swap)) is not None:
                 if not round.measures and not is_heard and trainer.saver is not None and trainer.saver.active:
                     hearing.enter_context(trainer.saver.stopping)  # only a program's main thread hears signals
                     is_heard = True
@@ -195,7 +195,7 @@ class Loop:
         steps, and once after the last round. With ``run.dir`` it never is: checkpoints are written there.
         """
         saver = self._trainer.saver
-        if not isinstance(saver, HandedOut):
+        if not isinstance(saver, LoopSaver):
             return False
         saver.is_asked = True
         return saver.state is not None
@@ -209,7 +209,7 @@ class Loop:
             RuntimeError: :meth:`save_due` does not say that it is.
         """
         saver = self._trainer.saver
-        if not isinstance(saver, HandedOut) or saver.state is None:
+        if not isinstance(saver, LoopSaver) or saver.state is None:
             raise RuntimeError("there is nothing to save now: ask loop.save_due() first")
         state, saver.state = saver.state, None
         return state
@@ -218,7 +218,7 @@ class Loop:
         """Go on from this rank's state, with the same settings and ranks; comes before the first round."""
         if self._is_begun:
             raise RuntimeError("load a state before the first round")
-        self._trainer.given = state
+        self._trainer.loaded_state = state
 
     # ---- the end ----------------------------------------------------------------------------------------------------
 
@@ -245,8 +245,8 @@ class Loop:
     def _stop_trainer(self) -> None:
         if self._handover.is_out:
             try:
-                self._handover.take(Left("the program has left its loop"))
-            except Left:
+                self._handover.swap(LoopExited("the program has left its loop"))
+            except LoopExited:
                 pass
 
     def _leave(self) -> None:
@@ -262,37 +262,37 @@ class LoopTrainer(Trainer):
         evaluates: there are test data.
 
     Attributes:
-        given: a state to go on from, which the program has kept.
+        loaded_state: a state to go on from, which the program has kept.
     """
 
-    worker: HandedWorker
+    worker: LoopWorker
 
     def __init__(self, job: Job, run_dir: str | None, found: Found | None, sharded: bool, evaluates: bool) -> None:
         super().__init__(job, run_dir, found)
         self._sharded, self.evaluates = sharded, evaluates
-        self.given: Mapping[str, Any] | None = None
+        self.loaded_state: Mapping[str, Any] | None = None
 
     def connect(self, handover: Handover) -> None:
         """Hand rounds out there."""
         is_stream = isinstance(self.source, StreamSource)
         needs_losses = not is_stream and self.config.sampling.scheme != UNIFORM
         self.worker.connect(handover, self.comm.excluded, self.kept, is_stream, needs_losses,
-                            lambda: self.algorithm.mine.batch_size)  # fmt: skip
+                            lambda: self.algorithm.class_plan.batch_size)  # fmt: skip
 
-    def make_worker(self) -> HandedWorker:
-        return make_worker(self.job, self.watch, HandedWorker)
+    def make_worker(self) -> LoopWorker:
+        return make_worker(self.job, self.watch, LoopWorker)
 
-    def make_saver(self) -> Meetings | None:
+    def make_saver(self) -> SyncPoints | None:
         if self.run_dir is not None:
             return super().make_saver()
-        return HandedOut(self.config, self.comm, self.algorithm.policy.needs_quiesce, self.given)
+        return LoopSaver(self.config, self.comm, self.algorithm.policy.needs_quiesce, self.loaded_state)
 
     def make_feed(self) -> Feed:
         if not isinstance(self.source, StreamSource):
             return super().make_feed()
         if not self._sharded:
-            said = self.comm.gather_text(json.dumps(facts_of_stream(self.source)), "stream.facts")
-            check_alike([{"training": json.loads(text)} for text in said], [f.host for f in self.job.cluster.facts])
+            texts = self.comm.gather_text(json.dumps(facts_of_stream(self.source)), "stream.facts")
+            check_alike([{"training": json.loads(text)} for text in texts], [f.host for f in self.job.cluster.facts])
         nothing = Sampler(0, UNIFORM, 0.0, "", self.config.run.seed) if self.comm.rank == 0 else None
         feed = StreamFeed(self.comm, nothing, not self._sharded)
         self.kept[STREAM] = feed

@@ -33,7 +33,7 @@ def carry_over(run: Run, state: Mapping[str, Any]) -> None:
     assert run.saver is not None
     accounts.carry_over(state["accounts"], run.saver.saved_round if epoch is None and "epoch" in state else None)
     if epoch is None:
-        run.worker.take_losses()
+        run.worker.pop_losses()
     if own is None:
         by_epochs = run.job.config.train.scheduler_unit == "epoch"
         for _ in range(accounts.epochs if by_epochs else run.saver.saved_round):

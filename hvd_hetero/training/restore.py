@@ -14,7 +14,7 @@ from hvd_hetero.telemetry.run_folder import RunFolder
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.training.best import BestEvaluation
-from hvd_hetero.training.checkpointer import Meetings
+from hvd_hetero.training.checkpointer import SyncPoints
 from hvd_hetero.training.iterate_average import IterateAverage
 from hvd_hetero.training.resume import places, slots
 from hvd_hetero.training.run_records import say_resumed
@@ -38,7 +38,7 @@ class Run(Protocol):
     plan: Plan
     watch: Stopwatch
     folder: RunFolder | None
-    saver: Meetings | None
+    saver: SyncPoints | None
     epoch: Epoch | None
     source: Source
     best: BestEvaluation
@@ -55,12 +55,12 @@ def state_of(run: Run, epoch: Epoch | None) -> dict[str, Any]:
     """Everything that decides how this rank goes on, in an epoch under way or between two."""
     state: dict[str, Any] = {name: getattr(run, name).state_dict() for name in PARTS}
     state |= {"plan": run.plan.to_dict(), "best": run.best.state_dict(), "wall_sec": time.perf_counter() - run.begin,
-              "path": run.comm.path, "sent": run.comm.carried.sent, "classes": places(run.job.cluster),
+              "path": run.comm.path, "sent": run.comm.traffic.sent, "classes": places(run.job.cluster),
               "slots": slots(run.job.cluster)}  # fmt: skip
     if run.kept:
         state["kept"] = {name: item.state_dict() for name, item in run.kept.items()}
     if epoch is not None:
-        epoch.count(run.comm.excluded.take(), run.algorithm.counts())
+        epoch.count(run.comm.excluded.pop(), run.algorithm.counts())
         state["epoch"] = epoch.state_dict()
         state["watch"], state["met"] = run.watch.state_dict(), run.met
     if run.feed.sampler is not None:
@@ -80,7 +80,7 @@ def restore(run: Run, state: Mapping[str, Any]) -> None:
         if name in state.get("kept", {}):
             item.load_state_dict(state["kept"][name])
     run.best.load_state_dict(state["best"])
-    run.comm.carried.sent = state["sent"]
+    run.comm.traffic.sent = state["sent"]
     run.begin -= state["wall_sec"]
     place = f"epoch {run.accounts.epochs}, round {run.accounts.rounds}"
     if "epoch" in state:

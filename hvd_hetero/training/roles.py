@@ -19,7 +19,7 @@ def check_roles(config: Config, cluster: Cluster) -> None:
     is_unused = spec.scheme == UNIFORM or (spec.scheme in (SEPARATE, UNIFIED) and spec.high_loss_ratio == 0)
     for item in cluster.helpers:
         if item.role == SCORE and is_unused:
-            told = "" if spec.scheme == UNIFORM else ", sampling.high_loss_ratio=0"
-            problem = f"{config.algorithm.name} deals samples by no losses here (sampling.scheme={spec.scheme}{told})"
+            suffix = "" if spec.scheme == UNIFORM else ", sampling.high_loss_ratio=0"
+            problem = f"{config.algorithm.name} deals samples by no losses here (sampling.scheme={spec.scheme}{suffix})"
             remedy = "set a scheme that goes by them, where the method can (docs/methods.md), or another role"
             raise ConfigError(f"cluster.classes.{item.name}.role", SCORE, problem, remedy)

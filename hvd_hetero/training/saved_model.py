@@ -59,13 +59,13 @@ def evaluate_run(run: str, checkpoint: str, overrides: Sequence[str]) -> dict[st
     config = _config(run, overrides)
 
     def prepare() -> tuple[Config, Components]:
-        parts = build(config)
-        load_weights(Path(run), checkpoint, parts.model, config)
+        components = build(config)
+        load_weights(Path(run), checkpoint, components.model, config)
         if checkpoint == BEST and job_env().rank == 0:
-            told = better_unsaved(Path(run), BestEvaluation(config.eval.best, parts.metrics))
-            if told is not None:
-                LOGGER.warning("%s", told)
-        return _of_one_class(config), parts
+            warning = better_unsaved(Path(run), BestEvaluation(config.eval.best, components.metrics))
+            if warning is not None:
+                LOGGER.warning("%s", warning)
+        return _of_one_class(config), components
 
     with process_restored():
         job = startup.start(prepare)
@@ -138,12 +138,12 @@ def better_unsaved(run: Path, best: BestEvaluation) -> str | None:
     store = Store(run)
     found, value = store.best(), store.best_value(best.by)
     rows = [row for name in (METRICS, EVALUATIONS) if (run / name).exists() for row in read_rows(run / name)]
-    goods = [(good, row) for row in rows if (good := best.goodness(row)) is not None]
-    if found is None or value is None or not goods:
+    scored = [(score, row) for row in rows if (score := best.score(row)) is not None]
+    if found is None or value is None or not scored:
         return None
-    good, row = max(goods, key=lambda item: item[0])
-    saved = best.goodness({EVAL + LOSS: 0.0, EVAL + best.metric: value})
-    if saved is None or good <= saved:
+    score, row = max(scored, key=lambda item: item[0])
+    saved = best.score({EVAL + LOSS: 0.0, EVAL + best.metric: value})
+    if saved is None or score <= saved:
         return None
     better = f"{best.metric} {row[EVAL + best.metric]:.4g} after epoch {row['epoch']}"
     evaluated = f"{value:.4g} after epoch {found.meta.epochs}"

@@ -90,16 +90,16 @@ def _start(env: JobEnv, watchdog: Watchdog, prepare: Callable[[], tuple[Config, 
     looked_at = {}
     if env.size > 1:
         looked_at = {"training": facts_of(data.train, components.weights), "test": facts_of(data.test)}
-    said = _exchange(env, {
+    gathered = _exchange(env, {
         "facts": local_facts(env.rank, env.host, env.local_rank).to_dict(),
         "fingerprint": fingerprint(config, components.model),
         "data": looked_at,
     })
     watchdog.arm(config.run.watchdog_sec)
-    facts = [RankFacts.from_dict(other["facts"]) for other in said]
+    facts = [RankFacts.from_dict(other["facts"]) for other in gathered]
     hosts = [fact.host for fact in facts]
-    check_same([other["fingerprint"] for other in said], hosts)
-    check_alike([other["data"] for other in said], hosts)
+    check_same([other["fingerprint"] for other in gathered], hosts)
+    check_alike([other["data"] for other in gathered], hosts)
     classes = config.cluster.classes
     classes = classes if classes == AUTO else device_classes(classes)
     cluster = assign(classes, facts, config.cluster.share_gpus)
@@ -113,7 +113,7 @@ def _start(env: JobEnv, watchdog: Watchdog, prepare: Callable[[], tuple[Config, 
     if placement.device != "cpu":
         torch.cuda.set_device(torch.device(placement.device))
         warnings.filterwarnings("default", "train.compile")  # what fails on a GPU may go well on rank 0
-    return Job(env, config, components, cluster, placement, watchdog, said[env.rank]["data"])
+    return Job(env, config, components, cluster, placement, watchdog, gathered[env.rank]["data"])
 
 
 W = TypeVar("W", bound=Worker)
@@ -121,18 +121,18 @@ W = TypeVar("W", bound=Worker)
 
 def make_worker(job: Job, watch: Stopwatch, kind: type[W]) -> W:
     """This rank's worker, on its device."""
-    config, parts, mine = job.config, job.components, job.cluster.class_of(job.env.rank)
+    config, components, mine = job.config, job.components, job.cluster.class_of(job.env.rank)
     cut = per_class("train.micro_batches", config.train.micro_batches, [c.name for c in job.cluster.classes], word=AUTO)
     set_precision(config.train.matmul_precision)
     return kind(
-        parts.model,
-        parts.loss,
-        parts.optimizer,
-        parts.scheduler,
+        components.model,
+        components.loss,
+        components.optimizer,
+        components.scheduler,
         device=job.placement.device,
         slowdown=mine.slowdown,
         watch=watch,
-        metrics=parts.metrics,
+        metrics=components.metrics,
         seed=config.run.seed * 1000003 + job.env.rank,
         clip_norm=config.train.clip_norm,
         autocast=autocast_type(config.train.autocast, job.placement.device),
@@ -140,7 +140,7 @@ def make_worker(job: Job, watch: Stopwatch, kind: type[W]) -> W:
         channels_last=config.train.channels_last,
         state_policies=config.aggregation.state,
         micro_batches=cut.get(mine.name) or 1,
-        min_batch=parts.min_batch,
+        min_batch=components.min_batch,
     )
 
 
@@ -180,13 +180,13 @@ def check(config: Config, components: Components, cluster: Cluster) -> None:
 
 def _exchange(env: JobEnv, content: dict[str, Any]) -> list[dict[str, Any]]:
     """Exchanges facts; a complaint of any rank becomes one error on all of them."""
-    said = exchange(env, "start", content, PREPARE_TIMEOUT_SEC)
+    gathered = exchange(env, "start", content, PREPARE_TIMEOUT_SEC)
     errors: dict[str, list[int]] = {}
-    for rank, other in enumerate(said):
+    for rank, other in enumerate(gathered):
         if "error" in other:
             errors.setdefault(str(other["error"]), []).append(rank)
     if errors:
         everywhere = len(next(iter(errors.values()))) == env.size
         lines = [text if everywhere else f"rank {', '.join(map(str, ranks))}: {text}" for text, ranks in errors.items()]
         raise UserError("\n".join(lines))
-    return said
+    return gathered

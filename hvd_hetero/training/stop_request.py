@@ -27,7 +27,7 @@ class StopRequest:
         run_dir: None: there is none, nothing would be saved, and nobody is heard.
 
     Attributes:
-        heard: called at the first signal, which horovodrun sends as well when another rank is lost.
+        on_signal: called at the first signal, which horovodrun sends as well when another rank is lost.
     """
 
     def __init__(self, run_dir: Path | None) -> None:
@@ -35,7 +35,7 @@ class StopRequest:
         self._asked = False
         self._looked = 0.0
         self._before: dict[int, Any] = {}
-        self.heard: Callable[[], None] = lambda: None
+        self.on_signal: Callable[[], None] = lambda: None
 
     def __call__(self) -> bool:
         """Whether to stop; cheap enough to be asked at every step."""
@@ -53,21 +53,21 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         is_main = threading.current_thread() is threading.main_thread()  # Python allows it nowhere else
         if is_main and self._file is not None:
-            self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if threading.current_thread() is threading.main_thread():
-            self._put_back()
+            self._restore()
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._asked:
-            self._put_back()
+            self._restore()
             os.kill(os.getpid(), number)
         self._asked = True
-        self.heard()
+        self.on_signal()
 
-    def _put_back(self) -> None:
+    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

@@ -19,7 +19,7 @@ from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.errors import Stopped
 from hvd_hetero.planning.injected_delays import delays
 from hvd_hetero.planning.plan import Plan
-from hvd_hetero.planning.schedules import run_share
+from hvd_hetero.planning.schedules import run_fraction
 from hvd_hetero.planning.stop_criteria import check_limits, expected_epochs, fast_steps, next_rounds
 from hvd_hetero.random_state import seed_all
 from hvd_hetero.telemetry.callbacks import Started
@@ -46,7 +46,7 @@ from hvd_hetero.training.startup import Job
 from hvd_hetero.training.trainer_parts import TrainerParts
 from hvd_hetero.worker.epoch import Epoch, Segment
 from hvd_hetero.worker.memory import on_device, peak_bytes, used_bytes
-from hvd_hetero.worker.step_benchmark import take_first_steps
+from hvd_hetero.worker.step_benchmark import warm_up
 
 TRACED_EPOCHS = 2
 """An epoch's first rounds are recorded in place of the last epoch's; the first epoch warms up caches and
@@ -66,15 +66,15 @@ class Trainer(TrainerParts):
     """
 
     def __init__(self, job: Job, run_dir: str | Path | None, found: Found | None = None) -> None:
-        config, parts = job.config, job.components
+        config, components = job.config, job.components
         self.job, self.config = job, config
         slowdown = job.cluster.class_of(job.env.rank).slowdown
         clock = thread_cpu_clock(job.placement.device, job.placement.threads)
         self.watch = Stopwatch(thread_cpu_clock=clock if slowdown > 1 else None, heartbeat=job.watchdog.heartbeat)
-        self.source = on_device(parts.dataset.train, job.placement.device, "training")
-        self.test = on_device(parts.dataset.test, job.placement.device, "test")
+        self.source = on_device(components.dataset.train, job.placement.device, "training")
+        self.test = on_device(components.dataset.test, job.placement.device, "test")
         self.worker = self.make_worker()
-        self.algorithm = algorithms.build(config, job.cluster, len(self.source), parts.min_batch)
+        self.algorithm = algorithms.build(config, job.cluster, len(self.source), components.min_batch)
         seed_all(config.run.seed * 1000003 + job.env.rank)  # dropout differs from rank to rank
         self.run_dir, self.found, self.folder = run_dir, found, None
         if run_dir is not None and job.env.rank == 0:
@@ -112,12 +112,12 @@ class Trainer(TrainerParts):
             self.worker.micro_batches = state["worker"].get("micro_batches", 1)
         if state is not None and known is not None:
             self.comm.set_path(state["path"])
-        with self._memory_told():
+        with self._explain_out_of_memory():
             policy, measured = self.algorithm.policy, self.measured_source
             if known is None or reshaped:
                 choose_micro_batches(self.job, policy, self.worker, measured, self.comm)
             self.plan = known or first_plan(self.job, policy, self.worker, measured, self.comm)
-            take_first_steps(self.worker, measured, self.plan.of_rank(self.comm.rank).batch_size)
+            warm_up(self.worker, measured, self.plan.of_rank(self.comm.rank).batch_size)
         check_limits(config.train, self.plan)
         self.comm.agree(self.plan.digest(), "plan", "plan")
         start_together(self.algorithm, self.plan, self.worker, self.comm)
@@ -128,7 +128,7 @@ class Trainer(TrainerParts):
             spec.average, self.worker.state, half_life(spec, config.train, self.plan), spec.last
         )
         self.epoch: Epoch | None = None
-        self.comm.carried.take()  # what was only measured
+        self.comm.traffic.pop()  # what was only measured
         self._tell_rate()
         if state is not None:
             (carry_over if reshaped else restore)(self, state)
@@ -149,7 +149,7 @@ class Trainer(TrainerParts):
         expected = expected_epochs(config.train, self.plan)
         self.progress = None if self.folder is None else Progress(expected, self.job.env.columns, accounts.epochs)
         before = accounts.steps[comm.rank] + (0 if self.epoch is None else self.epoch.steps)
-        self.worker.pace.delays = delays(config.delays, comm.rank, comm.size, before)
+        self.worker.emulator.delays = delays(config.delays, comm.rank, comm.size, before)
         self.status.begin()
         self._saved_round = -1 if self.saver is None else self.saver.saved_round
         self.watch.skip()
@@ -174,7 +174,7 @@ class Trainer(TrainerParts):
             self._call("on_end", None)
             return None
         self.progress.close()
-        self.best.tell()
+        self.best.log_end()
         self.saved = write_model(self.folder, self.worker.model, MODEL)
         cluster, path = self.job.cluster, comm.path
         classes = accounts.classes(self.plan)
@@ -200,7 +200,7 @@ class Trainer(TrainerParts):
             self.recorder.start()
         self.watch.heartbeat.begin("dealing samples")
         if self.feed.sampler is not None:
-            self.feed.sampler.share = run_share(self.config.train, self.plan, self.accounts.done, 0.0)
+            self.feed.sampler.fraction_done = run_fraction(self.config.train, self.plan, self.accounts.done, 0.0)
         whole = self.feed.begin_epoch(self.plan)
         part = replace(whole, rounds=min(rounds, whole.rounds))
         indices = self.algorithm.deal(self.feed, part, whole)
@@ -222,16 +222,16 @@ class Trainer(TrainerParts):
             segment.start_round = partial(self._start_round, segment, before)
             segment.finish_round = partial(self._finish_round, spans, epoch)
             self.status.start_segment()
-            with self._memory_told():
+            with self._explain_out_of_memory():
                 self.algorithm.run_segment(segment)
             if saver is None:
-                progress = epoch.finish(segment, self.algorithm.mine.tau)
+                progress = epoch.finish(segment, self.algorithm.class_plan.tau)
                 epoch.add(segment, progress)
                 return SyncDecision(progress, False, False)
             step_sec = [0.0] * len(classes) if rebalances else []
             if rebalances and segment.at:
                 step_sec[own] = sum(work[first:]) / len(segment.at)
-            agreed = self._meet(epoch, segment, saver, length, before, step_sec)
+            agreed = self._synchronize(epoch, segment, saver, length, before, step_sec)
             self._offer(self.helpers.offer, epoch, epoch.progress.averages)
             self.helpers.receive()
             if epoch.rounds_left == 0 or (length >= left and not agreed.stop):
@@ -267,17 +267,17 @@ class Trainer(TrainerParts):
         self.epoch, plan, is_planned = None, epoch.plan, self.algorithm.policy.follows_plan
         as_dealt = is_planned and not epoch.since
         shapes = [(plan.rounds * c.tau, c.batch_size) for c in plan.by_rank()] if as_dealt else None
-        with comm.booked():
+        with comm.timed():
             self.algorithm.end_epoch()
-            losses, weights = worker.take_losses()
-            self.feed.collect(*epoch.results(), losses, shapes, self.helpers.take_scores(accounts.epochs + 1))
+            losses, weights = worker.pop_losses()
+            self.feed.collect(*epoch.results(), losses, shapes, self.helpers.pop_scores(accounts.epochs + 1))
         if self.averaged is not None and comm.rank == 0:
             self.averaged.end_epoch()
         spans = RoundSpans(self.watch, self.recorder, epoch.work_sec)
-        step_sec = spans.step_sec(epoch, self.algorithm.mine.tau, is_planned)
-        excluded, counts = epoch.count(comm.excluded.take(), self.algorithm.counts())
+        step_sec = spans.step_sec(epoch, self.algorithm.class_plan.tau, is_planned)
+        excluded, counts = epoch.count(comm.excluded.pop(), self.algorithm.counts())
         done = gather_figures(comm, self.watch, accounts, epoch, losses, weights, step_sec, {
-            "excluded": excluded, "sent": comm.carried.take(), "dropped": self.algorithm.take_dropped(),
+            "excluded": excluded, "sent": comm.traffic.pop(), "dropped": self.algorithm.pop_dropped(),
             "overflows": 0 if worker.scaler is None else worker.scaler.overflows, "memory": used_bytes(worker.device),
         })  # fmt: skip
         self.met = 0.0, 0.0
@@ -339,8 +339,8 @@ class Trainer(TrainerParts):
         if epoch is not None:
             self._share_evaluations()
         self.watch.heartbeat.begin("checkpoint")
-        good = self.best.goodness(row or {})
-        self.saver.save(self._round_of(epoch), self.accounts.epochs, lambda: state_of(self, epoch), wait, good)
+        score = self.best.score(row or {})
+        self.saver.save(self._round_of(epoch), self.accounts.epochs, lambda: state_of(self, epoch), wait, score)
         self._tell_saved(self.saver)
         self.watch.skip()
 

@@ -18,20 +18,20 @@ from hvd_hetero.config.schema import Config
 from hvd_hetero.data import Source, read
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.sampling import Sampler
-from hvd_hetero.planning.schedules import next_rate, round_factor, run_share
+from hvd_hetero.planning.schedules import next_rate, round_factor, run_fraction
 from hvd_hetero.planning.stop_criteria import RunProgress
 from hvd_hetero.telemetry.run_folder import RunFolder
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.training.best import BestEvaluation
-from hvd_hetero.training.checkpointer import Meetings, Saver, SyncDecision
+from hvd_hetero.training.checkpointer import Saver, SyncDecision, SyncPoints
 from hvd_hetero.training.helpers import Helpers, Place, place_in
 from hvd_hetero.training.live_status import LiveStatus
 from hvd_hetero.training.startup import Job, make_worker
 from hvd_hetero.worker.components import as_user_error
 from hvd_hetero.worker.epoch import Epoch, Segment
 from hvd_hetero.worker.index_feed import Feed
-from hvd_hetero.worker.memory import batch_that_fits, told_by_class
+from hvd_hetero.worker.memory import batch_that_fits, explain_out_of_memory
 from hvd_hetero.worker.worker import Worker
 
 
@@ -52,7 +52,7 @@ class TrainerParts:
     plan: Plan
     worker: Worker
     feed: Feed
-    saver: Meetings | None
+    saver: SyncPoints | None
     best: BestEvaluation
     accounts: Accounts
     helpers: Helpers
@@ -66,7 +66,7 @@ class TrainerParts:
     def make_worker(self) -> Worker:
         return make_worker(self.job, self.watch, Worker)
 
-    def make_saver(self) -> Meetings | None:
+    def make_saver(self) -> SyncPoints | None:
         if self.run_dir is None:
             return None
         quiesces = self.algorithm.policy.needs_quiesce
@@ -88,7 +88,7 @@ class TrainerParts:
         spec, biased = self.config.sampling, self.plan.biased(self.config.sampling.bias_to)
         return Sampler.of(spec, len(self.source), biased, self.config.run.seed, self.job.components.weights)
 
-    def _memory_told(self) -> AbstractContextManager[None]:
+    def _explain_out_of_memory(self) -> AbstractContextManager[None]:
         """What a class without enough memory for its steps ends with."""
         worker, name = self.worker, self.job.cluster.class_of(self.comm.rank).name
         batch_size = self.algorithm.policy.batch_size[name]
@@ -96,7 +96,7 @@ class TrainerParts:
         def step(rows: Tensor) -> None:
             worker.try_gradient(*next(read(self.source, rows.view(1, -1), worker.generator)))
 
-        return told_by_class(name, batch_size, lambda: batch_that_fits(step, worker.device, batch_size))
+        return explain_out_of_memory(name, batch_size, lambda: batch_that_fits(step, worker.device, batch_size))
 
     # ---- in an epoch, and at its end --------------------------------------------------------------------------------
 
@@ -114,13 +114,13 @@ class TrainerParts:
         """What the run has done, with the pace of the epoch under way as all ranks know it."""
         return replace(self.accounts.done, epoch_rounds=self.met[0], epoch_sec=self.met[1])
 
-    def _meet(self, epoch: Epoch, segment: Segment, saver: Meetings, length: int, before: int,
+    def _synchronize(self, epoch: Epoch, segment: Segment, saver: SyncPoints, length: int, before: int,
               step_sec: Sequence[float]) -> SyncDecision:  # fmt: skip
         """Agree with all ranks on a segment that has ended; where the run has had its time, the epoch ends with it."""
-        progress, limit = epoch.finish(segment, self.algorithm.mine.tau), self.config.train.max_train_sec
+        progress, limit = epoch.finish(segment, self.algorithm.class_plan.tau), self.config.train.max_train_sec
         spent = self.watch.spent if self.comm.rank == 0 else 0.0
         left = math.inf if limit is None else limit - self.accounts.train_sec - spent
-        with self.comm.booked():
+        with self.comm.timed():
             figures = [*self.status.figures(epoch, segment), spent]
             agreed = saver.agree(progress, length, before, step_sec, figures, left)
         self._tell_saved(saver)
@@ -140,22 +140,22 @@ class TrainerParts:
     def _start_round(self, segment: Segment, before: int, number: int) -> None:
         """Set number and learning rate of a round, which has this number in its segment, with ``before`` before it."""
         self.comm.excluded.round = before + number + 1
-        rounds = segment.rounds_done(self.algorithm.mine.tau) + 0.5  # the middle of the one that begins
+        rounds = segment.rounds_done(self.algorithm.class_plan.tau) + 0.5  # the middle of the one that begins
         factor = round_factor(self.config.train, self.plan, self.done, before + number + 1, rounds)
         if factor is not None:
             self.worker.scale_rate(factor)
         if self.config.aggregation.anneal_from is not None:
-            self.algorithm.policy.share = run_share(self.config.train, self.plan, self.done, rounds)
+            self.algorithm.policy.fraction_done = run_fraction(self.config.train, self.plan, self.done, rounds)
 
     def _offer(self, offer: Callable[[int, Place], None], epoch: Epoch, rounds: int) -> None:
         """Let helpers have the model of an epoch under way, unless this rank has no part in it before its end."""
-        if self.algorithm.mine.tau:
+        if self.algorithm.class_plan.tau:
             number = self.accounts.rounds + rounds
             offer(number, lambda: place_in(epoch, self.accounts, self.watch, rounds, time.perf_counter() - self.begin))
 
     def _share_evaluations(self) -> None:
         """Take in what helpers have evaluated; all ranks that train call it."""
-        for row in self.helpers.share():
+        for row in self.helpers.broadcast_evaluations():
             self.best.enter(row)
             self._call("on_evaluation", row)
 
@@ -167,7 +167,7 @@ class TrainerParts:
         self.watch.heartbeat.begin(hook)
         self.job.components.callbacks.call(self.comm.rank, hook, *args)
 
-    def _tell_saved(self, saver: Meetings) -> None:
+    def _tell_saved(self, saver: SyncPoints) -> None:
         if saver.saved_round > self._saved_round:
             self._saved_round = saver.saved_round
             self._call("on_checkpoint", self._saved_round)

@@ -46,7 +46,7 @@ class PeerStatus:
     beat: dict[str, Any] | None = None
     silent_sec: float = 0.0
 
-    def look(self, beat: dict[str, Any] | None, elapsed_sec: float) -> bool:
+    def update(self, beat: dict[str, Any] | None, elapsed_sec: float) -> bool:
         """Takes in what it says now; whether it is new."""
         new = beat is not None and (self.beat is None or beat["number"] != self.beat["number"])
         self.silent_sec = 0.0 if new else self.silent_sec + elapsed_sec
@@ -75,7 +75,7 @@ class Watchdog:
         self._number, self._count = 0, -1
         self._still_sec = self._unreached_sec = 0.0
         self._ticked = time.monotonic()
-        self._sights = {rank: PeerStatus() for rank in range(env.size) if rank != env.rank}
+        self._peers = {rank: PeerStatus() for rank in range(env.size) if rank != env.rank}
         self._thread = threading.Thread(target=self._run, name="hvd_hetero.watchdog", daemon=True)
         if env.store is not None:
             self._thread.start()
@@ -128,7 +128,7 @@ class Watchdog:
             put_beat(self._env, beat)
             self._unreached_sec = 0.0
             if self._armed:
-                self._look(beat, elapsed)
+                self._check_peers(beat, elapsed)
         except (OSError, HTTPException, ValueError, KeyError):  # whatever a stranger may have put there
             self._unreached_sec += elapsed
             if self._unreached_sec >= self._env.orphan_sec and not self._stopped.is_set():
@@ -139,22 +139,22 @@ class Watchdog:
     def _me(self) -> str:
         return f"rank {self._env.rank} on {self._env.host}"
 
-    def _look(self, mine: dict[str, Any], elapsed_sec: float) -> None:
+    def _check_peers(self, mine: dict[str, Any], elapsed_sec: float) -> None:
         """Ends the job if a rank is silent for too long, or if all wait for each other.
 
         That is for the lowest rank that is not silent itself, so that one message tells it, and one rank reads all.
         """
         _, patience_sec = self._rhythm
-        for rank, sight in self._sights.items():
-            if sight.look(get_beat(self._env, rank), elapsed_sec) and rank < self._env.rank:
+        for rank, peer in self._peers.items():
+            if peer.update(get_beat(self._env, rank), elapsed_sec) and rank < self._env.rank:
                 return
-        if any(sight.silent_sec < patience_sec for rank, sight in self._sights.items() if rank < self._env.rank):
+        if any(peer.silent_sec < patience_sec for rank, peer in self._peers.items() if rank < self._env.rank):
             return
-        silent = {rank: sight for rank, sight in self._sights.items() if sight.silent_sec >= patience_sec}
+        silent = {rank: peer for rank, peer in self._peers.items() if peer.silent_sec >= patience_sec}
         if silent and not self._stopped.is_set():
             status = EXIT_STUCK if self._limit_sec <= self._env.orphan_sec + LOST_LATER_SEC else EXIT_LOST
-            self._end(status, "; ".join(f"rank {rank} {sight}" for rank, sight in silent.items()))
-        beats = {self._env.rank: mine, **{rank: sight.beat for rank, sight in self._sights.items()}}
+            self._end(status, "; ".join(f"rank {rank} {peer}" for rank, peer in silent.items()))
+        beats = {self._env.rank: mine, **{rank: peer.beat for rank, peer in self._peers.items()}}
         if all(beat is not None and beat["waits"] and beat["still_sec"] >= self._limit_sec for beat in beats.values()):
             where = "; ".join(f"rank {rank} in {beat['phase']}" for rank, beat in sorted(beats.items()) if beat)
             self._end(EXIT_STUCK, f"all ranks wait for each other for {self._limit_sec:g} s: {where}", stacks=True)

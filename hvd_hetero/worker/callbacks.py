@@ -21,14 +21,14 @@ class Callbacks:
     A mistake in a callback of the user's ends the job; one in a tracker ends only the tracking, with a warning.
 
     Args:
-        given: objects that a program has given beside ``run.callbacks``.
+        callbacks: objects that a program has given beside ``run.callbacks``.
 
     Raises:
         ConfigError: one is not known, cannot be made, or its package is not installed.
     """
 
-    def __init__(self, spec: RunConfig, given: Sequence[Callback] = ()) -> None:
-        self._own = [(type(item).__qualname__, item) for item in given]
+    def __init__(self, spec: RunConfig, callbacks: Sequence[Callback] = ()) -> None:
+        self._own = [(type(item).__qualname__, item) for item in callbacks]
         for path in spec.callbacks:
             self._own.append((path, call(KEY, import_target(KEY, path), {})))
         for name, item in self._own:

@@ -91,46 +91,46 @@ class Origins:
     scheduler: tuple[str, Any]
 
     @classmethod
-    def of(cls, config: Config, given: UserObjects | None) -> Origins:
+    def of(cls, config: Config, objects: UserObjects | None) -> Origins:
         """Return those of a configuration and of what a program has given beside it."""
-        given = given or UserObjects()
+        objects = objects or UserObjects()
         train = config.train
         return cls(
-            _either("train_data", given.train_data, *_named("data", config.data)),
-            _either("model", given.model, *_named("model", config.model)),
-            _either("loss", given.loss, "train.loss", train.loss),
-            _either("optimizer", given.optimizer, "train.optimizer", train.optimizer),
-            _either("scheduler", given.scheduler, "train.scheduler", train.scheduler),
+            _either("train_data", objects.train_data, *_named("data", config.data)),
+            _either("model", objects.model, *_named("model", config.model)),
+            _either("loss", objects.loss, "train.loss", train.loss),
+            _either("optimizer", objects.optimizer, "train.optimizer", train.optimizer),
+            _either("scheduler", objects.scheduler, "train.scheduler", train.scheduler),
         )
 
 
-def build(config: Config, given: UserObjects | None = None) -> Components:
+def build(config: Config, objects: UserObjects | None = None) -> Components:
     """Loads the data and makes the model; :func:`hvd_hetero.training.dry_run.build` tries both out.
 
     Raises:
         ConfigError: anything of it cannot be made.
     """
-    given = given or UserObjects()
-    train, origins = config.train, Origins.of(config, given)
+    objects = objects or UserObjects()
+    train, origins = config.train, Origins.of(config, objects)
     seed_all(config.run.seed)  # every rank has to read the same data
-    dataset, weighs = _dataset(config, given), config.sampling.sample_weights
+    dataset, weighs = _dataset(config, objects), config.sampling.sample_weights
     weights = None if weighs is None else sample_weights(weighs, dataset.train)
     seed_all(config.run.seed)  # however much randomness that took
     at_hand = [data.targets_of(split) for split in (dataset.train, dataset.test)]
-    model = _model(config, given)
-    loss = (per_sample_loss(train.loss, train.loss_args, at_hand) if given.loss is None
-            else loss_of_module(given.loss, at_hand))  # fmt: skip
-    module = loss.given if isinstance(loss, SampleLosses) else given.loss
+    model = _model(config, objects)
+    loss = (per_sample_loss(train.loss, train.loss_args, at_hand) if objects.loss is None
+            else loss_of_module(objects.loss, at_hand))  # fmt: skip
+    module = loss.given if isinstance(loss, SampleLosses) else objects.loss
     ignored = getattr(module, "ignore_index", train.loss_args.get("ignore_index", IGNORED))
     components = Components(
         dataset=dataset,
         model=model,
         loss=loss,
-        metrics=read_metrics("eval.metrics", config.eval.metrics, ignored) if given.metrics is None else (
-            read_metrics("metrics", given.metrics, ignored)),
-        optimizer=given.optimizer or optimizer_maker(train.optimizer, train.lr, train.optimizer_args),
-        scheduler=given.scheduler or scheduler_maker(train.scheduler, train.scheduler_args),
-        callbacks=Callbacks(config.run, given.callbacks),
+        metrics=read_metrics("eval.metrics", config.eval.metrics, ignored) if objects.metrics is None else (
+            read_metrics("metrics", objects.metrics, ignored)),
+        optimizer=objects.optimizer or optimizer_maker(train.optimizer, train.lr, train.optimizer_args),
+        scheduler=objects.scheduler or scheduler_maker(train.scheduler, train.scheduler_args),
+        callbacks=Callbacks(config.run, objects.callbacks),
         weights=weights,
     )
     read_best(config.eval.best, components.metrics)
@@ -141,11 +141,11 @@ def build(config: Config, given: UserObjects | None = None) -> Components:
     return components
 
 
-def tell(components: Components, config: Config, given: UserObjects | None = None) -> None:
+def log_adaptations(components: Components, config: Config, objects: UserObjects | None = None) -> None:
     """Log what is taken in another way than it is given, one line each."""
     if isinstance(components.loss, SampleLosses):
         LOGGER.info("%s=%r: reduction='none' is used in place of 'mean', as each sample's own loss is needed; "
-                    "a batch's loss is still their mean", *Origins.of(config, given).loss)  # fmt: skip
+                    "a batch's loss is still their mean", *Origins.of(config, objects).loss)  # fmt: skip
 
 
 def _check_autocast(model: nn.Module, autocast: str | None) -> None:
@@ -179,32 +179,32 @@ def first_samples(source: Source, count: int, origins: Origins, split: str = "tr
         return next(data.read(source, np.arange(count)[None], torch.Generator(), split=split))
 
 
-def _dataset(config: Config, given: UserObjects) -> Dataset:
+def _dataset(config: Config, objects: UserObjects) -> Dataset:
     spec = config.data
-    if given.train_data is None and given.test_data is None:
+    if objects.train_data is None and objects.test_data is None:
         return data.load(spec.name, spec.root, spec.target, spec.args, workers=spec.workers, seed=config.run.seed,
                          download=spec.download)
     for name, other in (("test_data", "train_data"), ("train_data", "test_data")):
-        if getattr(given, name) is None:
+        if getattr(objects, name) is None:
             raise ConfigError(name, None, f"{other} was given without {name}", "give both")
     splits, remedy = [], "give a map-style dataset or tensors (inputs, targets)"
     for name in ("train_data", "test_data"):
-        split = getattr(given, name)
+        split = getattr(objects, name)
         with as_user_error(name, type(split).__name__, "is no split", remedy):
             splits.append(data.as_source(name, split, spec.workers))
     return Dataset(*splits)
 
 
-def _model(config: Config, given: UserObjects) -> nn.Module:
-    if given.model is None:
+def _model(config: Config, objects: UserObjects) -> nn.Module:
+    if objects.model is None:
         return models.build(config.model.name, config.model.target, config.model.args)
-    model: Any = given.model
+    model: Any = objects.model
     remedy = "give a torch.nn.Module, or a function without arguments that makes one"
     if not isinstance(model, nn.Module):
         with as_user_error("model", _short(model), "cannot be made", remedy):
             model = model()
     if not isinstance(model, nn.Module):
-        raise ConfigError("model", _short(given.model), f"is no torch.nn.Module but a {type(model).__name__}", remedy)
+        raise ConfigError("model", _short(objects.model), f"is no torch.nn.Module but a {type(model).__name__}", remedy)
     return model
 
 
@@ -238,9 +238,9 @@ def as_user_error(key: str, value: Any, what: str, remedy: str) -> Iterator[None
         raise ConfigError(key, value, f"{what}: {cause(error)}", remedy) from error
 
 
-def _either(name: str, given: Any, key: str, value: Any) -> tuple[str, Any]:
+def _either(name: str, objects: Any, key: str, value: Any) -> tuple[str, Any]:
     """What decided: an argument, and the object that was given for it, or a key and its value."""
-    return (name, _short(given)) if given is not None else (key, value)
+    return (name, _short(objects)) if objects is not None else (key, value)
 
 
 def _short(value: Any) -> str:

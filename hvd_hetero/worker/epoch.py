@@ -82,7 +82,7 @@ class Segment:
             return epoch.rounds_done + self.planned
         return epoch.rounds_done + (len(self.at) / tau if tau else 0)
 
-    def note(self, steps: int, number: int) -> None:
+    def record(self, steps: int, number: int) -> None:
         """Note that this rank has taken ``steps`` steps in round ``number`` of the segment."""
         self.at += [number] * steps
 
@@ -92,14 +92,14 @@ class Segment:
         epoch, left = self._epoch, self._epoch.samples_left
         return left if self.rounds >= epoch.rounds_left else min(left, self.rounds * epoch.round_samples)
 
-    def claim(self, start: int, size: int, parts: int = 1) -> Iterator[Batch] | None:
+    def claim(self, start: int, size: int, micro_batches: int = 1) -> Iterator[Batch] | None:
         """Return the batch of the samples from place ``start`` on, in parts; None where so many are not left."""
         if start + size > self.samples:
             return None
         begin = self._epoch.progress.claimed + start
         self.rows.append(self._epoch.indices[begin : begin + size])
         self.claimed = start + size
-        return self._epoch.read(slice(begin, begin + size), parts)
+        return self._epoch.read(slice(begin, begin + size), micro_batches)
 
 
 class Epoch:

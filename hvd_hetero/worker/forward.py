@@ -36,7 +36,7 @@ class ForwardPasses:
     _loss: PerSample
     _mean_loss: SampleMean
 
-    def rest(self) -> None:
+    def set_eval_mode(self) -> None:
         raise NotImplementedError(type(self).__name__)
 
     def _losses_of(
@@ -76,7 +76,7 @@ class ForwardPasses:
         for metric in self.measures:
             metric.begin(self.device)
         whole = len(indices) // batch_size * batch_size
-        self.rest()
+        self.set_eval_mode()
         with evaluating(self.model):
             for rows in (indices[:whole].reshape(-1, batch_size), indices[whole:].reshape(1, -1)):
                 batches = through(read(source, rows, self.generator, split="test")) if rows.size else ()

@@ -42,14 +42,14 @@ class Feed:
             return plan
         in_round = sum(c.round_samples for c in plan.classes)
         size = 0 if self.sampler is None else self.sampler.prepare(in_round)
-        with self._comm.booked():
+        with self._comm.timed():
             size = int(self._comm.broadcast(torch.tensor([size]), "epoch.size"))
         self._share_weights()
         return replace(plan, rounds=min(plan.rounds, size // in_round))
 
     def _share_weights(self) -> None:
         own = torch.empty(self._samples) if self.sampler is None else torch.from_numpy(self.sampler.weights)
-        with self._comm.booked():
+        with self._comm.timed():
             self._weights = self._comm.broadcast(own, "epoch.weights").numpy()
 
     def weights_of(self, indices: NDArray[Any]) -> NDArray[np.float32] | None:
@@ -66,7 +66,7 @@ class Feed:
         drawn: Mapping[str, NDArray[Any]] = {}
         if self.sampler is not None:
             drawn = self.sampler.draw(whole.epoch_samples())
-        mine = self._cut(plan, drawn)
+        mine = self._slice(plan, drawn)
         if self.sampler is not None:
             self.sampler.begin(whole.epoch_samples())
         return mine
@@ -80,25 +80,25 @@ class Feed:
             indices: what this rank was dealt, ``[rows, B]``, of which it has taken ``steps`` rows.
             gone: on rank 0, by class, what ranks have taken that are not there any more.
         """
-        with self._comm.booked():
-            told = [row.tolist() for row in self._comm.gather(torch.tensor([steps, *indices.shape]), "rest.sizes")]
+        with self._comm.timed():
+            shapes = [row.tolist() for row in self._comm.gather(torch.tensor([steps, *indices.shape]), "rest.sizes")]
             own = torch.from_numpy(np.ascontiguousarray(indices.reshape(-1))).to(self._dtype)
-            dealt = self._comm.gather(own, "rest.indices", [rows * batch for _, rows, batch in told])
+            dealt = self._comm.gather(own, "rest.indices", [rows * batch for _, rows, batch in shapes])
         if self._is_weighted and self._weights is None:  # the epoch was begun by an earlier job
             self._share_weights()
         drawn: Mapping[str, NDArray[Any]] = {}
         if self.sampler is not None:
-            parts = [part.split([taken * batch, (rows - taken) * batch])
-                     for part, (taken, rows, batch) in zip(dealt, told, strict=True)]  # fmt: skip
-            used, left = ({c.name: np.concatenate([parts[rank][i].numpy() for rank in c.ranks]) for c in plan.classes}
+            pieces = [part.split([taken * batch, (rows - taken) * batch])
+                     for part, (taken, rows, batch) in zip(dealt, shapes, strict=True)]  # fmt: skip
+            used, left = ({c.name: np.concatenate([pieces[rank][i].numpy() for rank in c.ranks]) for c in plan.classes}
                           for i in (0, 1))  # fmt: skip
             for name, others in (gone or {}).items():
                 home = name if name in used else next(iter(used))  # where its class is gone, any
                 used[home] = np.concatenate([used[home], *(rows.reshape(-1) for rows in others)])
             drawn = self.sampler.draw_rest(used, left, plan.epoch_samples())
-        return self._cut(plan, drawn)
+        return self._slice(plan, drawn)
 
-    def _cut(self, plan: Plan, drawn: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    def _slice(self, plan: Plan, drawn: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
         """This rank's part of what rank 0 has drawn for each class, as far as the plan goes."""
         sizes = self._sizes(plan)
         everything = torch.empty(sum(sizes), dtype=self._dtype)
@@ -108,7 +108,7 @@ class Feed:
                 ends = np.cumsum([sizes[rank] for rank in c.ranks])
                 dealt |= dict(zip(c.ranks, np.split(drawn[c.name][: counts[c.name]], ends[:-1]), strict=True))
             everything = torch.from_numpy(np.concatenate([dealt[rank] for rank in range(len(sizes))])).to(self._dtype)
-        with self._comm.booked():
+        with self._comm.timed():
             everything = self._comm.broadcast(everything, "epoch.indices")
         mine = everything.split(sizes)[self._comm.rank].numpy()
         own = plan.of_rank(self._comm.rank)
@@ -119,7 +119,7 @@ class Feed:
         whole = torch.empty(sum(plan.epoch_samples().values()), dtype=self._dtype)
         if self.sampler is not None:
             whole = torch.from_numpy(self.sampler.draw({EVERYBODY: len(whole)})[EVERYBODY])
-        with self._comm.booked():
+        with self._comm.timed():
             whole = self._comm.broadcast(whole, "epoch.indices")
         return whole.numpy()
 
@@ -139,14 +139,14 @@ class Feed:
         steps, batch = indices.shape
         check_number(len(losses), steps * batch)
         if shapes is None:
-            told = self._comm.gather(torch.tensor([steps, batch]), "epoch.shapes")
-            shapes = [(int(row[0]), int(row[1])) for row in told]
-        parts = (torch.from_numpy(np.ascontiguousarray(at, dtype=np.int32)),
+            rows = self._comm.gather(torch.tensor([steps, batch]), "epoch.shapes")
+            shapes = [(int(row[0]), int(row[1])) for row in rows]
+        buffers = (torch.from_numpy(np.ascontiguousarray(at, dtype=np.int32)),
                  torch.from_numpy(np.ascontiguousarray(indices.reshape(-1))).to(self._dtype).view(torch.int32),
                  losses.float().view(torch.int32))  # fmt: skip
         words = self._dtype.itemsize // 4  # in one collective, whatever the types
         sizes = [steps * (1 + batch * (words + 1)) for steps, batch in shapes]
-        gathered = self._comm.gather(torch.cat(parts), "epoch.results", sizes)
+        gathered = self._comm.gather(torch.cat(buffers), "epoch.results", sizes)
         if self.sampler is None:
             return
         cut = [part.split([steps, steps * batch * words, steps * batch])
@@ -208,7 +208,7 @@ class StreamFeed(Feed):
             self._next = int(indices[steps, 0]) - self._before
         if self._is_shared:  # one that has taken no steps does not know where the others are
             place = self._next if steps < len(indices) else 0
-            with self._comm.booked():
+            with self._comm.timed():
                 self._next = int(self._comm.max([float(place)], "rest.place")[0])
         return self.deal(plan, plan)
 

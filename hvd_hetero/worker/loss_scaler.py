@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hvd_hetero.comm.nonfinite import finite
+from hvd_hetero.comm.nonfinite import all_finite
 from hvd_hetero.worker.losses import Numbers
 
 START, FACTOR, GROWTH_STEPS = 2.0**16, 2.0, 2000
@@ -48,10 +48,10 @@ class LossScaler:
         counting = losses.detach() if weights is None else losses.detach()[weights > 0]
         first, tried = self._first or self.scale, self.in_float32
         self._first, self.in_float32 = None, False
-        if tried or finite([g.coalesce().values() if g.is_sparse else g for g in gradients]):
+        if tried or all_finite([g.coalesce().values() if g.is_sparse else g for g in gradients]):
             return False
         self.overflows += 1
-        if self.scale <= 1 or not finite([counting]):
+        if self.scale <= 1 or not all_finite([counting]):
             self.scale, self.in_float32 = first, True  # it is not the scale
         else:
             self.scale, self._first, self._steps = self.scale / FACTOR, first, 0

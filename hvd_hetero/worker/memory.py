@@ -55,7 +55,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def told_by_class(name: str, batch_size: int, fitting: Callable[[], int | None]) -> Iterator[None]:
+def explain_out_of_memory(name: str, batch_size: int, fitting: Callable[[], int | None]) -> Iterator[None]:
     """Turn a GPU's running out of memory into an error that says what to change.
 
     Args:
@@ -70,11 +70,11 @@ def told_by_class(name: str, batch_size: int, fitting: Callable[[], int | None])
         yield
         return
     except torch.OutOfMemoryError as missing:
-        said = " ".join(str(missing).split(". ")[:2])
+        message = " ".join(str(missing).split(". ")[:2])
         traceback.clear_frames(missing.__traceback__)  # which hold what the step had made so far
     fit = fitting()
     estimate = "" if fit is None else f", by estimate {fit} samples would fit" if fit else ", not even one sample fits"
-    problem = f"class {name} is out of GPU memory ({said}){estimate}"
+    problem = f"class {name} is out of GPU memory ({message}){estimate}"
     alone = f"for this class alone train.batch_size={{{name}: {fit or 1}, ...}}"
     remedy = f"set a smaller one, {alone}, train.micro_batches=auto, or train.autocast=auto"
     error = ConfigError("train.batch_size", batch_size, problem, remedy)
@@ -107,7 +107,7 @@ def batch_that_fits(step: Callable[[Tensor], None], device: torch.device, most: 
     return largest_batch(free, needed[0], needed[1], most)
 
 
-def parts_that_fit(step: Callable[[int], None], most: int) -> int:
+def micro_batches_that_fit(step: Callable[[int], None], most: int) -> int:
     """Return how many micro-batches a step has to have: 1, or as often twice as many as there is not enough memory.
 
     Args:

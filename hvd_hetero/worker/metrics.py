@@ -146,8 +146,8 @@ class WholeSet(Metric):
             raise ConfigError(self.key, self.value, problem, "take over: samples, or torchmetrics")
         parts = comm.gather_bytes(content, f"metric.{self.name}.parts", root)
         found = self._computed([batch for part in parts for batch in _from_bytes(part)]) if parts else {}
-        told: dict[str, float] = json.loads(comm.broadcast_text(json.dumps(found), f"metric.{self.name}", root))
-        return told
+        values: dict[str, float] = json.loads(comm.broadcast_text(json.dumps(found), f"metric.{self.name}", root))
+        return values
 
     def _computed(self, batches: Sequence[tuple[Any, Any]]) -> dict[str, float]:
         return self._named(self._tried(lambda: self.function(*_joined(batches))))
@@ -180,8 +180,8 @@ class Streaming(Metric):
         found = self._named(self._tried(self.metric.compute))
         self.metric.distributed_available_fn, self.metric.dist_sync_fn = hooks  # it may be a program's, for more runs
         # devices round differently, and all ranks decide by the figures
-        told: dict[str, float] = json.loads(comm.broadcast_text(json.dumps(found), name, root))
-        return told
+        values: dict[str, float] = json.loads(comm.broadcast_text(json.dumps(found), name, root))
+        return values
 
 
 # ---- from settings and programs ------------------------------------------------------------------------------------
@@ -208,11 +208,11 @@ def _read(key: str, name: str, entry: Any, ignored: int) -> Metric:
     if NAME.fullmatch(name) is None or name == LOSS:
         problem = "is the name of the loss" if name == LOSS else "cannot be a name here"
         raise ConfigError(key, name, problem, "choose another, of letters, digits and _")
-    given = dict(entry) if isinstance(entry, Mapping) else {"target": entry}
-    for part in given:
+    fields = dict(entry) if isinstance(entry, Mapping) else {"target": entry}
+    for part in fields:
         if part not in KEYS:
-            raise ConfigError(f"{key}.{part}", given[part], "is not a known key", nearest(part, KEYS))
-    target, over, args = given.get("target"), given.get("over", OVER[0]), given.get("args", {})
+            raise ConfigError(f"{key}.{part}", fields[part], "is not a known key", nearest(part, KEYS))
+    target, over, args = fields.get("target"), fields.get("over", OVER[0]), fields.get("args", {})
     if over not in OVER:
         raise ConfigError(f"{key}.over", over, "is neither", f"give {' or '.join(OVER)}")
     if not isinstance(args, Mapping):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hvd_hetero.data import Batch
-from hvd_hetero.data.batch import Weighted, cut
+from hvd_hetero.data.batch import Weighted, split_batch
 from hvd_hetero.worker.losses import NOT_COUNTED, TINY, Numbers, joined, mean_gradient
 
 
@@ -27,7 +27,7 @@ def accumulate(
     Args:
         count: of parts, and ``least``, samples of one: a batch that has too few is cut into fewer parts.
         losses_of: one number a sample of inputs and targets.
-        backward: adds the gradient along the losses ``[b]``, by the second argument ``[b]``, to those that there are.
+        backward: adds the gradient of the losses ``[b]`` for their ``grad_output`` ``[b]`` to those that there are.
         rescale: multiplies them by a number.
         stop: asked between parts whether those that are left are to be left out; their gradient then counts as zero.
 
@@ -36,41 +36,41 @@ def accumulate(
     """
     if count == 1:
         losses, weights = losses_of(*batch)
-        along = mean_gradient(losses, weights, scale)  # their mean's gradient, without the mean
-        backward(losses, _weighed(along, batch[1]))
+        grad_output = mean_gradient(losses, weights, scale)  # their mean's gradient, without the mean
+        backward(losses, weight_grad(grad_output, batch[1]))
         return losses.detach(), weights
-    size, parts = cut(batch, count, least)
-    each, counted, taken = scale / size, torch.zeros(()), list[Numbers]()
+    size, chunks = split_batch(batch, count, least)
+    each, counted, results = scale / size, torch.zeros(()), list[Numbers]()
     samples = 0
-    for part in parts:
-        if taken and stop is not None and stop():
+    for chunk in chunks:
+        if results and stop is not None and stop():
             break
-        losses, weights = losses_of(*part)
+        losses, weights = losses_of(*chunk)
         samples += len(losses)
         if weights is None:
-            along, counted = torch.full_like(losses, each), counted + len(losses)
+            grad_output, counted = torch.full_like(losses, each), counted + len(losses)
         else:
-            along, counted = torch.where(weights > 0, each, 0.0).to(losses), counted.to(weights) + weights.sum()
-        taken.append((losses.detach(), weights))
-        if len(taken) == len(parts) and (factor := _factor(taken, samples, counted)) is not None:
+            grad_output, counted = torch.where(weights > 0, each, 0.0).to(losses), counted.to(weights) + weights.sum()
+        results.append((losses.detach(), weights))
+        if len(results) == len(chunks) and (factor := _factor(results, samples, counted)) is not None:
             rescale(factor)
-            along = along * factor
-        backward(losses, _weighed(along, part[1]))
+            grad_output = grad_output * factor
+        backward(losses, weight_grad(grad_output, chunk[1]))
     if samples < size:
-        if (factor := _factor(taken, samples, counted)) is not None:
+        if (factor := _factor(results, samples, counted)) is not None:
             rescale(factor)
-        first = taken[0][0]
-        taken.append((first.new_full((size - samples,), NOT_COUNTED), first.new_zeros(size - samples)))
-    return joined(taken)
+        first = results[0][0]
+        results.append((first.new_full((size - samples,), NOT_COUNTED), first.new_zeros(size - samples)))
+    return joined(results)
 
 
-def _weighed(along: Tensor, targets: Any) -> Tensor:
-    """Return what losses are differentiated along, where samples may weigh differently."""
-    return along * targets.weights.to(along) if isinstance(targets, Weighted) else along
+def weight_grad(grad_output: Tensor, targets: Any) -> Tensor:
+    """Return the ``grad_output`` of losses, where samples may have weights of their own."""
+    return grad_output * targets.weights.to(grad_output) if isinstance(targets, Weighted) else grad_output
 
 
-def _factor(taken: list[Numbers], samples: int, counted: Tensor) -> Tensor | None:
+def _factor(results: list[Numbers], samples: int, counted: Tensor) -> Tensor | None:
     """Return what turns sums in which each sample counts once into sums in which each counts as much as it does."""
-    if all(weights is None for _, weights in taken):
+    if all(weights is None for _, weights in results):
         return None
     return torch.where(counted > 0, samples / counted.clamp(min=TINY), 0.0)

@@ -92,11 +92,11 @@ def _restored(saved: Any, own: Any, name: str) -> Any:
         load_state(own, saved[INNER], name)
         return own
     if type(saved) in (list, tuple):
-        parts = dict(enumerate(own)) if isinstance(own, (list, tuple)) else {}
-        return type(saved)(_restored(part, parts.get(i), f"{name}.{i}") for i, part in enumerate(saved))
+        own_entries = dict(enumerate(own)) if isinstance(own, (list, tuple)) else {}
+        return type(saved)(_restored(part, own_entries.get(i), f"{name}.{i}") for i, part in enumerate(saved))
     if isinstance(saved, dict):
-        parts, made = own if isinstance(own, dict) else {}, copy.copy(saved)
+        own_entries, made = own if isinstance(own, dict) else {}, copy.copy(saved)
         for key, part in saved.items():
-            made[key] = _restored(part, parts.get(key), f"{name}.{key}")
+            made[key] = _restored(part, own_entries.get(key), f"{name}.{key}")
         return made
     return saved

@@ -49,11 +49,11 @@ def snapshot(*roots: Any) -> Callable[[], None]:
         left += inside
         undos += undo
 
-    def put_back() -> None:
+    def restore() -> None:
         for undo in undos:
             undo()
 
-    return put_back
+    return restore
 
 
 def _other(value: Any) -> tuple[list[Any], list[Undo]]:
@@ -139,11 +139,11 @@ def _tensor(tensor: Tensor, kept: dict[Any, Any]) -> tuple[list[Any], list[Undo]
     if memory.nbytes() and not tensor.is_meta and ("memory", memory.data_ptr()) not in kept:
         kept["memory", memory.data_ptr()] = memory
         numbers = memory.clone() if memory.device.type == "cpu" else memory.cpu()
-        undos.append(partial(_put_back, memory, numbers))
+        undos.append(partial(_restore, memory, numbers))
     return [grad, vars(tensor)], undos
 
 
-def _put_back(memory: torch.UntypedStorage, before: torch.UntypedStorage) -> None:
+def _restore(memory: torch.UntypedStorage, before: torch.UntypedStorage) -> None:
     """Write only where something has changed: a file that is mapped may not be written to."""
     if memory.nbytes() != before.nbytes():
         memory.resize_(before.nbytes())

@@ -55,7 +55,7 @@ def measure_step(
     def steps(count: int) -> None:
         rows = rng.integers(len(source), size=(count, batch_size))
         worker.local_steps(read(source, rows, worker.generator), count)
-        worker.take_losses()
+        worker.pop_losses()
 
     steps(max(warmup_steps, 1))
     start = time.perf_counter()
@@ -71,7 +71,7 @@ def measure_step(
         now = time.perf_counter()
         chunks.append((now - start) / count)
         counts.append(count)
-        if not worker.pace.emulates:
+        if not worker.emulator.emulates:
             count = max(1, int(max(CHUNK_SEC, seconds / CHUNKS) * sum(counts) / (now - begin)))
     restore()
     step_sec = statistics.median(chunks)
@@ -81,7 +81,7 @@ def measure_step(
     return Measured(step_sec, math.sqrt(squares / (len(chunks) - 1)) / step_sec)
 
 
-def take_first_steps(worker: Worker, source: Source, batch_size: int) -> None:
+def warm_up(worker: Worker, source: Source, batch_size: int) -> None:
     """Take the steps that compile and load kernels before training starts, and leave everything as it was.
 
     Without this the first round of a class that compiles, or is on a GPU, takes so much longer than it is planned to,
@@ -92,7 +92,7 @@ def take_first_steps(worker: Worker, source: Source, batch_size: int) -> None:
         rows = np.random.default_rng(0).integers(len(source), size=(FIRST_STEPS, batch_size))
         worker.local_steps(read(source, rows, worker.generator), FIRST_STEPS)
         restore()
-        worker.watch.take()
+        worker.watch.drain()
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Measurement:
         found = self._own(mine, start)
         numbers = torch.tensor([found.step_sec, found.jitter], dtype=torch.float64)
         ranks = [Measured(*row.tolist()) for row in self.comm.gather(numbers, "profile.times")]
-        self.worker.watch.take()
+        self.worker.watch.drain()
         return {c.name: max((ranks[r] for r in c.ranks), key=lambda m: m.step_sec) for c in self.cluster.classes}
 
     def alone(self, batch_size: Mapping[str, int]) -> dict[str, float]:
@@ -130,7 +130,7 @@ class Measurement:
                 seconds = self._own(batch_size[mine], lambda: None).step_sec
             self.comm.barrier("profile.next")
         times = [float(t) for t in self.comm.gather(torch.tensor([seconds], dtype=torch.float64), "profile.alone")]
-        self.worker.watch.take()
+        self.worker.watch.drain()
         return {c.name: max(times[r] for r in c.ranks) for c in self.cluster.classes}
 
     def _own(self, batch_size: int, ready: Callable[[], None]) -> Measured:
@@ -166,6 +166,6 @@ class Measurement:
             start = time.perf_counter()
             average(self.comm, self.worker.state, 1 / self.comm.size)
             times.append(time.perf_counter() - start)
-        self.worker.watch.take()
+        self.worker.watch.drain()
         mine = torch.tensor([statistics.median(times)], dtype=torch.float64)
         return [float(t) for t in self.comm.gather(mine, "profile.averages")]

@@ -40,4 +40,4 @@ def forward_places(step: Callable[[], Any]) -> list[Place]:
         warnings.simplefilter("always")
         with torch.autograd.detect_anomaly(check_nan=False):
             step()
-    return [(file, int(line)) for said in heard for file, line in FRAME.findall(str(said.message))]
+    return [(file, int(line)) for warning in heard for file, line in FRAME.findall(str(warning.message))]

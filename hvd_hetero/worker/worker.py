@@ -89,7 +89,7 @@ class Worker(ForwardPasses):
         self.make_optimizer()
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.watch = watch or Stopwatch()
-        self.pace = SlowdownEmulator(self.watch, slowdown, self._synchronize)
+        self.emulator = SlowdownEmulator(self.watch, slowdown, self._synchronize)
         self._loss = loss.to(self.device) if isinstance(loss, nn.Module) else loss
         self._mean_loss = SampleMean(LOSS, "train.loss", name_of(loss), loss)
         self.measures: list[Metric] = [self._mean_loss, *metrics]
@@ -132,7 +132,12 @@ class Worker(ForwardPasses):
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
-    def rest(self) -> None:
+    @property
+    def pace(self) -> SlowdownEmulator:
+        """The emulator by its former name, which docs/methods.md gave; for one release."""
+        warnings.warn("Worker.pace is now Worker.emulator: the former one is kept for one release", FutureWarning, 2)
+        return self.emulator
+    def set_eval_mode(self) -> None:
         """Lets the parameters be what is evaluated, averaged and saved, until the next gradient or step.
 
         They are something else only while an optimizer steps that has modes, see :mod:`hvd_hetero.worker.modes`.
@@ -149,12 +154,12 @@ class Worker(ForwardPasses):
     def local_steps(self, batches: Iterator[Batch], count: int, stop: Callable[[], bool] | None = None) -> int:
         """``count`` local steps on the next batches, fewer if ``stop`` says so after one; returns how many."""
         done = 0
-        for inputs, targets in self.pace.steps(batches, count):
+        for inputs, targets in self.emulator.steps(batches, count):
             self.gradient(inputs, targets)
             self.apply()
             done += 1
             if stop is not None and stop():
-                self.pace.pause()
+                self.emulator.pause()
                 break
         return done
 
@@ -168,7 +173,7 @@ class Worker(ForwardPasses):
                 taken to be zero.
 
         Returns:
-            The per-sample losses ``[B]``, on the device; they are also kept for :meth:`take_losses`. Samples that were
+            The per-sample losses ``[B]``, on the device; they are also kept for :meth:`pop_losses`. Samples that were
             left out have none, and do not count.
         """
         self._end_rest()
@@ -204,8 +209,8 @@ class Worker(ForwardPasses):
             for param in self._params:
                 param.grad = None
 
-        def add(losses: Tensor, along: Tensor) -> None:
-            losses.backward(self._scaled(along))
+        def add(losses: Tensor, grad_output: Tensor) -> None:
+            losses.backward(self._scaled(grad_output))
 
         return accumulate((inputs, targets), self.micro_batches, self.min_batch, weight,
                           partial(self._dependent_losses, model), add, self._scale_gradients, stop)  # fmt: skip
@@ -223,8 +228,8 @@ class Worker(ForwardPasses):
             losses, weights = losses.clone(), None if weights is None else weights.clone()
         return losses, weights
 
-    def _scaled(self, along: Tensor) -> Tensor:
-        return along if self.scaler is None else along * self.scaler.scale
+    def _scaled(self, grad_output: Tensor) -> Tensor:
+        return grad_output if self.scaler is None else grad_output * self.scaler.scale
 
     def gradients(self) -> list[Tensor]:
         """The gradients at hand, of those parameters that the optimizer steps along and that have one."""
@@ -238,9 +243,9 @@ class Worker(ForwardPasses):
         params = [p for p in self._stepped() if p.grad is not None]
         total = [torch.zeros_like(p) for p in params]
 
-        def add(losses: Tensor, along: Tensor) -> None:
-            along = self._scaled(along)
-            found = torch.autograd.grad(losses, params, along, allow_unused=True, materialize_grads=True)
+        def add(losses: Tensor, grad_output: Tensor) -> None:
+            grad_output = self._scaled(grad_output)
+            found = torch.autograd.grad(losses, params, grad_output, allow_unused=True, materialize_grads=True)
             torch._foreach_add_(total, found)
 
         def rescale(factor: Tensor) -> None:
@@ -265,7 +270,7 @@ class Worker(ForwardPasses):
         self.clip(self._params)
         self.optimizer.step()
 
-    def take_losses(self) -> tuple[Tensor, Tensor]:
+    def pop_losses(self) -> tuple[Tensor, Tensor]:
         """Return losses and weights ``[K]`` of all samples since the last call, in the order of training.
 
         They are on the host, in float32. A sample that does not count has the loss -inf, and weight 0.
@@ -295,11 +300,11 @@ class Worker(ForwardPasses):
     def snapshot(self) -> Callable[[], None]:
         """Remembers everything that training changes; calling the result puts it back."""
         before, steps = RandomState.capture(self.device), self._steps
-        put_back = snapshot(self.model, self.state, self.optimizer, self.scheduler, self._loss, self.measures,
-                            self.generator, self.scaler)  # fmt: skip
+        restore_objects = snapshot(self.model, self.state, self.optimizer, self.scheduler, self._loss, self.measures,
+                                   self.generator, self.scaler)  # fmt: skip
 
         def restore() -> None:
-            put_back()
+            restore_objects()
             before.restore()
             self._losses, self._steps = [], steps
 
@@ -307,7 +312,7 @@ class Worker(ForwardPasses):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything of this rank that decides its further steps, between two rounds."""
-        self.rest()  # which mode an optimizer is in is not always in its own state
+        self.set_eval_mode()  # which mode an optimizer is in is not always in its own state
         return {
             "model": self.state.state_dict(),
             "extra": extra_state(self.model),
@@ -341,7 +346,7 @@ class Worker(ForwardPasses):
     def carry_over(self, state: Mapping[str, Any]) -> None:
         """Takes the model alone from what another rank's :meth:`state_dict` gave."""
         self._load_model(state)
-        self.state.others.remember()
+        self.state.untrained.remember()
 
     def _load_model(self, state: Mapping[str, Any]) -> None:
         self.state.load_state_dict(state["model"])

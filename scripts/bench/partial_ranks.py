@@ -28,7 +28,8 @@ def main(folder: Path, mode: str, size: int, steps: int, sync_every: int, *speed
     facts = [RankFacts(rank, "localhost", rank, (), "cpu", (0,)) for rank in range(env.size)]
     comm = Comm(assign({"all": ClassConfig(ranks=list(range(env.size)))}, facts), env.rank)
     partial = PartialAllreduce(
-        comm, size, torch.float32, mode, units=[(rank,) for rank in range(env.size)], sync_every=sync_every, max_lag=64
+        comm, size, torch.float32, mode, rank_groups=[(rank,) for rank in range(env.size)],
+        sync_every=sync_every, max_lag=64,
     )
     rng = np.random.default_rng(env.rank)
     mean_sec = float(speeds[-env.size :][env.rank]) / 1e3
@@ -43,7 +44,7 @@ def main(folder: Path, mode: str, size: int, steps: int, sync_every: int, *speed
         partial.release(results)
     for results in partial.finish():
         partial.release(results)
-    counts = partial.take_counts()
+    counts = partial.pop_counts()
     found = {"waits": waits, "fresh": counts.fresh, "late": counts.late, "empty": counts.empty}
     (folder / f"rank{env.rank}.json").write_text(json.dumps(found))
     comm.barrier("end")

@@ -273,7 +273,7 @@ class Run:
             scores = torch.zeros(LOOKED_AT + 1, 2, device=device)
         budget, t, looks, launched = self.setting.budget, 0.0, list[float](), list[Any]()
         while t + shape.cost <= budget:
-            sampler.share = t / budget
+            sampler.fraction_done = t / budget
             if self.method.scheme != "uniform":
                 while launched and not launched[-1].query():
                     yield

@@ -40,7 +40,7 @@ def running(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[...,
         state = SimpleNamespace(vectors=[torch.zeros(4)], params=[4], refresh=lambda: False)
         cpu = torch.device("cpu")
         worker: Any = SimpleNamespace(device=cpu, state=state, optimizer=SimpleNamespace(state={}))
-        comm: Any = SimpleNamespace(clone_for_thread=lambda: None, heartbeat=Heartbeat(), booked=nullcontext)
+        comm: Any = SimpleNamespace(clone_for_thread=lambda: None, heartbeat=Heartbeat(), timed=nullcontext)
         made.append(delayed.InFlightAverage(worker, comm))
         return made[-1]
 

@@ -55,7 +55,7 @@ def run(monkeypatch: pytest.MonkeyPatch, steps: int, seconds: list[float], **opt
     loss = per_sample_loss("cross_entropy", {})
     worker = Worker(Net(clock, seconds), loss, lambda params: torch.optim.SGD(params, lr=1.0), None, micro_batches=4)
     comm: Any = SimpleNamespace(
-        rank=0, size=1, booked=nullcontext, weighted_sum_=lambda *args: None,
+        rank=0, size=1, timed=nullcontext, weighted_sum_=lambda *args: None,
         gather=lambda tensor, *args, **more: [tensor], excluded=SimpleNamespace(stops=False),
     )
     made = DropComputeExecutor(policy)
@@ -80,9 +80,9 @@ def test_a_late_rank_sends_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second of four micro-batches ends beyond the threshold: half of the batch, and zeros for the other half."""
     made = run(monkeypatch, 1, [1.0, 5.0], threshold=3.5)
     torch.testing.assert_close(moved(made), gradient(4) / 2)
-    losses, weights = made.worker.take_losses()
+    losses, weights = made.worker.pop_losses()
     assert losses[4:].tolist() == [NOT_COUNTED] * 4 and weights.tolist() == [1.0] * 4 + [0.0] * 4
-    assert made.take_dropped() == 4 and made.take_dropped() == 0
+    assert made.pop_dropped() == 4 and made.pop_dropped() == 0
 
 
 def test_what_is_not_done_may_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def test_what_is_not_done_may_not_count(monkeypatch: pytest.MonkeyPatch) -> None
 def test_nothing_is_left_out_in_time(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     made = run(monkeypatch, 1, [], **options)
     torch.testing.assert_close(moved(made), gradient(8))
-    assert made.take_dropped() == 0
+    assert made.pop_dropped() == 0
 
 
 def test_one_micro_batch_is_always_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ class Part:
     """A segment that only notes what is said."""
 
     def __init__(self, rounds: int) -> None:
-        self.rounds, self.noted, self.planned, self.averages = rounds, list[int](), None, 0
+        self.rounds, self.recorded, self.planned, self.averages = rounds, list[int](), None, 0
         self.iterator = iter([(ROWS[0][i : i + 2], ROWS[1][i : i + 2]) for i in range(0, 40, 2)])
 
     def batches(self) -> Any:
@@ -55,8 +55,8 @@ class Part:
     def start_round(self, number: int) -> None:
         assert self.planned == number
 
-    def note(self, steps: int, number: int) -> None:
-        self.noted.append(steps)
+    def record(self, steps: int, number: int) -> None:
+        self.recorded.append(steps)
 
     def finish_round(self) -> None:
         pass
@@ -78,7 +78,7 @@ def run(
     policy.check()
     worker = Worker(net, per_sample_loss("cross_entropy", {}), lambda params: torch.optim.SGD(params, lr=0.5), None)
     comm: Any = SimpleNamespace(
-        rank=0, size=1, booked=nullcontext, sum=lambda values, name: [values[0] + others],
+        rank=0, size=1, timed=nullcontext, sum=lambda values, name: [values[0] + others],
         gather=lambda tensor, *args, **more: [tensor], excluded=SimpleNamespace(stops=False),
     )  # fmt: skip
 
@@ -116,9 +116,9 @@ def test_a_late_rank_joins_with_the_steps_it_has_and_goes_on_with_the_samples_it
 ) -> None:
     """The second step of the first round ends beyond the threshold; the second round is in time."""
     made, part = run(monkeypatch, 2, [1.0, 5.0], threshold=4.5)
-    assert part.noted == [2, 4] and part.planned == part.averages == 2
+    assert part.recorded == [2, 4] and part.planned == part.averages == 2
     torch.testing.assert_close(weights(made), stepped(6))
-    assert made.take_dropped() == 2 * 2 and made.take_dropped() == 0
+    assert made.pop_dropped() == 2 * 2 and made.pop_dropped() == 0
 
 
 def test_weights_may_be_by_the_steps_that_were_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,8 +151,7 @@ def test_a_class_that_is_left_out_measures_nothing_but_is_there(
         assert ranks is None
         return [tensor, said[name]]
 
-    clock = compute_clock.ComputeClock(DropComputeLocalOptions(threshold="auto", warmup_rounds=0, measured_rounds=1,
-                                                              max_dropped=0.5), lambda: None)  # fmt: skip
+    clock = compute_clock.ComputeClock(DropComputeLocalOptions(threshold="auto", max_dropped=0.5), 0, 1, lambda: None)
     clock.begin()
     for _ in range(0 if is_idle else 3):
         net.now += 1
@@ -164,12 +163,12 @@ def test_a_class_that_is_left_out_measures_nothing_but_is_there(
 @pytest.mark.parametrize("options", [{"threshold": None}, {"threshold": 4.0}, {"threshold": 0.1, "warmup_rounds": 1}])
 def test_nothing_is_left_out_in_time(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     made, part = run(monkeypatch, 1, [], **options)
-    assert part.noted == [TAU] and made.take_dropped() == 0
+    assert part.recorded == [TAU] and made.pop_dropped() == 0
     torch.testing.assert_close(weights(made), stepped(TAU))
 
 
 def test_one_step_is_always_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(monkeypatch, 2, [9.0, 9.0], threshold=0.1)[1].noted == [1, 1]
+    assert run(monkeypatch, 2, [9.0, 9.0], threshold=0.1)[1].recorded == [1, 1]
 
 
 def test_the_threshold_is_measured_and_anew_when_rounds_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +176,7 @@ def test_the_threshold_is_measured_and_anew_when_rounds_are_others(monkeypatch: 
     seconds = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 6.0, 6.0] * 2
     made, part = run(monkeypatch, 4, seconds, threshold="auto", measured_rounds=4, max_dropped=0.2)
     clock = made.averaging.clock
-    assert part.noted == [4] * 4 and clock.threshold is not None and 3 <= clock.threshold < 8
+    assert part.recorded == [4] * 4 and clock.threshold is not None and 3 <= clock.threshold < 8
     again, _ = run(monkeypatch, 0, [], threshold="auto", measured_rounds=4)
     again.load_state_dict(made.state_dict())
     assert again.averaging.clock.threshold == clock.threshold

@@ -107,17 +107,17 @@ def test_a_model_that_is_not_finite_takes_the_hosts_and_is_told_of_where_none_is
     sent: float | None, own: float, found: float
 ) -> None:
     """One host's models have travelled for a batch: weights 2 and 2, of two good ones."""
-    made, written, noted = DASOExecutor(policy("daso")), list[torch.Tensor](), list[bool]()
-    comm: Any = SimpleNamespace(booked=nullcontext, broadcast=lambda tensor, *args: tensor,
-                                excluded=SimpleNamespace(note=lambda: noted.append(True)))  # fmt: skip
+    made, written, recorded = DASOExecutor(policy("daso")), list[torch.Tensor](), list[bool]()
+    comm: Any = SimpleNamespace(timed=nullcontext, broadcast=lambda tensor, *args: tensor,
+                                excluded=SimpleNamespace(record=lambda: recorded.append(True)))  # fmt: skip
     worker: Any = SimpleNamespace(optimizer=SimpleNamespace(state={"momentum": own}))
     made.comm, made.worker, made._host, made._is_apart = comm, worker, (0,), False
-    made.whole, made.write = lambda: torch.tensor([own]), written.append  # type: ignore[method-assign]
+    made.flat_model, made.write = lambda: torch.tensor([own]), written.append  # type: ignore[method-assign]
     total = torch.tensor([0.0, 0.0, 2.0, 0.0] if sent is None else [2 * sent, 2.0, 0.0, 0.0])
     made._flight = Flight(0, 1, 0, total, lambda: None)
     made._receive(1)
     assert torch.equal(written[0].nan_to_num(-1), torch.tensor([found]).nan_to_num(-1))
-    assert noted == [True] * math.isnan(own) and bool(worker.optimizer.state) == (not noted)
+    assert recorded == [True] * math.isnan(own) and bool(worker.optimizer.state) == (not recorded)
 
 
 # ---- DASO's cadence -------------------------------------------------------------------------------------------------

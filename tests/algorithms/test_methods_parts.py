@@ -178,7 +178,7 @@ def test_fedlalr_begins_the_second_moment_anew_from_its_largest_value() -> None:
     param, lr, beta, beta2 = nn.Parameter(torch.ones(3, dtype=torch.float64)), 0.1, 0.9, 0.995
     optimizer = torch.optim.Adam([param], lr=lr, betas=(beta, beta2), eps=0.0, amsgrad=True)
     comm: Any = SimpleNamespace(
-        rank=0, size=1, booked=nullcontext, excluded=SimpleNamespace(stops=False), max=lambda values, name: values,
+        rank=0, size=1, timed=nullcontext, excluded=SimpleNamespace(stops=False), max=lambda values, name: values,
         gather=lambda tensor, name: [tensor], gather_text=lambda text, name: [text], weighted_sum_=lambda *args: None,
     )
     average = OptimizerAverage([param], comm, SEEDED)

@@ -28,7 +28,7 @@ from hvd_hetero.checkpoint import Store
 from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
 from hvd_hetero.cluster.hardware import RankFacts
 from hvd_hetero.comm.flat_params import FlatState
-from hvd_hetero.comm.nonfinite import FLAG_SLOTS, Exclusions, finite, scale_, write_validity_flags
+from hvd_hetero.comm.nonfinite import FLAG_SLOTS, Exclusions, all_finite, scale_, write_validity_flags
 from hvd_hetero.errors import EXIT_NON_FINITE, NonFiniteError
 from hvd_hetero.telemetry.row_file import to_json
 from hvd_hetero.telemetry.run_folder import METRICS
@@ -178,21 +178,21 @@ def test_all_bad_in_partial_collectives(hvd_hetero: Run, tmp_path: Path) -> None
 def test_what_is_finite(dtype: torch.dtype) -> None:
     """Numbers too large to be squared, or to be added up, are finite all the same."""
     large = torch.full((1000,), torch.finfo(dtype).max, dtype=dtype)
-    assert finite([large, torch.zeros(3, 2, dtype=dtype), torch.empty(0, dtype=dtype)]) and finite([])
+    assert all_finite([large, torch.zeros(3, 2, dtype=dtype), torch.empty(0, dtype=dtype)]) and all_finite([])
     for bad in (math.nan, math.inf, -math.inf):
         spoiled = large.clone()
         spoiled[17] = bad
-        assert not finite([torch.zeros(5, dtype=dtype), spoiled])
+        assert not all_finite([torch.zeros(5, dtype=dtype), spoiled])
         assert not scale_([spoiled, torch.ones(3, dtype=dtype)], 0.5)
     assert scale_([large], 0.5) and bool((large == torch.finfo(dtype).max / 2).all())
 
 
 def test_a_bad_rank_sends_its_weight_and_nothing_else() -> None:
     vectors = [torch.full((3 + FLAG_SLOTS,), math.nan), torch.ones(2 + FLAG_SLOTS, dtype=torch.float64)]
-    write_validity_flags(vectors, good=False, share=0.25)
+    write_validity_flags(vectors, is_finite=False, prescaled_weight=0.25)
     assert [v.tolist() for v in vectors] == [[0, 0, 0, 0, 0.25, 0], [0, 0, 0, 0.25, 0]]
     vectors[0].fill_(7)
-    write_validity_flags(vectors, good=True, news=True)
+    write_validity_flags(vectors, is_finite=True, needs_agreement=True)
     assert [v.tolist() for v in vectors] == [[7, 7, 7, 1, 0, 1], [0, 0, 1, 0, 1]]
 
 
@@ -201,22 +201,22 @@ def test_a_mask_of_infinities_is_no_bad_number() -> None:
     without = FlatState(net).vectors[0].numel()
     net.register_buffer("mask", torch.full((2, 2), -math.inf).triu(1))
     state = FlatState(net)
-    assert finite(state.vectors) and state.vectors[0].numel() == without
-    assert net.get_buffer("mask").data_ptr() in [t.data_ptr() for t in state.others.tensors().values()]
+    assert all_finite(state.vectors) and state.vectors[0].numel() == without
+    assert net.get_buffer("mask").data_ptr() in [t.data_ptr() for t in state.untrained.tensors().values()]
 
 
 def test_it_is_said_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
     excluded = Exclusions(3)
     for excluded.round in range(1, 10):
-        excluded.note()
+        excluded.record()
     said = caplog.messages
     assert [line.split("round ")[1].split(";")[0] for line in said] == ["1", "2", "4", "8"]
     assert all("rank 3" in line for line in said)
-    assert (excluded.take(), excluded.take(), excluded.count) == (9, 0, 9)
+    assert (excluded.pop(), excluded.pop(), excluded.count) == (9, 0, 9)
     with pytest.raises(NonFiniteError, match="rank 3 .* round 5"):
         stops = Exclusions(3, stops=True)
         stops.round = 5
-        stops.note()
+        stops.record()
 
 
 def test_counts_are_kept_in_checkpoints() -> None:

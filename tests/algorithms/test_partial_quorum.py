@@ -91,7 +91,7 @@ def test_a_rank_that_may_go_no_further_ahead_is_there(monkeypatch: pytest.Monkey
     batches = ((torch.randn(4, 3), torch.arange(4) % 2) for _ in range(8))
     segment: Any = SimpleNamespace(
         rounds=2, batches=lambda: batches, start_round=lambda number: None, finish_round=lambda: None,
-        note=lambda steps, number: None, is_stopping=lambda: False,
+        record=lambda steps, number: None, is_stopping=lambda: False,
     )
     averaging.run_segment(segment, policy.plan.of_rank(0))
     assert other.steps == 8 and segment.averages == other.version > 2

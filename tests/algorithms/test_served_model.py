@@ -185,7 +185,7 @@ def test_a_rank_that_begins_late_computes_on_the_model_that_it_was_given(monkeyp
     batch, numbers = (torch.randn(4, 5), torch.arange(4) % 3), list[int]()
     segment: Any = SimpleNamespace(
         claim=lambda start, size: iter([batch]) if start == 0 else None, start_round=numbers.append,
-        note=lambda steps, number: None, finish_round=lambda: None, is_stopping=lambda: False,
+        record=lambda steps, number: None, finish_round=lambda: None, is_stopping=lambda: False,
     )
     executor.run_segment(segment)
     assert torch.equal(computed_on[0], later) and numbers == [3] and segment.averages == 4

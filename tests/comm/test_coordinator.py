@@ -73,7 +73,7 @@ def test_initiators_are_the_same_everywhere_and_about_equally_often_each() -> No
 
 
 def test_a_resumed_run_has_the_same_initiators() -> None:
-    resumed = Coordinator(EACH, MAJORITY, seed=7, first=11)
+    resumed = Coordinator(EACH, MAJORITY, seed=7, first_round=11)
     assert resumed.handle(initiator(7, 11, 3)[0], ARRIVED, 11) == [(None, START, 11)]
 
 

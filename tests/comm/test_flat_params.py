@@ -132,9 +132,9 @@ def test_training_goes_on_in_the_vector(optimizer: str) -> None:
 def test_what_no_vector_holds_stays_where_it_is() -> None:
     model = Mixed()
     state = FlatState(model)
-    assert sorted(state.others.tensors()) == ["flag", "frozen", "norm.num_batches_tracked", "seen"]
+    assert sorted(state.untrained.tensors()) == ["flag", "frozen", "norm.num_batches_tracked", "seen"]
     state = FlatState(nn.Linear(2, 1))
-    assert not state.others.tensors()
+    assert not state.untrained.tensors()
     assert [v.numel() for v in state.vectors] == state.params and not state.buffers()
 
 
@@ -169,7 +169,7 @@ def test_a_saved_model_is_plain_tensors(tmp_path: object) -> None:
 def test_what_is_replaced_is_taken_over() -> None:
     model = Mixed()
     state, single, _ = flat(model)
-    state.others.remember()
+    state.untrained.remember()
     assert not state.refresh()
     kept = model.first.weight
     model.norm.running_mean = torch.full((4,), 3.0)
@@ -256,14 +256,14 @@ def test_a_module_that_is_replaced_is_followed() -> None:
     """Trained or frozen: the new one's values count, and the optimizer's own parameters go on."""
     model = nn.ModuleDict({"trained": nn.Linear(2, 2), "frozen": nn.Linear(2, 2).requires_grad_(False)})
     state = FlatState(model)
-    state.others.remember()
+    state.untrained.remember()
     kept = model["trained"].weight
     for name in model:
         model[name] = nn.Linear(2, 2).requires_grad_(name == "trained")
         nn.init.constant_(model[name].weight, 3.0)
     assert state.refresh()
     assert model["trained"].weight is kept and bool((state.vectors[0][:4] == 3).all())
-    assert bool((state.others.tensors()["frozen.weight"] == 3).all())
+    assert bool((state.untrained.tensors()["frozen.weight"] == 3).all())
     model["trained"] = nn.Linear(2, 2, bias=False)
     with pytest.raises(UserError, match="parameter trained.bias was removed"):
         state.refresh()
@@ -273,15 +273,15 @@ def test_what_ranks_have_not_agreed_on_is_known_after_a_resume() -> None:
     """A buffer that was written to after all ranks last met is not what all of them have."""
     model, again = Mixed(), Mixed()
     state = FlatState(model, policies={"seen": "sum"})
-    state.others.remember()
+    state.untrained.remember()
     model.seen += 5
     model.flag.fill_(True)
     saved = state.copy()
     fresh = FlatState(again, policies={"seen": "sum"})
-    fresh.others.remember()
+    fresh.untrained.remember()
     fresh.load_state_dict(saved)
-    assert sorted(fresh.others.changed(thorough=True)) == ["flag", "seen"]
-    assert fresh.others.base["seen"].tolist() == [[3, 4]] and again.seen.tolist() == [[8, 9]]
+    assert sorted(fresh.untrained.changed(thorough=True)) == ["flag", "seen"]
+    assert fresh.untrained.base["seen"].tolist() == [[3, 4]] and again.seen.tolist() == [[8, 9]]
 
 
 def test_a_frozen_alias_of_a_trained_weight_stays_one() -> None:
@@ -289,7 +289,7 @@ def test_a_frozen_alias_of_a_trained_weight_stays_one() -> None:
     model[1].weight = nn.Parameter(model[0].weight.data, requires_grad=False)
     state = FlatState(model)
     state.vectors[0].fill_(2.0)
-    assert bool((model[1].weight == 2).all()) and "1.weight" not in state.others.tensors()
+    assert bool((model[1].weight == 2).all()) and "1.weight" not in state.untrained.tensors()
 
 
 def test_nothing_is_hashed_twice_that_has_not_changed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +299,7 @@ def test_nothing_is_hashed_twice_that_has_not_changed(monkeypatch: pytest.Monkey
     model[1].weight = model[0].weight
     model.register_buffer("queue", torch.zeros(2))
     state = FlatState(model, policies={"queue": "local"})
-    state.others.remember()
+    state.untrained.remember()
     state.refresh()
     hashed: list[int] = []
     monkeypatch.setattr("hvd_hetero.comm.untrained_state.digest", lambda tensor: hashed.append(1))

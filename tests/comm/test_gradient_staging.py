@@ -32,8 +32,8 @@ def test_the_copy_follows_every_backward_epoch() -> None:
         for gradient in gradients:
             gradient.zero_()
         model(torch.randn(5, 4), head).square().sum().backward()
-        taken = host.take()
+        taken = host.synchronize()
         assert torch.equal(taken, concat(gradients))
         unused = model.heads[1 - head].weight.grad
         assert unused is not None and not unused.any(), "what the other head had left there is gone"
-    assert host.take().data_ptr() != gradients[0].data_ptr(), "a copy, and no view"
+    assert host.synchronize().data_ptr() != gradients[0].data_ptr(), "a copy, and no view"

@@ -13,7 +13,7 @@ import torch
 from test_control_channel import HANG_SEC, HOME, SECRET, Channel, assert_ended, channel, eventually, own_threads
 from torch import Tensor
 
-from hvd_hetero.comm.communicator import Carried
+from hvd_hetero.comm.communicator import Traffic
 from hvd_hetero.comm.model_server import ANSWER, FINISH, PULL, PUSH, ModelLink, ModelServer
 from hvd_hetero.comm.partial.control_channel import MESSAGE, ControlClient
 from hvd_hetero.telemetry.heartbeat import Heartbeat
@@ -197,7 +197,7 @@ def test_nobody_pushes_before_all_know_the_version_that_they_begin_with() -> Non
                 late.wait(HANG_SEC)
 
         return SimpleNamespace(rank=rank, size=2, broadcast=broadcast, barrier=barrier, heartbeat=Heartbeat(),
-                               watch=Stopwatch(), carried=Carried())  # fmt: skip
+                               watch=Stopwatch(), traffic=Traffic())  # fmt: skip
 
     links: dict[int, ModelLink] = {}
 

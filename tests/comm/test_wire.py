@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from hvd_hetero.algorithms.averaging.delayed import InFlightAverage
-from hvd_hetero.comm.averaging import Sent, average
+from hvd_hetero.comm.averaging import ModelDifferences, average
 from hvd_hetero.comm.flat_params import FlatState
 from hvd_hetero.comm.nonfinite import FLAG_SLOTS
 from hvd_hetero.comm.paths import FLAT
-from hvd_hetero.comm.weighted_sums import sum_good_
+from hvd_hetero.comm.weighted_sums import sum_finite_
 from hvd_hetero.comm.wire import BLOCK, Wire
 from hvd_hetero.errors import UserError
 from hvd_hetero.telemetry.heartbeat import Heartbeat
@@ -59,7 +59,7 @@ class Ranks:
             return lambda: self._meet(rank, vector, torch.maximum)
 
         made = SimpleNamespace(
-            rank=rank, size=self.count, weighted_sum_=weighted_sum_, max_async_=max_async_, booked=nullcontext,
+            rank=rank, size=self.count, weighted_sum_=weighted_sum_, max_async_=max_async_, timed=nullcontext,
             path=FLAT, excluded=SimpleNamespace(stops=False), heartbeat=Heartbeat(),
         )
         made.clone_for_thread = lambda: made
@@ -76,15 +76,15 @@ class Ranks:
         return [results[rank] for rank in range(self.count)]
 
 
-def summed(kind: str, parts: Sequence[Tensor], weight: float = 1.0, good: Sequence[bool] | None = None) -> list[Tensor]:
+def summed(kind: str, parts: Sequence[Tensor], weight: float = 1.0, finite: Sequence[bool] = ()) -> list[Tensor]:
     """By rank, the sum of weight times parts over the good ranks."""
     ranks = Ranks(len(parts))
 
     def one(comm: Any) -> Tensor:
         wire = Wire(comm, kind, CPU, seed=7)
         vector = torch.cat([parts[comm.rank], torch.zeros(FLAG_SLOTS, dtype=parts[0].dtype)])
-        fits = good is None or good[comm.rank]
-        sum_good_(comm, [vector], fits, "x", weight=weight, share=1.0, wire=wire)
+        is_finite = not finite or finite[comm.rank]
+        sum_finite_(comm, [vector], is_finite, "x", weight=weight, prescaled_weight=1.0, wire=wire)
         return vector[:-FLAG_SLOTS]
 
     found = ranks.run(one)
@@ -144,7 +144,7 @@ def test_numbers_in_float16_have_room_for_their_scale(kind: str, least: float, s
 def test_a_rank_with_bad_numbers_is_left_out_before_rounding(kind: str) -> None:
     part = torch.linspace(-1, 1, 100)
     bad = torch.full((100,), torch.nan)
-    found = summed(kind, [part, bad, part], weight=1 / 3, good=[True, False, True])[0]
+    found = summed(kind, [part, bad, part], weight=1 / 3, finite=[True, False, True])[0]
     assert float((found - part).abs().max()) < (1e-3 if kind == "float16" else 2 / 42)
 
 
@@ -193,7 +193,7 @@ def test_running_statistics_are_not_rounded(kind: str, averages: str) -> None:
     def one(comm: Any) -> dict[str, Tensor]:
         net = nets[comm.rank]
         state, wire = FlatState(net), Wire(comm, kind, CPU, seed=7)
-        state.others.remember()  # all have it
+        state.untrained.remember()  # all have it
         worker: Any = SimpleNamespace(device=CPU, state=state)
         flight = InFlightAverage(worker, comm, wire)
         flight.begin()
@@ -202,7 +202,7 @@ def test_running_statistics_are_not_rounded(kind: str, averages: str) -> None:
             flight.send(0.5)
             flight.receive()
         else:
-            average(comm, state, 0.5, sent=Sent(flight.base, wire))
+            average(comm, state, 0.5, differences=ModelDifferences(flight.base, wire))
         flight.close()
         return {name: value.clone() for name, value in net.state_dict().items()}
 

@@ -28,14 +28,14 @@ def policy(settings: dict[str, Any]) -> LocalSGD:
     return made
 
 
-@pytest.mark.parametrize(("share", "expected"), [
+@pytest.mark.parametrize(("fraction", "expected"), [
     (0.0, 0.8), (0.5, 0.8), (0.75, 0.8), (0.875, (0.8 + 1 / 3) / 2), (1.0, 1 / 3), (1.5, 1 / 3),
 ])
-def test_the_weight_of_a_rank_in_the_course_of_a_run(share: float, expected: float) -> None:
+def test_the_weight_of_a_rank_in_the_course_of_a_run(fraction: float, expected: float) -> None:
     """tau 32, 4, 4: 0.8 by steps, until three quarters of the run are done."""
-    assert annealed_weight(0.8, 3, share, 0.75) == pytest.approx(expected)
+    assert annealed_weight(0.8, 3, fraction, 0.75) == pytest.approx(expected)
     made = policy({"aggregation.anneal_from": 0.75})
-    made.share = share
+    made.fraction_done = fraction
     fast, slow = (made.plan.of_rank(rank) for rank in (0, 1))
     assert made.weight_of(fast) == pytest.approx(expected)
     assert made.weight_of(fast) + 2 * made.weight_of(slow) == pytest.approx(1)
@@ -43,13 +43,13 @@ def test_the_weight_of_a_rank_in_the_course_of_a_run(share: float, expected: flo
 
 def test_weights_stay_as_they_are_unless_told_otherwise() -> None:
     made = policy({})
-    made.share = 1.0
+    made.fraction_done = 1.0
     assert made.weight_of(made.plan.of_rank(0)) == made.plan.of_rank(0).weight == pytest.approx(0.8)
 
 
 def test_a_class_that_takes_no_steps_gets_no_weight() -> None:
     made = policy({"aggregation.anneal_from": 0.0})
-    made.share = 1.0
+    made.fraction_done = 1.0
     plan = made.plan
     idle = plan.classes[1].__class__(**{**vars(plan.classes[1]), "tau": 0, "weight": 0.0, "role": "idle"})
     assert made.weight_of(idle) == 0

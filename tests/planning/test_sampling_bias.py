@@ -20,9 +20,9 @@ def made(n: int, **options: float | bool) -> Sampler:
     return sampler
 
 
-def hard_of(sampler: Sampler, share: float, count: int = 100) -> int:
+def hard_of(sampler: Sampler, fraction: float, count: int = 100) -> int:
     """How many of the highest losses the biased class is dealt."""
-    sampler.share = share
+    sampler.fraction_done = fraction
     n = len(sampler.losses)
     drawn = sampler.draw({FAST: count, SLOW: count})
     return int(np.count_nonzero(drawn[FAST] >= n - count // 2))
@@ -30,7 +30,7 @@ def hard_of(sampler: Sampler, share: float, count: int = 100) -> int:
 
 def test_it_ends_where_it_is_told_to() -> None:
     sampler = made(10_000, until=0.8)
-    assert [hard_of(sampler, share) for share in (0.0, 0.5, 0.79)] == [50, 50, 50]
+    assert [hard_of(sampler, fraction) for fraction in (0.0, 0.5, 0.79)] == [50, 50, 50]
     assert hard_of(sampler, 0.8) < 10
     drawn = sampler.draw({FAST: 5_000, SLOW: 5_000})
     assert sorted(np.concatenate(list(drawn.values()))) == list(range(10_000)), "then no sample is in two classes"
@@ -38,8 +38,8 @@ def test_it_ends_where_it_is_told_to() -> None:
 
 def test_it_falls_linearly() -> None:
     sampler = made(10_000, until=0.8, anneal=True)
-    for share, ratio in ((0.0, 0.5), (0.2, 0.375), (0.4, 0.25), (0.79, 0.00625)):
-        sampler.share = share
+    for fraction, ratio in ((0.0, 0.5), (0.2, 0.375), (0.4, 0.25), (0.79, 0.00625)):
+        sampler.fraction_done = fraction
         assert sampler.ratio == pytest.approx(ratio)
     assert hard_of(sampler, 0.4) in range(25, 35)
 

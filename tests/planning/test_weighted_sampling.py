@@ -59,9 +59,9 @@ def test_an_epoch_of_infobatch() -> None:
 def test_infobatch_ends_and_leaves_a_round_its_samples() -> None:
     made = sampler("infobatch")
     assert made.prepare(least=751) == N and set(made.weights) == {1}
-    made.share = 0.88
+    made.fraction_done = 0.88
     assert made.prepare(least=10) == N and set(made.weights) == {1}
-    made.share, made._until = 0.5, 0.4
+    made.fraction_done, made._until = 0.5, 0.4
     assert made.prepare(least=10) == N
 
 
@@ -90,7 +90,7 @@ def test_an_epoch_of_importance_sampling_is_unbiased() -> None:
     values = np.arange(N, dtype=np.float64)
     assert (made.weights[drawn] * values[drawn]).mean() == pytest.approx(values.mean(), rel=0.05)
     assert made.weights.max() <= 1 / UNIFORM_SHARE * (1 + 1e-6) and len(set(drawn)) < N
-    made.share, made._until = 0.9, 0.8
+    made.fraction_done, made._until = 0.9, 0.8
     assert made.prepare(least=10) == N and set(made.weights) == {1}
     assert len(set(made.draw({FAST: N})[FAST])) == N, "uniform from then on"
 
@@ -106,7 +106,7 @@ def test_weights_of_the_data_count_in_every_scheme(scheme: str) -> None:
 @pytest.mark.parametrize("scheme", ["infobatch", "importance"])
 def test_an_epoch_is_saved(scheme: str) -> None:
     made, again = sampler(scheme), Sampler(N, scheme, 0.5, FAST, 9)
-    made.share = 0.1
+    made.fraction_done = 0.1
     made.prepare(10)
     made.draw({FAST: 300, "slow": 300})
     again.load_state_dict(made.state_dict())

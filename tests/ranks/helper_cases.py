@@ -86,14 +86,14 @@ class Watched(list[Any]):
 def watched(name: str) -> None:
     """Let the server of the next run say when something has come."""
     Watched.name = name
-    taken = HelperServer.take
+    taken = HelperServer.drain
 
-    def take(self: HelperServer) -> Any:
+    def drain(self: HelperServer) -> Any:
         found = taken(self)
         self._rows, self._scores = Watched(self._rows), Watched(self._scores)
         return found
 
-    HelperServer.take = take  # type: ignore[method-assign]
+    HelperServer.drain = drain  # type: ignore[method-assign]
 
 
 def until_trained(outputs: Tensor, targets: Tensor) -> Tensor:

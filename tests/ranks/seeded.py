@@ -22,9 +22,9 @@ average = blocking.average
 
 
 def noting(comm: Comm, state: FlatState, *args: Any, **options: Any) -> bool:
-    good = average(comm, state, *args, **options)
+    is_finite = average(comm, state, *args, **options)
     digests.append(hashlib.sha256(b"".join(t.numpy().tobytes() for t in state.tensors())).hexdigest())
-    return good
+    return is_finite
 
 
 if __name__ == "__main__":

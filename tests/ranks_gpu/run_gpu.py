@@ -46,7 +46,7 @@ class Stops:
     asked = False
 
 
-def train(settings: Mapping[str, Any], given: UserObjects | None, env: JobEnv, folder: Path) -> dict[str, Any]:
+def train(settings: Mapping[str, Any], objects: UserObjects | None, env: JobEnv, folder: Path) -> dict[str, Any]:
     """Trains; one that is stopped is resumed by a new trainer."""
     config = load((), {**settings, "run.dir": str(folder)}, algorithms.method)
     facts = [RankFacts(rank, "localhost", rank, ("a GPU",), "cpu", (0,)) for rank in range(env.size)]
@@ -54,7 +54,7 @@ def train(settings: Mapping[str, Any], given: UserObjects | None, env: JobEnv, f
     on_gpu = cluster.class_of(env.rank).device == "cuda"
     found, graphs = None, list[Mapping[str, int]]()
     while True:
-        parts = components.build(config, given)
+        parts = components.build(config, objects)
         startup.check(config, parts, cluster)
         place = Placement("cuda:0" if on_gpu else "cpu", 1, None)
         RecordedFeed.dealt = []
@@ -108,8 +108,8 @@ def run_kind(kind: Kind, device: str, env: JobEnv, folder: Path) -> dict[str, An
     def once(in_pieces: bool) -> dict[str, Any]:
         Stops.asked = in_pieces
         torch.manual_seed(3)
-        given = UserObjects(model=kind.model(device), train_data=kind.data(0), test_data=kind.data(1), **kind.given)
-        return train(settings, given, env, folder / ("pieces" if in_pieces else "whole"))
+        objects = UserObjects(model=kind.model(device), train_data=kind.data(0), test_data=kind.data(1), **kind.objects)
+        return train(settings, objects, env, folder / ("pieces" if in_pieces else "whole"))
 
     if settings.get("train.compile"):
         torch._dynamo.reset()

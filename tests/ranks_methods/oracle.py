@@ -56,12 +56,12 @@ class Replica:
         self.optimizer.step()
 
 
-    def good(self) -> bool:
+    def is_finite(self) -> bool:
         """Whether there is no NaN and no Inf in the model."""
-        return _good(self.net)
+        return _is_finite(self.net)
 
 
-def _good(net: nn.Module) -> bool:
+def _is_finite(net: nn.Module) -> bool:
     return all(bool(t.isfinite().all()) for t in net.state_dict().values())
 
 
@@ -92,18 +92,18 @@ def normalized(case: Case, dealt: Dealt) -> dict[str, Tensor]:
     for steps in together(dealt):
         for step in steps:
             sizes = [len(rows) for rows in step]
-            good = [not set(case.poisoned) & set(rows.tolist()) for rows in step]
+            finite = [not set(case.poisoned) & set(rows.tolist()) for rows in step]
             before = [mean_of([replica.net], [1.0]) for replica in replicas.values()]
             parts = [replica.gradient(rows) for replica, rows in zip(replicas.values(), step, strict=True)]
-            clean = sum(size for size, fit in zip(sizes, good, strict=True) if fit)
+            clean = sum(size for size, ok in zip(sizes, finite, strict=True) if ok)
             if _rounds(case):
-                whole = [_sum_in_float16([s / sum(sizes) * g for s, g, fit in zip(sizes, gs, good, strict=True) if fit])
+                whole = [_sum_in_float16([s / sum(sizes) * g for s, g, ok in zip(sizes, gs, finite, strict=True) if ok])
                          * (sum(sizes) / clean) for gs in zip(*parts, strict=True)]  # fmt: skip
             else:
-                whole = [sum(s / clean * g for s, g, fit in zip(sizes, gs, good, strict=True) if fit)
+                whole = [sum(s / clean * g for s, g, ok in zip(sizes, gs, finite, strict=True) if ok)
                          for gs in zip(*parts, strict=True)]  # fmt: skip
-            for replica, fit, kept in zip(replicas.values(), good, before, strict=True):
-                if not fit:
+            for replica, ok, kept in zip(replicas.values(), finite, before, strict=True):
+                if not ok:
                     tracked = {name: t for name, t in replica.net.state_dict().items() if not t.is_floating_point()}
                     replica.net.load_state_dict({**kept, **tracked})
             for replica in replicas.values():
@@ -161,14 +161,14 @@ def local(case: Case, dealt: Dealt) -> dict[str, Tensor]:
             for rank, replica in replicas.items():
                 for rows in dealt[rank][number][done * tau[rank] : (done + 1) * tau[rank]]:
                     replica.step(replica.gradient(rows))
-            good = [replica.good() for replica in replicas.values()]
-            kept = sum(w for w, fit in zip(weights, good, strict=True) if fit)
-            scaled = [w / kept if fit else 0.0 for w, fit in zip(weights, good, strict=True)]
+            finite = [replica.is_finite() for replica in replicas.values()]
+            kept = sum(w for w, ok in zip(weights, finite, strict=True) if ok)
+            scaled = [w / kept if ok else 0.0 for w, ok in zip(weights, finite, strict=True)]
             mean = mean_of([r.net for r in replicas.values()], scaled)
             if _rounds(case):
                 for p, (name, _) in zip(common, replicas[0].net.named_parameters(), strict=True):
                     sent = [w * (dict(r.net.named_parameters())[name] - p).detach()
-                            for r, w, fit in zip(replicas.values(), weights, good, strict=True) if fit]  # fmt: skip
+                            for r, w, ok in zip(replicas.values(), weights, finite, strict=True) if ok]  # fmt: skip
                     mean[name] = p.detach() + _sum_in_float16(sent) / kept
             if normalised:
                 for p, (name, _) in zip(common, replicas[0].net.named_parameters(), strict=True):
@@ -266,23 +266,23 @@ def _take_in(
     """
     if not sent:
         return
-    good = [_good(net) for net in sent]
-    kept = sum(w for w, fit in zip(weights, good, strict=True) if fit)
-    mean = mean_of(sent, [w / kept if fit else 0.0 for w, fit in zip(weights, good, strict=True)])
+    finite = [_is_finite(net) for net in sent]
+    kept = sum(w for w, ok in zip(weights, finite, strict=True) if ok)
+    mean = mean_of(sent, [w / kept if ok else 0.0 for w, ok in zip(weights, finite, strict=True)])
     if alike is not None and base is not None:
         for name, before in base.items():
             moved = sum(c * (dict(net.named_parameters())[name].detach() - before)
                         for c, net in zip(alike, sent, strict=True))  # fmt: skip
             mean[name] = before + moved
             base[name] = mean[name].clone()
-    for net, replica, fit in zip(sent, replicas, good, strict=True):
+    for net, replica, ok in zip(sent, replicas, finite, strict=True):
         own = replica.net.state_dict()
         for name, before in net.state_dict().items():
-            if fit and name in dict(net.named_parameters()):
+            if ok and name in dict(net.named_parameters()):
                 own[name] += (1 - own_weight) * (mean[name] - before)
             elif before.is_floating_point():
                 own[name].copy_(mean[name])
-        if not fit:
+        if not ok:
             replica.optimizer.state.clear()
 
 

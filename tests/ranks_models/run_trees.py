@@ -17,7 +17,7 @@ from trees import build, change
 from hvd_hetero.checkpoint import ShardInfo, Store
 from hvd_hetero.cluster.device_classes import assign
 from hvd_hetero.cluster.hardware import RankFacts
-from hvd_hetero.comm.averaging import average, average_others
+from hvd_hetero.comm.averaging import average, average_untrained
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.flat_params import FlatState
 from hvd_hetero.comm.kv_store import job_env
@@ -53,7 +53,7 @@ def life(spec: dict[str, Any], number: int, comm: Comm, folder: Path) -> list[st
         changed = bits(module)
         trained = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
         average(comm, state, WEIGHTS[comm.rank])
-        average_others(comm, state, WEIGHTS[comm.rank], only_new=True)
+        average_untrained(comm, state, WEIGHTS[comm.rank], only_new=True)
         after = bits(module)
         own = json.dumps([before, changed, after])
         told = [json.loads(text) for text in comm.gather_text(own, f"told.{number}.{turn}")]

@@ -32,7 +32,7 @@ def contributes(comm: Comm, mode: str) -> tuple[Callable[[], int], ControlServer
     """A round of a partial allreduce, which returns how many there were; and rank 0's hub."""
     units = [(rank,) for rank in range(comm.size)]
     quorum = Quorum.of(2, [1.0] * comm.size) if mode == QUORUM else None
-    partial = PartialAllreduce(comm, SIZE, torch.float64, mode, units=units, quorum=quorum)
+    partial = PartialAllreduce(comm, SIZE, torch.float64, mode, rank_groups=units, quorum=quorum)
 
     def meet() -> int:
         partial.contribute(torch.ones(SIZE, dtype=torch.float64))

@@ -132,12 +132,12 @@ def run(folder: Path, case: Schedule, env: JobEnv, patch: pytest.MonkeyPatch) ->
         worked.append((torch.from_numpy(indices.copy()).long(), torch.from_numpy(at.copy()).long()))
         collected(self, indices, at, *results)
 
-    def pop(self: Any, patience_sec: float | None = None, most: int | None = None) -> Any:
-        taken = popped(self, 0.3 if case.waits and patience_sec is None else patience_sec, most)
+    def pop(self: Any, patience_sec: float | None = None, max_rounds: int | None = None) -> Any:
+        taken = popped(self, 0.3 if case.waits and patience_sec is None else patience_sec, max_rounds)
         if taken or patience_sec is not None:
             return taken
         turns.release()  # it is others whom this rank waits for
-        return popped(self, None, most)
+        return popped(self, None, max_rounds)
 
     def has_started(self: Any) -> bool:
         time.sleep(0.1)  # by then this rank has been told

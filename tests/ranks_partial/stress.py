@@ -40,7 +40,7 @@ def stress(comm: Comm, mode: str, seed: int, steps: int) -> dict[str, Any]:
     """Contribute at random moments; return what became of it."""
     units = [(rank,) for rank in range(comm.size)]
     partial = PartialAllreduce(
-        comm, SIZE, torch.float64, mode, units=units, seed=seed, sync_every=32, max_lag=8
+        comm, SIZE, torch.float64, mode, rank_groups=units, seed=seed, sync_every=32, max_lag=8
     )
     rng = np.random.default_rng((seed, comm.rank))
     computed, received, digest = torch.zeros(SIZE, dtype=torch.float64), torch.zeros(SIZE, dtype=torch.float64), []
@@ -66,7 +66,7 @@ def stress(comm: Comm, mode: str, seed: int, steps: int) -> dict[str, Any]:
         for results in partial.finish():
             enter(results)
         comm.barrier("epoch")
-    counts = partial.take_counts()
+    counts = partial.pop_counts()
     whole = torch.stack(comm.gather(computed, "computed")).sum(0)
     partial.close()
     left = [thread.name for thread in threading.enumerate() if thread.name.startswith("hvd_hetero")]

@@ -163,7 +163,7 @@ def test_a_line_without_an_end_is_not_kept() -> None:
         output, block = RankOutput({STDOUT: nowhere}), b"x" * BLOCK_BYTES
         tracemalloc.start()
         for _ in range(500):
-            output.take(STDOUT, 1, block)
+            output.receive(STDOUT, 1, block)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < 1 << 20
@@ -198,5 +198,5 @@ def test_nobody_reads_any_more() -> None:
     os.close(reading)
     output = RankOutput({STDOUT: Stream(writing)})
     for _ in range(10):
-        output.take(STDOUT, 0, b"line\n")
+        output.receive(STDOUT, 0, b"line\n")
     os.close(writing)

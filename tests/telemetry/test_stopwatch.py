@@ -49,8 +49,8 @@ def test_every_second_is_booked_once(clock: Clock) -> None:
     watch.skip()
     clock.now += 0.5
     watch.span("data")
-    assert watch.take() == ({"compute": 10.0, "data": 1.5, "blocked": 0.0, "comm": 0.0}, [4.0, 16.0])
-    assert watch.take() == ({"compute": 0.0, "data": 0.0, "blocked": 0.0, "comm": 0.0}, [])
+    assert watch.drain() == ({"compute": 10.0, "data": 1.5, "blocked": 0.0, "comm": 0.0}, [4.0, 16.0])
+    assert watch.drain() == ({"compute": 0.0, "data": 0.0, "blocked": 0.0, "comm": 0.0}, [])
 
 
 def test_a_rank_outside_a_collective_keeps_its_place_in_the_list(clock: Clock) -> None:
@@ -62,7 +62,7 @@ def test_a_rank_outside_a_collective_keeps_its_place_in_the_list(clock: Clock) -
     watch.skip_collective()
     clock.now += 4.0
     watch.collective()
-    first, absent, last = watch.take()[1]
+    first, absent, last = watch.drain()[1]
     assert (first, last) == (1.0, 6.0) and math.isnan(absent)
 
 
@@ -95,7 +95,7 @@ def test_waiting_ends_when_what_is_waited_for_starts(
     watch.waited(started)
     clock.now += 16.0
     watch.span("compute")
-    assert watch.take() == ({"compute": 16.0, "data": 1.0, "blocked": blocked, "comm": comm}, [])
+    assert watch.drain() == ({"compute": 16.0, "data": 1.0, "blocked": blocked, "comm": comm}, [])
     between = [("blocked", 101.0, 101.0 + blocked), ("comm", 101.0 + blocked, 109.0)]
     spans = [("data", 100.0, 101.0), *(span for span in between if span[1] < span[2]), ("compute", 109.0, 125.0)]
     assert watch.spans == spans, "they follow each other without a gap, and none is empty"
@@ -111,17 +111,17 @@ def test_waiting_is_no_part_of_a_steps_own_time() -> None:
     clock.now += 2.0
     own.now += 1.0
     assert watch.span("compute") == 1.0
-    assert watch.take()[0] == {"compute": 2.0, "data": 0.0, "blocked": 4.0, "comm": 4.0}
+    assert watch.drain()[0] == {"compute": 2.0, "data": 0.0, "blocked": 4.0, "comm": 4.0}
 
 
-def run_steps(clock: Clock, pace: SlowdownEmulator, count: int, data_sec: float, step_sec: float) -> int:
+def run_steps(clock: Clock, emulator: SlowdownEmulator, count: int, data_sec: float, step_sec: float) -> int:
     def batches() -> object:
         while True:
             clock.now += data_sec
             yield object()
 
     done = 0
-    for _ in pace.steps(batches(), count):  # type: ignore[var-annotated, arg-type]
+    for _ in emulator.steps(batches(), count):  # type: ignore[var-annotated, arg-type]
         clock.now += step_sec
         done += 1
     return done
@@ -130,21 +130,21 @@ def run_steps(clock: Clock, pace: SlowdownEmulator, count: int, data_sec: float,
 def test_steps_are_booked_as_data_and_compute(clock: Clock) -> None:
     watch = Stopwatch(clock)
     assert run_steps(clock, SlowdownEmulator(watch), 3, data_sec=0.5, step_sec=2.0) == 3
-    assert watch.take() == ({"compute": 6.0, "data": 1.5, "blocked": 0.0, "comm": 0.0}, [])
+    assert watch.drain() == ({"compute": 6.0, "data": 1.5, "blocked": 0.0, "comm": 0.0}, [])
     assert clock.slept == []
 
 
 def test_no_more_batches_are_taken_than_asked_for(clock: Clock) -> None:
     batches = iter(range(10))
-    pace = SlowdownEmulator(Stopwatch(clock))
-    assert list(pace.steps(batches, 3)) == [0, 1, 2]
-    assert list(pace.steps(batches, 2)) == [3, 4], "one taken too many would be a batch never trained on"
+    emulator = SlowdownEmulator(Stopwatch(clock))
+    assert list(emulator.steps(batches, 3)) == [0, 1, 2]
+    assert list(emulator.steps(batches, 2)) == [3, 4], "one taken too many would be a batch never trained on"
 
 
 def test_slowdown_stretches_data_and_compute_to_its_multiple(clock: Clock) -> None:
     watch = Stopwatch(clock)
     run_steps(clock, SlowdownEmulator(watch, slowdown=8.0), 3, data_sec=0.5, step_sec=2.0)
-    seconds, _ = watch.take()
+    seconds, _ = watch.drain()
     assert seconds["data"] + seconds["compute"] == pytest.approx(8 * 3 * 2.5)
     assert seconds["data"] == pytest.approx(1.5), "emulated time is compute"
     assert len(clock.slept) == 3
@@ -154,12 +154,12 @@ def test_slowdown_stretches_data_and_compute_to_its_multiple(clock: Clock) -> No
 def test_delays_are_slept_in_their_steps_and_count_as_their_compute(clock: Clock, slowdown: float) -> None:
     """One a step, as long as it was drawn: a slower device is not slower at being delayed."""
     watch = Stopwatch(clock)
-    pace = SlowdownEmulator(watch, slowdown)
-    pace.delays = iter([0.25, 0.0, 4.0, 32.0])
-    assert run_steps(clock, pace, 2, data_sec=0.5, step_sec=2.0) == 2
-    assert run_steps(clock, pace, 1, data_sec=0.5, step_sec=2.0) == 1
+    emulator = SlowdownEmulator(watch, slowdown)
+    emulator.delays = iter([0.25, 0.0, 4.0, 32.0])
+    assert run_steps(clock, emulator, 2, data_sec=0.5, step_sec=2.0) == 2
+    assert run_steps(clock, emulator, 1, data_sec=0.5, step_sec=2.0) == 1
     assert [sec for sec in clock.slept if sec in (0.25, 0.0, 4.0, 32.0)] == [0.25, 0.0, 4.0]
-    seconds, _ = watch.take()
+    seconds, _ = watch.drain()
     assert seconds["data"] == pytest.approx(1.5)
     assert seconds["compute"] == pytest.approx(slowdown * 3 * 2.5 + 4.25 - 1.5)
 
@@ -173,14 +173,14 @@ def test_what_the_core_does_meanwhile_is_no_part_of_an_emulated_step(monkeypatch
     for _ in SlowdownEmulator(watch, slowdown=8.0).steps(iter(range(2)), 2):
         clock.now += 5.0
         own.now += 2.0
-    assert watch.take()[0]["compute"] == pytest.approx(2 * (5.0 + 7 * 2.0))
+    assert watch.drain()[0]["compute"] == pytest.approx(2 * (5.0 + 7 * 2.0))
 
 
 def test_short_steps_sleep_together(clock: Clock) -> None:
     """Caches are cold after a sleep; what is owed is paid at the end of the round at the latest."""
     watch = Stopwatch(clock)
     run_steps(clock, SlowdownEmulator(watch, slowdown=8.0), 40, data_sec=0.0, step_sec=0.001)
-    assert watch.take()[0]["compute"] == pytest.approx(8 * 40 * 0.001)
+    assert watch.drain()[0]["compute"] == pytest.approx(8 * 40 * 0.001)
     assert len(clock.slept) == 3  # 7 ms a step are 100 ms after 15 steps, again after 30, and at the end
 
 
@@ -190,7 +190,7 @@ def test_what_a_sleep_overshoots_is_taken_off_the_next(monkeypatch: pytest.Monke
     monkeypatch.setattr(emulation, "time", clock)
     watch = Stopwatch(clock)
     run_steps(clock, SlowdownEmulator(watch, slowdown=2.0), 100, data_sec=0.0, step_sec=1.0)
-    assert watch.take()[0]["compute"] == pytest.approx(2 * 100 + 0.25), "only the last one is still owed"
+    assert watch.drain()[0]["compute"] == pytest.approx(2 * 100 + 0.25), "only the last one is still owed"
 
 
 def test_the_device_is_waited_for_before_the_step_is_measured(clock: Clock) -> None:
@@ -205,7 +205,7 @@ def test_the_device_is_waited_for_before_the_step_is_measured(clock: Clock) -> N
         watch = Stopwatch(clock)
         for _ in SlowdownEmulator(watch, slowdown, synchronize).steps(iter(range(4)), 4):
             queued[0] += 1
-        assert watch.take()[0]["compute"] == pytest.approx(expected)
+        assert watch.drain()[0]["compute"] == pytest.approx(expected)
 
 
 # ---- waiting and transfer -------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from together import together
 from hvd_hetero import algorithms
 from hvd_hetero.checkpoint import Store
 from hvd_hetero.config.load import load
-from hvd_hetero.training.checkpointer import Meetings
+from hvd_hetero.training.checkpointer import SyncPoints
 from hvd_hetero.worker.epoch import Progress
 
 pytestmark = pytest.mark.horovod
@@ -85,7 +85,7 @@ def test_ranks_that_meet_without_checkpoints_neither_save_nor_stop(every_sec: fl
     """They meet for their plan's sake; what is asked of them cannot be done."""
     config = load((), {"checkpoint.every_sec": every_sec}, algorithms.method)
     comm: Any = SimpleNamespace(rank=0, max=lambda numbers, name: numbers)
-    asked: Any = type("Asked", (Meetings,), {"stopping": lambda self: True, "_is_asked": lambda self: True})
+    asked: Any = type("Asked", (SyncPoints,), {"stopping": lambda self: True, "_is_asked": lambda self: True})
     meetings = asked(config, comm, False)
     agreed = meetings.agree(Progress(3, 3), meetings.segment(9, 0), 0, (0.5,))
     assert (agreed.stop, agreed.due) == (every_sec is not None,) * 2 and agreed.step_sec == (0.5,)

@@ -110,12 +110,12 @@ def test_what_was_waited_in_is_left_again() -> None:
 
 def test_a_rank_is_silent_while_it_says_nothing_new() -> None:
     sight = PeerStatus()
-    assert not sight.look(None, 5.0), "it has not begun"
+    assert not sight.update(None, 5.0), "it has not begun"
     beat = {"number": 1, "host": "h2", "phase": "local step"}
-    assert sight.look(beat, 5.0) and sight.silent_sec == 0
-    assert not sight.look(dict(beat), 5.0) and not sight.look(None, 4.0)
+    assert sight.update(beat, 5.0) and sight.silent_sec == 0
+    assert not sight.update(dict(beat), 5.0) and not sight.update(None, 4.0)
     assert str(sight) == "on h2 has said nothing for 9 s, last in local step"
-    assert sight.look(beat | {"number": 2}, 5.0) and sight.silent_sec == 0
+    assert sight.update(beat | {"number": 2}, 5.0) and sight.silent_sec == 0
 
 
 def test_many_ranks_speak_less_often_and_are_given_up_later() -> None:

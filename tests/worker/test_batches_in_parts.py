@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hvd_hetero.data.batch import cut
+from hvd_hetero.data.batch import split_batch
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.worker.factories import per_sample_loss
 from hvd_hetero.worker.losses import NOT_COUNTED
-from hvd_hetero.worker.memory import parts_that_fit
+from hvd_hetero.worker.memory import micro_batches_that_fit
 from hvd_hetero.worker.worker import Worker
 
 IGNORED = -100
@@ -52,7 +52,7 @@ def test_the_gradient_is_that_of_the_whole_batch(loss: str, count: int, flat: bo
         torch.testing.assert_close(again, whole.gradients())
         torch.testing.assert_close(parted.gradients(), whole.gradients())
         whole.apply(), parted.apply()
-    for found, expected in zip(parted.take_losses(), whole.take_losses(), strict=True):
+    for found, expected in zip(parted.pop_losses(), whole.pop_losses(), strict=True):
         torch.testing.assert_close(found, expected)
 
 
@@ -79,9 +79,9 @@ def test_parts_that_are_left_out_count_as_zero_gradients(loss: str) -> None:
     mine.gradient(inputs, targets, stop=lambda: bool(asked.append(1)) or len(asked) == 2)
     expected.gradient(inputs[:4], targets[:4], 4 / 7)
     torch.testing.assert_close(mine.gradients(), expected.gradients())
-    losses, weights = mine.take_losses()
+    losses, weights = mine.pop_losses()
     assert losses[4:].tolist() == [NOT_COUNTED] * 3 and weights[4:].tolist() == [0.0] * 3
-    torch.testing.assert_close(losses[:4], expected.take_losses()[0])
+    torch.testing.assert_close(losses[:4], expected.pop_losses()[0])
 
 
 def test_a_part_has_as_many_samples_as_the_model_needs() -> None:
@@ -101,7 +101,7 @@ def test_whatever_a_batch_is_made_of_is_cut_by_samples() -> None:
     x = torch.arange(5)
     pair = Pair(x + 1, np.arange(5.0))
     inputs = {"x": x, "pair": pair, "names": list("abcde"), "scale": torch.tensor(2.0), "on": True}
-    size, parts = cut((inputs, (x, [{"boxes": torch.ones(n, 4)} for n in range(5)])), 2)
+    size, parts = split_batch((inputs, (x, [{"boxes": torch.ones(n, 4)} for n in range(5)])), 2)
     assert size == 5 and len(parts) == 2
     (first, (target, boxes)), (second, _) = parts
     assert first["x"].tolist() == [0, 1] and second["x"].tolist() == [2, 3, 4]
@@ -118,7 +118,7 @@ def test_whatever_a_batch_is_made_of_is_cut_by_samples() -> None:
 ])  # fmt: skip
 def test_what_does_not_go_by_samples_is_refused(inputs: Any, targets: Any) -> None:
     with pytest.raises(ConfigError, match="train.micro_batches"):
-        cut((inputs, targets), 2)
+        split_batch((inputs, targets), 2)
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def test_micro_batches_are_halved_as_long_as_memory_runs_out(fits: int, expected
         if 8 / count > fits:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    assert parts_that_fit(step, 8) == expected and counts == tried
+    assert micro_batches_that_fit(step, 8) == expected and counts == tried
 
 
 def test_where_nothing_fits_the_error_stays() -> None:
@@ -141,4 +141,4 @@ def test_where_nothing_fits_the_error_stays() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        parts_that_fit(step, 6)
+        micro_batches_that_fit(step, 6)

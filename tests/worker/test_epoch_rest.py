@@ -33,7 +33,7 @@ def worked(epoch: Epoch, rounds: int, tau: int) -> list[Any]:
     batches, found = segment.batches(), []
     for number in range(rounds):
         found += [next(batches) for _ in range(tau)]
-        segment.note(tau, number)
+        segment.record(tau, number)
     epoch.add(segment, replace(epoch.finish(segment, tau), averages=rounds))
     return found
 

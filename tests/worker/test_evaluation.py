@@ -134,7 +134,7 @@ def judge(best: Any, *names: str) -> BestEvaluation:
     return BestEvaluation(best, read_metrics("eval.metrics", {name: "accuracy" for name in names}))
 
 
-@pytest.mark.parametrize(("by", "row", "good"), [
+@pytest.mark.parametrize(("by", "row", "score"), [
     (judge(None, "accuracy"), {"train_loss": 1.0}, None),
     (judge(None), {"eval_loss": 0.5}, -0.5),
     (judge(None, "f1"), {"eval_loss": 0.5, "eval_f1": 3.0}, -0.5),
@@ -145,8 +145,8 @@ def judge(best: Any, *names: str) -> BestEvaluation:
     (judge({"metric": "f1", "mode": "max"}, "f1", "accuracy"), {"eval_loss": 0.5, "eval_f1": 0.25}, 0.25),
     (judge({"metric": "rmse", "mode": "min"}, "rmse"), {"eval_loss": 0.5, "eval_rmse": 2.0}, -2.0),
 ])  # fmt: skip
-def test_how_good_an_evaluation_is(by: BestEvaluation, row: dict[str, Any], good: float | None) -> None:
-    assert by.goodness(row) == good
+def test_score_of_an_evaluation(by: BestEvaluation, row: dict[str, Any], score: float | None) -> None:
+    assert by.score(row) == score
 
 
 def test_the_best_one_is_never_nan_and_the_others_are_counted() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hvd_hetero.checkpoint import Store
 from hvd_hetero.data import TensorSource
 from hvd_hetero.training.startup import set_precision
-from hvd_hetero.worker.step_benchmark import FIRST_STEPS, take_first_steps
+from hvd_hetero.worker.step_benchmark import FIRST_STEPS, warm_up
 from hvd_hetero.worker.worker import Worker
 
 MOMENTUM = {"momentum": 0.9}
@@ -151,13 +151,13 @@ def test_a_step_is_compiled_before_training_and_nothing_else_changes(monkeypatch
     monkeypatch.setattr(torch, "compile", compile_with)
     source = TensorSource(*(torch.cat(parts) for parts in zip(*batches(4), strict=True)))
     compiled, plain = worker(compile_mode="default"), worker()
-    take_first_steps(compiled, source, 6)
-    assert not any(compiled.watch.take()[0].values())
+    warm_up(compiled, source, 6)
+    assert not any(compiled.watch.drain()[0].values())
     assert shapes == [(6, 3, 8, 8)] * FIRST_STEPS
     torch.testing.assert_close(trained(compiled), trained(plain), rtol=0, atol=0)
-    assert len(compiled.take_losses()[0]) == len(plain.take_losses()[0])
-    take_first_steps(plain, source, 6)
-    take_first_steps(compiled, source, 0)  # a class that does not train
+    assert len(compiled.pop_losses()[0]) == len(plain.pop_losses()[0])
+    warm_up(plain, source, 6)
+    warm_up(compiled, source, 0)  # a class that does not train
     assert len(shapes) == FIRST_STEPS + len(batches(3))
 
 

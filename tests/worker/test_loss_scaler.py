@@ -66,7 +66,7 @@ def test_an_overflow_is_computed_again_and_no_step_is_skipped(parts: int) -> Non
     before = [p.detach().clone() for p in mine.model.parameters()]
     torch.testing.assert_close(gradients(mine), gradients(worker(half=False)), rtol=2e-2, atol=1e-4)
     assert mine.scaler.overflows >= 1 and mine.scaler.scale == 2.0 ** (24 - mine.scaler.overflows)
-    assert len(mine.take_losses()[0]) == len(TARGETS), "the losses of one step"
+    assert len(mine.pop_losses()[0]) == len(TARGETS), "the losses of one step"
     mine.apply()
     assert not any(torch.equal(p, b) for p, b in zip(mine.model.parameters(), before, strict=True))
 
@@ -106,7 +106,7 @@ def test_the_scale_grows_and_is_restored(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(loss_scaler, "GROWTH_STEPS", 3)
     mine, other = worker(), worker()
     assert mine.scaler is not None and other.scaler is not None
-    put_back = mine.snapshot()
+    restore = mine.snapshot()
     for step in range(5):
         gradients(mine)
         mine.apply()
@@ -117,7 +117,7 @@ def test_the_scale_grows_and_is_restored(monkeypatch: pytest.MonkeyPatch) -> Non
         gradients(other)
         other.apply()
     assert other.scaler.scale == 4 * loss_scaler.START, "a step after the restored ones"
-    put_back()
+    restore()
     assert mine.scaler.scale == loss_scaler.START
 
 

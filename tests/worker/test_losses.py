@@ -67,7 +67,7 @@ def assert_as_in_pytorch(
     expected.backward()
     for ours, theirs in zip(gradients(mine.model), gradients(model), strict=True):
         torch.testing.assert_close(ours, theirs)
-    losses, weights = mine.take_losses()
+    losses, weights = mine.pop_losses()
     assert float(losses[weights > 0].sum() / weights.sum()) == pytest.approx(float(expected.detach()), rel=1e-5)
     sums = sums_of(mine, inputs, targets)
     assert mean(float(sums[0]), float(sums[1])) == pytest.approx(float(expected.detach()), rel=1e-5)
@@ -147,7 +147,7 @@ def test_ragged_samples_count_once_each_whatever_the_padding(args: dict[str, Any
         (total / weight).backward()
         for ours, theirs in zip(gradients(mine.model), gradients(model), strict=True):
             torch.testing.assert_close(ours, theirs)
-        assert mine.take_losses()[0].tolist() == pytest.approx(expected, rel=1e-5)
+        assert mine.pop_losses()[0].tolist() == pytest.approx(expected, rel=1e-5)
         found.append((*gradients(mine.model), sums_of(mine, inputs, targets).float()))
     for plain, padded in zip(*found, strict=True):
         torch.testing.assert_close(plain, padded)
@@ -160,7 +160,7 @@ def test_where_nothing_counts_there_is_no_gradient_and_no_nan(tokens: bool) -> N
     mine = worker(Tagger(tokens), per_sample_loss("cross_entropy", {"weight": WEIGHTS}), accuracy)
     mine.gradient(inputs, targets)
     assert all(not gradient.any() for gradient in gradients(mine.model))
-    losses, weights = mine.take_losses()
+    losses, weights = mine.pop_losses()
     assert losses.tolist() == [NOT_COUNTED] * 12 and not weights.any()
     sums = sums_of(mine, inputs, targets)
     assert sums.tolist() == [0] * 4 and np.isnan(mean(0.0, 0.0))

@@ -8,7 +8,7 @@ import torch
 from hvd_hetero.data import TensorSource
 from hvd_hetero.errors import RankError
 from hvd_hetero.telemetry.tables import closing_table
-from hvd_hetero.worker.memory import batch_that_fits, largest_batch, on_device, peak_bytes, told_by_class
+from hvd_hetero.worker.memory import batch_that_fits, explain_out_of_memory, largest_batch, on_device, peak_bytes
 
 CPU = torch.device("cpu")
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
@@ -20,7 +20,7 @@ SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capaci
     (None, "GiB); set a smaller one"),
 ])
 def test_a_class_without_enough_memory_is_named(estimated: int | None, text: str) -> None:
-    with pytest.raises(RankError) as caught, told_by_class("gpu", 64, lambda: estimated):
+    with pytest.raises(RankError) as caught, explain_out_of_memory("gpu", 64, lambda: estimated):
         raise torch.OutOfMemoryError(SAID)
     message = str(caught.value)
     assert message.startswith("train.batch_size=64: class gpu is out of GPU memory (CUDA out of memory Tried")
@@ -39,7 +39,7 @@ def test_what_a_failed_step_has_made_is_let_go_before_the_estimate() -> None:
         alive.append(1)
         raise torch.OutOfMemoryError(SAID)
 
-    with pytest.raises(RankError), told_by_class("gpu", 64, lambda: len(alive)):
+    with pytest.raises(RankError), explain_out_of_memory("gpu", 64, lambda: len(alive)):
         step()
     assert not alive
 

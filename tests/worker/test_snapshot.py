@@ -32,7 +32,7 @@ def test_containers_and_attributes() -> None:
     )  # fmt: skip
     held.me = held
     before = repr({key: value for key, value in vars(held).items() if key not in ("me", "deep")})
-    put_back = snapshot(held)
+    restore = snapshot(held)
     held.number, held.new = 2, 3
     inner[1]["a"], held.again = 7, []  # type: ignore[index]
     inner.append(3)
@@ -42,7 +42,7 @@ def test_containers_and_attributes() -> None:
     held.some["x"].append(1)
     held.last.append(9)
     held.names.add("y")
-    put_back()
+    restore()
     assert repr({key: value for key, value in vars(held).items() if key not in ("me", "deep")}) == before
     assert held.inner is held.again is inner and held.me is held
     assert held.deep[0].text == "as it was" and held.deep[1].count == 0
@@ -60,7 +60,7 @@ def test_tensors_keep_their_memory_and_all_that_hangs_on_them() -> None:
     weight.note = "kept"
     before = [(id(t), t.data_ptr(), t.clone()) for t in tensors]
     sums = [part["sum"].clone() for part in optimizer.state.values()]
-    put_back = snapshot(model, optimizer)
+    restore = snapshot(model, optimizer)
     for _ in range(2):
         model(torch.randn(4, 3)).square().sum().backward()
         optimizer.step()
@@ -71,7 +71,7 @@ def test_tensors_keep_their_memory_and_all_that_hangs_on_them() -> None:
     model.expanded = model.expanded + 1
     model.strided.fill_(3), model.mask.fill_(True)
     model[1].running_mean.add_(torch.ones(3, requires_grad=True))
-    put_back()
+    restore()
     after = [(id(t), t.data_ptr(), t) for t in [*model.parameters(), *model.buffers()]]
     assert all(a[:2] == b[:2] and torch.equal(a[2], b[2]) for a, b in zip(before, after, strict=True))
     assert weight.requires_grad and weight.note == "kept" and all(p.grad is None for p in model.parameters())
@@ -86,9 +86,9 @@ def test_a_file_that_is_mapped_is_not_written_to(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")  # torch knows no arrays that cannot be written to
         table = torch.from_numpy(np.memmap(tmp_path / "numbers", mode="r", dtype=np.float64))
     other = torch.zeros(2)
-    put_back = snapshot(Holder(table=table, other=other))
+    restore = snapshot(Holder(table=table, other=other))
     other.add_(1).resize_(5)
-    put_back()
+    restore()
     assert table.tolist() == [0, 1, 2, 3] and other.tolist() == [0, 0]
 
 
@@ -102,9 +102,9 @@ def test_random_generators_and_arrays() -> None:
         held.array += 1
         return [float(torch.rand(1, generator=held.torch)), held.python.random(), held.old.rand(), held.new.random()]
 
-    put_back = snapshot(held)
+    restore = snapshot(held)
     drawn = draw()
-    put_back()
+    restore()
     assert draw() == drawn and held.array.tolist() == [1, 1, 1]
 
 
@@ -120,9 +120,9 @@ def test_what_functions_hold_and_whose_method_it_is() -> None:
     def recursive() -> Any:
         return later  # noqa: F821 (a variable that is empty yet)
 
-    put_back = snapshot(loss, Holder(count=2).__init__, recursive)  # type: ignore[misc]
+    restore = snapshot(loss, Holder(count=2).__init__, recursive)  # type: ignore[misc]
     loss()
-    put_back()
+    restore()
     assert seen == [] and counter.count == 0 and not hasattr(loss, "calls")
     later = None  # noqa: F841
 
@@ -130,9 +130,9 @@ def test_what_functions_hold_and_whose_method_it_is() -> None:
 def test_threads_locks_and_files_are_left_alone() -> None:
     lock, done = threading.Lock(), threading.Event()
     held = Holder(lock=lock, done=done, thread=threading.Thread(target=done.set), module=random, kind=Holder)
-    put_back = snapshot(held)
+    restore = snapshot(held)
     held.thread.start()
     held.thread.join()
     held.lock = None
-    put_back()
+    restore()
     assert held.lock is lock and done.is_set() and not held.thread.is_alive()

@@ -57,6 +57,12 @@ def batches(rows: Any) -> Iterator[Any]:
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
+def test_the_emulator_has_its_former_name_for_one_release() -> None:
+    mine = worker()
+    with pytest.warns(FutureWarning, match=r"Worker\.pace is now Worker\.emulator"):
+        assert mine.pace is mine.emulator
+
+
 def test_local_steps_are_those_of_a_plain_loop() -> None:
     rows = np.arange(40).reshape(5, 8)
     mine = worker()
@@ -73,20 +79,20 @@ def test_local_steps_are_those_of_a_plain_loop() -> None:
         losses.mean().backward()
         optimizer.step()
         expected.append(losses.detach())
-    losses, weights = mine.take_losses()
+    losses, weights = mine.pop_losses()
     assert losses.shape == (40,) and losses.dtype == torch.float32
     assert torch.equal(weights, torch.ones(40))
     assert torch.allclose(losses, torch.cat(expected), rtol=1e-5)
     for (name, a), b in zip(mine.model.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6), name
-    assert mine.take_losses()[0].numel() == 0
+    assert mine.pop_losses()[0].numel() == 0
 
 
 def test_local_steps_take_their_batches_and_no_more() -> None:
     mine, stream = worker(), batches(np.arange(40).reshape(5, 8))
     mine.local_steps(stream, 2)
     mine.local_steps(stream, 2)
-    assert mine.take_losses()[0].shape == (32,)
+    assert mine.pop_losses()[0].shape == (32,)
     assert len(list(stream)) == 1
 
 
@@ -194,7 +200,7 @@ def test_evaluating_more_often_changes_no_random_number() -> None:
             mine.local_steps(data.batches(rows, mine.generator), 1)
             if often:
                 mine.evaluate(data, np.arange(20), 8)
-        found.append([*mine.state.vectors, *mine.take_losses()])
+        found.append([*mine.state.vectors, *mine.pop_losses()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
@@ -221,8 +227,8 @@ def test_all_random_numbers_go_on_from_a_saved_state() -> None:
     seed_all(8)
     again.load_state_dict(state)
     again.local_steps(batches(np.arange(16).reshape(2, 8)), 2)
-    for ours, theirs in zip([*again.state.vectors, *again.take_losses()],
-                            [*whole.state.vectors, *whole.take_losses()], strict=True):  # fmt: skip
+    for ours, theirs in zip([*again.state.vectors, *again.pop_losses()],
+                            [*whole.state.vectors, *whole.pop_losses()], strict=True):  # fmt: skip
         assert torch.equal(ours, theirs)
 
 
@@ -240,7 +246,7 @@ def test_measuring_leaves_everything_as_it_was(optimizer: str) -> None:
             assert measure_step(mine, source(), 8, seconds=0.01, warmup_steps=2, ready=lambda: None).step_sec > 0
         mine.local_steps(batches(np.arange(40).reshape(5, 8)), 5)
         state = [value for part in mine.optimizer.state.values() for value in part.values() if value is not None]
-        state += [mine.generator.get_state(), *mine.take_losses()]
+        state += [mine.generator.get_state(), *mine.pop_losses()]
         results.append([*mine.state.tensors(), *state])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -256,8 +262,8 @@ def scripted(
         now[0] += sum(islice(durations, count))
 
     monkeypatch.setattr("hvd_hetero.worker.step_benchmark.time", SimpleNamespace(perf_counter=lambda: now[0]))
-    mine = SimpleNamespace(snapshot=lambda: lambda: None, local_steps=local_steps, take_losses=lambda: None,
-                           generator=torch.Generator(), pace=SimpleNamespace(emulates=emulates))  # fmt: skip
+    mine = SimpleNamespace(snapshot=lambda: lambda: None, local_steps=local_steps, pop_losses=lambda: None,
+                           generator=torch.Generator(), emulator=SimpleNamespace(emulates=emulates))  # fmt: skip
     return mine, counts
 
 
@@ -375,4 +381,4 @@ def test_samples_that_weigh_differently(micro_batches: int) -> None:
     (losses * torch.tensor([0.0, 1.0, 2.0, 5.0])).mean().backward()
     for own, other in zip(weighs.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(own.grad, other.grad)
-    assert weighs.take_losses()[0].tolist() == pytest.approx(losses.tolist())
+    assert weighs.pop_losses()[0].tolist() == pytest.approx(losses.tolist())

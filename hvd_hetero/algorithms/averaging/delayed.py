@@ -28,9 +28,9 @@ from torch import Tensor
 
 from hvd_hetero.algorithms.averaging.blocking import BlockingAveraging, scale_progress
 from hvd_hetero.algorithms.local_sgd import LocalSGD
-from hvd_hetero.comm.averaging import Sent
+from hvd_hetero.comm.averaging import ModelDifferences
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.nonfinite import finite
+from hvd_hetero.comm.nonfinite import all_finite
 from hvd_hetero.comm.weighted_sums import average_tensors
 from hvd_hetero.comm.wire import Wire
 from hvd_hetero.data import Batch
@@ -46,18 +46,18 @@ class DelayedAveraging(BlockingAveraging):
         super().__init__(policy, worker, comm)
         self._in_flight = InFlightAverage(worker, comm, self.wire, self.spec.own_weight)
 
-    def run_segment(self, segment: Segment, mine: ClassPlan) -> None:
+    def run_segment(self, segment: Segment, class_plan: ClassPlan) -> None:
         self._in_flight.begin()
-        super().run_segment(segment, mine)
+        super().run_segment(segment, class_plan)
         self._in_flight.receive()
-        self.average_models(self.policy.weight_of(mine), self._in_flight.base)
+        self.average_models(self.policy.weight_of(class_plan), self._in_flight.base)
 
-    def run_round(self, batches: Iterator[Batch], mine: ClassPlan) -> None:
-        delay = self.policy.delay_of(mine)
+    def run_round(self, batches: Iterator[Batch], class_plan: ClassPlan) -> None:
+        delay = self.policy.delay_of(class_plan)
         self.worker.local_steps(batches, delay)
         self._in_flight.receive()
-        self.worker.local_steps(batches, mine.tau - delay)
-        self._in_flight.send(self.policy.weight_of(mine), self.policy.progress_factor(mine.name))
+        self.worker.local_steps(batches, class_plan.tau - delay)
+        self._in_flight.send(self.policy.weight_of(class_plan), self.policy.progress_factor(class_plan.name))
         if self.spec.optimizer_state == "reset":
             self.worker.optimizer.state.clear()
 
@@ -103,11 +103,11 @@ class InFlightAverage:
         state.refresh()  # what it finds is agreed on where all ranks meet
         self._sent = [v.clone() for v in state.vectors]
         self._mean = [v.clone() for v in state.vectors]
-        self._good = finite(self._sent)
+        self._is_finite = all_finite(self._sent)
         if factor != 1:
             scale_progress(self._parts(self._mean), self._parts(self.base), factor)
         if self._wire is not None:
-            Sent(self.base, self._wire).take_off(self._mean)
+            ModelDifferences(self.base, self._wire).subtract_base(self._mean)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._worker.device))
         self._is_sent = True
@@ -142,21 +142,21 @@ class InFlightAverage:
         """
         if not self._is_sent:
             return
-        with self._own_comm.booked(), self._own_comm.heartbeat.waiting("delayed"):
+        with self._own_comm.timed(), self._own_comm.heartbeat.waiting("delayed"):
             problem = self._problems.get()
         self._is_sent = False
         if problem is not None:
             raise problem
-        if not self._good:
+        if not self._is_finite:
             self._worker.optimizer.state.clear()
-            self._comm.excluded.note()
-        state, share = self._worker.state, 1 - self._own_weight
+            self._comm.excluded.record()
+        state, factor = self._worker.state, 1 - self._own_weight
         if self._wire is not None:
-            Sent(self.base, self._wire).put_back(self._mean)
-        for x, mean, sent, params in zip(state.vectors, self._mean, self._sent, state.params, strict=True):
-            if self._good:
-                moved = mean[:params] - sent[:params]
-                x[:params] += moved if share == 1 else moved.mul_(share)
+            ModelDifferences(self.base, self._wire).add_base(self._mean)
+        for x, mean, own, params in zip(state.vectors, self._mean, self._sent, state.params, strict=True):
+            if self._is_finite:
+                moved = mean[:params] - own[:params]
+                x[:params] += moved if factor == 1 else moved.mul_(factor)
                 x[params:] = mean[params:]
             else:
                 x.copy_(mean)
@@ -164,12 +164,12 @@ class InFlightAverage:
 
     def _average(self, weight: float) -> None:
         if self._wire is None:
-            average_tensors(self._comm, self._mean, self._good, "delayed", weight=weight)
+            average_tensors(self._comm, self._mean, self._is_finite, "delayed", weight=weight)
             return
-        average_tensors(self._comm, self._parts(self._mean), self._good, "delayed", weight=weight, wire=self._wire)
+        average_tensors(self._comm, self._parts(self._mean), self._is_finite, "delayed", weight=weight, wire=self._wire)
         rest = [vector[params:] for vector, params in zip(self._mean, self._worker.state.params, strict=True)]
         if states := [part for part in rest if len(part)]:  # they are not rounded
-            average_tensors(self._comm, states, self._good, "delayed.states", weight=weight)
+            average_tensors(self._comm, states, self._is_finite, "delayed.states", weight=weight)
 
     def _parts(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Return the parameters' parts of vectors, those that have one."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.tensor_slots import real_view
-from hvd_hetero.comm.untrained_state import is_finite
+from hvd_hetero.comm.untrained_state import is_tensor_finite
 from hvd_hetero.comm.weighted_sums import average_tensors
 
 STEP = "step"
@@ -60,37 +60,37 @@ class OptimizerAverage:
         self._known, self._entries = "", list[Entry]()
         self._missing: set[Entry] = set()
 
-    def average(self, optimizer: torch.optim.Optimizer, weight: float, good: bool = True) -> None:
+    def average(self, optimizer: torch.optim.Optimizer, weight: float, is_finite: bool = True) -> None:
         """Take part in one average.
 
         Args:
             weight: of this rank; the weights of all ranks sum to 1 and are equal within a class.
-            good: whether this rank's model was; if not, its state has no part in the average either.
+            is_finite: whether this rank's model is; if not, its state has no part in the average either.
 
         Raises:
             NonFiniteError: as :func:`hvd_hetero.comm.averaging.average`.
         """
-        with self._comm.booked():
+        with self._comm.timed():
             own = {entry: value for entry, value in self._own(optimizer) if entry.key not in self._seeded}
             self._agree(sorted(own))
             floating = [entry for entry in self._entries if not entry.is_count]
             values = [self._value(own, entry) for entry in floating]
             # where not all ranks have an entry, the weights of those that do travel beside it
             present = {entry: torch.tensor([float(entry in own)]) for entry in floating if entry in self._missing}
-            fit = good and all(map(is_finite, values))
+            is_state_finite = is_finite and all(map(is_tensor_finite, values))
             device = self._params[0].device
             sums = [*values, *(flag.to(device) for flag in present.values())]
             if sums:
-                average_tensors(self._comm, sums, fit, "optimizer", weight=weight)
+                average_tensors(self._comm, sums, is_state_finite, "optimizer", weight=weight)
             for entry, average in zip(floating, values, strict=True):
                 if entry in present:
                     average /= sums[len(values) + list(present).index(entry)].clamp_min(1e-30)
                 self._put(optimizer, entry, average)
-            if good and not fit:
-                self._comm.excluded.note()
+            if is_finite and not is_state_finite:
+                self._comm.excluded.record()
             counts = [entry for entry in self._entries if entry.is_count]
-            said = [float(own[entry]) if entry in own else -float("inf") for entry in counts]
-            most = self._comm.max(said, "optimizer.counts") if counts else []
+            entry_counts = [float(own[entry]) if entry in own else -float("inf") for entry in counts]
+            most = self._comm.max(entry_counts, "optimizer.counts") if counts else []
             for entry, value in zip(counts, most, strict=True):
                 self._put(optimizer, entry, torch.tensor(value, dtype=torch.float64))
             for state in optimizer.state.values():
@@ -111,8 +111,8 @@ class OptimizerAverage:
         """Make the list of entries that some rank has, the same on all ranks; as a rule it is as it was."""
         text = json.dumps([(e.param, e.key, e.shape, e.dtype, e.is_count) for e in own])
         number = int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
-        said = self._comm.gather(torch.tensor([number]), "optimizer.entries")
-        known = str([int(x) for x in said])
+        entry_counts = self._comm.gather(torch.tensor([number]), "optimizer.entries")
+        known = str([int(x) for x in entry_counts])
         if known == self._known:
             return
         lists = [

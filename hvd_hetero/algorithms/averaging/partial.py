@@ -31,69 +31,67 @@ optimizer's state is cleared.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hvd_hetero.algorithms.averaging.blocking import Averaging
+from hvd_hetero.algorithms.execution.resumable import PartialResumable
 from hvd_hetero.algorithms.local_sgd import LocalSGD
 from hvd_hetero.comm.averaging import check_partial
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.flat_params import concat, parts_of
-from hvd_hetero.comm.nonfinite import finite
+from hvd_hetero.comm.flat_params import concat, split_like
+from hvd_hetero.comm.nonfinite import all_finite
 from hvd_hetero.comm.partial.allreduce import PartialAllreduce
 from hvd_hetero.comm.partial.rounds import Round
 from hvd_hetero.planning.plan import ClassPlan
-from hvd_hetero.telemetry.staleness import Counts
 from hvd_hetero.worker.epoch import Segment
 from hvd_hetero.worker.worker import Worker
 
 
-class PartialAveraging(Averaging):
+class PartialAveraging(PartialResumable, Averaging):
     """Take local steps, and contribute their progress to partial averages; all ranks make it together."""
 
     def __init__(self, policy: LocalSGD, worker: Worker, comm: Comm) -> None:
         super().__init__(policy, worker, comm)
         self._params, self._buffers = worker.state.parameters(), worker.state.buffers()
-        self._global_model = concat(self._params).clone()
         self._in_flight: Tensor | None = None
         """``[P]`` on the host: progress that was contributed and has not come back in a result; None: nothing."""
         self._unmerged = self._averages = 0
         self._open(0)
 
     def _open(self, first: int) -> None:
-        spec, whole = self.spec, concat([*self._params, *self._buffers])
-        self._kept = [buffers.clone() for buffers in self._buffers]
+        spec, flat = self.spec, concat([*self._params, *self._buffers])
+        self._global_model, self._kept = concat(self._params).clone(), [buffers.clone() for buffers in self._buffers]
         self.partial = PartialAllreduce(
-            self.comm, whole.numel(), whole.dtype, self.policy.mode, latest=sum(b.numel() for b in self._buffers),
-            units=[c.ranks for c in self.policy.cluster.classes], seed=self.policy.seed, sync_every=spec.sync_every,
-            max_lag=spec.max_lag, quorum=self.policy.quorum(),
-            weigh=float if spec.weights == "steps" else lambda steps: 1.0, first=first,
+            self.comm, flat.numel(), flat.dtype, self.policy.mode, state_elements=sum(b.numel() for b in self._buffers),
+            rank_groups=[c.ranks for c in self.policy.cluster.classes], seed=self.policy.seed,
+            sync_every=spec.sync_every, max_lag=spec.max_lag, quorum=self.policy.quorum(),
+            weight_of=float if spec.weights == "steps" else lambda steps: 1.0, first_round=first,
             hosts=len({fact.host for fact in self.policy.cluster.facts}),
         )  # fmt: skip
 
-    def run_segment(self, segment: Segment, mine: ClassPlan) -> None:
+    def run_segment(self, segment: Segment, class_plan: ClassPlan) -> None:
         """Run rounds of tau local steps until a class has had all its samples; then merge all ranks.
 
         With a quorum, steps are contributed one by one, and a rank goes on until a round begins.
         """
         by_step = self.policy.quorum() is not None
-        at_once, most = (1, self.spec.max_lag * mine.tau) if by_step else (mine.tau, self.spec.max_lag)
-        part = mine.batch_size / self.policy.batch_size[mine.name]  # of a step, where the batch is shrunk
+        at_once, most = (1, self.spec.max_lag * class_plan.tau) if by_step else (class_plan.tau, self.spec.max_lag)
+        part = class_plan.batch_size / self.policy.batch_size[class_plan.name]  # of a step, where the batch is shrunk
         partial, batches = self.partial, segment.batches()
         first, self._averages, since = partial.version, 0, 0
-        for _ in range(segment.rounds * mine.tau // at_once):
+        for _ in range(segment.rounds * class_plan.tau // at_once):
             number = partial.version - first
             if since == 0:
                 segment.start_round(number)
             steps = self.worker.local_steps(batches, at_once, lambda: partial.closing or segment.is_stopping())
-            segment.note(steps, number)
+            segment.record(steps, number)
             since += steps
             patience: float | None = 0.0  # others may be waiting for this rank to contribute
             # one that is as far ahead as it may be waits, and who waits is there
-            arrived = not by_step or since >= mine.tau or self._unmerged + 1 >= most
+            arrived = not by_step or since >= class_plan.tau or self._unmerged + 1 >= most
             if self._contribute(steps * part, arrived):
                 if self._unmerged >= most:
                     patience = None
@@ -115,12 +113,12 @@ class PartialAveraging(Averaging):
     def _contribute(self, steps: float, arrived: bool) -> bool:
         """Contribute the progress since the last time; return False, and go back, if it is non-finite."""
         self.worker.state.refresh()
-        if not finite([*self._params, *self._buffers]):
+        if not all_finite([*self._params, *self._buffers]):
             self._reset()
             for vector, kept in zip(self._buffers, self._kept, strict=True):
                 vector.copy_(kept)
             self.worker.optimizer.state.clear()
-            self.comm.excluded.note()
+            self.comm.excluded.record()
             return False
         progress = (concat(self._params) - self._global_model).to("cpu")
         fresh = progress if self._in_flight is None else progress - self._in_flight
@@ -146,9 +144,9 @@ class PartialAveraging(Averaging):
                 self.outer.snapshot()
                 # divided here, then added: two plain operations, which round alike on every kind of processor
                 mean = item.total.div_(item.weight)
-                for vector, part in zip(self._params, parts_of(mean[:count], self._params), strict=True):
+                for vector, part in zip(self._params, split_like(mean[:count], self._params), strict=True):
                     vector.add_(part.to(vector))
-                for vector, part in zip(self._buffers, parts_of(mean[count:], self._buffers), strict=True):
+                for vector, part in zip(self._buffers, split_like(mean[count:], self._buffers), strict=True):
                     vector.copy_(part)
                 self.outer.step()
                 self._averages += 1
@@ -165,24 +163,9 @@ class PartialAveraging(Averaging):
 
     def _reset(self) -> None:
         """Set the model to the global one, with this rank's progress in flight on top."""
-        whole = self._global_model
-        self._write(whole if self._in_flight is None else whole + self._in_flight.to(whole))
+        flat = self._global_model
+        self._write(flat if self._in_flight is None else flat + self._in_flight.to(flat))
 
-    def _write(self, whole: Tensor) -> None:
-        for vector, part in zip(self._params, parts_of(whole, self._params), strict=True):
+    def _write(self, flat: Tensor) -> None:
+        for vector, part in zip(self._params, split_like(flat, self._params), strict=True):
             vector.copy_(part)
-
-    def counts(self) -> Counts:
-        return self.partial.take_counts()
-
-    def close(self) -> None:
-        self.partial.close()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "round": self.partial.version}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.partial.close()
-        self._global_model.copy_(concat(self._params))
-        self._open(int(state["round"]))

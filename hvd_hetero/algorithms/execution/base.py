@@ -7,23 +7,23 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from hvd_hetero.algorithms.execution.resumable import Resumable
 from hvd_hetero.algorithms.policy import Policy
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.data import Batch
 from hvd_hetero.planning.plan import Plan
-from hvd_hetero.telemetry.staleness import Counts
 from hvd_hetero.worker.epoch import Segment
 from hvd_hetero.worker.index_feed import Feed
 from hvd_hetero.worker.worker import Worker
 
 
-class Executor:
+class Executor(Resumable):
     """Execute one rank's part of a method.
 
     After :meth:`start` follow, epoch by epoch, :meth:`run_segment` for each part, :meth:`end_epoch`, :meth:`replan`.
 
     Attributes:
-        mine: this rank's part of the plan that is followed, from :meth:`start` on.
+        class_plan: this rank's part of the plan that is followed, from :meth:`start` on.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -36,7 +36,7 @@ class Executor:
         self._follow()
 
     def _follow(self) -> None:
-        self.mine = self.policy.plan.of_rank(self.comm.rank)
+        self.class_plan = self.policy.plan.of_rank(self.comm.rank)
 
     def deal(self, feed: Feed, plan: Plan, whole: Plan) -> NDArray[Any]:
         """Deal the samples of an epoch, as :class:`hvd_hetero.worker.epoch.Epoch` has them."""
@@ -44,7 +44,7 @@ class Executor:
 
     def run_segment(self, segment: Segment) -> None:
         """Run the rounds of a segment, up to the last collective of the last one, and note each step."""
-        run_rounds(segment, self.mine.tau, self.run_round)
+        run_rounds(segment, self.class_plan.tau, self.run_round)
 
     def run_round(self, batches: Iterator[Batch]) -> None:
         """Run one round of this rank, all its collectives included."""
@@ -59,19 +59,11 @@ class Executor:
         self._follow()
         return plan
 
-    def counts(self) -> Counts | None:
-        """Return what this rank sent in partial collectives since the last call, if the method has them."""
-        return None
-
-    def take_dropped(self) -> int:
+    def pop_dropped(self) -> int:
         """Return how many samples of this rank's batches no step was made of since the last call, by the method."""
         return 0
 
-    def close(self) -> None:
-        """Stop what runs in the background; called whatever has happened, even before :meth:`start`."""
-
     def state_dict(self) -> dict[str, Any]:
-        """Return what the method carries from round to round."""
         return {"policy": self.policy.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -89,6 +81,6 @@ def run_rounds(segment: Segment, tau: int, run_round: Callable[[Iterator[Batch]]
     for number in range(segment.rounds):
         segment.start_round(number)
         run_round(batches)
-        segment.note(tau, number)
+        segment.record(tau, number)
         segment.finish_round()
     segment.averages = segment.rounds

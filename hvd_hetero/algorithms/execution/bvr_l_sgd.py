@@ -13,8 +13,8 @@ from hvd_hetero.algorithms.bvr_l_sgd import BVRLSGD
 from hvd_hetero.algorithms.execution.base import run_rounds
 from hvd_hetero.algorithms.execution.local_sgd import LocalSGDExecutor
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.nonfinite import FLAG_SLOTS, finite, summable
-from hvd_hetero.comm.weighted_sums import sum_good_
+from hvd_hetero.comm.nonfinite import FLAG_SLOTS, all_finite, summable
+from hvd_hetero.comm.weighted_sums import sum_finite_
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import NonFiniteError
 from hvd_hetero.planning.plan import ClassPlan
@@ -41,32 +41,32 @@ class VarianceReduced(Averaging):
         self.before: list[Tensor] = []
         self._gradients = worker.flat_gradients()
 
-    def run_segment(self, segment: Segment, mine: ClassPlan) -> None:
-        run_rounds(segment, mine.tau, lambda batches: self.run_round(batches, mine))
+    def run_segment(self, segment: Segment, class_plan: ClassPlan) -> None:
+        run_rounds(segment, class_plan.tau, lambda batches: self.run_round(batches, class_plan))
 
-    def run_round(self, batches: Iterator[Batch], mine: ClassPlan) -> None:
+    def run_round(self, batches: Iterator[Batch], class_plan: ClassPlan) -> None:
         """Make or correct the common estimate, take this rank's steps, and go on from the model that was drawn."""
-        count = self.policy.anchor_of(mine.tau)
-        self._anchor(batches, count, mine)
-        if mine.tau:
-            self._steps(batches, mine.tau - count)
-        self._draw(bool(mine.tau))
+        count = self.policy.anchor_of(class_plan.tau)
+        self._anchor(batches, count, class_plan)
+        if class_plan.tau:
+            self._steps(batches, class_plan.tau - count)
+        self._draw(bool(class_plan.tau))
         self.rounds += 1
 
-    def _anchor(self, batches: Iterator[Batch], count: int, mine: ClassPlan) -> None:
+    def _anchor(self, batches: Iterator[Batch], count: int, class_plan: ClassPlan) -> None:
         worker, is_new = self.worker, self.rounds % self.policy.options.stage_rounds == 0
         sums = [torch.zeros_like(vector) for vector in worker.state.padded_gradients]
-        for inputs, targets in worker.pace.steps(batches, count) if mine.tau else ():
-            self._difference(inputs, targets, [] if is_new else self.before, mine.weight / count)
+        for inputs, targets in worker.emulator.steps(batches, count) if class_plan.tau else ():
+            self._difference(inputs, targets, [] if is_new else self.before, class_plan.weight / count)
             for total, gradient in zip(sums, self._gradients, strict=True):
                 total[:-FLAG_SLOTS].add_(gradient)
-        good = finite(sums)
-        worker.pace.pause()
+        is_finite = all_finite(sums)
+        worker.emulator.pause()
         sent = [summable(total) for total in sums]
-        with self.comm.booked():
-            sum_good_(self.comm, sent, good, "anchor", share=mine.weight)
-        if not good:
-            self.comm.excluded.note()
+        with self.comm.timed():
+            sum_finite_(self.comm, sent, is_finite, "anchor", prescaled_weight=class_plan.weight)
+        if not is_finite:
+            self.comm.excluded.record()
         found = [total[:-FLAG_SLOTS].to(gradient) for total, gradient in zip(sent, self._gradients, strict=True)]
         if not is_new:
             torch._foreach_add_(found, self.anchor)
@@ -77,7 +77,7 @@ class VarianceReduced(Averaging):
         worker, before = self.worker, self.before
         estimate = [vector.clone() for vector in self.anchor]
         self._apply(estimate)
-        for inputs, targets in worker.pace.steps(batches, count):
+        for inputs, targets in worker.emulator.steps(batches, count):
             self._difference(inputs, targets, before)
             torch._foreach_add_(estimate, self._gradients)
             before = self._copy()
@@ -104,18 +104,19 @@ class VarianceReduced(Averaging):
     def _draw(self, is_training: bool) -> None:
         """Go on from the model of one of the ranks whose values are finite."""
         worker, comm = self.worker, self.comm
-        worker.rest()
+        worker.set_eval_mode()
         worker.state.refresh()
-        good = finite([*worker.state.parameters(), *worker.state.buffers()])
-        worker.pace.pause()
-        with comm.booked():
-            flags = [int(flag) for flag in comm.gather(torch.tensor([2 * (not good) + is_training]), "drawn.good")]
-            fit, bad = [r for r, flag in enumerate(flags) if flag == 1], [r for r, flag in enumerate(flags) if flag > 1]
-            if not fit or (bad and comm.excluded.stops):
-                raise NonFiniteError(comm.excluded.round, bad, not fit)
-            comm.broadcast_state(worker.state, self.policy.drawn(self.rounds, fit))
-        if not good:
-            comm.excluded.note()
+        is_finite = all_finite([*worker.state.parameters(), *worker.state.buffers()])
+        worker.emulator.pause()
+        with comm.timed():
+            flags = [int(flag) for flag in comm.gather(torch.tensor([2 * (not is_finite) + is_training]), "drawn.good")]
+            finite_ranks = [r for r, flag in enumerate(flags) if flag == 1]
+            non_finite_ranks = [r for r, flag in enumerate(flags) if flag > 1]
+            if not finite_ranks or (non_finite_ranks and comm.excluded.stops):
+                raise NonFiniteError(comm.excluded.round, non_finite_ranks, not finite_ranks)
+            comm.broadcast_state(worker.state, self.policy.drawn(self.rounds, finite_ranks))
+        if not is_finite:
+            comm.excluded.record()
 
     def _copy(self) -> list[Tensor]:
         return [vector.detach().clone() for vector in self.worker.state.parameters()]

@@ -27,12 +27,12 @@ class BytePSExecutor(FlatGradientExecutor):
         self.servers = Servers(comm, self.policy.ranks, self.policy.options.partition_bytes)
 
     def run_round(self, batches: Iterator[Batch]) -> None:
-        if self.mine.role == SERVER:
+        if self.class_plan.role == SERVER:
             self.servers.sum_([summable(vector) for vector in self.vectors], "gradient")
         else:
             super().run_round(batches)
 
-    def sum_(self, sums: Sequence[Tensor], good: bool, share: float) -> None:
-        write_validity_flags(sums, good, share)
+    def sum_(self, sums: Sequence[Tensor], is_finite: bool, prescaled_weight: float) -> None:
+        write_validity_flags(sums, is_finite, prescaled_weight)
         self.servers.sum_(sums, "gradient")
-        renormalize(self.comm, sums, good, "gradient", self.policy.ranks)
+        renormalize(self.comm, sums, is_finite, "gradient", self.policy.ranks)

@@ -20,6 +20,7 @@ class ComputeClock:
     """Time the parts of a round, micro-batches or local steps, and choose the threshold from what all ranks measure.
 
     Args:
+        warmup: first rounds, in which nothing is left out nor measured, and ``measured`` ones, for ``auto``.
         pause: books what was computed so far, and waits until it is.
 
     Attributes:
@@ -27,8 +28,8 @@ class ComputeClock:
         times: at which the parts of this round have ended, from its begin.
     """
 
-    def __init__(self, options: ThresholdOptions, pause: Callable[[], None]) -> None:
-        self._options, self._pause = options, pause
+    def __init__(self, options: ThresholdOptions, warmup: int, measured: int, pause: Callable[[], None]) -> None:
+        self._options, self._warmup, self._measured, self._pause = options, warmup, measured, pause
         self.reset()
 
     def reset(self) -> None:
@@ -47,17 +48,17 @@ class ComputeClock:
         """Note the end of a part; tell whether no more is to be begun."""
         self._pause()
         self.times.append(time.perf_counter() - self._begin)
-        limit = self.threshold if self._rounds >= self._options.warmup else None
+        limit = self.threshold if self._rounds >= self._warmup else None
         return limit is not None and self.times[-1] > limit
 
     def end(self, comm: Comm, ranks: tuple[int, ...] | None = None) -> None:
         """End a round, with all that these ranks, or all, did together; all of them call it, idle ones too."""
         self._rounds += 1
-        if not self._is_open or self._rounds <= self._options.warmup:
+        if not self._is_open or self._rounds <= self._warmup:
             return
         self._ended.append(self.times)
         self._seconds.append(time.perf_counter() - self._begin)
-        if len(self._ended) == self._options.measured:
+        if len(self._ended) == self._measured:
             self._choose(comm, ranks)
 
     def _choose(self, comm: Comm, ranks: tuple[int, ...] | None) -> None:
@@ -65,8 +66,8 @@ class ComputeClock:
         count = len(self._ended)
         own = torch.tensor([sum(self._seconds) / count, *np.ravel(self._ended)], dtype=torch.float64)
         sizes = [int(size) for size in comm.gather(torch.tensor([len(own)]), "threshold.sizes", ranks=ranks)]
-        said = [part.numpy() for part in comm.gather(own, "threshold.times", sizes, ranks) if len(part) > 1]
-        round_sec, ended = float(np.mean([part[0] for part in said])), [part[1:].reshape(count, -1) for part in said]
+        times = [part.numpy() for part in comm.gather(own, "threshold.times", sizes, ranks) if len(part) > 1]
+        round_sec, ended = float(np.mean([part[0] for part in times])), [part[1:].reshape(count, -1) for part in times]
         found = best_threshold(ended, round_sec, self._options.max_dropped)
         self._is_open, self._ended, self._seconds = False, [], []
         if found is None:

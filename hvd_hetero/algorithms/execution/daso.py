@@ -13,7 +13,7 @@ from torch import Tensor
 from hvd_hetero.algorithms.daso import DASO, Cadence
 from hvd_hetero.algorithms.execution.grouped import GroupedExecutor
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.nonfinite import FLAG_SLOTS, finite, summable, write_validity_flags
+from hvd_hetero.comm.nonfinite import FLAG_SLOTS, all_finite, summable, write_validity_flags
 from hvd_hetero.comm.weighted_sums import sum_in_group_
 from hvd_hetero.data import Batch
 from hvd_hetero.planning.groups import group_of
@@ -50,7 +50,7 @@ class DASOExecutor(GroupedExecutor):
         self._host = group_of(self.policy.local_groups, comm.rank)
         self._across = group_of(self.policy.global_groups, comm.rank)
         batches = [plan.of_rank(rank).batch_size for rank in self._host]
-        self._share = self.mine.batch_size / sum(batches)
+        self._batch_fraction = self.class_plan.batch_size / sum(batches)
         self._place, self._is_apart, self._losses = 0, False, [0.0, 0.0]
         self._flight: Flight | None = None
 
@@ -61,33 +61,33 @@ class DASOExecutor(GroupedExecutor):
             segment.start_round(number)
             self._step(batches, cadence.averages_gradients(number, last))
             self._exchange(cadence, number, last)
-            segment.note(1, number)
+            segment.record(1, number)
             segment.finish_round()
         self.end_segment(segment)
 
     def _step(self, batches: Iterator[Batch], together: bool) -> None:
         worker = self.worker
-        for inputs, targets in worker.pace.steps(batches, 1):
+        for inputs, targets in worker.emulator.steps(batches, 1):
             self.keep_buffers()
-            losses = worker.gradient(inputs, targets, self._share if together else 1.0)
+            losses = worker.gradient(inputs, targets, self._batch_fraction if together else 1.0)
             self._note(losses)
-            is_good = any_good = finite(self._gradients)
+            is_finite = any_finite = all_finite(self._gradients)
             if together:
-                worker.pace.pause()
-                any_good = self._average_gradients(is_good)
-            if not is_good:
+                worker.emulator.pause()
+                any_finite = self._average_gradients(is_finite)
+            if not is_finite:
                 self.exclude_step()
-            if any_good:
+            if any_finite:
                 self.comm.excluded.since = 0
                 worker.apply()
         self._is_apart |= not together
 
-    def _average_gradients(self, good: bool) -> bool:
-        """Average the host's gradients; return whether there is a good one."""
+    def _average_gradients(self, is_finite: bool) -> bool:
+        """Average the host's gradients; return whether there is a finite one."""
         own = self.worker.state.padded_gradients
         sums = [summable(vector) for vector in own]
-        with self.comm.booked():
-            kept = sum_in_group_(self.comm, sums, good, self._share, "daso.gradient", self._host)
+        with self.comm.timed():
+            kept = sum_in_group_(self.comm, sums, is_finite, self._batch_fraction, "daso.gradient", self._host)
         for gradient, total in zip(own, sums, strict=True):
             if gradient is not total:
                 gradient.copy_(total)
@@ -113,9 +113,9 @@ class DASOExecutor(GroupedExecutor):
         self._settle()
         place, total, wait = self._place, None, lambda: None
         if self._host.index(self.comm.rank) == place:
-            own = self.whole().to("cpu")
+            own = self.flat_model().to("cpu")
             total = torch.cat([own, own.new_empty(FLAG_SLOTS)])
-            write_validity_flags([total], finite([own]))
+            write_validity_flags([total], all_finite([own]))
             wait = self.comm.sum_async_(total, "daso.models", self._across)
         self._flight = Flight(batch, due, place, total, wait)
         self._place = (place + 1) % len(self._host)
@@ -126,34 +126,34 @@ class DASOExecutor(GroupedExecutor):
         flight, self._flight = self._flight, None
         assert flight is not None
         self._settle()
-        own = self.whole().to("cpu", copy=True)
-        good = finite([own])
-        with self.comm.booked():
+        own = self.flat_model().to("cpu", copy=True)
+        is_finite = all_finite([own])
+        with self.comm.timed():
             if flight.total is not None:
                 flight.wait()
-                weight, count = 2 * (batch - flight.begun) if good else 0, float(flight.total[-FLAG_SLOTS])
-                if weight + count:  # else nobody's model is good, which the average of all ranks finds
-                    own = own if good else own.zero_()
+                weight, count = 2 * (batch - flight.begun) if is_finite else 0, float(flight.total[-FLAG_SLOTS])
+                if weight + count:  # else no rank's model is finite, which the average of all ranks finds
+                    own = own if is_finite else own.zero_()
                     own.mul_(weight).add_(flight.total[:-FLAG_SLOTS]).mul_(1 / (weight + count))
             self.write(self.comm.broadcast(own, "daso.host", self._host[flight.place], self._host))
-        if not good:
+        if not is_finite:
             self.worker.optimizer.state.clear()
-            self.comm.excluded.note()
+            self.comm.excluded.record()
 
     def _settle(self) -> None:
         """Average the host's models, once its ranks have taken steps of their own: momentum keeps them apart."""
         if self._is_apart and len(self._host) > 1:
-            own = self.whole()
-            good = finite([own])
+            own = self.flat_model()
+            is_finite = all_finite([own])
             mean = torch.cat([own, own.new_empty(FLAG_SLOTS)])
             mean[:-FLAG_SLOTS].mul_(1 / len(self._host))
-            with self.comm.booked():
-                kept = sum_in_group_(self.comm, [mean], good, 1 / len(self._host), "daso.settle", self._host)
+            with self.comm.timed():
+                kept = sum_in_group_(self.comm, [mean], is_finite, 1 / len(self._host), "daso.settle", self._host)
             if kept:
                 self.write(mean[:-FLAG_SLOTS])
-                if not good:  # else the average over hosts does so
+                if not is_finite:  # else the average over hosts does so
                     self.worker.optimizer.state.clear()
-                    self.comm.excluded.note()
+                    self.comm.excluded.record()
 
     def end_epoch(self) -> None:
         super().end_epoch()

@@ -11,7 +11,7 @@ from torch import Tensor
 from hvd_hetero.algorithms.decentlam import UNFIT, DecentLaM
 from hvd_hetero.algorithms.execution.grouped import GroupedExecutor
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.nonfinite import FLAG_SLOTS, finite
+from hvd_hetero.comm.nonfinite import FLAG_SLOTS, all_finite
 from hvd_hetero.comm.weighted_sums import sum_in_group_
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError
@@ -45,30 +45,30 @@ class DecentLaMExecutor(GroupedExecutor):
         for number in range(segment.rounds):
             segment.start_round(number)
             self._step(batches)
-            segment.note(1, number)
+            segment.record(1, number)
             segment.finish_round()
         self.end_segment(segment)
 
     def _step(self, batches: Iterator[Batch]) -> None:
         worker, optimizer = self.worker, self.worker.optimizer
-        for inputs, targets in worker.pace.steps(batches, 1):
+        for inputs, targets in worker.emulator.steps(batches, 1):
             self.keep_buffers()
             worker.gradient(inputs, targets)
             worker.clip(self._params)
             before: dict[Tensor, Tensor] = {param: param.detach().clone() for param in self._params}
             self._try_step()
-            worker.pace.pause()
-            own = self.whole()
-            good = finite([own])
-            if not good:
+            worker.emulator.pause()
+            own = self.flat_model()
+            is_finite = all_finite([own])
+            if not is_finite:
                 self.exclude_step()
                 optimizer.state.clear()
-            if not self._average(own, good):  # nobody's model is good
+            if not self._average(own, is_finite):  # no rank's model is finite
                 for param, kept in before.items():
                     param.detach().copy_(kept)
-            elif good:
+            elif is_finite:
                 self.comm.excluded.since = 0
-                self._take_step(before)
+                self._apply(before)
 
     @torch.no_grad()
     def _try_step(self) -> None:
@@ -80,20 +80,20 @@ class DecentLaMExecutor(GroupedExecutor):
                     param.sub_(gradient.add(param, alpha=group["weight_decay"]), alpha=group["lr"])
 
     @torch.no_grad()
-    def _average(self, own: Tensor, good: bool) -> bool:
-        """Set the model to the mean over this step's good neighbours; return whether there is one."""
+    def _average(self, own: Tensor, is_finite: bool) -> bool:
+        """Set the model to the mean over this step's finite neighbours; return whether there is one."""
         group = self._groups[self._steps % len(self._groups)]
         self._steps += 1
         mean = torch.cat([own, own.new_empty(FLAG_SLOTS)])
         mean[:-FLAG_SLOTS].mul_(1 / len(group))
-        with self.comm.booked():
-            kept = sum_in_group_(self.comm, [mean], good, 1 / len(group), "decentlam", group)
+        with self.comm.timed():
+            kept = sum_in_group_(self.comm, [mean], is_finite, 1 / len(group), "decentlam", group)
         if kept:
             self.write(mean[:-FLAG_SLOTS])
         return kept > 0
 
     @torch.no_grad()
-    def _take_step(self, before: Mapping[Tensor, Tensor]) -> None:
+    def _apply(self, before: Mapping[Tensor, Tensor]) -> None:
         """Take the momentum step from the model as it was, along what it has come to, over the learning rate."""
         optimizer, decay = self.worker.optimizer, []
         for group in optimizer.param_groups:

@@ -25,30 +25,31 @@ class DropComputeExecutor(FlatGradientExecutor):
 
     def start(self, plan: Plan, worker: Worker, comm: Comm) -> None:
         super().start(plan, worker, comm)
-        self.clock, self._dropped = ComputeClock(self.policy.options, worker.pace.pause), 0
+        options, self._dropped = self.policy.options, 0
+        self.clock = ComputeClock(options, options.warmup_steps, options.measured_steps, worker.emulator.pause)
 
     def run_round(self, batches: Iterator[Batch]) -> None:
         self.clock.begin()
         super().run_round(batches)
-        if self.mine.tau:
+        if self.class_plan.tau:
             self.clock.end(self.comm, self.policy.ranks)
 
     def compute(self, inputs: Any, targets: Any) -> float:
         clock = self.clock
-        losses = self.worker.gradient(inputs, targets, self.mine.weight, clock.is_over)
+        losses = self.worker.gradient(inputs, targets, self.class_plan.weight, clock.is_over)
         clock.is_over()
         del clock.times[: -self.worker.micro_batches]  # of a gradient in float16 that was computed once more
         left_out = int((losses == NOT_COUNTED).sum())
         self._dropped += left_out
         part = 1 - left_out / len(losses) if self.policy.options.normalise == DONE else 1
-        return self.mine.weight * part
+        return self.class_plan.weight * part
 
-    def take_dropped(self) -> int:
+    def pop_dropped(self) -> int:
         taken, self._dropped = self._dropped, 0
         return taken
 
-    def sum_(self, sums: Sequence[Tensor], good: bool, share: float) -> None:
-        super().sum_(sums, good, share)
+    def sum_(self, sums: Sequence[Tensor], is_finite: bool, prescaled_weight: float) -> None:
+        super().sum_(sums, is_finite, prescaled_weight)
         if self.policy.options.normalise == DONE:
             for total in sums:  # by the share of the joined batch that was taken, the same on all ranks
                 total.mul_(1 / float(total[-FLAG_SLOTS]))

@@ -28,13 +28,14 @@ class DeadlineAveraging(BlockingAveraging):
 
     def __init__(self, policy: DropComputeLocal, worker: Worker, comm: Comm) -> None:
         super().__init__(policy, worker, comm)
-        self.clock, self.dropped = ComputeClock(policy.options, worker.pace.pause), 0
+        options, self.dropped = policy.options, 0
+        self.clock = ComputeClock(options, options.warmup_rounds, options.measured_rounds, worker.emulator.pause)
         self._taus = self._taus_now()
 
     def _taus_now(self) -> list[int]:
         return [c.tau for c in self.policy.plan.classes]
 
-    def run_segment(self, segment: Segment, mine: ClassPlan) -> None:
+    def run_segment(self, segment: Segment, class_plan: ClassPlan) -> None:
         batches, taus = segment.batches(), self._taus_now()
         if taus != self._taus:  # of other rounds than were measured
             self._taus = taus
@@ -42,19 +43,19 @@ class DeadlineAveraging(BlockingAveraging):
         for number in range(segment.rounds):
             segment.planned = number
             segment.start_round(number)
-            segment.note(self.take_round(batches, mine), number)
+            segment.record(self.run_local_round(batches, class_plan), number)
             segment.finish_round()
         segment.planned = segment.averages = segment.rounds
 
-    def take_round(self, batches: Iterator[Batch], mine: ClassPlan) -> int:
+    def run_local_round(self, batches: Iterator[Batch], class_plan: ClassPlan) -> int:
         """Take the local steps of one round that there is time for, and average the models; return how many."""
         state, is_done = self.worker.state, self.policy.options.normalise == DONE
         self.outer.snapshot()
-        weight = self.policy.weight_of(mine)
+        weight = self.policy.weight_of(class_plan)
         base = [vector.clone() for vector in state.vectors] if is_done or self.wire is not None else None
         self.clock.begin()
-        taken = self.worker.local_steps(batches, mine.tau, self.clock.is_over)
-        self.dropped += (mine.tau - taken) * mine.batch_size
+        taken = self.worker.local_steps(batches, class_plan.tau, self.clock.is_over)
+        self.dropped += (class_plan.tau - taken) * class_plan.batch_size
         if is_done and base is not None and (factor := self._factor(taken, weight)) != 1:
             state.refresh()
             scale_progress(state.parameters(), base, factor)
@@ -64,7 +65,7 @@ class DeadlineAveraging(BlockingAveraging):
 
     def _factor(self, taken: int, weight: float) -> float:
         """Return what makes this rank's weight one by the steps that were taken."""
-        with self.comm.booked():
+        with self.comm.timed():
             (total,) = self.comm.sum([float(taken)], "deadline.steps")
         return taken / total / weight if taken else 1.0
 
@@ -87,6 +88,6 @@ class DropComputeLocalExecutor(LocalSGDExecutor):
     def _strategy(self) -> type[Averaging]:
         return DeadlineAveraging
 
-    def take_dropped(self) -> int:
+    def pop_dropped(self) -> int:
         taken, self.averaging.dropped = self.averaging.dropped, 0
         return taken

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from hvd_hetero.algorithms.eager_sgd import EagerSGD
+from hvd_hetero.algorithms.execution.resumable import PartialResumable
 from hvd_hetero.algorithms.execution.synchronous import SynchronousExecutor
 from hvd_hetero.comm.averaging import check_partial
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.flat_params import concat, parts_of
+from hvd_hetero.comm.flat_params import concat, split_like
 from hvd_hetero.comm.gradient_staging import HostGradients
-from hvd_hetero.comm.nonfinite import finite
+from hvd_hetero.comm.nonfinite import all_finite
 from hvd_hetero.comm.partial.allreduce import PartialAllreduce
 from hvd_hetero.comm.partial.rounds import Round
 from hvd_hetero.data import Batch
 from hvd_hetero.planning.plan import Plan
-from hvd_hetero.telemetry.staleness import Counts
 from hvd_hetero.worker.epoch import Segment
 from hvd_hetero.worker.worker import Worker
 
 
-class EagerSGDExecutor(SynchronousExecutor):
+class EagerSGDExecutor(PartialResumable, SynchronousExecutor):
     """Step along each result; no rank computes while another one waits for it."""
 
     policy: EagerSGD
@@ -35,34 +34,35 @@ class EagerSGDExecutor(SynchronousExecutor):
         self._open(0)
 
     def _open(self, first: int) -> None:
-        whole, policy, spec = concat(self._gradients), self.policy, self.policy.aggregation
+        flat, policy, spec = concat(self._gradients), self.policy, self.policy.aggregation
         self.partial = PartialAllreduce(
-            self.comm, whole.numel(), whole.dtype, policy.mode, units=[(rank,) for rank in policy.ranks],
-            seed=policy.seed, sync_every=policy.sync_every, max_lag=spec.max_lag, first=first,
+            self.comm, flat.numel(), flat.dtype, policy.mode, rank_groups=[(rank,) for rank in policy.ranks],
+            seed=policy.seed, sync_every=policy.sync_every, max_lag=spec.max_lag, first_round=first,
             quorum=policy.quorum(), drops_late=policy.drops_late,
             hosts=len({fact.host for fact in policy.cluster.facts}), pinned=self._on_gpu,
         )  # fmt: skip
 
     def run_segment(self, segment: Segment) -> None:
         worker, partial, first, self._averages = self.worker, self.partial, self.partial.version, 0
-        batches, parts, made = self._claimed(segment), self.policy.parts_of_batch, 0
-        partial.claim(self.mine.batch_size)
+        batches, parts, made = self._claimed(segment), self.policy.micro_batch_count, 0
+        partial.claim(self.class_plan.batch_size)
         while True:
             before = made
-            for inputs, targets in worker.pace.steps(batches, 1):
+            for inputs, targets in worker.emulator.steps(batches, 1):
                 self.keep_buffers()
-                worker.gradient(inputs, targets, self.mine.weight / parts)
+                worker.gradient(inputs, targets, self.class_plan.weight / parts)
                 made += 1
             if made == before:
                 break
             is_whole = made % parts == 0
             if is_whole:
-                segment.note(1, partial.version - first)
+                segment.record(1, partial.version - first)
                 # the answer comes while this rank waits for the round; to claim everything leaves the others nothing
-                partial.claim(segment.samples if segment.is_stopping() else self.mine.batch_size)
-            gradient = concat(self._gradients).cpu() if self._host is None else self._host.take()
-            if finite([gradient]):
-                partial.contribute(gradient, self.mine.weight / parts, arrived=is_whole, samples=self.mine.batch_size)
+                partial.claim(segment.samples if segment.is_stopping() else self.class_plan.batch_size)
+            gradient = concat(self._gradients).cpu() if self._host is None else self._host.synchronize()
+            if all_finite([gradient]):
+                partial.contribute(gradient, self.class_plan.weight / parts, arrived=is_whole,
+                                   samples=self.class_plan.batch_size)  # fmt: skip
                 self._apply(partial.pop(None if is_whole else 0), segment, first)
             else:  # others may be waiting for this rank to contribute, so it waits for nothing
                 self.exclude_step()
@@ -75,7 +75,7 @@ class EagerSGDExecutor(SynchronousExecutor):
 
     def _claimed(self, segment: Segment) -> Iterator[Batch]:
         """Yield the batches that this rank is offered, as long as there are whole ones."""
-        size, parts = self.mine.batch_size, self.policy.parts_of_batch
+        size, parts = self.class_plan.batch_size, self.policy.micro_batch_count
         while (batch := segment.claim(self.partial.offered(), size, parts)) is not None:
             yield from batch
 
@@ -84,28 +84,13 @@ class EagerSGDExecutor(SynchronousExecutor):
         for result in results:
             if result.weight:  # the last round of an epoch finds the buffers empty, as a rule
                 segment.start_round(result.number - first)
-                if self.policy.drops_late or self.policy.parts_of_batch > 1:
+                if self.policy.drops_late or self.policy.micro_batch_count > 1:
                     result.total.div_(result.weight)
-                for gradient, part in zip(self._gradients, parts_of(result.total, self._gradients), strict=True):
+                for gradient, part in zip(self._gradients, split_like(result.total, self._gradients), strict=True):
                     gradient.copy_(part, non_blocking=True)
                 self.worker.apply()
                 self._averages += 1
                 self.comm.excluded.since = 0
                 segment.finish_round()
-        self.worker.pace.pause()  # what was copied from is not given back before it has been copied
+        self.worker.emulator.pause()  # what was copied from is not given back before it has been copied
         self.partial.release(results)
-
-    def counts(self) -> Counts | None:
-        return self.partial.take_counts()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "round": self.partial.version}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.partial.close()
-        self._open(int(state["round"]))
-
-    def close(self) -> None:
-        if "partial" in vars(self):  # else it was never started
-            self.partial.close()

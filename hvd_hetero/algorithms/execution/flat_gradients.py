@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
+from hvd_hetero.algorithms.execution.resumable import WireResumable
 from hvd_hetero.algorithms.execution.synchronous import SynchronousExecutor
 from hvd_hetero.algorithms.policy import FLOAT32
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.nonfinite import finite, summable
-from hvd_hetero.comm.weighted_sums import sum_good_
+from hvd_hetero.comm.nonfinite import all_finite, summable
+from hvd_hetero.comm.weighted_sums import sum_finite_
 from hvd_hetero.comm.wire import Wire
-from hvd_hetero.data import Batch
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.worker.worker import Worker
 
 
-class FlatGradientExecutor(SynchronousExecutor):
+class FlatGradientExecutor(WireResumable, SynchronousExecutor):
     """Step along the gradient of the joined batch, of which each rank sends its part at once.
 
     ``aggregation.wire`` says what it travels in; see :mod:`hvd_hetero.comm.wire`.
@@ -29,42 +29,29 @@ class FlatGradientExecutor(SynchronousExecutor):
         self.gradients = worker.flat_gradients()
         self.vectors = worker.state.padded_gradients
         kind, ranks = self.policy.aggregation.wire, self.policy.ranks
-        is_plain = kind == FLOAT32 or not self.mine.tau or len(ranks) == 1
+        is_plain = kind == FLOAT32 or not self.class_plan.tau or len(ranks) == 1
         self.wire = None if is_plain else Wire(comm, kind, worker.device, self.policy.seed, ranks)
 
-    def run_round(self, batches: Iterator[Batch]) -> None:
-        worker = self.worker
-        if not self.mine.tau:
-            self.comm.sit_out()
-            return
-        for inputs, targets in worker.pace.steps(batches, 1):
-            self.keep_buffers()
-            share = self.compute(inputs, targets)
-            good = finite(self.gradients)
-            sums = [summable(vector) for vector in self.vectors]
-            worker.pace.pause()
-            self.sum_(sums, good, share)
-            for gradient, total in zip(self.vectors, sums, strict=True):
-                if gradient is not total:
-                    gradient.copy_(total)
-            if not good:
-                self.exclude_step()
-            worker.apply()
+    def run_step(self, inputs: Any, targets: Any) -> None:
+        worker, prescaled_weight = self.worker, self.compute(inputs, targets)
+        is_finite = all_finite(self.gradients)
+        sums = [summable(vector) for vector in self.vectors]
+        worker.emulator.pause()
+        self.sum_(sums, is_finite, prescaled_weight)
+        for gradient, total in zip(self.vectors, sums, strict=True):
+            if gradient is not total:
+                gradient.copy_(total)
+        if not is_finite:
+            self.exclude_step()
+        worker.apply()
 
     def compute(self, inputs: Any, targets: Any) -> float:
         """Leave this rank's part of the joined gradient in the parameters; return its share of the joined batch."""
-        self.worker.gradient(inputs, targets, self.mine.weight)
-        return self.mine.weight
+        self.worker.gradient(inputs, targets, self.class_plan.weight)
+        return self.class_plan.weight
 
-    def sum_(self, sums: Sequence[Tensor], good: bool, share: float) -> None:
-        """Replace the parts, ``[P + FLAG_SLOTS]`` each, by the joined gradient of the good ranks."""
-        with self.comm.booked():
-            sum_good_(self.comm, sums, good, "gradient", share=share, ranks=self.policy.ranks, wire=self.wire)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), **({} if self.wire is None else {"wire": self.wire.state_dict()})}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        if self.wire is not None:
-            self.wire.load_state_dict(state["wire"])
+    def sum_(self, sums: Sequence[Tensor], is_finite: bool, prescaled_weight: float) -> None:
+        """Replace the parts, ``[P + FLAG_SLOTS]`` each, by the joined gradient of the finite ranks."""
+        with self.comm.timed():
+            sum_finite_(self.comm, sums, is_finite, "gradient", prescaled_weight=prescaled_weight,
+                        ranks=self.policy.ranks, wire=self.wire)  # fmt: skip

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from hvd_hetero.algorithms.execution.synchronous import SynchronousExecutor
 from hvd_hetero.algorithms.grouped import Grouped
-from hvd_hetero.comm.averaging import average, average_others, check_partial
+from hvd_hetero.comm.averaging import average, average_untrained, check_partial
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.flat_params import concat, parts_of
+from hvd_hetero.comm.flat_params import concat, split_like
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.worker.epoch import Segment
 from hvd_hetero.worker.worker import Worker
@@ -24,25 +24,25 @@ class GroupedExecutor(SynchronousExecutor):
         super().start(plan, worker, comm)
         self.vectors = [*worker.state.parameters(), *worker.state.buffers()]
 
-    def whole(self) -> Tensor:
+    def flat_model(self) -> Tensor:
         """The model's parameters and running statistics as one vector; perhaps the model's own memory."""
         self.worker.state.refresh()
-        self.worker.rest()
+        self.worker.set_eval_mode()
         return concat(self.vectors)
 
     @torch.no_grad()
-    def write(self, whole: Tensor) -> None:
+    def write(self, flat: Tensor) -> None:
         """Set the model to such a vector."""
-        for vector, part in zip(self.vectors, parts_of(whole, self.vectors), strict=True):
+        for vector, part in zip(self.vectors, split_like(flat, self.vectors), strict=True):
             vector.copy_(part)
 
     def end_segment(self, segment: Segment) -> None:
         """Average the models of all ranks, after their rounds."""
-        self.worker.rest()
-        if not average(self.comm, self.worker.state, self.mine.weight):
+        self.worker.set_eval_mode()
+        if not average(self.comm, self.worker.state, self.class_plan.weight):
             self.worker.optimizer.state.clear()
         check_partial(self.comm, self.worker.state.parameters(), 0)
         segment.averages = segment.rounds
 
     def end_epoch(self) -> None:
-        average_others(self.comm, self.worker.state, self.mine.weight, only_new=True)
+        average_untrained(self.comm, self.worker.state, self.class_plan.weight, only_new=True)

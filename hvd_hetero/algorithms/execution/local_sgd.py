@@ -11,7 +11,7 @@ from hvd_hetero.algorithms.averaging.delayed import DelayedAveraging
 from hvd_hetero.algorithms.averaging.partial import PartialAveraging
 from hvd_hetero.algorithms.execution.base import Executor
 from hvd_hetero.algorithms.local_sgd import LocalSGD
-from hvd_hetero.comm.averaging import average_others
+from hvd_hetero.comm.averaging import average_untrained
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.planning.local_steps import LEAVE_OUT, SHRINK, WAIT_AVOIDING
 from hvd_hetero.planning.plan import Plan
@@ -45,11 +45,11 @@ class LocalSGDExecutor(Executor):
         return DelayedAveraging if self.policy.aggregation.delayed else BlockingAveraging
 
     def run_segment(self, segment: Segment) -> None:
-        self.averaging.run_segment(segment, self.mine)
+        self.averaging.run_segment(segment, self.class_plan)
 
     def end_epoch(self) -> None:
-        weight = self.policy.weight_of(self.mine)
-        average_others(self.comm, self.worker.state, weight, only_new=not self.policy.is_partial)
+        weight = self.policy.weight_of(self.class_plan)
+        average_untrained(self.comm, self.worker.state, weight, only_new=not self.policy.is_partial)
 
     def counts(self) -> Counts | None:
         return self.averaging.counts()

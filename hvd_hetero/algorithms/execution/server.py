@@ -13,10 +13,10 @@ from hvd_hetero.algorithms.execution.base import Executor
 from hvd_hetero.algorithms.server_rule import Rule
 from hvd_hetero.comm.averaging import average_buffers, average_unlike_parameters, check_partial
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.flat_params import concat, parts_of
+from hvd_hetero.comm.flat_params import concat, split_like
 from hvd_hetero.comm.gradient_staging import HostGradients
 from hvd_hetero.comm.model_server import Answer, ModelLink
-from hvd_hetero.comm.nonfinite import finite
+from hvd_hetero.comm.nonfinite import all_finite
 from hvd_hetero.data import Batch
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.plan import Plan
@@ -39,7 +39,7 @@ class ServedModel:
         self._vectors, self._gradients, copies = worker.state.on_host()
         self._params = list(copies.values())
         self._optimizer = worker.optimizer_of(copies)
-        self._given = list(rule.made_at)
+        self._made_at = list(rule.made_at)
         self._begins = [True] * rule.size
         rule.step = self._outer_step if rule.is_outer else self._step
 
@@ -57,9 +57,9 @@ class ServedModel:
 
     def give(self, rank: int) -> Tensor | None:
         at = self.rule.made_at[rank]
-        if self._given[rank] == at:
+        if self._made_at[rank] == at:
             return None
-        self._given[rank] = at
+        self._made_at[rank] = at
         return concat(self._vectors)
 
     def finish(self) -> None:
@@ -67,7 +67,7 @@ class ServedModel:
             self.rule.restart(rank)
 
     def _step(self, direction: Tensor, factor: float) -> None:
-        for gradient, part in zip(self._gradients, parts_of(direction, self._gradients), strict=True):
+        for gradient, part in zip(self._gradients, split_like(direction, self._gradients), strict=True):
             torch.mul(part.to(gradient), factor, out=gradient)
         for own, theirs in zip(self._optimizer.param_groups, self._worker.optimizer.param_groups, strict=True):
             own |= {name: value for name, value in theirs.items() if name != "params"}  # a schedule may set any of them
@@ -75,7 +75,7 @@ class ServedModel:
         self._optimizer.step()
 
     def _outer_step(self, direction: Tensor, factor: float) -> None:
-        for vector, part in zip(self._vectors, parts_of(direction, self._vectors), strict=True):
+        for vector, part in zip(self._vectors, split_like(direction, self._vectors), strict=True):
             vector.sub_(part.to(vector).mul_(factor))
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class ServedModel:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         load_state(self._optimizer, state["optimizer"], "optimizer")
         self.rule.load_state_dict(state["rule"])
-        self._given = list(self.rule.made_at)
+        self._made_at = list(self.rule.made_at)
 
     def carry_over(self, state: Mapping[str, Any]) -> None:
         """Load what does not depend on the ranks: the momentum of the rule, and the state of an optimizer set alike."""
@@ -141,18 +141,18 @@ class ServerExecutor(Executor):
         segment.averages = averages
 
     def _work_on_claims(self, segment: Segment) -> None:
-        size = self.mine.batch_size
+        size = self.class_plan.batch_size
         answer = self._exchange(None, size)  # others may have pushed already
         while (batch := segment.claim(answer.offered, size)) is not None:
             segment.start_round(self._version - self._first)
             vector = self._gradient(batch) if self.policy.pushes_gradients else self._progress(batch, 1)[0]
-            segment.note(1, self._version - self._first)
+            segment.record(1, self._version - self._first)
             # to claim everything leaves the others nothing
             answer = self._exchange(vector, segment.samples if segment.is_stopping() else size)
             segment.finish_round()
 
     def _work_on_own(self, segment: Segment) -> None:
-        batches, tau = segment.batches(), self.mine.tau
+        batches, tau = segment.batches(), self.class_plan.tau
         at_once = self.policy.steps_of_push or tau
         closing = segment.is_stopping()
         for _ in range(segment.rounds * tau // at_once):
@@ -163,17 +163,17 @@ class ServerExecutor(Executor):
                 vector, steps = self._progress(batches, tau)
             else:
                 vector, steps = self._gradient(batches), 1
-            segment.note(steps, self._version - self._first)
+            segment.record(steps, self._version - self._first)
             closing = self._exchange(vector, 0).closing or segment.is_stopping()
             segment.finish_round()
 
     def _gradient(self, batches: Iterator[Batch]) -> Tensor | None:
         """Compute the gradient of the next batch, on the host; None if it is non-finite."""
-        for inputs, targets in self.worker.pace.steps(batches, 1):
+        for inputs, targets in self.worker.emulator.steps(batches, 1):
             self._keep_buffers()
             self.worker.gradient(inputs, targets)
-        gradient = concat(self._gradients).cpu() if self._host is None else self._host.take()
-        return gradient if self._is_good([gradient]) else None
+        gradient = concat(self._gradients).cpu() if self._host is None else self._host.synchronize()
+        return gradient if self._check_finite([gradient]) else None
 
     def _progress(self, batches: Iterator[Batch], tau: int) -> tuple[Tensor | None, int]:
         """Take local steps; return x - x_i on the host, None if it is non-finite, and the steps."""
@@ -181,7 +181,7 @@ class ServerExecutor(Executor):
         self._keep_buffers()
         steps = self.worker.local_steps(batches, tau)
         self.worker.state.refresh()
-        if not self._is_good([*self._params, *self.worker.state.buffers()]):
+        if not self._check_finite([*self._params, *self.worker.state.buffers()]):
             self.worker.optimizer.state.clear()
             self._write(before)
             return None, steps
@@ -190,15 +190,15 @@ class ServerExecutor(Executor):
     def _keep_buffers(self) -> None:
         self._kept = [buffers.clone() for buffers in self.worker.state.buffers()]
 
-    def _is_good(self, tensors: list[Tensor]) -> bool:
+    def _check_finite(self, tensors: list[Tensor]) -> bool:
         """Tell whether all is finite; if not, put running statistics back and count it."""
-        good = finite(tensors)
-        if not good:
+        is_finite = all_finite(tensors)
+        if not is_finite:
             self.worker.state.refresh()
             for buffers, kept in zip(self.worker.state.buffers(), self._kept, strict=True):
                 buffers.copy_(kept)
-            self.comm.excluded.note()
-        return good
+            self.comm.excluded.record()
+        return is_finite
 
     def _exchange(self, vector: Tensor | None, claim: int) -> Answer:
         answer = self.link.exchange(vector, claim)
@@ -210,7 +210,8 @@ class ServerExecutor(Executor):
                 self.comm.excluded.since = 0
             else:
                 self._sent.dropped += 1
-                self._sent.lost_samples += self.mine.batch_size * (self.policy.steps_of_push or self.mine.tau)
+                steps = self.policy.steps_of_push or self.class_plan.tau
+                self._sent.lost_samples += self.class_plan.batch_size * steps
         self._take(answer)
         return answer
 
@@ -221,16 +222,16 @@ class ServerExecutor(Executor):
             self._write(answer.model)
 
     @torch.no_grad()
-    def _write(self, whole: Tensor) -> None:
+    def _write(self, flat: Tensor) -> None:
         self.worker.state.refresh()
-        for vector, part in zip(self._params, parts_of(whole, self._params), strict=True):
+        for vector, part in zip(self._params, split_like(flat, self._params), strict=True):
             vector.copy_(part)
 
     def end_epoch(self) -> None:
         worker, ranks = self.worker, tuple(range(self.comm.size))
-        worker.rest()
-        average_buffers(self.comm, worker.state, self.mine.weight, ranks)
-        average_unlike_parameters(self.comm, worker.state, self.mine.weight, ranks)
+        worker.set_eval_mode()
+        average_buffers(self.comm, worker.state, self.class_plan.weight, ranks)
+        average_unlike_parameters(self.comm, worker.state, self.class_plan.weight, ranks)
 
     def counts(self) -> Counts:
         taken, self._sent = self._sent, Counts()

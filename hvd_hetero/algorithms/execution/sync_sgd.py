@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -11,9 +10,8 @@ from torch import Tensor
 from hvd_hetero.algorithms.execution.synchronous import SynchronousExecutor
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.gradient_allreduce import GradientSum
-from hvd_hetero.comm.nonfinite import finite
+from hvd_hetero.comm.nonfinite import all_finite
 from hvd_hetero.comm.weighted_sums import average_tensors
-from hvd_hetero.data import Batch
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.worker.worker import Worker
 
@@ -23,35 +21,31 @@ class SyncSGDExecutor(SynchronousExecutor):
 
     def start(self, plan: Plan, worker: Worker, comm: Comm) -> None:
         super().start(plan, worker, comm)
-        if self.mine.tau:
+        if self.class_plan.tau:
             self.sum = GradientSum(comm, self.policy.ranks, self.policy.cluster)
             worker.make_optimizer(lambda made: self.sum.wrap(made, worker.model, worker.micro_batches))
 
-    def run_round(self, batches: Iterator[Batch]) -> None:
+    def run_step(self, inputs: Any, targets: Any) -> None:
         worker = self.worker
-        if not self.mine.tau:
-            self.comm.sit_out()
-            return
-        for inputs, targets in worker.pace.steps(batches, 1):
-            self.keep_buffers()
-            self.sum.sent(partial(worker.gradient, inputs, targets, self.mine.weight))
-            worker.pace.pause()
-            with self.sum.finished(worker.optimizer):
-                with self.comm.booked():
-                    if not finite(worker.gradients()):
-                        self._sum_again(inputs, targets)
-                worker.apply()
+        self.sum.sent(partial(worker.gradient, inputs, targets, self.class_plan.weight))
+        worker.emulator.pause()
+        with self.sum.finished(worker.optimizer):
+            with self.comm.timed():
+                if not all_finite(worker.gradients()):
+                    self._sum_again(inputs, targets)
+            worker.apply()
 
     def _sum_again(self, inputs: Any, targets: Tensor) -> None:
         """Sum the finite gradients alone; all ranks of the group see that the first sum was not finite."""
         worker = self.worker
-        others = worker.state.others.copy()
+        untrained = worker.state.untrained.copy()
         self.restore_buffers()
-        own = worker.gradient_again(inputs, targets, self.mine.weight)
-        worker.state.others.load_state_dict(others)
-        good = finite(own)
-        average_tensors(self.comm, own, good, "gradient.again", share=self.mine.weight, ranks=self.policy.ranks)
+        own = worker.gradient_again(inputs, targets, self.class_plan.weight)
+        worker.state.untrained.load_state_dict(untrained)
+        is_finite = all_finite(own)
+        average_tensors(self.comm, own, is_finite, "gradient.again", prescaled_weight=self.class_plan.weight,
+                        ranks=self.policy.ranks)  # fmt: skip
         for gradient, again in zip(worker.gradients(), own, strict=True):
             gradient.copy_(again)
-        if not good:
+        if not is_finite:
             self.exclude_step()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from hvd_hetero.algorithms.execution.base import Executor
 from hvd_hetero.algorithms.synchronous import Lockstep
 from hvd_hetero.comm.averaging import average_buffers, average_unlike_parameters
-from hvd_hetero.comm.nonfinite import finite
+from hvd_hetero.comm.nonfinite import all_finite
+from hvd_hetero.data import Batch
 from hvd_hetero.errors import NonFiniteError
 from hvd_hetero.worker.epoch import Segment
 
@@ -24,8 +28,20 @@ class SynchronousExecutor(Executor):
         super().run_segment(segment)
         state = self.worker.state
         state.refresh()
-        if self.mine.tau and not finite(state.parameters()):  # a step itself may have gone too far
-            raise NonFiniteError(self.comm.excluded.round, self.policy.ranks, everybody=True)
+        if self.class_plan.tau and not all_finite(state.parameters()):  # a step itself may have gone too far
+            raise NonFiniteError(self.comm.excluded.round, self.policy.ranks, all_ranks=True)
+
+    def run_round(self, batches: Iterator[Batch]) -> None:
+        if not self.class_plan.tau:
+            self.comm.skip_collective()
+            return
+        for inputs, targets in self.worker.emulator.steps(batches, 1):
+            self.keep_buffers()
+            self.run_step(inputs, targets)
+
+    def run_step(self, inputs: Any, targets: Any) -> None:
+        """Take the step of one batch, all its collectives included."""
+        raise NotImplementedError(type(self).__name__)
 
     def keep_buffers(self) -> None:
         """Copy running statistics, before a step."""
@@ -40,13 +56,13 @@ class SynchronousExecutor(Executor):
     def exclude_step(self) -> None:
         """Note that this rank's gradient was excluded, and undo what its batch has made of running statistics."""
         self.restore_buffers()
-        self.comm.excluded.note()
+        self.comm.excluded.record()
 
     def end_epoch(self) -> None:
         worker, comm, ranks = self.worker, self.comm, self.policy.ranks
-        worker.rest()
+        worker.set_eval_mode()
         if comm.rank in ranks:
-            average_buffers(comm, worker.state, self.mine.weight, ranks)
-            average_unlike_parameters(comm, worker.state, self.mine.weight, ranks)
+            average_buffers(comm, worker.state, self.class_plan.weight, ranks)
+            average_unlike_parameters(comm, worker.state, self.class_plan.weight, ranks)
         if 0 not in ranks:
             comm.broadcast_state(worker.state, ranks[0])

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from hvd_hetero.algorithms.execution.grouped import GroupedExecutor
+from hvd_hetero.algorithms.execution.resumable import PartialResumable
 from hvd_hetero.algorithms.policy import SOLO
 from hvd_hetero.algorithms.wagma_sgd import WAGMASGD
-from hvd_hetero.comm.averaging import average_others, check_partial
+from hvd_hetero.comm.averaging import average_untrained, check_partial
 from hvd_hetero.comm.communicator import Comm
-from hvd_hetero.comm.nonfinite import finite
+from hvd_hetero.comm.nonfinite import all_finite
 from hvd_hetero.comm.partial.allreduce import PartialAllreduce
 from hvd_hetero.comm.partial.rounds import Round
 from hvd_hetero.data import Batch
 from hvd_hetero.planning.plan import Plan
-from hvd_hetero.telemetry.staleness import Counts
 from hvd_hetero.worker.epoch import Segment
 from hvd_hetero.worker.worker import Worker
 
 
-class WAGMAExecutor(GroupedExecutor):
+class WAGMAExecutor(PartialResumable, GroupedExecutor):
     """Take one step an iteration, and average with the group's models as they are."""
 
     policy: WAGMASGD
@@ -33,22 +32,22 @@ class WAGMAExecutor(GroupedExecutor):
         self._open(0)
 
     def _open(self, first: int) -> None:
-        self._average, every, policy = self.whole().clone(), self.policy.sync_every, self.policy
+        self._average, every, policy = self.flat_model().clone(), self.policy.sync_every, self.policy
         self.partial = PartialAllreduce(
-            self.comm, self._average.numel(), self._average.dtype, SOLO, units=[(rank,) for rank in policy.ranks],
-            sync_every=every, max_lag=every + 1, groups=policy.partitions, keeps=True, first=first,
+            self.comm, self._average.numel(), self._average.dtype, SOLO, rank_groups=[(rank,) for rank in policy.ranks],
+            sync_every=every, max_lag=every + 1, groups=policy.partitions, resends=True, first_round=first,
             hosts=len({fact.host for fact in policy.cluster.facts}),
         )  # fmt: skip
 
     def run_segment(self, segment: Segment) -> None:
         """Take this rank's steps, however late it is; then wait for the mean of all models."""
         batches, first = segment.batches(), self.partial.version
-        self._average = self.whole().clone()
+        self._average = self.flat_model().clone()
         self._send(arrived=False)
         for number in range(segment.rounds):
             segment.start_round(number)
             (self._step_and_average if self.policy.steps_first else self._average_and_step)(batches)
-            segment.note(1, self.partial.version - first - 1)
+            segment.record(1, self.partial.version - first - 1)
             segment.finish_round()
         self._send(arrived=False)
         for rounds in self.partial.finish():
@@ -60,40 +59,40 @@ class WAGMAExecutor(GroupedExecutor):
 
     def _step_and_average(self, batches: Iterator[Batch]) -> None:
         self.worker.local_steps(batches, 1)
-        own, good = self._send()
-        if good:
+        own, is_finite = self._send()
+        if is_finite:
             self.comm.excluded.since = 0
         self._receive(own, lambda item: item.fresh)
 
     def _average_and_step(self, batches: Iterator[Batch]) -> None:
         worker, excluded, every = self.worker, self.comm.excluded, self.policy.sync_every
-        for inputs, targets in worker.pace.steps(batches, 1):
+        for inputs, targets in worker.emulator.steps(batches, 1):
             worker.gradient(inputs, targets)
-        is_gradient_good = finite(worker.gradients())
-        own, good = self._send()
+        is_gradient_finite = all_finite(worker.gradients())
+        own, is_finite = self._send()
         self._receive(own, lambda item: (item.number + 1) % every == 0)
-        if is_gradient_good:
+        if is_gradient_finite:
             worker.apply()
-            excluded.since = excluded.since if not good else 0
-        elif good:
-            excluded.note()
+            excluded.since = excluded.since if not is_finite else 0
+        elif is_finite:
+            excluded.record()
 
     @torch.no_grad()
     def _send(self, arrived: bool = True) -> tuple[Tensor, bool]:
-        """Put the model into the send buffer; return it, on the host, and whether it was good.
+        """Put the model into the send buffer; return it, on the host, and whether it is finite.
 
         A step that made it non-finite is taken back before.
         """
-        own = self.whole()
-        good = finite([own])
-        if not good:
+        own = self.flat_model()
+        is_finite = all_finite([own])
+        if not is_finite:
             self.write(self._average)
             own = self._average
             self.worker.optimizer.state.clear()
-            self.comm.excluded.note()
+            self.comm.excluded.record()
         host = own.to("cpu")
         self.partial.contribute(host, arrived=arrived)
-        return host, good
+        return host, is_finite
 
     @torch.no_grad()
     def _receive(self, own: Tensor, is_in_it: Callable[[Round], bool]) -> None:
@@ -103,7 +102,7 @@ class WAGMAExecutor(GroupedExecutor):
             own: this rank's model now.
             is_in_it: tells whether it is in the sum, so that it does not count once more.
         """
-        [item] = self.partial.pop(most=1)
+        [item] = self.partial.pop(max_rounds=1)
         total, count = item.total, item.weight
         if not is_in_it(item):
             total.add_(own)
@@ -113,19 +112,4 @@ class WAGMAExecutor(GroupedExecutor):
         self.partial.release([item])
 
     def end_epoch(self) -> None:
-        average_others(self.comm, self.worker.state, self.mine.weight)
-
-    def counts(self) -> Counts | None:
-        return self.partial.take_counts()
-
-    def close(self) -> None:
-        if "partial" in vars(self):  # else it was never started
-            self.partial.close()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "round": self.partial.version}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.partial.close()
-        self._open(int(state["round"]))
+        average_untrained(self.comm, self.worker.state, self.class_plan.weight)

@@ -201,9 +201,9 @@ class _Runner:
         for workload in self._comparison.workloads():
             mine, baseline = [r for r in results if r.row.workload == workload], self._baselines[workload]
             rows = table_rows(mine, baseline)
-            said = notes(self._comparison, mine, baseline)
-            chapters.append(Chapter(workload, [r.series for r in mine if r.runs], rows, said))
-            print("\n".join(["", *([f"{workload}:"] if workload else []), table(rows), *said]))
+            remarks = notes(self._comparison, mine, baseline)
+            chapters.append(Chapter(workload, [r.series for r in mine if r.runs], rows, remarks))
+            print("\n".join(["", *([f"{workload}:"] if workload else []), table(rows), *remarks]))
         page = write(self._comparison.folder, self._comparison.title, chapters)
         print(f"\n{page}", flush=True)
 
@@ -222,10 +222,10 @@ def _finished(folder: Path, config: Config) -> Run | None:
 def _cause(log: str) -> str:
     """The line of a log that says best why a run failed: our own error, else Python's, else the last one."""
     lines = [line for line in log.splitlines() if line.strip()]
-    said = [line.split(ERROR, 1)[1] for line in lines if ERROR in line]
+    errors = [line.split(ERROR, 1)[1] for line in lines if ERROR in line]
     raised = [line for line in lines if re.match(r"(rank \d+: )?[\w.]*(Error|Exception): ", line)]
-    exact = [line for line in said if not line.startswith("the job failed")]
-    return next(iter([*exact, *raised, *said, *lines[-1:]]), "no message")
+    exact = [line for line in errors if not line.startswith("the job failed")]
+    return next(iter([*exact, *raised, *errors, *lines[-1:]]), "no message")
 
 
 def _amount(run: Run, equal: str) -> float:

@@ -44,8 +44,8 @@ def metrics(runs: Iterable[RunStatus]) -> str:
         name = f"{BEFORE}_{name}"
         lines = found.setdefault(name, [f"# HELP {name} {text}", f"# TYPE {name} gauge"])
         if isinstance(value, (int, float)):
-            told = ",".join(f'{key}="{_escaped(word)}"' for key, word in labels.items())
-            lines.append(f"{name}{{{told}}} {float(value)!r}")
+            label_text = ",".join(f'{key}="{_escaped(word)}"' for key, word in labels.items())
+            lines.append(f"{name}{{{label_text}}} {float(value)!r}")
     return "".join(f"{line}\n" for lines in found.values() if len(lines) > 2 for line in lines)
 
 

@@ -69,8 +69,8 @@ def to_dict(found: RunStatus) -> dict[str, Any]:
 def text(found: RunStatus) -> str:
     """Return how a run stands, in a few lines."""
     content = found.content
-    told = f"{span(found.silent_sec)} ago" if found.here else f"at {content['written']} by the clock there"
-    lines = [f"{found.path}: {found.phase}, rank 0 on {content['host']}, told {told}"]
+    age = f"{span(found.silent_sec)} ago" if found.here else f"at {content['written']} by the clock there"
+    lines = [f"{found.path}: {found.phase}, rank 0 on {content['host']}, told {age}"]
     if found.lost:
         lines.append("rank 0 is gone without a word: resume with run.resume=auto")
     elif found.silent:

@@ -55,12 +55,12 @@ class Together:
 
     @property
     def sentence(self) -> str:
-        share = self.with_all / self.alone
-        told = f"Worth it? All classes together process {self.with_all:.4g} samples/s, {share:.2f} times what class "
-        told += f"{self.fastest} could alone ({self.alone:.4g})"
-        told += ", so the run would be SLOWER than without the others" if share < 1 else ""
+        ratio = self.with_all / self.alone
+        text = f"Worth it? All classes together process {self.with_all:.4g} samples/s, {ratio:.2f} times what class "
+        text += f"{self.fastest} could alone ({self.alone:.4g})"
+        text += ", so the run would be SLOWER than without the others" if ratio < 1 else ""
         way = f"a round moves the model {self.round_way:.2f} times as far as a {self.fastest} rank alone"
-        return f"{told}; with aggregation.weights={self.weights} {way}."
+        return f"{text}; with aggregation.weights={self.weights} {way}."
 
 
 def taus(scenario: Scenario) -> list[int]:
@@ -91,7 +91,7 @@ def recommended(scenario: Scenario, rows: Sequence[tuple[int, Prediction]]) -> A
     best = max(row.samples_per_sec for _, row in possible)
     tau, row = next(((tau, row) for tau, row in possible if tau >= scenario.affordable), possible[-1])
     own = ", ".join(f"{name} {steps}" for name, steps in row.tau.items())
-    blocked = ", ".join(f"{name} {share:.1%}" for name, share in row.blocked.items())
+    blocked = ", ".join(f"{name} {ratio:.1%}" for name, ratio in row.blocked.items())
     sizes = ", ".join(f"{name} {size}" for name, size in row.batch_size.items())
     reason = (
         f"tau {tau} ({own} local steps; batches {sizes}): {row.samples_per_sec:.4g} samples/s, "

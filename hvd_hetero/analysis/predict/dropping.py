@@ -8,24 +8,24 @@ from dataclasses import replace
 
 import numpy as np
 
-from hvd_hetero.analysis.predict.simulator import LOGNORMAL, Floats, Group, Outcome, draw_works, in_parts, in_step
+from hvd_hetero.analysis.predict.simulator import LOGNORMAL, Floats, Group, Outcome, draw_works, in_step, split_steps
 from hvd_hetero.planning.compute_threshold import taken
 
 
 def dropping(
     groups: Sequence[Group], rounds: int, comm_sec: float, rng: np.random.Generator, law: str = LOGNORMAL, *,
-    parts: Sequence[int], threshold: Callable[[Sequence[Floats], float], float | None],
+    micro_batches: Sequence[int], threshold: Callable[[Sequence[Floats], float], float | None],
 ) -> Outcome:  # fmt: skip
     """Simulate rounds in lockstep, of which a rank begins no part after a threshold.
 
     Args:
-        parts: of a round, by group: its local steps, or the micro-batches of its one step.
+        micro_batches: of a round, by group: its local steps, or the micro-batches of its one step.
         threshold: is given by rank when its parts end, ``[rounds, M]``, and what a round takes; None: no limit.
     """
-    single = [replace(g, tau=1) if count == g.tau else in_parts(g, count)
-              for g, count in zip(groups, parts, strict=True)]  # fmt: skip
+    single = [replace(g, tau=1) if count == g.tau else split_steps(g, count)
+              for g, count in zip(groups, micro_batches, strict=True)]  # fmt: skip
     ended = [np.cumsum(draw_works(g, rounds * count, rng, law).reshape(rounds, count, g.ranks), axis=1)
-             for g, count in zip(single, parts, strict=True)]  # fmt: skip
+             for g, count in zip(single, micro_batches, strict=True)]  # fmt: skip
     ranks = [end[:, :, rank] for g, end in zip(groups, ended, strict=True) if g.tau for rank in range(g.ranks)]
     step_sec = float(np.mean(np.max([own[:, -1] for own in ranks], axis=0))) + comm_sec
     limit = threshold(ranks, step_sec)

@@ -286,7 +286,7 @@ class Scenario:
             if isinstance(policy, DropCompute | DropComputeLocal):
                 parts = [(g.tau if isinstance(policy, DropComputeLocal) else policy.micro_batches[g.name]) or 1
                          for g in groups]  # fmt: skip
-                return dropping(groups, rounds, comm_sec, rng, law, parts=parts,
+                return dropping(groups, rounds, comm_sec, rng, law, micro_batches=parts,
                                 threshold=policy.options.threshold_of)  # fmt: skip
             if is_late and isinstance(policy, LocalSGD):
                 shares = {c.name: policy.delay_of(c) / c.tau if c.tau else 1.0 for c in plan.classes}
@@ -301,7 +301,7 @@ class Scenario:
             "by_class": True, "rounds": max(20, MOST_EVENTS // size // (4 * apart)), "patience_sec": spec.patience_sec}
         return partial(groups, comm_sec, rng, mode=MAJORITY if mode == MAJORITY else SOLO, quorum=quorum,
                        sync_every=policy.sync_every, max_lag=spec.max_lag, law=law, drops_late=policy.drops_late,
-                       micro_batches=policy.parts_of_batch,
+                       micro_batches=policy.micro_batch_count,
                        **until)  # fmt: skip
 
 

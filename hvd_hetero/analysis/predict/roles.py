@@ -39,10 +39,10 @@ class RoleWorth:
     @property
     def sentence(self) -> str:
         gains = {TRAIN: self.without_sec / self.train_sec - 1, EVALUATE: self.without_sec / self.evaluate_sec - 1}
-        told = ", ".join(f"role {role} {gain:+.1%}" for role, gain in gains.items())
+        listed = ", ".join(f"role {role} {gain:+.1%}" for role, gain in gains.items())
         return (
-            f"Class {self.name} changes the epochs per second, evaluations included, over a run without it: {told}. It "
-            f"is worth most with role {self.best}. With role evaluate it finishes {self.evaluations:.2g} of them an "
+            f"Class {self.name} changes the epochs per second, evaluations included, over a run without it: {listed}. "
+            f"It is worth most with role {self.best}. With role evaluate it finishes {self.evaluations:.2g} of them an "
             f"epoch; with role score it scores {self.scored:.2g} of the samples an epoch, which speeds up no epoch."
         )
 

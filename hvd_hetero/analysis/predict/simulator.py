@@ -103,7 +103,7 @@ def in_step(groups: Sequence[Group], work: Sequence[Floats], comm_sec: float, dr
     return Outcome(seconds, rounds, _by_name(groups, spent))
 
 
-def in_parts(g: Group, count: int) -> Group:
+def split_steps(g: Group, count: int) -> Group:
     """Return ranks whose steps are parts of these ranks' steps."""
     return replace(g, step_sec=g.step_sec / count, jitter=g.jitter * math.sqrt(count))
 
@@ -157,7 +157,7 @@ def partial(
         groups = [replace(g, tau=1) for g in groups]
     elif micro_batches > 1:
         through = [micro_batches] * len(groups)
-        groups = [in_parts(g, micro_batches) for g in groups]
+        groups = [split_steps(g, micro_batches) for g in groups]
     run = _Partial(groups, comm_sec, rng, mode, by_class, sync_every, max_lag, patience_sec, law)
     run.quorum, run.drops_late = quorum, drops_late
     if by_step or micro_batches > 1:

@@ -52,20 +52,20 @@ class PartialAllreduce:
         size: P, elements of the vector.
         mode: ``solo``, ``majority``, ``quorum`` or ``full``, see
             :class:`hvd_hetero.comm.partial.coordinator.Coordinator`.
-        units: all ranks, by what arrives as a whole.
+        rank_groups: all ranks, by what arrives as a whole.
         seed: of majority's initiators; the same on all ranks.
         sync_every: every so many rounds each rank joins only when it has something to send: nothing that is sent is
             older than ``sync_every`` + 1 rounds.
         max_lag: a rank joins no round while it has so many results left to take; the others then wait for it.
-        latest: so many elements at the end of the vector are states and not sums: the newest contribution's are sent.
-        weigh: turns the steps in the send buffer into the factor of what is sent; None: as it is, by number of steps.
-        first: number of the first round, in a resumed run.
+        state_elements: elements at the end of the vector that are states and not sums; the newest's are sent.
+        weight_of: turns the steps in the send buffer into the factor of what is sent; None: as it is, by steps.
+        first_round: its number, in a resumed run.
         quorum: in mode quorum, what is enough to start a round.
         drops_late: whether what comes too late for the round it was made for is dropped; else it goes with the next.
         groups: partitions of the ranks: in round k those of a group of partition k mod r add up among themselves, but
             in every ``sync_every``-th round and the last one of an epoch all do. None: always all.
-        keeps: whether a rank that has nothing new sends once more what it sent last; a contribution that replaces that
-            one without being for a round is made with ``arrived=False``.
+        resends: whether a rank that has nothing new sends once more what it sent last; a contribution that replaces
+            that one without being for a round is made with ``arrived=False``.
         hosts: how many hosts the ranks are on.
         pinned: whether results lie in memory from which a GPU copies while the host goes on.
 
@@ -80,36 +80,36 @@ class PartialAllreduce:
         dtype: torch.dtype,
         mode: str,
         *,
-        units: Sequence[Sequence[int]],
+        rank_groups: Sequence[Sequence[int]],
         seed: int = 0,
         sync_every: int = 32,
         max_lag: int = 32,
-        latest: int = 0,
-        weigh: Callable[[float], float] | None = None,
-        first: int = 0,
+        state_elements: int = 0,
+        weight_of: Callable[[float], float] | None = None,
+        first_round: int = 0,
         quorum: Quorum | None = None,
         drops_late: bool = False,
         groups: Sequence[Partition] = (),
-        keeps: bool = False,
+        resends: bool = False,
         hosts: int = 1,
         pinned: bool = False,
     ) -> None:
         assert comm.size > 1 and sync_every >= 1 and max_lag >= 1
-        self._rank, self._pulse, self._watch, self._carried = comm.rank, comm.heartbeat, comm.watch, comm.carried
+        self._rank, self._heartbeat, self._watch, self._traffic = comm.rank, comm.heartbeat, comm.watch, comm.traffic
         self._full = 1 if mode == FULL else sync_every
-        self._max_lag, self._drops_late, self._keeps = max_lag, drops_late, keeps
-        self._everybody = comm.group(tuple(range(comm.size)))
-        self._groups = [comm.group(group_of(partition, comm.rank)) for partition in groups] or [self._everybody]
+        self._max_lag, self._drops_late, self._resends = max_lag, drops_late, resends
+        self._all_ranks = comm.group(tuple(range(comm.size)))
+        self._groups = [comm.group(group_of(partition, comm.rank)) for partition in groups] or [self._all_ranks]
         self._changed = threading.Condition()
-        self._buffer = SendBuffer(size, dtype, latest, weigh, pinned, keeps)
+        self._buffer = SendBuffer(size, dtype, state_elements, weight_of, pinned, resends)
         self._starts: deque[tuple[int, float, bool]] = deque()
         self._rounds: deque[Round] = deque()
         self._offers: deque[int] = deque()
-        self._next, self._taken = first, first
+        self._next, self._taken = first_round, first_round
         self._in_epoch, self._stopped, self.closing = True, False, False
         self._error: BaseException | None = None
         self.counts = Counts()
-        coordinator = Coordinator(units, mode, seed, first, quorum)
+        coordinator = Coordinator(rank_groups, mode, seed, first_round, quorum)
         self._link, self._hub = connect(comm, hosts, partial(ControlServer, handle=coordinator.handle))
         self._threads = [
             threading.Thread(target=self._watched, args=(run,), name=f"hvd_hetero.{run.__name__}", daemon=True)
@@ -149,23 +149,23 @@ class PartialAllreduce:
                 self.counts.dropped += 1
                 self.counts.lost_samples += samples
                 return False
-            self._buffer.add(vector, steps, self._taken - (self._keeps and not arrived))
+            self._buffer.add(vector, steps, self._taken - (self._resends and not arrived))
             self._changed.notify_all()
         if arrived:
-            self._say(ARRIVED, self._taken)
+            self._send(ARRIVED, self._taken)
         return True
 
-    def pop(self, patience_sec: float | None = None, most: int | None = None) -> list[Round]:
+    def pop(self, patience_sec: float | None = None, max_rounds: int | None = None) -> list[Round]:
         """The results that are there and were not taken yet, in order; waits for one if there is none, and books that.
 
         Args:
             patience_sec: how long to wait at most; None: as long as it takes.
-            most: that are taken; None: all.
+            max_rounds: that are taken; None: all.
         """
-        with self._pulse.waiting("partial"), self._changed:
+        with self._heartbeat.waiting("partial"), self._changed:
             self._changed.wait_for(lambda: self._rounds or self._error or self._stopped, patience_sec)
             self._check()
-            taken = [self._rounds.popleft() for _ in range(min(len(self._rounds), most or len(self._rounds)))]
+            taken = [self._rounds.popleft() for _ in range(min(len(self._rounds), max_rounds or len(self._rounds)))]
             self._taken += len(taken)
             self._changed.notify_all()
         if taken or patience_sec != 0:
@@ -176,15 +176,15 @@ class PartialAllreduce:
         """Give back the memory of results."""
         with self._changed:
             for item in rounds:
-                self._buffer.give_back(item)
+                self._buffer.release(item)
 
     def claim(self, samples: int) -> None:
         """Asks for samples of the epoch; :meth:`offered` has the answer."""
-        self._say(CLAIM, samples)
+        self._send(CLAIM, samples)
 
     def offered(self) -> int:
         """Place in the epoch of the first of the samples asked for; no two ranks are offered the same."""
-        with self._pulse.waiting("partial.offer"), self._changed:
+        with self._heartbeat.waiting("partial.offer"), self._changed:
             self._changed.wait_for(lambda: self._offers or self._error or self._stopped)
             self._check()
             return self._offers.popleft()
@@ -197,7 +197,7 @@ class PartialAllreduce:
         with self._changed:
             self._in_epoch = False
             self._changed.notify_all()
-        self._say(FINISHED, 0)
+        self._send(FINISHED, 0)
         last = False
         while not last:
             taken = self.pop()
@@ -205,7 +205,7 @@ class PartialAllreduce:
             yield taken
         self._in_epoch, self.closing = True, False
 
-    def take_counts(self) -> Counts:
+    def pop_counts(self) -> Counts:
         """What this rank has sent since the last call."""
         taken, self.counts = self.counts, Counts()
         return taken
@@ -221,7 +221,7 @@ class PartialAllreduce:
         for thread in self._threads:
             thread.join(timeout=5)
 
-    def _say(self, what: int, number: int) -> None:
+    def _send(self, what: int, number: int) -> None:
         try:
             self._link.send(what, number)
         except OSError as error:
@@ -266,7 +266,7 @@ class PartialAllreduce:
                 self._changed.notify_all()
 
     def _help(self) -> None:
-        said = False
+        has_warned = False
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._starts or self._over())
@@ -275,22 +275,22 @@ class PartialAllreduce:
                 number, started, final = self._starts.popleft()
                 if number - self._taken >= self._max_lag:
                     self.counts.waited_for += 1
-                    if not said:
-                        said = True
+                    if not has_warned:
+                        has_warned = True
                         LOGGER.warning("rank %s is %s rounds behind: the others wait for it", self._rank, self._max_lag)
                 self._changed.wait_for(lambda: self._over() or self._may_join(number, final))  # noqa: B023
                 if self._over():
                     return
                 assert number == self._next, "rounds come in order"
                 self._next += 1
-                item, steps = self._buffer.take(number, started, final, self.counts)
+                item, steps = self._buffer.drain(number, started, final, self.counts)
             payload = self._buffer.payload(item, steps)
-            group = self._everybody if self._is_full(number) or final else self._groups[number % len(self._groups)]
+            group = self._all_ranks if self._is_full(number) or final else self._groups[number % len(self._groups)]
             handle = guarded(lambda: hvd.allreduce_async_(payload, op=hvd.Sum, process_set=group, name="partial"))  # noqa: B023
             if not done_unless(self._over, handle):
                 return
             item.weight = float(payload[-1])
-            self._carried.sent += payload.nbytes
+            self._traffic.sent += payload.nbytes
             with self._changed:
                 self._rounds.append(item)
                 self._changed.notify_all()

@@ -172,8 +172,8 @@ class ControlServer:
                         what, number = MESSAGE.unpack(ready.recv_bytes(MESSAGE.size))
                     except (EOFError, OSError, struct.error):
                         return
-                    for whom, order, value in self._handle(ranks[ready], what, number):
-                        self._tell(ranks, whom, MESSAGE.pack(order, value))
+                    for target, order, value in self._handle(ranks[ready], what, number):
+                        self._send(ranks, target, MESSAGE.pack(order, value))
         finally:
             for rank in ranks.values():
                 self._drop(rank)
@@ -183,9 +183,9 @@ class ControlServer:
             self._links.pop(rank).close()
 
     @staticmethod
-    def _tell(ranks: dict[Connection, int], whom: int | None, message: bytes) -> None:
+    def _send(ranks: dict[Connection, int], target: int | None, message: bytes) -> None:
         for connection, rank in ranks.items():
-            if whom is None or whom == rank:
+            if target is None or target == rank:
                 try:
                     connection.send_bytes(message)
                 except OSError:
@@ -252,14 +252,14 @@ def open_hub(
         ranks: those that are told, and call it together: all that train, or all.
     """
     hub, secret = None, secrets.token_bytes(SECRET_BYTES)
-    told = torch.zeros(SECRET_BYTES + ADDRESS_BYTES, dtype=torch.uint8)
+    message = torch.zeros(SECRET_BYTES + ADDRESS_BYTES, dtype=torch.uint8)
     if comm.rank == 0:
         hub = make_hub("127.0.0.1" if hosts == 1 else own_address(), links, secret)
         where = f"{hub.address[0]} {hub.address[1]}".ljust(ADDRESS_BYTES).encode()
-        told = torch.tensor(list(secret + where), dtype=torch.uint8)
-    said = bytes(comm.broadcast(told, "activation.address", ranks=ranks).tolist())
-    host, port = said[SECRET_BYTES:].decode().split()
-    return hub, (host, int(port)), said[:SECRET_BYTES]
+        message = torch.tensor(list(secret + where), dtype=torch.uint8)
+    received = bytes(comm.broadcast(message, "activation.address", ranks=ranks).tolist())
+    host, port = received[SECRET_BYTES:].decode().split()
+    return hub, (host, int(port)), received[:SECRET_BYTES]
 
 
 def own_address() -> str:

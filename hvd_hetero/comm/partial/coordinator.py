@@ -41,20 +41,21 @@ class Coordinator:
     A rank arrives at a round if it has had the results of all earlier ones; one that has not is late, and starts none.
 
     Args:
-        units: all ranks, by unit.
+        rank_groups: all ranks, by what arrives as a whole.
         seed: of the initiators.
-        first: number of the first round.
+        first_round: its number.
         quorum: in that mode, what is enough.
     """
 
     def __init__(
-        self, units: Sequence[Sequence[int]], mode: str, seed: int, first: int = 0, quorum: Quorum | None = None
-    ) -> None:
+        self, rank_groups: Sequence[Sequence[int]], mode: str, seed: int, first_round: int = 0,
+        quorum: Quorum | None = None,
+    ) -> None:  # fmt: skip
         assert mode in MODES and (mode == QUORUM) == (quorum is not None)
         self._quorum = quorum
-        self._units = [frozenset(unit) for unit in units]
-        self._unit_of = {rank: unit for unit in self._units for rank in unit}
-        self._mode, self._seed, self._next = mode, seed, first
+        self._rank_groups = [frozenset(unit) for unit in rank_groups]
+        self._group_of = {rank: unit for unit in self._rank_groups for rank in unit}
+        self._mode, self._seed, self._next = mode, seed, first_round
         self._begin_epoch()
 
     def _begin_epoch(self) -> None:
@@ -75,11 +76,11 @@ class Coordinator:
             return self._started()
         assert what == FINISHED
         self._finished.add(rank)
-        if len(self._finished) == len(self._unit_of):
+        if len(self._finished) == len(self._group_of):
             self._begin_epoch()
             return [(None, FINAL, self._count())]
         orders: list[Command] = []
-        if not self._closing and any(unit <= self._finished for unit in self._units):
+        if not self._closing and any(unit <= self._finished for unit in self._rank_groups):
             self._closing = True
             orders.append((None, CLOSING, 0))
         return orders + self._started()
@@ -87,15 +88,15 @@ class Coordinator:
     def _started(self) -> list[Command]:
         """Starts the next round if the right unit is there; ranks whose epoch is over are not waited for."""
         if self._quorum is not None:
-            left = set(self._unit_of) - self._finished
+            left = set(self._group_of) - self._finished
             return self._start() if self._quorum.reached(self._arrived & left, left) else []
         if self._mode == MAJORITY:
-            order = initiator(self._seed, self._next, len(self._unit_of))
+            order = initiator(self._seed, self._next, len(self._group_of))
             first = next(rank for rank in order if rank not in self._finished)
-            units = [self._unit_of[first]]
+            rank_groups = [self._group_of[first]]
         else:
-            units = self._units
-        for unit in units:
+            rank_groups = self._rank_groups
+        for unit in rank_groups:
             training = unit - self._finished
             if training and training <= self._arrived:
                 return self._start()

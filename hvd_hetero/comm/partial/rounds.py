@@ -41,11 +41,11 @@ class Round:
     buffers: list[Tensor] = field(repr=False, default_factory=list)
 
 
-def done_unless(given_up: Callable[[], bool], handle: int) -> bool:
+def done_unless(is_cancelled: Callable[[], bool], handle: int) -> bool:
     """Waits for a collective, and takes its result; False if it was given up meanwhile."""
     begin = time.perf_counter()
     while not guarded(lambda: hvd.poll(handle)):
-        if given_up():
+        if is_cancelled():
             return False
         time.sleep(POLL_SEC if time.perf_counter() - begin < 0.01 else PATIENT_POLL_SEC)
     guarded(lambda: hvd.synchronize(handle))

@@ -16,25 +16,26 @@ class SendBuffer:
 
     Args:
         size: P, elements of the vector.
-        latest: so many elements at its end are states and not sums: the newest contribution's are sent.
-        weigh: turns the steps in the buffer into the factor of what is sent; None: as it is, by number of steps.
+        state_elements: so many elements at its end are states and not sums: the newest contribution's are sent.
+        weight_of: turns the steps in the buffer into the factor of what is sent; None: as it is, by number of steps.
         pinned: whether the memory is one from which a GPU copies while the host goes on.
-        keeps: whether it is sent again and again until there is a newer contribution, which replaces it.
+        resends: whether it is sent again and again until there is a newer contribution, which replaces it.
     """
 
     def __init__(
-        self, size: int, dtype: torch.dtype, latest: int, weigh: Callable[[float], float] | None, pinned: bool,
-        keeps: bool = False,
+        self, size: int, dtype: torch.dtype, state_elements: int, weight_of: Callable[[float], float] | None,
+        pinned: bool, resends: bool = False,
     ) -> None:  # fmt: skip
-        self._keeps = keeps
-        self._size, self._dtype, self._sums, self._weigh, self._pinned = size, dtype, size - latest, weigh, pinned
+        self._resends = resends
+        self._size, self._dtype, self._sums = size, dtype, size - state_elements
+        self._weight_of, self._pinned = weight_of, pinned
         self._pool: list[Tensor] = []
         self._buffer = self._empty()
         self._steps, self._made_at = 0.0, list[int]()
 
     def has_part_in(self, number: int) -> bool:
         """Whether there is a contribution in it; where they are kept, one that was made for this round."""
-        return self._is_for(number) if self._keeps else bool(self._made_at)
+        return self._is_for(number) if self._resends else bool(self._made_at)
 
     def _is_for(self, number: int) -> bool:
         return self._made_at[-1:] == [number]
@@ -48,7 +49,7 @@ class SendBuffer:
             version: of the model that it was computed on.
         """
         own = self._buffer[: self._size]
-        if self._keeps:
+        if self._resends:
             self._steps, self._made_at = 0.0, []
         if self._made_at:
             own[: self._sums].add_(vector[: self._sums])
@@ -58,15 +59,15 @@ class SendBuffer:
         self._steps += steps
         self._made_at.append(version)
 
-    def take(self, number: int, started: float, final: bool, counts: Counts) -> tuple[Round, float]:
+    def drain(self, number: int, started: float, final: bool, counts: Counts) -> tuple[Round, float]:
         """What is in it, for a round, with its number of steps; leaves an empty one."""
         buffer, made_at, steps, fresh = self._buffer, self._made_at, self._steps, self._is_for(number)
         self._buffer = self._empty()
-        if self._keeps:
+        if self._resends:
             self._buffer.copy_(buffer)
         else:
             self._made_at, self._steps = [], 0.0
-        if made_at and not (final and self._keeps):
+        if made_at and not (final and self._resends):
             counts.staleness.update(number - version for version in made_at)
             counts.fresh += fresh
             counts.late += not fresh
@@ -83,9 +84,9 @@ class SendBuffer:
         weight = steps
         if not item.contributions:
             buffer.zero_()
-        elif self._weigh is not None:
+        elif self._weight_of is not None:
             payload = self._empty()
-            weight = self._weigh(steps)
+            weight = self._weight_of(steps)
             torch.mul(buffer, weight, out=payload)
             item.own = buffer[: self._size]
             item.buffers = [payload, buffer]
@@ -93,7 +94,7 @@ class SendBuffer:
         item.total = payload[: self._size]
         return payload
 
-    def give_back(self, item: Round) -> None:
+    def release(self, item: Round) -> None:
         """Takes the memory of a result that nobody needs any more."""
         self._pool += item.buffers
         item.buffers = []
