@@ -6,6 +6,7 @@ hashed on the way, or made to fail by a test. Its format is a length, a header i
 
 from __future__ import annotations
 
+import ctypes
 import json
 import struct
 from collections.abc import Iterator, Mapping
@@ -56,5 +57,7 @@ def to_pieces(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryvie
 def _memory(tensor: torch.Tensor) -> memoryview:
     # as_strided, since one element alone may have any stride, which no view as bytes would have
     flat = tensor.detach().to("cpu").contiguous().as_strided((tensor.numel(),), (1,))
-    array: Any = flat.view(torch.uint8).numpy()
-    return memoryview(array)
+    # not by numpy(): the memory of a module's buffer could not be resized any more, as observers do it
+    array: Any = (ctypes.c_char * flat.nbytes).from_address(flat.data_ptr())
+    array.owner = flat
+    return memoryview(array).cast("B")

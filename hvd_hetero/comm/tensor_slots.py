@@ -107,7 +107,9 @@ def digest(tensor: Tensor) -> tuple[Any, ...]:
         data = data.clone()
     whole = data.numel() // (8 * COLUMNS) * COLUMNS
     sums = data[: 8 * whole].view(torch.int64).view(-1, COLUMNS).sum(0) if whole else data[:0]
-    checksum = zlib.crc32(data[8 * whole :].cpu().numpy().tobytes(), zlib.crc32(sums.cpu().numpy().tobytes()))
+    # copies: the memory of a tensor that numpy has seen could not be resized any more, as observers do it
+    parts = [part.to("cpu", copy=True).numpy().tobytes() for part in (sums, data[8 * whole :])]
+    checksum = zlib.crc32(parts[1], zlib.crc32(parts[0]))
     return str(tensor.dtype), tuple(tensor.shape), checksum
 
 

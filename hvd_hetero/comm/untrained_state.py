@@ -126,6 +126,14 @@ class UntrainedState:
         if tensor is not None:
             self._seen[name] = _Seen(tensor)
 
+    def marks(self) -> dict[str, _Seen]:
+        """Return what tells later whether any of these tensors has been replaced or written to since."""
+        return {name: _Seen(tensor) for name, tensor in self.tensors().items()}
+
+    def moved_since(self, marks: Mapping[str, _Seen]) -> bool:
+        """Say whether one has; active ones too, and new ones."""
+        return any(name not in marks or not marks[name].is_still(tensor) for name, tensor in self.tensors().items())
+
     def policy(self, name: str) -> str:
         """What is to be done with one that has changed."""
         fitting = [policy for pattern, policy in self._policies.items() if fnmatchcase(name, pattern)]

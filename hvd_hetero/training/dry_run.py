@@ -44,7 +44,7 @@ from hvd_hetero.worker.loss_checks import Batched, closely, try_loss
 from hvd_hetero.worker.losses import Numbers
 from hvd_hetero.worker.metrics import SampleMean
 from hvd_hetero.worker.modes import has_modes, warn_of_evaluation_mode
-from hvd_hetero.worker.own_attributes import attributes_of, warn_of_changes
+from hvd_hetero.worker.own_attributes import held, warn_of_changes
 from hvd_hetero.worker.snapshot import snapshot
 from hvd_hetero.worker.watched_backward import counted, forward_places
 from hvd_hetero.worker.worker import Worker
@@ -157,10 +157,11 @@ class _DryRun:
             check_classes(self._components.dataset, self._outputs, self._config, self._objects, self._origins)
         self._metrics(worker)
         self._read()
-        before = attributes_of(worker.model)
+        parts = worker.model, self._components.loss, worker.optimizer
+        before = held(*parts)
         for _ in range(2 if sum(p.numel() for p in worker.model.parameters()) <= SMALL else 1):
             self._step(worker)
-        warn_of_changes(before, worker.model)
+        warn_of_changes(before, held(*parts))
         self._epochs(worker)
         self._save(worker)
 

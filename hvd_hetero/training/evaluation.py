@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from hvd_hetero.comm.averaging import average_untrained
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.config.schema import EvalConfig
 from hvd_hetero.data import Source
@@ -20,6 +21,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and metrics on the test set; every rank does a part in proportion to its speed, so that all end together.
 
+    A module may change its buffers here too, as observers of a quantization do: of what has changed on a rank, all have
+    the same afterwards, by their policies.
+
     Args:
         averaged: an average of models, to be evaluated too.
 
@@ -35,8 +39,12 @@ def evaluate(
         found = [metric.figures(comm, root) for metric in worker.measures]
         return {prefix + name: value for one in found for name, value in one.items()}
 
+    untrained = worker.state.untrained
+    marks = untrained.marks()
     result = figures(EVAL)
     if averaged is not None:
         with averaged.in_place(comm):
             result |= figures(AVERAGED)
+    if comm.size > 1 and comm.max([float(untrained.moved_since(marks))], "evaluation.changed")[0]:
+        average_untrained(comm, worker.state, plan.by_rank()[comm.rank].weight, "evaluation")
     return result

@@ -16,7 +16,8 @@ from hvd_hetero.config.schema import Config
 from hvd_hetero.data import Dataset
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.worker.components import Origins, UserObjects
-from hvd_hetero.worker.losses import IGNORED
+from hvd_hetero.worker.loss_checks import is_shaped
+from hvd_hetero.worker.losses import IGNORED, OF_CLASSES
 from hvd_hetero.worker.parameter_groups import LR_SCALE
 
 
@@ -83,7 +84,7 @@ def check_classes(
 ) -> None:
     """Refuse class numbers of which none counts or that the model has no output for, where they are at hand."""
     own_loss = given is not None and given.loss is not None
-    if own_loss or config.train.loss not in ("cross_entropy", "nll_loss") or not isinstance(outputs, Tensor):
+    if own_loss or config.train.loss not in OF_CLASSES or not is_shaped(outputs) or outputs.dim() < 2:
         return
     ignored = config.train.loss_args.get("ignore_index", IGNORED)
     for name, source in (("training", dataset.train), ("test", dataset.test)):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count, product
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -56,12 +56,17 @@ class Batched:
     @property
     def shapes(self) -> str:
         """Those of outputs and targets, for messages."""
-        parts = (self.shape(part) if isinstance(part, Tensor) else describe(part) for part in self.both)
+        parts = (self.shape(part) if is_shaped(part) else describe(part) for part in self.both)
         return "outputs {} and targets {}".format(*parts)
 
     @property
     def both(self) -> tuple[Any, Any]:
         return self.outputs, self.targets
+
+
+def is_shaped(value: Any) -> TypeGuard[Tensor]:
+    """Say whether this is a tensor that has a shape: nested ones have none, if they are strided."""
+    return isinstance(value, Tensor) and not (value.is_nested and value.layout == torch.strided)
 
 
 def try_loss(key: str, value: Any, loss: PerSample, args: Mapping[str, Any], given: Batched) -> Numbers:
@@ -174,7 +179,7 @@ def _fits(shape: tuple[int, ...], sample: torch.Size) -> bool:
 def _check_accuracy(key: str, given: Batched) -> None:
     """Refuse targets that are no class numbers, and outputs that are no logits of classes."""
     outputs, targets = given.both
-    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+    if not is_shaped(outputs) or not is_shaped(targets):
         problem = f"takes tensors, and there are {given.shapes}"
     elif targets.is_floating_point() or targets.is_complex():
         kind = str(targets.dtype).removeprefix("torch.")
@@ -197,11 +202,11 @@ def _check_pairs(key: str, value: Any, function: Callable[[Any, Any], Any], give
     as no other dimension has, and must not combine both to ``[..., B, ..., B, ...]``. Functions that pair samples on
     purpose (contrastive ones) pair outputs with outputs, or get outputs and targets of shapes that fit.
     """
-    tensors = product(*(list(tensors_in(part)) for part in given.both))
+    tensors = product(*(filter(is_shaped, tensors_in(part)) for part in given.both))
     found = next((pair for pair in tensors if _may_broadcast(*(part.shape for part in pair))), None)
     if found is None:
         return
-    sizes = {size for tensor in tensors_in(given.both) for size in tensor.shape}
+    sizes = {size for tensor in tensors_in(given.both) if is_shaped(tensor) for size in tensor.shape}
     samples = next(number for number in count(3) if number not in sizes)
     repeated = [_repeated(part, given.samples, samples) for part in given.both]
     with _Pairs(samples, *repeated) as pairs, suppress(Exception):  # it may need another number of samples

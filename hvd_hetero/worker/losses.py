@@ -217,6 +217,7 @@ def with_arguments(function: Callable[..., Any], args: Mapping[str, Any]) -> Per
         return function(outputs, targets, **arguments(outputs))
 
     loss.__qualname__ = name_of(function)
+    loss.__wrapped__ = function  # type: ignore[attr-defined]  # for who looks for what it keeps
     return loss
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from hvd_hetero.errors import ConfigError
 from hvd_hetero.random_state import RandomState
 from hvd_hetero.telemetry.emulation import SlowdownEmulator
 from hvd_hetero.telemetry.stopwatch import Stopwatch
-from hvd_hetero.worker.extra_state import extra_state, load_extra_state
+from hvd_hetero.worker.extra_state import extra_state, load_extra_state, load_state_beside, state_beside
 from hvd_hetero.worker.forward import ForwardPasses
 from hvd_hetero.worker.loss_scaler import LossScaler
 from hvd_hetero.worker.losses import Numbers, PerSample, concat, mean_gradient, name_of
@@ -90,7 +91,8 @@ class Worker(ForwardPasses):
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.watch = watch or Stopwatch()
         self.emulator = SlowdownEmulator(self.watch, slowdown, self._synchronize)
-        self._loss = loss.to(self.device) if isinstance(loss, nn.Module) else loss
+        self._loss, own = loss, inspect.unwrap(loss)
+        self._loss_module = own.to(self.device) if isinstance(own, nn.Module) else None
         self._mean_loss = SampleMean(LOSS, "train.loss", name_of(loss), loss)
         self.measures: list[Metric] = [self._mean_loss, *metrics]
         self._clip_norm, self._autocast = clip_norm, autocast
@@ -316,6 +318,7 @@ class Worker(ForwardPasses):
         return {
             "model": self.state.state_dict(),
             "extra": extra_state(self.model),
+            "loss": None if self._loss_module is None else state_beside(self._loss_module, self.model),
             "optimizer": save_state(self.optimizer),
             "scheduler": None if self.scheduler is None else save_state(self.scheduler),
             "rates": self._scheduled,
@@ -330,6 +333,8 @@ class Worker(ForwardPasses):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from what :meth:`state_dict` gave on the same kind of device."""
         self._load_model(state)
+        if self._loss_module is not None and state.get("loss") is not None:
+            load_state_beside(self._loss_module, self.model, state["loss"], self.device)
         load_state(self.optimizer, state["optimizer"], "optimizer")
         lay_out(self.optimizer, self._params)
         if self.scheduler is not None:

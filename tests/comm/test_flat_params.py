@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hvd_hetero.checkpoint.export import save_model
+from hvd_hetero.checkpoint.tensor_file import to_pieces
 from hvd_hetero.comm.flat_params import FlatState, check_state
 from hvd_hetero.comm.tensor_slots import overlapping, slots_of
 from hvd_hetero.comm.untrained_state import default_policy
@@ -53,6 +54,17 @@ def inside(tensor: torch.Tensor, vector: torch.Tensor) -> bool:
     """Whether a tensor's memory is part of a vector's."""
     start, end = vector.data_ptr(), vector.data_ptr() + vector.numel() * vector.element_size()
     return start <= tensor.data_ptr() and tensor.data_ptr() + tensor.numel() * tensor.element_size() <= end
+
+
+def test_a_buffer_that_was_looked_at_can_still_get_another_size() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("low", torch.ones(1))
+    state = FlatState(model)
+    state.untrained.remember()
+    assert state.untrained.changed(thorough=True) == []
+    list(to_pieces({"low": model.low}))
+    model.low.resize_(6).fill_(2.0)
+    assert state.untrained.changed() == ["low"]
 
 
 def test_values_and_outputs_stay_as_they_were() -> None:

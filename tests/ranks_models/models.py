@@ -229,6 +229,36 @@ class InitializedByData(Wrapped):
         return super().forward(x / self.scale)
 
 
+class Observes(Wrapped):
+    """Follows the range of its inputs, of a shape that the first batch tells, and in evaluation too: an observer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("low", torch.tensor([]))
+        self.register_buffer("range", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = x.detach().min(0).values
+        if self.low.numel() == 0:
+            self.low.resize_(low.shape).copy_(low)
+        self.low.copy_(torch.minimum(self.low, low))
+        self.range.resize_(low.shape).copy_(self.low.abs())
+        return super().forward(x / self.range.clamp(min=1.0))
+
+
+class Centered(nn.Module):
+    """A loss that follows the mean of the outputs, as that of a self-distillation does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(2))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.center = 0.5 * self.center + 0.5 * outputs.detach().mean(0)
+        return F.cross_entropy(outputs - self.center, targets, reduction="none")
+
+
 class WritesParameters(Wrapped):
     """Keeps averages of its weights in parameters that count as trained, and one that follows each batch."""
 
@@ -541,6 +571,9 @@ CASES: dict[str, Case] = {
     "a teacher through .data": Case(lambda: Teacher(True)),
     "a teacher, sync": Case(Teacher, settings=SYNC),
     "a module replaced": Case(Renewed),
+    "an observer": Case(Observes),
+    "an observer, sync": Case(Observes, settings=SYNC),
+    "a loss with a buffer": Case(net, given={"loss": Centered()}),
     "parameters written in forward": Case(WritesParameters),
     "parameters written in forward, sync": Case(WritesParameters, settings=SYNC),
     "parameters written in forward, partial gradients": Case(WritesParameters, settings=EAGER),

@@ -5,6 +5,7 @@ It writes ``FOLDER/rank{N}.pt``: by case what the rank's model came to in both r
 
 from __future__ import annotations
 
+import copy
 import sys
 import traceback
 import warnings
@@ -51,7 +52,8 @@ def run(case: Case, env: JobEnv, folder: Path, in_pieces: bool) -> dict[str, Any
     while True:
         torch.manual_seed(env.rank)  # rank 0's model is where all start
         train, test = case.data()
-        given = UserObjects(model=case.model(), train_data=train, test_data=test, **case.given)
+        given = UserObjects(model=case.model(), train_data=train, test_data=test,
+                            **copy.deepcopy(dict(case.given)))
         parts = dry_run.build(config, given)
         this = trainer.Trainer(
             startup.Job(env, config, parts, cluster, Placement("cpu", 1, None), Watchdog(env)), folder, found

@@ -300,6 +300,16 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         lambda: linear(run=lambda net, x: (net.head(x), net.head(x)) if net.training else net.head(x)), {},
         "train.loss='cross_entropy': the loss fails on the model's outputs ([2, 3] float32, [2, 3] float32) for a "
         "batch of 2 in training"),
+    "one number a sample, and a loss of classes": (
+        lambda: linear(run=lambda net, x: net.head(x)[:, 0]), {},
+        "train.loss='cross_entropy': the loss fails on the model's outputs [2] float32 for a batch of 2 in evaluation"),
+    "outputs without a shape": (
+        lambda: linear(run=lambda net, x: torch.nested.nested_tensor(list(net.head(x)))), {},
+        "train.loss='cross_entropy': the loss fails on the model's outputs Tensor for a batch of 2 in evaluation"),
+    "the accuracy of outputs without a shape": (
+        lambda: linear(run=lambda net, x: torch.nested.as_nested_tensor(list(net.head(x)))),
+        {"loss": lambda o, y: nn.functional.cross_entropy(torch.stack(o.unbind()), y, reduction="none")},
+        "eval.metrics.accuracy='accuracy': takes tensors, and there are outputs Tensor and targets [4]"),
     "training mode alone": (
         lambda: linear(run=lambda net, x: net.head(x[:, :5] if net.training else x)), {},
         "model='Net': the model fails on a batch of 2 in training (inputs [2, 8] float32, targets [2] int64)"),
