@@ -88,8 +88,7 @@ def typed(prefix: str, schema: Any, values: Mapping[str, Any]) -> Any:
         ConfigError: naming the full key, its value and what is wanted.
     """
     filled: dict[str, Any] = {}
-    node = OmegaConf.structured(schema)
-    OmegaConf.set_readonly(node, False)
+    node: Any = None
     for item in dataclasses.fields(schema):
         key, value = f"{prefix}{item.name}", values[item.name]
         default = getattr(schema, item.name)
@@ -98,6 +97,12 @@ def typed(prefix: str, schema: Any, values: Mapping[str, Any]) -> Any:
                 raise ConfigError(key, value, "is a section, not a value", f"set one of its keys, {key}.KEY=VALUE")
             filled[item.name] = typed(f"{key}.", default, value)
             continue
+        if repr(value) == repr(default):  # OmegaConf has nothing to say on it, and takes its time
+            filled[item.name] = copy.deepcopy(value)
+            continue
+        if node is None:
+            node = OmegaConf.structured(schema)
+            OmegaConf.set_readonly(node, False)
         try:
             if item.type == "bool" and isinstance(value, (int, float)) and value not in (0, 1):
                 raise ValueError("OmegaConf would take it for true")
