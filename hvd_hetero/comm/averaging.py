@@ -148,19 +148,21 @@ def average_unlike_parameters(comm: Comm, state: FlatState, weight: float, ranks
 
 
 def average_untrained(
-    comm: Comm, state: FlatState, weight: float, name: str = "others", only_new: bool = False
-) -> None:
+    comm: Comm, state: FlatState, weight: float, name: str = "others", only_new: bool = False,
+    ranks: tuple[int, ...] | None = None,
+) -> None:  # fmt: skip
     """Replaces what is in no flat vector, on all ranks, after a thorough look at what has changed.
 
     Args:
         weight: of this rank.
         only_new: leave alone what is known to change: it has just been averaged.
+        ranks: those that take part: all, or one class.
 
     Raises:
         UserError: as :func:`average`.
     """
     state.refresh()
-    untrained = UntrainedAverages(comm, state.untrained, weight, True, name)
+    untrained = UntrainedAverages(comm, state.untrained, weight, True, name, ranks)
     if not only_new:
         untrained.begin()
         untrained.finish()

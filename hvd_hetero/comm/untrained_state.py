@@ -128,11 +128,16 @@ class UntrainedState:
 
     def marks(self) -> dict[str, _Seen]:
         """Return what tells later whether any of these tensors has been replaced or written to since."""
-        return {name: _Seen(tensor) for name, tensor in self.tensors().items()}
+        return {name: _Seen(tensor) for name, tensor in self._followed().items()}
 
     def moved_since(self, marks: Mapping[str, _Seen]) -> bool:
-        """Say whether one has; active ones too, and new ones."""
-        return any(name not in marks or not marks[name].is_still(tensor) for name, tensor in self.tensors().items())
+        """Say whether one has that ranks share; active ones too, and new ones."""
+        return any(name not in marks or not marks[name].is_still(tensor) for name, tensor in self._followed().items())
+
+    def _followed(self) -> dict[str, Tensor]:
+        """The tensors themselves, which :meth:`tensors` detaches, of all whose policy is not to be local."""
+        found = {name: slot.get() for name, slot in self._slots.items() if self.policy(name) != LOCAL}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def policy(self, name: str) -> str:
         """What is to be done with one that has changed."""

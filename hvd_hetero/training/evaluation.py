@@ -46,5 +46,9 @@ def evaluate(
         with averaged.in_place(comm):
             result |= figures(AVERAGED)
     if comm.size > 1 and comm.max([float(untrained.moved_since(marks))], "evaluation.changed")[0]:
-        average_untrained(comm, worker.state, plan.by_rank()[comm.rank].weight, "evaluation")
+        # where one class trains alone, only its ranks know of what has changed so far
+        ranks = plan.training[0].ranks if len(plan.training) == 1 else tuple(range(comm.size))
+        if comm.rank in ranks:
+            weight = plan.by_rank()[comm.rank].weight
+            average_untrained(comm, worker.state, weight, "evaluation", ranks=ranks)
     return result
