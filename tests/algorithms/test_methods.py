@@ -227,7 +227,7 @@ def test_every_method_trains(found: Found, method: str) -> None:
 def test_some_ranks_compute_in_float16(found: Found, case: str) -> None:
     """Overflows are counted; they leave out nobody and skip no step, so that weights are those of the plan."""
     summary = found[0][case]["summary"]
-    assert summary["eval"]["final_accuracy"] > 0.8
+    assert summary["eval"]["final_accuracy"] > least_accuracy(CASES[case].method, summary["rounds"])
     for c in summary["classes"]:
         assert c["excluded"] == 0 and bool(c["overflows"]) == bool(c["steps"])
     fast, slow = summary["classes"]

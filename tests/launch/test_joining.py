@@ -24,6 +24,7 @@ def script(folder: Path, text: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_host_joins(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
     """The job starts again within the epoch: the rank that stays has its momentum, and no sample is trained on twice.
 

@@ -102,6 +102,7 @@ def test_a_job_that_slurm_has_requeued_resumes(launched: Launched, inside: Calla
     assert config.run.resume is None, "what does not train has nothing to go on from"
 
 
+@pytest.mark.slow
 def test_a_heterogeneous_job_stops_before_its_time_limit_and_resumes_on_other_hosts(
     hvd_hetero: Callable[..., Any], tmp_path: Path
 ) -> None:

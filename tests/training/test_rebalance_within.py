@@ -15,6 +15,7 @@ pytestmark = pytest.mark.horovod
 SAMPLES = 1437
 
 
+@pytest.mark.slow
 def test_tau_is_put_right_and_the_rest_of_the_epoch_dealt_anew(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
     """Delays begin with the training, after speeds were measured: 10 ms a step for fast, 20 for slow."""
     delays = ["delays.distribution=linear_skew", "delays.sec=0.02", "delays.seed=0", "profile.seconds=0.2"]

@@ -272,6 +272,7 @@ def twice(
     return folder / "one", folder / "two"
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_weights_twice(twice: tuple[Path, Path]) -> None:
     one, two = (weights_of(folder) for folder in twice)
     assert list(one) == list(two)

@@ -84,6 +84,7 @@ def test_exported_weights_load_with_a_line_of_plain_pytorch(folder: Path, hvd_he
     assert torch.equal(best["1.weight"].reshape(-1), vector[: 8 * 64])
 
 
+@pytest.mark.slow
 def test_a_best_evaluation_without_a_checkpoint_is_told(
     folder: Path, hvd_hetero: Callable[..., Any], tmp_path: Path
 ) -> None:

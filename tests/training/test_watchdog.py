@@ -43,6 +43,7 @@ def test_a_rank_that_hangs_in_the_users_code_is_named_with_its_stack(
     assert processes_with(str(tmp_path)) == []
 
 
+@pytest.mark.slow
 def test_a_rank_that_lets_no_thread_run_says_where_it_is_and_is_ended(
     horovodrun: Callable[..., Any], tmp_path: Path
 ) -> None:
