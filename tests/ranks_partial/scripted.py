@@ -84,6 +84,8 @@ class Turns:
 
     def finish(self) -> None:
         (self._folder / f"done{self._rank}").touch()
+        with self._lock:  # whoever did not know yet may have passed the turn to this rank meanwhile
+            self._mine = self._mine or self._order[self._now()[0] % len(self._order)] == self._rank
         self.release()
 
 
