@@ -108,7 +108,7 @@ def run_kind(kind: Kind, device: str, env: JobEnv, folder: Path) -> dict[str, An
     def once(in_pieces: bool) -> dict[str, Any]:
         Stops.asked = in_pieces
         torch.manual_seed(3)
-        objects = UserObjects(model=kind.model(device), train_data=kind.data(0), test_data=kind.data(1), **kind.objects)
+        objects = UserObjects(model=kind.model(device), train_data=kind.data(0), test_data=kind.data(1), **kind.given)
         return train(settings, objects, env, folder / ("pieces" if in_pieces else "whole"))
 
     if settings.get("train.compile"):
