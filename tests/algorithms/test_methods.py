@@ -208,10 +208,10 @@ def test_the_biased_class_gets_the_samples_never_seen(found: Found, case: str) -
 # ---- every method ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", REGISTRY)
-def test_every_method_trains(found: Found, method: str) -> None:
+@pytest.mark.parametrize("case", marked([f"digits, {method}" for method in REGISTRY], CASES_SLOW))
+def test_every_method_trains(found: Found, case: str) -> None:
     """On digits, with the built-in settings and a tau that is measured where the method asks for one."""
-    summary = found[0][f"digits, {method}"]["summary"]
+    summary, method = found[0][case]["summary"], CASES[case].method
     assert summary["algorithm"] == method
     updates = summary["rounds"]
     assert summary["eval"]["final_accuracy"] > least_accuracy(method, updates), f"after {updates} updates"

@@ -53,7 +53,7 @@ class Trained(hvd_hetero.Callback):
         if self.name == "stopped" and row["epoch"] == 3:
             (FOLDER / self.name / STOP).touch()
         seen = FOLDER / f"{self.name}.sent"
-        until = time.monotonic() + 60
+        until = time.monotonic() + 20
         while self.waits and not seen.exists() and time.monotonic() < until:
             time.sleep(0.01)
         seen.unlink(missing_ok=True)

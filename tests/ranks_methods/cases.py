@@ -237,7 +237,10 @@ CASES_SLOW = {
     "dlb, micro-batches", "unified, to slow", "outer, Nesterov", "normalised, outer, hierarchical",
     "solo, nobody late, momentum reset", "delayed, wire float16", "daso, a host a rank",
     "decentlam, warm-up and cosine", "byteps, groups", "dlb, groups", "groups, solo, nobody late",
-    "digits, half, byteps", "digits, half, eager_sgd", "digits, biased_local_sgd, majority",
+    "digits, half, byteps", "digits, half, eager_sgd", "digits, biased_local_sgd, majority", "digits, byteps",
+    "digits, balanced_local_sgd", "digits, unbalanced_local_sgd", "digits, stl_sgd", "digits, drop_compute_local",
+    "digits, ringmaster_asgd", "digits, rennala_sgd", "digits, ringleader_asgd", "digits, omnilearn_asp",
+    "digits, decentlam", "digits, eager_sgd, micro-batches", "digits, eager_sgd, majority",
 }  # fmt: skip
 """Of these, and of those on digits, the ones that others stand for."""
 
@@ -268,8 +271,8 @@ RESUMED["stl_sgd, StepLR"] = Case("stl_sgd", {
 RESUMED["unbalanced, separate, noisy"] = Case("unbalanced_local_sgd", {**TAU31, **SEPARATE}, model="noisy")
 """Interrupted again and again they come to the same, to the last bit. (Horovod joins the gradients of synchronous SGD
 as they come: from three ranks on their sums are rounded differently from run to run.)"""
-RESUMED_SLOW = ("sync, rank 0 idle", "byteps, more servers than partitions", "biased, hierarchical", "unified, to fast",
-                "AdamW", "sync, fast, warm-up and cosine", "balanced, a scheduler that steps by rounds")
+RESUMED_SLOW = ("balanced", "momentum averaged", "sync, rank 0 idle", "byteps, more servers than partitions",
+                "biased, hierarchical", "unified, to fast", "AdamW", "sync, fast, warm-up and cosine", "balanced, a scheduler that steps by rounds")
 """Of these, those that others stand for."""
 BY_THE_CLOCK = ("dlb", "eager_sgd", "m_sync_sgd", "asgd", "ringmaster_asgd", "rennala_sgd", "malenia_sgd",
                 "ringleader_asgd", "async_diloco", "nonblocking_sgd", "omnilearn_asp", "wagma_sgd")

@@ -33,8 +33,8 @@ def test_a_fault_on_one_rank_ends_the_job(hvd_hetero: Callable[..., Any], tmp_pa
     assert processes_with(str(tmp_path)) == []
 
 
-@pytest.mark.parametrize("name", ["wagma_sgd", pytest.param("daso", marks=pytest.mark.slow),
-                                  pytest.param("decentlam", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wagma_sgd", "daso", "decentlam"])
 def test_a_fault_ends_the_other_groups_too(hvd_hetero: Callable[..., Any], tmp_path: Path, name: str) -> None:
     """Ranks 2 and 3 are in no group with rank 1 for a while; they learn of its end all the same."""
     done = hvd_hetero(["launch", f"run.dir={tmp_path / 'run'}", "train.loss=own_parts:fails_on_rank_1",
