@@ -272,7 +272,8 @@ RESUMED["unbalanced, separate, noisy"] = Case("unbalanced_local_sgd", {**TAU31, 
 """Interrupted again and again they come to the same, to the last bit. (Horovod joins the gradients of synchronous SGD
 as they come: from three ranks on their sums are rounded differently from run to run.)"""
 RESUMED_SLOW = ("balanced", "momentum averaged", "sync, rank 0 idle", "byteps, more servers than partitions",
-                "biased, hierarchical", "unified, to fast", "AdamW", "sync, fast, warm-up and cosine", "balanced, a scheduler that steps by rounds")
+                "biased, hierarchical", "unified, to fast", "AdamW",
+                "sync, fast, warm-up and cosine", "balanced, a scheduler that steps by rounds")
 """Of these, those that others stand for."""
 BY_THE_CLOCK = ("dlb", "eager_sgd", "m_sync_sgd", "asgd", "ringmaster_asgd", "rennala_sgd", "malenia_sgd",
                 "ringleader_asgd", "async_diloco", "nonblocking_sgd", "omnilearn_asp", "wagma_sgd")
