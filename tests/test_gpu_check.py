@@ -43,6 +43,7 @@ def test_all_stages_run_without_a_gpu(tmp_path: Path) -> None:
     assert sum(path.is_file() for path in (tmp_path / "out").rglob("*")) <= 4, "few files come back"
 
 
+@pytest.mark.slow
 def test_a_check_that_takes_too_long_is_ended_with_what_it_has_started(parts: dict[str, Any], tmp_path: Path) -> None:
     """It leaves a row, with what it had said, and nothing that runs on."""
     check = parts["Check"]("x", "slow", ["sh", "-c", "sleep 60 & echo child $!; wait"], 60.0)

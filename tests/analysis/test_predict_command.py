@@ -81,6 +81,7 @@ def test_the_seed_decides(capsys: pytest.CaptureFixture[str]) -> None:
     assert said[0] == said[1] != said[2]
 
 
+@pytest.mark.slow
 def test_how_steps_vary_may_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
     said = {}
     for law in ("none", "normal", "lognormal", None):

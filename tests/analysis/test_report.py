@@ -197,6 +197,7 @@ def with_counts(run: Path, folder: Path, seed: int, partial: dict[str, Any]) -> 
     return folder
 
 
+@pytest.mark.slow
 def test_what_came_late_has_a_picture_where_anything_could(eager: tuple[Path, str], run: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the extra [report] is not installed")
     for name, runs, there in (("both", [eager[0], run], True), ("none", [run], False)):
