@@ -271,7 +271,7 @@ RESUMED["stl_sgd, StepLR"] = Case("stl_sgd", {
 RESUMED["unbalanced, separate, noisy"] = Case("unbalanced_local_sgd", {**TAU31, **SEPARATE}, model="noisy")
 """Interrupted again and again they come to the same, to the last bit. (Horovod joins the gradients of synchronous SGD
 as they come: from three ranks on their sums are rounded differently from run to run.)"""
-RESUMED_SLOW = ("balanced", "momentum averaged", "sync, rank 0 idle", "byteps, more servers than partitions",
+RESUMED_SLOW = ("momentum averaged", "sync, rank 0 idle", "byteps, more servers than partitions",
                 "biased, hierarchical", "unified, to fast", "AdamW",
                 "sync, fast, warm-up and cosine", "balanced, a scheduler that steps by rounds")
 """Of these, those that others stand for."""
