@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from ranks_methods import oracle
-from ranks_methods.cases import CLASSES, POISONED, POISONED_SLOW, marked, model
+from ranks_methods.cases import BY_THE_CLOCK, CLASSES, POISONED, POISONED_SLOW, marked, model
 from together import together
 from torch import nn
 
@@ -102,7 +102,8 @@ def test_a_bad_batch_does_not_spoil_the_model_of_any_method(found: Found, case: 
     for name, value in found[case][0]["model"].items():
         assert bool(value.isfinite().all()), name
         assert not name.endswith("weight") or not torch.allclose(value, before[name])
-    assert sum(mine["excluded"] for mine in found[case]) >= 2
+    # two samples in each of four epochs; real time decides what a method by the clock takes of them
+    assert sum(mine["excluded"] for mine in found[case]) >= (1 if POISONED[case].method in BY_THE_CLOCK else 2)
     assert math.isfinite(found[case][0]["summary"]["eval"]["final_loss"])
 
 
