@@ -98,7 +98,7 @@ def watched(name: str) -> None:
 
 def until_trained(outputs: Tensor, targets: Tensor) -> Tensor:
     """A metric that a helper is not done with before the last epoch is trained."""
-    if RANK == 2:
+    if RANK == 2 and len(targets) > 2:  # not in the dry run, for which all would wait
         until = time.monotonic() + 60
         while not (FOLDER / "stuck.epoch6").exists() and time.monotonic() < until:
             time.sleep(0.01)
