@@ -67,6 +67,23 @@ def test_a_buffer_that_was_looked_at_can_still_get_another_size() -> None:
     assert state.untrained.changed() == ["low"]
 
 
+def test_only_what_ranks_share_and_was_written_to_has_moved() -> None:
+    """A look that makes new tensors would take every evaluation of a model with BatchNorm for a change."""
+    model = nn.BatchNorm1d(2)
+    model.register_buffer("own", torch.zeros(1, dtype=torch.long))
+    untrained = FlatState(model, policies={"own": "local"}).untrained
+    marks = untrained.marks()
+    assert list(marks) == ["num_batches_tracked"] and not untrained.moved_since(marks)
+    model.eval()(torch.ones(3, 2))
+    model.own.add_(1)
+    assert not untrained.moved_since(marks)
+    model.train()(torch.ones(3, 2))
+    assert untrained.moved_since(marks)
+    assert not untrained.moved_since(untrained.marks())
+    model.num_batches_tracked = torch.tensor(7)
+    assert untrained.moved_since(marks)
+
+
 def test_values_and_outputs_stay_as_they_were() -> None:
     model, untouched = Mixed(), Mixed()
     FlatState(model)
