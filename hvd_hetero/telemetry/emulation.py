@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
 
@@ -51,6 +52,15 @@ class SlowdownEmulator:
     def emulates(self) -> bool:
         """Whether steps are stretched."""
         return self._slowdown > 1
+
+    @contextmanager
+    def at_full_speed(self) -> Iterator[None]:
+        """Stretch nothing meanwhile: what a device does once, and nobody measures, need not take so much longer."""
+        slowdown, self._slowdown = self._slowdown, 1.0
+        try:
+            yield
+        finally:
+            self._slowdown = slowdown
 
     def steps(self, batches: Iterable[T], count: int) -> Iterator[T]:
         """Yields the next ``count`` batches; the time until the following one is asked for is the step's compute."""

@@ -57,7 +57,8 @@ def measure_step(
         worker.local_steps(read(source, rows, worker.generator), count)
         worker.pop_losses()
 
-    steps(max(warmup_steps, 1))
+    with worker.emulator.at_full_speed():
+        steps(max(warmup_steps, 1))
     start = time.perf_counter()
     steps(1)
     count = max(1, int(CHUNK_SEC / max(time.perf_counter() - start, 1e-6)))

@@ -150,6 +150,16 @@ def test_slowdown_stretches_data_and_compute_to_its_multiple(clock: Clock) -> No
     assert len(clock.slept) == 3
 
 
+def test_at_full_speed_nothing_is_stretched(clock: Clock) -> None:
+    """A first step imports and allocates: nobody measures it, and eight times as long would only be waited for."""
+    emulator = SlowdownEmulator(Stopwatch(clock), slowdown=8.0)
+    with emulator.at_full_speed():
+        run_steps(clock, emulator, 3, data_sec=0.5, step_sec=2.0)
+    assert not clock.slept
+    run_steps(clock, emulator, 1, data_sec=0.5, step_sec=2.0)
+    assert sum(clock.slept) == pytest.approx(7 * 2.5), "only the step that came after"
+
+
 @pytest.mark.parametrize("slowdown", [1.0, 8.0])
 def test_delays_are_slept_in_their_steps_and_count_as_their_compute(clock: Clock, slowdown: float) -> None:
     """One a step, as long as it was drawn: a slower device is not slower at being delayed."""
