@@ -17,8 +17,9 @@ EVAL, AVERAGED = "eval_", "averaged_"
 
 
 def evaluate(
-    comm: Comm, worker: Worker, test: Source, plan: Plan, spec: EvalConfig, averaged: IterateAverage | None = None
-) -> dict[str, float]:
+    comm: Comm, worker: Worker, test: Source, plan: Plan, spec: EvalConfig, averaged: IterateAverage | None = None,
+    ranks: tuple[int, ...] | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Loss and metrics on the test set; every rank does a part in proportion to its speed, so that all end together.
 
     A module may change its buffers here too, as observers of a quantization do: of what has changed on a rank, all have
@@ -26,6 +27,7 @@ def evaluate(
 
     Args:
         averaged: an average of models, to be evaluated too.
+        ranks: those whose models are averaged; None: all.
 
     Returns:
         The figures by name; the same on all ranks.
@@ -46,9 +48,7 @@ def evaluate(
         with averaged.in_place(comm):
             result |= figures(AVERAGED)
     if comm.size > 1 and comm.max([float(untrained.moved_since(marks))], "evaluation.changed")[0]:
-        # where one class trains alone, only its ranks know of what has changed so far
-        ranks = plan.training[0].ranks if len(plan.training) == 1 else tuple(range(comm.size))
-        if comm.rank in ranks:
+        if ranks is None or comm.rank in ranks:  # others do not know of what has changed so far
             weight = plan.by_rank()[comm.rank].weight
             average_untrained(comm, worker.state, weight, "evaluation", ranks=ranks)
     return result

@@ -300,7 +300,8 @@ class Trainer(TrainerParts):
         is_due = accounts.epochs % config.eval.every_epochs == 0 and not self.helpers.evaluate
         if self.evaluates and (is_due or self.over):
             self.status.enter(EVALUATING)
-            row |= evaluate(comm, worker, self.test, self.plan, config.eval, self.averaged)
+            row |= evaluate(comm, worker, self.test, self.plan, config.eval, self.averaged,
+                            self.algorithm.averaged_ranks)  # fmt: skip
             self.best.enter(row)
             self._call("on_evaluation", row)
         self._call("on_epoch_end", row)

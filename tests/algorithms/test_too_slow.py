@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hvd_hetero.cluster.device_classes import Cluster, DeviceClass
 from hvd_hetero.cluster.hardware import RankFacts
@@ -65,6 +66,39 @@ def test_no_batch_becomes_smaller_than_the_model_can_be_trained_on() -> None:
 def test_not_even_one_sample_fits() -> None:
     with pytest.raises(ConfigError, match=r"cluster\.too_slow.*not even a batch of one"):
         shrink_batches(32, {"fast": 0.01, "slow": 20.0}, {"fast": 32, "slow": 32})
+
+
+MODEL = """
+import torch
+from torch import nn
+
+
+class Observed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("evaluated", torch.zeros(1, dtype=torch.long))
+        self.layers = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+
+    def forward(self, x):
+        if not self.training:
+            self.evaluated += 1
+        return self.layers(x)
+"""
+
+
+@pytest.mark.horovod
+def test_ranks_left_out_learn_of_what_an_evaluation_changes(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
+    """They take part in the averages of the next round, and have to bring the same tensors there."""
+    (tmp_path / "observed.py").write_text(MODEL)
+    left_out = ["cluster.classes={fast: {ranks: [0, 1]}, slow: {ranks: [2], slowdown: 60}}",
+                "train.tau=6", "train.batch_size=16", "cluster.too_slow=leave_out"]  # fmt: skip
+    brief = ["train.epochs=3", "profile.seconds=0.3", "profile.reuse=false", "run.watchdog_sec=60"]
+    own = ["model.target=observed:Observed", f"run.dir={tmp_path / 'run'}"]
+    done = hvd_hetero(["launch", *left_out, *brief, *own], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cluster.too_slow=leave_out" in done.stderr, "the slow class is left out"
+    model = torch.load(tmp_path / "run" / "checkpoint" / "model.pt", weights_only=True)
+    assert model["evaluated"] >= 3
 
 
 @pytest.mark.slow

@@ -38,6 +38,11 @@ class Executor(Resumable):
     def _follow(self) -> None:
         self.class_plan = self.policy.plan.of_rank(self.comm.rank)
 
+    @property
+    def averaged_ranks(self) -> tuple[int, ...]:
+        """The ranks whose models are averaged: all, also those that take no steps but receive the average."""
+        return tuple(range(self.comm.size))
+
     def deal(self, feed: Feed, plan: Plan, whole: Plan) -> NDArray[Any]:
         """Deal the samples of an epoch, as :class:`hvd_hetero.worker.epoch.Epoch` has them."""
         return feed.deal_whole(plan) if self.policy.claims_samples else feed.deal(plan, whole)

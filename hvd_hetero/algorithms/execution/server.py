@@ -228,7 +228,7 @@ class ServerExecutor(Executor):
             vector.copy_(part)
 
     def end_epoch(self) -> None:
-        worker, ranks = self.worker, tuple(range(self.comm.size))
+        worker, ranks = self.worker, self.averaged_ranks
         worker.set_eval_mode()
         average_buffers(self.comm, worker.state, self.class_plan.weight, ranks)
         average_unlike_parameters(self.comm, worker.state, self.class_plan.weight, ranks)

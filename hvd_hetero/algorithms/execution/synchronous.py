@@ -24,6 +24,11 @@ class SynchronousExecutor(Executor):
 
     policy: Lockstep
 
+    @property
+    def averaged_ranks(self) -> tuple[int, ...]:
+        """The ranks that train; others hold no model of the run."""
+        return self.policy.ranks
+
     def run_segment(self, segment: Segment) -> None:
         super().run_segment(segment)
         state = self.worker.state
@@ -59,7 +64,7 @@ class SynchronousExecutor(Executor):
         self.comm.excluded.record()
 
     def end_epoch(self) -> None:
-        worker, comm, ranks = self.worker, self.comm, self.policy.ranks
+        worker, comm, ranks = self.worker, self.comm, self.averaged_ranks
         worker.set_eval_mode()
         if comm.rank in ranks:
             average_buffers(comm, worker.state, self.class_plan.weight, ranks)
