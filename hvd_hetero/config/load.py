@@ -14,8 +14,9 @@ import copy
 import dataclasses
 import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -88,7 +89,6 @@ def typed(prefix: str, schema: Any, values: Mapping[str, Any]) -> Any:
         ConfigError: naming the full key, its value and what is wanted.
     """
     filled: dict[str, Any] = {}
-    node: Any = None
     for item in dataclasses.fields(schema):
         key, value = f"{prefix}{item.name}", values[item.name]
         default = getattr(schema, item.name)
@@ -100,9 +100,7 @@ def typed(prefix: str, schema: Any, values: Mapping[str, Any]) -> Any:
         if repr(value) == repr(default):  # OmegaConf has nothing to say on it, and takes its time
             filled[item.name] = copy.deepcopy(value)
             continue
-        if node is None:
-            node = OmegaConf.structured(schema)
-            OmegaConf.set_readonly(node, False)
+        node = OmegaConf.structured(_of_one_key(type(schema), item.name))
         try:
             if item.type == "bool" and isinstance(value, (int, float)) and value not in (0, 1):
                 raise ValueError("OmegaConf would take it for true")
@@ -114,6 +112,12 @@ def typed(prefix: str, schema: Any, values: Mapping[str, Any]) -> Any:
         check_limits(key, value, item.metadata)
         filled[item.name] = value
     return dataclasses.replace(schema, **filled)
+
+
+@cache
+def _of_one_key(section: type, name: str) -> type:
+    """Return a schema of one key of a section: OmegaConf takes its time for each key that a schema has."""
+    return dataclasses.make_dataclass(section.__name__, [(name, get_type_hints(section)[name])])
 
 
 def device_classes(classes: Mapping[str, Any]) -> dict[str, ClassConfig]:

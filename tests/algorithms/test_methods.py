@@ -53,7 +53,7 @@ def found(
     """What each rank found, by case."""
     folder = tmp_path_factory.mktemp("methods")
     slow = ["slow"] * request.config.getoption("--slow")
-    done = horovodrun(SIZE, [sys.executable, SCRIPT, folder, *slow], timeout=450)
+    done = horovodrun(SIZE, [sys.executable, SCRIPT, folder, *slow], timeout=450, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(SIZE)]
 

@@ -57,7 +57,7 @@ def found(horovodrun: Run, tmp_path_factory: pytest.TempPathFactory, request: py
 
     def run(size: int) -> Found:
         folder = tmp_path_factory.mktemp(f"poisoned{size}")
-        done = horovodrun(size, [sys.executable, SCRIPT, folder, "poisoned", *slow], timeout=360)
+        done = horovodrun(size, [sys.executable, SCRIPT, folder, "poisoned", *slow], timeout=360, cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr
         ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
         return {name: [rank[name] for rank in ranks] for name in ranks[0]}

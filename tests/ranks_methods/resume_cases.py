@@ -30,19 +30,21 @@ from hvd_hetero.training.stop_request import StopRequest
 from hvd_hetero.training.watchdog import Watchdog
 from hvd_hetero.worker import components
 from hvd_hetero.worker.components import UserObjects
+from hvd_hetero.worker.epoch import Progress
 
-NEVER, OFTEN = 10**9, 3
+OFTEN = 3
+"""Rounds."""
 
 
 class Stops:
-    """Counts the times at which all ranks meet, and asks rank 0 to stop at some of them."""
+    """Whether rank 0 is asked to stop when all ranks meet next."""
 
-    left = NEVER
+    asked = False
 
 
-def run(case: Case, env: JobEnv, folder: Path, every: int) -> tuple[int, dict[str, Any]]:
+def run(case: Case, env: JobEnv, folder: Path, every: int | None) -> tuple[int, dict[str, Any]]:
     stops, found = 0, None
-    settings = {"run.dir": str(folder), "run.resume": "auto", "checkpoint.every_rounds": 1}
+    settings = {"run.dir": str(folder), "run.resume": "auto", "checkpoint.every_rounds": every}
     config = load((), {**case.overrides(), **settings}, algorithms.method)
     facts = [RankFacts(rank, "localhost", rank, (), "cpu", (0,)) for rank in range(env.size)]
     cluster = assign(device_classes(config.cluster.classes), facts)
@@ -51,7 +53,7 @@ def run(case: Case, env: JobEnv, folder: Path, every: int) -> tuple[int, dict[st
         parts = components.build(config, given)
         job = startup.Job(env, config, parts, cluster, Placement("cpu", 1, None), Watchdog(env))
         this = trainer.Trainer(job, folder, found)
-        Stops.left = every
+        Stops.asked = False
         try:
             this.prepare()
             this.run()
@@ -70,12 +72,13 @@ def main(folder: Path, names: Sequence[str]) -> None:
     env = job_env()
     meet = Saver.agree
 
-    def agree(self: Any, *args: Any) -> Any:
-        Stops.left -= 1
-        return meet(self, *args)
+    def agree(self: Any, progress: Progress, length: int, rounds: int, *args: Any) -> Any:
+        every = self._spec.every_rounds
+        Stops.asked = every is not None and (rounds + progress.averages) % every == 0
+        return meet(self, progress, length, rounds, *args)
 
     Saver.agree = agree  # type: ignore[method-assign]
-    StopRequest.__call__ = lambda self: env.rank == 0 and Stops.left <= 0  # type: ignore[method-assign]
+    StopRequest.__call__ = lambda self: env.rank == 0 and Stops.asked  # type: ignore[method-assign]
     groups = {tuple(ranks) for classes in CLASSES.values() for ranks in classes.values()}
     groups |= {tuple(ranks[0] for ranks in classes.values()) for classes in CLASSES.values()}
     groups |= set(pairs(env.size))
@@ -83,7 +86,7 @@ def main(folder: Path, names: Sequence[str]) -> None:
     hvd.init(process_sets=sets)
     found = {}
     for i, name in enumerate(names):
-        _, whole = run(RESUMED[name], env, folder / f"whole{i}", NEVER)
+        _, whole = run(RESUMED[name], env, folder / f"whole{i}", None)
         stops, pieces = run(RESUMED[name], env, folder / f"pieces{i}", OFTEN)
         found[name] = {"stops": stops, "whole": whole, "pieces": pieces}
     torch.save(found, folder / f"rank{env.rank}.pt")

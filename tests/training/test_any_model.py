@@ -20,7 +20,7 @@ Found = list[dict[str, dict[str, Any]]]
 @pytest.fixture(scope="module")
 def found(horovodrun: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Found:
     folder = tmp_path_factory.mktemp("models")
-    done = horovodrun(2, [sys.executable, SCRIPT, folder], timeout=400)
+    done = horovodrun(2, [sys.executable, SCRIPT, folder], timeout=400, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 

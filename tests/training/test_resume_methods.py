@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(horovodrun: Callable[..., Any], folder: Path, names: list[str]) -> list[dict[str, Any]]:
-    done = horovodrun(SIZE, [sys.executable, SCRIPT, folder, *names], timeout=300)
+    done = horovodrun(SIZE, [sys.executable, SCRIPT, folder, *names], timeout=300, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(SIZE)]
 
