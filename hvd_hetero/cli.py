@@ -15,8 +15,8 @@ from hvd_hetero.errors import (
     EXIT_STOPPED,
     ConfigError,
     NonFiniteError,
-    Plain,
     Stopped,
+    Unquoted,
     UserError,
 )
 from hvd_hetero.files import restrict_umask
@@ -192,7 +192,7 @@ def _evaluate(args: argparse.Namespace, files: list[str], overrides: list[str]) 
     from hvd_hetero.training.saved_model import evaluate_run
 
     if len(files) != 1:
-        raise ConfigError("RUN", Plain(" ".join(files)), "is not one folder of a run", "give the run.dir of one")
+        raise ConfigError("RUN", Unquoted(" ".join(files)), "is not one folder of a run", "give the run.dir of one")
     found = exit_on_error(lambda: evaluate_run(files[0], args.checkpoint, overrides))
     if job_env().rank == 0:
         print(to_json(found), end="", flush=True)

@@ -39,7 +39,7 @@ def load(
     files: str | Path | Sequence[str | Path] | None = (),
     overrides: Sequence[str] | Mapping[str, Any] | None = (),
     method: Callable[[str], Method] = lambda name: (AlgorithmConfig, lambda settings: {}),
-    own: bool = False,
+    user_objects: bool = False,
 ) -> Config:
     """Merges files, then overrides, into a checked configuration.
 
@@ -48,7 +48,7 @@ def load(
         overrides: ``key=value`` texts as on a command line, or a mapping of dotted keys to values.
         method: tells of a method, by name, the options class whose fields are the keys of ``algorithm``, and what
             it means by ``sampling.scheme`` and ``aggregation.weights`` where they are null.
-        own: a program gives a model or data of its own in place of those that are configured.
+        user_objects: a program gives a model or data of its own in place of those that are configured.
 
     Raises:
         ConfigError: a file cannot be read, a key is unknown, a value is of the wrong type or out of its limits.
@@ -65,9 +65,9 @@ def load(
 
     schema = Config(algorithm=options())
     merged = _merged(schema, layers, pairs)
-    if own or any(merged[part]["target"] is not None for part in ("data", "model")):
-        plain = dataclasses.replace(schema, train=dataclasses.replace(schema.train, loss_args={}))
-        merged = _merged(plain, layers, pairs)  # again: only all layers tell whose the model and the data are
+    if user_objects or any(merged[part]["target"] is not None for part in ("data", "model")):
+        no_loss_args = dataclasses.replace(schema, train=dataclasses.replace(schema.train, loss_args={}))
+        merged = _merged(no_loss_args, layers, pairs)  # again: only all layers tell whose the model and the data are
     classes = merged["cluster"]["classes"]
     merged["cluster"]["classes"] = classes if classes == AUTO else _by_name("cluster.classes", classes)
 
