@@ -13,19 +13,8 @@ from typing import Any
 import pytest
 import torch
 from ranks_methods import grouped_oracle, oracle
-from ranks_methods.cases import (
-    CASES,
-    CASES_SLOW,
-    CLASSES,
-    DIGITS_EPOCHS,
-    HALF,
-    SAMPLES,
-    SIZE,
-    data,
-    least_accuracy,
-    marked,
-    model,
-)
+from ranks_methods.cases import CASES, CASES_SLOW, HALF, least_accuracy
+from ranks_methods.problem import CLASSES, DIGITS_EPOCHS, SAMPLES, SIZE, data, marked, model
 
 from hvd_hetero.algorithms import REGISTRY, get
 from hvd_hetero.algorithms.grouped import Grouped

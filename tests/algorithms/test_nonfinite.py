@@ -1,6 +1,6 @@
 """non-finite values (NaN, Inf) on some ranks never enter an average; on all ranks they end the job.
 
-One job of three ranks and one of two go through ``ranks_methods.cases.POISONED``, and an oracle recomputes them.
+One job of three ranks and one of two go through ``ranks_methods.poisoned.POISONED``, and an oracle recomputes them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 from ranks_methods import oracle
-from ranks_methods.cases import BY_THE_CLOCK, CLASSES, POISONED, POISONED_SLOW, marked, model
+from ranks_methods.poisoned import POISONED, POISONED_SLOW
+from ranks_methods.problem import BY_THE_CLOCK, CLASSES, marked, model
 from together import together
 from torch import nn
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks_methods.cases import model
+from ranks_methods.problem import model
 from ranks_partial import schedules
 from ranks_partial.schedules import CASES
 

@@ -13,24 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CLASSES, RESUMED, Case, data, model, pairs
 
-from hvd_hetero import algorithms
-from hvd_hetero.cluster.device_classes import assign
-from hvd_hetero.cluster.hardware import RankFacts
-from hvd_hetero.cluster.placement import Placement
-from hvd_hetero.comm.communicator import hvd
-from hvd_hetero.comm.kv_store import JobEnv, job_env
-from hvd_hetero.config.load import device_classes, load
-from hvd_hetero.errors import Stopped
-from hvd_hetero.training import startup, trainer
-from hvd_hetero.training.checkpointer import Saver
-from hvd_hetero.training.resume import find
-from hvd_hetero.training.stop_request import StopRequest
-from hvd_hetero.training.watchdog import Watchdog
-from hvd_hetero.worker import components
-from hvd_hetero.worker.components import UserObjects
-from hvd_hetero.worker.epoch import Progress
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from ranks_methods.cases import RESUMED  # noqa: E402
+from ranks_methods.problem import CLASSES, Case, data, model, pairs  # noqa: E402
+
+from hvd_hetero import algorithms  # noqa: E402
+from hvd_hetero.cluster.device_classes import assign  # noqa: E402
+from hvd_hetero.cluster.hardware import RankFacts  # noqa: E402
+from hvd_hetero.cluster.placement import Placement  # noqa: E402
+from hvd_hetero.comm.communicator import hvd  # noqa: E402
+from hvd_hetero.comm.kv_store import JobEnv, job_env  # noqa: E402
+from hvd_hetero.config.load import device_classes, load  # noqa: E402
+from hvd_hetero.errors import Stopped  # noqa: E402
+from hvd_hetero.training import startup, trainer  # noqa: E402
+from hvd_hetero.training.checkpointer import Saver  # noqa: E402
+from hvd_hetero.training.resume import find  # noqa: E402
+from hvd_hetero.training.stop_request import StopRequest  # noqa: E402
+from hvd_hetero.training.watchdog import Watchdog  # noqa: E402
+from hvd_hetero.worker import components  # noqa: E402
+from hvd_hetero.worker.components import UserObjects  # noqa: E402
+from hvd_hetero.worker.epoch import Progress  # noqa: E402
 
 OFTEN = 3
 """Rounds."""

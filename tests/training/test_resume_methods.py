@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from ranks_methods.cases import BY_THE_CLOCK, RESUMED, RESUMED_SLOW, SIZE
+from ranks_methods.cases import RESUMED, RESUMED_SLOW
+from ranks_methods.problem import BY_THE_CLOCK, SIZE
 
 from hvd_hetero.algorithms import REGISTRY
 
