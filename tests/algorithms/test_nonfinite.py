@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from job_helpers import found_by_ranks
 from ranks_methods import oracle
 from ranks_methods.poisoned import POISONED, POISONED_SLOW
 from ranks_methods.problem import BY_THE_CLOCK, CLASSES, marked, model
@@ -58,9 +58,7 @@ def found(horovodrun: Run, tmp_path_factory: pytest.TempPathFactory, request: py
 
     def run(size: int) -> Found:
         folder = tmp_path_factory.mktemp(f"poisoned{size}")
-        done = horovodrun(size, [sys.executable, SCRIPT, folder, "poisoned", *slow], timeout=360, cwd=folder)
-        assert done.returncode == 0, done.stdout + done.stderr
-        ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
+        ranks = found_by_ranks(horovodrun, size, SCRIPT, folder, "poisoned", *slow, timeout=360)
         return {name: [rank[name] for rank in ranks] for name in ranks[0]}
 
     two, three = together(partial(run, 2), partial(run, 3))
