@@ -109,8 +109,6 @@ def launched(
 # ---- what is skipped ------------------------------------------------------------------------------------------------
 
 
-STARTS = {"horovodrun", "hvd_hetero"}
-"""Fixtures that start jobs of several processes."""
 JOBS = {"horovodrun", "hvd_hetero", "launched"}
 """Fixtures that start jobs, or try out what a job trains; no test that takes one runs without Horovod."""
 
@@ -154,14 +152,9 @@ def pytest_sessionstart() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also the variants of jobs that others stand for")
-    parser.addoption("--part", choices=("jobs", "rest"), help="only tests that start jobs, or only the others")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if part := config.getoption("--part"):
-        chosen = [item for item in items if bool(STARTS & fixtures_of(item)) == (part == "jobs")]
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
-        items[:] = chosen
     for item in items:
         if not config.getoption("--slow") and item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="a variant that takes long: give --slow"))

@@ -24,7 +24,6 @@ def script(folder: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.slow
 def test_a_host_joins(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
     """The job starts again within the epoch: the rank that stays has its momentum, and no sample is trained on twice.
 
@@ -39,7 +38,7 @@ def test_a_host_joins(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
          "cluster.classes={one: {hosts: '*'}}", "train.tau=8", "train.epochs=2", "sampling.scheme=uniform",
          "train.optimizer=joining:Noted", "train.optimizer_args={momentum: 0.9}",
          "checkpoint.every_sec=1000", "train.scheduler=StepLR",
-         "train.scheduler_args={step_size: 2}", "data.args.validation=0", "train.batch_size=1",
+         "train.scheduler_args={step_size: 2}", "data.args={train_limit: 720}", "train.batch_size=1",
          "delays.distribution=lognormal", "delays.seed=0", "delays.sec=0.004"],
         cwd=RANKS, timeout=200)  # fmt: skip
     said = done.stdout + done.stderr
