@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -148,6 +149,12 @@ def pytest_sessionstart() -> None:
     required = [name for name in ("CI", "HVD_HETERO_REQUIRE_HOROVOD") if os.environ.get(name)]
     if required and horovod_error():
         pytest.exit(f"{without_horovod()}. It is required since {required[0]} is set.", returncode=1)
+
+
+def pytest_collection() -> None:
+    """Let this process compute on one thread: with more they would wait for one another, as jobs have the cores."""
+    with suppress(ImportError):
+        import_module("torch").set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -100,7 +100,7 @@ def typed(prefix: str, schema: Any, values: Mapping[str, Any]) -> Any:
         if repr(value) == repr(default):  # OmegaConf has nothing to say on it, and takes its time
             filled[item.name] = copy.deepcopy(value)
             continue
-        node = OmegaConf.structured(_of_one_key(type(schema), item.name))
+        node = OmegaConf.structured(_of_one_key(schema.__class__, item.name))
         try:
             if item.type == "bool" and isinstance(value, (int, float)) and value not in (0, 1):
                 raise ValueError("OmegaConf would take it for true")

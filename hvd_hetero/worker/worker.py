@@ -19,6 +19,7 @@ from hvd_hetero.telemetry.emulation import SlowdownEmulator
 from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.worker.extra_state import extra_state, load_extra_state, load_state_beside, state_beside
 from hvd_hetero.worker.forward import ForwardPasses
+from hvd_hetero.worker.late_compiler import import_compiler_late
 from hvd_hetero.worker.loss_scaler import LossScaler
 from hvd_hetero.worker.losses import Numbers, PerSample, concat, mean_gradient, name_of
 from hvd_hetero.worker.metrics import LOSS, Metric, SampleMean
@@ -87,6 +88,7 @@ class Worker(ForwardPasses):
         self._gradients: list[Tensor] = []
         self.scaler = LossScaler(self._params) if autocast is torch.float16 else None
         self._make_optimizer, self._make_scheduler = make_optimizer, make_scheduler
+        import_compiler_late()
         self.make_optimizer()
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.watch = watch or Stopwatch()

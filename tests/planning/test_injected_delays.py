@@ -45,7 +45,7 @@ def test_linear_skew_goes_round() -> None:
     assert [row[1] for row in rows] == pytest.approx([0.1, 0.2, 0.3, 0])
 
 
-@pytest.mark.parametrize("law", ["random_ranks", "lognormal"])
+@pytest.mark.parametrize("distribution", ["random_ranks", "lognormal"])
 def test_the_seed_decides(distribution: str) -> None:
     one, same, other = (drawn(DelaysConfig(distribution, seed=seed)) for seed in (3, 3, 4))
     assert one == same != other

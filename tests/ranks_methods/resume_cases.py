@@ -41,14 +41,15 @@ OFTEN = 3
 
 
 class Stops:
-    """Whether rank 0 is asked to stop when all ranks meet next."""
+    """Whether a run is in pieces, and whether rank 0 is asked to stop when all ranks meet next."""
 
-    asked = False
+    in_pieces = asked = False
 
 
-def run(case: Case, env: JobEnv, folder: Path, every: int | None) -> tuple[int, dict[str, Any]]:
+def run(case: Case, env: JobEnv, folder: Path, in_pieces: bool) -> tuple[int, dict[str, Any]]:
     stops, found = 0, None
-    settings = {"run.dir": str(folder), "run.resume": "auto", "checkpoint.every_rounds": every}
+    Stops.in_pieces = in_pieces
+    settings = {"run.dir": str(folder), "run.resume": "auto", "checkpoint.every_rounds": OFTEN}
     config = load((), {**case.overrides(), **settings}, algorithms.method)
     facts = [RankFacts(rank, "localhost", rank, (), "cpu", (0,)) for rank in range(env.size)]
     cluster = assign(device_classes(config.cluster.classes), facts)
@@ -77,8 +78,7 @@ def main(folder: Path, names: Sequence[str]) -> None:
     meet = Saver.agree
 
     def agree(self: Any, progress: Progress, length: int, rounds: int, *args: Any) -> Any:
-        every = self._spec.every_rounds
-        Stops.asked = every is not None and (rounds + progress.averages) % every == 0
+        Stops.asked = Stops.in_pieces and (rounds + progress.averages) % OFTEN == 0
         return meet(self, progress, length, rounds, *args)
 
     Saver.agree = agree  # type: ignore[method-assign]
@@ -90,8 +90,8 @@ def main(folder: Path, names: Sequence[str]) -> None:
     hvd.init(process_sets=sets)
     found = {}
     for i, name in enumerate(names):
-        _, whole = run(RESUMED[name], env, folder / f"whole{i}", None)
-        stops, pieces = run(RESUMED[name], env, folder / f"pieces{i}", OFTEN)
+        _, whole = run(RESUMED[name], env, folder / f"whole{i}", in_pieces=False)
+        stops, pieces = run(RESUMED[name], env, folder / f"pieces{i}", in_pieces=True)
         found[name] = {"stops": stops, "whole": whole, "pieces": pieces}
     torch.save(found, folder / f"rank{env.rank}.pt")
     hvd.barrier()
