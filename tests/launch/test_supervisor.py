@@ -138,7 +138,7 @@ def test_a_host_that_answers_again_is_taken_back(
     monkeypatch.setattr("hvd_hetero.launch.supervisor.reap", reap)
     monkeypatch.setattr("time.sleep", lambda sec: None)
     rounds = itertools.count(1)
-    monkeypatch.setattr(Supervisor, "_made", lambda self: (next(rounds), ""))
+    monkeypatch.setattr(Supervisor, "_newest_checkpoint", lambda self: (next(rounds), ""))
     told: list[list[str]] = []
 
     def start(settings: Sequence[str]) -> End:
@@ -159,7 +159,7 @@ def test_a_host_that_comes_is_taken_in_while_the_job_runs(
 ) -> None:
     """The job is asked to save and to stop; where it could not be started with the host, it is left alone."""
     monkeypatch.setattr("hvd_hetero.launch.supervisor.reap", lambda job, hosts, shell: [])
-    monkeypatch.setattr(Supervisor, "_made", lambda self: (7, ""))
+    monkeypatch.setattr(Supervisor, "_newest_checkpoint", lambda self: (7, ""))
     there, told, asked = [("a", 1)], list[list[str]](), threading.Event()
 
     def check(settings: Sequence[str]) -> None:
