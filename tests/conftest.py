@@ -101,8 +101,8 @@ def launched(
         from hvd_hetero.cli import main
 
         status = main(["launch", *words, *folder])
-        said = capsys.readouterr()
-        return status, said.out, said.err
+        output = capsys.readouterr()
+        return status, output.out, output.err
 
     return launch
 

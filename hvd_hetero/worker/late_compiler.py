@@ -1,8 +1,8 @@
 """Import torch's compiler where something is compiled, and not in every process that takes a step.
 
 An optimizer imports it (``torch._dynamo``) only to say that it is not to look into its methods, and that a graph ends
-there. That takes about a second of a core, on every rank of a job and in its launcher. While nothing has asked for more,
-a module stands in its place for which both mean nothing.
+there. That takes about a second of a core, on every rank of a job and in its launcher. While nothing has asked for
+more, a module stands in its place for which both mean nothing.
 """
 
 from __future__ import annotations

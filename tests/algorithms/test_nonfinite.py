@@ -133,9 +133,9 @@ def test_all_bad_ends_the_job_and_leaves_the_last_good_checkpoint(hvd_hetero: Ru
     assert done.returncode == EXIT_NON_FINITE, done.stdout + done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("hvd-hetero: error: ")]
     start = "hvd-hetero: error: the numbers of ranks 0, 1 have gone bad (NaN, Inf) in round "
-    said = [line for line in errors if line.startswith(start)]
-    assert len(said) == 1 and "nobody's are good" in said[0], done.stderr
-    failed = int(said[0].removeprefix(start).split(",")[0])
+    output = [line for line in errors if line.startswith(start)]
+    assert len(output) == 1 and "nobody's are good" in output[0], done.stderr
+    failed = int(output[0].removeprefix(start).split(",")[0])
     latest = Store(folder).latest()
     assert latest is not None and 10 <= latest.meta.round < failed
     latest.verify()
@@ -209,9 +209,9 @@ def test_it_is_said_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
     excluded = Exclusions(3)
     for excluded.round in range(1, 10):
         excluded.record()
-    said = caplog.messages
-    assert [line.split("round ")[1].split(";")[0] for line in said] == ["1", "2", "4", "8"]
-    assert all("rank 3" in line for line in said)
+    output = caplog.messages
+    assert [line.split("round ")[1].split(";")[0] for line in output] == ["1", "2", "4", "8"]
+    assert all("rank 3" in line for line in output)
     assert (excluded.pop(), excluded.pop(), excluded.count) == (9, 0, 9)
     with pytest.raises(NonFiniteError, match="rank 3 .* round 5"):
         stops = Exclusions(3, stops=True)

@@ -74,21 +74,21 @@ def test_without_matplotlib_a_sentence_says_so(
 
 
 def test_the_seed_decides(capsys: pytest.CaptureFixture[str]) -> None:
-    said = []
+    output = []
     for seed in (1, 1, 2):
         assert main(["plan", *EQUAL, *SPEEDS, "--jitter", "fast=0.2,slow=0.1", f"run.seed={seed}"]) == 0
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1] != said[2]
+        output.append(capsys.readouterr().out)
+    assert output[0] == output[1] != output[2]
 
 
 @pytest.mark.slow
 def test_how_steps_vary_may_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
-    said = {}
+    output = {}
     for distribution in ("none", "normal", "lognormal", None):
         words = ["--jitter", "fast=0.2,slow=0.1", *([] if distribution is None else ["--jitter-law", distribution])]
         assert main(["plan", *EQUAL, *SPEEDS, *words]) == 0
-        said[distribution] = capsys.readouterr().out
-    assert said[None] == said["lognormal"] and len({said["none"], said["normal"], said["lognormal"]}) == 3
+        output[distribution] = capsys.readouterr().out
+    assert output[None] == output["lognormal"] and len({output["none"], output["normal"], output["lognormal"]}) == 3
 
 
 def test_the_configuration_may_name_more_ranks_than_were_measured(
