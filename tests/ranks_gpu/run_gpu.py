@@ -70,6 +70,7 @@ def train(settings: Mapping[str, Any], objects: UserObjects | None, env: JobEnv,
             continue
         finally:
             this.algorithm.close()
+            this.job.watchdog.stop()
         tensors = dict(this.worker.model.named_parameters()) | dict(this.worker.model.named_buffers())
         return {"model": {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()},
                 "dealt": RecordedFeed.dealt, "summary": summary, "excluded": this.comm.excluded.count,

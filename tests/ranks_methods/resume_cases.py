@@ -68,6 +68,7 @@ def run(case: Case, env: JobEnv, folder: Path, in_pieces: bool) -> tuple[int, di
             continue
         finally:
             this.algorithm.close()
+            this.job.watchdog.stop()
         losses = None if this.feed.sampler is None else torch.from_numpy(this.feed.sampler.losses)
         return stops, {"model": this.worker.model.state_dict(), "losses": losses}
 

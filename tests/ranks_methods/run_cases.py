@@ -74,6 +74,7 @@ def run(case: Case, env: JobEnv, folder: Path) -> dict[str, Any]:
     this.prepare()
     summary = this.run()
     this.algorithm.close()
+    this.job.watchdog.stop()
     written = (folder / TRACE).read_text() if env.rank == 0 and config.run.trace_rounds else None
     trace = from_chrome(json.loads(written))[0] if written else []
     return {"model": this.worker.model.state_dict(), "dealt": RecordedFeed.dealt, "summary": summary,

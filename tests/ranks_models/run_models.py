@@ -73,6 +73,7 @@ def run(case: Case, env: JobEnv, folder: Path, in_pieces: bool) -> dict[str, Any
             continue
         finally:
             this.algorithm.close()
+            this.job.watchdog.stop()
         model = this.worker.model
         state = dict(model.named_parameters()) | dict(model.named_buffers())
         extra = {name: value for name, value in model.state_dict().items() if not isinstance(value, torch.Tensor)}
