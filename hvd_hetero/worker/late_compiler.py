@@ -57,4 +57,4 @@ class LateCompiler(ModuleType):
 def import_compiler_late() -> None:
     """Put off the import of the compiler, if it has not been imported yet."""
     if COMPILER not in sys.modules:
-        sys.modules[COMPILER] = torch._dynamo = LateCompiler()
+        vars(torch)["_dynamo"] = sys.modules[COMPILER] = LateCompiler()
