@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 
@@ -15,8 +16,8 @@ from hvd_hetero.errors import (
     EXIT_STOPPED,
     ConfigError,
     NonFiniteError,
-    Plain,
     Stopped,
+    Unquoted,
     UserError,
 )
 from hvd_hetero.files import restrict_umask
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, later = parser.parse_known_args(argv)
     if later and (not hasattr(args, "config") or any(word.startswith("-") for word in later)):
         parser.error(f"unrecognized arguments: {' '.join(later)}")
+    args.owns_process = argv is None
     words = [*getattr(args, "config", []), *later]  # argparse leaves over what follows an option
     files = [word for word in words if not is_setting(word)]
     overrides = [word for word in words if is_setting(word)]
@@ -126,9 +128,16 @@ def _watch(args: argparse.Namespace, files: list[str], overrides: list[str]) -> 
     watch(args.runs, args.host, args.port, args.token_file)
 
 
+def _keep_imported(args: argparse.Namespace) -> None:
+    """Leave what is imported out of garbage collection: to go through all of torch takes a second when Python ends."""
+    if args.owns_process:
+        gc.freeze()
+
+
 def _train(args: argparse.Namespace, files: list[str], overrides: list[str]) -> None:
     from hvd_hetero.training.api import train
 
+    _keep_imported(args)
     train(files, overrides)
 
 
@@ -137,6 +146,7 @@ def _launch(args: argparse.Namespace, files: list[str], overrides: list[str]) ->
         LOGGER.info(CHECKING)  # before torch is imported, which takes seconds
     from hvd_hetero.launch.launcher import launch
 
+    _keep_imported(args)
     return launch(files, overrides, args.show, args.max_restarts, args.min_ranks)
 
 
@@ -149,6 +159,7 @@ def _run(args: argparse.Namespace, files: list[str], overrides: list[str]) -> in
 def _profile(args: argparse.Namespace, files: list[str], overrides: list[str]) -> int:
     from hvd_hetero.launch.profile import profile
 
+    _keep_imported(args)
     return profile(files, overrides)
 
 
@@ -191,8 +202,9 @@ def _evaluate(args: argparse.Namespace, files: list[str], overrides: list[str]) 
     from hvd_hetero.training.api import exit_on_error
     from hvd_hetero.training.saved_model import evaluate_run
 
+    _keep_imported(args)
     if len(files) != 1:
-        raise ConfigError("RUN", Plain(" ".join(files)), "is not one folder of a run", "give the run.dir of one")
+        raise ConfigError("RUN", Unquoted(" ".join(files)), "is not one folder of a run", "give the run.dir of one")
     found = exit_on_error(lambda: evaluate_run(files[0], args.checkpoint, overrides))
     if job_env().rank == 0:
         print(to_json(found), end="", flush=True)

@@ -57,9 +57,9 @@ class _Describer:
             return f"{kind}({self._several(((name, getattr(value, name)) for name in names), len(names), '=')})"
         if isinstance(value, (list, tuple, set, frozenset)):
             text = self._several((("", part) for part in value), len(value), "")
-            plain = kind in ("list", "tuple", "set")
+            is_builtin = kind in ("list", "tuple", "set")
             left, right = "()" if isinstance(value, tuple) else "[]" if isinstance(value, list) else "{}"
-            many = f"{kind} of {len(value)} " if not plain or len(value) > ITEMS else ""
+            many = f"{kind} of {len(value)} " if not is_builtin or len(value) > ITEMS else ""
             return f"{many}{left}{text}{right}"
         return kind
 

@@ -43,7 +43,7 @@ class ConfigError(UserError):
         return type(self), (self.key, self.value, self.problem, self.remedy)
 
 
-class Plain:
+class Unquoted:
     """A text that a message shows without quotes: it describes the value."""
 
     def __init__(self, text: Any) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -100,8 +101,8 @@ def launched(
         from hvd_hetero.cli import main
 
         status = main(["launch", *words, *folder])
-        said = capsys.readouterr()
-        return status, said.out, said.err
+        output = capsys.readouterr()
+        return status, output.out, output.err
 
     return launch
 
@@ -109,8 +110,6 @@ def launched(
 # ---- what is skipped ------------------------------------------------------------------------------------------------
 
 
-STARTS = {"horovodrun", "hvd_hetero"}
-"""Fixtures that start jobs of several processes."""
 JOBS = {"horovodrun", "hvd_hetero", "launched"}
 """Fixtures that start jobs, or try out what a job trains; no test that takes one runs without Horovod."""
 
@@ -152,16 +151,17 @@ def pytest_sessionstart() -> None:
         pytest.exit(f"{without_horovod()}. It is required since {required[0]} is set.", returncode=1)
 
 
+def pytest_collection() -> None:
+    """Let this process compute on one thread: with more they would wait for one another, as jobs have the cores."""
+    with suppress(ImportError):
+        import_module("torch").set_num_threads(1)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also the variants of jobs that others stand for")
-    parser.addoption("--part", choices=("jobs", "rest"), help="only tests that start jobs, or only the others")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if part := config.getoption("--part"):
-        chosen = [item for item in items if bool(STARTS & fixtures_of(item)) == (part == "jobs")]
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
-        items[:] = chosen
     for item in items:
         if not config.getoption("--slow") and item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="a variant that takes long: give --slow"))

@@ -1,12 +1,25 @@
-"""Looking at the processes of jobs, and doing something in the middle of one."""
+"""Starting jobs of scripts, looking at the processes of jobs, and doing something in the middle of one."""
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def found_by_ranks(
+    horovodrun: Callable[..., Any], size: int, script: Path, folder: Path, *words: str, timeout: float = 120
+) -> list[Any]:
+    """Run ``script FOLDER WORD...`` on all ranks; return what each has left in ``FOLDER/rank{N}.pt``."""
+    done = horovodrun(size, [sys.executable, script, folder, *words], timeout=timeout, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
 
 
 def processes_with(text: str) -> list[str]:

@@ -46,8 +46,8 @@ def test_each_says_what_it_measures(bench: Run, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("name", NEED_A_LAB)
 def test_without_a_lab_nothing_is_measured(bench: Run, name: str) -> None:
-    said = bench(name, "config.yaml")
-    assert said.startswith(f"scripts/bench/{name}: needs --lab") and "nothing was measured" in said
+    output = bench(name, "config.yaml")
+    assert output.startswith(f"scripts/bench/{name}: needs --lab") and "nothing was measured" in output
 
 
 def test_without_a_gpu_nothing_is_measured(

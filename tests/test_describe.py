@@ -51,7 +51,7 @@ IN_DICT["again"] = (IN_DICT, IN_DICT)
 ZERO = torch.zeros(4, 1)
 
 
-@pytest.mark.parametrize(("value", "said"), [
+@pytest.mark.parametrize(("value", "printed"), [
     (ZERO, "[4, 1] float32"),
     (torch.tensor(True), "[] bool"),
     (torch.zeros(2, 0, dtype=torch.bfloat16, device="meta"), "[2, 0] bfloat16"),
@@ -92,8 +92,8 @@ ZERO = torch.zeros(4, 1)
     (nested(9), "[[[[[...]]]]]"),
     (object(), "object"),
 ])  # fmt: skip
-def test_what_is_said(value: Any, said: str) -> None:
-    assert describe(value) == said
+def test_what_is_said(value: Any, printed: str) -> None:
+    assert describe(value) == printed
 
 
 def test_what_raises_when_it_is_looked_at_is_told_by_its_class() -> None:

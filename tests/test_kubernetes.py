@@ -38,8 +38,9 @@ def settings() -> list[str]:
     """What the launcher's command gives to ``hvd-hetero launch``, as a shell passes it on."""
     env = {"REMOTE_SHELL": LAUNCHER["env"][0]["value"]}
     last = LAUNCHER["args"][0].partition("exec ")[2]
-    said = subprocess.run(["bash", "-c", f"printf '%s\\n' {last}"], env=env, capture_output=True, text=True, check=True)
-    words = said.stdout.splitlines()
+    command = ["bash", "-c", f"printf '%s\\n' {last}"]
+    output = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    words = output.stdout.splitlines()
     assert words[:3] == ["hvd-hetero", "launch", "configs/default.yaml"]
     return words[3:]
 

@@ -21,7 +21,7 @@ LOGGER.warning("after")
 """
 
 
-def said(rank: int, before: str = "") -> tuple[list[str], list[str]]:
+def output(rank: int, before: str = "") -> tuple[list[str], list[str]]:
     code = SAYS.format(rank=rank, before=before)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     return done.stdout.split(), done.stderr.split()
@@ -29,13 +29,13 @@ def said(rank: int, before: str = "") -> tuple[list[str], list[str]]:
 
 def test_without_a_programs_own_logging() -> None:
     """``after`` is shown by Python itself, which has a handler of last resort for warnings."""
-    assert said(0) == (["told"], ["warned", "after"])
-    assert said(1) == ([], ["warned", "after"])
+    assert output(0) == (["told"], ["warned", "after"])
+    assert output(1) == ([], ["warned", "after"])
 
 
 def test_a_programs_own_logging_is_left_alone() -> None:
     setup = "logging.basicConfig(format='[%(message)s]', level=logging.INFO)"
-    assert said(0, setup) == ([], ["[told]", "[warned]", "[after]"])
+    assert output(0, setup) == ([], ["[told]", "[warned]", "[after]"])
 
 
 def test_records_know_their_rank_and_settings_are_put_back(caplog: pytest.LogCaptureFixture) -> None:

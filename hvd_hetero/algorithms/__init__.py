@@ -73,8 +73,8 @@ def policy(config: Config, cluster: Cluster, samples: int, min_batch: int = 1) -
 
 def build(config: Config, cluster: Cluster, samples: int, min_batch: int = 1) -> Executor:
     """Make what a rank runs: the executor of the configured method, with its policy as :func:`policy` makes it."""
-    made = policy(config, cluster, samples, min_batch)
-    executor: Executor = _imported(made.executor_path)(made)
+    chosen = policy(config, cluster, samples, min_batch)
+    executor: Executor = _imported(chosen.executor_path)(chosen)
     return executor
 
 

@@ -72,14 +72,14 @@ class DecentLaM(Grouped):
         return self.topology
 
     def check(self) -> None:
-        name, given = self.train.optimizer, self.train.optimizer_args
+        name, args = self.train.optimizer, self.train.optimizer_args
         if name.removeprefix("torch.optim.") != "SGD":
             problem = "decentlam has momentum of its own, which is that of SGD"
             raise ConfigError("train.optimizer", name, problem, "set SGD, or take sync_sgd")
         for key in UNFIT:
-            if given.get(key):
+            if args.get(key):
                 problem = f"decentlam's momentum knows no {key}"
-                raise ConfigError("train.optimizer_args", dict(given), problem, f"leave {key} out, or take sync_sgd")
+                raise ConfigError("train.optimizer_args", dict(args), problem, f"leave {key} out, or take sync_sgd")
         super().check()
 
     def check_groups(self) -> None:

@@ -96,13 +96,14 @@ class DLB(SyncSGD):
     def replan(self, step_sec: Sequence[float], rounds: int | None = None) -> Plan:
         batches, times = list(self.batches().values()), [step_sec[rank] for rank in self.ranks]
         speeds = [batch / sec for batch, sec in zip(batches, times, strict=True)]
-        whole, deadband = self.global_batch, self.options.deadband
-        wanted, most = [whole * speed / sum(speeds) for speed in speeds], self.options.max_local_batch or whole
+        global_batch, deadband = self.global_batch, self.options.deadband
+        wanted = [global_batch * speed / sum(speeds) for speed in speeds]
+        most = self.options.max_local_batch or global_batch
         if deadband:
             wanted = controlled(batches, times, deadband)
-        if deadband or most < whole:
-            wanted = bounded(wanted, whole, self.min_local_batch, most, in_proportion=not deadband)
-        self.shares = [batch / whole for batch in wanted]
+        if deadband or most < global_batch:
+            wanted = bounded(wanted, global_batch, self.min_local_batch, most, in_proportion=not deadband)
+        self.shares = [batch / global_batch for batch in wanted]
         self.plan = self.make_plan(None)
         return self.plan
 

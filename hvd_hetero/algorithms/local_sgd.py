@@ -290,8 +290,8 @@ class LocalSGD(Policy):
         slowest = {c: max(step_sec[r] for r in c.ranks) for c in self.plan.training}
         worked = {c: sec for c, sec in slowest.items() if not math.isnan(sec)}
         epoch_sec = (rounds or self.plan.rounds) * min((c.tau * sec for c, sec in worked.items()), default=0.0)
-        whole = {c.name: sec * self.batch_size[c.name] / c.batch_size for c, sec in worked.items()}
-        if not judge.observe(whole, epoch_sec):
+        full_step = {c.name: sec * self.batch_size[c.name] / c.batch_size for c, sec in worked.items()}
+        if not judge.observe(full_step, epoch_sec):
             return self.plan
         for times, is_gain in ((judge.latest, judge.is_obvious_gain), (judge.step_sec, judge.is_worth_it)):
             try:

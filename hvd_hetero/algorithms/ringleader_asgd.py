@@ -57,7 +57,7 @@ class RingleaderRule(Rule):
         elif before is None:
             self.missing -= 1
         if self.missing == 0 and not self.is_serving:
-            self.is_serving, self.total = True, sum(own for own, _ in self.current)
+            self.is_serving, self.total = True, sum(weight for weight, _ in self.current)
         if self.is_serving:
             self._serve(rank)
         return True

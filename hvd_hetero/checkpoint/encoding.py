@@ -72,11 +72,11 @@ def split(state: Any) -> tuple[dict[str, torch.Tensor], Any]:
         CheckpointError: a part of it could only be saved by pickle; names its dotted path.
     """
     splitter = _Splitter()
-    plain = splitter.encode(state, "", 0)
-    return splitter.tensors, plain
+    json_part = splitter.encode(state, "", 0)
+    return splitter.tensors, json_part
 
 
-def join(tensors: Mapping[str, torch.Tensor], plain: Any, device: str | torch.device = "cpu") -> Any:
+def join(tensors: Mapping[str, torch.Tensor], json_part: Any, device: str | torch.device = "cpu") -> Any:
     """Makes the state again.
 
     Args:
@@ -85,7 +85,7 @@ def join(tensors: Mapping[str, torch.Tensor], plain: Any, device: str | torch.de
     Raises:
         ValueError: this is not what :func:`split` returned.
     """
-    return _Joiner(tensors, device).make(plain)
+    return _Joiner(tensors, device).make(json_part)
 
 
 class _Splitter:
@@ -150,8 +150,8 @@ class _Splitter:
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             raise _refused(path, f"a {type(tensor).__qualname__}, a tensor of its own kind", "save plain tensors")
         if tensor.layout == torch.sparse_coo and not tensor.is_meta:
-            own = tensor.detach()
-            parts = (own._indices(), own._values(), list(own.shape), own.is_coalesced())
+            detached = tensor.detach()
+            parts = (detached._indices(), detached._values(), list(detached.shape), detached.is_coalesced())
             return {"$sparse": self._items(parts, path, 0)}
         if (
             tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta
@@ -175,10 +175,10 @@ class _Splitter:
         while name in self.tensors or name == RESERVED:
             count += 1
             name = f"{base}~{count}"
-        own = tensor.detach().resolve_neg()
+        flat = tensor.detach().resolve_neg()
         if tensor.dtype in AS_BITS:
-            own = own.resolve_conj().contiguous().as_strided((own.numel(),), (1,)).view(torch.uint8)
-        self.tensors[name] = own
+            flat = flat.resolve_conj().contiguous().as_strided((flat.numel(),), (1,)).view(torch.uint8)
+        self.tensors[name] = flat
         self._names[same] = name
         return name
 
@@ -186,17 +186,17 @@ class _Splitter:
 class _Joiner:
     def __init__(self, tensors: Mapping[str, torch.Tensor], device: str | torch.device) -> None:
         self._tensors, self._device = tensors, torch.device(device)
-        self._made: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self._placed: dict[tuple[str, torch.device], torch.Tensor] = {}
 
-    def make(self, plain: Any) -> Any:
-        if isinstance(plain, list):
-            return [self.make(item) for item in plain]
-        if not isinstance(plain, dict):
-            return plain
-        word = next(iter(plain), "")
+    def make(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self.make(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        word = next(iter(value), "")
         if not word.startswith("$"):
-            return {key: self.make(item) for key, item in plain.items()}
-        content = plain[word]
+            return {key: self.make(item) for key, item in value.items()}
+        content = value[word]
         if word in ("$tensor", "$bits", "$sparse"):
             return self._tensor(word, content, self._device)
         if word == "$array":
@@ -229,10 +229,10 @@ class _Joiner:
         return self._fetch(content, device)
 
     def _fetch(self, name: str, device: torch.device) -> torch.Tensor:
-        made = self._made.get((name, device))
-        if made is None:
-            made = self._made[name, device] = self._tensors[name].to(device, copy=True)
-        return made
+        placed = self._placed.get((name, device))
+        if placed is None:
+            placed = self._placed[name, device] = self._tensors[name].to(device, copy=True)
+        return placed
 
 
 def _check_key(key: Any, path: str) -> None:

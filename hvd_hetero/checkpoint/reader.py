@@ -52,12 +52,12 @@ class Checkpoint:
         except CheckpointError as error:
             raise _offer(error, self._older()) from error
 
-    def _compare(self, ranks: Iterable[int], whole: bool = True) -> None:
+    def _compare(self, ranks: Iterable[int], by_content: bool = True) -> None:
         for rank in ranks:
             for name in shard_names(rank):
                 if name not in self.files:
                     raise CheckpointError(self.path / MANIFEST, f"says nothing of {name}", "")
-                check_file(self.path / name, self.files[name], whole)
+                check_file(self.path / name, self.files[name], by_content)
 
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self.meta.world_size:
@@ -99,7 +99,7 @@ def candidates(folder: Path, deep: bool = False) -> list[Candidate]:
     for number in rounds(folder):
         try:
             checkpoint = _read(folder / folder_name(number), number)
-            checkpoint._compare(checkpoint.meta.ranks, whole=deep)
+            checkpoint._compare(checkpoint.meta.ranks, by_content=deep)
             found.append(Candidate(number, checkpoint, None))
             older = number
         except CheckpointError as error:

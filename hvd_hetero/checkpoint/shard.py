@@ -40,14 +40,14 @@ def shard_names(rank: int) -> tuple[str, str]:
 
 
 def write_shard(
-    files: Files, folder: Path, round: int, rank: int, tensors: Mapping[str, torch.Tensor], plain: Any
+    files: Files, folder: Path, round: int, rank: int, tensors: Mapping[str, torch.Tensor], json_part: Any
 ) -> ShardInfo:
     """Writes both files, of a state that was split.
 
     Raises:
         OSError: a file could not be written.
     """
-    text = json.dumps({"round": round, "rank": rank, "state": plain}, allow_nan=False).encode() + b"\n"
+    text = json.dumps({"round": round, "rank": rank, "state": json_part}, allow_nan=False).encode() + b"\n"
     large, small = shard_names(rank)
     infos = {large: write_whole(files, folder / large, to_pieces(tensors))}
     infos[small] = write_whole(files, folder / small, [text])
@@ -66,11 +66,11 @@ def shard_on_disk(folder: Path, round: int, rank: int) -> ShardInfo | None:
         return None
 
 
-def check_file(path: Path, expected: FileInfo, whole: bool = True) -> None:
+def check_file(path: Path, expected: FileInfo, by_content: bool = True) -> None:
     """Checks that a file is what was saved.
 
     Args:
-        whole: reads it and compares the checksum; else its size only.
+        by_content: reads it and compares the checksum; else its size only.
 
     Raises:
         CheckpointError: it is missing, of another size, or damaged. The remedy is left to the caller.
@@ -81,7 +81,7 @@ def check_file(path: Path, expected: FileInfo, whole: bool = True) -> None:
             raise CheckpointError(path, f"is cut off, {size} of {expected.bytes} bytes are there", "")
         if size > expected.bytes:
             raise CheckpointError(path, f"is not the file that was saved: {size} bytes, not {expected.bytes}", "")
-        if whole and read_info(path) != expected:
+        if by_content and read_info(path) != expected:
             raise CheckpointError(path, "is damaged or not the file that was saved: its checksum differs", "")
     except FileNotFoundError as error:
         raise CheckpointError(path, "is missing", "") from error

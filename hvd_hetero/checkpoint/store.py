@@ -55,11 +55,11 @@ class Store:
         folder = self.folder / folder_name(round)
         if (folder / MANIFEST).exists():
             raise CheckpointError(folder, "is finished, and is not written to again", "rewind the checkpoints first")
-        tensors, plain = split(state)
+        tensors, json_part = split(state)
         with self._as_user_error(folder):
             self._files.make_folder(self.folder)
             self._files.make_folder(folder)
-            return write_shard(self._files, folder, round, rank, tensors, plain)
+            return write_shard(self._files, folder, round, rank, tensors, json_part)
 
     def commit(
         self, round: int, infos: Sequence[ShardInfo], *, epochs: int, made_with: Mapping[str, Any],
@@ -86,7 +86,7 @@ class Store:
         files = {name: info for shard in infos for name, info in shard.files.items()}
         for name, info in files.items():
             try:
-                check_file(folder / name, info, whole=False)
+                check_file(folder / name, info, by_content=False)
             except CheckpointError as error:
                 remedy = "run.dir has to be on a file system that the hosts of all ranks share"
                 raise CheckpointError(error.file, f"{error.problem}, as rank 0 sees it", remedy) from error
@@ -266,7 +266,7 @@ class Store:
             latest = None
             with contextlib.suppress(CheckpointError):
                 latest = self.latest()
-            whole = "there is no checkpoint" if latest is None else f"round {latest.meta.round} is whole"
+            newest = "there is no checkpoint" if latest is None else f"round {latest.meta.round} is whole"
             room = "make room for it or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-            remedy = f"{room}choose another run.dir; {whole}"
+            remedy = f"{room}choose another run.dir; {newest}"
             raise CheckpointError(error.filename or where, f"cannot be written: {error.strerror}", remedy) from error

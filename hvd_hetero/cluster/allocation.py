@@ -130,8 +130,8 @@ def _slurm_nodes(env: Env, group: str) -> list[Host]:
         cpus = int(env.get(f"SLURM_CPUS_PER_TASK{group}") or 1)
         tasks = [max(1, n // cpus) for n in _parsed(env, f"SLURM_JOB_CPUS_PER_NODE{group}", _counts)]
     if len(tasks) != len(names):
-        given = env[f"SLURM_JOB_NODELIST{group}"]
-        raise ConfigError(f"SLURM_JOB_NODELIST{group}", given, f"is {len(names)} nodes, not {len(tasks)}", REMEDY)
+        node_list = env[f"SLURM_JOB_NODELIST{group}"]
+        raise ConfigError(f"SLURM_JOB_NODELIST{group}", node_list, f"is {len(names)} nodes, not {len(tasks)}", REMEDY)
     return list(zip(names, tasks, strict=True))
 
 
@@ -250,5 +250,5 @@ def _parsed(env: Env, name: str, parse: Callable[[str], list[Any]]) -> list[Any]
 def _carrying(env: Env, *prefixes: str) -> str:
     """The beginning of a command that has these variables, which horovodrun does not get."""
     names = [name for name in env if name.startswith(prefixes) and not is_secret(name, env[name])]
-    plain = [name for name in names if "${" not in env[name]]  # such as a job's command: settings resolve it
-    return shlex.join(["env", *(f"{name}={env[name]}" for name in plain)])
+    resolved = [name for name in names if "${" not in env[name]]  # such as a job's command: settings resolve it
+    return shlex.join(["env", *(f"{name}={env[name]}" for name in resolved)])

@@ -96,9 +96,9 @@ def assign(classes: Any, facts: Sequence[RankFacts], share_gpus: bool = False) -
             owner[rank] = item.name
     left = [f.rank for f in facts if f.rank not in owner]
     if left:
-        given = {item.name: list(item.ranks) for item in chosen}
+        ranks_of = {item.name: list(item.ranks) for item in chosen}
         remedy = f"add rank {left[0]} to a class, or start {len(owner)} ranks"
-        raise ConfigError("cluster.classes", given, f"rank {left[0]} of {len(facts)} belongs to no class", remedy)
+        raise ConfigError("cluster.classes", ranks_of, f"rank {left[0]} of {len(facts)} belongs to no class", remedy)
     used = [item for item in chosen if item.ranks]
     training, helpers = (tuple(c for c in used if (c.role == TRAIN) == trains) for trains in (True, False))
     _check_helpers(training, helpers)

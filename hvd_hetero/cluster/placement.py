@@ -40,11 +40,11 @@ def place(cluster: Cluster, rank: int, gpu_cores: int, affinity: bool) -> Placem
     for_cpu, spare = divmod(len(cores) - for_gpu * len(on_gpus), len(cpu_ranks)) if cpu_ranks else (0, 0)
     core_counts = {r: for_gpu for r in on_gpus} | {r: for_cpu + (i < spare) for i, r in enumerate(cpu_ranks)}
     fixed = affinity and len(cores) == len(fact.cores)
-    own: tuple[int, ...] = ()
+    bound: tuple[int, ...] = ()
     for other, count in core_counts.items():
         near = fact.gpu_cores[gpu_index(cluster, other)] if other in on_gpus and fact.gpu_cores else ()
-        own = tuple(sorted(cores, key=lambda core: core not in near)[:count])
+        bound = tuple(sorted(cores, key=lambda core: core not in near)[:count])
         if other == rank:
             break
-        cores = [core for core in cores if core not in own]
-    return Placement(device, mine.threads or len(own), own if fixed else None)
+        cores = [core for core in cores if core not in bound]
+    return Placement(device, mine.threads or len(bound), bound if fixed else None)

@@ -90,9 +90,9 @@ def _average(comm: Comm, state: FlatState, weight: float, name: str, differences
                                   wire=None if differences is None else differences.wire)  # fmt: skip
     if differences is not None:
         differences.add_base(contents)
-    for own, total in zip(state.padded, vectors, strict=True):
-        if own is not total:
-            own.copy_(total)
+    for padded, total in zip(state.padded, vectors, strict=True):
+        if padded is not total:
+            padded.copy_(total)
     untrained.finish()
     if needs_agreement:
         untrained.agree()
@@ -117,9 +117,9 @@ def average_buffers(comm: Comm, state: FlatState, weight: float, ranks: tuple[in
     untrained = UntrainedAverages(comm, state.untrained, weight, is_finite, f"{name}.others", ranks)
     untrained.begin()
     sum_finite_(comm, vectors, is_finite, name, prescaled_weight=weight, ranks=ranks)
-    for own, total in zip(state.padded_buffers(), vectors, strict=True):
-        if own is not total:
-            own.copy_(total)
+    for buffer, total in zip(state.padded_buffers(), vectors, strict=True):
+        if buffer is not total:
+            buffer.copy_(total)
     untrained.finish()
     untrained.agree_on_changes()
     if not is_finite:
@@ -143,8 +143,8 @@ def average_unlike_parameters(comm: Comm, state: FlatState, weight: float, ranks
     if not all(torch.equal(first, other) for other in others):
         parts = [part.clone() for part in state.parameters()]
         average_tensors(comm, parts, all_finite(parts), "parameters", weight=weight, ranks=ranks)
-        for own, average in zip(state.parameters(), parts, strict=True):
-            own.copy_(average)
+        for param, average in zip(state.parameters(), parts, strict=True):
+            param.copy_(average)
 
 
 def average_untrained(

@@ -232,18 +232,18 @@ class Comm:
                 received = self.broadcast(vector.view(torch.uint8), f"model.{i}", root)
                 vector.view(torch.uint8).copy_(received)
         kinds = json.loads(self.broadcast_text(json.dumps(state.untrained.kinds()), "model.kinds", root))
-        own = [as_bytes(tensor).cpu() for tensor in state.untrained.tensors().values()]
+        parts = [as_bytes(tensor).cpu() for tensor in state.untrained.tensors().values()]
         size = sum(math.prod(shape) * getattr(torch, kind).itemsize for _, kind, shape, *_ in kinds)
-        data = torch.cat(own) if own and self.rank == root else torch.empty(size, dtype=torch.uint8)
+        data = torch.cat(parts) if parts and self.rank == root else torch.empty(size, dtype=torch.uint8)
         if size:
             state.untrained.receive(kinds, self.broadcast(data, "model.others", root))
         state.untrained.remember()
 
     def broadcast_text(self, text: str, name: str, root: int = 0) -> str:
         """Gives every rank the root's text."""
-        own = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        size = int(self.broadcast(torch.tensor([len(own)]), f"{name}.size", root))
-        received = self.broadcast(own if self.rank == root else torch.empty(size, dtype=torch.uint8), name, root)
+        encoded = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        size = int(self.broadcast(torch.tensor([len(encoded)]), f"{name}.size", root))
+        received = self.broadcast(encoded if self.rank == root else torch.empty(size, dtype=torch.uint8), name, root)
         return bytes(received.tolist()).decode()
 
     def gather(
@@ -259,8 +259,8 @@ class Comm:
         ranks = ranks or self._training
         if len(ranks) == 1:
             return [tensor]
-        whole = self._call(hvd.allgather_async, tensor, process_set=self.group(ranks), name=name)
-        return list(whole.split(list(sizes) if sizes is not None else len(tensor)))
+        gathered = self._call(hvd.allgather_async, tensor, process_set=self.group(ranks), name=name)
+        return list(gathered.split(list(sizes) if sizes is not None else len(tensor)))
 
     def gather_text(self, text: str, name: str, ranks: tuple[int, ...] | None = None) -> list[str]:
         """Gives every rank the texts of all ranks, by rank.
@@ -268,9 +268,9 @@ class Comm:
         Args:
             ranks: those that take part: all, or one class.
         """
-        own = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        sizes = [int(size) for size in self.gather(torch.tensor([len(own)]), f"{name}.sizes", ranks=ranks)]
-        return [bytes(part.tolist()).decode() for part in self.gather(own, name, sizes, ranks)]
+        encoded = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        sizes = [int(size) for size in self.gather(torch.tensor([len(encoded)]), f"{name}.sizes", ranks=ranks)]
+        return [bytes(part.tolist()).decode() for part in self.gather(encoded, name, sizes, ranks)]
 
     def gather_tensors(self, tensor: Tensor, name: str) -> list[Tensor]:
         """Gives every rank the tensors of all ranks, by rank, of whatever shapes and types, on its tensor's device."""
@@ -286,9 +286,9 @@ class Comm:
         sizes = [int(size) for size in self.gather(torch.tensor([len(content)]), f"{name}.sizes")]
         counts = torch.zeros(self.size, dtype=torch.int32)
         counts[root] = len(content)
-        own = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        whole = self.received(self.alltoall_async(own, counts, name))
-        return [part.numpy().tobytes() for part in whole.split(sizes)] if self.rank == root else []
+        data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        received = self.received(self.alltoall_async(data, counts, name))
+        return [part.numpy().tobytes() for part in received.split(sizes)] if self.rank == root else []
 
     def sum_(self, tensor: Tensor, name: str, ranks: tuple[int, ...] | None = None) -> None:
         """Adds up a host tensor over all ranks, or those of one class, in place."""

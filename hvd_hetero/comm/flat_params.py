@@ -65,8 +65,8 @@ class FlatState:
             adopted = [*params, *(t for t in layout.averaged if _real_type(t) == dtype)]
             vector, views = _adopt(adopted, channels_last)
             self.padded.append(vector)
-            whole = len(params) == len(adopted)
-            self.params.append(len(vector) - FLAG_SLOTS if whole else _places(adopted)[len(params)])
+            is_complete = len(params) == len(adopted)
+            self.params.append(len(vector) - FLAG_SLOTS if is_complete else _places(adopted)[len(params)])
             self._by_vector.append(params)
             self._places += [
                 _Place(tensor, view, [(s.name, s.holder, s.key) for s in layout.slots[tensor]], view.data_ptr())
@@ -118,7 +118,7 @@ class FlatState:
         current = [(name, holder[key] if key in holder else None) for name, holder, key in place.slots]
         found = {id(now): (name, now) for name, now in current}
         (name, now), *others = found.values()
-        view, own = place.view, place.tensor
+        view, tensor = place.view, place.tensor
         problem = ""
         if others:
             problem = f"shared one tensor with {place.slots[0][0]} and has one of its own now"
@@ -128,15 +128,15 @@ class FlatState:
         elif now.shape != view.shape or now.dtype != view.dtype:
             problem = f"was {list(view.shape)} {_type(view)} and is {list(now.shape)} {_type(now)} now"
         if problem:
-            what = "parameter" if isinstance(own, nn.Parameter) else "buffer"
+            what = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
             remedy = "change its values only, or set aggregation.state to local for it" if what == "buffer" else (
                 "change a parameter's values while training, not what it is")  # fmt: skip
             raise UserError(f"{what} {name} {problem}, so it cannot be averaged over the ranks; {remedy}")
         assert now is not None
         view.copy_(now.detach())
-        own.data = view
+        tensor.data = view
         for _, holder, key in place.slots:
-            holder[key] = own
+            holder[key] = tensor
 
     def parameters(self) -> list[Tensor]:
         """For each vector the ``[P]`` part that holds trainable parameters, as a view."""
@@ -176,8 +176,8 @@ class FlatState:
         """
         vectors = [part.to("cpu", copy=True) for part in self.parameters()]
         gradients, copies = [torch.zeros_like(vector) for vector in vectors], {}
-        for own, *both in zip(self._by_vector, vectors, gradients, strict=True):
-            for tensor, value, gradient in zip(own, *(_parts(vector, own) for vector in both), strict=True):
+        for place, *both in zip(self._by_vector, vectors, gradients, strict=True):
+            for tensor, value, gradient in zip(place, *(_parts(vector, place) for vector in both), strict=True):
                 copies[tensor] = nn.Parameter(_shaped(value, tensor, self._channels_last))
                 copies[tensor].grad = _shaped(gradient, tensor, self._channels_last)
         return vectors, gradients, copies
@@ -200,8 +200,8 @@ class FlatState:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what :meth:`state_dict` gave."""
         self.refresh()
-        for own, saved in zip(self.vectors, state["vectors"], strict=True):
-            own.copy_(saved)
+        for vector, saved in zip(self.vectors, state["vectors"], strict=True):
+            vector.copy_(saved)
         self.untrained.load_state_dict(state["others"])
         if self._structure.has_changed():
             self._follow_modules()
@@ -258,7 +258,7 @@ def check_state(module: nn.Module, policies: Mapping[str, str]) -> Layout:
         if tensor.dtype not in TRAINED:
             problem = f"is trained in {_type(tensor)}, which cannot be averaged"
             raise ConfigError("model", slots[tensor][0].name, problem, "keep it in float32, or freeze it")
-    names = {own[0].name: tensor for tensor, own in slots.items()}
+    names = {places[0].name: tensor for tensor, places in slots.items()}
     in_vectors = {slots[tensor][0].name for tensor in trained}
     shared = set()
     for pair in overlapping(names.items()):
@@ -267,14 +267,14 @@ def check_state(module: nn.Module, policies: Mapping[str, str]) -> Layout:
                 problem = f"shares a part of its memory with {other}"
                 raise ConfigError("model", name, problem, "share whole parameters, or compute one from the other")
         shared |= set(pair)
-    state = {s.name: t for t, own in slots.items() for s in own if t not in is_trained}
+    state = {s.name: t for t, places in slots.items() for s in places if t not in is_trained}
     check_policies(policies, state, in_vectors)
     untrained = UntrainedState(module, slots_of(module), policies)
     averaged = [
         tensor
-        for tensor, own in slots.items()
-        if not own[0].is_parameter and own[0].persistent and own[0].name not in shared
-        if untrained.policy(own[0].name) == AVERAGE and tensor.dtype in TRAINED and is_tensor_finite(tensor)
+        for tensor, places in slots.items()
+        if not places[0].is_parameter and places[0].persistent and places[0].name not in shared
+        if untrained.policy(places[0].name) == AVERAGE and tensor.dtype in TRAINED and is_tensor_finite(tensor)
     ]
     return Layout(trained, averaged, slots)
 
@@ -287,8 +287,8 @@ def _aliases(
     An output layer may be frozen and hold the ``.data`` of a trained embedding: it is to follow that.
     """
     views = {memories[tensor]: view for tensor, view in adopted}
-    own = {tensor for tensor, _ in adopted}
-    found = {t: views[memory] for t, memory in memories.items() if memory in views and t not in own}
+    tensors = {tensor for tensor, _ in adopted}
+    found = {t: views[memory] for t, memory in memories.items() if memory in views and t not in tensors}
     return {tensor: (view, layout.slots[tensor]) for tensor, view in found.items()}
 
 

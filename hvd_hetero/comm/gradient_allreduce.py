@@ -62,8 +62,8 @@ def _handed_over(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         return kind.step(self)
 
     again = type(kind.__name__, (kind,), {"__init__": set_up, "step": step})
-    made: torch.optim.Optimizer = again(optimizer.param_groups)
-    return made
+    fresh: torch.optim.Optimizer = again(optimizer.param_groups)
+    return fresh
 
 
 def _send_left_out(optimizer: Any) -> None:

@@ -31,8 +31,8 @@ class HostGradients:
             if param.grad is None:
                 continue
             host = places[param.grad.untyped_storage().data_ptr()]
-            own = real_view(param.grad)
-            part = host.as_strided(own.shape, own.stride(), own.storage_offset())
+            grad = real_view(param.grad)
+            part = host.as_strided(grad.shape, grad.stride(), grad.storage_offset())
             self._parts[param] = part
             param.register_post_accumulate_grad_hook(partial(self._copy, part))
         self._left = set(self._parts)

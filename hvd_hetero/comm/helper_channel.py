@@ -70,11 +70,11 @@ class HelperServer(ThreadedServer):
         now = time.perf_counter()
         if not self._waiting or (now - self._copied_at) * COPY_SHARE < self._copy_sec:
             return False
-        made = make()
+        message = make()
         self._copied_at = time.perf_counter()
         self._copy_sec = self._copied_at - now
         with self._turn:
-            self._copies[self._waiting.popleft()] = made
+            self._copies[self._waiting.popleft()] = message
             self._turn.notify_all()
         return True
 

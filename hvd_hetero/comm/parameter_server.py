@@ -42,9 +42,9 @@ class Servers:
     def turns(self, length: int, itemsize: int) -> list[list[int]]:
         """For each turn, how many elements each server sums."""
         size = max(1, self._bytes // itemsize)
-        whole = [min(size, length - start) for start in range(0, length, size)]
+        sizes = [min(size, length - start) for start in range(0, length, size)]
         count = len(self._servers)
-        return [(whole[i : i + count] + [0] * count)[:count] for i in range(0, len(whole), count)]
+        return [(sizes[i : i + count] + [0] * count)[:count] for i in range(0, len(sizes), count)]
 
     def _ask(self, vector: Tensor, name: str) -> None:
         host = self._comm.on_host(vector)

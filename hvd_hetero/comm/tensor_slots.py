@@ -105,10 +105,10 @@ def digest(tensor: Tensor) -> tuple[Any, ...]:
     data = as_bytes(tensor)
     if data.storage_offset() % 8:
         data = data.clone()
-    whole = data.numel() // (8 * COLUMNS) * COLUMNS
-    sums = data[: 8 * whole].view(torch.int64).view(-1, COLUMNS).sum(0) if whole else data[:0]
+    in_rows = data.numel() // (8 * COLUMNS) * COLUMNS
+    sums = data[: 8 * in_rows].view(torch.int64).view(-1, COLUMNS).sum(0) if in_rows else data[:0]
     # copies: the memory of a tensor that numpy has seen could not be resized any more, as observers do it
-    parts = [part.to("cpu", copy=True).numpy().tobytes() for part in (sums, data[8 * whole :])]
+    parts = [part.to("cpu", copy=True).numpy().tobytes() for part in (sums, data[8 * in_rows :])]
     checksum = zlib.crc32(parts[1], zlib.crc32(parts[0]))
     return str(tensor.dtype), tuple(tensor.shape), checksum
 
@@ -155,11 +155,11 @@ def _shares_with(cluster: list[tuple[int, str, Tensor]]) -> str | None:
     """The name of one whose elements the last one has too; their spans intersect, as columns of a matrix do."""
     start = cluster[0][0]
     owners = torch.full((max(_span(t)[1] for _, _, t in cluster) - start,), -1, dtype=torch.int32)
-    own = owners[:0]
+    shared = owners[:0]
     for number, (_, _, tensor) in enumerate(cluster):
         narrow, size = compact(tensor), tensor.element_size()
-        own = owners.as_strided(narrow.shape, [s * size for s in narrow.stride()], _span(tensor)[0] - start)
+        shared = owners.as_strided(narrow.shape, [s * size for s in narrow.stride()], _span(tensor)[0] - start)
         if number < len(cluster) - 1:
-            own.fill_(number)
-    other = int(own.max())
+            shared.fill_(number)
+    other = int(shared.max())
     return None if other < 0 else cluster[other][1]

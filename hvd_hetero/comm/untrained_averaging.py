@@ -66,13 +66,13 @@ class UntrainedAverages:
         if self._alone:
             return
         changed, tensors = self._untrained.changed(thorough=True), self._untrained.tensors()
-        own = {
+        local = {
             name: [f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}", name in changed,
                    self._untrained.is_cache(name, tensor)]
             for name, tensor in tensors.items() if name not in self._untrained.active
         }  # fmt: skip
         gathered: list[dict[str, Any]] = [
-            json.loads(text) for text in self._comm.gather_text(json.dumps(own), f"{self._name}.names", self._ranks)
+            json.loads(text) for text in self._comm.gather_text(json.dumps(local), f"{self._name}.names", self._ranks)
         ]
         names = sorted({name for each in gathered for name, (_, has_changed, _) in each.items() if has_changed})
         caches = [name for name in names if any(name in each and each[name][2] for each in gathered)]
@@ -167,9 +167,9 @@ class UntrainedAverages:
         if not any(weights):
             return
         root = self._ranks[weights.index(max(weights))]
-        own = [as_bytes(tensor).cpu() for tensor in tensors.values()]
-        received = self._comm.broadcast(torch.cat(own), f"{self._name}.from_root", root, self._ranks)
-        for (name, tensor), part in zip(tensors.items(), received.split([len(t) for t in own]), strict=True):
+        parts = [as_bytes(tensor).cpu() for tensor in tensors.values()]
+        received = self._comm.broadcast(torch.cat(parts), f"{self._name}.from_root", root, self._ranks)
+        for (name, tensor), part in zip(tensors.items(), received.split([len(t) for t in parts]), strict=True):
             self._untrained.put(name, from_bytes(part, tensor.dtype, tensor.shape).to(tensor.device))
 
 

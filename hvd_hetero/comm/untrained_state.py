@@ -185,19 +185,20 @@ class UntrainedState:
     @torch.no_grad()
     def put(self, name: str, value: Tensor) -> None:
         """Give a place the content of a tensor: in place where that can be, so that who shares the tensor sees it."""
-        own = self._slots[name].get()
-        if own is not None and own.shape == value.shape and own.dtype == value.dtype and not own.is_inference():
-            narrow = compact(own.detach())
+        current = self._slots[name].get()
+        same = current is not None and (current.shape, current.dtype) == (value.shape, value.dtype)
+        if current is not None and same and not current.is_inference():
+            narrow = compact(current.detach())
             part = value[tuple(slice(size) for size in narrow.shape)]
-            if narrow.shape == own.shape or torch.equal(part.expand(own.shape), value):
+            if narrow.shape == current.shape or torch.equal(part.expand(current.shape), value):
                 narrow.copy_(part)
                 return
         value = value.detach().clone()
-        if own is not None and self._slots[name].is_parameter:
-            own.data = value
+        if current is not None and self._slots[name].is_parameter:
+            current.data = value
             return
         for slot in self._slots.values():
-            if slot.name == name or (own is not None and slot.get() is own):
+            if slot.name == name or (current is not None and slot.get() is current):
                 slot.set(nn.Parameter(value, requires_grad=False) if slot.is_parameter else value)
 
     def kinds(self) -> list[list[Any]]:
@@ -302,9 +303,10 @@ def check_policies(policies: Mapping[str, Any], names: Mapping[str, Tensor], tra
             raise ConfigError(f"{KEY}.{pattern}", policy, "is no policy", f"choose {', '.join(POLICIES)}")
         fitting = [name for name in names if fnmatchcase(name, pattern)]
         if not fitting:
-            own = [name for name in trained if fnmatchcase(name, pattern)]
-            problem = f"fits only trained parameters ({own[0]}), which are always averaged" if own else "fits no tensor"
-            remedy = "name frozen parameters or buffers" if own else nearest(pattern, names)
+            matched = [name for name in trained if fnmatchcase(name, pattern)]
+            always = "which are always averaged"
+            problem = f"fits only trained parameters ({matched[0]}), {always}" if matched else "fits no tensor"
+            remedy = "name frozen parameters or buffers" if matched else nearest(pattern, names)
             raise ConfigError(f"{KEY}.{pattern}", policy, problem, remedy)
         for name in fitting:
             if policy == AVERAGE and not _is_floating(names[name]):

@@ -117,10 +117,10 @@ class Wire:
 
     def _agree(self, comm: Comm, maxima: Tensor, flags: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """Return, on the host, each block's largest maximum of all ranks, and the sums of their flags."""
-        count, own = len(self._ranks), self._ranks.index(self._rank)
+        count, index = len(self._ranks), self._ranks.index(self._rank)
         shares = torch.zeros(2 * count + 1, dtype=maxima.dtype)
         kept, lost, needs_agreement = flags.tolist()
-        shares[own], shares[count + own], shares[-1] = kept, lost, needs_agreement
+        shares[index], shares[count + index], shares[-1] = kept, lost, needs_agreement
         figures = torch.cat([maxima.cpu(), shares])
         comm.max_async_(figures, f"{name}.largest", self._ranks)()
         largest, kept_by, lost_by, agreement_of_all = figures.split([len(maxima), count, count, 1])
@@ -155,8 +155,8 @@ def _pieces(vector: Tensor) -> Sequence[Tensor]:
 
 def _blocks(vector: Tensor) -> tuple[Tensor, Tensor]:
     """Return whole blocks ``[blocks, BLOCK]`` and the elements that are left over ``[1, rest]``, as views."""
-    whole = len(vector) // BLOCK * BLOCK
-    return vector[:whole].view(-1, BLOCK), vector[whole:].view(1, -1)
+    in_blocks = len(vector) // BLOCK * BLOCK
+    return vector[:in_blocks].view(-1, BLOCK), vector[in_blocks:].view(1, -1)
 
 
 def _maxima(vector: Tensor) -> Tensor:
@@ -167,5 +167,5 @@ def _maxima(vector: Tensor) -> Tensor:
 
 def _scaled(vector: Tensor, scale: Tensor) -> Tensor:
     """Return a vector times the scale of each block."""
-    whole, rest = _blocks(vector)
-    return torch.cat([(whole * scale[: len(whole), None]).view(-1), (rest * scale[len(whole) :, None]).view(-1)])
+    blocks, rest = _blocks(vector)
+    return torch.cat([(blocks * scale[: len(blocks), None]).view(-1), (rest * scale[len(blocks) :, None]).view(-1)])

@@ -105,17 +105,17 @@ def call(key: str, function: Callable[..., T], args: Mapping[str, Any]) -> T:
         raise ConfigError(key, dict(args), f"{name} fails: {cause(error)}", remedy) from error
 
 
-def cause(error: BaseException, made: Iterable[Place] = ()) -> str:
+def cause(error: BaseException, origins: Iterable[Place] = ()) -> str:
     """An exception in one line, with the last place of the user's own in its traceback.
 
     Args:
-        made: where else to look, if there is none: the places that made what an exception is about.
+        origins: where else to look, if there is none: the places that made what an exception is about.
     """
     message = in_a_line(error)
     message = message if len(message) <= LONGEST else f"{message[:LONGEST]}..."
     trace = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    own = [(file, line) for file, line in [*made, *trace] if not LIBRARIES.search(file)]
-    return f"{message} ({os.path.basename(own[-1][0])}, line {own[-1][1]})" if own else message
+    of_user = [(file, line) for file, line in [*origins, *trace] if not LIBRARIES.search(file)]
+    return f"{message} ({os.path.basename(of_user[-1][0])}, line {of_user[-1][1]})" if of_user else message
 
 
 def in_a_line(error: BaseException) -> str:

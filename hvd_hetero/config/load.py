@@ -14,8 +14,9 @@ import copy
 import dataclasses
 import difflib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -38,7 +39,7 @@ def load(
     files: str | Path | Sequence[str | Path] | None = (),
     overrides: Sequence[str] | Mapping[str, Any] | None = (),
     method: Callable[[str], Method] = lambda name: (AlgorithmConfig, lambda settings: {}),
-    own: bool = False,
+    user_objects: bool = False,
 ) -> Config:
     """Merges files, then overrides, into a checked configuration.
 
@@ -47,7 +48,7 @@ def load(
         overrides: ``key=value`` texts as on a command line, or a mapping of dotted keys to values.
         method: tells of a method, by name, the options class whose fields are the keys of ``algorithm``, and what
             it means by ``sampling.scheme`` and ``aggregation.weights`` where they are null.
-        own: a program gives a model or data of its own in place of those that are configured.
+        user_objects: a program gives a model or data of its own in place of those that are configured.
 
     Raises:
         ConfigError: a file cannot be read, a key is unknown, a value is of the wrong type or out of its limits.
@@ -64,9 +65,9 @@ def load(
 
     schema = Config(algorithm=options())
     merged = _merged(schema, layers, pairs)
-    if own or any(merged[part]["target"] is not None for part in ("data", "model")):
-        plain = dataclasses.replace(schema, train=dataclasses.replace(schema.train, loss_args={}))
-        merged = _merged(plain, layers, pairs)  # again: only all layers tell whose the model and the data are
+    if user_objects or any(merged[part]["target"] is not None for part in ("data", "model")):
+        no_loss_args = dataclasses.replace(schema, train=dataclasses.replace(schema.train, loss_args={}))
+        merged = _merged(no_loss_args, layers, pairs)  # again: only all layers tell whose the model and the data are
     classes = merged["cluster"]["classes"]
     merged["cluster"]["classes"] = classes if classes == AUTO else _by_name("cluster.classes", classes)
 
@@ -88,7 +89,6 @@ def typed(prefix: str, schema: Any, values: Mapping[str, Any]) -> Any:
         ConfigError: naming the full key, its value and what is wanted.
     """
     filled: dict[str, Any] = {}
-    node: Any = None
     for item in dataclasses.fields(schema):
         key, value = f"{prefix}{item.name}", values[item.name]
         default = getattr(schema, item.name)
@@ -100,9 +100,7 @@ def typed(prefix: str, schema: Any, values: Mapping[str, Any]) -> Any:
         if repr(value) == repr(default):  # OmegaConf has nothing to say on it, and takes its time
             filled[item.name] = copy.deepcopy(value)
             continue
-        if node is None:
-            node = OmegaConf.structured(schema)
-            OmegaConf.set_readonly(node, False)
+        node = OmegaConf.structured(_of_one_key(schema.__class__, item.name))
         try:
             if item.type == "bool" and isinstance(value, (int, float)) and value not in (0, 1):
                 raise ValueError("OmegaConf would take it for true")
@@ -114,6 +112,12 @@ def typed(prefix: str, schema: Any, values: Mapping[str, Any]) -> Any:
         check_limits(key, value, item.metadata)
         filled[item.name] = value
     return dataclasses.replace(schema, **filled)
+
+
+@cache
+def _of_one_key(section: type, name: str) -> type:
+    """Return a schema of one key of a section: OmegaConf takes its time for each key that a schema has."""
+    return dataclasses.make_dataclass(section.__name__, [(name, get_type_hints(section)[name])])
 
 
 def device_classes(classes: Mapping[str, Any]) -> dict[str, ClassConfig]:

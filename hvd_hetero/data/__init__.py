@@ -78,19 +78,19 @@ def load(name: str | None, root: str | None, target: str | None, args: Mapping[s
     if root is None and name not in WITHOUT_FILES:
         problem = f"'{name}' is read from files"
         raise ConfigError("data.root", root, problem, "set it to the folder that holds them")
-    own: dict[str, Any] = {"root": Path(root).expanduser() if root is not None else None}
+    options: dict[str, Any] = {"root": Path(root).expanduser() if root is not None else None}
     if "download" in signature(reader).parameters:
-        own["download"] = download
+        options["download"] = download
     elif download:
         remedy = "set data.download=false, and put the files into data.root"
         raise ConfigError("data.download", True, f"torchvision downloads no '{name}'", remedy)
     common = {key: value for key, value in args.items() if key in COMMON_ARGUMENTS}
     rest = {key: value for key, value in args.items() if key not in COMMON_ARGUMENTS}
-    for key in own.keys() & rest.keys():
+    for key in options.keys() & rest.keys():
         raise ConfigError(f"data.args.{key}", rest[key], "is not an argument", f"set data.{key}")
-    check_arguments("data.args", reader, own | rest, also=COMMON_ARGUMENTS)
+    check_arguments("data.args", reader, options | rest, also=COMMON_ARGUMENTS)
     check_arguments("data.args", adapt, {"splits": None, "seed": seed} | common)
-    splits = adapt(reader(**own, **rest), seed, **common)
+    splits = adapt(reader(**options, **rest), seed, **common)
     return Dataset(_named_source(splits.train, splits.train_transform, splits.decode, workers),
                    _named_source(splits.test, splits.test_transform, splits.decode, workers))
 

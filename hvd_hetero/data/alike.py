@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 from hvd_hetero.data.batch import entries, split_target
 from hvd_hetero.data.source import MapSource, Source, TensorSource
 from hvd_hetero.data.stream import StreamSource
-from hvd_hetero.errors import ConfigError, Plain
+from hvd_hetero.errors import ConfigError, Unquoted
 from hvd_hetero.random_state import seeded
 
 FEW, MANY, QUICK_SEC = 4, 32, 0.01
@@ -93,7 +93,7 @@ def check_alike(facts: Sequence[Mapping[str, Facts]], hosts: Sequence[str]) -> N
                 problem = f"{here} has read other ones than {there}"
                 if (count := first["length"]) != other[split]["length"]:
                     problem = f"{here} has read so many, {there} {count}"
-                raise ConfigError(f"{split} data", Plain(what), problem, REMEDY)
+                raise ConfigError(f"{split} data", Unquoted(what), problem, REMEDY)
 
 
 def difference(first: Facts, other: Facts) -> str | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hvd_hetero.describe import describe
-from hvd_hetero.errors import ConfigError, Plain
+from hvd_hetero.errors import ConfigError, Unquoted
 
 Batch = tuple[Any, Any]
 """Inputs, as :func:`hvd_hetero.worker.forward.forward` takes them, and targets, as the loss does."""
@@ -52,7 +52,7 @@ def split_target(batch: Any) -> Batch:
     known = entries(batch)
     if known is None or (isinstance(batch, (tuple, list)) and len(batch) < 2):
         remedy = f"return (input, ..., target), or a dict with the target under {TARGETS[0]!r}"
-        raise ConfigError("data", Plain(describe(batch)), "not a batch of inputs and targets", remedy)
+        raise ConfigError("data", Unquoted(describe(batch)), "not a batch of inputs and targets", remedy)
     if isinstance(batch, (tuple, list)):
         names = getattr(batch, "_fields", ())
         at = next((names.index(name) for name in TARGETS if name in names), len(batch) - 1)
@@ -62,7 +62,7 @@ def split_target(batch: Any) -> Batch:
         if target in known:
             return {name: part for name, part in known.items() if name != target}, _as_tensor(known[target])
     remedy = f"name it {' or '.join(map(repr, TARGETS))}"
-    raise ConfigError("data", Plain(describe(batch)), "no target among a batch's entries", remedy)
+    raise ConfigError("data", Unquoted(describe(batch)), "no target among a batch's entries", remedy)
 
 
 def _as_tensor(targets: Any) -> Any:
@@ -136,10 +136,10 @@ def pinned(value: Any) -> Any:
 
 def _called(value: Any, method: str, *args: Any) -> Any:
     """Call a method of an object, which may return the object or nothing; NotImplemented if it has none."""
-    own = None if isinstance(value, type) else getattr(value, method, None)
-    if not callable(own):
+    function = None if isinstance(value, type) else getattr(value, method, None)
+    if not callable(function):
         return NotImplemented
-    result = own(*args)
+    result = function(*args)
     return value if result is None else result
 
 
@@ -208,4 +208,4 @@ def _rows(value: Any, size: int, start: int, end: int) -> Any:
 
 def _uncut(part: Any, problem: str) -> ConfigError:
     remedy = "give tensors [B, ...], or leave train.micro_batches at 1"
-    return ConfigError("train.micro_batches", Plain(describe(part)), problem, remedy)
+    return ConfigError("train.micro_batches", Unquoted(describe(part)), problem, remedy)

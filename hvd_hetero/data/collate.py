@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 from hvd_hetero.config.instantiate import cause
 from hvd_hetero.data.batch import entries, with_entries
 from hvd_hetero.describe import describe
-from hvd_hetero.errors import ConfigError, Plain
+from hvd_hetero.errors import ConfigError, Unquoted
 
 ITEM = "item"
 REMEDY = "make the items alike, or make batches of them yourself: hvd_hetero.data.MapSource(dataset, collate=...)"
@@ -110,4 +110,4 @@ def _below(path: str, container: Any, name: Any) -> str:
 
 
 def _refused(path: str, value: Any, problem: str) -> ConfigError:
-    return ConfigError(f"data {path}", Plain(describe(value)), problem, REMEDY)
+    return ConfigError(f"data {path}", Unquoted(describe(value)), problem, REMEDY)

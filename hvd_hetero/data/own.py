@@ -14,7 +14,7 @@ from hvd_hetero.config.instantiate import cause
 from hvd_hetero.data.collate import NUMBER, is_vector
 from hvd_hetero.data.source import MapSource, Source, Tensors, TensorSource
 from hvd_hetero.describe import describe
-from hvd_hetero.errors import ConfigError, Plain
+from hvd_hetero.errors import ConfigError, Unquoted
 
 REMEDY = "give a map-style dataset or tensors (inputs, targets)"
 
@@ -40,12 +40,12 @@ def as_source(key: str, data: Any, workers: int = 0) -> Source:
     if type(data) is TensorDataset:  # a subclass may have items of its own
         *inputs, targets = data.tensors
         if not inputs:
-            raise ConfigError(key, Plain(describe(targets)), "has no targets", "give TensorDataset(inputs, targets)")
+            raise ConfigError(key, Unquoted(describe(targets)), "has no targets", "give TensorDataset(inputs, targets)")
         return _in_memory(key, inputs[0] if len(inputs) == 1 else tuple(inputs), targets)
     if _is_pair(data):
         return _in_memory(key, _tensors(f"{key} inputs", data[0]), _tensors(f"{key} targets", data[1]))
     if (kind := _mistaken(data)) is not None:
-        raise ConfigError(key, Plain(describe(data)), *kind)
+        raise ConfigError(key, Unquoted(describe(data)), *kind)
     try:
         len(data)
     except Exception as error:  # whatever a user's class may raise
@@ -103,7 +103,7 @@ def _tensors(key: str, value: Any) -> Tensors:
         array = value if isinstance(value, np.ndarray) else np.array(value)
         return torch.from_numpy(array.copy() if any(stride < 0 for stride in array.strides) else array)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(key, Plain(describe(value)), f"makes no tensor: {cause(error)}", "give numbers") from error
+        raise ConfigError(key, Unquoted(describe(value)), f"makes no tensor: {cause(error)}", "give numbers") from error
 
 
 # ---- what looks like a split ----------------------------------------------------------------------------------------

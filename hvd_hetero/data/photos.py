@@ -39,8 +39,8 @@ def flowers102(root: Path, download: bool = False, size: int | None = None, augm
     if with_val and with_test:
         raise ConfigError("data.args.with_test", True, "beside with_val nothing is left to test on", "set one of them")
     names = ("train", "val", "test")
-    own, other = ((0, 2), 1) if with_test else ((0, 1) if with_val else (0,), 2)
-    wanted = [{"split": names[number], "loader": str} for number in (*own, other)]
+    parts, other = ((0, 2), 1) if with_test else ((0, 1) if with_val else (0,), 2)
+    wanted = [{"split": names[number], "loader": str} for number in (*parts, other)]
     published = read_published("Flowers102", "flowers-102", root, download, *wanted)
     if published is not None:
         images = {Path(data[i][0]) for data in published for i in range(len(data))}
@@ -49,7 +49,7 @@ def flowers102(root: Path, download: bool = False, size: int | None = None, augm
             raise ConfigError(str(folder), lost[0].name, "is not there", f"put the {len(lost)} lost images back")
         *train, test = map(_listed, published)
         return _photographs(joined(train), test, size or 224, augment)
-    found = packed.flowers102(root, own, other)
+    found = packed.flowers102(root, parts, other)
     if found is None:
         files = "jpg/image_00001.jpg and so on, imagelabels.mat, setid.mat"
         raise missing(root, f"flowers-102 with {files}, or the packed flowers102-64.npz", can_download=True)
@@ -139,10 +139,10 @@ def _decoded(splits: Splits, size: int, stream: bool) -> Splits:
 
 def _small_transforms(size: int, augment: bool) -> tuple[ImageTransform, ImageTransform]:
     """Return the transforms of images of 64 pixels that are to have ``size``."""
-    plain: ImageTransform = Normalize(MEAN, STD)
+    evaluated: ImageTransform = Normalize(MEAN, STD)
     if size != 64:
-        plain = Resize(size, plain)
-    return (RandomCropFlip(64, 8, plain) if augment else plain), plain
+        evaluated = Resize(size, evaluated)
+    return (RandomCropFlip(64, 8, evaluated) if augment else evaluated), evaluated
 
 
 def _check_size(size: int | None) -> None:

@@ -15,7 +15,7 @@ from hvd_hetero.config.instantiate import cause
 from hvd_hetero.data.batch import Batch, pinned, sample_counts, split_target, to_device
 from hvd_hetero.data.collate import collate as default_collate
 from hvd_hetero.describe import describe
-from hvd_hetero.errors import ConfigError, Plain, shortened
+from hvd_hetero.errors import ConfigError, Unquoted, shortened
 from hvd_hetero.random_state import seeded
 
 Tensors = Tensor | tuple["Tensors", ...] | Mapping[str, "Tensors"]
@@ -66,9 +66,9 @@ def _checked(batches: Iterator[Batch], rows: Indices, split: str) -> Iterator[Ba
         batch = next(batches, None)
         if batch is None:
             problem = f"{len(rows)} were asked for"
-            raise ConfigError(f"{split} data", Plain(f"{number} batches"), problem, "yield a batch for every row")
+            raise ConfigError(f"{split} data", Unquoted(f"{number} batches"), problem, "yield a batch for every row")
         if not isinstance(batch, tuple) or len(batch) != 2:
-            raise ConfigError(f"{split} data", Plain(describe(batch)), "no batch", "yield (inputs, targets)")
+            raise ConfigError(f"{split} data", Unquoted(describe(batch)), "no batch", "yield (inputs, targets)")
         counts = sample_counts(batch[1])
         # the boxes of all images, one after the other, are more targets than samples
         has_more = min(counts, default=0) > len(row) and len(row) in sample_counts(batch[0])
@@ -76,7 +76,7 @@ def _checked(batches: Iterator[Batch], rows: Indices, split: str) -> Iterator[Ba
             found = f"{' or '.join(map(str, sorted(counts)))} targets"
             problem = f"they came back for the batch of the {len(row)} samples {row.tolist()}"
             remedy = "return each sample that is asked for, once; leave those that cannot be read out of the dataset"
-            raise ConfigError(f"{split} data", Plain(found), problem, remedy)
+            raise ConfigError(f"{split} data", Unquoted(found), problem, remedy)
         yield batch
 
 
@@ -100,10 +100,10 @@ class TensorSource:
         self._first = parts[0]
         for part in parts:
             if not part.dim():
-                raise ConfigError("data", Plain(describe(part)), "is no tensor of samples", "give tensors [N, ...]")
+                raise ConfigError("data", Unquoted(describe(part)), "is no tensor of samples", "give tensors [N, ...]")
             if len(part) != len(self._first):
                 problem = f"{len(part)} inputs but {len(self._first)} targets"
-                raise ConfigError("data", Plain(describe(part)), problem, "give one target for each sample")
+                raise ConfigError("data", Unquoted(describe(part)), problem, "give one target for each sample")
         self.inputs, self.targets, self.transform, self._device = inputs, targets, transform, device
 
     def __len__(self) -> int:
@@ -214,7 +214,7 @@ class MapSource:
         self._plan.rows = rows
         for found in self._loader:
             if isinstance(found, _Failure):
-                raise ConfigError(found.key, Plain(found.value), found.problem, found.remedy)
+                raise ConfigError(found.key, Unquoted(found.value), found.problem, found.remedy)
             inputs = to_device(found.inputs, self.device)
             if self.transform is not None:
                 inputs = self.transform(inputs, generator)
@@ -281,4 +281,4 @@ class _BatchDataset(Dataset[Any]):
         except Exception as error:  # of a user's function, which none of these samples is to stop
             problem = f"makes no batch of {describe(items)}: {cause(error)}"
             name = getattr(self.collate, "__qualname__", type(self.collate).__name__)
-            raise ConfigError("data collate", Plain(name), problem, "correct it, or the dataset") from error
+            raise ConfigError("data collate", Unquoted(name), problem, "correct it, or the dataset") from error

@@ -150,8 +150,8 @@ def dealt_or_stream(
     if isinstance(data, DataLoader):
         in_order = type(data.sampler) in (RandomSampler, SequentialSampler) and data.batch_size is not None
         if in_order and seed is not None:
-            own = None if data.collate_fn is default_collate else data.collate_fn
-            return MapSource(data.dataset, data.num_workers, own), data.batch_size
+            collate = None if data.collate_fn is default_collate else data.collate_fn
+            return MapSource(data.dataset, data.num_workers, collate), data.batch_size
         size = data.batch_size or getattr(data.batch_sampler, "batch_size", None) or batch_size
         if not isinstance(size, int):
             problem = "the batches of this loader are of a size that nobody knows"

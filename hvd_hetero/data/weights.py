@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from hvd_hetero.config.instantiate import cause, import_target
 from hvd_hetero.data.source import Source
-from hvd_hetero.errors import ConfigError, Plain
+from hvd_hetero.errors import ConfigError, Unquoted
 
 KEY = "sampling.sample_weights"
 
@@ -40,5 +40,5 @@ def sample_weights(spec: str, source: Source) -> NDArray[np.float32]:
     if wrong.any() or not weights.any():
         first: Any = int(np.flatnonzero(wrong)[0]) if wrong.any() else None
         problem = "are all 0" if first is None else f"is {weights[first]} for sample {first}"
-        raise ConfigError(KEY, Plain(spec), problem, "give finite numbers of at least 0")
+        raise ConfigError(KEY, Unquoted(spec), problem, "give finite numbers of at least 0")
     return (weights / weights.mean()).astype(np.float32)

@@ -49,14 +49,14 @@ class Lookout:
             self._stop.unlink(missing_ok=True)
 
     def _run(self) -> None:
-        said = ""
+        last_problem = ""
         while not self.has_asked and not self._ended.wait(self._every_sec):
             try:
                 self.found = self._newcomers()
             except UserError as error:
-                if str(error) != said:
-                    said = str(error)
-                    _say(f"cannot add hosts: {said}")
+                if str(error) != last_problem:
+                    last_problem = str(error)
+                    _say(f"cannot add hosts: {last_problem}")
                 continue
             if self.found and not self._ended.is_set():
                 with suppress(OSError):  # the folder is not there yet, or the user has asked already

@@ -39,11 +39,11 @@ def doctor(files: Sequence[str], overrides: Sequence[str]) -> int:
     limit_threads()
     env = job_env()
     if env.size > 1:
-        own = local_facts(env.rank, env.host, env.local_rank)
-        said = exchange(env, "doctor", {"facts": own.to_dict(), **_rank_line(own)}, TIMEOUT_SEC)
-        problem = _configuration(files, overrides, [RankFacts.from_dict(other["facts"]) for other in said])
+        facts = local_facts(env.rank, env.host, env.local_rank)
+        reports = exchange(env, "doctor", {"facts": facts.to_dict(), **_rank_line(facts)}, TIMEOUT_SEC)
+        problem = _configuration(files, overrides, [RankFacts.from_dict(other["facts"]) for other in reports])
         if env.rank == 0:
-            print("\n".join(f"rank {rank}: {other['line']}" for rank, other in enumerate(said)), flush=True)
+            print("\n".join(f"rank {rank}: {other['line']}" for rank, other in enumerate(reports)), flush=True)
             print(f"problem: {problem}" if problem else "configuration can run here", flush=True)
         return EXIT_BAD_INPUT if problem else 0
     problems = []
@@ -140,8 +140,8 @@ def _environment(files: Sequence[str], overrides: Sequence[str]) -> str:
         config = load(files, overrides, algorithms.method)
     except UserError:
         config = Config()
-    given, kept = ", ".join(sorted(for_ranks(config))), ", ".join(hidden(config))
-    return f"ranks get {given}; they do not get {kept or 'any other'}"
+    passed_on, kept_back = ", ".join(sorted(for_ranks(config))), ", ".join(hidden(config))
+    return f"ranks get {passed_on}; they do not get {kept_back or 'any other'}"
 
 
 def _gpu_problem(facts: RankFacts, horovod: dict[str, Any]) -> str | None:
@@ -163,8 +163,8 @@ def _memory() -> str:
 
 
 def _thread_settings() -> str:
-    given = [f"{name}={value}" for name, value in thread_variables().items()]
-    return ", ".join([f"torch {torch.get_num_threads()}", *given])
+    variables = [f"{name}={value}" for name, value in thread_variables().items()]
+    return ", ".join([f"torch {torch.get_num_threads()}", *variables])
 
 
 def _shared_memory() -> tuple[str, str | None]:

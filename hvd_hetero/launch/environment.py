@@ -46,8 +46,8 @@ def for_ranks(config: Config) -> dict[str, str]:
         listed = FORWARDED.fullmatch(name) is not None or any(fnmatchcase(name, pattern) for pattern in wanted)
         return NAME.fullmatch(name) is not None and (name in wanted or (listed and not is_secret(name, value)))
 
-    given = {name: value for name, value in os.environ.items() if passes(name, value)}
-    return {**given, HASH_SEED: given.get(HASH_SEED) or str(config.run.seed)}
+    passed_on = {name: value for name, value in os.environ.items() if passes(name, value)}
+    return {**passed_on, HASH_SEED: passed_on.get(HASH_SEED) or str(config.run.seed)}
 
 
 def hidden(config: Config) -> list[str]:
@@ -77,7 +77,7 @@ def as_ranks(config: Config) -> Iterator[None]:
     Raises:
         UserError: that of the block.
     """
-    before, given, plain = dict(os.environ), for_ranks(config), type(os.environ)
+    before, passed_on, environ_type = dict(os.environ), for_ranks(config), type(os.environ)
     absent = hidden(config)
     missed: dict[str, bool] = {}
 
@@ -90,7 +90,7 @@ def as_ranks(config: Config) -> Iterator[None]:
                     missed[name] = missed.get(name, False) or _is_users()
                 raise
 
-    _set(given)
+    _set(passed_on)
     os.environ.__class__ = Watched
     try:
         yield
@@ -106,7 +106,7 @@ def as_ranks(config: Config) -> Iterator[None]:
         if names := [name for name, users in missed.items() if users]:
             print(f"hvd-hetero: launch does not pass {_remedy(config, names)}", file=sys.stderr, flush=True)
     finally:
-        os.environ.__class__ = plain
+        os.environ.__class__ = environ_type
         _set(before)
 
 

@@ -95,8 +95,8 @@ class Horovodrun:
         env = {**env, JOB: self._job}
         if sys.stderr.isatty():
             env[COLUMNS] = str(shutil.get_terminal_size().columns)
-        self._own: list[str] = []
-        self._said = RankOutput({STDOUT: sys.stdout, STDERR: sys.stderr})
+        self._log_lines: list[str] = []
+        self._rank_output = RankOutput({STDOUT: sys.stdout, STDERR: sys.stderr})
         self._signalled = self._asked = False
         reading, writing = os.pipe()
         try:
@@ -115,7 +115,7 @@ class Horovodrun:
             os.close(writing)
         self._readers = [
             threading.Thread(target=self._read_ranks, args=(reading,), daemon=True),
-            threading.Thread(target=self._read_own, daemon=True),
+            threading.Thread(target=self._read_log, daemon=True),
         ]
 
     def wait(self) -> End:
@@ -134,27 +134,28 @@ class Horovodrun:
         silent = reap(self._job, names, self._shell, self._grace_sec) if status != 0 else []
         for reader in self._readers:
             reader.join()
-        self._said.end(failed=status != 0)
+        self._rank_output.end(failed=status != 0)
         if status == 0:
             return End(0, self._job)
         end = self._judge(status, silent)
-        return replace(end, log="\n".join(self._own), is_said=bool(end.error) and end.error == self._said.final_error)
+        is_said = bool(end.error) and end.error == self._rank_output.final_error
+        return replace(end, log="\n".join(self._log_lines), is_said=is_said)
 
     def _judge(self, status: int, silent: Sequence[str]) -> End:
-        said = "\n".join(self._own)
-        code = re.search(r"^Exit code: (-?\d+)", said, re.M)
-        name = re.search(r"^Process name: (\d+)", said, re.M)
+        log = "\n".join(self._log_lines)
+        code = re.search(r"^Exit code: (-?\d+)", log, re.M)
+        name = re.search(r"^Process name: (\d+)", log, re.M)
         if code is None or name is None:
-            cause = self._own[-1] if self._own else f"horovodrun ended with status {status}"
-            lost = "could not connect to some hosts via ssh" in said
-            if unreached := re.search(r"^ssh not successful for host (.*):\n(.*)", said, re.M):
+            cause = self._log_lines[-1] if self._log_lines else f"horovodrun ended with status {status}"
+            lost = "could not connect to some hosts via ssh" in log
+            if unreached := re.search(r"^ssh not successful for host (.*):\n(.*)", log, re.M):
                 cause = f"{unreached[1]} cannot be reached by {self._shell.split()[0]}: {unreached[2]}"
             return End(EXIT_LOST if lost else EXIT_FAULT, self._job, cause, asked=self._signalled)
         number, rank = int(code[1]), int(name[1])
         if number == EXIT_LOST:  # because of another one, whose end is seen later where data workers outlive it
-            ends = re.findall(r"^Process (\d+) exit with status code (\d+)", said, re.M)
-            own = ((int(end), int(other)) for other, end in ends if int(end) < LEAST_SIGNAL)
-            number, rank = next((end for end in own if end[0] != EXIT_LOST), (number, rank))
+            ends = re.findall(r"^Process (\d+) exit with status code (\d+)", log, re.M)
+            failures = ((int(end), int(other)) for other, end in ends if int(end) < LEAST_SIGNAL)
+            number, rank = next((end for end in failures if end[0] != EXIT_LOST), (number, rank))
         host = [host for host, slots in self._hosts for _ in range(slots)][rank]
         cut = (number == SSH_LOST or host in silent) and not is_local(host)
         meaning = meaning_of(number)
@@ -162,7 +163,7 @@ class Horovodrun:
             meaning = "and its host does not answer any more" if host in silent else "killed by a signal"
         lost = (cut or killed_by(number) is not None) and not self._signalled
         known = EXIT_LOST if lost else number if number in KNOWN else EXIT_FAULT
-        errors, last = self._said.errors, self._said.last(rank)
+        errors, last = self._rank_output.errors, self._rank_output.last(rank)
         error = errors.get(rank, "")
         if number == EXIT_BAD_INPUT:  # which ranks find together, and one of them says
             error = error or next(iter(errors.values()), "")
@@ -203,13 +204,13 @@ class Horovodrun:
 
     def _read_ranks(self, pipe: int) -> None:
         with os.fdopen(pipe, "rb") as file:
-            self._said.read(file)
+            self._rank_output.read(file)
 
-    def _read_own(self) -> None:
+    def _read_log(self) -> None:
         """Keeps what horovodrun itself says."""
         assert self._process.stdout is not None
         with self._process.stdout as pipe:
-            self._own += [line.decode(errors="replace").rstrip() for line in pipe]
+            self._log_lines += [line.decode(errors="replace").rstrip() for line in pipe]
 
 
 def killed_by(code: int) -> str | None:

@@ -30,16 +30,16 @@ def settled(config: Config) -> Config:
     Raises:
         ConfigError: naming what was read and is of no use, or too small for the classes.
     """
-    given = allocation(config)
-    if given is None:
+    allocated = allocation(config)
+    if allocated is None:
         return replace(config, cluster=replace(config.cluster, hosts=None)) if config.cluster.hosts == AUTO else config
     classes = config.cluster.classes
     if classes != AUTO:
-        classes = _by_component(classes, given)
-        _check_size(classes, given)
-    shell = config.cluster.remote_shell or given.shell
+        classes = _by_component(classes, allocated)
+        _check_size(classes, allocated)
+    shell = config.cluster.remote_shell or allocated.shell
     return replace(
-        config, cluster=replace(config.cluster, hosts=listed(given.hosts), classes=classes, remote_shell=shell)
+        config, cluster=replace(config.cluster, hosts=listed(allocated.hosts), classes=classes, remote_shell=shell)
     )
 
 
@@ -69,26 +69,26 @@ def job_hosts(config: Config) -> list[Host]:
     return [("localhost", max(ranks, default=0) + 1)]
 
 
-def _by_component(classes: Mapping[str, Any], given: Allocation) -> dict[str, Any]:
+def _by_component(classes: Mapping[str, Any], allocated: Allocation) -> dict[str, Any]:
     """Classes with the ranks of their components, where none of them says which ranks it has."""
     placed = any(c.get(key) is not None for c in classes.values() for key in ("ranks", "hosts", "slots"))
-    if placed or not given.components:
+    if placed or not allocated.components:
         return dict(classes)
-    if len(classes) != len(given.components):
-        problem = f"are {len(classes)} classes, and the job has {len(given.components)} components (SLURM_HET_SIZE)"
+    if len(classes) != len(allocated.components):
+        problem = f"are {len(classes)} classes, and the job has {len(allocated.components)} components (SLURM_HET_SIZE)"
         remedy = "give a class for each component, in the same order, or cluster.classes=auto"
         raise ConfigError("cluster.classes", list(classes), problem, remedy)
     return {
         name: {**content, "ranks": ranges(ranks)}
-        for (name, content), ranks in zip(classes.items(), given.components, strict=True)
+        for (name, content), ranks in zip(classes.items(), allocated.components, strict=True)
     }
 
 
-def _check_size(classes: Mapping[str, Any], given: Allocation) -> None:
+def _check_size(classes: Mapping[str, Any], allocated: Allocation) -> None:
     for name, c in device_classes(classes).items():
         ranks = [] if c.ranks is None else integers(f"cluster.classes.{name}.ranks", c.ranks)
-        if max(ranks, default=0) >= given.slots:
+        if max(ranks, default=0) >= allocated.slots:
             wanted = max(ranks) + 1
-            problem = f"gives the job {given.slots} slots, and class {name} has rank {max(ranks)}"
-            value = os.environ.get(given.source, listed(given.hosts))
-            raise ConfigError(given.source, value, problem, f"ask for {wanted} slots (tasks), or name fewer ranks")
+            problem = f"gives the job {allocated.slots} slots, and class {name} has rank {max(ranks)}"
+            value = os.environ.get(allocated.source, listed(allocated.hosts))
+            raise ConfigError(allocated.source, value, problem, f"ask for {wanted} slots (tasks), or name fewer ranks")

@@ -58,7 +58,7 @@ def launch(
         ConfigError: found wrong before any worker was started.
     """
     config, chosen = placed(files, overrides)
-    given, hosts = read(files, overrides), job_hosts(config)
+    configured, hosts = read(files, overrides), job_hosts(config)
     check_options(max_restarts, min_ranks, sum(slots for _, slots in hosts))
     folder = run_dir(config)
     check_run_dir(folder, config.run.overwrite or config.run.resume is not None)
@@ -91,7 +91,7 @@ def launch(
         return end
 
     def look() -> list[tuple[str, int]]:
-        found = allocation(given)
+        found = allocation(configured)
         return hosts if found is None else list(found.hosts)
 
     return Supervisor(start, config, hosts, folder, max_restarts, min_ranks, look, check).run()

@@ -64,11 +64,11 @@ def launch_on_ray(
         rendezvous = Rendezvous(nodes)
         alone = len(set(nodes)) == 1
         address = LOOPBACK if alone else ray.util.get_node_ip_address()
-        given = for_ranks(read)
+        environment = for_ranks(read)
         runs = {}
         for rank, (actor, place) in enumerate(zip(actors, places, strict=True)):
             interface = "lo" if alone else place["interface"]
-            env = {**given, **rendezvous.environment(rank, address, interface), **gpus_of(rank, places)}
+            env = {**environment, **rendezvous.environment(rank, address, interface), **gpus_of(rank, places)}
             runs[actor.run.remote(words, env, os.getcwd())] = rank
         try:
             _wait(ray, runs)
@@ -111,21 +111,21 @@ def _wait(ray: Any, runs: dict[Any, int]) -> None:
         done = ended[0]
         rank = runs.pop(done)
         try:
-            status, said = ray.get(done)
+            status, error_text = ray.get(done)
         except ray.exceptions.RayError as error:
-            status, said = EXIT_LOST, str(error).strip().splitlines()[0]
+            status, error_text = EXIT_LOST, str(error).strip().splitlines()[0]
         if status:
-            failed.append((rank, status, said))
+            failed.append((rank, status, error_text))
     if failed:
         # a rank that only lost another one is not the cause, and of bad input one rank tells for all
-        rank, status, said = min(failed, key=lambda one: (one[1] == EXIT_LOST, not one[2]))
-        raise UserError(f"launch_on_ray: rank {rank} ended with status {status}: {said or 'it said nothing'}")
+        rank, status, error_text = min(failed, key=lambda one: (one[1] == EXIT_LOST, not one[2]))
+        raise UserError(f"launch_on_ray: rank {rank} ended with status {status}: {error_text or 'it said nothing'}")
 
 
 def gpus_of(rank: int, places: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return which GPUs a rank sees: those of all ranks of its host, in their order, as ranks choose among them."""
-    own = [gpu for place in places if place["node"] == places[rank]["node"] for gpu in place["gpus"]]
-    return {"CUDA_VISIBLE_DEVICES": ",".join(own)}
+    gpus = [gpu for place in places if place["node"] == places[rank]["node"] for gpu in place["gpus"]]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
 
 
 class Rank:
@@ -145,14 +145,14 @@ class Rank:
 
     def run(self, words: Sequence[str], env: Mapping[str, str], folder: str) -> tuple[int, str]:
         """Trains; returns the status, and the last error that was said."""
-        command, said = [sys.executable, "-m", "hvd_hetero", *words], ""
+        command, last_error = [sys.executable, "-m", "hvd_hetero", *words], ""
         with subprocess.Popen(command, env=dict(env), cwd=folder, stderr=subprocess.PIPE, text=True) as process:
             self._process = process
             assert process.stderr is not None
             for line in process.stderr:
                 print(line, end="", file=sys.stderr, flush=True)
-                said = line.strip() if "hvd-hetero: error: " in line else said
-        return process.returncode, said.partition("hvd-hetero: error: ")[2]
+                last_error = line.strip() if "hvd-hetero: error: " in line else last_error
+        return process.returncode, last_error.partition("hvd-hetero: error: ")[2]
 
     def stop(self) -> None:
         """Ends its process, which would outlive it."""

@@ -38,12 +38,12 @@ def run(ranks: int | None, hosts: str | None, command: Sequence[str]) -> int:
         raise UserError("PROGRAM='': there is nothing to run; give a command: hvd-hetero run -np 2 python my.py")
     if ranks is None and hosts is None:
         raise UserError("-np=None: says not how many ranks there are to be; give -np N or -H HOST:SLOTS,...")
-    given = parse_hosts(hosts, "-H") if hosts is not None else [("localhost", ranks or 0)]
-    slots = sum(count for _, count in given)
+    slots_by_host = parse_hosts(hosts, "-H") if hosts is not None else [("localhost", ranks or 0)]
+    slots = sum(count for _, count in slots_by_host)
     if ranks is not None and not 1 <= ranks <= slots:
         raise UserError(f"-np={ranks}: the hosts have {slots} slots; give 1 to {slots}" if hosts is not None else
                         f"-np={ranks}: is below 1; give the number of ranks")
-    places = first_slots(given, ranks or slots)
+    places = first_slots(slots_by_host, ranks or slots)
     return run_and_explain(command_line(ClusterConfig(), places, command), places, SSH, os.environ).status
 
 

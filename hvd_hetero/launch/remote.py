@@ -32,10 +32,10 @@ def is_local(host: str) -> bool:
         return True
     try:
         addresses = {item[4][0] for item in socket.getaddrinfo(host, None)}
-        own = {item[4][0] for item in socket.getaddrinfo(socket.gethostname(), None)} | {"127.0.0.1", "::1"}
+        of_this_host = {item[4][0] for item in socket.getaddrinfo(socket.gethostname(), None)} | {"127.0.0.1", "::1"}
     except OSError:
         return False
-    return bool(addresses & own)
+    return bool(addresses & of_this_host)
 
 
 def reap(job: str, hosts: Sequence[str], shell: str, grace_sec: float = 0.0) -> list[str]:
@@ -60,10 +60,10 @@ def reap(job: str, hosts: Sequence[str], shell: str, grace_sec: float = 0.0) -> 
                 done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=SHELL_SEC)
             except (OSError, subprocess.TimeoutExpired):
                 return False
-            said = done.stdout.decode(errors="replace").splitlines()
-            if not said or not said[-1].startswith(LEFT):
+            output = done.stdout.decode(errors="replace").splitlines()
+            if not output or not output[-1].startswith(LEFT):
                 return False
-            if said[-1].strip() == LEFT:
+            if output[-1].strip() == LEFT:
                 return True
             time.sleep(REAP_PAUSE_SEC)
         return True

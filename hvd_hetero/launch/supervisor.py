@@ -43,7 +43,7 @@ class Restarts:
     """
 
     most: int
-    made: int = 0
+    count: int = 0
     _failed: list[tuple[object, str]] = field(default_factory=list)
 
     def why_not(self, end: End, newest: object) -> str | None:
@@ -59,16 +59,16 @@ class Restarts:
         if self._failed and newest == self._failed[-1][0]:
             again = f", and failed in the same way: {end.why}" if RANK.sub("", end.why) == self._failed[-1][1] else ""
             return f"it has made no new checkpoint since its last failure{again}"
-        if self.made == self.most:
+        if self.count == self.most:
             return f"it was restarted {self.most} times"
         self._failed.append((newest, RANK.sub("", end.why)))
-        self.made += 1
+        self.count += 1
         return None
 
     @property
     def backoff_sec(self) -> int:
         """How long to wait before the restart that was granted last: 1, 2, 4 ... s."""
-        return int(min(2 ** (self.made - 1), MOST_BACKOFF_SEC))
+        return int(min(2 ** (self.count - 1), MOST_BACKOFF_SEC))
 
 
 class Supervisor:
@@ -93,7 +93,7 @@ class Supervisor:
         self._store, self._run_dir, self._min_ranks = Store(run_dir), run_dir, min_ranks
         self._restarts = Restarts(most)
         # what an earlier run has left there is nothing to go on from, where this one was to start anew
-        self._foreign = self._made() if config.run.resume is None else None
+        self._foreign = self._newest_checkpoint() if config.run.resume is None else None
 
     def run(self) -> int:
         """Starts it, again and again; returns its exit status."""
@@ -120,12 +120,12 @@ class Supervisor:
                 settings = self._settings(newest)
                 continue
             lookout.withdraw()
-            if (reason := self._restarts.why_not(end, self._made())) is not None:
-                if self._restarts.made or (self._restarts.most and end.status in MENDABLE and not end.asked):
-                    told = "" if end.asked or not end.why or end.why in reason else f": {end.why}"
-                    _say(f"gives up: {reason}{told}")
+            if (reason := self._restarts.why_not(end, self._newest_checkpoint())) is not None:
+                if self._restarts.count or (self._restarts.most and end.status in MENDABLE and not end.asked):
+                    cause = "" if end.asked or not end.why or end.why in reason else f": {end.why}"
+                    _say(f"gives up: {reason}{cause}")
                 return end.status
-            number, wait_sec = self._restarts.made, self._restarts.backoff_sec
+            number, wait_sec = self._restarts.count, self._restarts.backoff_sec
             _say(f"restart {number} of {self._restarts.most} in {wait_sec} s, {self._from(newest)}: {end.why}")
             time.sleep(wait_sec)
             if (self._run_dir / STOP).exists():
@@ -205,10 +205,10 @@ class Supervisor:
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def _newest(self) -> int | None:
-        made = self._made()
-        return None if made is None else made[0]
+        newest = self._newest_checkpoint()
+        return None if newest is None else newest[0]
 
-    def _made(self) -> tuple[int, str] | None:
+    def _newest_checkpoint(self) -> tuple[int, str] | None:
         """Round and time of the newest checkpoint: two runs may come to the same rounds."""
         try:
             latest = self._store.latest()
@@ -217,7 +217,7 @@ class Supervisor:
         return None if latest is None else (latest.meta.round, latest.meta.time)
 
     def _is_foreign(self) -> bool:
-        return self._foreign is not None and self._made() == self._foreign
+        return self._foreign is not None and self._newest_checkpoint() == self._foreign
 
     def _from(self, newest: int | None) -> str:
         return "from the start" if newest is None or self._is_foreign() else f"from round {newest}"

@@ -60,19 +60,19 @@ def load_weights(model: nn.Module, path: Path, head: Sequence[str], ignored: Seq
     Raises:
         ConfigError: the first tensor that is missing, unknown or of another shape.
     """
-    given, wanted = read_weights(path), model.state_dict()
+    saved, wanted = read_weights(path), model.state_dict()
     head, ignored = tuple(head), tuple(ignored)
     for name, tensor in wanted.items():
-        found = given.get(name)
+        found = saved.get(name)
         if found is None or found.shape != tensor.shape:
-            given.pop(name, None)
+            saved.pop(name, None)
             if name.startswith(head):
                 continue
             what = "is not in the file" if found is None else f"has shape {tuple(found.shape)} in the file"
             problem = f"'{name}' {what}, the model's has {tuple(tensor.shape)}"
             raise ConfigError(KEY, str(path), problem, "use the weights of this very architecture")
-    unknown = [name for name in given if name not in wanted and not name.startswith(head + ignored)]
+    unknown = [name for name in saved if name not in wanted and not name.startswith(head + ignored)]
     if unknown:
         problem = f"'{unknown[0]}' is in the file but not in the model"
         raise ConfigError(KEY, str(path), problem, "use the weights of this very architecture")
-    model.load_state_dict({name: given[name] for name in wanted if name in given}, strict=False)
+    model.load_state_dict({name: saved[name] for name in wanted if name in saved}, strict=False)

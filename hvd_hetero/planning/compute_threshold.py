@@ -34,13 +34,13 @@ def best_threshold(
     Returns:
         tau, its gain, and the share of micro-batches that it leaves out; None: leave none out.
     """
-    whole = np.concatenate(ended, axis=1)
-    longest = whole.max(axis=1)
+    times = np.concatenate(ended, axis=1)
+    longest = times.max(axis=1)
     overhead = max(0.0, step_sec - float(longest.mean()))
     best = None
-    for tau in np.linspace(min(float(own[:, 0].min()) for own in ended), float(whole.max()), CANDIDATES):
-        kept = np.concatenate([taken(own, tau) for own in ended], axis=1)
-        last = np.where(kept, whole, 0.0).max(axis=1)
+    for tau in np.linspace(min(float(of_rank[:, 0].min()) for of_rank in ended), float(times.max()), CANDIDATES):
+        kept = np.concatenate([taken(of_rank, tau) for of_rank in ended], axis=1)
+        last = np.where(kept, times, 0.0).max(axis=1)
         dropped = 1 - kept.mean(axis=1)
         gain = float(np.mean((1 - dropped) * (longest + overhead) / (last + overhead) - 1))
         if float(dropped.mean()) <= max_dropped and gain > MARGIN and (best is None or gain > best[1]):

@@ -37,11 +37,11 @@ def delays(spec: DelaysConfig, rank: int, size: int, first: int = 0) -> Iterator
     if spec.distribution is None:
         return None
     assert spec.seed is not None
-    law, seed = LAWS[spec.distribution], spec.seed
-    return (law(spec, np.random.default_rng((seed, step)), step, rank, size) for step in count(first))
+    draw, seed = DISTRIBUTIONS[spec.distribution], spec.seed
+    return (draw(spec, np.random.default_rng((seed, step)), step, rank, size) for step in count(first))
 
 
-Law = Callable[[DelaysConfig, np.random.Generator, int, int, int], float]
+Distribution = Callable[[DelaysConfig, np.random.Generator, int, int, int], float]
 
 
 def _random_ranks(spec: DelaysConfig, rng: np.random.Generator, step: int, rank: int, size: int) -> float:
@@ -56,4 +56,6 @@ def _linear_skew(spec: DelaysConfig, rng: np.random.Generator, step: int, rank: 
     return spec.sec * ((rank + step) % size) / max(size - 1, 1)
 
 
-LAWS: dict[str, Law] = {"random_ranks": _random_ranks, "lognormal": _lognormal, "linear_skew": _linear_skew}
+DISTRIBUTIONS: dict[str, Distribution] = {
+    "random_ranks": _random_ranks, "lognormal": _lognormal, "linear_skew": _linear_skew,
+}  # fmt: skip

@@ -53,9 +53,9 @@ class ClassPlan:
         """The part of one rank of the class."""
         if not self.batch_sizes:
             return self
-        own = self.batch_sizes[self.ranks.index(rank)]
-        weight = self.weight * len(self.ranks) * own / sum(self.batch_sizes)
-        return replace(self, ranks=(rank,), batch_size=own, weight=weight, batch_sizes=())
+        batch_size = self.batch_sizes[self.ranks.index(rank)]
+        weight = self.weight * len(self.ranks) * batch_size / sum(self.batch_sizes)
+        return replace(self, ranks=(rank,), batch_size=batch_size, weight=weight, batch_sizes=())
 
     @property
     def speed(self) -> float:
@@ -194,7 +194,7 @@ def lockstep_plan(
     Raises:
         ConfigError: fewer samples than one step (or that epoch) consumes.
     """
-    whole = sum(batches.values())
+    global_batch = sum(batches.values())
     classes = []
     for c in cluster.classes:
         sizes = tuple(batches[r] for r in c.ranks if r in batches)
@@ -203,11 +203,12 @@ def lockstep_plan(
             continue
         mean = sum(sizes) / len(sizes)
         uneven = sizes if len(set(sizes)) > 1 else ()
-        classes.append(ClassPlan(c.name, c.ranks, 1, round(mean), mean / whole, batch_sizes=uneven))
-    counted, steps = (whole, 1) if epoch_length == "dataset" else (whole * cluster.size * tau // len(batches), tau)
+        classes.append(ClassPlan(c.name, c.ranks, 1, round(mean), mean / global_batch, batch_sizes=uneven))
+    of_epoch = global_batch * cluster.size * tau // len(batches)
+    counted, steps = (global_batch, 1) if epoch_length == "dataset" else (of_epoch, tau)
     if samples < counted:
         problem = f"an epoch takes at least {counted} samples, the training set has {samples}"
-        raise ConfigError("train.batch_size", whole, problem, LESS)
+        raise ConfigError("train.batch_size", global_batch, problem, LESS)
     return Plan(tuple(classes), samples // counted * steps)
 
 
@@ -221,7 +222,7 @@ def check_least_round(
             ``fast_steps``, even the smallest epoch of one round does.
     """
     step = {c.name: batch_size[c.name] * len(c.ranks) for c in cluster.classes}
-    least = min(sum(step.values()) + (tau_fastest - 1) * own for own in step.values())
+    least = min(sum(step.values()) + (tau_fastest - 1) * step_sec for step_sec in step.values())
     if epoch_length == "fast_steps":
         least = max(least, min(batch_size.values()) * tau_fastest * cluster.size)
     if least > samples:
@@ -298,8 +299,8 @@ def apportion(total: int, shares: Sequence[float], at_least: int = 0) -> list[in
         at_least: what everyone gets, at the cost of the largest.
     """
     assert total >= at_least * len(shares)
-    whole = sum(shares)
-    exact = [total * share / whole for share in shares]
+    total_shares = sum(shares)
+    exact = [total * share / total_shares for share in shares]
     counts = [math.floor(x) for x in exact]
     order = sorted(range(len(shares)), key=lambda i: (counts[i] - exact[i], i))
     for i in order[: total - sum(counts)]:

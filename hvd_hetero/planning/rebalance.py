@@ -15,7 +15,7 @@ EPOCHS = 2
 """In how many judgements on end it must: one disturbed one changes nothing."""
 TO_MORE = 2
 """Times as many before a slow class takes more steps: it alone gains, and if they are too many the fast ones wait."""
-PLAIN = 0.1
+OBVIOUS_SHARE = 0.1
 """A share so large that once is enough: a class has become slower or faster for all to see."""
 NEW_SHARE = 0.5
 """Weight of what was measured last in the running estimate."""
@@ -91,7 +91,7 @@ class Rebalancer:
 
         Asked before :meth:`worth`, with the plan for :attr:`latest`.
         """
-        if self.capacity_saved(current, proposed, self._latest) < PLAIN:
+        if self.capacity_saved(current, proposed, self._latest) < OBVIOUS_SHARE:
             return False
         self.step_sec, self._in_a_row = dict(self._latest), 0
         return True
@@ -128,10 +128,10 @@ class Rebalancer:
         Slower classes count as taking longer by :data:`JUDGED_MARGIN` of the margin.
         """
         times = planned_step_sec(step_sec or self.step_sec, self._margin)
-        own = {c.name: times[c.name] * c.batch_size / self._batch_size[c.name] for c in plan.training}
+        now = {c.name: times[c.name] * c.batch_size / self._batch_size[c.name] for c in plan.training}
         samples = {c.name: float(c.round_samples) / c.tau for c in plan.training}
         taus = {c.name: c.tau for c in plan.training}
-        return round_overhead(taus, own, samples, self.average_sec, self._delayed)
+        return round_overhead(taus, now, samples, self.average_sec, self._delayed)
 
 
 def _median(weighted: Sequence[tuple[float, float]]) -> float:

@@ -97,9 +97,9 @@ class Sampler:
         self._pool, self.weights = None, self._sample_weights
         self._resamples = self._scheme == IMPORTANCE and self.fraction_done < self._until
         if self._scheme == INFOBATCH and self.fraction_done < min(self._until, INFOBATCH_UNTIL):
-            pool, own = pruned(self._rng, self.losses, self._prune_ratio)
+            pool, is_kept = pruned(self._rng, self.losses, self._prune_ratio)
             if np.count_nonzero(pool) >= least:
-                self._pool, self.weights = pool, self._sample_weights * own
+                self._pool, self.weights = pool, self._sample_weights * is_kept
         elif self._resamples:
             weights = 1 / (len(self.losses) * importance(self.losses))
             self.weights = (self._sample_weights * weights).astype(np.float32)
@@ -371,8 +371,8 @@ def _separate(
     """The biased class gets hard samples; every other class draws from all samples, independently of it."""
     drawn: dict[str, Indices] = {}
     for name, count in counts.items():
-        own = _biased_draw(rng, losses, count, ratio, choose) if name == biased else np.ones(len(losses), dtype=bool)
-        drawn |= _deal(rng, own, {name: count})
+        pool = _biased_draw(rng, losses, count, ratio, choose) if name == biased else np.ones(len(losses), dtype=bool)
+        drawn |= _deal(rng, pool, {name: count})
     return drawn
 
 

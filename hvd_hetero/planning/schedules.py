@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hvd_hetero.config.schema import TrainConfig
-from hvd_hetero.errors import ConfigError, Plain, nearest
+from hvd_hetero.errors import ConfigError, Unquoted, nearest
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.stop_criteria import RunProgress, fast_steps, round_samples
 
@@ -34,13 +34,13 @@ def check_schedule(train: TrainConfig) -> None:
             raise ConfigError(key, value, f"is no argument of {train.scheduler}", nearest(name, ARGUMENTS))
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not 0 <= value <= 1 or (name == "warmup" and value == 1):
-            raise ConfigError(key, Plain(value), "is no share", "give a number from 0 to 1 (below 1 for warmup)")
+            raise ConfigError(key, Unquoted(value), "is no share", "give a number from 0 to 1 (below 1 for warmup)")
 
 
 def rate_factor(name: str, fraction: float, args: Mapping[str, Any]) -> float:
     """Return the factor of the learning rate where ``fraction`` of the run is done, in [0, 1]."""
-    given = {**ARGUMENTS, **args}
-    warmup, floor = given["warmup"], given["floor"]
+    filled = {**ARGUMENTS, **args}
+    warmup, floor = filled["warmup"], filled["floor"]
     if fraction < warmup:
         return fraction / warmup
     left = 1 - (fraction - warmup) / (1 - warmup)

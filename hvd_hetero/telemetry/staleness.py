@@ -57,14 +57,14 @@ class PartialAccounts:
 
     def enter(self, gathered: Sequence[Tensor]) -> dict[str, float]:
         """Enters an epoch; returns its shares of all ranks' rounds, and the mean age of what was sent."""
-        whole = torch.stack(list(gathered))
+        counts_by_rank = torch.stack(list(gathered))
         self.ranks = self.ranks or [dict.fromkeys(KINDS, 0) for _ in gathered]
-        for mine, row in zip(self.ranks, whole.tolist(), strict=True):
+        for mine, row in zip(self.ranks, counts_by_rank.tolist(), strict=True):
             for kind, times in zip(KINDS, row, strict=False):
                 mine[kind] += times
-        ages = whole[:, len(KINDS) :].sum(0)
+        ages = counts_by_rank[:, len(KINDS) :].sum(0)
         self._ages += ages
-        fresh, late, empty = (int(whole[:, i].sum()) for i in range(3))
+        fresh, late, empty = (int(counts_by_rank[:, i].sum()) for i in range(3))
         rounds = max(fresh + late + empty, 1)
         age = float((ages * torch.arange(AGES)).sum()) / max(int(ages.sum()), 1)
         return {"fresh": fresh / rounds, "late": late / rounds, "empty": empty / rounds, "mean_staleness": age}

@@ -75,15 +75,15 @@ def timeline(ranks: Sequence[Sequence[Span]]) -> list[list[Span]]:
     result = []
     for spans, shift in zip(ranks, off, strict=True):
         shares = iter(transfer if together else ())
-        own: list[Span] = []
+        of_rank: list[Span] = []
         for kind, start, end in spans:
             start, end = start - shift - origin, end - shift - origin
             if kind == COLLECTIVE:
                 arrived = max(start, end - next(shares, end - start))
-                own += [("blocked", start, arrived)] if arrived > start else []
+                of_rank += [("blocked", start, arrived)] if arrived > start else []
                 kind, start = "comm", arrived
-            own.append((kind, start, end))
-        result.append(_joined(own))
+            of_rank.append((kind, start, end))
+        result.append(_joined(of_rank))
     return result
 
 

@@ -107,8 +107,8 @@ def train(
     objects = UserObjects(model, train_data, test_data, loss, optimizer, scheduler, metrics, callbacks)
 
     def prepare() -> tuple[Config, Components]:
-        own = any(part is not None for part in (model, train_data, test_data))
-        loaded = load(config, overrides, algorithms.method, own)
+        user_objects = any(part is not None for part in (model, train_data, test_data))
+        loaded = load(config, overrides, algorithms.method, user_objects)
         return loaded, dry_run.build(loaded, objects)
 
     with ExitStack() as after:

@@ -26,7 +26,7 @@ from hvd_hetero.cluster.device_classes import Cluster
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.kv_store import JobEnv
 from hvd_hetero.config.schema import RESHAPE, Config
-from hvd_hetero.errors import ConfigError, Plain, UserError
+from hvd_hetero.errors import ConfigError, Unquoted, UserError
 from hvd_hetero.log import LOGGER
 from hvd_hetero.telemetry.run_status import SAVE
 from hvd_hetero.training.fingerprint import made_with
@@ -228,8 +228,8 @@ class Saver(SyncPoints):
         message = torch.tensor([NONE, 0, 0])
         if found is not None:
             elsewhere = self._config.run.resume == RESHAPE and found.state.get("classes") != places(cluster)
-            message = torch.tensor([found.round, int(found.reshaped or elsewhere), int(found.keeps)])
-        number, reshaped, keeps = (int(x) for x in self._comm.broadcast(message, "checkpoint.found"))
+            message = torch.tensor([found.round, int(found.reshaped or elsewhere), int(found.restores_ranks)])
+        number, reshaped, restores_ranks = (int(x) for x in self._comm.broadcast(message, "checkpoint.found"))
         if number == NONE:
             problem = ""
             try:
@@ -244,7 +244,7 @@ class Saver(SyncPoints):
         try:
             saved = self._store.at(number)
             rank = self._comm.rank
-            state = load_for(saved, self._config, cluster, rank, bool(keeps)) if reshaped else saved.load(rank)
+            state = load_for(saved, self._config, cluster, rank, bool(restores_ranks)) if reshaped else saved.load(rank)
             if found is not None:
                 state["rank0"] = found.state["rank0"]
                 self._store.rewind(number)
@@ -330,7 +330,7 @@ class LoopSaver(SyncPoints):
         rounds = [int(number) for number in self._comm.gather(torch.tensor([mine]), "checkpoint.given")]
         if len(set(rounds)) > 1:
             text = ", ".join("none" if number == NONE else f"round {number}" for number in rounds)
-            raise ConfigError("load_state_dict", Plain(text), "by rank, these are states of different rounds",
+            raise ConfigError("load_state_dict", Unquoted(text), "by rank, these are states of different rounds",
                               "give each rank its own, all of one round")  # fmt: skip
         if self.loaded_state is None:
             return None, False

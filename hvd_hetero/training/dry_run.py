@@ -85,12 +85,12 @@ def build(config: Config, objects: UserObjects | None = None) -> Components:
 def _try(run: _DryRun) -> None:
     """Try a few samples, and as many as a step really has before it is refused: a queue takes batches of one size."""
     try:
-        run.rolled_back(run.whole)
+        run.rolled_back(run.attempt)
     except ConfigError as error:
         if not run.read_whole_batch():
             raise
         try:
-            run.rolled_back(run.whole)
+            run.rolled_back(run.attempt)
         except ConfigError:
             raise error from error.__cause__
 
@@ -144,7 +144,7 @@ class _DryRun:
 
     # ---- what is done -----------------------------------------------------------------------------------------------
 
-    def whole(self) -> None:
+    def attempt(self) -> None:
         """Evaluate, train, go through the epochs, save."""
         warn_of_evaluation_mode(self._components.model)
         if self._config.train.micro_batches != 1:
@@ -215,13 +215,13 @@ class _DryRun:
         return worker
 
     def _make_optimizer(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
-        key, own = self._origins.optimizer, {id(p) for p in params}
+        key, of_model = self._origins.optimizer, {id(p) for p in params}
         with as_user_error(*key, "cannot be made", "give a function of the parameters that makes a torch optimizer"):
             optimizer = self._components.optimizer(params)
         if not isinstance(optimizer, torch.optim.Optimizer):
             problem = f"makes a {type(optimizer).__name__}, no torch optimizer"
             raise ConfigError(*key, problem, "make a torch.optim.Optimizer")
-        if {id(p) for group in optimizer.param_groups for p in group["params"]} - own:
+        if {id(p) for group in optimizer.param_groups for p in group["params"]} - of_model:
             problem = "has parameters that are not the model's"
             raise ConfigError(*key, problem, "make it from the parameters that it is called with")
         closure = inspect.signature(optimizer.step).parameters.get("closure")
@@ -234,9 +234,9 @@ class _DryRun:
         return optimizer
 
     def _check_modes(self, optimizer: torch.optim.Optimizer) -> None:
-        plain, spec = AggregationConfig(), self._config.aggregation
+        defaults, spec = AggregationConfig(), self._config.aggregation
         values = {key: getattr(spec, key) for key in ("mode", "delayed", "outer_lr", "outer_momentum")}
-        others = [f"aggregation.{key}={value}" for key, value in values.items() if value != getattr(plain, key)]
+        others = [f"aggregation.{key}={value}" for key, value in values.items() if value != getattr(defaults, key)]
         others += ["cluster.too_slow=wait_avoiding"] if self._config.cluster.too_slow == WAIT_AVOIDING else []
         if others and has_modes(optimizer):
             problem = f"has modes, train() and eval(), which do not go with {others[0]}"
@@ -246,9 +246,9 @@ class _DryRun:
         assert self._components.scheduler is not None
         with as_user_error(*self._origins.scheduler, "cannot be made", "correct its arguments (train.scheduler_args)"):
             rates = [group["lr"] for group in optimizer.param_groups]
-            made = self._components.scheduler(optimizer)
+            scheduler = self._components.scheduler(optimizer)
         check_rates(rates, optimizer, self._config, self._origins)
-        return made
+        return scheduler
 
     def _evaluate(self, worker: Worker) -> None:
         what = f"the model fails on {self._input_text(training=False)}"
@@ -284,8 +284,8 @@ class _DryRun:
         except UserError:
             raise
         except Exception as error:
-            made = forward_places(lambda: worker.gradient(*self._batch))
-            problem = f"the model fails on {self._input_text(training=True)}: {cause(error, made)}"
+            places = forward_places(lambda: worker.gradient(*self._batch))
+            problem = f"the model fails on {self._input_text(training=True)}: {cause(error, places)}"
             raise ConfigError(*self._origins.model, problem, "make model and data fit together") from error
 
     def _epochs(self, worker: Worker) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 import hvd_hetero
 from hvd_hetero.comm.horovod_build import build_info
 from hvd_hetero.config.schema import COURSE, FIGURES, Config
-from hvd_hetero.errors import ConfigError, Plain
+from hvd_hetero.errors import ConfigError, Unquoted
 
 PACKAGE = Path(hvd_hetero.__file__).parent
 TARGETS = ("data.target", "model.target", "train.loss", "train.optimizer", "train.scheduler",
@@ -83,11 +83,11 @@ def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def digest_of(folder: Path, files: Iterable[Path]) -> str:
     """A hash of files' names in a folder and of what is in them."""
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted(files):
         content = path.read_bytes()
-        whole.update(f"{path.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
-    return whole.hexdigest()[:16]
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:16]
 
 
 def check_same(fingerprints: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> None:
@@ -103,7 +103,7 @@ def check_same(fingerprints: Sequence[Mapping[str, str]], hosts: Sequence[str]) 
             mine, theirs = first.get(what, "nothing"), other.get(what, "nothing")
             if mine != theirs:
                 problem = f"so it is for rank {rank} on {hosts[rank]}, for rank 0 on {hosts[0]} it is {mine}"
-                raise ConfigError(what, Plain(theirs), problem, _remedy(what, hosts[rank], hosts[0]))
+                raise ConfigError(what, Unquoted(theirs), problem, _remedy(what, hosts[rank], hosts[0]))
 
 
 def _remedy(what: str, host: str, first: str) -> str:

@@ -78,8 +78,8 @@ class IterateAverage:
         """Put the average, which rank 0 has, into the model of every rank for as long as a block lasts."""
         before = [vector.clone() for vector in self._state.vectors]
         with torch.no_grad():
-            for i, (vector, own) in enumerate(zip(self._state.vectors, self._summable(), strict=True)):
-                mean = own if self._mean is None else self._mean[i]
+            for i, (vector, current) in enumerate(zip(self._state.vectors, self._summable(), strict=True)):
+                mean = current if self._mean is None else self._mean[i]
                 vector.copy_(comm.broadcast(mean, f"iterate_average.{i}"))
         try:
             yield
@@ -97,9 +97,9 @@ class IterateAverage:
             return
         models = self._summable()
 
-        def own(saved: list[Tensor]) -> list[Tensor]:
+        def on_device(saved: list[Tensor]) -> list[Tensor]:
             return [mean.to(x, copy=True) for mean, x in zip(saved, models, strict=True)]
 
-        self._mean = None if state["mean"] is None else own(state["mean"])
+        self._mean = None if state["mean"] is None else on_device(state["mean"])
         self._rounds = state["rounds"]
-        self._epochs.extend(map(own, state["epochs"]))
+        self._epochs.extend(map(on_device, state["epochs"]))

@@ -101,9 +101,9 @@ class LiveStatus:
         run, comm = self._run, self._run.comm
         together = sum(spent for spent in run.watch.collectives[self._met :] if spent == spent)
         waited = together + run.watch.seconds["blocked"] - self._waited
-        own = [float(len(segment.at)), waited, float(epoch.excluded + comm.excluded.pending)]
+        of_rank = [float(len(segment.at)), waited, float(epoch.excluded + comm.excluded.pending)]
         mine = run.job.cluster.class_of(comm.rank).name
-        rows = (own if c.name == mine else [0.0] * len(own) for c in run.job.cluster.classes)
+        rows = (of_rank if c.name == mine else [0.0] * len(of_rank) for c in run.job.cluster.classes)
         looked_at = run.folder is not None and not self._recording and os.path.exists(run.folder.path / LOOK)
         return [*(number for row in rows for number in row), -together, float(looked_at)]
 

@@ -27,7 +27,7 @@ from hvd_hetero.planning.sampling import Sampler
 from hvd_hetero.telemetry.callbacks import Callback
 from hvd_hetero.training.api import begin, carry_out, exit_on_error
 from hvd_hetero.training.checkpointer import LoopSaver, SyncPoints
-from hvd_hetero.training.handover import Handover, LoopExited, LoopWorker, Round
+from hvd_hetero.training.loop_worker import LoopChannel, LoopExited, LoopWorker, Round
 from hvd_hetero.training.process import process_restored
 from hvd_hetero.training.resume import Found
 from hvd_hetero.training.startup import Job, make_worker
@@ -107,7 +107,7 @@ class Loop:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         def prepare() -> tuple[Config, Components]:
-            loaded = load(config, overrides, algorithms.method, own=True)
+            loaded = load(config, overrides, algorithms.method, user_objects=True)
             check_supported_by_loop(loaded)
             seed, train = None if sharded else loaded.run.seed, loaded.train
             source, size = dealt_or_stream(
@@ -131,7 +131,7 @@ class Loop:
         def make(job: Job, found: Found | None) -> LoopTrainer:
             return LoopTrainer(job, job.config.run.dir, found, sharded, evaluates=test_data is not None)
 
-        self._handover, self._is_begun = Handover(), False
+        self._channel, self._is_begun = LoopChannel(), False
         with ExitStack() as after:
             after.enter_context(process_restored())
             after.enter_context(logged(job_env().rank))
@@ -168,11 +168,11 @@ class Loop:
         if self._is_begun:
             raise RuntimeError("a Loop is gone through once: make another one")
         self._is_begun, trainer = True, self._trainer
-        trainer.connect(self._handover)
-        self._handover.begin(partial(carry_out, trainer), trainer.job.placement.device)
+        trainer.connect(self._channel)
+        self._channel.begin(partial(carry_out, trainer), trainer.job.placement.device)
         with ExitStack() as hearing:
             is_heard = False
-            while (round := exit_on_error(self._handover.swap)) is not None:
+            while (round := exit_on_error(self._channel.swap)) is not None:
                 if not round.measures and not is_heard and trainer.saver is not None and trainer.saver.active:
                     hearing.enter_context(trainer.saver.stopping)  # only a program's main thread hears signals
                     is_heard = True
@@ -243,9 +243,9 @@ class Loop:
         self._leave()
 
     def _stop_trainer(self) -> None:
-        if self._handover.is_out:
+        if self._channel.is_out:
             try:
-                self._handover.swap(LoopExited("the program has left its loop"))
+                self._channel.swap(LoopExited("the program has left its loop"))
             except LoopExited:
                 pass
 
@@ -272,11 +272,11 @@ class LoopTrainer(Trainer):
         self._sharded, self.evaluates = sharded, evaluates
         self.loaded_state: Mapping[str, Any] | None = None
 
-    def connect(self, handover: Handover) -> None:
+    def connect(self, channel: LoopChannel) -> None:
         """Hand rounds out there."""
         is_stream = isinstance(self.source, StreamSource)
         needs_losses = not is_stream and self.config.sampling.scheme != UNIFORM
-        self.worker.connect(handover, self.comm.excluded, self.kept, is_stream, needs_losses,
+        self.worker.connect(channel, self.comm.excluded, self.kept, is_stream, needs_losses,
                             lambda: self.algorithm.class_plan.batch_size)  # fmt: skip
 
     def make_worker(self) -> LoopWorker:

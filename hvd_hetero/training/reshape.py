@@ -25,16 +25,16 @@ from hvd_hetero.worker.index_feed import StreamFeed
 
 def carry_over(run: Run, state: Mapping[str, Any]) -> None:
     """Go on from what :func:`hvd_hetero.training.resume.load_for` gave; all ranks call it."""
-    own, feed, accounts = state["own"], run.feed, run.accounts
+    rank_state, feed, accounts = state["own"], run.feed, run.accounts
     run.algorithm.carry_over(state["algorithm"])
-    if own is not None:
-        run.worker.load_state_dict(own["worker"])
+    if rank_state is not None:
+        run.worker.load_state_dict(rank_state["worker"])
     epoch = _epoch(run, state)
     assert run.saver is not None
     accounts.carry_over(state["accounts"], run.saver.saved_round if epoch is None and "epoch" in state else None)
     if epoch is None:
         run.worker.pop_losses()
-    if own is None:
+    if rank_state is None:
         by_epochs = run.job.config.train.scheduler_unit == "epoch"
         for _ in range(accounts.epochs if by_epochs else run.saver.saved_round):
             run.worker.step_scheduler()
@@ -67,9 +67,9 @@ def _epoch(run: Run, state: Mapping[str, Any]) -> Epoch | None:
         return None
     if isinstance(run.feed, StreamFeed):
         return None
-    own, size = state["own"], run.plan.of_rank(run.comm.rank).batch_size
-    saved = state["epoch"] if own is None else own["epoch"]
-    if own is None:
+    rank_state, size = state["own"], run.plan.of_rank(run.comm.rank).batch_size
+    saved = state["epoch"] if rank_state is None else rank_state["epoch"]
+    if rank_state is None:
         weights = None if saved["weights"] is None else np.empty((0, size), np.float32)
         saved = {**saved, "indices": np.empty((0, size), np.int64), "weights": weights, "at": [], "rows": [],
                  "dealt": 0, "excluded": 0, "counts": torch.zeros_like(saved["counts"]),

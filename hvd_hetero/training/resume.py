@@ -36,13 +36,13 @@ class Found:
         round: of the checkpoint.
         state: rank 0's.
         reshaped: it is of other settings or ranks, and is taken all the same.
-        keeps: of other ranks at most: each that stays goes on from its own state.
+        restores_ranks: of other ranks at most: each that stays goes on from its own state.
     """
 
     round: int
     state: Any
     reshaped: bool = False
-    keeps: bool = True
+    restores_ranks: bool = True
 
 
 def find(run_dir: Path, config: Config, world_size: int | None) -> Found | None:
@@ -73,8 +73,8 @@ def find(run_dir: Path, config: Config, world_size: int | None) -> Found | None:
             continue
         for text in [*map(str, damaged), *changed_sources(checkpoint.meta, config)]:
             warnings.warn(text, RuntimeWarning, stacklevel=2)
-        keeps = changed_settings(checkpoint.meta, config).keys() <= OF_CLASSES
-        return Found(candidate.round, state, other is not None, keeps)
+        restores_ranks = changed_settings(checkpoint.meta, config).keys() <= OF_CLASSES
+        return Found(candidate.round, state, other is not None, restores_ranks)
     if damaged:
         raise damaged[0]
     return None
@@ -182,11 +182,11 @@ def check_fits(state: Any, worker: Worker) -> None:
     Raises:
         ConfigError: it is.
     """
-    saved, own = state["worker"]["model"], worker.state.state_dict()
-    shapes = [[len(vector) for vector in one["vectors"]] for one in (saved, own)]
-    known = own["others"]["tensors"]
+    saved, current = state["worker"]["model"], worker.state.state_dict()
+    shapes = [[len(vector) for vector in one["vectors"]] for one in (saved, current)]
+    known = current["others"]["tensors"]
     same = all(known[name].shape == t.shape for name, t in saved["others"]["tensors"].items() if name in known)
-    if shapes[0] != shapes[1] or saved["layout"] != own["layout"] or not same:
+    if shapes[0] != shapes[1] or saved["layout"] != current["layout"] or not same:
         problem = "the checkpoint is of another model"
         remedy = "take the model that it was made with, and the same train.channels_last"
         raise ConfigError("run.resume", RESHAPE, problem, remedy)
@@ -202,27 +202,29 @@ def slots(cluster: Cluster) -> list[list[Any]]:
     return [[fact.host, fact.local_rank] for fact in cluster.facts]
 
 
-def load_for(saved: Checkpoint, config: Config, cluster: Cluster, rank: int, keeps: bool) -> dict[str, Any]:
+def load_for(saved: Checkpoint, config: Config, cluster: Cluster, rank: int, restores_ranks: bool) -> dict[str, Any]:
     """Return what a rank goes on from, of a job with other ranks or settings.
 
     Args:
-        keeps: whether ranks that stay go on from their own states.
+        restores_ranks: whether ranks that stay go on from their own states.
 
     Returns:
         The state of that job's first rank, with the model of one that trained; and ``own``, of the rank that was where
         this one is, or None; ``stayed``, how many ranks have one; ``gone``, on rank 0, the states of those that nobody
-        has, with their classes; ``keeps``; ``changed``, whether settings that decide the numbers are others now.
+        has, with their classes; ``restores_ranks``; ``changed``, whether settings that decide the numbers
+        are others now.
 
     Raises:
         CheckpointError: a part of it cannot be read.
     """
     state = load_leads(saved)
-    stays = {new: old for new, old in staying(state, cluster).items() if keeps and old not in saved.meta.lost}
+    stays = {new: old for new, old in staying(state, cluster).items() if restores_ranks and old not in saved.meta.lost}
     state["own"] = saved.load(stays[rank]) if rank in stays else None
-    left = set(saved.meta.ranks).difference(stays.values()) if rank == 0 and keeps else set()
+    left = set(saved.meta.ranks).difference(stays.values()) if rank == 0 and restores_ranks else set()
     names = {other: name for name, _, ranks in state["classes"] for other in ranks}
     state["gone"] = [(names[other], saved.load(other)) for other in sorted(left)]
-    return {**state, "stayed": len(stays), "keeps": keeps, "changed": bool(changed_settings(saved.meta, config))}
+    changed = bool(changed_settings(saved.meta, config))
+    return {**state, "stayed": len(stays), "restores_ranks": restores_ranks, "changed": changed}
 
 
 def staying(state: Mapping[str, Any], cluster: Cluster) -> dict[int, int]:
@@ -238,7 +240,7 @@ def staying(state: Mapping[str, Any], cluster: Cluster) -> dict[int, int]:
 def known_plan(state: Mapping[str, Any], cluster: Cluster) -> Plan | None:
     """Return the plan that a job had with the same ranks and settings; speeds need not be measured again then."""
     same = state["classes"] == places(cluster) and state.get("slots") == slots(cluster)
-    return Plan.from_dict(state["plan"]) if state["keeps"] and not state["changed"] and same else None
+    return Plan.from_dict(state["plan"]) if state["restores_ranks"] and not state["changed"] and same else None
 
 
 def check_places(state: Any, cluster: Cluster) -> None:

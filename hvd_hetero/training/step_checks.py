@@ -80,10 +80,10 @@ def check_rates(before: Sequence[Any], optimizer: torch.optim.Optimizer, config:
 
 
 def check_classes(
-    dataset: Dataset, outputs: Any, config: Config, given: UserObjects | None, origins: Origins
+    dataset: Dataset, outputs: Any, config: Config, objects: UserObjects | None, origins: Origins
 ) -> None:
     """Refuse class numbers of which none counts or that the model has no output for, where they are at hand."""
-    own_loss = given is not None and given.loss is not None
+    own_loss = objects is not None and objects.loss is not None
     if own_loss or config.train.loss not in OF_CLASSES or not is_shaped(outputs) or outputs.dim() < 2:
         return
     ignored = config.train.loss_args.get("ignore_index", IGNORED)

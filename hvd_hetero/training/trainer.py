@@ -178,9 +178,9 @@ class Trainer(TrainerParts):
         self.saved = write_model(self.folder, self.worker.model, MODEL)
         cluster, path = self.job.cluster, comm.path
         classes = accounts.classes(self.plan)
-        for item, own in zip(cluster.classes, classes, strict=True):
-            own["peak_gpu_bytes"] = max(int(peaks[r][0]) for r in item.ranks) if item.device == "cuda" else None
-            own["micro_batches"] = int(peaks[item.ranks[0]][1])
+        for item, figures in zip(cluster.classes, classes, strict=True):
+            figures["peak_gpu_bytes"] = max(int(peaks[r][0]) for r in item.ranks) if item.device == "cuda" else None
+            figures["micro_batches"] = int(peaks[item.ranks[0]][1])
         best = self.best.summary()
         summary = write_summary(self.folder, config, cluster, self.plan, classes, accounts, path, best, self.begin)
         self.status.enter(FINISHED)
@@ -201,9 +201,9 @@ class Trainer(TrainerParts):
         self.watch.heartbeat.begin("dealing samples")
         if self.feed.sampler is not None:
             self.feed.sampler.fraction_done = run_fraction(self.config.train, self.plan, self.accounts.done, 0.0)
-        whole = self.feed.begin_epoch(self.plan)
-        part = replace(whole, rounds=min(rounds, whole.rounds))
-        indices = self.algorithm.deal(self.feed, part, whole)
+        full = self.feed.begin_epoch(self.plan)
+        part = replace(full, rounds=min(rounds, full.rounds))
+        indices = self.algorithm.deal(self.feed, part, full)
         return Epoch(part, indices, self.source, self.worker.generator, self.feed.weights_of(indices))
 
     def _work(self, epoch: Epoch) -> SyncDecision:
@@ -213,7 +213,7 @@ class Trainer(TrainerParts):
         meets = rebalances or {self.config.train.max_train_sec, self.config.checkpoint.memory_sec} != {None}
         saver = self.saver if self.saver is not None and (self.saver.active or meets) else None
         classes = [c.name for c in self.job.cluster.classes]
-        own = classes.index(self.job.cluster.class_of(self.comm.rank).name)
+        own_class = classes.index(self.job.cluster.class_of(self.comm.rank).name)
         while True:
             left, before, first = epoch.rounds_left, self.accounts.rounds + epoch.progress.averages, len(work)
             length = left if saver is None else saver.segment(left, before)
@@ -230,7 +230,7 @@ class Trainer(TrainerParts):
                 return SyncDecision(progress, False, False)
             step_sec = [0.0] * len(classes) if rebalances else []
             if rebalances and segment.at:
-                step_sec[own] = sum(work[first:]) / len(segment.at)
+                step_sec[own_class] = sum(work[first:]) / len(segment.at)
             agreed = self._synchronize(epoch, segment, saver, length, before, step_sec)
             self._offer(self.helpers.offer, epoch, epoch.progress.averages)
             self.helpers.receive()

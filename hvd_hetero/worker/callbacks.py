@@ -28,10 +28,10 @@ class Callbacks:
     """
 
     def __init__(self, spec: RunConfig, callbacks: Sequence[Callback] = ()) -> None:
-        self._own = [(type(item).__qualname__, item) for item in callbacks]
+        self._callbacks = [(type(item).__qualname__, item) for item in callbacks]
         for path in spec.callbacks:
-            self._own.append((path, call(KEY, import_target(KEY, path), {})))
-        for name, item in self._own:
+            self._callbacks.append((path, call(KEY, import_target(KEY, path), {})))
+        for name, item in self._callbacks:
             if not isinstance(item, Callback):
                 problem, remedy = f"makes a {type(item).__name__}", "derive it from hvd_hetero.Callback"
                 raise ConfigError(KEY, name, problem, remedy)
@@ -49,7 +49,7 @@ class Callbacks:
         Raises:
             ConfigError: a callback of the user's fails here.
         """
-        for name, item in self._own:
+        for name, item in self._callbacks:
             if rank == 0 or item.on_all_ranks:
                 try:
                     getattr(item, hook)(*args)

@@ -120,7 +120,7 @@ def build(config: Config, objects: UserObjects | None = None) -> Components:
     model = _model(config, objects)
     loss = (per_sample_loss(train.loss, train.loss_args, at_hand) if objects.loss is None
             else loss_of_module(objects.loss, at_hand))  # fmt: skip
-    module = loss.given if isinstance(loss, SampleLosses) else objects.loss
+    module = loss.module if isinstance(loss, SampleLosses) else objects.loss
     ignored = getattr(module, "ignore_index", train.loss_args.get("ignore_index", IGNORED))
     components = Components(
         dataset=dataset,

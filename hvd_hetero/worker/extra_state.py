@@ -43,5 +43,5 @@ def load_state_beside(module: nn.Module, model: nn.Module, state: Mapping[str, A
 
 
 def _slots_beside(module: nn.Module, model: nn.Module) -> list[Slot]:
-    own = set(model.modules())
-    return [slot for slot in slots_of(module) if not slot.is_parameter and slot.module not in own]
+    modules = set(model.modules())
+    return [slot for slot in slots_of(module) if not slot.is_parameter and slot.module not in modules]

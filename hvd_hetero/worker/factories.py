@@ -30,10 +30,10 @@ def per_sample_loss(name: str, args: Mapping[str, Any], at_hand: Sequence[Any] =
         ConfigError: there is no such loss, or it cannot take its arguments.
     """
     if ":" in name:
-        own = import_target("train.loss", name)
-        if isinstance(own, type) and issubclass(own, nn.Module):
-            own, args = call("train.loss_args", own, with_tensors(own, args)), {}
-        return loss_of_module(own, at_hand, args)
+        loss = import_target("train.loss", name)
+        if isinstance(loss, type) and issubclass(loss, nn.Module):
+            loss, args = call("train.loss_args", loss, with_tensors(loss, args)), {}
+        return loss_of_module(loss, at_hand, args)
     function = getattr(nn.functional, name, None)
     if not callable(function):
         raise ConfigError("train.loss", name, "is no function of torch.nn.functional",
@@ -63,10 +63,10 @@ def optimizer_maker(name: str, lr: float, args: Mapping[str, Any]) -> MakeOptimi
     """
     kind = _torch_class("train.optimizer", name, torch.optim, torch.optim.Optimizer)
 
-    def made(params: Any) -> Any:
-        return _made("train.optimizer_args", lambda: kind(params, lr=lr, **args), args)
+    def make(params: Any) -> Any:
+        return _checked_make("train.optimizer_args", lambda: kind(params, lr=lr, **args), args)
 
-    return (lambda named_parameters: made(named_parameters)) if asks_for_names(kind) else made
+    return (lambda named_parameters: make(named_parameters)) if asks_for_names(kind) else make
 
 
 def scheduler_maker(name: str | None, args: Mapping[str, Any]) -> Callable[[torch.optim.Optimizer], Any] | None:
@@ -80,7 +80,7 @@ def scheduler_maker(name: str | None, args: Mapping[str, Any]) -> Callable[[torc
     if name is None or name in NAMES:
         return None
     kind = _torch_class("train.scheduler", name, torch.optim.lr_scheduler, torch.optim.lr_scheduler.LRScheduler)
-    return lambda optimizer: _made("train.scheduler_args", lambda: kind(optimizer, **args), args)
+    return lambda optimizer: _checked_make("train.scheduler_args", lambda: kind(optimizer, **args), args)
 
 
 def _torch_class(key: str, name: str, module: Any, kind: type) -> Callable[..., Any]:
@@ -95,7 +95,7 @@ def _torch_class(key: str, name: str, module: Any, kind: type) -> Callable[..., 
     return found
 
 
-def _made(key: str, make: Callable[[], Any], args: Mapping[str, Any]) -> Any:
+def _checked_make(key: str, make: Callable[[], Any], args: Mapping[str, Any]) -> Any:
     try:
         return make()
     except (TypeError, ValueError) as error:

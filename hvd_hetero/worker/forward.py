@@ -75,10 +75,10 @@ class ForwardPasses:
         random, generator = RandomState.capture(self.device), self.generator.get_state()
         for metric in self.measures:
             metric.begin(self.device)
-        whole = len(indices) // batch_size * batch_size
+        in_full_batches = len(indices) // batch_size * batch_size
         self.set_eval_mode()
         with evaluating(self.model):
-            for rows in (indices[:whole].reshape(-1, batch_size), indices[whole:].reshape(1, -1)):
+            for rows in (indices[:in_full_batches].reshape(-1, batch_size), indices[in_full_batches:].reshape(1, -1)):
                 batches = through(read(source, rows, self.generator, split="test")) if rows.size else ()
                 for inputs, targets in batches:
                     self.watch.heartbeat.begin("evaluation")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.comm.helper_channel import Scores
-from hvd_hetero.errors import ConfigError, Plain
+from hvd_hetero.errors import ConfigError, Unquoted
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.sampling import Sampler, newest_last
 
@@ -48,27 +48,27 @@ class Feed:
         return replace(plan, rounds=min(plan.rounds, size // in_round))
 
     def _share_weights(self) -> None:
-        own = torch.empty(self._samples) if self.sampler is None else torch.from_numpy(self.sampler.weights)
+        weights = torch.empty(self._samples) if self.sampler is None else torch.from_numpy(self.sampler.weights)
         with self._comm.timed():
-            self._weights = self._comm.broadcast(own, "epoch.weights").numpy()
+            self._weights = self._comm.broadcast(weights, "epoch.weights").numpy()
 
     def weights_of(self, indices: NDArray[Any]) -> NDArray[np.float32] | None:
         """Return the weights of samples in this epoch, None where all weigh the same."""
         return None if self._weights is None else self._weights[indices]
 
-    def deal(self, plan: Plan, whole: Plan) -> NDArray[Any]:
+    def deal(self, plan: Plan, full: Plan) -> NDArray[Any]:
         """This rank's indices for one epoch, ``[rounds * tau, B]``, a row a step.
 
         Args:
-            whole: the plan of an epoch that is not cut short. Of one that is, the first rounds are dealt: drawn for
+            full: the plan of an epoch that is not cut short. Of one that is, the first rounds are dealt: drawn for
                 itself, a short epoch would have the biased class train on nothing but the very hardest samples.
         """
         drawn: Mapping[str, NDArray[Any]] = {}
         if self.sampler is not None:
-            drawn = self.sampler.draw(whole.epoch_samples())
+            drawn = self.sampler.draw(full.epoch_samples())
         mine = self._slice(plan, drawn)
         if self.sampler is not None:
-            self.sampler.begin(whole.epoch_samples())
+            self.sampler.begin(full.epoch_samples())
         return mine
 
     def deal_rest(
@@ -82,8 +82,8 @@ class Feed:
         """
         with self._comm.timed():
             shapes = [row.tolist() for row in self._comm.gather(torch.tensor([steps, *indices.shape]), "rest.sizes")]
-            own = torch.from_numpy(np.ascontiguousarray(indices.reshape(-1))).to(self._dtype)
-            dealt = self._comm.gather(own, "rest.indices", [rows * batch for _, rows, batch in shapes])
+            rest = torch.from_numpy(np.ascontiguousarray(indices.reshape(-1))).to(self._dtype)
+            dealt = self._comm.gather(rest, "rest.indices", [rows * batch for _, rows, batch in shapes])
         if self._is_weighted and self._weights is None:  # the epoch was begun by an earlier job
             self._share_weights()
         drawn: Mapping[str, NDArray[Any]] = {}
@@ -111,17 +111,17 @@ class Feed:
         with self._comm.timed():
             everything = self._comm.broadcast(everything, "epoch.indices")
         mine = everything.split(sizes)[self._comm.rank].numpy()
-        own = plan.of_rank(self._comm.rank)
-        return mine.reshape(plan.rounds * own.tau, own.batch_size)
+        class_plan = plan.of_rank(self._comm.rank)
+        return mine.reshape(plan.rounds * class_plan.tau, class_plan.batch_size)
 
-    def deal_whole(self, plan: Plan) -> NDArray[Any]:
+    def deal_all(self, plan: Plan) -> NDArray[Any]:
         """Everybody's indices for one epoch, ``[N]``, in random order."""
-        whole = torch.empty(sum(plan.epoch_samples().values()), dtype=self._dtype)
+        drawn = torch.empty(sum(plan.epoch_samples().values()), dtype=self._dtype)
         if self.sampler is not None:
-            whole = torch.from_numpy(self.sampler.draw({EVERYBODY: len(whole)})[EVERYBODY])
+            drawn = torch.from_numpy(self.sampler.draw({EVERYBODY: len(drawn)})[EVERYBODY])
         with self._comm.timed():
-            whole = self._comm.broadcast(whole, "epoch.indices")
-        return whole.numpy()
+            drawn = self._comm.broadcast(drawn, "epoch.indices")
+        return drawn.numpy()
 
     def collect(
         self, indices: NDArray[Any], at: NDArray[Any], losses: Tensor, shapes: Sequence[tuple[int, int]] | None = None,
@@ -191,7 +191,7 @@ class StreamFeed(Feed):
         super().__init__(comm, 0, sampler)
         self._is_shared, self._next, self._before = is_shared, 0, 0
 
-    def deal(self, plan: Plan, whole: Plan) -> NDArray[Any]:
+    def deal(self, plan: Plan, full: Plan) -> NDArray[Any]:
         """This rank's places for one epoch, ``[rounds * tau, B]``, a row a step."""
         rank, mine = self._comm.rank, plan.of_rank(self._comm.rank)
         sizes = [c.tau * c.batch_size for c in plan.by_rank()]
@@ -233,4 +233,5 @@ def check_number(losses: int, samples: int) -> None:
     """
     if losses != samples:
         remedy = "return one number for each sample of a batch"
-        raise ConfigError("train.loss", Plain(f"{losses} losses"), f"there were {samples} samples in the epoch", remedy)
+        problem = f"there were {samples} samples in the epoch"
+        raise ConfigError("train.loss", Unquoted(f"{losses} losses"), problem, remedy)

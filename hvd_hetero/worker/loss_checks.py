@@ -69,7 +69,7 @@ def is_shaped(value: Any) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and not (value.is_nested and value.layout == torch.strided)
 
 
-def try_loss(key: str, value: Any, loss: PerSample, args: Mapping[str, Any], given: Batched) -> Numbers:
+def try_loss(key: str, value: Any, loss: PerSample, args: Mapping[str, Any], batch: Batched) -> Numbers:
     """Return the losses of some samples.
 
     Args:
@@ -84,12 +84,12 @@ def try_loss(key: str, value: Any, loss: PerSample, args: Mapping[str, Any], giv
         raise ConfigError(key, value, problem, "make them part of the model, and return what the loss needs of them")
     named = key == "train.loss" and ":" not in value
     if named:
-        _check_named(value, args, given)
-    losses = per_sample(key, value, loss(*given.both), {given.samples})
+        _check_named(value, args, batch)
+    losses = per_sample(key, value, loss(*batch.both), {batch.samples})
     if not named:
-        _check_pairs(key, value, loss, given)
+        _check_pairs(key, value, loss, batch)
     if isinstance(loss, SampleLosses) and loss.mean is not None:
-        _check_mean(key, value, losses[0], loss.mean(*given.both))
+        _check_mean(key, value, losses[0], loss.mean(*batch.both))
     return losses
 
 
@@ -103,24 +103,24 @@ def _check_mean(key: str, value: Any, losses: Tensor, mean: Any) -> None:
     raise ConfigError(key, value, problem, "give it reduction='none', and return (values, weights) where not all count")
 
 
-def try_metric(key: str, value: Any, metric: PerSample, given: Batched) -> Numbers:
+def try_metric(key: str, value: Any, metric: PerSample, batch: Batched) -> Numbers:
     """Return the metric's values for some samples.
 
     Raises:
         ConfigError: as :func:`try_loss`, or there is no accuracy of such targets.
     """
     if is_accuracy(metric):
-        _check_accuracy(key, given)
-    values = per_sample(key, value, metric(*given.both), {given.samples})
-    _check_pairs(key, value, metric, given)
+        _check_accuracy(key, batch)
+    values = per_sample(key, value, metric(*batch.both), {batch.samples})
+    _check_pairs(key, value, metric, batch)
     return values
 
 
-def closely(metric: Metric, given: Callable[[Any], Batched]) -> Metric:
+def closely(metric: Metric, batch_of: Callable[[Any], Batched]) -> Metric:
     """Return a metric that is looked at closely while it is tried, if it is a function: of samples or of the whole set.
 
     Args:
-        given: tells of the batch that has these targets.
+        batch_of: tells of the batch that has these targets.
     """
     if not isinstance(metric, (SampleMean, WholeSet)):
         return metric
@@ -128,7 +128,7 @@ def closely(metric: Metric, given: Callable[[Any], Batched]) -> Metric:
 
     def of_all(outputs: Any, targets: Any) -> Any:
         result = function(outputs, targets)
-        _check_pairs(*origin, function, replace(given(targets), outputs=outputs))
+        _check_pairs(*origin, function, replace(batch_of(targets), outputs=outputs))
         return result
 
     if isinstance(metric, WholeSet):
@@ -136,7 +136,7 @@ def closely(metric: Metric, given: Callable[[Any], Batched]) -> Metric:
 
     def tried(outputs: Any, targets: Any) -> Numbers:
         try:
-            return try_metric(*origin, function, given(targets))
+            return try_metric(*origin, function, batch_of(targets))
         except UserError:
             raise
         except Exception as error:
@@ -149,18 +149,18 @@ def closely(metric: Metric, given: Callable[[Any], Batched]) -> Metric:
 # ---- by name --------------------------------------------------------------------------------------------------------
 
 
-def _check_named(name: str, args: Mapping[str, Any], given: Batched) -> None:
+def _check_named(name: str, args: Mapping[str, Any], batch: Batched) -> None:
     """Refuse what a function of ``torch.nn.functional`` would broadcast."""
-    outputs, targets = given.both
+    outputs, targets = batch.both
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         return
     if name in OTHERWISE_SHAPED:
         if outputs.dim() > 1 and outputs.shape[1] == 1:
-            problem = f"is the same whatever the model says: {given.shapes} are of a single class"
+            problem = f"is the same whatever the model says: {batch.shapes} are of a single class"
             raise ConfigError("train.loss", name, problem, f"{FIT}, or take binary_cross_entropy_with_logits")
         return
     if outputs.shape != targets.shape:
-        problem = f"goes by elements, and {given.shapes} differ in shape, so that they would be broadcast"
+        problem = f"goes by elements, and {batch.shapes} differ in shape, so that they would be broadcast"
         raise ConfigError("train.loss", name, problem, f"{FIT}: {ONE_SHAPE}")
     for argument, value in args.items():
         if isinstance(value, list) and np.size(value) > 1 and not _fits(np.shape(value), outputs.shape[1:]):
@@ -176,16 +176,16 @@ def _fits(shape: tuple[int, ...], sample: torch.Size) -> bool:
         return False
 
 
-def _check_accuracy(key: str, given: Batched) -> None:
+def _check_accuracy(key: str, batch: Batched) -> None:
     """Refuse targets that are no class numbers, and outputs that are no logits of classes."""
-    outputs, targets = given.both
+    outputs, targets = batch.both
     if not is_shaped(outputs) or not is_shaped(targets):
-        problem = f"takes tensors, and there are {given.shapes}"
+        problem = f"takes tensors, and there are {batch.shapes}"
     elif targets.is_floating_point() or targets.is_complex():
         kind = str(targets.dtype).removeprefix("torch.")
-        problem = f"compares class numbers, and the targets {given.shape(targets)} are {kind}"
+        problem = f"compares class numbers, and the targets {batch.shape(targets)} are {kind}"
     elif outputs.dim() < 2 or outputs.shape[1] < 2 or outputs.shape[:1] + outputs.shape[2:] != targets.shape:
-        problem = f"takes logits [B, C, ...] of two classes or more and class numbers [B, ...], and has {given.shapes}"
+        problem = f"takes logits [B, C, ...] of two classes or more and class numbers [B, ...], and has {batch.shapes}"
     else:
         return
     raise ConfigError(key, ACCURACY, problem, "set eval.metrics={}, or take functions of your own")
@@ -194,7 +194,7 @@ def _check_accuracy(key: str, given: Batched) -> None:
 # ---- functions of the user's own ------------------------------------------------------------------------------------
 
 
-def _check_pairs(key: str, value: Any, function: Callable[[Any, Any], Any], given: Batched) -> None:
+def _check_pairs(key: str, value: Any, function: Callable[[Any, Any], Any], batch: Batched) -> None:
     """Refuse a function that compares each sample's outputs with the targets of all samples, by broadcasting.
 
     Outputs ``[B, 1]`` less targets ``[B]`` are ``[B, B]``, whose mean over either dimension looks like one number a
@@ -202,17 +202,17 @@ def _check_pairs(key: str, value: Any, function: Callable[[Any, Any], Any], give
     as no other dimension has, and must not combine both to ``[..., B, ..., B, ...]``. Functions that pair samples on
     purpose (contrastive ones) pair outputs with outputs, or get outputs and targets of shapes that fit.
     """
-    tensors = product(*(filter(is_shaped, tensors_in(part)) for part in given.both))
+    tensors = product(*(filter(is_shaped, tensors_in(part)) for part in batch.both))
     found = next((pair for pair in tensors if _may_broadcast(*(part.shape for part in pair))), None)
     if found is None:
         return
-    sizes = {size for tensor in tensors_in(given.both) if is_shaped(tensor) for size in tensor.shape}
+    sizes = {size for tensor in tensors_in(batch.both) if is_shaped(tensor) for size in tensor.shape}
     samples = next(number for number in count(3) if number not in sizes)
-    repeated = [_repeated(part, given.samples, samples) for part in given.both]
+    repeated = [_repeated(part, batch.samples, samples) for part in batch.both]
     with _Pairs(samples, *repeated) as pairs, suppress(Exception):  # it may need another number of samples
         function(*repeated)
-    if pairs.made:
-        shapes = f"outputs {given.shape(found[0])} and targets {given.shape(found[1])}"
+    if pairs.found:
+        shapes = f"outputs {batch.shape(found[0])} and targets {batch.shape(found[1])}"
         problem = f"broadcasts {shapes} against each other, so that every sample meets the targets of all others"
         raise ConfigError(key, value, problem, ONE_SHAPE)
 
@@ -246,7 +246,7 @@ class _Pairs(TorchDispatchMode):
 
     def __init__(self, samples: int, outputs: Any, targets: Any) -> None:
         super().__init__()
-        self._samples, self.made = samples, False
+        self._samples, self.found = samples, False
         self._kept: list[Tensor] = []  # else other tensors would come to lie in their memory
         self._comes_from: dict[int, frozenset[str]] = {}
         for name, value in (("outputs", outputs), ("targets", targets)):
@@ -255,14 +255,14 @@ class _Pairs(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given, made = list(tensors_in((args, kwargs))), list(tensors_in(result))
-        self.made = self.made or any(self._pairs(one, other, made) for one in given for other in given)
-        origins = frozenset[str]().union(*(self._origins(tensor) for tensor in given))
-        for tensor in made:
+        operands, results = list(tensors_in((args, kwargs))), list(tensors_in(result))
+        self.found = self.found or any(self._pairs(one, other, results) for one in operands for other in operands)
+        origins = frozenset[str]().union(*(self._origins(tensor) for tensor in operands))
+        for tensor in results:
             self._note(tensor, origins)
         return result
 
-    def _pairs(self, one: Tensor, other: Tensor, made: list[Tensor]) -> bool:
+    def _pairs(self, one: Tensor, other: Tensor, results: list[Tensor]) -> bool:
         if "outputs" not in self._origins(one) or "targets" not in self._origins(other):
             return False
         if self._origins(one) == self._origins(other):  # differences of all pairs of one and the same quantity
@@ -270,7 +270,7 @@ class _Pairs(TorchDispatchMode):
         mine, theirs = self._dimensions(one), self._dimensions(other)
         if not mine or not theirs or mine & theirs:
             return False
-        return any(self._dimensions(tensor) >= mine | theirs for tensor in made)
+        return any(self._dimensions(tensor) >= mine | theirs for tensor in results)
 
     def _dimensions(self, tensor: Tensor) -> set[int]:
         """Return the dimensions of samples, counted from the last; not those that were expanded."""

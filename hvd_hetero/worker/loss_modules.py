@@ -24,10 +24,10 @@ class SampleLosses(nn.Module):
         mean: what it gives as it is; None: it needs no comparison.
     """
 
-    def __init__(self, given: nn.Module, losses: PerSample, mean: PerSample | None) -> None:
+    def __init__(self, module: nn.Module, losses: PerSample, mean: PerSample | None) -> None:
         super().__init__()
-        self.given, self.losses, self.mean = given, losses, mean
-        self.__qualname__ = name_of(given)
+        self.module, self.losses, self.mean = module, losses, mean
+        self.__qualname__ = name_of(module)
 
     def forward(self, outputs: Any, targets: Any) -> Any:
         """Return each sample's mean over its elements, or what is none of it as it is."""
@@ -76,8 +76,8 @@ def _switched(loss: Any) -> nn.Module | None:
     """
     if not isinstance(loss, nn.Module) or _reduction(loss) != MEAN:
         return None
-    own = type(loss).forward.__module__ != OF_TORCH
-    if own and any(getattr(loss, name, None) is not None for name in ("weight", "ignore_index")):
+    is_users = type(loss).forward.__module__ != OF_TORCH
+    if is_users and any(getattr(loss, name, None) is not None for name in ("weight", "ignore_index")):
         return None
     try:
         each = copy.copy(loss)  # what it refers to, a part of the model for instance, stays the same

@@ -156,14 +156,14 @@ def named_loss(
         _check_class_weights(args["weight"])
 
     def loss(outputs: Any, targets: Any) -> Numbers:
-        given = arguments(outputs)
-        losses = function(outputs, targets, **given)
+        options = arguments(outputs)
+        losses = function(outputs, targets, **options)
         # numbers and probabilities all count, as in PyTorch's mean
         if not of_classes or targets.is_floating_point() or (
             not weighs and (all_count or _surely_count(targets, ignored))
         ):  # fmt: skip
             return losses if losses.dim() < 2 else losses.flatten(1).mean(1), None
-        return mean_of_targets(losses, targets, ignored, given["weight"] if weighs else None)
+        return mean_of_targets(losses, targets, ignored, options["weight"] if weighs else None)
 
     loss.__qualname__ = name
     return loss

@@ -225,8 +225,8 @@ def _read(key: str, name: str, entry: Any, ignored: int) -> Metric:
             raise ConfigError(key, target, "is not known", f"give {ACCURACY} or package.module:function")
         target = import_target(key, target)
     if _is_streaming(target):
-        made = call(f"{key}.args", target, args) if isinstance(target, type) else target
-        return Streaming(name, key, value, made)
+        metric = call(f"{key}.args", target, args) if isinstance(target, type) else target
+        return Streaming(name, key, value, metric)
     if not callable(target):
         raise ConfigError(key, target, "is no metric", "give a function of outputs and targets, or leave it out")
     function = partial(target, **args) if args else target

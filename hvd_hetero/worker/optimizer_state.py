@@ -74,29 +74,29 @@ def _saved(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_saved(part) for part in value)
     if isinstance(value, dict):
-        own = copy.copy(value)  # of the same kind: a Counter is none of another
+        shallow = copy.copy(value)  # of the same kind: a Counter is none of another
         for key, part in value.items():
-            own[key] = _saved(part)
-        return own
+            shallow[key] = _saved(part)
+        return shallow
     return {INNER: save_state(value)} if isinstance(value, Stateful) else value
 
 
-def _restored(saved: Any, own: Any, name: str) -> Any:
+def _restored(saved: Any, current: Any, name: str) -> Any:
     """Returns what was saved, with the parts that are not in it from the new object's state."""
     if isinstance(saved, str) and saved == OWN:
-        if not isinstance(own, STATELESS):
+        if not isinstance(current, STATELESS):
             problem = "a function or the like when it was saved, which the new one does not have"
             raise UserError(f"{name}: was {problem}; let the same code make it as before, or set run.resume=reshape")
-        return own
-    if isinstance(saved, dict) and INNER in saved and isinstance(own, Stateful):
-        load_state(own, saved[INNER], name)
-        return own
+        return current
+    if isinstance(saved, dict) and INNER in saved and isinstance(current, Stateful):
+        load_state(current, saved[INNER], name)
+        return current
     if type(saved) in (list, tuple):
-        own_entries = dict(enumerate(own)) if isinstance(own, (list, tuple)) else {}
-        return type(saved)(_restored(part, own_entries.get(i), f"{name}.{i}") for i, part in enumerate(saved))
+        current_entries = dict(enumerate(current)) if isinstance(current, (list, tuple)) else {}
+        return type(saved)(_restored(part, current_entries.get(i), f"{name}.{i}") for i, part in enumerate(saved))
     if isinstance(saved, dict):
-        own_entries, made = own if isinstance(own, dict) else {}, copy.copy(saved)
+        current_entries, restored = current if isinstance(current, dict) else {}, copy.copy(saved)
         for key, part in saved.items():
-            made[key] = _restored(part, own_entries.get(key), f"{name}.{key}")
-        return made
+            restored[key] = _restored(part, current_entries.get(key), f"{name}.{key}")
+        return restored
     return saved

@@ -34,14 +34,14 @@ def options_of(model: nn.Module, groups: Sequence[Any]) -> Options:
     options: Options = {}
     for i, group in enumerate(groups):
         patterns = _patterns(f"train.groups[{i}]", group)
-        own = {name: value for name, value in group.items() if name != MATCH}
+        settings = {name: value for name, value in group.items() if name != MATCH}
         for pattern in patterns:
             found = [param for name, param in named if fnmatchcase(name, pattern)]
             if not found:
                 remedy = nearest(pattern, [name for name, _ in named])
                 raise ConfigError(f"train.groups[{i}].{MATCH}", pattern, "fits the name of no parameter", remedy)
             for param in found:
-                options.setdefault(param, {}).update(own)
+                options.setdefault(param, {}).update(settings)
     return options
 
 
@@ -60,8 +60,8 @@ def _patterns(key: str, group: Any) -> list[str]:
 
 def freeze(options: Options) -> None:
     """Freeze the parameters that are to be; a group below may have taken that back."""
-    for param, own in options.items():
-        if own.get(FROZEN):
+    for param, group in options.items():
+        if group.get(FROZEN):
             param.requires_grad_(False)
 
 
@@ -81,10 +81,10 @@ def grouped(
         problem = "the optimizer's function asks for named_parameters, and makes its groups itself"
         raise ConfigError(key, value, problem, "leave it out, or let the function ask for parameters")
 
-    def made(params: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    def make_grouped(params: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         if by_names:
             return make([(name, param) for (name, _), param in zip(trained, params, strict=True)])
-        optimizer = make(_split(params, [own for _, own in trained]) if settings else params)
+        optimizer = make(_split(params, [options for _, options in trained]) if settings else params)
         for key, name, value in settings:
             if name != LR_SCALE:
                 _check_option(key, name, value, optimizer)
@@ -93,7 +93,7 @@ def grouped(
                 group["lr"] = group["lr"] * group.pop(LR_SCALE)
         return optimizer
 
-    return made
+    return make_grouped
 
 
 def asks_for_names(make: Callable[..., Any]) -> bool:
@@ -107,10 +107,12 @@ def asks_for_names(make: Callable[..., Any]) -> bool:
 def _split(params: Sequence[nn.Parameter], options: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return a group for each set of options; the first is of those parameters that have none, if there are any."""
     groups: dict[str, dict[str, Any]] = {repr({}): {"params": []}}
-    for param, given in zip(params, options, strict=True):
-        own = {name: tuple(value) if isinstance(value, list) else value
-               for name, value in sorted(given.items()) if name != FROZEN}  # fmt: skip
-        groups.setdefault(repr(own), {"params": [], **own})["params"].append(param)
+    for param, options_of_param in zip(params, options, strict=True):
+        group_options = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in sorted(options_of_param.items()) if name != FROZEN
+        }  # fmt: skip
+        groups.setdefault(repr(group_options), {"params": [], **group_options})["params"].append(param)
     return [group for group in groups.values() if group["params"]]
 
 

@@ -117,7 +117,7 @@ class Measurement:
         """Every class's step with all of them running, the same on all ranks; a class is as fast as its slowest."""
         mine = batch_size[self.cluster.class_of(self.comm.rank).name]
         start = partial(self.comm.barrier, "profile.start")
-        found = self._own(mine, start)
+        found = self._measure(mine, start)
         numbers = torch.tensor([found.step_sec, found.jitter], dtype=torch.float64)
         ranks = [Measured(*row.tolist()) for row in self.comm.gather(numbers, "profile.times")]
         self.worker.watch.drain()
@@ -128,13 +128,13 @@ class Measurement:
         mine, seconds = self.cluster.class_of(self.comm.rank).name, 0.0
         for c in self.cluster.classes:
             if c.name == mine:
-                seconds = self._own(batch_size[mine], lambda: None).step_sec
+                seconds = self._measure(batch_size[mine], lambda: None).step_sec
             self.comm.barrier("profile.next")
         times = [float(t) for t in self.comm.gather(torch.tensor([seconds], dtype=torch.float64), "profile.alone")]
         self.worker.watch.drain()
         return {c.name: max(times[r] for r in c.ranks) for c in self.cluster.classes}
 
-    def _own(self, batch_size: int, ready: Callable[[], None]) -> Measured:
+    def _measure(self, batch_size: int, ready: Callable[[], None]) -> Measured:
         try:
             return measure_step(self.worker, self.source, batch_size, self.seconds, self.warmup_steps, ready)
         except UserError as error:  # one rank's own trouble, a broken file for instance

@@ -91,8 +91,8 @@ class Worker(ForwardPasses):
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.watch = watch or Stopwatch()
         self.emulator = SlowdownEmulator(self.watch, slowdown, self._synchronize)
-        self._loss, own = loss, inspect.unwrap(loss)
-        self._loss_module = own.to(self.device) if isinstance(own, nn.Module) else None
+        self._loss, unwrapped = loss, inspect.unwrap(loss)
+        self._loss_module = unwrapped.to(self.device) if isinstance(unwrapped, nn.Module) else None
         self._mean_loss = SampleMean(LOSS, "train.loss", name_of(loss), loss)
         self.measures: list[Metric] = [self._mean_loss, *metrics]
         self._clip_norm, self._autocast = clip_norm, autocast
@@ -100,22 +100,22 @@ class Worker(ForwardPasses):
 
     def make_optimizer(self, wrap: Callable[[torch.optim.Optimizer], torch.optim.Optimizer] | None = None) -> None:
         """Makes optimizer and scheduler anew, for methods that put something around the optimizer before training."""
-        made = self._make_optimizer(self._params)
-        self.optimizer = made if wrap is None else wrap(made)
-        self._sends = self.optimizer is not made  # gradients leave while the backward pass still goes on
+        optimizer = self._make_optimizer(self._params)
+        self.optimizer = optimizer if wrap is None else wrap(optimizer)
+        self._sends = self.optimizer is not optimizer  # gradients leave while the backward pass still goes on
         self._steps = False
         self.scheduler = None if self._make_scheduler is None else self._make_scheduler(self.optimizer)
         self._scheduled = [group["lr"] for group in self.optimizer.param_groups]
 
     def optimizer_of(self, copies: Mapping[Tensor, nn.Parameter]) -> torch.optim.Optimizer:
         """Make an optimizer of the same kind and groups for copies on the host of the trainable parameters."""
-        made = self._make_optimizer(self._params)  # it may know them by their names, or by what they are
-        for group in made.param_groups:
+        optimizer = self._make_optimizer(self._params)  # it may know them by their names, or by what they are
+        for group in optimizer.param_groups:
             group["params"] = [copies[param] for param in group["params"]]
-        for param in list(made.state):
-            made.state[copies[param]] = {key: value.cpu() if isinstance(value, Tensor) else value
-                                         for key, value in made.state.pop(param).items()}  # fmt: skip
-        return made
+        for param in list(optimizer.state):
+            optimizer.state[copies[param]] = {key: value.cpu() if isinstance(value, Tensor) else value
+                                         for key, value in optimizer.state.pop(param).items()}  # fmt: skip
+        return optimizer
 
     def clip(self, params: Iterable[Tensor]) -> None:
         """Clip gradients by the norm that is set."""

@@ -425,8 +425,8 @@ ROWS = {call.__name__: call for call in (speed, steps, graphs, average, trace, a
 
 def main(folder: str, out: str, device: str, seconds: str, target: str, rows: str, *config: str) -> None:
     env = job_env()
-    said = exchange(env, "bench", local_facts(env.rank, "localhost", env.local_rank).to_dict(), 120)
-    facts = [RankFacts.from_dict(other) for other in said]
+    output = exchange(env, "bench", local_facts(env.rank, "localhost", env.local_rank).to_dict(), 120)
+    facts = [RankFacts.from_dict(other) for other in output]
     torch.set_num_threads(1)
     startup.set_precision("highest")
     if device == "cuda":

@@ -145,11 +145,11 @@ def test_a_class_that_is_left_out_measures_nothing_but_is_there(
     """The other rank's last step always takes long; all ranks gather, in whatever order classes have them."""
     net, other = Net(), torch.tensor([9.0, 1.0, 2.0, 9.0], dtype=torch.float64)
     monkeypatch.setattr(compute_clock, "time", net)
-    said: Any = {"threshold.sizes": torch.tensor([4]), "threshold.times": other}
+    output: Any = {"threshold.sizes": torch.tensor([4]), "threshold.times": other}
 
     def gather(tensor: torch.Tensor, name: str, sizes: Any = None, ranks: Any = None) -> list[torch.Tensor]:
         assert ranks is None
-        return [tensor, said[name]]
+        return [tensor, output[name]]
 
     clock = compute_clock.ComputeClock(DropComputeLocalOptions(threshold="auto", max_dropped=0.5), 0, 1, lambda: None)
     clock.begin()

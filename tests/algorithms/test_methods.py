@@ -5,27 +5,16 @@ One job of four ranks runs all cases; models are float64, so that "equal" means 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from job_helpers import found_by_ranks
 from ranks_methods import grouped_oracle, oracle
-from ranks_methods.cases import (
-    CASES,
-    CASES_SLOW,
-    CLASSES,
-    DIGITS_EPOCHS,
-    HALF,
-    SAMPLES,
-    SIZE,
-    data,
-    least_accuracy,
-    marked,
-    model,
-)
+from ranks_methods.cases import CASES, CASES_SLOW, HALF, least_accuracy
+from ranks_methods.problem import CLASSES, DIGITS_EPOCHS, SAMPLES, SIZE, data, marked, model
 
 from hvd_hetero.algorithms import REGISTRY, get
 from hvd_hetero.algorithms.grouped import Grouped
@@ -53,9 +42,7 @@ def found(
     """What each rank found, by case."""
     folder = tmp_path_factory.mktemp("methods")
     slow = ["slow"] * request.config.getoption("--slow")
-    done = horovodrun(SIZE, [sys.executable, SCRIPT, folder, *slow], timeout=450)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(SIZE)]
+    return found_by_ranks(horovodrun, SIZE, SCRIPT, folder, *slow, timeout=450)
 
 
 def final(found: Found, case: str) -> dict[str, torch.Tensor]:

@@ -1,13 +1,12 @@
 """non-finite values (NaN, Inf) on some ranks never enter an average; on all ranks they end the job.
 
-One job of three ranks and one of two go through ``ranks_methods.cases.POISONED``, and an oracle recomputes them.
+One job of three ranks and one of two go through ``ranks_methods.poisoned.POISONED``, and an oracle recomputes them.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,8 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from job_helpers import found_by_ranks
 from ranks_methods import oracle
-from ranks_methods.cases import BY_THE_CLOCK, CLASSES, POISONED, POISONED_SLOW, marked, model
+from ranks_methods.poisoned import POISONED, POISONED_SLOW
+from ranks_methods.problem import BY_THE_CLOCK, CLASSES, marked, model
 from together import together
 from torch import nn
 
@@ -57,9 +58,7 @@ def found(horovodrun: Run, tmp_path_factory: pytest.TempPathFactory, request: py
 
     def run(size: int) -> Found:
         folder = tmp_path_factory.mktemp(f"poisoned{size}")
-        done = horovodrun(size, [sys.executable, SCRIPT, folder, "poisoned", *slow], timeout=360)
-        assert done.returncode == 0, done.stdout + done.stderr
-        ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
+        ranks = found_by_ranks(horovodrun, size, SCRIPT, folder, "poisoned", *slow, timeout=360)
         return {name: [rank[name] for rank in ranks] for name in ranks[0]}
 
     two, three = together(partial(run, 2), partial(run, 3))
@@ -134,9 +133,9 @@ def test_all_bad_ends_the_job_and_leaves_the_last_good_checkpoint(hvd_hetero: Ru
     assert done.returncode == EXIT_NON_FINITE, done.stdout + done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("hvd-hetero: error: ")]
     start = "hvd-hetero: error: the numbers of ranks 0, 1 have gone bad (NaN, Inf) in round "
-    said = [line for line in errors if line.startswith(start)]
-    assert len(said) == 1 and "nobody's are good" in said[0], done.stderr
-    failed = int(said[0].removeprefix(start).split(",")[0])
+    output = [line for line in errors if line.startswith(start)]
+    assert len(output) == 1 and "nobody's are good" in output[0], done.stderr
+    failed = int(output[0].removeprefix(start).split(",")[0])
     latest = Store(folder).latest()
     assert latest is not None and 10 <= latest.meta.round < failed
     latest.verify()
@@ -210,9 +209,9 @@ def test_it_is_said_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
     excluded = Exclusions(3)
     for excluded.round in range(1, 10):
         excluded.record()
-    said = caplog.messages
-    assert [line.split("round ")[1].split(";")[0] for line in said] == ["1", "2", "4", "8"]
-    assert all("rank 3" in line for line in said)
+    output = caplog.messages
+    assert [line.split("round ")[1].split(";")[0] for line in output] == ["1", "2", "4", "8"]
+    assert all("rank 3" in line for line in output)
     assert (excluded.pop(), excluded.pop(), excluded.count) == (9, 0, 9)
     with pytest.raises(NonFiniteError, match="rank 3 .* round 5"):
         stops = Exclusions(3, stops=True)

@@ -178,8 +178,8 @@ rows:
     assert status == 1
     rows = rows_of(out)
     assert [(row["status"], row["seeds"]) for row in rows.values()] == [("failed", [0]), ("failed", [0])]
-    said = capsys.readouterr().out
-    assert "this seed fails" in said and "the row that sets the budget failed" in said
+    output = capsys.readouterr().out
+    assert "this seed fails" in output and "the row that sets the budget failed" in output
 
 
 def test_a_run_that_takes_too_long_is_ended(pretend: Callable[..., tuple[int, Path]]) -> None:

@@ -202,8 +202,8 @@ def test_what_cannot_be_watched(run: Path, tmp_path: Path, capsys: pytest.Captur
             ([str(run), "--token-file", str(tmp_path)], "--token-file=", "directory"),
         ):
             assert main(["watch", *words]) == EXIT_BAD_INPUT, words
-            said = capsys.readouterr().err
-            assert said.startswith(f"hvd-hetero: error: {begins}") and remedy in said and said.count("\n") == 1
+            output = capsys.readouterr().err
+            assert output.startswith(f"hvd-hetero: error: {begins}") and remedy in output and output.count("\n") == 1
 
 
 def test_a_token_may_outlive_the_server(run: Path, serve: Callable[..., WatchServer], tmp_path: Path) -> None:

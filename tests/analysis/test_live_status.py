@@ -89,11 +89,11 @@ def test_a_run_tells_how_it_stands_saves_and_stops(tmp_path: Path, capsys: pytes
         assert main(["stop", str(run)]) == 0
         shown = capsys.readouterr().out
         assert "slow   1      2" in shown and "accuracy" in shown and "left" in shown and "saves and ends" in shown
-        said = job.communicate(timeout=MOST_SEC)[0]
+        output = job.communicate(timeout=MOST_SEC)[0]
     finally:
         job.terminate()
         job.wait(60)
-    assert job.returncode == EXIT_STOPPED, said
+    assert job.returncode == EXIT_STOPPED, output
     assert main(["status", "--watch", "--json", str(run)]) == 0, "it ends, since the run has"
     end = json.loads(capsys.readouterr().out)
     newest = max(found.round for found in Store(run).candidates())

@@ -74,21 +74,21 @@ def test_without_matplotlib_a_sentence_says_so(
 
 
 def test_the_seed_decides(capsys: pytest.CaptureFixture[str]) -> None:
-    said = []
+    output = []
     for seed in (1, 1, 2):
         assert main(["plan", *EQUAL, *SPEEDS, "--jitter", "fast=0.2,slow=0.1", f"run.seed={seed}"]) == 0
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1] != said[2]
+        output.append(capsys.readouterr().out)
+    assert output[0] == output[1] != output[2]
 
 
 @pytest.mark.slow
 def test_how_steps_vary_may_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
-    said = {}
-    for law in ("none", "normal", "lognormal", None):
-        words = ["--jitter", "fast=0.2,slow=0.1", *([] if law is None else ["--jitter-law", law])]
+    output = {}
+    for distribution in ("none", "normal", "lognormal", None):
+        words = ["--jitter", "fast=0.2,slow=0.1", *([] if distribution is None else ["--jitter-law", distribution])]
         assert main(["plan", *EQUAL, *SPEEDS, *words]) == 0
-        said[law] = capsys.readouterr().out
-    assert said[None] == said["lognormal"] and len({said["none"], said["normal"], said["lognormal"]}) == 3
+        output[distribution] = capsys.readouterr().out
+    assert output[None] == output["lognormal"] and len({output["none"], output["normal"], output["lognormal"]}) == 3
 
 
 def test_the_configuration_may_name_more_ranks_than_were_measured(
@@ -127,7 +127,7 @@ def test_automatic_classes_are_those_of_the_profile(tmp_path: Path, capsys: pyte
     (["--step-ms", "fast=1,slow"], "'slow' is not CLASS=NUMBER"),
     (["--step-ms", "fast=1,fast=2,slow=8"], "names fast twice"),
     (["--jitter", "fast=-0.1"], "is not between 0 and 2"),
-    (["--jitter-law", "gamma"], "--jitter-law='gamma': is no law of steps"),
+    (["--jitter-law", "gamma"], "--jitter-law='gamma': is no distribution of steps"),
     (["--jitter", "slow=3"], "is not between 0 and 2 for class slow"),
     (["--latency-ms", "-1"], "--latency-ms=-1.0: is not 0 or more"),
     (["--bandwidth-mbit", "0"], "--bandwidth-mbit=0.0: is not a number above 0"),

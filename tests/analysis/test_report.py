@@ -239,8 +239,8 @@ def test_shares_of_seeds_are_averaged(eager: tuple[Path, str], tmp_path: Path) -
 
 def test_a_report_says_why_times_are_not_those_of_devices(eager: tuple[Path, str], run: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the extra [report] is not installed")
-    folder, said = eager
-    assert "INJECTED delays" in said and "EMULATED" not in said
+    folder, output = eager
+    assert "INJECTED delays" in output and "EMULATED" not in output
     both = variant(run, tmp_path / "both", "distribution: null", "distribution: lognormal")
     assert [read_run(path).emulation for path in (folder, run, both)] == [(DELAYED,), (SLOWED,), (SLOWED, DELAYED)]
     table = final_table(group([read_run(path) for path in (folder, run, both)]))

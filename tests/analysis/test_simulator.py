@@ -14,7 +14,7 @@ from hvd_hetero.algorithms.rennala_sgd import RennalaRule
 from hvd_hetero.algorithms.ringmaster_asgd import RingmasterRule
 from hvd_hetero.analysis.predict.link import Link, fitted
 from hvd_hetero.analysis.predict.simulator import (
-    LAWS,
+    DISTRIBUTIONS,
     LOGNORMAL,
     MAJORITY,
     NORMAL,
@@ -63,23 +63,23 @@ def test_groups_of_one_name_are_one_class() -> None:
     assert found.classes["a"].compute == pytest.approx(1.75)
 
 
-@pytest.mark.parametrize("law", [NORMAL, LOGNORMAL])
-def test_the_wait_for_a_jittered_rank_is_its_expectation(law: str) -> None:
+@pytest.mark.parametrize("distribution", [NORMAL, LOGNORMAL])
+def test_the_wait_for_a_jittered_rank_is_its_expectation(distribution: str) -> None:
     """A steady rank of mean 1 beside one of mean 1 and deviation s waits s / sqrt(2 pi) on average."""
-    found = blocking([Group("steady", 1, 1.0), Group("shaky", 1, 1.0, jitter=0.1)], 200_000, 0.0, rng(), law)
+    found = blocking([Group("steady", 1, 1.0), Group("shaky", 1, 1.0, jitter=0.1)], 200_000, 0.0, rng(), distribution)
     assert found.classes["steady"].blocked / 200_000 == pytest.approx(0.1 / math.sqrt(2 * math.pi), rel=0.02)
 
 
-@pytest.mark.parametrize("law", [NORMAL, LOGNORMAL])
-def test_jitter_averages_out_over_the_steps_of_a_round(law: str) -> None:
-    once = blocking([Group("a", 1, 1.0, 1, 0.2), Group("b", 1, 1.0, 1)], 50_000, 0.0, rng(), law)
-    long = blocking([Group("a", 1, 1.0, 100, 0.2), Group("b", 1, 1.0, 100)], 50_000, 0.0, rng(), law)
+@pytest.mark.parametrize("distribution", [NORMAL, LOGNORMAL])
+def test_jitter_averages_out_over_the_steps_of_a_round(distribution: str) -> None:
+    once = blocking([Group("a", 1, 1.0, 1, 0.2), Group("b", 1, 1.0, 1)], 50_000, 0.0, rng(), distribution)
+    long = blocking([Group("a", 1, 1.0, 100, 0.2), Group("b", 1, 1.0, 100)], 50_000, 0.0, rng(), distribution)
     assert once.classes["b"].blocked / long.classes["b"].blocked == pytest.approx(0.1, rel=0.05)
 
 
 def test_the_mean_of_a_step_is_what_was_asked_for() -> None:
-    for law in LAWS:
-        found = blocking([Group("a", 1, 2.0, 3, 0.3)], 100_000, 0.0, rng(), law)
+    for distribution in DISTRIBUTIONS:
+        found = blocking([Group("a", 1, 2.0, 3, 0.3)], 100_000, 0.0, rng(), distribution)
         assert found.seconds == pytest.approx(600_000, rel=5e-3)
 
 

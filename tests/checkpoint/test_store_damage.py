@@ -64,9 +64,9 @@ DAMAGE: list[tuple[str, str, Callable[[Path], Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("what", "name", "damage", "said"), DAMAGE, ids=[f"{d[0]}-{d[1]}" for d in DAMAGE])
+@pytest.mark.parametrize(("what", "name", "damage", "output"), DAMAGE, ids=[f"{d[0]}-{d[1]}" for d in DAMAGE])
 def test_damage_is_told_and_the_older_one_chosen(
-    tmp_path: Path, what: str, name: str, damage: Callable[[Path], Any], said: str
+    tmp_path: Path, what: str, name: str, damage: Callable[[Path], Any], output: str
 ) -> None:
     store = two_rounds(tmp_path)
     path = store.folder / "000020" / name
@@ -74,7 +74,7 @@ def test_damage_is_told_and_the_older_one_chosen(
     newest, older = store.candidates()
     assert newest.error is not None and newest.checkpoint is None and older.error is None
     assert newest.error.file == path
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=output):
         store.at(NEW)
     assert whole(store) == OLD
     shutil.rmtree(store.folder / "000010")

@@ -239,11 +239,11 @@ REFUSED: list[tuple[Any, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("value", "said"), REFUSED, ids=[said for _, said in REFUSED])
-def test_what_only_pickle_could_save_is_named_by_its_path(tmp_path: Path, value: Any, said: str) -> None:
+@pytest.mark.parametrize(("value", "output"), REFUSED, ids=[output for _, output in REFUSED])
+def test_what_only_pickle_could_save_is_named_by_its_path(tmp_path: Path, value: Any, output: str) -> None:
     with pytest.raises(CheckpointError, match="the state's optimizer.state.0.extra") as raised:
         Store(tmp_path).write_shard(1, 0, {"optimizer": {"state": {0: {"lr": 0.1, "extra": value}}}})
-    assert isinstance(raised.value, UserError) and said in raised.value.problem and raised.value.remedy
+    assert isinstance(raised.value, UserError) and output in raised.value.problem and raised.value.remedy
     assert not list(tmp_path.iterdir()), "nothing is written, and no empty folder"
 
 

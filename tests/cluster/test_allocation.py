@@ -77,9 +77,9 @@ def test_each_host_of_a_heterogeneous_job_is_reached_through_its_component(tmp_p
         words = remote_command(str(shell), host, "echo \"it's\" here$SLURM_PROCID; kill -USR1 $$; echo alive")
         env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_PROCID": "0"}
         done = subprocess.run(words, env=env, capture_output=True, text=True)
-        said = done.stdout.splitlines()
-        assert {"--jobid=7", "--overlap", f"--nodelist={host}", f"--het-group={component}"} <= set(said), done
-        assert said[-2:] == ["it's here", "alive"], "the signal before a time limit does not end the shell"
+        output = done.stdout.splitlines()
+        assert {"--jobid=7", "--overlap", f"--nodelist={host}", f"--het-group={component}"} <= set(output), done
+        assert output[-2:] == ["it's here", "alive"], "the signal before a time limit does not end the shell"
 
 
 @pytest.mark.parametrize(("variables", "key", "problem"), [

@@ -65,8 +65,8 @@ def test_scores_need_a_scheme_that_goes_by_losses(settings: dict[str, Any], is_u
     with pytest.raises(ConfigError) as caught:
         check_roles(config, made)
     name = settings.get("algorithm.name", "biased_local_sgd")
-    said = f"cluster.classes.aide.role='score': {name} deals samples by no losses here"
-    assert str(caught.value).startswith(said)
+    output = f"cluster.classes.aide.role='score': {name} deals samples by no losses here"
+    assert str(caught.value).startswith(output)
 
 
 def test_roles_can_be_left_aside() -> None:

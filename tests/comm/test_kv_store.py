@@ -35,8 +35,8 @@ VALUES = st.none() | st.integers() | st.text(max_size=5) | st.lists(st.booleans(
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.dictionaries(st.sampled_from(["facts", "data", "error"]), VALUES), min_size=1, max_size=6))
-def test_what_several_say_alike_is_told_once_and_comes_back_as_it_was(said: list[dict[str, Any]]) -> None:
-    assert from_shared(unpack(pack(to_shared(said)))) == said
+def test_what_several_say_alike_is_told_once_and_comes_back_as_it_was(output: list[dict[str, Any]]) -> None:
+    assert from_shared(unpack(pack(to_shared(output)))) == output
 
 
 def test_what_is_told_grows_little_with_ranks_that_are_alike() -> None:
@@ -89,8 +89,8 @@ def test_ranks_that_wait_ask_together_no_more_often_than_the_store_can_bear(stor
         return exchange(env, "many", {"rank": env.rank, "all": "alike"}, 60)
 
     with ThreadPoolExecutor(SIZE) as pool:
-        said = list(pool.map(rank, envs))
-    assert all(one == [{"rank": r, "all": "alike"} for r in range(SIZE)] for one in said)
+        output = list(pool.map(rank, envs))
+    assert all(one == [{"rank": r, "all": "alike"} for r in range(SIZE)] for one in output)
     waited = sum(times for key, times in asked.items() if key.endswith(".all"))
     assert waited <= LOOKS_PER_SEC * (time.monotonic() - begin) + SIZE
 
@@ -103,8 +103,8 @@ def test_only_rank_0_hears_all_where_the_others_need_but_its_answer(store: str, 
     assert told == [6] * 4
 
 
-def sum_of(said: list[dict[str, Any]]) -> int:
-    return sum(one["rank"] for one in said)
+def sum_of(output: list[dict[str, Any]]) -> int:
+    return sum(one["rank"] for one in output)
 
 
 def test_who_does_not_answer_is_named(store: str) -> None:

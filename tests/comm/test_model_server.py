@@ -182,14 +182,14 @@ def test_nonsense_of_a_rank_ends_it(channel: Channel, model: Sum) -> None:
 
 def test_nobody_pushes_before_all_know_the_version_that_they_begin_with() -> None:
     """Else one that connects late is told a later version than that of the model it has."""
-    said, meets, late = list[Tensor](), threading.Barrier(2), threading.Event()
+    output, meets, late = list[Tensor](), threading.Barrier(2), threading.Event()
 
     def comm(rank: int) -> Any:
         def broadcast(tensor: Tensor, name: str, ranks: Any = None) -> Tensor:
             if rank == 0:
-                said.append(tensor)
+                output.append(tensor)
             meets.wait(HANG_SEC)
-            return said[0]
+            return output[0]
 
         def barrier(name: str) -> None:
             meets.wait(HANG_SEC)

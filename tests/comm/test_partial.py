@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from ranks_methods.cases import model
+from job_helpers import found_by_ranks
+from ranks_methods.problem import model
 from ranks_partial import schedules
 from ranks_partial.schedules import CASES
 
@@ -76,9 +77,7 @@ def scripted(horovodrun: Callable[..., Any], tmp_path_factory: pytest.TempPathFa
     @cache
     def job(size: int) -> list[dict[str, Any]]:
         folder, names = tmp_path_factory.mktemp("scripted"), [name for name in usual if len(CASES[name].tau) == size]
-        done = horovodrun(size, [sys.executable, RANKS / "scripted.py", folder, *names], timeout=60 * len(names))
-        assert done.returncode == 0, done.stdout + done.stderr
-        return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(size)]
+        return found_by_ranks(horovodrun, size, RANKS / "scripted.py", folder, *names, timeout=60 * len(names))
 
     return lambda name: [found[name] for found in job(len(CASES[name].tau))]
 

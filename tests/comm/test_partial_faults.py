@@ -112,14 +112,14 @@ def launched(started: Callable[..., Running], job: str, folder: Path, *more: str
     return started(command, cwd=TESTS / "ranks")
 
 
-def assert_said_by_the_launcher(said: str, how: str) -> None:
+def assert_said_by_the_launcher(output: str, how: str) -> None:
     """Rank 1 and how it ended; or a survivor that left sooner than horovodrun looked, which then says why itself."""
-    found = re.search(r"^hvd-hetero: error: the job failed: rank (\d) on \S+ ended first, ([^;\n]*)", said, re.M)
-    assert found is not None, said
+    found = re.search(r"^hvd-hetero: error: the job failed: rank (\d) on \S+ ended first, ([^;\n]*)", output, re.M)
+    assert found is not None, output
     if found[1] == "1":
         assert found[2] == how
     else:
-        assert f"hvd-hetero: error: rank {found[1]} on localhost stops: " in said, said
+        assert f"hvd-hetero: error: rank {found[1]} on localhost stops: " in output, output
 
 
 def in_mid_run(folder: Path) -> Callable[[], bool]:
@@ -144,10 +144,10 @@ def test_a_rank_that_is_lost_ends_the_collective(
     assert hub not in {port for _, port in job.ports}, "its port is closed as soon as all ranks are connected"
     if how == "SIGKILL":
         job.rank(1).kill()
-    said = job.end()
+    output = job.end()
     if how == "exception":
-        assert "rank 1 on localhost failed: RuntimeError: the disk of rank 1 is on fire" in said
-    assert re.search(r"Process name: 1$|rank [02] on localhost stops: ", said, re.M), said
+        assert "rank 1 on localhost failed: RuntimeError: the disk of rank 1 is on fire" in output
+    assert re.search(r"Process name: 1$|rank [02] on localhost stops: ", output, re.M), output
 
 
 # ---- whole jobs -----------------------------------------------------------------------------------------------------
@@ -157,9 +157,9 @@ def test_a_rank_that_is_lost_ends_the_collective(
 @pytest.mark.parametrize("job", JOBS)
 def test_an_exception_on_one_rank(started: Callable[..., Running], tmp_path: Path, job: str) -> None:
     running = launched(started, job, tmp_path, "train.loss=own_parts:fails_on_rank_1")
-    said = running.end()
-    assert "hvd-hetero: error: rank 1 on localhost failed: RuntimeError: the disk of rank 1 is on fire" in said
-    assert_said_by_the_launcher(said, "with status 1")
+    output = running.end()
+    assert "hvd-hetero: error: rank 1 on localhost failed: RuntimeError: the disk of rank 1 is on fire" in output
+    assert_said_by_the_launcher(output, "with status 1")
     assert in_mid_run(tmp_path)() and not (tmp_path / "run" / "summary.json").exists()
 
 
@@ -179,6 +179,6 @@ def test_an_interrupted_launch(started: Callable[..., Running], tmp_path: Path, 
     running = launched(started, job, tmp_path, "checkpoint.every_sec=null")
     running.await_mid_run(in_mid_run(tmp_path))
     running.process.send_signal(signal.SIGINT)
-    said = running.end()
-    assert "hvd-hetero: error: the job failed: rank " in said, said
+    output = running.end()
+    assert "hvd-hetero: error: the job failed: rank " in output, output
     assert not (tmp_path / "run" / "summary.json").exists()

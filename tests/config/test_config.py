@@ -153,11 +153,11 @@ def test_arguments_belong_to_what_they_are_for(tmp_path: Path) -> None:
 def test_a_loss_beside_the_users_own_is_smoothed_only_where_asked_for(target: str, tmp_path: Path) -> None:
     smoothed = {"label_smoothing": 0.1}
     assert load().train.loss_args == load(overrides=["model.name=cnn"]).train.loss_args == smoothed
-    assert load(overrides=[target]).train.loss_args == load(own=True).train.loss_args == {}
+    assert load(overrides=[target]).train.loss_args == load(user_objects=True).train.loss_args == {}
     assert load(overrides=[target, "train.loss_args.weight=[1, 2]"]).train.loss_args == {"weight": [1, 2]}
-    said = write(tmp_path / "said.yaml", "train: {loss_args: {label_smoothing: 0.1}}")
-    assert load([said], [target]).train.loss_args == load([said], own=True).train.loss_args == smoothed
-    saved = write(tmp_path / "saved.yaml", load([said], [target]).to_yaml())
+    output = write(tmp_path / "said.yaml", "train: {loss_args: {label_smoothing: 0.1}}")
+    assert load([output], [target]).train.loss_args == load([output], user_objects=True).train.loss_args == smoothed
+    saved = write(tmp_path / "saved.yaml", load([output], [target]).to_yaml())
     assert load([saved]).train.loss_args == smoothed, "a run goes on as it began"
     own = write(tmp_path / "own.yaml", "data: {target: 'own:data'}\nmodel: {target: 'own:net'}")
     assert load([own], ["data.name=digits", "model.name=mlp"]).train.loss_args == smoothed

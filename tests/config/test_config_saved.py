@@ -93,8 +93,8 @@ def test_what_every_key_decides_is_said() -> None:
         config = load((), {"algorithm.name": name}, algorithms.method)
         for level in reversed(Decides):
             found |= dict.fromkeys(config.settings(level), level)
-    said = {key: level for level, keys in DECIDES.items() for key in keys.split()}
-    assert found == said
+    output = {key: level for level, keys in DECIDES.items() for key in keys.split()}
+    assert found == output
 
 
 def test_default_yaml_names_every_key_with_its_built_in_value() -> None:

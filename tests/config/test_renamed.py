@@ -19,10 +19,10 @@ def test_former_names_work_and_are_named_in_one_warning(tmp_path: Path) -> None:
     file = tmp_path / "former.yaml"
     file.write_text("train: {passes: 7, epoch: pass, lr: 0.3}\neval: {every_passes: 2}\n")
     renamed._warn.cache_clear()
-    with pytest.warns(RenamedKeyWarning) as said:
+    with pytest.warns(RenamedKeyWarning) as output:
         config = load([file], ["train.epoch=fast_steps"])
-    assert len(said) == 1
-    assert all(f"{key} is now {KEYS[key]}" in str(said[0].message)
+    assert len(output) == 1
+    assert all(f"{key} is now {KEYS[key]}" in str(output[0].message)
                for key in ("train.passes", "train.epoch", "eval.every_passes"))
     assert (config.train.epochs, config.train.epoch_length, config.eval.every_epochs) == (7, "fast_steps", 2)
     assert config.train.lr == 0.3
@@ -42,9 +42,9 @@ def test_a_former_value_of_a_key_of_today(tmp_path: Path) -> None:
     file.write_text("train: {autocast: false}\n")
     for given in ({"files": [file]}, *({"overrides": [f"train.autocast={no}"]} for no in ("false", "False"))):
         renamed._warn.cache_clear()
-        with pytest.warns(RenamedKeyWarning, match="train.autocast=[Ff]alse is now train.autocast=null:") as said:
+        with pytest.warns(RenamedKeyWarning, match="train.autocast=[Ff]alse is now train.autocast=null:") as output:
             assert load(**given).train.autocast is None
-        assert len(said) == 1
+        assert len(output) == 1
 
 
 def test_both_names_in_a_file_are_refused(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ FLIPPED = X.flip(0)
 UNSEEDED = np.random.default_rng()
 
 
-@pytest.mark.parametrize(("one", "other", "said"), [
+@pytest.mark.parametrize(("one", "other", "output"), [
     ((X, Y), (X[:-3], Y[:-3]), "197 samples: rank 2 on b has read so many, rank 0 on a 200"),
     ((X, Y), (X, CHANGED), "targets: rank 2 on b has read other ones than rank 0 on a"),
     ((X, Y), (X.flip(0), Y), "inputs of sample 0: rank 2"),
@@ -114,13 +114,13 @@ UNSEEDED = np.random.default_rng()
     (Custom(lambda row, g: X[row]), Custom(lambda row, g: FLIPPED[row]), "inputs of sample 0"),
     (Custom(lambda row, g: X[row] + torch.rand(1, generator=g)), Custom(lambda row, g: X[row]), "inputs of sample 0"),
 ], ids=str)  # fmt: skip
-def test_what_differs_is_told(one: Any, other: Any, said: str | None) -> None:
+def test_what_differs_is_told(one: Any, other: Any, output: str | None) -> None:
     for split in ("training", "test"):
         found = difference(one, other, split)
-        if said is None:
+        if output is None:
             assert found is None
         else:
-            assert found is not None and found.startswith(f"{split} data=") and said in found
+            assert found is not None and found.startswith(f"{split} data=") and output in found
             assert "rank 2 on b" in found and "rank 0 on a" in found and "seed what shuffles" in found
         assert difference(one, one, split) is None or one is not other
 

@@ -152,12 +152,12 @@ def test_what_no_batch_can_be_made_of_is_told_by_its_entry(make: Any, begins: st
 
 
 def test_it_is_told_alike_by_a_worker_process() -> None:
-    said = set()
+    output = set()
     for workers in (0, 1):
         with pytest.raises(ConfigError) as caught:
             rows(lambda i: (torch.zeros(1 + i), "a", i), workers=workers)
-        said.add(str(caught.value))
-    assert said == {
+        output.add(str(caught.value))
+    assert output == {
         "data item[0]=[1] float32: [4] float32 in another sample of the batch, in the batch of the samples [3, 0]; "
         "make the items alike, or make batches of them yourself: hvd_hetero.data.MapSource(dataset, collate=...)"
     }
@@ -357,8 +357,8 @@ def test_targets_of_all_samples_one_after_the_other_may_be_more() -> None:
 
 
 def test_a_collate_that_fails_is_named_with_the_samples() -> None:
-    said = r"data collate=drop_none: makes no batch of \[None, None\]: IndexError: .*, in the batch of the samples \[3"
-    with pytest.raises(ConfigError, match=said):
+    wrong = r"data collate=drop_none: makes no batch of \[None, None\]: IndexError: .*, in the batch of the samples \[3"
+    with pytest.raises(ConfigError, match=wrong):
         next(read(MapSource([None] * 10, collate=drop_none), ROWS, generator()))
 
 

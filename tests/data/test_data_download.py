@@ -67,8 +67,8 @@ def test_it_is_fetched_into_a_new_folder_once(
             assert np.array_equal(everything(fetch(where).train)[0].numpy(), pixels["train"])
         first = len(fetched)
         assert set(fetched) == {"/cifar-10-python.tar.gz"}
-        said = capsys.readouterr().err
-        assert said.count(f"downloading CIFAR10 into {root}\n") == 1 and "100%" in said, "with progress"
+        output = capsys.readouterr().err
+        assert output.count(f"downloading CIFAR10 into {root}\n") == 1 and "100%" in output, "with progress"
         (root / "cifar-10-batches-py" / "test_batch").write_bytes(b"cut")
         with pytest.raises(ConfigError, match="truncated or corrupt.*data.download=true") as caught:
             load("cifar10", str(root), None, {})

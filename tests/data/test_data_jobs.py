@@ -90,8 +90,8 @@ def test_jobs_on_unusual_data(hvd_hetero: Callable[..., Any], tmp_path: Path) ->
     # what differs is refused before training, once for all ranks
     assert unequal.returncode == 2
     errors = [line for line in unequal.stderr.splitlines() if "error: " in line]
-    said = "hvd-hetero: error: test data=targets: rank 1 on localhost has read other ones than rank 0 on localhost; "
-    assert len(errors) == 1 and errors[0].startswith(said)
+    output = "hvd-hetero: error: test data=targets: rank 1 on localhost has read other ones than rank 0 on localhost; "
+    assert len(errors) == 1 and errors[0].startswith(output)
     assert not (tmp_path / "unequal").exists()
     # a batch that comes back shorter ends all ranks there, and is not tried again
     assert dropped.returncode == 2 and re.search(rf"error: rank [01] on localhost: {LOST}", dropped.stderr)

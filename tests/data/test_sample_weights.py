@@ -45,12 +45,12 @@ def test_an_attribute_and_a_function() -> None:
     assert sample_weights(f"{__name__}:by_target", tensors) == pytest.approx([2 / 3, 4 / 3])
 
 
-@pytest.mark.parametrize(("spec", "said"), [
+@pytest.mark.parametrize(("spec", "output"), [
     ("few", r"has the shape \[3\].*4 samples"), ("negative", "is -1.0 for sample 1"), ("infinite", "sample 3"),
     ("zeros", "are all 0"), ("texts", "gives no weights"), ("nothing", "gives no weights.*nothing"),
     (f"{__name__}:broken", "no weights today"), (f"{__name__}:missing", "missing"),
 ])  # fmt: skip
-def test_what_is_wrong_is_said(spec: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said) as caught:
+def test_what_is_wrong_is_said(spec: str, output: str) -> None:
+    with pytest.raises(ConfigError, match=output) as caught:
         sample_weights(spec, as_source("data", Own()))
     assert caught.value.key == "sampling.sample_weights" and caught.value.remedy

@@ -10,7 +10,8 @@ import torch
 from ranks_gpu.cases import DIGITS, ORACLE
 from ranks_gpu.kinds import COMPILED, KINDS
 from ranks_methods import oracle
-from ranks_methods.cases import Case, least_accuracy
+from ranks_methods.cases import least_accuracy
+from ranks_methods.problem import Case
 
 from hvd_hetero.algorithms import get
 from hvd_hetero.algorithms.synchronous import Lockstep

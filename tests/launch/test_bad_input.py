@@ -26,9 +26,9 @@ PREFIX = "hvd-hetero: error: "
 def assert_one_message(err: str, key: str, value: str, remedy: str) -> None:
     """One line ``KEY=VALUE: problem; remedy``, and nothing like a traceback."""
     assert err.startswith(PREFIX) and err.count("\n") == 1, err
-    said, _, given_remedy = err.removeprefix(PREFIX).strip().partition("; ")
-    assert said.startswith(f"{key}={value}"), err
-    assert ": " in said.removeprefix(f"{key}={value}"), f"no problem is named: {err}"
+    output, _, given_remedy = err.removeprefix(PREFIX).strip().partition("; ")
+    assert output.startswith(f"{key}={value}"), err
+    assert ": " in output.removeprefix(f"{key}={value}"), f"no problem is named: {err}"
     assert remedy in given_remedy, err
 
 

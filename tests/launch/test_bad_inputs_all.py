@@ -53,15 +53,15 @@ def test_bad_input(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str
         status: Any = main(words)
     except SystemExit as left:  # argparse has its own way
         status = left.code
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert status == 2
-    assert "Traceback" not in said.out + said.err
-    if words[:1] == ["doctor"] and not said.err:  # what it finds is its result
-        message = said.out.splitlines()[-1].removeprefix("problem: ")
+    assert "Traceback" not in output.out + output.err
+    if words[:1] == ["doctor"] and not output.err:  # what it finds is its result
+        message = output.out.splitlines()[-1].removeprefix("problem: ")
     else:
-        assert said.out == ""
-        *usage, line = said.err.splitlines()
-        assert not usage or usage[0].startswith("usage: "), said.err
+        assert output.out == ""
+        *usage, line = output.err.splitlines()
+        assert not usage or usage[0].startswith("usage: "), output.err
         message = line.partition("error: ")[2]
     assert message.startswith(case.begins.replace("{tmp}", str(folder))), message
     assert case.remedy in message.removeprefix(case.begins), message

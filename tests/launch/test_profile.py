@@ -65,9 +65,9 @@ def test_that_of_something_else_is_refused(
     kept: tuple[Path, str], launched: Callable[..., tuple[int, str, str]], settings: list[str], named: str,
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    status, _, said = launched(*QUICK, *settings, f"profile.file={kept[0]}")
-    assert status == 2 and "Traceback" not in said
-    assert "profile.file" in said and named in said and "hvd-hetero profile" in said
+    status, _, output = launched(*QUICK, *settings, f"profile.file={kept[0]}")
+    assert status == 2 and "Traceback" not in output
+    assert "profile.file" in output and named in output and "hvd-hetero profile" in output
     assert not (tmp_path / "run").exists()
 
 
@@ -92,12 +92,14 @@ def test_the_only_rank_of_a_job_measures(monkeypatch: pytest.MonkeyPatch) -> Non
     assert profile_command.profile([], []) == 0 and done == ["measured"]
 
 
-@pytest.mark.parametrize(("content", "said"), [("{", "no JSON"), ('{"version": 7}', "version 7"), (None, "cannot be")])
+@pytest.mark.parametrize(("content", "output"), [
+    ("{", "no JSON"), ('{"version": 7}', "version 7"), (None, "cannot be"),
+])  # fmt: skip
 def test_no_profile_at_all(
-    launched: Callable[..., tuple[int, str, str]], tmp_path: Path, content: str | None, said: str
+    launched: Callable[..., tuple[int, str, str]], tmp_path: Path, content: str | None, output: str
 ) -> None:
     path = tmp_path / "speeds.json"
     if content is not None:
         path.write_text(content)
     status, _, err = launched(*QUICK, f"profile.file={path}")
-    assert status == 2 and said in err and "profile.file" in err
+    assert status == 2 and output in err and "profile.file" in err

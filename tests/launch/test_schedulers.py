@@ -132,7 +132,7 @@ def test_a_heterogeneous_job_stops_before_its_time_limit_and_resumes_on_other_ho
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("variables", "words", "said"), [
+@pytest.mark.parametrize(("variables", "words", "output"), [
     (PLAIN, ["cluster.classes={fast: {ranks: 0}, slow: {ranks: 1-3}}"],
      "SLURM_TASKS_PER_NODE='1(x2)': gives the job 2 slots, and class slow has rank 3; ask for 4 slots (tasks), or"),
     (HET, [BY_COMPONENT.replace("}}", "}, other: {device: cpu}}")],
@@ -147,11 +147,11 @@ def test_a_heterogeneous_job_stops_before_its_time_limit_and_resumes_on_other_ho
     ({}, ["cluster.remote_shell= "], "cluster.remote_shell=' ': is no command; give one, or null for ssh"),
 ])
 def test_what_does_not_fit(
-    variables: dict[str, str], words: list[str], said: str, launched: Launched, inside: Callable[..., None],
+    variables: dict[str, str], words: list[str], output: str, launched: Launched, inside: Callable[..., None],
     tmp_path: Path,
 ) -> None:
     (tmp_path / "hosts").write_text("n1:2\nn1 cores=2\n")
     inside(variables)
     status, out, err = launched("cluster.hosts=auto", TAU, *words)
     error = err.splitlines()[-1]
-    assert status == 2 and error.startswith(f"hvd-hetero: error: {said}"), err
+    assert status == 2 and error.startswith(f"hvd-hetero: error: {output}"), err

@@ -54,18 +54,18 @@ def test_strangers_at_the_store_and_secrets_in_the_environment(start: Start, tmp
     job = start("-m", "hvd_hetero", "launch", f"run.dir={run}", *QUICK, 'launch.environment=[WANDB_API_KEY, "*"]')
     with Strangers(job.pid, is_store) as strangers:
         assert job.stdout is not None
-        said, ports, variables = "", None, list[dict[str, str]]()
+        output, ports, variables = "", None, list[dict[str, str]]()
         for line in job.stdout:
-            said += line
+            output += line
             if line.startswith("class fast") and ports is None and ": ranks" in line:
                 ranks = [p for p in family(job.pid) if not is_store(p) and "train" in p.cmdline()]
                 ports = [address for p in ranks for address in listening(p)]
                 variables = [p.environ() for p in ranks if p.environ().get("HOROVOD_RANK")]
         status = job.wait(timeout=120)
-    assert status == 0, said
+    assert status == 0, output
     assert len(strangers.visits) == 1, strangers.visits
     assert ports == [], "once it runs, no rank can be connected to"
-    assert "Traceback" not in said
+    assert "Traceback" not in output
     assert len(variables) >= 2
     assert all(each["WANDB_API_KEY"] == SECRET for each in variables), "it was asked for by name"
     assert not [each for each in variables if list(each.values()).count(SECRET) > 1 or "HTTPS_PROXY" in each]

@@ -60,9 +60,9 @@ def test_a_killed_rank_costs_no_more_than_the_work_since_the_checkpoint(
         partial(hvd_hetero, ["launch", "--max-restarts", "2", *settings, f"run.dir={killed}"], timeout=300),
     )
     assert undisturbed.returncode == done.returncode == 0, undisturbed.stderr + done.stdout + done.stderr
-    said = re.findall(r"^hvd-hetero: restart (\d) of 2 in 1 s, from round (\d+): (.*)$", done.stderr, re.M)
-    assert len(said) == 1 and int(said[0][1]) >= 29, done.stderr
-    assert re.match("rank 1 on localhost ended first, killed by SIGKILL|rank 0 on localhost stops", said[0][2]), said
+    told = re.findall(r"^hvd-hetero: restart (\d) of 2 in 1 s, from round (\d+): (.*)$", done.stderr, re.M)
+    assert len(told) == 1 and int(told[0][1]) >= 29, done.stderr
+    assert re.match("rank 1 on localhost ended first, killed by SIGKILL|rank 0 on localhost stops", told[0][2]), told
     assert rows(whole) == rows(killed)
 
 
@@ -72,8 +72,8 @@ def test_no_progress_between_two_failures_gives_up(hvd_hetero: Callable[..., Any
     done = hvd_hetero(["launch", "--max-restarts", "3", *SETTINGS, f"run.dir={tmp_path / 'run'}", "train.epochs=1000",
                        "checkpoint.every_sec=null", "train.loss=own_parts:fails_on_rank_1"], cwd=RANKS)
     assert done.returncode == EXIT_FAULT, done.stdout + done.stderr
-    said = [line for line in done.stderr.splitlines() if line.startswith("hvd-hetero: restart ")]
-    assert said == ["hvd-hetero: restart 1 of 3 in 1 s, from the start: rank 1 on localhost failed: RuntimeError: "
+    output = [line for line in done.stderr.splitlines() if line.startswith("hvd-hetero: restart ")]
+    assert output == ["hvd-hetero: restart 1 of 3 in 1 s, from the start: rank 1 on localhost failed: RuntimeError: "
                     "the disk of rank 1 is on fire"]
     assert ("hvd-hetero: gives up: it has made no new checkpoint since its last failure, and failed in the "
             "same way: rank 1 on localhost failed: RuntimeError: the disk of rank 1 is on fire") in done.stderr
@@ -138,7 +138,7 @@ def test_a_host_that_answers_again_is_taken_back(
     monkeypatch.setattr("hvd_hetero.launch.supervisor.reap", reap)
     monkeypatch.setattr("time.sleep", lambda sec: None)
     rounds = itertools.count(1)
-    monkeypatch.setattr(Supervisor, "_made", lambda self: (next(rounds), ""))
+    monkeypatch.setattr(Supervisor, "_newest_checkpoint", lambda self: (next(rounds), ""))
     told: list[list[str]] = []
 
     def start(settings: Sequence[str]) -> End:
@@ -149,8 +149,8 @@ def test_a_host_that_answers_again_is_taken_back(
     fewer, all_ = ["cluster.hosts=a:1", "run.resume=reshape"], ["run.resume=reshape"]
     assert told == [[], fewer, fewer, all_, all_]
     assert asked == [["a", "b"], ["b"], ["a"], ["b"], ["a", "b"], ["a", "b"]]
-    said = capsys.readouterr().err
-    assert "continues without b, with 1 rank\n" in said and "uses b again, with 2 ranks" in said
+    output = capsys.readouterr().err
+    assert "continues without b, with 1 rank\n" in output and "uses b again, with 2 ranks" in output
 
 
 @pytest.mark.parametrize("refused", [False, True])
@@ -159,7 +159,7 @@ def test_a_host_that_comes_is_taken_in_while_the_job_runs(
 ) -> None:
     """The job is asked to save and to stop; where it could not be started with the host, it is left alone."""
     monkeypatch.setattr("hvd_hetero.launch.supervisor.reap", lambda job, hosts, shell: [])
-    monkeypatch.setattr(Supervisor, "_made", lambda self: (7, ""))
+    monkeypatch.setattr(Supervisor, "_newest_checkpoint", lambda self: (7, ""))
     there, told, asked = [("a", 1)], list[list[str]](), threading.Event()
 
     def check(settings: Sequence[str]) -> None:
@@ -181,13 +181,13 @@ def test_a_host_that_comes_is_taken_in_while_the_job_runs(
 
     words = ["launch.discovery_sec=0.01"]
     assert supervisor(start, [("a", 1)], tmp_path, *words, look=lambda: list(there), check=check).run() == 0
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     if refused:
-        assert told == [[]] and said.count("cannot add hosts: cluster.classes='x': has no place for b") == 1
+        assert told == [[]] and output.count("cannot add hosts: cluster.classes='x': has no place for b") == 1
         assert not (tmp_path / "stop").exists()
     else:
         assert told == [[], ["cluster.hosts=a:1,b:2", "run.resume=reshape"]]
-        assert "saves, and restarts with new hosts: b:2" in said and "continues with 3 ranks, from round 7" in said
+        assert "saves, and restarts with new hosts: b:2" in output and "continues with 3 ranks, from round 7" in output
 
 
 def supervisor(start: Any, hosts: Any, folder: Path, *words: str, look: Any = None, check: Any = None) -> Supervisor:

@@ -59,14 +59,14 @@ def test_hosts_and_what_lies_across_them() -> None:
     assert sets_of(by_bits(4, 2) * 2, 4) == ((0, 1), (2, 3), (0, 2), (1, 3)), "each once"
 
 
-@pytest.mark.parametrize(("size", "group_size", "said"), [
+@pytest.mark.parametrize(("size", "group_size", "output"), [
     (4, 3, "does not divide the 4 ranks into groups of one size; set one of 1, 2, 4"),
     (6, 2, "take a power of two of ranks, and there are 6; start 4 or 8 ranks, or set key=6"),
 ])  # fmt: skip
-def test_what_cannot_be_grouped_is_refused(size: int, group_size: int, said: str) -> None:
+def test_what_cannot_be_grouped_is_refused(size: int, group_size: int, output: str) -> None:
     with pytest.raises(ConfigError, match="key") as error:
         check_by_bits("key", group_size, size)
-    assert said in str(error.value)
+    assert output in str(error.value)
     for fits in ((6, 6), (8, 2)):
         check_by_bits("key", *fits[::-1])
 

@@ -142,7 +142,7 @@ def annealed() -> list[float]:
 
 
 def main() -> None:
-    said: dict[str, Any] = {}
+    output: dict[str, Any] = {}
     if CASE == "dies":
         if RANK == 2:
             from hvd_hetero.training.helper_rank import HelperRank
@@ -158,19 +158,19 @@ def main() -> None:
         return
     helper_channel.COPY_SHARE = 1e9  # whoever waits for a helper here must not wait for the next copy too
     watched("stopped")
-    said["stopped"] = run("stopped", {}, waits=True)
+    output["stopped"] = run("stopped", {}, waits=True)
     Watched.name = "resumed"
-    said["resumed"] = run("resumed", {"run.dir": str(FOLDER / "stopped"), "run.resume": "auto"}, waits=True)
-    said["stuck"] = run("stuck", {"checkpoint.every_rounds": None}, metrics={"until": until_trained})
+    output["resumed"] = run("resumed", {"run.dir": str(FOLDER / "stopped"), "run.resume": "auto"}, waits=True)
+    output["stuck"] = run("stuck", {"checkpoint.every_rounds": None}, metrics={"until": until_trained})
     Watched.name = "scored"
-    said["scored"] = scored()
+    output["scored"] = scored()
     Watched.name = "served"
     served = {"algorithm.name": "asgd", "train.tau": 1, "checkpoint.every_rounds": None}
-    said["served"] = run("served", served, waits=True)
-    said["annealed"] = annealed()
-    (FOLDER / f"annealed.weights{RANK}").write_text(json.dumps(said["annealed"]))
+    output["served"] = run("served", served, waits=True)
+    output["annealed"] = annealed()
+    (FOLDER / f"annealed.weights{RANK}").write_text(json.dumps(output["annealed"]))
     if RANK == 0:
-        (FOLDER / "said.json").write_text(json.dumps(said))
+        (FOLDER / "said.json").write_text(json.dumps(output))
 
 
 if __name__ == "__main__":

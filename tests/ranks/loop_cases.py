@@ -87,17 +87,17 @@ def chosen() -> dict[str, Any]:
     """The length of rounds is chosen by the program's steps and an average, all put back; nobody knows it before."""
     settings = COMMON | {"train.tau": "auto", "train.tau_overhead": 1.0, "profile.seconds": 0.3, "train.epochs": 1}
     with hvd_hetero.Loop(model(), (X, Y), settings, optimizer=adam) as loop:
-        said, before, first = list[str](), weights(loop.model), None
+        output, before, first = list[str](), weights(loop.model), None
         for round in loop:
             try:
                 taus = [c.tau for c in loop.plan.classes]
                 first = first or {"measures": round.measures, "taus": taus, "weights": weights(loop.model)}
             except RuntimeError as error:
-                said.append(f"{round.measures}: {error}")
+                output.append(f"{round.measures}: {error}")
             for x, y in round:
                 round.losses(step(loop, x, y))
         average_sec = loop._trainer.algorithm.policy.average_sec
-        return {"said": said, "before": before, "first": first, "average_sec": average_sec}
+        return {"said": output, "before": before, "first": first, "average_sec": average_sec}
 
 
 def resumed() -> dict[str, Any]:
@@ -198,12 +198,12 @@ def left_early() -> list[float]:
 
 
 def main() -> None:
-    said: dict[str, Any] = {"plain": as_the_trainer_does("plain", {}), "rich": as_the_trainer_does("rich", RICH)}
-    said["delayed"] = as_the_trainer_does("delayed", {"aggregation.delayed": True, "run.seed": 3})
-    said["solo"] = trained(hvd_hetero.Loop(model(), (X, Y), COMMON | {"aggregation.mode": "solo"}, optimizer=adam))
-    said |= {"measured": measured(), "chosen": chosen(), "resumed": resumed(), "streamed": streamed()}
-    said["left"] = left_early()
-    (FOLDER / f"{os.environ['HOROVOD_RANK']}.json").write_text(json.dumps(said))
+    output: dict[str, Any] = {"plain": as_the_trainer_does("plain", {}), "rich": as_the_trainer_does("rich", RICH)}
+    output["delayed"] = as_the_trainer_does("delayed", {"aggregation.delayed": True, "run.seed": 3})
+    output["solo"] = trained(hvd_hetero.Loop(model(), (X, Y), COMMON | {"aggregation.mode": "solo"}, optimizer=adam))
+    output |= {"measured": measured(), "chosen": chosen(), "resumed": resumed(), "streamed": streamed()}
+    output["left"] = left_early()
+    (FOLDER / f"{os.environ['HOROVOD_RANK']}.json").write_text(json.dumps(output))
 
 
 if __name__ == "__main__":

@@ -155,6 +155,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     this.prepare()
     summary = this.run()
     this.algorithm.close()
+    this.job.watchdog.stop()
     trained = this.worker.model
     return {"model": {k: v.clone() for k, v in trained.state_dict().items()}, "summary": summary,
             "modes": [m.training for m in trained.modules()], "noted": getattr(trained, "noted", None),

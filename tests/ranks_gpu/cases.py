@@ -10,16 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ranks_methods.cases import (
-    ADAMW,
-    ASKED,
-    IN_STEP,
-    NESTEROV,
-    OWN,
-    TAU31,
-    UNEVEN,
-    Case,
-)
+from ranks_methods.cases import IN_STEP, OWN
+from ranks_methods.poisoned import ASKED
+from ranks_methods.problem import ADAMW, NESTEROV, TAU31, UNEVEN, Case
 
 from hvd_hetero.algorithms import REGISTRY
 

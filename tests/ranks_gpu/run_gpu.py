@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS), str(TESTS / "ranks_methods")]
+sys.path.insert(0, str(TESTS))
 
 from ranks_gpu.cases import GROUPS, SIZE, settings_of  # noqa: E402
 from ranks_gpu.kinds import KINDS, SETTINGS, SMALL, Kind  # noqa: E402
-from ranks_methods.cases import data, model  # noqa: E402
+from ranks_methods.problem import data, model  # noqa: E402
 from ranks_methods.run_cases import RecordedFeed  # noqa: E402
 
 from hvd_hetero import algorithms  # noqa: E402
@@ -70,6 +70,7 @@ def train(settings: Mapping[str, Any], objects: UserObjects | None, env: JobEnv,
             continue
         finally:
             this.algorithm.close()
+            this.job.watchdog.stop()
         tensors = dict(this.worker.model.named_parameters()) | dict(this.worker.model.named_buffers())
         return {"model": {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()},
                 "dealt": RecordedFeed.dealt, "summary": summary, "excluded": this.comm.excluded.count,

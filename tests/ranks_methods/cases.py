@@ -1,86 +1,20 @@
-"""What the methods are tried on: small float64 problems. The ranks run them, an oracle recomputes them."""
+"""The methods and their settings: the ranks run them, an oracle recomputes them; and those that are resumed."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from ranks_methods.problem import ADAMW, BY_THE_CLOCK, NESTEROV, PLAIN, TAU31, UNEVEN, Case
 
 from hvd_hetero.algorithms import REGISTRY
-from hvd_hetero.planning.groups import by_bits, sets_of
 
-SIZE = 4
-CLASSES: dict[str, dict[str, list[int]]] = {
-    "two": {"fast": [0, 1], "slow": [2, 3]},
-    "three_fast": {"fast": [0, 1, 2], "slow": [3]},
-    "one": {"every": [0, 1, 2, 3]},
-    "rank0_slow": {"slow": [0, 1], "fast": [2, 3]},
-    "alone": {"fast": [0], "slow": [1, 2, 3]},
-    "of three": {"fast": [0, 1], "slow": [2]},
-    "of two": {"fast": [0], "slow": [1]},
-    "one beside two": {"fast": [0], "slow": [1, 2]},
-    "three classes": {"fast": [0], "slow": [1], "other": [2]},
-}
-SAMPLES, FEATURES, TARGETS = 120, 5, 3
-BASE: dict[str, Any] = {
-    "train.epochs": 2,
-    "train.batch_size": 4,
-    "train.tau": {"fast": 3, "slow": 3},
-    "train.lr": 0.1,
-    "train.loss_args": {},
-    "train.optimizer_args": {"momentum": 0.9},
-    "eval.batch_size": 64,
-    "run.trace_rounds": 0,
-    "eval.every_epochs": 10,
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One run.
-
-    Attributes:
-        method: its name.
-        settings: beyond :data:`BASE`.
-        classes: key of :data:`CLASSES`.
-        model: ``mlp``, or ``norm``, which has BatchNorm, or ``noisy``, which draws from all generators; ``digits``: the
-            built-in default problem in place of these.
-        path: how weighted sums travel.
-        poisoned: samples of which a number is NaN.
-        half: whether every second rank computes in float16, and begins with losses scaled too much.
-    """
-
-    method: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    classes: str = "two"
-    model: str = "mlp"
-    path: str = "auto"
-    poisoned: tuple[int, ...] = ()
-    half: bool = False
-
-    def overrides(self) -> dict[str, Any]:
-        classes = {name: {"device": "cpu", "ranks": ranks} for name, ranks in CLASSES[self.classes].items()}
-        method = {"algorithm.name": self.method, "cluster.classes": classes, "aggregation.path": self.path}
-        if self.model == "digits":
-            return {**method, "train.batch_size": 8, "train.epochs": DIGITS_EPOCHS, "train.tau": 8, **self.settings}
-        tau = {name: 3 for name in classes}
-        return {**BASE, "train.tau": tau, **method, **self.settings}
-
-
-DIGITS_EPOCHS = 1
-PLAIN = {"train.optimizer_args": {}}
 TAU1 = {"train.tau": {"every": 1}, **PLAIN}
-UNEVEN = {"train.batch_size": {"fast": 5, "slow": 2}}
-TAU31 = {"train.tau": {"fast": 3, "slow": 1}}
 SEPARATE = {"sampling.scheme": "separate", "sampling.high_loss_ratio": 0.0}
 UNIFIED = {"sampling.scheme": "unified", "sampling.high_loss_ratio": 0.4}
 TO_SLOW = {"sampling.high_loss_ratio": 1.0, "sampling.bias_to": "slow"}
-ADAMW = {"train.optimizer": "AdamW", "train.lr": 0.01, "train.optimizer_args": {}}
+WEIGHTED = {"sampling.sample_weights": "ranks_methods.problem:weights"}
 ALIKE = {"aggregation.weights": "normalised"}
-NESTEROV = {"aggregation.outer_lr": 0.5, "aggregation.outer_momentum": 0.9, "aggregation.outer_nesterov": True}
 GROUPS: dict[str, Any] = {
     "train.groups": [
         {"match": "*.bias", "weight_decay": 0, "lr_scale": 3.0, "frozen": True},
@@ -127,7 +61,7 @@ CASES: dict[str, Case] = {
     "drop_compute, nothing left out": Case("drop_compute", {
         **UNEVEN, "train.micro_batches": 2, "algorithm.threshold": 60, "algorithm.normalise": "done",
     }),
-    "sync, samples that weigh": Case("sync_sgd", {"sampling.sample_weights": "cases:weights"}),
+    "sync, samples that weigh": Case("sync_sgd", WEIGHTED),
     # local SGD
     "balanced": Case("balanced_local_sgd", {"train.tau": 3}),
     "unbalanced, equal tau": Case("unbalanced_local_sgd"),
@@ -137,7 +71,7 @@ CASES: dict[str, Case] = {
         **TAU31, "sampling.high_loss_ratio": 0.0, "aggregation.weights": "uniform",
     }),
     "biased, weights": Case("biased_local_sgd", {**TAU31, "sampling.scheme": "uniform"}),
-    "biased, samples that weigh": Case("biased_local_sgd", {**TAU31, "sampling.sample_weights": "cases:weights"}),
+    "biased, samples that weigh": Case("biased_local_sgd", {**TAU31, **WEIGHTED}),
     "biased, sampling": Case("biased_local_sgd", {**TAU31, "aggregation.weights": "uniform"}),
     "biased": Case("biased_local_sgd", {**TAU31, "train.clip_norm": 0.5}),
     "separate, to slow": Case("biased_local_sgd", {**TAU31, **TO_SLOW}),
@@ -275,9 +209,6 @@ RESUMED_SLOW = ("momentum averaged", "sync, rank 0 idle", "byteps, more servers 
                 "biased, hierarchical", "unified, to fast", "AdamW",
                 "sync, fast, warm-up and cosine", "balanced, a scheduler that steps by rounds")
 """Of these, those that others stand for."""
-BY_THE_CLOCK = ("dlb", "eager_sgd", "m_sync_sgd", "asgd", "ringmaster_asgd", "rennala_sgd", "malenia_sgd",
-                "ringleader_asgd", "async_diloco", "nonblocking_sgd", "omnilearn_asp", "wagma_sgd")
-"""Methods that cannot, since real time has a say in what they do."""
 
 AFTER_UPDATES = ((0, 0.0), (60, 0.1), (90, 0.35), (120, 0.6), (240, 0.72), (350, 0.75))
 """Updates of the model, and the accuracy at least. Plain SGD on batches of 8 comes to 0.31, 0.41, 0.74, 0.85 and 0.94,
@@ -320,111 +251,3 @@ HALF = ("sync_sgd", "byteps", "eager_sgd", "biased_local_sgd")
 FOUR = {"biased_local_sgd": {"train.tau": {"fast": 8, "slow": 2}}}
 CASES |= {f"digits, half, {name}": Case(name, FOUR.get(name, {}), model="digits", half=True) for name in HALF}
 CASES["digits, eager_sgd, majority"] = Case("eager_sgd", {"algorithm.mode": "majority"}, model="digits")
-
-
-POISONED: dict[str, Case] = {
-    name: Case(method, {"train.epochs": 3, **settings}, poisoned=(17,), **layout)
-    for name, method, settings, layout in (
-        ("biased, BatchNorm", "biased_local_sgd", TAU31, {"classes": "of three", "model": "norm"}),
-        ("hierarchical", "biased_local_sgd", TAU31, {"classes": "of three", "model": "norm", "path": "hierarchical"}),
-        ("uniform weights, Nesterov", "unbalanced_local_sgd", {**TAU31, **NESTEROV}, {"classes": "of three"}),
-        ("momentum averaged", "biased_local_sgd", {**TAU31, "aggregation.optimizer_state": "average"},
-         {"classes": "of three"}),
-        ("AdamW averaged", "biased_local_sgd", {**TAU31, **ADAMW, "aggregation.optimizer_state": "average"},
-         {"classes": "of three"}),
-        ("momentum reset", "biased_local_sgd", {**TAU31, "aggregation.optimizer_state": "reset"},
-         {"classes": "of three"}),
-        ("AdamW", "balanced_local_sgd", {"train.tau": 2, **ADAMW}, {"classes": "of three"}),
-        ("delayed, BatchNorm", "biased_local_sgd", {**TAU31, "aggregation.delayed": True},
-         {"classes": "of three", "model": "norm"}),
-        ("sync, uneven batches", "sync_sgd", {**UNEVEN, "train.clip_norm": 0.3}, {"classes": "of three"}),
-        ("sync, float16", "sync_sgd", {"aggregation.wire": "float16"}, {"classes": "of three", "model": "norm"}),
-        ("float16", "biased_local_sgd", {**TAU31, "aggregation.wire": "float16"},
-         {"classes": "of three", "model": "norm"}),
-        ("sync, micro-batches", "sync_sgd", {"train.micro_batches": 2}, {"classes": "of three"}),
-        ("sync, BatchNorm", "sync_sgd", UNEVEN, {"classes": "of three", "model": "norm"}),
-        ("sync, fast", "sync_sgd", {"algorithm.participants": "fast"}, {"classes": "of three"}),
-        ("byteps, BatchNorm", "byteps", {"algorithm.partition_bytes": 80}, {"classes": "of three", "model": "norm"}),
-        ("dlb", "dlb", {"algorithm.global_batch": 10}, {"classes": "of three"}),
-        ("two, biased", "biased_local_sgd", TAU31, {"classes": "of two"}),
-        ("two, sync, BatchNorm", "sync_sgd", {}, {"classes": "of two", "model": "norm"}),
-        ("two, sync, float16", "sync_sgd", {"aggregation.wire": "float16", "train.batch_size": {"fast": 5, "slow": 3}},
-         {"classes": "of two", "model": "norm"}),
-        ("two, float16", "biased_local_sgd", {**TAU31, "aggregation.wire": "float16"},
-         {"classes": "of two", "model": "norm"}),
-    )
-}
-"""In each epoch some rank is given a sample that its gradient cannot stand; an oracle knows what comes of it."""
-POISONED_SLOW = {
-    "hierarchical", "momentum averaged", "momentum reset", "AdamW", "sync, float16", "sync, BatchNorm", "sync, fast",
-    "two, biased", "two, float16",
-}  # fmt: skip
-"""Of these, the ones that others stand for."""
-
-ASKED: dict[str, dict[str, Any]] = {
-    "dlb": {"algorithm.min_local_batch": 2}, "nonblocking_sgd": {"algorithm.micro_batches": 2},
-    "wagma_sgd": {"algorithm.group_size": 3}, "decentlam": {"algorithm.topology": "complete"},
-    "bvr_l_sgd": {**PLAIN, "train.tau": 3, "algorithm.stage_rounds": 2},
-    "omnilearn_asp": {"algorithm.min_local_batch": 2},
-}  # fmt: skip
-"""By method. BatchNorm cannot train on one sample, which a busy machine may leave a rank; three is no power of 2."""
-
-POISONED |= {
-    f"every, {name}, {mode}": Case(
-        name, {"train.epochs": 4, **ASKED.get(name, {}), **({} if mode == "as it is" else {"aggregation.mode": mode})},
-        "of three", "mlp" if name == "bvr_l_sgd" else "norm", poisoned=(17, 40),
-    )
-    for name in REGISTRY
-    for mode in ("as it is", *(("solo", "majority") if name == "biased_local_sgd" else ()))
-}
-"""Every method; who trains on what is not known beforehand with all of them."""
-
-
-def chosen(cases: Mapping[str, Case], others_stand_for: Collection[str], slow: bool) -> dict[str, Case]:
-    """Return the cases that are tried: all of them if ``slow``."""
-    assert not set(others_stand_for) - set(cases)
-    return {name: case for name, case in cases.items() if slow or name not in others_stand_for}
-
-
-def marked(names: Iterable[str], others_stand_for: Collection[str]) -> list[Any]:
-    """Return parameters of a test, with those marked as slow that others stand for."""
-    import pytest
-
-    return [pytest.param(name, marks=pytest.mark.slow) if name in others_stand_for else name for name in names]
-
-
-def pairs(size: int) -> tuple[tuple[int, ...], ...]:
-    """Groups of two, by bits of the ranks' numbers, of a power of two of ranks."""
-    return () if size & (size - 1) else sets_of(by_bits(size, 2), size)
-
-
-def data(poisoned: tuple[int, ...] = ()) -> Any:
-    """(inputs ``[SAMPLES, FEATURES]``, targets ``[SAMPLES]``)."""
-    import torch
-
-    generator = torch.Generator().manual_seed(5)
-    inputs = torch.randn(SAMPLES, FEATURES, generator=generator, dtype=torch.float64)
-    inputs[list(poisoned), 1] = math.nan
-    return inputs, torch.randint(TARGETS, (SAMPLES,), generator=generator)
-
-
-def weights(dataset: Any) -> Any:
-    """How much each sample counts, by its target."""
-    return dataset.targets.numpy() + 1.0
-
-
-def model(name: str) -> Any:
-    """The same weights each time."""
-    import random
-
-    import numpy as np
-    import torch
-    from torch import nn
-
-    class Noise(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x + random.random() + float(np.random.rand()) + torch.rand_like(x)
-
-    torch.manual_seed(3)
-    more = {"norm": [nn.BatchNorm1d(6)], "noisy": [Noise()]}.get(name, [])
-    return nn.Sequential(nn.Linear(FEATURES, 6), *more, nn.Tanh(), nn.Linear(6, TARGETS)).double()

@@ -6,8 +6,8 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from ranks_methods.cases import Case
 from ranks_methods.oracle import Dealt, Replica, mean_of, rate, set_all
+from ranks_methods.problem import Case
 from torch import Tensor
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ranks_methods.cases import CLASSES, Case, data, model
+from ranks_methods.problem import CLASSES, Case, data, model
 from torch import Tensor, nn
 
 Dealt = Mapping[int, Sequence[Tensor]]

@@ -13,36 +13,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CLASSES, RESUMED, Case, data, model, pairs
 
-from hvd_hetero import algorithms
-from hvd_hetero.cluster.device_classes import assign
-from hvd_hetero.cluster.hardware import RankFacts
-from hvd_hetero.cluster.placement import Placement
-from hvd_hetero.comm.communicator import hvd
-from hvd_hetero.comm.kv_store import JobEnv, job_env
-from hvd_hetero.config.load import device_classes, load
-from hvd_hetero.errors import Stopped
-from hvd_hetero.training import startup, trainer
-from hvd_hetero.training.checkpointer import Saver
-from hvd_hetero.training.resume import find
-from hvd_hetero.training.stop_request import StopRequest
-from hvd_hetero.training.watchdog import Watchdog
-from hvd_hetero.worker import components
-from hvd_hetero.worker.components import UserObjects
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-NEVER, OFTEN = 10**9, 3
+from ranks_methods.cases import RESUMED  # noqa: E402
+from ranks_methods.problem import CLASSES, Case, data, model, pairs  # noqa: E402
+
+from hvd_hetero import algorithms  # noqa: E402
+from hvd_hetero.cluster.device_classes import assign  # noqa: E402
+from hvd_hetero.cluster.hardware import RankFacts  # noqa: E402
+from hvd_hetero.cluster.placement import Placement  # noqa: E402
+from hvd_hetero.comm.communicator import hvd  # noqa: E402
+from hvd_hetero.comm.kv_store import JobEnv, job_env  # noqa: E402
+from hvd_hetero.config.load import device_classes, load  # noqa: E402
+from hvd_hetero.errors import Stopped  # noqa: E402
+from hvd_hetero.training import startup, trainer  # noqa: E402
+from hvd_hetero.training.checkpointer import Saver  # noqa: E402
+from hvd_hetero.training.resume import find  # noqa: E402
+from hvd_hetero.training.stop_request import StopRequest  # noqa: E402
+from hvd_hetero.training.watchdog import Watchdog  # noqa: E402
+from hvd_hetero.worker import components  # noqa: E402
+from hvd_hetero.worker.components import UserObjects  # noqa: E402
+from hvd_hetero.worker.epoch import Progress  # noqa: E402
+
+OFTEN = 3
+"""Rounds."""
 
 
 class Stops:
-    """Counts the times at which all ranks meet, and asks rank 0 to stop at some of them."""
+    """Whether a run is in pieces, and whether rank 0 is asked to stop when all ranks meet next."""
 
-    left = NEVER
+    in_pieces = asked = False
 
 
-def run(case: Case, env: JobEnv, folder: Path, every: int) -> tuple[int, dict[str, Any]]:
+def run(case: Case, env: JobEnv, folder: Path, in_pieces: bool) -> tuple[int, dict[str, Any]]:
     stops, found = 0, None
-    settings = {"run.dir": str(folder), "run.resume": "auto", "checkpoint.every_rounds": 1}
+    Stops.in_pieces = in_pieces
+    settings = {"run.dir": str(folder), "run.resume": "auto", "checkpoint.every_rounds": OFTEN}
     config = load((), {**case.overrides(), **settings}, algorithms.method)
     facts = [RankFacts(rank, "localhost", rank, (), "cpu", (0,)) for rank in range(env.size)]
     cluster = assign(device_classes(config.cluster.classes), facts)
@@ -51,7 +58,7 @@ def run(case: Case, env: JobEnv, folder: Path, every: int) -> tuple[int, dict[st
         parts = components.build(config, given)
         job = startup.Job(env, config, parts, cluster, Placement("cpu", 1, None), Watchdog(env))
         this = trainer.Trainer(job, folder, found)
-        Stops.left = every
+        Stops.asked = False
         try:
             this.prepare()
             this.run()
@@ -61,6 +68,7 @@ def run(case: Case, env: JobEnv, folder: Path, every: int) -> tuple[int, dict[st
             continue
         finally:
             this.algorithm.close()
+            this.job.watchdog.stop()
         losses = None if this.feed.sampler is None else torch.from_numpy(this.feed.sampler.losses)
         return stops, {"model": this.worker.model.state_dict(), "losses": losses}
 
@@ -70,12 +78,12 @@ def main(folder: Path, names: Sequence[str]) -> None:
     env = job_env()
     meet = Saver.agree
 
-    def agree(self: Any, *args: Any) -> Any:
-        Stops.left -= 1
-        return meet(self, *args)
+    def agree(self: Any, progress: Progress, length: int, rounds: int, *args: Any) -> Any:
+        Stops.asked = Stops.in_pieces and (rounds + progress.averages) % OFTEN == 0
+        return meet(self, progress, length, rounds, *args)
 
     Saver.agree = agree  # type: ignore[method-assign]
-    StopRequest.__call__ = lambda self: env.rank == 0 and Stops.left <= 0  # type: ignore[method-assign]
+    StopRequest.__call__ = lambda self: env.rank == 0 and Stops.asked  # type: ignore[method-assign]
     groups = {tuple(ranks) for classes in CLASSES.values() for ranks in classes.values()}
     groups |= {tuple(ranks[0] for ranks in classes.values()) for classes in CLASSES.values()}
     groups |= set(pairs(env.size))
@@ -83,8 +91,8 @@ def main(folder: Path, names: Sequence[str]) -> None:
     hvd.init(process_sets=sets)
     found = {}
     for i, name in enumerate(names):
-        _, whole = run(RESUMED[name], env, folder / f"whole{i}", NEVER)
-        stops, pieces = run(RESUMED[name], env, folder / f"pieces{i}", OFTEN)
+        _, whole = run(RESUMED[name], env, folder / f"whole{i}", in_pieces=False)
+        stops, pieces = run(RESUMED[name], env, folder / f"pieces{i}", in_pieces=True)
         found[name] = {"stops": stops, "whole": whole, "pieces": pieces}
     torch.save(found, folder / f"rank{env.rank}.pt")
     hvd.barrier()

@@ -1,6 +1,6 @@
 """Every rank of a job runs this: ``run_cases.py FOLDER`` trains each of the cases with the real trainer.
 
-``run_cases.py FOLDER poisoned`` takes those of ``cases.POISONED`` that are for the job's number of ranks. A further
+``run_cases.py FOLDER poisoned`` takes those of ``poisoned.POISONED`` that are for the job's number of ranks. A further
 word ``slow``: those too that others stand for.
 
 It writes ``FOLDER/rank{N}.pt``: by case the rank's final model, the indices it was dealt in each epoch, and on rank 0
@@ -16,40 +16,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CASES, CASES_SLOW, CLASSES, POISONED, POISONED_SLOW, Case, chosen, data, model, pairs
 
-from hvd_hetero import algorithms
-from hvd_hetero.cluster.device_classes import assign
-from hvd_hetero.cluster.hardware import RankFacts
-from hvd_hetero.cluster.placement import Placement
-from hvd_hetero.comm.communicator import hvd
-from hvd_hetero.comm.kv_store import JobEnv, job_env
-from hvd_hetero.config.load import device_classes, load
-from hvd_hetero.telemetry.trace import TRACE, from_chrome
-from hvd_hetero.training import startup, trainer, trainer_parts
-from hvd_hetero.training.watchdog import Watchdog
-from hvd_hetero.worker import components, loss_scaler
-from hvd_hetero.worker.components import UserObjects
-from hvd_hetero.worker.index_feed import Feed
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from ranks_methods.cases import CASES, CASES_SLOW  # noqa: E402
+from ranks_methods.poisoned import POISONED, POISONED_SLOW  # noqa: E402
+from ranks_methods.problem import CLASSES, Case, chosen, data, model, pairs  # noqa: E402
+
+from hvd_hetero import algorithms  # noqa: E402
+from hvd_hetero.cluster.device_classes import assign  # noqa: E402
+from hvd_hetero.cluster.hardware import RankFacts  # noqa: E402
+from hvd_hetero.cluster.placement import Placement  # noqa: E402
+from hvd_hetero.comm.communicator import hvd  # noqa: E402
+from hvd_hetero.comm.kv_store import JobEnv, job_env  # noqa: E402
+from hvd_hetero.config.load import device_classes, load  # noqa: E402
+from hvd_hetero.telemetry.trace import TRACE, from_chrome  # noqa: E402
+from hvd_hetero.training import startup, trainer, trainer_parts  # noqa: E402
+from hvd_hetero.training.watchdog import Watchdog  # noqa: E402
+from hvd_hetero.worker import components, loss_scaler  # noqa: E402
+from hvd_hetero.worker.components import UserObjects  # noqa: E402
+from hvd_hetero.worker.index_feed import Feed  # noqa: E402
 
 
 class RecordedFeed(Feed):
     """Remembers what it dealt, or what was taken of what it handed out."""
 
     dealt: list[torch.Tensor] = []
-    whole = False
+    deals_all = False
 
-    def deal(self, plan: Any, whole: Any) -> Any:
-        rows = super().deal(plan, whole)
+    def deal(self, plan: Any, full: Any) -> Any:
+        rows = super().deal(plan, full)
         RecordedFeed.dealt.append(torch.from_numpy(rows.copy()).long())
         return rows
 
-    def deal_whole(self, plan: Any) -> Any:
-        self.whole = True
-        return super().deal_whole(plan)
+    def deal_all(self, plan: Any) -> Any:
+        self.deals_all = True
+        return super().deal_all(plan)
 
     def collect(self, indices: Any, *results: Any) -> None:
-        if self.whole:
+        if self.deals_all:
             RecordedFeed.dealt.append(torch.from_numpy(indices.copy()).long())
         super().collect(indices, *results)
 
@@ -69,6 +74,7 @@ def run(case: Case, env: JobEnv, folder: Path) -> dict[str, Any]:
     this.prepare()
     summary = this.run()
     this.algorithm.close()
+    this.job.watchdog.stop()
     written = (folder / TRACE).read_text() if env.rank == 0 and config.run.trace_rounds else None
     trace = from_chrome(json.loads(written))[0] if written else []
     return {"model": this.worker.model.state_dict(), "dealt": RecordedFeed.dealt, "summary": summary,

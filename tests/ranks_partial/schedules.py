@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from ranks_methods.cases import BASE, model
 from ranks_methods.oracle import Replica
+from ranks_methods.problem import BASE, model
 from torch import Tensor
 
 from hvd_hetero import algorithms

@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from ranks_methods.cases import data, model  # noqa: E402
+from ranks_methods.problem import data, model  # noqa: E402
 from ranks_partial.schedules import CASES, Schedule, facts  # noqa: E402
 
 from hvd_hetero import algorithms  # noqa: E402

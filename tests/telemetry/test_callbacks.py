@@ -81,9 +81,9 @@ def test_a_tracker_that_fails_is_warned_of_once_and_ends_nothing(
     monkeypatch.setitem(TRACKERS, "tensorboard", Broken)  # type: ignore[arg-type]
     with caplog.at_level(logging.WARNING, "hvd_hetero"):
         tracked("tensorboard", tmp_path)
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 2, "once in each of two jobs"
-    assert said[0].startswith("run.trackers=tensorboard: it is off from here on: OSError: the disk is full")
+    output = [record.getMessage() for record in caplog.records]
+    assert len(output) == 2, "once in each of two jobs"
+    assert output[0].startswith("run.trackers=tensorboard: it is off from here on: OSError: the disk is full")
 
 
 def test_numbers_of_a_row() -> None:
@@ -177,8 +177,8 @@ def test_hooks_are_called_on_all_ranks_or_on_rank_0(tmp_path: Path, hvd_hetero: 
     notes = [json.loads((tmp_path / f"notes{rank}.json").read_text()) for rank in range(2)]
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     last = rows[-1]["round"]
-    for rank, said in enumerate(notes):
-        assert said == [["start", rank, 2, 0, 2], ["epoch", 1], ["evaluation", 2, True], ["epoch", 2],
+    for rank, output in enumerate(notes):
+        assert output == [["start", rank, 2, 0, 2], ["epoch", 1], ["evaluation", 2, True], ["epoch", 2],
                         ["checkpoint", last, rank == 0], ["end", rank == 0]]  # fmt: skip
     assert all(row["norm"] > 0 for row in rows)
 

@@ -133,15 +133,16 @@ def test_rank_0_alone_is_passed_on_as_it_is(pieces: list[list[bytes]]) -> None:
 def test_what_stands_between_the_pieces_of_a_long_line() -> None:
     """Lines of others are lines of their own, and every piece is named."""
     long = b"x" * (LINE_BYTES + 1)
-    said, _ = put_together([(1, long), (1, b"y\n"), (2, long), (0, b"short\n"), (2, b"z"), (2, b"\n"), (1, b"\rbar\r")])
+    blocks = [(1, long), (1, b"y\n"), (2, long), (0, b"short\n"), (2, b"z"), (2, b"\n"), (1, b"\rbar\r")]
+    printed, _ = put_together(blocks)
     named = b"rank 1: " + long + b"y\nrank 2: " + long + b"\nshort\nrank 2: z\n"
-    assert said == named + b"rank 1: \rrank 1: bar\r"
+    assert printed == named + b"rank 1: \rrank 1: bar\r"
 
 
 def test_lines_that_mean_something_to_the_launcher() -> None:
     lines = [b"hvd-hetero: error: rank 1 is broken\n", b"then\n", b"\n", b"Killed\n"]
-    said, output = put_together([(1, b"".join(lines))], failed=True)
-    assert said == lines[0] + b"rank 1: then\nrank 1: \n", "the shell's word about the rank's end is told otherwise"
+    printed, output = put_together([(1, b"".join(lines))], failed=True)
+    assert printed == lines[0] + b"rank 1: then\nrank 1: \n", "the shell's word about the rank's end is told otherwise"
     assert output.errors == {1: "rank 1 is broken"} and output.last(1) == "then" and output.last(0) == ""
     assert output.final_error is None
     assert put_together([(1, b"Killed\n")], failed=False)[0] == b"rank 1: Killed\n"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from job_helpers import found_by_ranks
 from ranks_models.models import CASES, NOT_REPEATABLE, Case
 
 pytestmark = pytest.mark.horovod
@@ -20,9 +20,7 @@ Found = list[dict[str, dict[str, Any]]]
 @pytest.fixture(scope="module")
 def found(horovodrun: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Found:
     folder = tmp_path_factory.mktemp("models")
-    done = horovodrun(2, [sys.executable, SCRIPT, folder], timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    return found_by_ranks(horovodrun, 2, SCRIPT, folder, timeout=400)
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:

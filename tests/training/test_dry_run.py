@@ -360,13 +360,13 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_fail_is_refused_and_left_as_it_was(name: str) -> None:
-    make, how, said = REFUSED[name]
+    make, how, printed = REFUSED[name]
     model = make()
     before = None if name.startswith("lazy") else content(model)
     with pytest.raises(ConfigError) as caught:
         tried(model, **how)
     message = str(caught.value)
-    assert said in message and "\n" not in message and "; " in message, message
+    assert printed in message and "\n" not in message and "; " in message, message
     assert before is None or all(same(a, b) for (_, a), (_, b) in zip(before, content(model), strict=True))
 
 
@@ -410,8 +410,8 @@ def test_what_learns_in_evaluation_mode_is_told(heard: list[warnings.WarningMess
     net = Net(nn.Sequential(nn.Linear(8, 8), nn.Dropout()), nn.BatchNorm1d(8).requires_grad_(False))
     net.layers.eval()
     tried(net)
-    said = [str(one.message) for one in heard]
-    assert len(said) == 1 and said[0].startswith("layers is in evaluation mode and has trainable parameters")
+    printed = [str(one.message) for one in heard]
+    assert len(printed) == 1 and printed[0].startswith("layers is in evaluation mode and has trainable parameters")
     tried(Net(nn.Linear(8, 8), nn.BatchNorm1d(8).requires_grad_(False).eval()))
     tried(Net(nn.Linear(8, 8)).eval())
     assert len(heard) == 1, "frozen ones, and a whole model in that mode, are nothing to be told of"

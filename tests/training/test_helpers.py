@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, horovodrun: Callable[..., A
 
 
 @pytest.fixture(scope="module")
-def said(folder: Path) -> dict[str, Any]:
+def output(folder: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((folder / "said.json").read_text())
     return content
 
@@ -48,7 +48,7 @@ def rows(folder: Path, run: str, file: str = "evaluations.jsonl") -> list[dict[s
     return [json.loads(line) for line in (folder / run / file).read_text().splitlines()]
 
 
-def test_evaluations_are_of_the_models_of_their_rounds(folder: Path, said: dict[str, Any]) -> None:
+def test_evaluations_are_of_the_models_of_their_rounds(folder: Path, output: dict[str, Any]) -> None:
     found = rows(folder, "stopped")
     assert len(found) >= 5  # an epoch's end was put off until there was one more, but for the last
     for row in found:
@@ -60,29 +60,29 @@ def test_evaluations_are_of_the_models_of_their_rounds(folder: Path, said: dict[
     assert numbers == sorted(set(numbers))
 
 
-def test_those_who_train_evaluate_the_last_model_alone(folder: Path, said: dict[str, Any]) -> None:
+def test_those_who_train_evaluate_the_last_model_alone(folder: Path, output: dict[str, Any]) -> None:
     """At the end of a run that was stopped and resumed; hooks hear of both kinds of evaluations."""
     epochs = rows(folder, "stopped", "metrics.jsonl")
     assert [row["epoch"] for row in epochs] == list(range(1, 7))
     assert ["eval_loss" in row for row in epochs] == [False] * 5 + [True]
-    heard = said["stopped"]["evaluated"] + said["resumed"]["evaluated"]
+    heard = output["stopped"]["evaluated"] + output["resumed"]["evaluated"]
     assert set(heard) == {row["round"] for row in rows(folder, "stopped")} | {6 * ROUNDS}
     statuses = [[(folder / f"{run}.status{rank}").read_text() for rank in range(3)] for run in ("stopped", "resumed")]
     assert statuses == [["3"] * 3, ["0"] * 3]
-    summary = said["resumed"]["summary"]
+    summary = output["resumed"]["summary"]
     assert summary["world_size"] == 2 and [c["name"] for c in summary["classes"]] == ["fast", "slow"]
     assert summary["helpers"] == [{"name": "aide", "device": "cpu", "ranks": [2], "role": "evaluate"}]
 
 
-def test_nobody_waits_for_a_helper_that_is_not_done_before_all_are_trained(folder: Path, said: dict[str, Any]) -> None:
+def test_nobody_waits_for_a_helper_that_is_not_done_when_all_are_trained(folder: Path, output: dict[str, Any]) -> None:
     """It was at its first evaluation all the time; what it was at is dropped."""
     assert len(rows(folder, "stuck", "metrics.jsonl")) == 6
     assert not (folder / "stuck" / "evaluations.jsonl").exists()
-    assert said["stuck"]["evaluated"] == [6 * ROUNDS]
+    assert output["stuck"]["evaluated"] == [6 * ROUNDS]
 
 
-def test_scores_are_losses_by_the_models_of_their_rounds(folder: Path, said: dict[str, Any]) -> None:
-    epochs = said["scored"]["epochs"]
+def test_scores_are_losses_by_the_models_of_their_rounds(folder: Path, output: dict[str, Any]) -> None:
+    epochs = output["scored"]["epochs"]
     assert len(epochs) == 6 and sum(bool(scored) for scored in epochs) >= 4
     taken = 0
     for number, scored in enumerate(epochs):

@@ -90,8 +90,8 @@ def test_losses_that_are_not_one_a_sample_are_refused_and_some_do_not_count(tmp_
     assert done.returncode == 0, done.stderr
     *refused, last = [line for line in done.stdout.splitlines() if line.startswith("round.losses") or line == "True"]
     assert last == "True"
-    said = [line.partition("; ")[0] for line in refused[:3]]
-    assert said == ["round.losses=[3] float32: is not per sample: a batch of 4 gives [3]",
+    output = [line.partition("; ")[0] for line in refused[:3]]
+    assert output == ["round.losses=[3] float32: is not per sample: a batch of 4 gives [3]",
                     "round.losses=[] float32: is not per sample: a batch of 4 gives []",
                     "round.losses=None: is not per sample: a batch of 4 gives NoneType"]  # fmt: skip
 
@@ -109,17 +109,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory, horovodrun: Callable[..., A
 
 
 @pytest.fixture(scope="module")
-def said(folder: Path) -> list[dict[str, Any]]:
+def output(folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.mark.parametrize("name", ["plain", "rich", "delayed"])
-def test_a_loop_trains_the_model_that_train_trains(name: str, folder: Path, said: list[dict[str, Any]]) -> None:
+def test_a_loop_trains_the_model_that_train_trains(name: str, folder: Path, output: list[dict[str, Any]]) -> None:
     """Bit by bit: with an outer optimizer, schedules and averaged states, or with delayed averages."""
     by_train, by_loop = (torch.load(folder / run / "checkpoint" / "model.pt", weights_only=True)
                          for run in (name, f"{name}-loop"))
     assert all(torch.equal(by_train[key], by_loop[key]) for key in by_train)
-    assert said[0][name] == said[1][name]
+    assert output[0][name] == output[1][name]
     rows = [[json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
             for run in (name, f"{name}-loop")]
     same = ("epoch", "round", "samples_seen", "train_loss", "lr", "tau")
@@ -128,55 +128,55 @@ def test_a_loop_trains_the_model_that_train_trains(name: str, folder: Path, said
     assert json.loads((folder / f"{name}-loop" / "summary.json").read_text())["rounds"] == 21
 
 
-def test_tau_is_measured_on_the_programs_own_steps_which_are_put_back(said: list[dict[str, Any]]) -> None:
-    for found in (each["measured"] for each in said):
+def test_tau_is_measured_on_the_programs_own_steps_which_are_put_back(output: list[dict[str, Any]]) -> None:
+    for found in (each["measured"] for each in output):
         assert found["measured"] >= 3
         assert found["first"] == {"weights": found["before"], "state": 0, "number": 1, "counter": 0}
         assert found["taus"][0] == 9 and 1 <= found["taus"][1] < 9  # the slow rank is a fast one that sleeps
 
 
-def test_tau_auto_is_chosen_by_the_programs_own_steps_and_an_average(said: list[dict[str, Any]]) -> None:
+def test_tau_auto_is_chosen_by_the_programs_own_steps_and_an_average(output: list[dict[str, Any]]) -> None:
     """With any overhead allowed, the shortest round in which the slower rank takes a step; asked for too early, it says
     so.
     """
-    for found in (each["chosen"] for each in said):
+    for found in (each["chosen"] for each in output):
         assert len(found["said"]) >= 3 and set(found["said"]) == {
             "True: there is no plan yet: with train.tau=auto it goes by steps that are timed in the first rounds; ask "
             "in a round whose measures is False, or later"}  # fmt: skip
         assert not found["first"]["measures"] and found["first"]["weights"] == found["before"]
         assert min(found["first"]["taus"]) == 1  # whichever rank is the slower one where other work goes on
         assert found["average_sec"] > 0
-    assert said[0]["chosen"]["first"]["taus"] == said[1]["chosen"]["first"]["taus"]
+    assert output[0]["chosen"]["first"]["taus"] == output[1]["chosen"]["first"]["taus"]
 
 
-def test_a_loop_goes_on_from_states_that_the_program_has_kept(said: list[dict[str, Any]]) -> None:
-    for found in (each["resumed"] for each in said):
+def test_a_loop_goes_on_from_states_that_the_program_has_kept(output: list[dict[str, Any]]) -> None:
+    for found in (each["resumed"] for each in output):
         assert found["rounds"] == list(range(1, 22))
         assert found["numbers"] == list(range(13, 22))  # of round 12: the last due one below 15
         assert found["again"] == found["end"]
         assert found["last_due"]
 
 
-def test_all_samples_of_a_stream_are_taken_once_each_by_the_rank_that_has_time(said: list[dict[str, Any]]) -> None:
-    fast, slow = (each["streamed"]["seen"] for each in said)
+def test_all_samples_of_a_stream_are_taken_once_each_by_the_rank_that_has_time(output: list[dict[str, Any]]) -> None:
+    fast, slow = (each["streamed"]["seen"] for each in output)
     assert [len(part) for part in fast] == [12] * 12 and [len(part) for part in slow] == [4] * 12
     taken = [number for pair in zip(fast, slow, strict=True) for part in pair for number in part]
     assert sorted(taken[:100]) == list(range(100))  # 6 rounds and a quarter: then the stream begins anew
     assert taken[:100] != sorted(taken[:100]) and sorted(taken[100:]) != taken[100:192]
-    assert [each["streamed"]["again"] for each in said] == [fast[8:], slow[8:]]
+    assert [each["streamed"]["again"] for each in output] == [fast[8:], slow[8:]]
 
 
-def test_batches_of_a_loader_with_an_order_of_its_own(said: list[dict[str, Any]]) -> None:
-    fast, slow = (each["streamed"]["batches"] for each in said)
+def test_batches_of_a_loader_with_an_order_of_its_own(output: list[dict[str, Any]]) -> None:
+    fast, slow = (each["streamed"]["batches"] for each in output)
     order = [list(range(239 - 4 * k, 235 - 4 * k, -1)) for k in range(60)]
     assert fast == [batch for k, batch in enumerate(order) if k % 4 < 3]
     assert slow == [batch for k, batch in enumerate(order) if k % 4 == 3]
-    assert said[0]["streamed"]["sizes"] == [8, 8]  # of a shuffling loader, whose samples are dealt
+    assert output[0]["streamed"]["sizes"] == [8, 8]  # of a shuffling loader, whose samples are dealt
 
 
-def test_partial_averages_and_leaving_early(said: list[dict[str, Any]]) -> None:
-    assert said[0]["solo"] == said[1]["solo"]
-    assert said[0]["left"] == said[1]["left"]
+def test_partial_averages_and_leaving_early(output: list[dict[str, Any]]) -> None:
+    assert output[0]["solo"] == output[1]["solo"]
+    assert output[0]["left"] == output[1]["left"]
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
@@ -262,11 +262,11 @@ def test_what_a_program_does_wrong_in_a_round(tmp_path: Path) -> None:
     """It is raised where the program is, and another loop may follow."""
     done = subprocess.run([sys.executable, "-c", FAILING], capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
-    said = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("SAID"))[5:])
-    assert said[:3] == [
+    output = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("SAID"))[5:])
+    assert output[:3] == [
         "RuntimeError: a round has 2 batches, of which 0 were taken: go through the whole round",
         "RuntimeError: a round has 2 batches, got losses of 0: call round.losses for each batch", "KeyError: 'mine'",
     ]  # fmt: skip
-    assert said[3].startswith("ConfigError: train_data='Short': ends after 0 samples")  # seen when items are compared
-    assert said[4] is None  # nothing is dealt by losses
-    assert said[5:] == [None, None]  # two targets of all samples in a list, or more targets than samples
+    assert output[3].startswith("ConfigError: train_data='Short': ends after 0 samples")  # seen when items are compared
+    assert output[4] is None  # nothing is dealt by losses
+    assert output[5:] == [None, None]  # two targets of all samples in a list, or more targets than samples

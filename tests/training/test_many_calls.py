@@ -30,14 +30,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def said(horovodrun: Callable[..., Any], folder: Path) -> str:
+def output(horovodrun: Callable[..., Any], folder: Path) -> str:
     done = horovodrun(2, [sys.executable, SCRIPT, folder], cwd=folder, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return str(done.stdout + done.stderr)
 
 
 @pytest.fixture(scope="module")
-def ranks(said: str, folder: Path) -> list[dict[str, Any]]:
+def ranks(output: str, folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -49,11 +49,11 @@ def same(one: Path, other: Path) -> bool:
     return all(map(torch.equal, weights(one), weights(other)))
 
 
-def test_each_is_refused_or_done_for_itself(ranks: list[dict[str, Any]], said: str) -> None:
+def test_each_is_refused_or_done_for_itself(ranks: list[dict[str, Any]], output: str) -> None:
     for found in ranks:
         calls = {name: call["status"] for name, call in found.items() if name != "begin"}
         assert calls == {name: 2 if name in REFUSED else "done" for name in calls}
-    errors = [line.partition("hvd-hetero: error: ")[2] for line in said.splitlines() if "hvd-hetero: error: " in line]
+    errors = [line.partition("hvd-hetero: error: ")[2] for line in output.splitlines() if "hvd-hetero: error: " in line]
     assert [error.partition("=")[0] for error in errors[:3]] == ["train.lr", "train.lr", "cluster.classes"]
     assert "-1" in errors[0] and "0.2: so it is for rank 1" in errors[1] and "'fast': 'cpu [1]'" in errors[2]
     assert errors[3].endswith("unsaved/checkpoint/model.pt is missing or old: KeyError: 'no weights today'")

@@ -91,8 +91,8 @@ def test_rows_of_a_run_that_lost_rank_0_are_kept_as_far_as_it_goes_on(tmp_path: 
 def test_a_run_that_has_ended_says_what_would_let_it_go_on(over: bool, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     say_resumed("epoch 3, round 6", over)
-    said = caplog.text
-    assert "resumed after epoch 3, round 6" in said and ("train.epochs" in said) == over
+    output = caplog.text
+    assert "resumed after epoch 3, round 6" in output and ("train.epochs" in output) == over
 
 
 def test_a_row_that_the_disk_does_not_take_comes_with_the_next_one(
@@ -166,15 +166,15 @@ def raises() -> Any:
     raise KeyError("state of the user's own")
 
 
-@pytest.mark.parametrize(("state", "files", "said"), [
+@pytest.mark.parametrize(("state", "files", "output"), [
     ({"a": {"b": object()}}, Files(), "the state's a.b: a builtins.object"),
     (raises, Files(), "state of the user's own"),
     ({}, Full(), "No space left on device; make room for it or choose another run.dir; round 10 is whole"),
 ])
-def test_what_cannot_be_saved_is_told_and_leaves_nothing(tmp_path: Path, state: Any, files: Files, said: str) -> None:
+def test_what_cannot_be_saved_is_told_and_leaves_nothing(tmp_path: Path, state: Any, files: Files, output: str) -> None:
     written_checkpoint(tmp_path, OLD, some_state())
     write = written_checkpoint(tmp_path, NEW, state, files)
-    assert write.problem.startswith("rank 0: ") and said in write.problem
+    assert write.problem.startswith("rank 0: ") and output in write.problem
     assert [path.name for path in sorted(Store(tmp_path).folder.iterdir())] == ["000010", "best.json"]
     first = tmp_path / "first"
     first.mkdir()

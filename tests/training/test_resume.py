@@ -37,9 +37,9 @@ def launched(folder: Path, *settings: str) -> subprocess.Popen[str]:
 
 def run(folder: Path, *settings: str, status: int = 0) -> str:
     job = launched(folder, *settings)
-    said, _ = job.communicate(timeout=240)
-    assert job.returncode == status, said
-    return said
+    output, _ = job.communicate(timeout=240)
+    assert job.returncode == status, output
+    return output
 
 
 def stopped(folder: Path, *settings: str) -> str:
@@ -49,9 +49,9 @@ def stopped(folder: Path, *settings: str) -> str:
     while not epochs(folder) and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     job.send_signal(signal.SIGTERM)
-    said, _ = job.communicate(timeout=120)
-    assert job.returncode == EXIT_STOPPED, said
-    return said
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == EXIT_STOPPED, output
+    return output
 
 
 def epochs(folder: Path) -> int:
@@ -83,8 +83,8 @@ def test_stopped_within_an_epoch_and_gone_on_is_bit_equal(tmp_path: Path) -> Non
     """Through the launcher; tests/training/test_resume_methods.py has all methods."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = ["algorithm.name=sync_sgd", "train.epochs=5", "checkpoint.every_rounds=40"]
-    _, said = together(partial(run, whole, *settings), partial(stopped, parts, *settings))
-    assert "run.resume=auto goes on from round" in said
+    _, output = together(partial(run, whole, *settings), partial(stopped, parts, *settings))
+    assert "run.resume=auto goes on from round" in output
     halfway = epochs(parts)
     assert 1 <= halfway < 5
     assert "resumed after epoch" in run(parts, *settings, "run.resume=auto")
@@ -156,8 +156,8 @@ def copy(base: Path, tmp_path: Path) -> Path:
     ("cluster.classes.slow.ranks=[1, 2]", "was saved by 2 ranks, and this job has 3"),
 ])
 def test_another_configuration_is_refused(copy: Path, change: str, named: str) -> None:
-    said = run(copy, TAU, "train.epochs=4", "run.resume=auto", change, status=2)
-    assert "Traceback" not in said and named in said
+    output = run(copy, TAU, "train.epochs=4", "run.resume=auto", change, status=2)
+    assert "Traceback" not in output and named in output
     assert epochs(copy) == 3, "nothing was touched"
 
 
@@ -169,9 +169,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copy: Path, tmp_path: 
     content = bytearray(shard.read_bytes())
     content[-5] ^= 1
     shard.write_bytes(content)
-    said = run(copy, TAU, "train.epochs=4", "run.resume=auto")
-    resumed = next(line for line in said.splitlines() if "resumed after epoch" in line)
-    assert f"round {int(newest.name)}" not in resumed and "rank0001" in said
+    output = run(copy, TAU, "train.epochs=4", "run.resume=auto")
+    resumed = next(line for line in output.splitlines() if "resumed after epoch" in line)
+    assert f"round {int(newest.name)}" not in resumed and "rank0001" in output
     assert_same(tmp_path / "whole", copy)
 
 
@@ -181,11 +181,11 @@ def test_averages_go_on_the_way_that_was_measured_at_first(copy: Path) -> None:
     settings = [TAU, "run.resume=reshape", "cluster.classes.slow.ranks=[1, 2]", "aggregation.path=measured"]
     run(copy, *settings, "train.epochs=4", "checkpoint.every_sec=0")
     on_another_path(copy)
-    said = run(copy, *settings, "train.epochs=5", "checkpoint.every_sec=0")
-    assert "averages go" not in said and json.loads((copy / "summary.json").read_text())["path"] == "hierarchical"
+    output = run(copy, *settings, "train.epochs=5", "checkpoint.every_sec=0")
+    assert "averages go" not in output and json.loads((copy / "summary.json").read_text())["path"] == "hierarchical"
     after = rows(copy)
-    said = run(copy, *settings, "train.epochs=4")
-    assert "there the run has ended" in said and "train.epochs" in said and rows(copy) == after
+    output = run(copy, *settings, "train.epochs=4")
+    assert "there the run has ended" in output and "train.epochs" in output and rows(copy) == after
 
 
 def on_another_path(folder: Path) -> None:
@@ -204,10 +204,10 @@ def test_on_another_number_of_ranks(copy: Path) -> None:
     before = rows(copy)
     losses = Store(copy).at(before[-1]["round"]).load(0)["rank0"]["sampler"]["losses"]
     settings = [TAU, "run.resume=reshape", "cluster.classes.slow.ranks=[1, 2]", "train.epochs=5"]
-    said = run(copy, *settings, "checkpoint.every_sec=0", "aggregation.path=measured")
-    assert "resumed after epoch 3" in said and "reshaped" in said
+    output = run(copy, *settings, "checkpoint.every_sec=0", "aggregation.path=measured")
+    assert "resumed after epoch 3" in output and "reshaped" in output
     told = r"averages take the (flat|hierarchical) path, the faster one: flat \S+ ms, hierarchical \S+ ms"
-    assert len(re.findall(told, said)) == 1
+    assert len(re.findall(told, output)) == 1
     after = rows(copy)
     assert after[:3] == before and [row["epoch"] for row in after] == [1, 2, 3, 4, 5]
     assert after[3]["samples_seen"] > before[2]["samples_seen"] and after[3]["round"] > before[2]["round"]
@@ -224,5 +224,5 @@ def test_on_another_number_of_ranks(copy: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("change", "named"), [("model.args.hidden=[16]", "another model")])
 def test_reshaping_something_else_is_refused(copy: Path, change: str, named: str) -> None:
-    said = run(copy, TAU, "train.epochs=5", "run.resume=reshape", change, status=2)
-    assert named in said and "run.resume" in said and "Traceback" not in said
+    output = run(copy, TAU, "train.epochs=5", "run.resume=reshape", change, status=2)
+    assert named in output and "run.resume" in output and "Traceback" not in output

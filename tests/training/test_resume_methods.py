@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks_methods.cases import BY_THE_CLOCK, RESUMED, RESUMED_SLOW, SIZE
+from job_helpers import found_by_ranks
+from ranks_methods.cases import RESUMED, RESUMED_SLOW
+from ranks_methods.problem import BY_THE_CLOCK, SIZE
 
 from hvd_hetero.algorithms import REGISTRY
 
@@ -32,9 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(horovodrun: Callable[..., Any], folder: Path, names: list[str]) -> list[dict[str, Any]]:
-    done = horovodrun(SIZE, [sys.executable, SCRIPT, folder, *names], timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(SIZE)]
+    return found_by_ranks(horovodrun, SIZE, SCRIPT, folder, *names, timeout=300)
 
 
 @pytest.mark.parametrize(

@@ -84,12 +84,12 @@ def test_the_launcher_finds_it_before_it_starts_anything(launched: Any, tmp_path
     run = tmp_path / "run"
     run.mkdir()
     save_round(Store(run), OLD, [LEAD, {}], made_with(load((), {}, algorithms.method)))
-    for setting, said in {
+    for setting, output in {
         "train.lr=0.5": "train.lr=0.5: the checkpoint of round 10 was made with 0.02",
         "cluster.classes.slow.ranks=[1, 2]": "was saved by 2 ranks, and this job has 3",
     }.items():
         status, _, error = launched(f"run.dir={run}", "run.resume=auto", setting)
-        assert status == 2 and said in error and len(error.splitlines()) == 1
+        assert status == 2 and output in error and len(error.splitlines()) == 1
 
 
 def test_another_method_is_named_as_such_and_the_rest_counted(source: Path) -> None:
@@ -142,8 +142,8 @@ def test_files_of_the_users_own_that_have_changed_are_said(tmp_path: Path, monke
     file.write_text("b")
     with pytest.warns(RuntimeWarning) as heard:
         assert find(tmp_path, config, 2)
-    said = {str(warning.message).partition(" has changed since")[0] for warning in heard}
-    assert said == {"source of model.target=resumed_target:model", "source of run.callbacks[0]=resumed_target:Tells",
+    output = {str(warning.message).partition(" has changed since")[0] for warning in heard}
+    assert output == {"source of model.target=resumed_target:model", "source of run.callbacks[0]=resumed_target:Tells",
                     "source of sampling.sample_weights=resumed_target:weights"}  # fmt: skip
 
 

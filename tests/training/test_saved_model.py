@@ -65,10 +65,10 @@ def test_evaluate_finds_what_the_run_found(folder: Path, hvd_hetero: Callable[..
 
 def test_exported_weights_load_with_a_line_of_plain_pytorch(folder: Path, hvd_hetero: Callable[..., Any]) -> None:
     run = folder / "run"
-    said = [hvd_hetero(["export", "run", "--to", name, *more], cwd=folder) for name, more in (
+    output = [hvd_hetero(["export", "run", "--to", name, *more], cwd=folder) for name, more in (
         ("last.safetensors", []), ("last.pt", []), ("best.safetensors", ["--checkpoint", "best"]), ("pretrained", []),
     )]  # fmt: skip
-    assert [done.returncode for done in said] == [0] * 4, said
+    assert [done.returncode for done in output] == [0] * 4, output
     trained = torch.load(run / "checkpoint" / "model.pt", weights_only=True)
     model = own_model()
     model.load_state_dict(safetensors.torch.load_file(folder / "last.safetensors"))
@@ -104,7 +104,7 @@ def test_a_best_evaluation_without_a_checkpoint_is_told(
     assert f"{saved['value']:.4g} after epoch {epoch}" in done.stderr and json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(("words", "said"), [
+@pytest.mark.parametrize(("words", "output"), [
     (["evaluate", "."], "RUN='.': is not the folder of a run"),
     (["evaluate", "run", "run"], "RUN=run run: is not one folder"),
     (["evaluate", "run", "--checkpoint", "first"], "--checkpoint='first': is none; give last, best"),
@@ -116,11 +116,11 @@ def test_a_best_evaluation_without_a_checkpoint_is_told(
     (["export", "run", "--to", "a.pt", "--checkpoint", "averaged"], "--checkpoint='averaged': run/checkpoint/averaged"),
 ])  # fmt: skip
 def test_what_is_refused(
-    folder: Path, words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, words: list[str], output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from hvd_hetero.cli import main
 
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
     assert main(words) == 2
-    assert capsys.readouterr().err.startswith(f"hvd-hetero: error: {said}")
+    assert capsys.readouterr().err.startswith(f"hvd-hetero: error: {output}")

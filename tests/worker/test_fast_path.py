@@ -169,7 +169,7 @@ def test_what_cannot_be_compiled_trains_without_and_says_why(monkeypatch: pytest
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    with pytest.warns(UserWarning, match="train.compile.*no compiler here") as said:
+    with pytest.warns(UserWarning, match="train.compile.*no compiler here") as output:
         result = trained(worker(compile_mode="default"))
-    assert len(said) == 1
+    assert len(output) == 1
     torch.testing.assert_close(result, trained(worker()))

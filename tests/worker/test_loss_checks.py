@@ -258,7 +258,7 @@ def accuracy_of(outputs: Any, targets: Any) -> None:
     try_metric("eval.metrics.accuracy", "accuracy", accuracy, batched(outputs, targets))
 
 
-@pytest.mark.parametrize(("outputs", "targets", "said"), [
+@pytest.mark.parametrize(("outputs", "targets", "output"), [
     (torch.rand(2, 1), torch.rand(2), "[4] are float32"),
     (torch.rand(2), torch.rand(2), "[4] are float32"),
     (torch.rand(2, 3), torch.rand(2, 3), "[4, 3] are float32"),
@@ -270,10 +270,10 @@ def accuracy_of(outputs: Any, targets: Any) -> None:
     ((torch.rand(2, 3), None), torch.ones(2, dtype=torch.int64), "takes tensors"),
     (torch.rand(2, 3), {"a": torch.ones(2)}, "takes tensors"),
 ])  # fmt: skip
-def test_what_has_no_accuracy(outputs: Any, targets: Any, said: str) -> None:
+def test_what_has_no_accuracy(outputs: Any, targets: Any, output: str) -> None:
     with pytest.raises(ConfigError) as caught:
         accuracy_of(outputs, targets)
-    assert caught.value.key == "eval.metrics.accuracy" and said in caught.value.problem
+    assert caught.value.key == "eval.metrics.accuracy" and output in caught.value.problem
     assert "set eval.metrics={}" in caught.value.remedy
 
 

@@ -195,7 +195,7 @@ def test_one_number_a_sample_in_any_form(returned: Any, samples: int, values: li
     assert weights is None or (weights.dtype == found.dtype and weights.tolist() == [1.0, 0.0])
 
 
-@pytest.mark.parametrize(("returned", "said"), [
+@pytest.mark.parametrize(("returned", "output"), [
     (torch.tensor(1.0), "[]"),
     (torch.ones(3), "[3]"),
     (torch.ones(4, 4), "[4, 4]"),
@@ -207,10 +207,10 @@ def test_one_number_a_sample_in_any_form(returned: Any, samples: int, values: li
     ([1.0] * 4, "list"),
     (None, "NoneType"),
 ])  # fmt: skip
-def test_anything_else_is_told_with_both_numbers(returned: Any, said: str) -> None:
+def test_anything_else_is_told_with_both_numbers(returned: Any, output: str) -> None:
     with pytest.raises(ConfigError) as caught:
         per_sample("train.loss", "own", returned, {4})
-    assert caught.value.problem == f"is not per sample: a batch of 4 gives {said}"
+    assert caught.value.problem == f"is not per sample: a batch of 4 gives {output}"
 
 
 def test_a_batch_that_loses_a_sample_is_refused_where_it_does() -> None:
@@ -296,7 +296,7 @@ def test_a_function_of_the_users_own_gets_tensors_where_it_declares_them(monkeyp
         assert per_sample("", "", loss(given, None), {3})[0].tolist() == [3.0] * 3
 
 
-@pytest.mark.parametrize(("name", "args", "key", "said"), [
+@pytest.mark.parametrize(("name", "args", "key", "output"), [
     ("cross_entropy", {"weight": [1.0, "a"]}, "train.loss_args.weight", "makes no tensor"),
     ("cross_entropy", {"weight": [[1.0], [1.0, 2.0]]}, "train.loss_args.weight", "makes no tensor"),
     ("cross_entropy", {"weight": [1.0, float("nan")]}, "train.loss_args.weight", "finite"),
@@ -305,10 +305,10 @@ def test_a_function_of_the_users_own_gets_tensors_where_it_declares_them(monkeyp
     ("mse_loss", {"reduction": "mean"}, "train.loss", "one number a batch"),
     ("kl_div", {"reduction": "batchmean"}, "train.loss", "one number a batch"),
 ])  # fmt: skip
-def test_arguments_that_cannot_be_meant(name: str, args: Mapping[str, Any], key: str, said: str) -> None:
+def test_arguments_that_cannot_be_meant(name: str, args: Mapping[str, Any], key: str, output: str) -> None:
     with pytest.raises(ConfigError) as caught:
         per_sample_loss(name, args)
-    assert caught.value.key == key and said in caught.value.problem
+    assert caught.value.key == key and output in caught.value.problem
 
 
 @pytest.mark.parametrize(("kind", "args"), [(nn.CrossEntropyLoss, {"label_smoothing": 0.1}), (nn.NLLLoss, {})])

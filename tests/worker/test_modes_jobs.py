@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from job_helpers import found_by_ranks
 from ranks.modes_and_steps import CASES, data
 
 pytestmark = pytest.mark.horovod
@@ -21,9 +21,7 @@ Found = list[dict[str, dict[str, Any]]]
 def found(horovodrun: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What each rank found, by case."""
     folder = tmp_path_factory.mktemp("modes")
-    done = horovodrun(2, [sys.executable, SCRIPT, folder])
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    return found_by_ranks(horovodrun, 2, SCRIPT, folder)
 
 
 @pytest.mark.parametrize("name", CASES)

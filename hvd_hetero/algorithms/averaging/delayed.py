@@ -153,9 +153,9 @@ class InFlightAverage:
         state, factor = self._worker.state, 1 - self._own_weight
         if self._wire is not None:
             ModelDifferences(self.base, self._wire).add_base(self._mean)
-        for x, mean, own, params in zip(state.vectors, self._mean, self._sent, state.params, strict=True):
+        for x, mean, sent, params in zip(state.vectors, self._mean, self._sent, state.params, strict=True):
             if self._is_finite:
-                moved = mean[:params] - own[:params]
+                moved = mean[:params] - sent[:params]
                 x[:params] += moved if factor == 1 else moved.mul_(factor)
                 x[params:] = mean[params:]
             else:

@@ -71,12 +71,12 @@ class OptimizerAverage:
             NonFiniteError: as :func:`hvd_hetero.comm.averaging.average`.
         """
         with self._comm.timed():
-            own = {entry: value for entry, value in self._own(optimizer) if entry.key not in self._seeded}
-            self._agree(sorted(own))
+            local = {entry: value for entry, value in self._local_entries(optimizer) if entry.key not in self._seeded}
+            self._agree(sorted(local))
             floating = [entry for entry in self._entries if not entry.is_count]
-            values = [self._value(own, entry) for entry in floating]
+            values = [self._value(local, entry) for entry in floating]
             # where not all ranks have an entry, the weights of those that do travel beside it
-            present = {entry: torch.tensor([float(entry in own)]) for entry in floating if entry in self._missing}
+            present = {entry: torch.tensor([float(entry in local)]) for entry in floating if entry in self._missing}
             is_state_finite = is_finite and all(map(is_tensor_finite, values))
             device = self._params[0].device
             sums = [*values, *(flag.to(device) for flag in present.values())]
@@ -89,7 +89,7 @@ class OptimizerAverage:
             if is_finite and not is_state_finite:
                 self._comm.excluded.record()
             counts = [entry for entry in self._entries if entry.is_count]
-            entry_counts = [float(own[entry]) if entry in own else -float("inf") for entry in counts]
+            entry_counts = [float(local[entry]) if entry in local else -float("inf") for entry in counts]
             most = self._comm.max(entry_counts, "optimizer.counts") if counts else []
             for entry, value in zip(counts, most, strict=True):
                 self._put(optimizer, entry, torch.tensor(value, dtype=torch.float64))
@@ -97,7 +97,7 @@ class OptimizerAverage:
                 for key, source in self._seeded.items():
                     state[key] = state[source].clone()
 
-    def _own(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Entry, Any]]:
+    def _local_entries(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Entry, Any]]:
         for number, param in enumerate(self._params):
             for key, value in optimizer.state.get(param, {}).items():
                 if isinstance(value, Tensor):
@@ -107,9 +107,9 @@ class OptimizerAverage:
                 elif type(value) in (int, float):
                     yield Entry(number, key, None, type(value).__name__, True), value
 
-    def _agree(self, own: list[Entry]) -> None:
+    def _agree(self, entries: list[Entry]) -> None:
         """Make the list of entries that some rank has, the same on all ranks; as a rule it is as it was."""
-        text = json.dumps([(e.param, e.key, e.shape, e.dtype, e.is_count) for e in own])
+        text = json.dumps([(e.param, e.key, e.shape, e.dtype, e.is_count) for e in entries])
         number = int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
         entry_counts = self._comm.gather(torch.tensor([number]), "optimizer.entries")
         known = str([int(x) for x in entry_counts])
@@ -123,11 +123,11 @@ class OptimizerAverage:
         self._known, self._entries = known, sorted(set().union(*lists))
         self._missing = {entry for entry in self._entries if any(entry not in each for each in lists)}
 
-    def _value(self, own: dict[Entry, Any], entry: Entry) -> Tensor:
+    def _value(self, values: dict[Entry, Any], entry: Entry) -> Tensor:
         """Return this rank's part in an average, on the parameters' device, in memory of its own."""
         device = self._params[entry.param].device
-        if entry in own:
-            return real_view(own[entry]).detach().to(device, copy=True)
+        if entry in values:
+            return real_view(values[entry]).detach().to(device, copy=True)
         assert entry.shape is not None
         return real_view(torch.zeros(entry.shape, dtype=getattr(torch, entry.dtype), device=device))
 
@@ -144,8 +144,9 @@ class OptimizerAverage:
             device = "cpu" if entry.is_count or like is None else param.device
             state[entry.key] = torch.empty(entry.shape, dtype=dtype, device=device) if like is None else (
                 torch.empty_like(like, dtype=dtype))  # fmt: skip
-        own = state[entry.key]
-        real_view(own).copy_(value.view(real_view(own).shape) if not entry.is_count else value.expand(own.shape))
+        current = state[entry.key]
+        view = real_view(current)
+        view.copy_(value.expand(current.shape) if entry.is_count else value.view(view.shape))
 
 
 def _type(tensor: Tensor) -> str:

@@ -59,5 +59,5 @@ class OuterOptimizer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load the velocity, if both this optimizer and the saved one have any."""
         if self._velocity and "velocity" in state:
-            for own, saved in zip(self._velocity, state["velocity"], strict=True):
-                own.copy_(saved)
+            for velocity, saved in zip(self._velocity, state["velocity"], strict=True):
+                velocity.copy_(saved)

@@ -43,9 +43,9 @@ class Executor(Resumable):
         """The ranks whose models are averaged: all, also those that take no steps but receive the average."""
         return tuple(range(self.comm.size))
 
-    def deal(self, feed: Feed, plan: Plan, whole: Plan) -> NDArray[Any]:
+    def deal(self, feed: Feed, plan: Plan, full: Plan) -> NDArray[Any]:
         """Deal the samples of an epoch, as :class:`hvd_hetero.worker.epoch.Epoch` has them."""
-        return feed.deal_whole(plan) if self.policy.claims_samples else feed.deal(plan, whole)
+        return feed.deal_all(plan) if self.policy.claims_samples else feed.deal(plan, full)
 
     def run_segment(self, segment: Segment) -> None:
         """Run the rounds of a segment, up to the last collective of the last one, and note each step."""

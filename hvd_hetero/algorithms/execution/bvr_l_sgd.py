@@ -124,8 +124,8 @@ class VarianceReduced(Averaging):
     @torch.no_grad()
     def _write(self, vectors: Sequence[Tensor]) -> None:
         self.worker.state.refresh()
-        for own, vector in zip(self.worker.state.parameters(), vectors, strict=True):
-            own.copy_(vector)
+        for param, vector in zip(self.worker.state.parameters(), vectors, strict=True):
+            param.copy_(vector)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "rounds": self.rounds, "anchor": self.anchor, "before": self.before}

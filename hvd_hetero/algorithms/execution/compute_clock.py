@@ -34,9 +34,9 @@ class ComputeClock:
 
     def reset(self) -> None:
         """Begin anew, where rounds have become others."""
-        given = self._options.threshold
-        self._is_open = given == AUTO
-        self.threshold: float | None = None if self._is_open else given
+        threshold = self._options.threshold
+        self._is_open = threshold == AUTO
+        self.threshold: float | None = None if self._is_open else threshold
         self._rounds, self._ended, self._seconds = 0, list[list[float]](), list[float]()
         self.times: list[float] = []
 
@@ -64,9 +64,9 @@ class ComputeClock:
     def _choose(self, comm: Comm, ranks: tuple[int, ...] | None) -> None:
         """Choose the threshold from what all ranks have measured; the same on all of them."""
         count = len(self._ended)
-        own = torch.tensor([sum(self._seconds) / count, *np.ravel(self._ended)], dtype=torch.float64)
-        sizes = [int(size) for size in comm.gather(torch.tensor([len(own)]), "threshold.sizes", ranks=ranks)]
-        times = [part.numpy() for part in comm.gather(own, "threshold.times", sizes, ranks) if len(part) > 1]
+        measured = torch.tensor([sum(self._seconds) / count, *np.ravel(self._ended)], dtype=torch.float64)
+        sizes = [int(size) for size in comm.gather(torch.tensor([len(measured)]), "threshold.sizes", ranks=ranks)]
+        times = [part.numpy() for part in comm.gather(measured, "threshold.times", sizes, ranks) if len(part) > 1]
         round_sec, ended = float(np.mean([part[0] for part in times])), [part[1:].reshape(count, -1) for part in times]
         found = best_threshold(ended, round_sec, self._options.max_dropped)
         self._is_open, self._ended, self._seconds = False, [], []

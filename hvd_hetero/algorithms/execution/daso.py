@@ -84,11 +84,11 @@ class DASOExecutor(GroupedExecutor):
 
     def _average_gradients(self, is_finite: bool) -> bool:
         """Average the host's gradients; return whether there is a finite one."""
-        own = self.worker.state.padded_gradients
-        sums = [summable(vector) for vector in own]
+        gradients = self.worker.state.padded_gradients
+        sums = [summable(vector) for vector in gradients]
         with self.comm.timed():
             kept = sum_in_group_(self.comm, sums, is_finite, self._batch_fraction, "daso.gradient", self._host)
-        for gradient, total in zip(own, sums, strict=True):
+        for gradient, total in zip(gradients, sums, strict=True):
             if gradient is not total:
                 gradient.copy_(total)
         return kept > 0
@@ -113,9 +113,9 @@ class DASOExecutor(GroupedExecutor):
         self._settle()
         place, total, wait = self._place, None, lambda: None
         if self._host.index(self.comm.rank) == place:
-            own = self.flat_model().to("cpu")
-            total = torch.cat([own, own.new_empty(FLAG_SLOTS)])
-            write_validity_flags([total], all_finite([own]))
+            vector = self.flat_model().to("cpu")
+            total = torch.cat([vector, vector.new_empty(FLAG_SLOTS)])
+            write_validity_flags([total], all_finite([vector]))
             wait = self.comm.sum_async_(total, "daso.models", self._across)
         self._flight = Flight(batch, due, place, total, wait)
         self._place = (place + 1) % len(self._host)
@@ -126,16 +126,16 @@ class DASOExecutor(GroupedExecutor):
         flight, self._flight = self._flight, None
         assert flight is not None
         self._settle()
-        own = self.flat_model().to("cpu", copy=True)
-        is_finite = all_finite([own])
+        vector = self.flat_model().to("cpu", copy=True)
+        is_finite = all_finite([vector])
         with self.comm.timed():
             if flight.total is not None:
                 flight.wait()
                 weight, count = 2 * (batch - flight.begun) if is_finite else 0, float(flight.total[-FLAG_SLOTS])
                 if weight + count:  # else no rank's model is finite, which the average of all ranks finds
-                    own = own if is_finite else own.zero_()
-                    own.mul_(weight).add_(flight.total[:-FLAG_SLOTS]).mul_(1 / (weight + count))
-            self.write(self.comm.broadcast(own, "daso.host", self._host[flight.place], self._host))
+                    vector = vector if is_finite else vector.zero_()
+                    vector.mul_(weight).add_(flight.total[:-FLAG_SLOTS]).mul_(1 / (weight + count))
+            self.write(self.comm.broadcast(vector, "daso.host", self._host[flight.place], self._host))
         if not is_finite:
             self.worker.optimizer.state.clear()
             self.comm.excluded.record()
@@ -143,9 +143,9 @@ class DASOExecutor(GroupedExecutor):
     def _settle(self) -> None:
         """Average the host's models, once its ranks have taken steps of their own: momentum keeps them apart."""
         if self._is_apart and len(self._host) > 1:
-            own = self.flat_model()
-            is_finite = all_finite([own])
-            mean = torch.cat([own, own.new_empty(FLAG_SLOTS)])
+            vector = self.flat_model()
+            is_finite = all_finite([vector])
+            mean = torch.cat([vector, vector.new_empty(FLAG_SLOTS)])
             mean[:-FLAG_SLOTS].mul_(1 / len(self._host))
             with self.comm.timed():
                 kept = sum_in_group_(self.comm, [mean], is_finite, 1 / len(self._host), "daso.settle", self._host)

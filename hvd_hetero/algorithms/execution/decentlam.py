@@ -58,12 +58,12 @@ class DecentLaMExecutor(GroupedExecutor):
             before: dict[Tensor, Tensor] = {param: param.detach().clone() for param in self._params}
             self._try_step()
             worker.emulator.pause()
-            own = self.flat_model()
-            is_finite = all_finite([own])
+            vector = self.flat_model()
+            is_finite = all_finite([vector])
             if not is_finite:
                 self.exclude_step()
                 optimizer.state.clear()
-            if not self._average(own, is_finite):  # no rank's model is finite
+            if not self._average(vector, is_finite):  # no rank's model is finite
                 for param, kept in before.items():
                     param.detach().copy_(kept)
             elif is_finite:
@@ -80,11 +80,11 @@ class DecentLaMExecutor(GroupedExecutor):
                     param.sub_(gradient.add(param, alpha=group["weight_decay"]), alpha=group["lr"])
 
     @torch.no_grad()
-    def _average(self, own: Tensor, is_finite: bool) -> bool:
+    def _average(self, vector: Tensor, is_finite: bool) -> bool:
         """Set the model to the mean over this step's finite neighbours; return whether there is one."""
         group = self._groups[self._steps % len(self._groups)]
         self._steps += 1
-        mean = torch.cat([own, own.new_empty(FLAG_SLOTS)])
+        mean = torch.cat([vector, vector.new_empty(FLAG_SLOTS)])
         mean[:-FLAG_SLOTS].mul_(1 / len(group))
         with self.comm.timed():
             kept = sum_in_group_(self.comm, [mean], is_finite, 1 / len(group), "decentlam", group)

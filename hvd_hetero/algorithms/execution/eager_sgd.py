@@ -44,17 +44,17 @@ class EagerSGDExecutor(PartialResumable, SynchronousExecutor):
 
     def run_segment(self, segment: Segment) -> None:
         worker, partial, first, self._averages = self.worker, self.partial, self.partial.version, 0
-        batches, parts, made = self._claimed(segment), self.policy.micro_batch_count, 0
+        batches, parts, count = self._claimed(segment), self.policy.micro_batch_count, 0
         partial.claim(self.class_plan.batch_size)
         while True:
-            before = made
+            before = count
             for inputs, targets in worker.emulator.steps(batches, 1):
                 self.keep_buffers()
                 worker.gradient(inputs, targets, self.class_plan.weight / parts)
-                made += 1
-            if made == before:
+                count += 1
+            if count == before:
                 break
-            is_whole = made % parts == 0
+            is_whole = count % parts == 0
             if is_whole:
                 segment.record(1, partial.version - first)
                 # the answer comes while this rank waits for the round; to claim everything leaves the others nothing

@@ -69,8 +69,8 @@ class ServedModel:
     def _step(self, direction: Tensor, factor: float) -> None:
         for gradient, part in zip(self._gradients, split_like(direction, self._gradients), strict=True):
             torch.mul(part.to(gradient), factor, out=gradient)
-        for own, theirs in zip(self._optimizer.param_groups, self._worker.optimizer.param_groups, strict=True):
-            own |= {name: value for name, value in theirs.items() if name != "params"}  # a schedule may set any of them
+        for group, theirs in zip(self._optimizer.param_groups, self._worker.optimizer.param_groups, strict=True):
+            group |= {key: value for key, value in theirs.items() if key != "params"}  # a schedule may set any of them
         self._worker.clip(self._params)
         self._optimizer.step()
 
@@ -88,9 +88,9 @@ class ServedModel:
 
     def carry_over(self, state: Mapping[str, Any]) -> None:
         """Load what does not depend on the ranks: the momentum of the rule, and the state of an optimizer set alike."""
-        saved, own = state["optimizer"], save_state(self._optimizer)
-        if [_settings(group) for group in saved["param_groups"]] == [_settings(g) for g in own["param_groups"]]:
-            load_state(self._optimizer, {**own, "state": saved["state"]}, "optimizer")
+        saved, current = state["optimizer"], save_state(self._optimizer)
+        if [_settings(group) for group in saved["param_groups"]] == [_settings(g) for g in current["param_groups"]]:
+            load_state(self._optimizer, {**current, "state": saved["state"]}, "optimizer")
         self.rule.carry_over(state["rule"])
 
 

@@ -23,7 +23,7 @@ class SyncSGDExecutor(SynchronousExecutor):
         super().start(plan, worker, comm)
         if self.class_plan.tau:
             self.sum = GradientSum(comm, self.policy.ranks, self.policy.cluster)
-            worker.make_optimizer(lambda made: self.sum.wrap(made, worker.model, worker.micro_batches))
+            worker.make_optimizer(lambda optimizer: self.sum.wrap(optimizer, worker.model, worker.micro_batches))
 
     def run_step(self, inputs: Any, targets: Any) -> None:
         worker = self.worker
@@ -40,12 +40,12 @@ class SyncSGDExecutor(SynchronousExecutor):
         worker = self.worker
         untrained = worker.state.untrained.copy()
         self.restore_buffers()
-        own = worker.gradient_again(inputs, targets, self.class_plan.weight)
+        repeated = worker.gradient_again(inputs, targets, self.class_plan.weight)
         worker.state.untrained.load_state_dict(untrained)
-        is_finite = all_finite(own)
-        average_tensors(self.comm, own, is_finite, "gradient.again", prescaled_weight=self.class_plan.weight,
+        is_finite = all_finite(repeated)
+        average_tensors(self.comm, repeated, is_finite, "gradient.again", prescaled_weight=self.class_plan.weight,
                         ranks=self.policy.ranks)  # fmt: skip
-        for gradient, again in zip(worker.gradients(), own, strict=True):
+        for gradient, again in zip(worker.gradients(), repeated, strict=True):
             gradient.copy_(again)
         if not is_finite:
             self.exclude_step()

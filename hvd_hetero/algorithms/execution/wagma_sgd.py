@@ -59,18 +59,18 @@ class WAGMAExecutor(PartialResumable, GroupedExecutor):
 
     def _step_and_average(self, batches: Iterator[Batch]) -> None:
         self.worker.local_steps(batches, 1)
-        own, is_finite = self._send()
+        vector, is_finite = self._send()
         if is_finite:
             self.comm.excluded.since = 0
-        self._receive(own, lambda item: item.fresh)
+        self._receive(vector, lambda item: item.fresh)
 
     def _average_and_step(self, batches: Iterator[Batch]) -> None:
         worker, excluded, every = self.worker, self.comm.excluded, self.policy.sync_every
         for inputs, targets in worker.emulator.steps(batches, 1):
             worker.gradient(inputs, targets)
         is_gradient_finite = all_finite(worker.gradients())
-        own, is_finite = self._send()
-        self._receive(own, lambda item: (item.number + 1) % every == 0)
+        vector, is_finite = self._send()
+        self._receive(vector, lambda item: (item.number + 1) % every == 0)
         if is_gradient_finite:
             worker.apply()
             excluded.since = excluded.since if not is_finite else 0
@@ -83,29 +83,29 @@ class WAGMAExecutor(PartialResumable, GroupedExecutor):
 
         A step that made it non-finite is taken back before.
         """
-        own = self.flat_model()
-        is_finite = all_finite([own])
+        vector = self.flat_model()
+        is_finite = all_finite([vector])
         if not is_finite:
             self.write(self._average)
-            own = self._average
+            vector = self._average
             self.worker.optimizer.state.clear()
             self.comm.excluded.record()
-        host = own.to("cpu")
+        host = vector.to("cpu")
         self.partial.contribute(host, arrived=arrived)
         return host, is_finite
 
     @torch.no_grad()
-    def _receive(self, own: Tensor, is_in_it: Callable[[Round], bool]) -> None:
+    def _receive(self, vector: Tensor, is_in_it: Callable[[Round], bool]) -> None:
         """Take this iteration's sum, and continue from the average.
 
         Args:
-            own: this rank's model now.
+            vector: this rank's model now.
             is_in_it: tells whether it is in the sum, so that it does not count once more.
         """
         [item] = self.partial.pop(max_rounds=1)
         total, count = item.total, item.weight
         if not is_in_it(item):
-            total.add_(own)
+            total.add_(vector)
             count += 1
         self._average.copy_(total.mul_(1 / count))
         self.write(self._average)

@@ -106,10 +106,10 @@ def _check_budget(checked: Sequence[Checked]) -> None:
             problem = f"a step of row {first!r} has {sizes[first]} samples, so equal steps are not equal work"
             remedy = "set budget.equal=samples or wall_clock"
             raise ConfigError(f"row {name!r}: train.batch_size", size, problem, remedy)
-    whole = math.lcm(*(c.steps for c in checked if c.steps is not None))
+    multiple = math.lcm(*(c.steps for c in checked if c.steps is not None))
     for c in checked:
         limit = c.row.limit()
         if limit is not None and c.steps is not None and limit % c.steps:
             problem = f"row {c.row.name!r} averages every {c.steps} fast steps, and cannot stop after {limit:g}"
-            remedy = f"give a multiple of {whole}, such as {max(whole, round(limit / whole) * whole)}"
+            remedy = f"give a multiple of {multiple}, such as {max(multiple, round(limit / multiple) * multiple)}"
             raise ConfigError("budget.amount", c.row.budget.amount, problem, remedy)

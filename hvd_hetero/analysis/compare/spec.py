@@ -96,16 +96,16 @@ class Row:
                 row's name before the key.
         """
         limit = self.limit(amount)
-        own: dict[str, Any] = {"run.seed": seed, "run.dir": str(folder), "run.overwrite": True}
+        of_run: dict[str, Any] = {"run.seed": seed, "run.dir": str(folder), "run.overwrite": True}
         if limit is not None:
-            own |= {"train.epochs": None, LIMITS[self.budget.equal]: limit}
+            of_run |= {"train.epochs": None, LIMITS[self.budget.equal]: limit}
         elif not self.leads:
-            own["train.epochs"] = 1  # the budget is not known yet: this is to be checked, not run
+            of_run["train.epochs"] = 1  # the budget is not known yet: this is to be checked, not run
         try:
-            config = load(self.files, layered(self.overrides, own), algorithms.method)
+            config = load(self.files, layered(self.overrides, of_run), algorithms.method)
             if self.times != 1 and config.train.scheduler_args:
-                own["train.scheduler_args"] = _stretched(config.train.scheduler_args, self.times)
-                config = load(self.files, layered(self.overrides, own), algorithms.method)
+                of_run["train.scheduler_args"] = _stretched(config.train.scheduler_args, self.times)
+                config = load(self.files, layered(self.overrides, of_run), algorithms.method)
             return settled(config)
         except ConfigError as error:
             raise self.complaint(error) from error
@@ -165,25 +165,25 @@ def read(path: Path, overrides: Sequence[str]) -> Comparison:
     for key in content:
         if key not in PARTS:
             raise ConfigError(str(key), content[key], "is not part of a comparison", nearest(str(key), PARTS))
-    given = dict(parse_override(text) for text in overrides)
-    ours = {key: value for key, value in given.items() if key.split(".")[0] in PARTS}
+    parsed = dict(parse_override(text) for text in overrides)
+    ours = {key: value for key, value in parsed.items() if key.split(".")[0] in PARTS}
     settings = _section("compare", Settings(), content, ours)
     seeds = _seeds(ours.pop("seeds", content.get("seeds", [0])))
     base = ours.pop("base", content.get("base"))
     for key, value in ours.items():
         if not key.startswith("budget."):
             raise ConfigError(key, value, "cannot be set here", "change it in the file")
-    theirs = {key: value for key, value in given.items() if key.split(".")[0] not in PARTS}
+    theirs = {key: value for key, value in parsed.items() if key.split(".")[0] not in PARTS}
     listed = content.get("rows")
     if isinstance(listed, str):
         listed = read_mapping(path.parent / listed).get("rows")
-    plain = _mapping("workloads", content.get("workloads")) or {"": {}}
+    workloads = _mapping("workloads", content.get("workloads")) or {"": {}}
     rows: list[Row] = []
-    for name, workload in plain.items():
+    for name, workload in workloads.items():
         where = f"workloads.{name}" if name else ""
         workload = _mapping(where, workload)
         _known(where, workload, ("base", "overrides", "budget"))
-        budget = _section("budget", Budget(), {"budget": _budget(content, workload, given)}, {})
+        budget = _section("budget", Budget(), {"budget": _budget(content, workload, parsed)}, {})
         files = _files(path.parent, workload.get("base", base))
         shared = layered(_overrides("overrides", content), _overrides(f"{where}.overrides", workload), theirs)
         rows += _rows(listed, str(name), files, shared, budget)
@@ -246,14 +246,14 @@ def _rows(content: Any, workload: str, files: tuple[Path, ...], shared: Mapping[
             raise ConfigError(f"{where}.label", label, "is another row's too", "give each row a label of its own")
         if isinstance(times, bool) or not isinstance(times, (int, float)) or times <= 0:
             raise ConfigError(f"{where}.times", times, "is no share of the budget", "give a number above 0")
-        own = _overrides(f"{where}.overrides", item)
+        overridden = _overrides(f"{where}.overrides", item)
         leads = not rows and budget.amount is None
-        if "train.epochs" in own and not leads:
+        if "train.epochs" in overridden and not leads:
             remedy = "say times, a share of the budget, instead"
-            raise ConfigError(f"{where}.train.epochs", own["train.epochs"], "the budget ends this row", remedy)
+            raise ConfigError(f"{where}.train.epochs", overridden["train.epochs"], "the budget ends this row", remedy)
         if leads and times != 1:
             raise ConfigError(f"{where}.times", times, "is on the row that sets the budget", "set budget.amount")
-        overrides = layered(shared, method, own)
+        overrides = layered(shared, method, overridden)
         rows.append(Row(workload, label, files, overrides, budget, float(times), leads))
     return rows
 
@@ -267,17 +267,17 @@ def _overrides(where: str, content: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _budget(content: Mapping[str, Any], workload: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    own = {key.split(".", 1)[1]: value for key, value in given.items() if key.startswith("budget.")}
-    return {**_mapping("budget", content.get("budget")), **_mapping("budget", workload.get("budget")), **own}
+def _budget(content: Mapping[str, Any], workload: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    of_budget = {key.split(".", 1)[1]: value for key, value in settings.items() if key.startswith("budget.")}
+    return {**_mapping("budget", content.get("budget")), **_mapping("budget", workload.get("budget")), **of_budget}
 
 
-def _section(name: str, schema: Any, content: Mapping[str, Any], given: dict[str, Any]) -> Any:
+def _section(name: str, schema: Any, content: Mapping[str, Any], settings: dict[str, Any]) -> Any:
     """Fills a schema from the file's section and from dotted keys, which are taken out of ``given``."""
     known = [item.name for item in dataclasses.fields(schema)]
     values = _mapping(name, content.get(name))
-    for key in [key for key in given if key.startswith(f"{name}.")]:
-        values[key.split(".", 1)[1]] = given.pop(key)
+    for key in [key for key in settings if key.startswith(f"{name}.")]:
+        values[key.split(".", 1)[1]] = settings.pop(key)
     _known(name, values, known)
     return typed(f"{name}.", schema, {**dataclasses.asdict(schema), **values})
 

@@ -76,15 +76,15 @@ def _row_json(result: Result, baseline: Result | None) -> dict[str, Any]:
         "accuracy_mean": f.accuracy if f else None,
         "accuracy_std": f.accuracy_std if f else None,
         "wall_sec_mean": f.wall_sec if f else None,
-        "samples_seen": _whole(f.samples) if f else None,
-        "averages": _whole(f.rounds) if f else None,
+        "samples_seen": _integer_if_exact(f.samples) if f else None,
+        "averages": _integer_if_exact(f.rounds) if f else None,
         "speedup_vs_sync": speedup(result, baseline),
         "blocked_fraction": f.blocked if f else {},
         "emulated": f.emulated if f else None,
     }
 
 
-def _whole(value: float) -> float | int:
+def _integer_if_exact(value: float) -> float | int:
     return int(value) if value.is_integer() else value
 
 

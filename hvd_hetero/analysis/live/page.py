@@ -129,8 +129,8 @@ class LivePage:
         series = [Series(run.path.name, (run,)) for run in runs]
         for reason in emulation(series):
             yield f'<p class="stamp">{escape(reason.upper())}</p>'
-        own = [(f"eval_{name}", name, 1.0) for name in own_metrics(series)]
-        for key, name, scale in (*CURVES, *own) if series else ():
+        of_metrics = [(f"eval_{name}", name, 1.0) for name in own_metrics(series)]
+        for key, name, scale in (*CURVES, *of_metrics) if series else ():
             yield _drawn(partial(pictures.curves, series, key, name, scale), f"{name} over time and over samples")
         for run in runs:
             title = f"{run.path.name}: the newest rounds that were recorded"

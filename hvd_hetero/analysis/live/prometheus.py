@@ -59,8 +59,8 @@ def _samples(run: RunStatus) -> Iterator[Sample]:
         if key.startswith("eval_") and key not in RUN:
             name = key.removeprefix("eval_")
             yield "eval_" + re.sub(r"\W", "_", name, flags=re.ASCII), f"Newest {name} of the test set.", labels, value
-    for name, own in content.get("classes", {}).items():
-        yield from ((*CLASS[key], {**labels, "class": name}, own.get(key)) for key in CLASS)
+    for name, figures in content.get("classes", {}).items():
+        yield from ((*CLASS[key], {**labels, "class": name}, figures.get(key)) for key in CLASS)
 
 
 def _escaped(text: str) -> str:

@@ -69,8 +69,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:  # noqa: N802 (its name in the library)
         where = urlsplit(self.path)
         asked = parse_qs(where.query)
-        given = asked.get("token", [""])[0] or self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not compare_digest(given.encode(errors="replace"), self.server.token.encode()):
+        token = asked.get("token", [""])[0] or self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if not compare_digest(token.encode(errors="replace"), self.server.token.encode()):
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", "the token is missing or wrong\n")
             return
         page = self.server.page
@@ -137,8 +137,8 @@ def _token(file: str | None) -> str:
     try:
         if not path.exists():
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-            with os.fdopen(os.open(path, flags, 0o600), "w") as made:
-                made.write(secrets.token_urlsafe() + "\n")
+            with os.fdopen(os.open(path, flags, 0o600), "w") as stream:
+                stream.write(secrets.token_urlsafe() + "\n")
         token = path.read_text().strip()
         others = path.stat().st_mode & 0o077
     except (OSError, ValueError) as error:

@@ -71,11 +71,11 @@ def taus(scenario: Scenario) -> list[int]:
     fastest, slowest = min(scenario.step_sec.values()), max(scenario.step_sec.values())
     planned = max(planned_step_sec(scenario.step_sec, scenario.config.train.tau_margin).values())
     found = {2**i for i in range(LARGEST_TAU.bit_length())} | {scenario.tau, scenario.affordable}
-    whole = (
+    in_all = (
         max(round(steps * slowest / fastest), math.ceil((steps - 0.5) * planned / fastest * (1 - 1e-9)))
         for steps in range(1, WHOLE_STEPS + 1)
     )
-    return sorted(found | {tau for tau in whole if tau <= LARGEST_TAU})
+    return sorted(found | {tau for tau in in_all if tau <= LARGEST_TAU})
 
 
 def sweep(scenario: Scenario) -> list[tuple[int, Prediction]]:
@@ -90,11 +90,11 @@ def recommended(scenario: Scenario, rows: Sequence[tuple[int, Prediction]]) -> A
         return None
     best = max(row.samples_per_sec for _, row in possible)
     tau, row = next(((tau, row) for tau, row in possible if tau >= scenario.affordable), possible[-1])
-    own = ", ".join(f"{name} {steps}" for name, steps in row.tau.items())
+    taus_text = ", ".join(f"{name} {steps}" for name, steps in row.tau.items())
     blocked = ", ".join(f"{name} {ratio:.1%}" for name, ratio in row.blocked.items())
     sizes = ", ".join(f"{name} {size}" for name, size in row.batch_size.items())
     reason = (
-        f"tau {tau} ({own} local steps; batches {sizes}): {row.samples_per_sec:.4g} samples/s, "
+        f"tau {tau} ({taus_text} local steps; batches {sizes}): {row.samples_per_sec:.4g} samples/s, "
         f"{row.samples_per_sec / scenario.capacity:.1%} of what the classes could process without waiting and "
         f"communication; blocked: {blocked}. train.tau=auto chooses it: the shortest round that spends at most "
         f"{scenario.config.train.tau_overhead:.0%} on waiting and averages if all steps take equally long, or the "
@@ -112,10 +112,10 @@ def batches(scenario: Scenario) -> list[tuple[float, Advice]]:
 
 def worth(scenario: Scenario, tau: int) -> list[Worth]:
     """Compute what each class but the fastest adds to local SGD at this tau."""
-    whole = scenario.local(tau)
+    with_all = scenario.local(tau)
     others = [c.name for c in scenario.cluster.classes if c.name != scenario.fastest]
     rest = {name: scenario.without(name).local(tau) for name in others}
-    return [Worth(name, whole.samples_per_sec, row.samples_per_sec) for name, row in rest.items() if not row.problem]
+    return [Worth(name, with_all.samples_per_sec, row.samples_per_sec) for name, row in rest.items() if not row.problem]
 
 
 def together(scenario: Scenario, tau: int) -> Together | None:
@@ -123,7 +123,7 @@ def together(scenario: Scenario, tau: int) -> Together | None:
     alone, others = scenario, [c.name for c in scenario.cluster.classes if c.name != scenario.fastest]
     for name in others:
         alone = alone.without(name)
-    both = [made.local(tau) for made in (scenario, alone)]
+    both = [one.local(tau) for one in (scenario, alone)]
     if not others or any(row.problem for row in both):
         return None
     weights = scenario.config.aggregation.weights or "steps"

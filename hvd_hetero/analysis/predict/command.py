@@ -20,7 +20,7 @@ from hvd_hetero.files import check_writable, write_text
 NO_PICTURES = "No pictures: matplotlib is not installed (pip install 'hvd-hetero[report]')."
 
 
-def plan(files: Sequence[str], overrides: Sequence[str], given: Assumptions, out: str | None = None) -> None:
+def plan(files: Sequence[str], overrides: Sequence[str], assumed: Assumptions, out: str | None = None) -> None:
     """Predict what each method would take, and print it; write ``table.json`` and pictures into a folder.
 
     Raises:
@@ -29,7 +29,7 @@ def plan(files: Sequence[str], overrides: Sequence[str], given: Assumptions, out
     if out is not None:
         check_writable("--out", Path(out))
     config = without_roles(load(files, overrides, algorithms.method))  # what a class is worth in each is told
-    inputs = gather(config, given)
+    inputs = gather(config, assumed)
     scenario = Scenario(config, inputs)
     rows = sweep(scenario)
     advice = recommended(scenario, rows)
@@ -39,7 +39,7 @@ def plan(files: Sequence[str], overrides: Sequence[str], given: Assumptions, out
     added = worth(scenario, advice.tau)
     forecast = Forecast(
         scenario, scenario.methods(), rows, advice, batches(scenario), added, together(scenario, advice.tau),
-        roles(scenario, added, given.test_samples),
+        roles(scenario, added, assumed.test_samples),
     )  # fmt: skip
     print(as_text(forecast))
     if out is not None:

@@ -10,7 +10,7 @@ from hvd_hetero.analysis.predict.simulator import LOGNORMAL, Group, Outcome, dra
 
 
 def delaying(
-    groups: Sequence[Group], rounds: int, comm_sec: float, rng: np.random.Generator, law: str = LOGNORMAL, *,
+    groups: Sequence[Group], rounds: int, comm_sec: float, rng: np.random.Generator, distribution: str = LOGNORMAL, *,
     shares: Sequence[float],
 ) -> Outcome:  # fmt: skip
     """Simulate rounds whose average is taken in during the next one, and waited for if it is not there yet.
@@ -18,7 +18,7 @@ def delaying(
     Args:
         shares: of a round, by group, after which the average of the one before is taken in.
     """
-    work = np.concatenate([draw_works(g, rounds, rng, law) for g in groups], axis=1)
+    work = np.concatenate([draw_works(g, rounds, rng, distribution) for g in groups], axis=1)
     share = np.repeat(shares, [g.ranks for g in groups])
     ended, there = work[0], -np.inf  # of each rank's round, and of the last average
     compute, waited, comm = work.sum(axis=0), np.zeros(len(share)), 0.0

@@ -13,7 +13,7 @@ from hvd_hetero.planning.compute_threshold import taken
 
 
 def dropping(
-    groups: Sequence[Group], rounds: int, comm_sec: float, rng: np.random.Generator, law: str = LOGNORMAL, *,
+    groups: Sequence[Group], rounds: int, comm_sec: float, rng: np.random.Generator, distribution: str = LOGNORMAL, *,
     micro_batches: Sequence[int], threshold: Callable[[Sequence[Floats], float], float | None],
 ) -> Outcome:  # fmt: skip
     """Simulate rounds in lockstep, of which a rank begins no part after a threshold.
@@ -24,10 +24,10 @@ def dropping(
     """
     single = [replace(g, tau=1) if count == g.tau else split_steps(g, count)
               for g, count in zip(groups, micro_batches, strict=True)]  # fmt: skip
-    ended = [np.cumsum(draw_works(g, rounds * count, rng, law).reshape(rounds, count, g.ranks), axis=1)
+    ended = [np.cumsum(draw_works(g, rounds * count, rng, distribution).reshape(rounds, count, g.ranks), axis=1)
              for g, count in zip(single, micro_batches, strict=True)]  # fmt: skip
     ranks = [end[:, :, rank] for g, end in zip(groups, ended, strict=True) if g.tau for rank in range(g.ranks)]
-    step_sec = float(np.mean(np.max([own[:, -1] for own in ranks], axis=0))) + comm_sec
+    step_sec = float(np.mean(np.max([of_rank[:, -1] for of_rank in ranks], axis=0))) + comm_sec
     limit = threshold(ranks, step_sec)
     kept = [np.stack([taken(end[:, :, rank], math.inf if limit is None else limit) for rank in range(g.ranks)], axis=2)
             for g, end in zip(groups, ended, strict=True)]  # fmt: skip

@@ -54,7 +54,7 @@ class _Clocks:
 
 def simulate(
     policy: Grouped, groups: Sequence[Group], ranks: Sequence[int], rounds: int, link: Link, nbytes: float,
-    rng: np.random.Generator, law: str,
+    rng: np.random.Generator, distribution: str,
 ) -> Outcome:  # fmt: skip
     """Simulate rounds of one step.
 
@@ -63,15 +63,15 @@ def simulate(
         nbytes: of a model.
     """
     order = np.argsort(ranks)
-    work = np.concatenate([draw_works(g, rounds, rng, law) for g in groups], axis=1)[:, order]
+    work = np.concatenate([draw_works(g, rounds, rng, distribution) for g in groups], axis=1)[:, order]
     clocks = _Clocks(len(ranks), link, nbytes)
     if isinstance(policy, WAGMASGD):
         _wait_avoiding(policy, clocks, work)
     elif isinstance(policy, DASO):
         _apart(policy, clocks, work)
     else:
-        for t, own in enumerate(work):
-            clocks.work(own)
+        for t, works in enumerate(work):
+            clocks.work(works)
             clocks.meet(policy.partitions[t % len(policy.partitions)])
         clocks.meet_all()
     seconds = float(clocks.now.max())

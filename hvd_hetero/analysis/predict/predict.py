@@ -123,7 +123,7 @@ class Scenario:
         left = [c for c in self.cluster.classes if c.name != name]
         ends = [0, *accumulate(len(c.ranks) for c in left)]
         ranks = [tuple(range(*ends)) for ends in pairwise(ends)]
-        classes = tuple(DeviceClass(c.name, c.device, own) for c, own in zip(left, ranks, strict=True))
+        classes = tuple(DeviceClass(c.name, c.device, ranks_left) for c, ranks_left in zip(left, ranks, strict=True))
         cluster = Cluster(classes, self.cluster.facts[: ends[-1]])
         return Scenario(self.config, replace(self.inputs, cluster=cluster), self.scale)
 
@@ -155,12 +155,13 @@ class Scenario:
     @property
     def best_quorum(self) -> float:
         """The ranks that m-Synchronous SGD waits for: as configured, or those with which it takes the least time."""
-        own, rng, size = self.config.algorithm, np.random.default_rng(self.config.run.seed), self.cluster.size
-        own = own if isinstance(own, MSyncOptions) else MSyncOptions()
+        options, rng, size = self.config.algorithm, np.random.default_rng(self.config.run.seed), self.cluster.size
+        options = options if isinstance(options, MSyncOptions) else MSyncOptions()
         ranks = [Group(c.name, len(c.ranks), self.step_sec[c.name], 1, self.inputs.speeds[c.name].jitter)
                  for c in self.cluster.classes]  # fmt: skip
         drawn = [draw_works(g, max(1, MOST_DRAWS // 10 // size), rng, self.inputs.jitter_law) for g in ranks]
-        return own.quorum or best_quorum(np.concatenate(drawn, axis=1), size if own.noise is None else own.noise)
+        noise = size if options.noise is None else options.noise
+        return options.quorum or best_quorum(np.concatenate(drawn, axis=1), noise)
 
     def local(self, tau: int, taus: Mapping[str, int] | None = None) -> Prediction:
         """Predict local SGD whose fastest class takes tau steps in a round, the others by their speed or as given."""
@@ -173,9 +174,9 @@ class Scenario:
         """Predict one method, configured as it is but for these, and without what is for methods of another kind."""
         method, config = algorithms.get(name), self.config
         is_own = config.algorithm.name == name
-        own = replace(config.algorithm if is_own else method.Options(name=name), **options)
-        if isinstance(own, LockstepOptions) and own.participants == FAST:
-            own = replace(own, participants=self._fast)
+        method_options = replace(config.algorithm if is_own else method.Options(name=name), **options)
+        if isinstance(method_options, LockstepOptions) and method_options.participants == FAST:
+            method_options = replace(method_options, participants=self._fast)
         train = replace(config.train, **({} if is_own else method.unused_train))
         train = replace(train, tau=tau or self.tau, batch_size=self.batch_size)
         spec = replace(config.aggregation, **{**({} if is_own else method.unused), **(aggregation or {})})
@@ -183,7 +184,7 @@ class Scenario:
             spec = replace(spec, quorum=None)
         if self._has_default_weights:
             spec = replace(spec, weights=method.defaults_for(self._settings(spec)).get("aggregation.weights"))
-        config = replace(config, algorithm=own, train=train, aggregation=spec)
+        config = replace(config, algorithm=method_options, train=train, aggregation=spec)
         try:
             return replace(self._run(method(config, self.cluster, self.inputs.samples)), label=label)
         except ConfigError as error:
@@ -196,8 +197,8 @@ class Scenario:
     @property
     def _has_default_weights(self) -> bool:
         """Whether the configured weights are its method's default, so that another method has its own."""
-        own = algorithms.get(self.config.algorithm.name).defaults_for(self._settings(self.config.aggregation))
-        return self.config.aggregation.weights == own.get("aggregation.weights")
+        defaults = algorithms.get(self.config.algorithm.name).defaults_for(self._settings(self.config.aggregation))
+        return self.config.aggregation.weights == defaults.get("aggregation.weights")
 
     # ---- plans and time ---------------------------------------------------------------------------------------------
 
@@ -263,7 +264,7 @@ class Scenario:
 
     def _simulate(self, policy: Policy, plan: Plan) -> Outcome:
         """Simulate rounds of a plan, by the collectives that its ranks meet in."""
-        size, spec, law = self.cluster.size, policy.aggregation, self.inputs.jitter_law
+        size, spec, distribution = self.cluster.size, policy.aggregation, self.inputs.jitter_law
         gradients = policy.gradients_of_step
         comm_sec, rng = self._collective(policy, plan)[0], np.random.default_rng(self.config.run.seed)
         groups = [
@@ -274,24 +275,24 @@ class Scenario:
         if (rule := policy.server_rule()) is not None:
             groups = [replace(g, tau=policy.steps_of_push or g.tau) for g in groups]
             return served(groups, rule, self.inputs.link.exchange_sec(self.inputs.model_bytes), rng,
-                          pushes=max(MOST_EVENTS // 3, 10 * size), law=law)  # fmt: skip
+                          pushes=max(MOST_EVENTS // 3, 10 * size), distribution=distribution)  # fmt: skip
         mode, is_random = policy.partial_mode(self.step_sec), any(g.jitter for g in groups)
         if isinstance(policy, Grouped):
             ranks, most = [r for c in plan.classes for r in c.ranks], min(MOST_ROUNDS, max(100, MOST_DRAWS // size))
             return grouped(policy, groups, ranks, min(plan.rounds, most if is_random else 100), self.inputs.link,
-                           self.inputs.model_bytes, rng, law)  # fmt: skip
+                           self.inputs.model_bytes, rng, distribution)  # fmt: skip
         if mode is None:
             is_late = spec.delayed and isinstance(policy, LocalSGD)
             rounds = max(20, min(MOST_ROUNDS, MOST_DRAWS // size)) if is_late or is_random else 1
             if isinstance(policy, DropCompute | DropComputeLocal):
                 parts = [(g.tau if isinstance(policy, DropComputeLocal) else policy.micro_batches[g.name]) or 1
                          for g in groups]  # fmt: skip
-                return dropping(groups, rounds, comm_sec, rng, law, micro_batches=parts,
+                return dropping(groups, rounds, comm_sec, rng, distribution, micro_batches=parts,
                                 threshold=policy.options.threshold_of)  # fmt: skip
             if is_late and isinstance(policy, LocalSGD):
                 shares = {c.name: policy.delay_of(c) / c.tau if c.tau else 1.0 for c in plan.classes}
-                return delaying(groups, rounds, comm_sec, rng, law, shares=[shares[g.name] for g in groups])
-            return blocking(groups, rounds, comm_sec, rng, law)
+                return delaying(groups, rounds, comm_sec, rng, distribution, shares=[shares[g.name] for g in groups])
+            return blocking(groups, rounds, comm_sec, rng, distribution)
         quorum, apart = policy.quorum(), 1
         if quorum is not None:  # ranks come class by class here, whatever their numbers are
             quorum = replace(quorum, weights=tuple(quorum.weights[rank] for c in plan.classes for rank in c.ranks))
@@ -300,8 +301,8 @@ class Scenario:
         until: dict[str, Any] = {"contributions": max(MOST_EVENTS, 5 * size)} if policy.claims_samples else {
             "by_class": True, "rounds": max(20, MOST_EVENTS // size // (4 * apart)), "patience_sec": spec.patience_sec}
         return partial(groups, comm_sec, rng, mode=MAJORITY if mode == MAJORITY else SOLO, quorum=quorum,
-                       sync_every=policy.sync_every, max_lag=spec.max_lag, law=law, drops_late=policy.drops_late,
-                       micro_batches=policy.micro_batch_count,
+                       sync_every=policy.sync_every, max_lag=spec.max_lag, distribution=distribution,
+                       drops_late=policy.drops_late, micro_batches=policy.micro_batch_count,
                        **until)  # fmt: skip
 
 

@@ -58,11 +58,11 @@ def roles(scenario: Scenario, worth: list[Worth], test_samples: int | None = Non
     test = test_samples if test_samples is not None else samples * TEST_SHARE
     speeds = {c.name: len(c.ranks) * scenario.batch_size[c.name] / scenario.step_sec[c.name] / FORWARD
               for c in scenario.cluster.classes}  # fmt: skip
-    whole, found = sum(speeds.values()), []
+    total, found = sum(speeds.values()), []
     for one in worth:
-        training, own = samples / one.without_it, speeds[one.name]
+        training, speed = samples / one.without_it, speeds[one.name]
         found.append(RoleWorth(
-            one.name, training + test / (whole - own) / every, samples / one.with_it + test / whole / every, training,
-            training * own / test, training * own / samples,
+            one.name, training + test / (total - speed) / every, samples / one.with_it + test / total / every, training,
+            training * speed / test, training * speed / samples,
         ))  # fmt: skip
     return found

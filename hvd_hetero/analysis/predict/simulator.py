@@ -27,7 +27,7 @@ from hvd_hetero.algorithms.server_rule import Rule
 from hvd_hetero.planning.quorum import ROUNDING, Quorum
 
 NONE, NORMAL, LOGNORMAL = "none", "normal", "lognormal"
-LAWS = (NONE, NORMAL, LOGNORMAL)
+DISTRIBUTIONS = (NONE, NORMAL, LOGNORMAL)
 BLOCK = 65536
 Floats = NDArray[np.float64]
 
@@ -84,10 +84,10 @@ class Outcome:
 
 
 def blocking(
-    groups: Sequence[Group], rounds: int, comm_sec: float, rng: np.random.Generator, law: str = LOGNORMAL
+    groups: Sequence[Group], rounds: int, comm_sec: float, rng: np.random.Generator, distribution: str = LOGNORMAL
 ) -> Outcome:
     """Simulate rounds in which all ranks wait for the slowest one, then take part in the collective."""
-    work = [draw_works(g, rounds, rng, law) for g in groups]
+    work = [draw_works(g, rounds, rng, distribution) for g in groups]
     return in_step(groups, work, comm_sec, [np.zeros(g.ranks) for g in groups])
 
 
@@ -108,20 +108,19 @@ def split_steps(g: Group, count: int) -> Group:
     return replace(g, step_sec=g.step_sec / count, jitter=g.jitter * math.sqrt(count))
 
 
-def draw_works(g: Group, rounds: int, rng: np.random.Generator, law: str) -> Floats:
+def draw_works(g: Group, rounds: int, rng: np.random.Generator, distribution: str) -> Floats:
     """Draw seconds of computing, ``[rounds, ranks]``."""
-    mean, spread = g.tau * g.step_sec, _spread(g, law)
-    if not spread:
-        return np.full((rounds, g.ranks), mean)
-    z = rng.standard_normal((rounds, g.ranks))
-    return np.maximum(0.0, mean * (1 + spread * z)) if law == NORMAL else mean * np.exp(spread * z - spread**2 / 2)
+    mean, spread = g.tau * g.step_sec, _spread(g, distribution)
+    z = rng.standard_normal((rounds, g.ranks)) if spread else np.zeros((rounds, g.ranks))
+    factors = 1 + spread * z if distribution == NORMAL else np.exp(spread * z - spread**2 / 2)
+    return np.maximum(0.0, mean * factors)
 
 
-def _spread(g: Group, law: str) -> float:
+def _spread(g: Group, distribution: str) -> float:
     """Return the deviation of a round's work over its mean; of its logarithm, where that is normal."""
-    assert law in LAWS
-    relative = 0.0 if law == NONE or not g.tau else g.jitter / math.sqrt(g.tau)
-    return math.sqrt(math.log1p(relative**2)) if law == LOGNORMAL else relative
+    assert distribution in DISTRIBUTIONS
+    relative = 0.0 if distribution == NONE or not g.tau else g.jitter / math.sqrt(g.tau)
+    return math.sqrt(math.log1p(relative**2)) if distribution == LOGNORMAL else relative
 
 
 def _by_name(groups: Sequence[Group], spent: Sequence[tuple[Floats, ...]]) -> dict[str, Spent]:
@@ -136,8 +135,8 @@ def _by_name(groups: Sequence[Group], spent: Sequence[tuple[Floats, ...]]) -> di
 def partial(
     groups: Sequence[Group], comm_sec: float, rng: np.random.Generator, *, mode: str = SOLO, by_class: bool = False,
     rounds: int | None = None, contributions: int | None = None, sync_every: int = 32, max_lag: int = 32,
-    patience_sec: float = math.inf, law: str = LOGNORMAL, quorum: Quorum | None = None, drops_late: bool = False,
-    micro_batches: int = 1,
+    patience_sec: float = math.inf, distribution: str = LOGNORMAL, quorum: Quorum | None = None,
+    drops_late: bool = False, micro_batches: int = 1,
 ) -> Outcome:  # fmt: skip
     """Simulate rounds that the first rank that is ready starts, as in docs/partial.md, without the ends of epochs.
 
@@ -158,7 +157,7 @@ def partial(
     elif micro_batches > 1:
         through = [micro_batches] * len(groups)
         groups = [split_steps(g, micro_batches) for g in groups]
-    run = _Partial(groups, comm_sec, rng, mode, by_class, sync_every, max_lag, patience_sec, law)
+    run = _Partial(groups, comm_sec, rng, mode, by_class, sync_every, max_lag, patience_sec, distribution)
     run.quorum, run.drops_late = quorum, drops_late
     if by_step or micro_batches > 1:
         run.through = through
@@ -171,7 +170,7 @@ def partial(
 
 def served(
     groups: Sequence[Group], rule: Rule, exchange_sec: float, rng: np.random.Generator, *, pushes: int,
-    law: str = LOGNORMAL,
+    distribution: str = LOGNORMAL,
 ) -> Outcome:  # fmt: skip
     """Simulate ranks that push to a server when they are ready, and go on when they have its answer.
 
@@ -184,12 +183,12 @@ def served(
     group = [g for g in groups for _ in range(g.ranks)]
     spent = np.zeros((5, len(group)))  # by the fields of Spent
     compute, blocked, comm, steps, dropped = spent
-    laws = {id(g): (g.tau * g.step_sec, _spread(g, law)) for g in groups}
+    step_distributions = {id(g): (g.tau * g.step_sec, _spread(g, distribution)) for g in groups}
     queue: list[tuple[float, int, int, float]] = []
 
     def begin(rank: int, now: float) -> None:
-        mean, spread = laws[id(group[rank])]
-        sec = mean * draw_factor(rng.standard_normal(), spread, law) if spread else mean
+        mean, spread = step_distributions[id(group[rank])]
+        sec = mean * draw_factor(rng.standard_normal(), spread, distribution) if spread else mean
         compute[rank] += sec
         heapq.heappush(queue, (now + sec, 1, rank, now))
 
@@ -229,9 +228,9 @@ def outcome_of(
     return Outcome(seconds, rounds, _by_name(groups, by_group), pushes, sent_bytes)
 
 
-def draw_factor(z: float, spread: float, law: str) -> float:
+def draw_factor(z: float, spread: float, distribution: str) -> float:
     """Return what a step takes over its mean, from a standard normal number."""
-    return max(0.0, 1 + spread * z) if law == NORMAL else math.exp(spread * z - spread**2 / 2)
+    return max(0.0, 1 + spread * z) if distribution == NORMAL else math.exp(spread * z - spread**2 / 2)
 
 
 ROUND, STEP, PATIENCE = 0, 1, 2
@@ -255,21 +254,21 @@ class _Partial:
 
     def __init__(
         self, groups: Sequence[Group], comm_sec: float, rng: np.random.Generator, mode: str, by_class: bool,
-        sync_every: int, max_lag: int, patience_sec: float, law: str,
+        sync_every: int, max_lag: int, patience_sec: float, distribution: str,
     ) -> None:
-        self._comm_sec, self._rng, self._mode, self._law = comm_sec, rng, mode, law
+        self._comm_sec, self._rng, self._mode, self._distribution = comm_sec, rng, mode, distribution
         self._sync_every, self._max_lag, self._patience_sec = sync_every, max_lag, patience_sec
         self._size = size = sum(g.ranks for g in groups)
         self._group = [i for i, g in enumerate(groups) for _ in range(g.ranks)]
         self._group_size = [g.ranks for g in groups]
         self._unit = self._group if by_class else list(range(size))
         self._unit_size = self._group_size if by_class else [1] * size
-        self._law_of = [(g.tau * g.step_sec, _spread(g, law)) for g in groups]
+        self._distribution_of = [(g.tau * g.step_sec, _spread(g, distribution)) for g in groups]
         self.taken, self.count, self.dropped, self._since = [0] * size, [0] * size, [0] * size, [0] * size
         self.compute, self.blocked, self.comm = [0.0] * size, [0.0] * size, [0.0] * size
         self._began = [0.0] * size
         self._waiting: dict[int, float] = {}  # since when
-        self._made: dict[int, int] = {}  # contributions that no round has taken yet
+        self._contributed: dict[int, int] = {}  # contributions that no round has taken yet
         self._arrived: set[int] = set()
         self._there, self._there_weight = Counter[int](), 0.0
         self._missing: set[int] = set()
@@ -310,7 +309,7 @@ class _Partial:
         if self.drops_late and self.taken[rank] != self.started:
             self.dropped[rank] += 1
         else:
-            self._made[rank] = self._made.get(rank, 0) + 1
+            self._contributed[rank] = self._contributed.get(rank, 0) + 1
         is_there = self.through is None or self._since[rank] >= self.through[self._group[rank]]
         if is_there and self.quorum is None:
             self._since[rank] = 0
@@ -347,13 +346,13 @@ class _Partial:
             self._least_taken = min(self.taken)
             self._missing |= {r for r, taken in enumerate(self.taken) if number - taken >= self._max_lag}
         if (number + 1) % self._sync_every == 0:
-            self._missing |= {r for r in range(self._size) if r not in self._made}
-        self._made = {r: count for r, count in self._made.items() if r in self._missing} if self._missing else {}
+            self._missing |= {r for r in range(self._size) if r not in self._contributed}
+        self._contributed = {r: n for r, n in self._contributed.items() if r in self._missing} if self._missing else {}
         self._go_if_complete(now)
 
     def _join_late(self, rank: int, now: float) -> None:
         if self.started - 1 - self.taken[rank] < self._max_lag:
-            self._made.pop(rank, None)  # what it has made may have been dropped
+            self._contributed.pop(rank, None)  # what it has made may have been dropped
             self._missing.remove(rank)
             self._go_if_complete(now)
 
@@ -379,12 +378,12 @@ class _Partial:
     def _patience_ended(self, rank: int, now: float) -> None:
         # one that has gone on, and waits again by now, has a later end of its own
         over = rank in self._waiting and now - self._waiting[rank] >= self._patience_sec * (1 - 1e-9)
-        if over and self._made.get(rank, 0) < self._max_lag:
+        if over and self._contributed.get(rank, 0) < self._max_lag:
             self.blocked[rank] += now - self._waiting.pop(rank)
             self._begin(rank, now)
 
     def _begin(self, rank: int, now: float) -> None:
-        mean, spread = self._law_of[self._group[rank]]
+        mean, spread = self._distribution_of[self._group[rank]]
         self._began[rank] = now
         heapq.heappush(self._queue, (now + mean * self._factor(spread), STEP, rank))
 
@@ -394,7 +393,7 @@ class _Partial:
         if not self._normals:
             self._normals = self._rng.standard_normal(BLOCK).tolist()
         z = self._normals.pop()
-        return draw_factor(z, spread, self._law)
+        return draw_factor(z, spread, self._distribution)
 
     def _draw_initiator(self) -> None:
         self._initiator = self._unit[int(self._rng.integers(self._size))]

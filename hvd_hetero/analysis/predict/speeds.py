@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvd_hetero.analysis.predict.link import Link, fitted
-from hvd_hetero.analysis.predict.simulator import LAWS, LOGNORMAL
+from hvd_hetero.analysis.predict.simulator import DISTRIBUTIONS, LOGNORMAL
 from hvd_hetero.cluster.device_classes import Cluster, DeviceClass, assign, integers
 from hvd_hetero.cluster.hardware import RankFacts
 from hvd_hetero.cluster.hosts import parse_hosts
@@ -67,7 +67,7 @@ class Inputs:
     Attributes:
         samples: n, training samples.
         notes: what had to be assumed.
-        jitter_law: how steps vary around their mean, one of :data:`hvd_hetero.analysis.predict.simulator.LAWS`.
+        jitter_law: how steps vary around their mean, one of ``simulator.DISTRIBUTIONS``.
     """
 
     cluster: Cluster
@@ -79,35 +79,36 @@ class Inputs:
     jitter_law: str = LOGNORMAL
 
 
-def gather(config: Config, given: Assumptions) -> Inputs:
+def gather(config: Config, assumed: Assumptions) -> Inputs:
     """Gather configuration, profile and command line; the command line wins.
 
     Raises:
         ConfigError: something is missing, or cannot be.
     """
-    for option, value in (("--latency-ms", given.latency_ms), ("--bandwidth-mbit", given.bandwidth_mbit),
-                          ("--params", given.params), ("--model-mb", given.model_mb), ("--samples", given.samples),
-                          ("--test-samples", given.test_samples)):
+    for option, value in (("--latency-ms", assumed.latency_ms), ("--bandwidth-mbit", assumed.bandwidth_mbit),
+                          ("--params", assumed.params), ("--model-mb", assumed.model_mb),
+                          ("--samples", assumed.samples), ("--test-samples", assumed.test_samples)):
         if value is not None:
-            _number(option, value, above=None if value is given.latency_ms else 0.0)
-    law = given.jitter_law or LOGNORMAL
-    if law not in LAWS:
-        raise ConfigError("--jitter-law", law, "is no law of steps", nearest(law, LAWS))
-    profile = None if given.profile is None else _checked(given.profile, load_profile(Path(given.profile)))
+            _number(option, value, above=None if value is assumed.latency_ms else 0.0)
+    distribution = assumed.jitter_law or LOGNORMAL
+    if distribution not in DISTRIBUTIONS:
+        remedy = nearest(distribution, DISTRIBUTIONS)
+        raise ConfigError("--jitter-law", distribution, "is no distribution of steps", remedy)
+    profile = None if assumed.profile is None else _checked(assumed.profile, load_profile(Path(assumed.profile)))
     cluster = _cluster(config, profile)
     names = [c.name for c in cluster.classes]
     notes: list[str] = []
-    speeds = _speeds(names, per_class("train.batch_size", config.train.batch_size, names), given, profile, notes)
-    model_bytes = _model_bytes(given, profile)
-    link = _link(given, profile, notes)
-    samples = given.samples or (profile.samples if profile is not None else None)
+    speeds = _speeds(names, per_class("train.batch_size", config.train.batch_size, names), assumed, profile, notes)
+    model_bytes = _model_bytes(assumed, profile)
+    link = _link(assumed, profile, notes)
+    samples = assumed.samples or (profile.samples if profile is not None else None)
     if samples is None:
         raise ConfigError("--samples", None, "nothing says how large the training set is", "give --samples N")
     for c in profile.classes if profile is not None else ():
-        ranks = next((len(own.ranks) for own in cluster.classes if own.name == c.name), c.ranks)
+        ranks = next((len(other.ranks) for other in cluster.classes if other.name == c.name), c.ranks)
         if ranks != c.ranks:
             notes.append(f"Class {c.name} was measured with {c.ranks} ranks and is planned with {ranks}.")
-    return Inputs(cluster, speeds, link, model_bytes, samples, tuple(notes), law)
+    return Inputs(cluster, speeds, link, model_bytes, samples, tuple(notes), distribution)
 
 
 def _checked(path: str, profile: Profile) -> Profile:
@@ -154,30 +155,31 @@ def _cluster(config: Config, profile: Profile | None) -> Cluster:
         raise ConfigError("cluster.classes", classes, problem, "name ranks, set cluster.hosts, or give a --profile")
     found, facts = [], list[RankFacts]()
     for c in profile.classes:
-        own = range(len(facts), len(facts) + c.ranks)
-        found.append(DeviceClass(c.name, c.device, tuple(own)))
-        facts += [RankFacts(rank, "", rank, (), "", ()) for rank in own]
+        numbers = range(len(facts), len(facts) + c.ranks)
+        found.append(DeviceClass(c.name, c.device, tuple(numbers)))
+        facts += [RankFacts(rank, "", rank, (), "", ()) for rank in numbers]
     return Cluster(tuple(found), tuple(facts))
 
 
 def _speeds(
-    names: Sequence[str], batch_size: Mapping[str, int], given: Assumptions, profile: Profile | None, notes: list[str]
+    names: Sequence[str], batch_size: Mapping[str, int], assumed: Assumptions, profile: Profile | None, notes: list[str]
 ) -> dict[str, Speed]:
     measured = {c.name: c for c in profile.classes} if profile is not None else {}
-    step_ms, jitter = _by_class("--step-ms", given.step_ms, names), _by_class("--jitter", given.jitter, names)
+    step_ms, jitter = _by_class("--step-ms", assumed.step_ms, names), _by_class("--jitter", assumed.jitter, names)
     speeds = {}
     for name in names:
         if name not in step_ms and name not in measured:
             remedy = f"name every class: --step-ms {','.join(f'{n}=MILLISECONDS' for n in names)}"
-            raise ConfigError("--step-ms", given.step_ms, f"gives nothing for class {name}", remedy)
+            raise ConfigError("--step-ms", assumed.step_ms, f"gives nothing for class {name}", remedy)
         c = measured.get(name)
-        own = jitter.get(name, c.jitter if c is not None else 0.0)
-        if name not in jitter and own > MOST_JITTER:
-            notes.append(f"Class {name}'s measured jitter of {own:.2g} is taken as {MOST_JITTER:g}; measure it again.")
-            own = MOST_JITTER
-        if not 0 <= own <= MOST_JITTER:
+        spread = jitter.get(name, c.jitter if c is not None else 0.0)
+        if name not in jitter and spread > MOST_JITTER:
+            notes.append(f"Class {name}'s measured jitter of {spread:.2g} is taken as {MOST_JITTER:g}; "
+                         "measure it again.")
+            spread = MOST_JITTER
+        if not 0 <= spread <= MOST_JITTER:
             problem = f"is not between 0 and {MOST_JITTER:g} for class {name}"
-            raise ConfigError("--jitter", own, problem, "give the standard deviation of a step over its mean")
+            raise ConfigError("--jitter", spread, problem, "give the standard deviation of a step over its mean")
         if name in step_ms:
             _number(f"--step-ms {name}", step_ms[name], above=0.0)
             points = {batch_size[name]: step_ms[name] / 1e3}
@@ -186,7 +188,7 @@ def _speeds(
             points = {c.batch_size: c.step_sec} | {int(batch): sec for batch, sec in c.by_batch.items()}
         if len(points) == 1:
             notes.append(f"Class {name} was timed at one batch size: a step's time is taken to go with its batch.")
-        speeds[name] = Speed(tuple(sorted(points.items())), own)
+        speeds[name] = Speed(tuple(sorted(points.items())), spread)
     return speeds
 
 
@@ -206,21 +208,21 @@ def _by_class(option: str, text: str | None, names: Sequence[str]) -> dict[str, 
     return found
 
 
-def _model_bytes(given: Assumptions, profile: Profile | None) -> float:
-    if given.params is not None and given.model_mb is not None:
-        raise ConfigError("--params", given.params, "--model-mb says the same", "give one of them")
-    if given.params is not None:
-        return given.params * BYTES_OF_A_PARAMETER
-    if given.model_mb is not None:
-        return given.model_mb * 1e6
+def _model_bytes(assumed: Assumptions, profile: Profile | None) -> float:
+    if assumed.params is not None and assumed.model_mb is not None:
+        raise ConfigError("--params", assumed.params, "--model-mb says the same", "give one of them")
+    if assumed.params is not None:
+        return assumed.params * BYTES_OF_A_PARAMETER
+    if assumed.model_mb is not None:
+        return assumed.model_mb * 1e6
     if profile is None:
         raise ConfigError("--params", None, "nothing says how large the model is", "give --params N or --model-mb MB")
     return profile.parameter_bytes
 
 
-def _link(given: Assumptions, profile: Profile | None, notes: list[str]) -> Link:
-    latency = None if given.latency_ms is None else given.latency_ms / 1e3
-    rate = None if given.bandwidth_mbit is None else given.bandwidth_mbit * 1e6 / 8
+def _link(assumed: Assumptions, profile: Profile | None, notes: list[str]) -> Link:
+    latency = None if assumed.latency_ms is None else assumed.latency_ms / 1e3
+    rate = None if assumed.bandwidth_mbit is None else assumed.bandwidth_mbit * 1e6 / 8
     ranks = sum(c.ranks for c in profile.classes) if profile is not None else 0
     if profile is not None and ranks > 1 and profile.average_sec > 0 and (latency is None or rate is None):
         notes.append(f"Communication is fitted to the measured {1e3 * profile.average_sec:.3g} ms of an average.")

@@ -48,14 +48,14 @@ class SendBuffer:
             steps: how much work is in it.
             version: of the model that it was computed on.
         """
-        own = self._buffer[: self._size]
+        pending = self._buffer[: self._size]
         if self._resends:
             self._steps, self._made_at = 0.0, []
         if self._made_at:
-            own[: self._sums].add_(vector[: self._sums])
-            own[self._sums :].copy_(vector[self._sums :])
+            pending[: self._sums].add_(vector[: self._sums])
+            pending[self._sums :].copy_(vector[self._sums :])
         else:
-            own.copy_(vector)
+            pending.copy_(vector)
         self._steps += steps
         self._made_at.append(version)
 

@@ -19,7 +19,7 @@ from hvd_hetero.comm.nonfinite import Exclusions
 from hvd_hetero.data import Batch
 from hvd_hetero.data.batch import sample_counts
 from hvd_hetero.describe import describe
-from hvd_hetero.errors import Plain, RankError, UserError
+from hvd_hetero.errors import RankError, Unquoted, UserError
 from hvd_hetero.training.api import exit_on_error
 from hvd_hetero.worker.losses import Numbers, per_sample
 from hvd_hetero.worker.snapshot import snapshot
@@ -71,9 +71,9 @@ class Round:
             RankError: they are not one number a sample; of several ranks, the job ends with status 2 instead.
         """
         try:
-            values, weights = per_sample("round.losses", Plain(""), (losses, weights), self._samples)
+            values, weights = per_sample("round.losses", Unquoted(""), (losses, weights), self._samples)
         except UserError:
-            again = partial(per_sample, "round.losses", Plain(describe(losses)), (losses, weights), self._samples)
+            again = partial(per_sample, "round.losses", Unquoted(describe(losses)), (losses, weights), self._samples)
             exit_on_error(partial(_alone, again))
             raise
         self.taken.append((values.detach(), weights))
@@ -91,7 +91,7 @@ def _alone(call: Callable[[], Any]) -> Any:
         raise RankError(str(error)) from error
 
 
-class Handover:
+class LoopChannel:
     """The place where trainer and program meet.
 
     Attributes:
@@ -150,7 +150,7 @@ class LoopWorker(Worker):
     """A worker whose local steps are the program's; :meth:`connect` comes before the first."""
 
     def connect(
-        self, handover: Handover, excluded: Exclusions, kept: Mapping[str, Any], as_read: bool, needs_losses: bool,
+        self, channel: LoopChannel, excluded: Exclusions, kept: Mapping[str, Any], as_read: bool, needs_losses: bool,
         batch_size: Callable[[], int],
     ) -> None:  # fmt: skip
         """Take what hands rounds to the program.
@@ -161,7 +161,7 @@ class LoopWorker(Worker):
             as_read: a batch is handed out as a stream has it, else as (inputs, targets).
             needs_losses: samples are dealt by their losses, which a program must not leave out.
         """
-        self._handover, self._exclusions, self._kept = handover, excluded, kept
+        self._channel, self._exclusions, self._kept = channel, excluded, kept
         self._as_read, self._needs_losses = as_read, needs_losses
         self._batch_size, self._measures, self._excluded = batch_size, False, 0
 
@@ -184,7 +184,7 @@ class LoopWorker(Worker):
         excluded, before = self._exclusions.count, self._excluded
         round = Round(steps(), self._exclusions.round, self._measures, excluded > before, self._fail)
         self._excluded = excluded
-        self._handover.give(round)
+        self._channel.give(round)
         if not is_whole:
             problem = f"a round has {count} batches, of which {round.steps} were taken"
             raise RuntimeError(f"{problem}: go through the whole round")
@@ -202,7 +202,7 @@ class LoopWorker(Worker):
         self._losses += taken
 
     def _fail(self, error: Exception) -> None:
-        exit_on_error(lambda: self._handover.swap(error))
+        exit_on_error(lambda: self._channel.swap(error))
 
     def snapshot(self) -> Callable[[], None]:
         """Remembers everything that training changes; the rounds until it is put back are told to be measured."""
