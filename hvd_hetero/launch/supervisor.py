@@ -67,8 +67,8 @@ class Restarts:
 
     @property
     def backoff_sec(self) -> int:
-        """How long to wait before the restart that was granted last: 1, 2, 4 ... s."""
-        return int(min(2 ** (self.made - 1), MOST_BACKOFF_SEC))
+        """How long to wait before the restart that was granted last: not at all, 1, 2, 4 ... s."""
+        return min(2 ** (self.made - 2), MOST_BACKOFF_SEC) if self.made > 1 else 0
 
 
 class Supervisor:
@@ -126,7 +126,8 @@ class Supervisor:
                     _say(f"gives up: {reason}{told}")
                 return end.status
             number, wait_sec = self._restarts.made, self._restarts.backoff_sec
-            _say(f"restart {number} of {self._restarts.most} in {wait_sec} s, {self._from(newest)}: {end.why}")
+            later = f" in {wait_sec} s" if wait_sec else ""
+            _say(f"restart {number} of {self._restarts.most}{later}, {self._from(newest)}: {end.why}")
             time.sleep(wait_sec)
             if (self._run_dir / STOP).exists():
                 _say("gives up: it was told to stop")
@@ -156,7 +157,7 @@ class Supervisor:
         while lost := reap(end.job, names, self._shell):
             if self._may_lose(lost) or time.monotonic() > deadline:
                 break
-            time.sleep(self._restarts.backoff_sec)
+            time.sleep(max(1, self._restarts.backoff_sec))
         return lost
 
     # ---- hosts that come and go -------------------------------------------------------------------------------------
