@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from hvd_hetero import data, models
+from hvd_hetero import compiler_help, data, models
 from hvd_hetero.comm.flat_params import check_state
 from hvd_hetero.config.instantiate import cause
 from hvd_hetero.config.schema import AUTO, Config, DataConfig, ModelConfig
@@ -112,6 +112,7 @@ def build(config: Config, objects: UserObjects | None = None) -> Components:
     """
     objects = objects or UserObjects()
     train, origins = config.train, Origins.of(config, objects)
+    compiler_help.install()
     seed_all(config.run.seed)  # every rank has to read the same data
     dataset, weighs = _dataset(config, objects), config.sampling.sample_weights
     weights = None if weighs is None else sample_weights(weighs, dataset.train)
