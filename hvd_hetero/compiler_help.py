@@ -11,6 +11,7 @@ import importlib
 import sys
 import threading
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +25,8 @@ def install() -> None:
 
     if NAME not in sys.modules:
         torch._dynamo = sys.modules[NAME] = StandIn(NAME)
+        spec = PathFinder.find_spec(NAME, torch.__path__)  # for who asks whether there is one
+        torch._dynamo.__spec__ = spec  # type: ignore[assignment]
 
 
 class StandIn(ModuleType):
