@@ -62,4 +62,5 @@ def test_a_run_that_compiles_nothing_does_without() -> None:
 
 def test_who_compiles_has_the_compiler_itself() -> None:
     """Also for what was decorated before it was there."""
-    assert json.loads(last_line(COMPILES)) == [False, "torch._dynamo", 2.0, True, "torch._dynamo", False, True, True, "module"]
+    said = json.loads(last_line(COMPILES))
+    assert said == [False, "torch._dynamo", 2.0, True, "torch._dynamo", False, True, True, "module"]
