@@ -154,6 +154,8 @@ class Supervisor:
         """Hosts that do not answer; nothing is left of the job on the others."""
         deadline = time.monotonic() + HOST_SEC
         names = [host for host, _ in self._hosts if host not in self._lost]
+        if end.silent == () and not self._restarts.backoff_sec:  # all have answered just now
+            return []
         while lost := reap(end.job, names, self._shell):
             if self._may_lose(lost) or time.monotonic() > deadline:
                 break
