@@ -186,6 +186,7 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-mb", type=float, metavar="MB", help="size of the model")
     parser.add_argument("--samples", type=int, metavar="N", help="size of the training set")
     parser.add_argument("--test-samples", type=int, metavar="N", help="size of the test set (a sixth of the other)")
+    parser.add_argument("--cores", type=int, metavar="N", help="cores of each host, for the start (this machine's)")
     parser.add_argument("--out", metavar="DIR", help="where table.json and the pictures go")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hvd_hetero"
-BASE = {"errors", "files", "log", "secrets", "describe", "random_state", "torchvision_help"}
+BASE = {"errors", "files", "log", "secrets", "describe", "random_state", "torchvision_help", "compiler_help"}
 ROOMS = ["config", "cluster", "planning", "telemetry", "data", "models", "comm", "checkpoint", "worker", "algorithms",
          "training", "launch", "analysis", "cli", "__main__"]
 """Each may import from those before it, and all from the base."""

@@ -1,11 +1,12 @@
-"""horovodrun as ``hvd-hetero launch`` starts it: ``python -m hvd_hetero.comm.horovodrun PIPE SHELL ARGUMENT...``.
+"""horovodrun as ``hvd-hetero launch`` starts it: ``python -m hvd_hetero.comm.horovodrun PIPE SHELL SEC ARGUMENT...``.
 
 horovodrun decodes what ranks say. Bytes that are no UTF-8 end the thread that reads them, and with nobody to read it
 the rank blocks in a write; a line is gathered whole, however long. Here ranks' output goes through a pipe of its own,
 byte for byte. horovodrun writes all variables into ranks' command lines, too: secrets only go where they are inherited.
 And it writes the working directory into the command of a remote host as it is, blanks or not, and knows only ssh. Its
 key-value store lets five connections wait, so ranks that come at once would be sent away. And it stops a rank before it
-asks it to end, so that the rank hears nothing and is killed five seconds later.
+asks it to end, so that the rank hears nothing and is killed five seconds later. SEC is what ranks are given to end by
+themselves before that.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import psutil
@@ -43,7 +45,7 @@ def main() -> None:
     from horovod.runner.util import remote
 
     pipe, lock = open(int(sys.argv.pop(1)), "wb"), threading.Lock()  # noqa: SIM115 (open to the end of the process)
-    shell = sys.argv.pop(1)
+    shell, leave_sec = sys.argv.pop(1), float(sys.argv.pop(1))
     os.set_inheritable(pipe.fileno(), False)
     forward_text, is_exportable = safe_shell_exec.prefix_connection, env.is_exportable
 
@@ -66,26 +68,32 @@ def main() -> None:
     env.is_exportable = lambda name: is_exportable(name) and not is_secret(name, os.environ.get(name, ""))
     remote.get_ssh_command = on_host
     RendezvousHTTPServer.request_queue_size = WAITING
-    safe_shell_exec._exec_middleman = run_rank
+    safe_shell_exec._exec_middleman = partial(run_rank, leave_sec)
     launch.run_commandline()
 
 
-def run_rank(*args: Any) -> None:
+def run_rank(leave_sec: float, *args: Any) -> None:
     """Run a rank in a process of its own, which ends the rank when it is told to."""
     from horovod.runner.common.util import safe_shell_exec
 
-    safe_shell_exec.terminate_executor_shell_and_children = end_rank
+    safe_shell_exec.terminate_executor_shell_and_children = partial(end_rank, leave_sec)
     safe_shell_exec._exec_middleman(*args)
 
 
-def end_rank(pid: int) -> None:
+def end_rank(leave_sec: float, pid: int) -> None:
     """Ask a command to end, and kill it with all that it has started if it does not in time.
 
     A shell may be left around the command, which then is asked too. Nobody is waited for: that would take the command's
     status from the one that runs it.
+
+    Args:
+        leave_sec: what it has to end by itself before.
     """
     with suppress(psutil.NoSuchProcess):
         command = psutil.Process(pid)
+        deadline = time.monotonic() + leave_sec
+        while _runs(command) and time.monotonic() < deadline:
+            time.sleep(LOOK_SEC)
         asked = [command, *(command.children() if command.name() in SHELLS else [])]
         for process in asked:
             with suppress(psutil.NoSuchProcess):

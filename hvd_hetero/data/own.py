@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -101,7 +102,9 @@ def _tensors(key: str, value: Any) -> Tensors:
         if is_vector(value):
             return torch.tensor(value)
         array = value if isinstance(value, np.ndarray) else np.array(value)
-        return torch.from_numpy(array.copy() if any(stride < 0 for stride in array.strides) else array)
+        with warnings.catch_warnings():  # a file that is mapped to be read is none to write to, and nobody does
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+            return torch.from_numpy(array.copy() if any(stride < 0 for stride in array.strides) else array)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(key, Unquoted(describe(value)), f"makes no tensor: {cause(error)}", "give numbers") from error
 

@@ -41,6 +41,8 @@ LEAST_SIGNAL = 128
 """From there on a status tells of a signal, which horovodrun may have sent."""
 KNOWN = (EXIT_FAULT, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_LOST, EXIT_STUCK, EXIT_NON_FINITE)
 SSH_LOST = 255
+HOROVODS = "HorovodInternalError"
+"""What Horovod raises on a rank where another one has left."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class End:
         asked: whether the job was asked to end, by a signal to this process.
         is_said: that error was the last that ranks said.
         log: what horovodrun itself said, with a traceback if the job failed.
+        silent: hosts that did not answer when it had ended; None: nobody has asked them.
     """
 
     status: int
@@ -64,6 +67,7 @@ class End:
     asked: bool = False
     is_said: bool = False
     log: str = ""
+    silent: tuple[str, ...] | None = None
 
     @property
     def why(self) -> str:
@@ -83,11 +87,12 @@ class Horovodrun:
         env: the environment of ranks.
         stop: the file that asks the job to save and to end, if it can.
         grace_sec: what ranks that survive another one have to save, once horovodrun has ended.
+        leave_sec: what ranks have to end by themselves, when one has ended, before they are told to.
     """
 
     def __init__(
         self, arguments: Sequence[str], hosts: Sequence[Host], shell: str, env: Mapping[str, str],
-        stop: Path | None = None, grace_sec: float = 0.0,
+        stop: Path | None = None, grace_sec: float = 0.0, leave_sec: float = 0.0,
     ) -> None:
         self._grace_sec = grace_sec
         self._hosts, self._shell, self._stop = list(hosts), shell, stop
@@ -103,8 +108,8 @@ class Horovodrun:
             # In a session of its own: a terminal's Ctrl-C would reach it beside the signal that is passed on, and
             # horovodrun's handlers deadlock when a second signal interrupts the first one's.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "hvd_hetero.comm.horovodrun", str(writing), shell, *arguments], env=env,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[writing],
+                [sys.executable, "-m", "hvd_hetero.comm.horovodrun", str(writing), shell, str(leave_sec), *arguments],
+                env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[writing],
             )  # fmt: skip
         except OSError as error:
             os.close(reading)
@@ -139,7 +144,7 @@ class Horovodrun:
             return End(0, self._job)
         end = self._judge(status, silent)
         is_said = bool(end.error) and end.error == self._rank_output.final_error
-        return replace(end, log="\n".join(self._log_lines), is_said=is_said)
+        return replace(end, log="\n".join(self._log_lines), is_said=is_said, silent=tuple(silent))
 
     def _judge(self, status: int, silent: Sequence[str]) -> End:
         log = "\n".join(self._log_lines)
@@ -152,10 +157,10 @@ class Horovodrun:
                 cause = f"{unreached[1]} cannot be reached by {self._shell.split()[0]}: {unreached[2]}"
             return End(EXIT_LOST if lost else EXIT_FAULT, self._job, cause, asked=self._signalled)
         number, rank = int(code[1]), int(name[1])
-        if number == EXIT_LOST:  # because of another one, whose end is seen later where data workers outlive it
+        if self._follows(number, rank):  # the other one's end is seen later where data workers or ssh outlive it
             ends = re.findall(r"^Process (\d+) exit with status code (\d+)", log, re.M)
             failures = ((int(end), int(other)) for other, end in ends if int(end) < LEAST_SIGNAL)
-            number, rank = next((end for end in failures if end[0] != EXIT_LOST), (number, rank))
+            number, rank = next((end for end in failures if not self._follows(*end)), (number, rank))
         host = [host for host, slots in self._hosts for _ in range(slots)][rank]
         cut = (number == SSH_LOST or host in silent) and not is_local(host)
         meaning = meaning_of(number)
@@ -173,6 +178,10 @@ class Horovodrun:
         elif last:
             cause += f"; its last line: {last}"
         return End(known, self._job, cause, error, self._signalled)
+
+    def _follows(self, status: int, rank: int) -> bool:
+        """Tell whether a rank has ended because another one had: by its status, or in a program of the user's own."""
+        return status == EXIT_LOST or HOROVODS in self._rank_output.last(rank)
 
     def _pass_on(self, number: int, frame: Any) -> None:
         """Asks the job to save and to end; where it cannot or does not, and at the second signal, tells it to end."""

@@ -18,6 +18,9 @@ from hvd_hetero.launch.horovodrun import End, Horovodrun
 from hvd_hetero.launch.remote import is_local
 from hvd_hetero.log import LOGGER
 
+LEAVE_SEC = 1.0
+"""Where a rank of a program fails, others fail of that, and may be the first whose end is seen; so all have a moment to
+end by themselves, and tell which was the one. Ranks of ours wait for each other."""
 MOST_NAMED = 4
 """Hosts; more are told by their number."""
 
@@ -44,7 +47,8 @@ def run(ranks: int | None, hosts: str | None, command: Sequence[str]) -> int:
         raise UserError(f"-np={ranks}: the hosts have {slots} slots; give 1 to {slots}" if hosts is not None else
                         f"-np={ranks}: is below 1; give the number of ranks")
     places = first_slots(slots_by_host, ranks or slots)
-    return run_and_explain(command_line(ClusterConfig(), places, command), places, SSH, os.environ).status
+    line = command_line(ClusterConfig(), places, command)
+    return run_and_explain(line, places, SSH, os.environ, leave_sec=LEAVE_SEC).status
 
 
 def first_slots(hosts: Sequence[Host], ranks: int) -> list[Host]:
@@ -58,14 +62,14 @@ def first_slots(hosts: Sequence[Host], ranks: int) -> list[Host]:
 
 def run_and_explain(
     line: Sequence[str], hosts: Sequence[Host], shell: str, env: Mapping[str, str], stop: Path | None = None,
-    grace_sec: float = 0.0,
+    grace_sec: float = 0.0, leave_sec: float = 0.0,
 ) -> End:  # fmt: skip
     """Run a line of horovodrun, and tell what is started and, as the last line, why it failed; see :class:`Horovodrun`.
 
     A rank's own line about bad input is left to be the last one, if it is.
     """
     LOGGER.info("starting %s", ranks_on(hosts))
-    end = Horovodrun(line[1:], hosts, shell, env, stop, grace_sec).wait()
+    end = Horovodrun(line[1:], hosts, shell, env, stop, grace_sec, leave_sec).wait()
     if end.status not in (0, EXIT_STOPPED) and not (end.status == EXIT_BAD_INPUT and end.is_said):
         print(f"hvd-hetero: error: the job failed: {end.cause}", file=sys.stderr, flush=True)
     return end

@@ -67,8 +67,8 @@ class Restarts:
 
     @property
     def backoff_sec(self) -> int:
-        """How long to wait before the restart that was granted last: 1, 2, 4 ... s."""
-        return int(min(2 ** (self.count - 1), MOST_BACKOFF_SEC))
+        """How long to wait before the restart that was granted last: not at all, 1, 2, 4 ... s."""
+        return min(2 ** (self.count - 2), MOST_BACKOFF_SEC) if self.count > 1 else 0
 
 
 class Supervisor:
@@ -126,7 +126,8 @@ class Supervisor:
                     _say(f"gives up: {reason}{cause}")
                 return end.status
             number, wait_sec = self._restarts.count, self._restarts.backoff_sec
-            _say(f"restart {number} of {self._restarts.most} in {wait_sec} s, {self._from(newest)}: {end.why}")
+            later = f" in {wait_sec} s" if wait_sec else ""
+            _say(f"restart {number} of {self._restarts.most}{later}, {self._from(newest)}: {end.why}")
             time.sleep(wait_sec)
             if (self._run_dir / STOP).exists():
                 _say("gives up: it was told to stop")
@@ -153,10 +154,12 @@ class Supervisor:
         """Hosts that do not answer; nothing is left of the job on the others."""
         deadline = time.monotonic() + HOST_SEC
         names = [host for host, _ in self._hosts if host not in self._lost]
+        if end.silent == () and not self._restarts.backoff_sec:  # all have answered just now
+            return []
         while lost := reap(end.job, names, self._shell):
             if self._may_lose(lost) or time.monotonic() > deadline:
                 break
-            time.sleep(self._restarts.backoff_sec)
+            time.sleep(max(1, self._restarts.backoff_sec))
         return lost
 
     # ---- hosts that come and go -------------------------------------------------------------------------------------

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import select
+import stat
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -45,6 +47,7 @@ from hvd_hetero.training.process import process_restored
 from hvd_hetero.training.resume import Found, check_data, find
 from hvd_hetero.training.run_records import say_end
 from hvd_hetero.training.startup import Job
+from hvd_hetero.training.stop_request import StopRequest
 from hvd_hetero.training.trainer import Trainer
 from hvd_hetero.worker.components import Components, MakeScheduler, UserObjects
 from hvd_hetero.worker.losses import PerSample
@@ -52,7 +55,8 @@ from hvd_hetero.worker.parameter_groups import MakeOptimizer
 
 T = TypeVar("T", bound=Trainer | HelperRank)
 PEER_GONE_SEC = 1.0
-"""A survivor leaves so much later than the rank that failed, so that the launcher sees that one end first."""
+"""A survivor leaves so much later than the rank that failed, so that the launcher sees that one end first; see
+:func:`let_cause_end_first`."""
 KILLED_SEC = 0.2
 """When horovodrun ends a rank it kills its data workers first: what fails for that only is not to be reported."""
 
@@ -229,7 +233,7 @@ def exit_on_error(call: Callable[[], Any]) -> Any:
         sys.exit(EXIT_BAD_INPUT)
     except NonFiniteError as error:
         if env.rank != error.ranks[0]:
-            time.sleep(PEER_GONE_SEC)  # the rank that has the say ends first
+            let_cause_end_first()
             os._exit(EXIT_NON_FINITE)
         _end(EXIT_NON_FINITE, str(error))
     except Stopped as stopped:
@@ -237,12 +241,29 @@ def exit_on_error(call: Callable[[], Any]) -> Any:
             print(f"hvd-hetero: {stopped}", file=sys.stderr, flush=True)
         sys.exit(EXIT_STOPPED)
     except PEER_LOST as error:
-        time.sleep(PEER_GONE_SEC)
+        let_cause_end_first()
         _end(EXIT_LOST, f"rank {env.rank} on {env.host} stops: {error}")
     except Exception as error:
         time.sleep(KILLED_SEC)
         traceback.print_exc()
         _end(EXIT_FAULT, f"rank {env.rank} on {env.host} failed: {in_a_line(error)}")
+
+
+def let_cause_end_first() -> None:
+    """Wait, so that the launcher sees the rank end first that failed; not any more where it has seen that.
+
+    It has where it has told this rank to end, and where it reads no more what this rank says: so it ends ranks on other
+    hosts. Others may hear of the loss only when this rank has left.
+    """
+    if StopRequest.was_ended:
+        return
+    poll = select.poll()
+    for stream in (1, 2):
+        with suppress(OSError):
+            mode = os.fstat(stream).st_mode
+            if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+                poll.register(stream, 0)  # that it is closed is always told
+    poll.poll(1000 * PEER_GONE_SEC)
 
 
 def _end(status: int, message: str) -> NoReturn:

@@ -29,6 +29,7 @@ from hvd_hetero.training.api import begin, carry_out, exit_on_error
 from hvd_hetero.training.checkpointer import LoopSaver, SyncPoints
 from hvd_hetero.training.loop_worker import LoopChannel, LoopExited, LoopWorker, Round
 from hvd_hetero.training.process import process_restored
+from hvd_hetero.training.restore import STREAM
 from hvd_hetero.training.resume import Found
 from hvd_hetero.training.startup import Job, make_worker
 from hvd_hetero.training.trainer import Trainer
@@ -37,7 +38,6 @@ from hvd_hetero.worker.index_feed import Feed, StreamFeed
 from hvd_hetero.worker.losses import PerSample
 from hvd_hetero.worker.parameter_groups import MakeOptimizer
 
-STREAM = "stream"
 UNIFORM = "uniform"
 
 
@@ -183,11 +183,15 @@ class Loop:
     def keep(self, **objects: Stateful) -> None:
         """Let objects of the program go with its model: put back after measured rounds, saved and resumed.
 
+        With ``run.resume=reshape``, a rank that was not there before takes those of the first rank.
+
         Args:
-            objects: with ``state_dict`` and ``load_state_dict``, the same names on all ranks.
+            objects: with ``state_dict`` and ``load_state_dict``, the same names on all ranks; not ``stream``.
         """
         if self._is_begun:
             raise RuntimeError("keep objects before the first round")
+        if STREAM in objects:
+            raise ValueError(f"{STREAM} is the name of the place in train_data, which is kept anyway: choose another")
         self._trainer.kept |= objects
 
     def save_due(self) -> bool:

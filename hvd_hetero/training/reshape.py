@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hvd_hetero.log import LOGGER
 from hvd_hetero.training.epoch import rest_plan
-from hvd_hetero.training.restore import Run
+from hvd_hetero.training.restore import STREAM, Run
 from hvd_hetero.training.run_records import RESHAPED, RESHAPED_RANKS, say_resumed
 from hvd_hetero.worker.epoch import Epoch
 from hvd_hetero.worker.index_feed import StreamFeed
@@ -29,6 +30,12 @@ def carry_over(run: Run, state: Mapping[str, Any]) -> None:
     run.algorithm.carry_over(state["algorithm"])
     if rank_state is not None:
         run.worker.load_state_dict(rank_state["worker"])
+    if isinstance(feed, StreamFeed):
+        _find_place(feed, run, state)
+    kept = (rank_state or state).get("kept", {}) if state["keeps"] else {}
+    for name, item in run.kept.items():
+        if name in kept and item is not feed:
+            item.load_state_dict(kept[name])
     epoch = _epoch(run, state)
     assert run.saver is not None
     accounts.carry_over(state["accounts"], run.saver.saved_round if epoch is None and "epoch" in state else None)
@@ -58,10 +65,25 @@ def carry_over(run: Run, state: Mapping[str, Any]) -> None:
         say_resumed(f"{place}, {how}", run.over)
 
 
+def _find_place(feed: StreamFeed, run: Run, state: Mapping[str, Any]) -> None:
+    """Go on in a stream where its ranks were. Where each had one of its own, it may be another one now."""
+    if not feed.is_shared:
+        if feed.sampler is not None:
+            LOGGER.warning("each rank's stream begins anew: what it has of the data may be other than before")
+        return
+    if STREAM not in state.get("kept", {}):  # samples were dealt
+        return
+    feed.load_state_dict(state["kept"][STREAM])
+    if "epoch" in state:
+        begun = Epoch.from_state(state["epoch"], run.source, run.worker.generator)
+        feed.go_back(begun.indices, begun.steps)
+
+
 def _epoch(run: Run, state: Mapping[str, Any]) -> Epoch | None:
     """The epoch that was under way, with what this rank has done of it; None where it has to begin anew.
 
-    That is where ranks do not follow the plan, whose samples then are not known, and where batches are others now.
+    That is where ranks do not follow the plan, whose samples then are not known, where batches are others now, and of
+    streams, which go on all the same.
     """
     if not (state["keeps"] and "epoch" in state and run.algorithm.policy.follows_plan):
         return None

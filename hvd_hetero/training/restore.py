@@ -24,6 +24,8 @@ from hvd_hetero.worker.index_feed import Feed
 from hvd_hetero.worker.worker import Worker
 
 PARTS = ("worker", "algorithm", "accounts")
+STREAM = "stream"
+"""Among what a program keeps, the place in its stream."""
 
 
 class Run(Protocol):

@@ -24,8 +24,8 @@ from hvd_hetero.telemetry.tables import closing_table
 from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import TRACE, Recorder, from_numbers, timeline, to_chrome
 
-RESHAPED = """reshaped: model, outer optimizer, loss table and counters are carried over; optimizer states, random \
-numbers, measured speeds and what was done of an epoch are not"""
+RESHAPED = """reshaped: model, outer optimizer, loss table and counters are carried over; optimizer states, what a \
+loop keeps, random numbers, measured speeds and what was done of an epoch are not"""
 RESHAPED_RANKS = "reshaped: {} of {} ranks were there before, and keep their optimizers' states"
 
 

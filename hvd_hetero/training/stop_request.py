@@ -28,7 +28,10 @@ class StopRequest:
 
     Attributes:
         on_signal: called at the first signal, which horovodrun sends as well when another rank is lost.
+        was_ended: whether this process has heard SIGTERM.
     """
+
+    was_ended = False
 
     def __init__(self, run_dir: Path | None) -> None:
         self._file = None if run_dir is None else run_dir / STOP
@@ -65,6 +68,7 @@ class StopRequest:
             self._restore()
             os.kill(os.getpid(), number)
         self._asked = True
+        StopRequest.was_ended = StopRequest.was_ended or number == signal.SIGTERM
         self.on_signal()
 
     def _restore(self) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from hvd_hetero import data, models
+from hvd_hetero import compiler_help, data, models
 from hvd_hetero.comm.flat_params import check_state
 from hvd_hetero.config.instantiate import cause
 from hvd_hetero.config.schema import AUTO, Config, DataConfig, ModelConfig
@@ -29,7 +29,7 @@ from hvd_hetero.worker.factories import optimizer_maker, per_sample_loss, schedu
 from hvd_hetero.worker.forward import forward
 from hvd_hetero.worker.loss_modules import SampleLosses, loss_of_module
 from hvd_hetero.worker.losses import IGNORED, PerSample
-from hvd_hetero.worker.metrics import Metric, read_best, read_metrics
+from hvd_hetero.worker.metrics import Metric, SampleMean, read_best, read_metrics
 from hvd_hetero.worker.modes import evaluating
 from hvd_hetero.worker.parameter_groups import MakeOptimizer, freeze, grouped, options_of
 
@@ -112,6 +112,7 @@ def build(config: Config, objects: UserObjects | None = None) -> Components:
     """
     objects = objects or UserObjects()
     train, origins = config.train, Origins.of(config, objects)
+    compiler_help.install()
     seed_all(config.run.seed)  # every rank has to read the same data
     dataset, weighs = _dataset(config, objects), config.sampling.sample_weights
     weights = None if weighs is None else sample_weights(weighs, dataset.train)
@@ -143,9 +144,12 @@ def build(config: Config, objects: UserObjects | None = None) -> Components:
 
 def log_adaptations(components: Components, config: Config, objects: UserObjects | None = None) -> None:
     """Log what is taken in another way than it is given, one line each."""
-    if isinstance(components.loss, SampleLosses):
-        LOGGER.info("%s=%r: reduction='none' is used in place of 'mean', as each sample's own loss is needed; "
-                    "a batch's loss is still their mean", *Origins.of(config, objects).loss)  # fmt: skip
+    functions = [(*Origins.of(config, objects).loss, components.loss), *(
+        (metric.key, metric.value, metric.function) for metric in components.metrics if isinstance(metric, SampleMean))]
+    for key, value, function in functions:
+        if isinstance(function, SampleLosses):
+            LOGGER.info("%s=%r: reduction='none' is used in place of 'mean', as each sample's own number is needed; "
+                        "that of a batch is still their mean", key, value)  # fmt: skip
 
 
 def _check_autocast(model: nn.Module, autocast: str | None) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hvd_hetero.config.instantiate import call, import_target
+from hvd_hetero.config.instantiate import import_target
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.planning.schedules import NAMES
-from hvd_hetero.worker.loss_modules import loss_of_module
-from hvd_hetero.worker.losses import IGNORED, Numbers, PerSample, mean_of_targets, named_loss, with_tensors
+from hvd_hetero.worker.loss_modules import loss_of_module, module_of
+from hvd_hetero.worker.losses import IGNORED, Numbers, PerSample, mean_of_targets, named_loss
 from hvd_hetero.worker.parameter_groups import MakeOptimizer, asks_for_names
 
 ACCURACY = "accuracy"
@@ -30,9 +30,7 @@ def per_sample_loss(name: str, args: Mapping[str, Any], at_hand: Sequence[Any] =
         ConfigError: there is no such loss, or it cannot take its arguments.
     """
     if ":" in name:
-        loss = import_target("train.loss", name)
-        if isinstance(loss, type) and issubclass(loss, nn.Module):
-            loss, args = call("train.loss_args", loss, with_tensors(loss, args)), {}
+        loss, args = module_of(import_target("train.loss", name), args)
         return loss_of_module(loss, at_hand, args)
     function = getattr(nn.functional, name, None)
     if not callable(function):

@@ -183,19 +183,19 @@ class StreamFeed(Feed):
 
     No losses come back.
 
-    Args:
+    Attributes:
         is_shared: all ranks read the same stream; else each has one of its own, and takes all of it.
     """
 
     def __init__(self, comm: Comm, sampler: Sampler | None, is_shared: bool) -> None:
         super().__init__(comm, 0, sampler)
-        self._is_shared, self._next, self._before = is_shared, 0, 0
+        self.is_shared, self._next, self._before = is_shared, 0, 0
 
     def deal(self, plan: Plan, full: Plan) -> NDArray[Any]:
         """This rank's places for one epoch, ``[rounds * tau, B]``, a row a step."""
         rank, mine = self._comm.rank, plan.of_rank(self._comm.rank)
         sizes = [c.tau * c.batch_size for c in plan.by_rank()]
-        self._before, all_ranks = (sum(sizes[:rank]), sum(sizes)) if self._is_shared else (0, sizes[rank])
+        self._before, all_ranks = (sum(sizes[:rank]), sum(sizes)) if self.is_shared else (0, sizes[rank])
         first, self._next = self._next, self._next + plan.rounds * all_ranks
         rounds = first + self._before + all_ranks * np.arange(plan.rounds)[:, None]
         return (rounds + np.arange(sizes[rank])).reshape(plan.rounds * mine.tau, mine.batch_size)
@@ -204,13 +204,17 @@ class StreamFeed(Feed):
         self, plan: Plan, indices: NDArray[Any], steps: int, gone: Mapping[str, Sequence[NDArray[Any]]] | None = None
     ) -> NDArray[Any]:
         """Deal the places from the round on that begins now, as :meth:`Feed.deal_rest` does."""
-        if steps < len(indices):
-            self._next = int(indices[steps, 0]) - self._before
-        if self._is_shared:  # one that has taken no steps does not know where the others are
+        self.go_back(indices, steps)
+        if self.is_shared:  # one that has taken no steps does not know where the others are
             place = self._next if steps < len(indices) else 0
             with self._comm.timed():
                 self._next = int(self._comm.max([float(place)], "rest.place")[0])
         return self.deal(plan, plan)
+
+    def go_back(self, indices: NDArray[Any], steps: int) -> None:
+        """Go back to where the round begins that comes after so many steps of what was dealt last."""
+        if steps < len(indices):
+            self._next = int(indices[steps, 0]) - self._before
 
     def collect(
         self, indices: NDArray[Any], at: NDArray[Any], losses: Tensor, shapes: Sequence[tuple[int, int]] | None = None,

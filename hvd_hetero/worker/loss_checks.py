@@ -88,13 +88,15 @@ def try_loss(key: str, value: Any, loss: PerSample, args: Mapping[str, Any], bat
     losses = per_sample(key, value, loss(*batch.both), {batch.samples})
     if not named:
         _check_pairs(key, value, loss, batch)
-    if isinstance(loss, SampleLosses) and loss.mean is not None:
-        _check_mean(key, value, losses[0], loss.mean(*batch.both))
+    _check_mean(key, value, losses[0], loss, batch)
     return losses
 
 
-def _check_mean(key: str, value: Any, losses: Tensor, mean: Any) -> None:
+def _check_mean(key: str, value: Any, losses: Tensor, function: PerSample, given: Batched) -> None:
     """Refuse a module whose mean is not that of what it gives each sample: its code divides by something else."""
+    if not isinstance(function, SampleLosses) or function.mean is None:
+        return
+    mean = function.mean(*given.both)
     if isinstance(mean, Tensor) and mean.numel() == 1:
         mean = mean.detach().reshape(()).to(losses)
         if torch.allclose(losses.detach().mean(), mean, rtol=NEARLY, equal_nan=True):
@@ -113,6 +115,7 @@ def try_metric(key: str, value: Any, metric: PerSample, batch: Batched) -> Numbe
         _check_accuracy(key, batch)
     values = per_sample(key, value, metric(*batch.both), {batch.samples})
     _check_pairs(key, value, metric, batch)
+    _check_mean(key, value, values[0], metric, batch)
     return values
 
 
@@ -143,7 +146,9 @@ def closely(metric: Metric, batch_of: Callable[[Any], Batched]) -> Metric:
             problem = f"fails on this model's outputs: {cause(error)}"
             raise ConfigError(*origin, problem, "leave it out, or take another") from error
 
-    return SampleMean(metric.name, *origin, tried)
+    close = SampleMean(metric.name, *origin, tried)
+    close.module = metric.module
+    return close
 
 
 # ---- by name --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Loss modules: those that return the mean of a batch, and are made to give each sample its own loss."""
+"""Modules as losses and metrics: those that return the mean of a batch are made to give each sample its own number."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hvd_hetero.worker.losses import PerSample, name_of, named_loss, with_arguments
+from hvd_hetero.config.instantiate import call
+from hvd_hetero.worker.losses import LOSS_ARGS, PerSample, name_of, named_loss, with_arguments, with_tensors
 
 MEAN, EACH = "mean", "none"
 OF_TORCH = nn.MSELoss.__module__
@@ -35,7 +36,23 @@ class SampleLosses(nn.Module):
         return returned.flatten(1).mean(1) if isinstance(returned, Tensor) and returned.dim() > 1 else returned
 
 
-def loss_of_module(loss: Any, at_hand: Sequence[Any] = (), args: Mapping[str, Any] | None = None) -> PerSample:
+def module_of(own: Any, args: Mapping[str, Any], key: str = LOSS_ARGS) -> tuple[Any, Mapping[str, Any]]:
+    """Make a class of modules with the arguments; return it, or what it is else, and the arguments that are left.
+
+    Args:
+        key: names the arguments in messages.
+
+    Raises:
+        ConfigError: it cannot take them.
+    """
+    if isinstance(own, type) and issubclass(own, nn.Module):
+        return call(key, own, with_tensors(own, args, key)), {}
+    return own, args
+
+
+def loss_of_module(
+    loss: Any, at_hand: Sequence[Any] = (), args: Mapping[str, Any] | None = None, key: str = LOSS_ARGS
+) -> PerSample:
     """Take the losses of ``torch.nn`` that know class weights and ignored targets as what they are.
 
     Others are taken as given, but for modules that return a mean, see :class:`SampleLosses`.
@@ -43,29 +60,30 @@ def loss_of_module(loss: Any, at_hand: Sequence[Any] = (), args: Mapping[str, An
     Args:
         at_hand: see :func:`hvd_hetero.worker.losses.named_loss`.
         args: that it is called with.
+        key: names its arguments in messages.
     """
-    of_classes = None if args else _of_classes(loss, at_hand)
+    of_classes = None if args else _of_classes(loss, at_hand, key)
     if of_classes is not None:
         return SampleLosses(loss, of_classes, None) if loss.reduction == MEAN else of_classes
     each = _switched(loss)
     if each is None:
-        taken: PerSample = with_arguments(loss, args) if args else loss
+        taken: PerSample = with_arguments(loss, args, key) if args else loss
         return taken
-    mean, losses = (with_arguments(part, args) if args else part for part in (loss, each))
+    mean, losses = (with_arguments(part, args, key) if args else part for part in (loss, each))
     return SampleLosses(loss, losses, mean)
 
 
-def _of_classes(loss: Any, at_hand: Sequence[Any]) -> PerSample | None:
+def _of_classes(loss: Any, at_hand: Sequence[Any], key: str) -> PerSample | None:
     """Return what the modules are that divide by the weights of classes, and by what is not ignored."""
     if _reduction(loss) not in (MEAN, EACH):
         return None
     forward = getattr(type(loss), "forward", None)
     if forward is nn.CrossEntropyLoss.forward:
         args = {"weight": loss.weight, "ignore_index": loss.ignore_index, "label_smoothing": loss.label_smoothing}
-        return named_loss("cross_entropy", nn.functional.cross_entropy, args, at_hand)
+        return named_loss("cross_entropy", nn.functional.cross_entropy, args, at_hand, key)
     if forward is nn.NLLLoss.forward:
         args = {"weight": loss.weight, "ignore_index": loss.ignore_index}
-        return named_loss("nll_loss", nn.functional.nll_loss, args, at_hand)
+        return named_loss("nll_loss", nn.functional.nll_loss, args, at_hand, key)
     return None
 
 

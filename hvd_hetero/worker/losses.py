@@ -133,14 +133,19 @@ def name_of(function: Callable[..., Any]) -> str:
 # ---- functions of torch.nn.functional -------------------------------------------------------------------------------
 
 
+LOSS_ARGS = "train.loss_args"
+
+
 def named_loss(
-    name: str, function: Callable[..., Tensor], args: Mapping[str, Any], at_hand: Sequence[Any] = ()
-) -> PerSample:
+    name: str, function: Callable[..., Tensor], args: Mapping[str, Any], at_hand: Sequence[Any] = (),
+    key: str = LOSS_ARGS,
+) -> PerSample:  # fmt: skip
     """Make a loss of a function of ``torch.nn.functional``, reduced to one number a sample.
 
     Args:
         at_hand: all targets that it will be called with, if they are in memory; those of a batch need not be looked at
             then.
+        key: names the arguments in messages.
 
     Raises:
         ConfigError: the arguments ask for another reduction, or hold what makes no tensor.
@@ -148,12 +153,12 @@ def named_loss(
     if args.get("reduction", "none") != "none":
         problem = f"reduction={args['reduction']} gives one number a batch, and each sample's own is needed"
         raise ConfigError("train.loss", name, problem, "leave it out of train.loss_args, which means reduction='none'")
-    arguments = _arguments(function, {**args, "reduction": "none"})
+    arguments = _arguments(function, {**args, "reduction": "none"}, key)
     of_classes, ignored = name in OF_CLASSES, args.get("ignore_index", IGNORED)
     weighs = of_classes and args.get("weight") is not None
     all_count = bool(at_hand) and all(_surely_count(targets, ignored) for targets in at_hand)
     if weighs:
-        _check_class_weights(args["weight"])
+        _check_class_weights(f"{key}.weight", args["weight"])
 
     def loss(outputs: Any, targets: Any) -> Numbers:
         options = arguments(outputs)
@@ -169,10 +174,10 @@ def named_loss(
     return loss
 
 
-def _check_class_weights(weights: Any) -> None:
+def _check_class_weights(key: str, weights: Any) -> None:
     if torch.as_tensor(weights).lt(0).any() or not torch.as_tensor(weights).any():
         problem = "a mean is taken with these weights, and some are negative, or all are 0"
-        raise ConfigError("train.loss_args.weight", weights, problem, "give 0 or more for each class")
+        raise ConfigError(key, weights, problem, "give 0 or more for each class")
 
 
 def mean_of_targets(values: Tensor, targets: Tensor, ignored: int, of_class: Tensor | None = None) -> Numbers:
@@ -205,13 +210,13 @@ def _surely_count(targets: Any, ignored: int) -> bool:
 # ---- arguments ------------------------------------------------------------------------------------------------------
 
 
-def with_arguments(function: Callable[..., Any], args: Mapping[str, Any]) -> PerSample:
-    """Give a loss its other arguments; numbers and lists become tensors where it declares a parameter as a tensor.
+def with_arguments(function: Callable[..., Any], args: Mapping[str, Any], key: str = LOSS_ARGS) -> PerSample:
+    """Give a loss or a metric its other arguments; numbers and lists become tensors where it declares tensors.
 
     Raises:
         ConfigError: a list makes no tensor.
     """
-    arguments = _arguments(function, args)
+    arguments = _arguments(function, args, key)
 
     def loss(outputs: Any, targets: Any) -> Any:
         return function(outputs, targets, **arguments(outputs))
@@ -221,18 +226,18 @@ def with_arguments(function: Callable[..., Any], args: Mapping[str, Any]) -> Per
     return loss
 
 
-def with_tensors(function: Callable[..., Any], args: Mapping[str, Any]) -> dict[str, Any]:
+def with_tensors(function: Callable[..., Any], args: Mapping[str, Any], key: str = LOSS_ARGS) -> dict[str, Any]:
     """Return arguments with tensors on the host in place of numbers and lists, where a function declares them so.
 
     Raises:
         ConfigError: a list makes no tensor.
     """
-    return {**args, **{name: _tensor(name, args[name]).float() for name in _tensors_among(function, args)}}
+    return {**args, **{name: _tensor(f"{key}.{name}", args[name]).float() for name in _tensors_among(function, args)}}
 
 
-def _arguments(function: Callable[..., Any], args: Mapping[str, Any]) -> Callable[[Any], Mapping[str, Any]]:
+def _arguments(function: Callable[..., Any], args: Mapping[str, Any], key: str) -> Callable[[Any], Mapping[str, Any]]:
     """Return what gives the arguments for some outputs: tensors are on their device, and of their type."""
-    tensors = {name: _tensor(name, args[name]) for name in _tensors_among(function, args)}
+    tensors = {name: _tensor(f"{key}.{name}", args[name]) for name in _tensors_among(function, args)}
     if not tensors:
         return lambda outputs: args
 
@@ -265,14 +270,14 @@ def _is_taken(value: Any, declared: str) -> bool:
     return value is None or (isinstance(value, (int, float)) and ("float" in declared or "int" in declared))
 
 
-def _tensor(name: str, value: Any) -> Tensor:
+def _tensor(key: str, value: Any) -> Tensor:
     try:
         tensor = torch.as_tensor(value, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         remedy = "give a number, or a list of numbers"
-        raise ConfigError(f"train.loss_args.{name}", value, f"makes no tensor: {error}", remedy) from error
+        raise ConfigError(key, value, f"makes no tensor: {error}", remedy) from error
     if not tensor.isfinite().all():
-        raise ConfigError(f"train.loss_args.{name}", value, "is not finite", "give finite numbers")
+        raise ConfigError(key, value, "is not finite", "give finite numbers")
     return tensor
 
 

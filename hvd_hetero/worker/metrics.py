@@ -18,14 +18,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hvd_hetero.config.instantiate import call, cause, import_target
 from hvd_hetero.data.batch import entries
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, UserError, nearest
 from hvd_hetero.worker.factories import ACCURACY, accuracy
-from hvd_hetero.worker.losses import IGNORED, Numbers, PerSample, mean, name_of, numbers_of, weighted_sums
+from hvd_hetero.worker.loss_modules import loss_of_module, module_of
+from hvd_hetero.worker.losses import (
+    IGNORED,
+    Numbers,
+    PerSample,
+    mean,
+    name_of,
+    numbers_of,
+    weighted_sums,
+    with_arguments,
+)
 
 if TYPE_CHECKING:
     from hvd_hetero.comm.communicator import Comm
@@ -93,15 +103,19 @@ class SampleMean(Metric):
     """The mean of a number for each sample, over what counts; the loss is one.
 
     Attributes:
+        module: what is moved to the device of the outputs: the function, where it is a module.
         sums: of values and of their weights, on this rank.
     """
 
     def __init__(self, name: str, key: str, value: Any, function: PerSample) -> None:
         super().__init__(name, key, value)
         self.function = function
+        self.module = function if isinstance(function, nn.Module) else None
         self.sums = torch.zeros(2, dtype=torch.float64)
 
     def begin(self, device: torch.device) -> None:
+        if self.module is not None:
+            self.module.to(device)
         self.sums = torch.zeros(2, dtype=torch.float64)
 
     def add(self, outputs: Any, targets: Any, inputs: Any) -> None:
@@ -193,7 +207,8 @@ def read_metrics(key: str, metrics: Any, ignored: int = IGNORED) -> list[Metric]
     Args:
         key: what they come from.
         metrics: by name: ``accuracy``, a function or a torchmetrics metric (by import path, or itself), or a mapping
-            with it as ``target``, ``over: samples`` or ``dataset``, and its other arguments ``args``.
+            with it as ``target``, ``over: samples`` or ``dataset``, and its other arguments ``args``. Modules that
+            return a mean, such as ``nn.MSELoss()``, are taken as losses are.
         ignored: the class number that does not count in an accuracy.
 
     Raises:
@@ -229,8 +244,10 @@ def _read(key: str, name: str, entry: Any, ignored: int) -> Metric:
         return Streaming(name, key, value, metric)
     if not callable(target):
         raise ConfigError(key, target, "is no metric", "give a function of outputs and targets, or leave it out")
-    function = partial(target, **args) if args else target
-    return SampleMean(name, key, value, function) if over == OVER[0] else WholeSet(name, key, value, function)
+    target, args = module_of(target, args, f"{key}.args")
+    if over == OVER[0]:
+        return SampleMean(name, key, value, loss_of_module(target, args=args, key=f"{key}.args"))
+    return WholeSet(name, key, value, with_arguments(target, args, f"{key}.args") if args else target)
 
 
 def read_best(spec: Any, metrics: Sequence[Metric]) -> tuple[str, str]:

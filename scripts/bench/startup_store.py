@@ -1,4 +1,5 @@
-"""horovodrun for scripts/bench/startup, which counts what ranks ask of its key-value store: FOLDER ARGUMENT...
+"""horovodrun as launch runs it, which counts what ranks ask of its key-value store, for scripts/bench/startup: FOLDER
+ARGUMENT...
 
 Writes ``FOLDER/store.json``: by scope the requests, and the kilobytes of what was put and got. Names of Gloo's scopes
 are shortened to ``gloo``.
@@ -7,14 +8,16 @@ are shortened to ``gloo``.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from horovod.runner import launch
 from horovod.runner.http.http_server import KVStoreHandler
+
+from hvd_hetero.comm import horovodrun
 
 OWN = "hvd_hetero"
 
@@ -39,8 +42,9 @@ def main(folder: Path) -> None:
 
     KVStoreHandler.do_GET = counted(KVStoreHandler.do_GET, got)
     KVStoreHandler.do_PUT = counted(KVStoreHandler.do_PUT, lambda self, *_: int(self.headers["Content-Length"]))
+    sys.argv[1:1] = [str(os.dup(sys.stderr.fileno())), "ssh", "0"]  # where ranks' output goes; the others are not used
     try:
-        launch.run_commandline()
+        horovodrun.main()
     finally:
         (folder / "store.json").write_text(json.dumps(counts))
 

@@ -35,16 +35,19 @@ def saved(folder: Path, content: Any) -> str:
 def test_from_a_profile_to_table_and_pictures(tmp_path: Path, hvd_hetero: Callable[..., Any]) -> None:
     pytest.importorskip("matplotlib", reason="pictures need the extra [report]")
     done = hvd_hetero(["plan", *EQUAL, "train.batch_size=16", "train.tau=20", "--profile", saved(tmp_path, profile()),
-                       "--out", tmp_path / "out"])
+                       "--cores", "4", "--out", tmp_path / "out"])
     assert done.returncode == 0, done.stderr
     for words in ("sync_sgd, all", "eager_sgd, majority", "Recommended: tau", "without it",
-                  "Class slow was timed at one batch size", "fitted to the measured 10 ms"):
+                  "Class slow was timed at one batch size", "fitted to the measured 10 ms",
+                  "of 2 ranks on 1 host of 4 cores", "hvd.init grows fastest", "A round's bookkeeping"):
         assert words in done.stdout
     assert "Class fast was timed" not in done.stdout
     content = json.loads((tmp_path / "out/table.json").read_text())
     local = next(row for row in content["methods"] if row["label"] == "unbalanced, biased local SGD")
     assert local["tau"] == {"fast": 20, "slow": 2} and local["seconds"] == pytest.approx(local["averages"] * 0.07)
     assert content["recommended"]["tau_fastest"] in [row["tau_fastest"] for row in content["sweep"]]
+    start = content["start"]
+    assert start["seconds"] == pytest.approx(sum(start["phases"].values())) and start["fastest"] == "hvd.init"
     smaller = next(row for row in content["batches"] if row["scale"] == 0.5)
     assert smaller["batch_size"] == {"fast": 8, "slow": 8}
     for name in ("methods.png", "tau.png"):
@@ -132,6 +135,7 @@ def test_automatic_classes_are_those_of_the_profile(tmp_path: Path, capsys: pyte
     (["--latency-ms", "-1"], "--latency-ms=-1.0: is not 0 or more"),
     (["--bandwidth-mbit", "0"], "--bandwidth-mbit=0.0: is not a number above 0"),
     (["--samples", "0"], "--samples=0: is not a number above 0"),
+    (["--cores", "0"], "--cores=0: is not a number above 0"),
     (["--model-mb", "3"], "--model-mb says the same"),
     (["train.tua=3"], "is not a known key"),
     (["algorithm.participants=fast"], "is not a known key"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,15 @@ def test_what_is_a_split(split: Any, kind: Any) -> None:
     assert isinstance(source, kind) and targets.tolist() == [4, 1]
     x = inputs["x"] if isinstance(inputs, dict) else inputs
     assert torch.equal(x, X[[4, 1]].to(x.dtype))
+
+
+def test_a_file_that_is_mapped_to_be_read_is_a_split(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Nothing is said of it: to map one as private copies takes as much memory as it is long."""
+    np.arange(12.0).tofile(tmp_path / "numbers")
+    inputs = np.memmap(tmp_path / "numbers", np.float64, "r", shape=(4, 3))
+    source = as_source("train_data", (inputs, torch.arange(4)))
+    batch, _ = next(source.batches(np.array([[2, 0]]), torch.Generator()))
+    assert batch.tolist() == [[6.0, 7.0, 8.0], [0.0, 1.0, 2.0]] and not recwarn.list
 
 
 def test_two_items_are_a_dataset_and_no_pair() -> None:

@@ -60,7 +60,7 @@ def test_a_killed_rank_costs_no_more_than_the_work_since_the_checkpoint(
         partial(hvd_hetero, ["launch", "--max-restarts", "2", *settings, f"run.dir={killed}"], timeout=300),
     )
     assert undisturbed.returncode == done.returncode == 0, undisturbed.stderr + done.stdout + done.stderr
-    told = re.findall(r"^hvd-hetero: restart (\d) of 2 in 1 s, from round (\d+): (.*)$", done.stderr, re.M)
+    told = re.findall(r"^hvd-hetero: restart (\d) of 2, from round (\d+): (.*)$", done.stderr, re.M)
     assert len(told) == 1 and int(told[0][1]) >= 29, done.stderr
     assert re.match("rank 1 on localhost ended first, killed by SIGKILL|rank 0 on localhost stops", told[0][2]), told
     assert rows(whole) == rows(killed)
@@ -73,7 +73,7 @@ def test_no_progress_between_two_failures_gives_up(hvd_hetero: Callable[..., Any
                        "checkpoint.every_sec=null", "train.loss=own_parts:fails_on_rank_1"], cwd=RANKS)
     assert done.returncode == EXIT_FAULT, done.stdout + done.stderr
     output = [line for line in done.stderr.splitlines() if line.startswith("hvd-hetero: restart ")]
-    assert output == ["hvd-hetero: restart 1 of 3 in 1 s, from the start: rank 1 on localhost failed: RuntimeError: "
+    assert output == ["hvd-hetero: restart 1 of 3, from the start: rank 1 on localhost failed: RuntimeError: "
                     "the disk of rank 1 is on fire"]
     assert ("hvd-hetero: gives up: it has made no new checkpoint since its last failure, and failed in the "
             "same way: rank 1 on localhost failed: RuntimeError: the disk of rank 1 is on fire") in done.stderr
@@ -97,7 +97,7 @@ def test_failures_are_counted_and_waited_for_longer_and_longer() -> None:
     for newest in (None, *range(1, 8)):
         assert restarts.why_not(End(EXIT_LOST), newest) is None
         waits.append(restarts.backoff_sec)
-    assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert waits == [0, 1, 2, 4, 8, 16, 32, 60]
     assert restarts.why_not(End(EXIT_LOST), 100) == "it was restarted 8 times"
 
 

@@ -186,6 +186,32 @@ def streamed() -> dict[str, Any]:
     return {"seen": seen, "again": again, "batches": batches, "sizes": sizes}
 
 
+def reshaped() -> list[dict[str, Any]]:
+    """A loop over a stream that is left in its first epoch, and goes on with its second rank as one of a new class."""
+    parts = []
+    for name, stop in (("slow", 5), ("late", 0)):
+        settings = COMMON | {
+            "cluster.classes": {"fast": {"ranks": [0]}, name: {"ranks": [1]}}, "train.tau": {"fast": 3, name: 1},
+            "train.epochs": 1, "checkpoint.every_rounds": 2, "run.dir": str(FOLDER / "reshaped"),
+            "run.resume": "reshape",
+        }  # fmt: skip
+        seen, kept, note = list[int](), None, nn.BatchNorm1d(6)
+        with hvd_hetero.Loop(model(), Numbers(), settings, samples=96, optimizer=adam) as loop:
+            loop.keep(note=note)
+            for round in loop:
+                if kept is None:
+                    steps = {int(state["step"]) for state in loop.optimizer.state.values()}
+                    kept = {"note": int(note.num_batches_tracked), "optimizer": sorted(steps)}
+                if round.number == stop:
+                    break
+                for x, y in round:
+                    note(x)
+                    seen += [int(number) for number in x[:, 0]]
+                    step(loop, x, y)
+        parts.append({"seen": seen, "kept": kept})
+    return parts
+
+
 def left_early() -> list[float]:
     """A loop that all ranks leave in the middle of a round."""
     with hvd_hetero.Loop(model(), (X, Y), COMMON) as loop:
@@ -202,6 +228,7 @@ def main() -> None:
     output["delayed"] = as_the_trainer_does("delayed", {"aggregation.delayed": True, "run.seed": 3})
     output["solo"] = trained(hvd_hetero.Loop(model(), (X, Y), COMMON | {"aggregation.mode": "solo"}, optimizer=adam))
     output |= {"measured": measured(), "chosen": chosen(), "resumed": resumed(), "streamed": streamed()}
+    output["reshaped"] = reshaped()
     output["left"] = left_early()
     (FOLDER / f"{os.environ['HOROVOD_RANK']}.json").write_text(json.dumps(output))
 

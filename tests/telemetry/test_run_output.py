@@ -9,7 +9,9 @@ import sys
 import tempfile
 import threading
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -94,6 +96,22 @@ def test_the_last_words_of_a_rank_that_fails(tmp_path: Path, capfdbinary: pytest
     cause = "rank 1 on localhost ended first, with status 2; its last line: "
     assert re.fullmatch(f"{cause}(its last word \ufffd|an end without a newline)", end.cause)
     assert b"Process 1 exit" not in out + err
+
+
+FOLLOWS = """
+import os, sys, time
+if os.environ["HOROVOD_RANK"] == "0":
+    sys.exit("horovod.common.exceptions.HorovodInternalError: Horovod has been shut down.")
+time.sleep(0.3)
+sys.exit(7)
+"""
+
+
+def test_a_rank_that_fails_of_another_ones_end_is_not_the_cause(hvd_hetero: Callable[..., Any]) -> None:
+    """Its end may be seen first, where the other one is on another host, or is a little slower in leaving."""
+    done = hvd_hetero(["run", "-np", "2", sys.executable, "-c", FOLLOWS])
+    assert done.returncode == 1
+    assert done.stderr.endswith("the job failed: rank 1 on localhost ended first, with status 7\n"), done.stderr
 
 
 # ---- how lines are put together -------------------------------------------------------------------------------------

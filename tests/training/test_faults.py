@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,3 +122,26 @@ def test_what_a_data_worker_raises_is_told_in_a_line() -> None:
 ])
 def test_how_a_rank_ended(code: int, text: str) -> None:
     assert meaning_of(code) == text
+
+
+LEAVES = """
+import sys
+from hvd_hetero.training import api
+from hvd_hetero.training.stop_request import StopRequest
+
+api.PEER_GONE_SEC = 3600.0
+StopRequest.was_ended = True
+api.let_cause_end_first()
+StopRequest.was_ended = False
+sys.stdin.read()
+api.let_cause_end_first()
+"""
+
+
+def test_a_survivor_waits_no_longer_than_it_is_heard_of() -> None:
+    """Not where it was told to end, nor where nobody reads what it says, as of a rank on another host."""
+    process = subprocess.Popen([sys.executable, "-c", LEAVES], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdin is not None and process.stdout is not None
+    process.stdout.close()
+    process.stdin.close()
+    assert process.wait(timeout=100) == 0

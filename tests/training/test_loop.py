@@ -174,6 +174,16 @@ def test_batches_of_a_loader_with_an_order_of_its_own(output: list[dict[str, Any
     assert output[0]["streamed"]["sizes"] == [8, 8]  # of a shuffling loader, whose samples are dealt
 
 
+def test_a_loop_goes_on_with_other_ranks(output: list[dict[str, Any]]) -> None:
+    """Nothing of the stream is passed over or comes twice; what the program keeps is the first rank's on a new one."""
+    (fast, again), (slow, late) = (each["reshaped"] for each in output)
+    before = fast["seen"] + slow["seen"]
+    assert len(set(before)) == len(before) == 4 * 16  # to the newest checkpoint, of round 4
+    first = [n for k in range(3) for n in again["seen"][12 * k : 12 * k + 12] + late["seen"][4 * k : 4 * k + 4]][:36]
+    assert sorted(before + first) == list(range(100))
+    assert again["kept"] == {"note": 12, "optimizer": [12]} and late["kept"] == {"note": 12, "optimizer": []}
+
+
 def test_partial_averages_and_leaving_early(output: list[dict[str, Any]]) -> None:
     assert output[0]["solo"] == output[1]["solo"]
     assert output[0]["left"] == output[1]["left"]

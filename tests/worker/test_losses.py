@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hvd_hetero.data import TensorSource
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.worker.factories import accuracy, per_sample_loss
-from hvd_hetero.worker.loss_checks import Batched, try_loss
+from hvd_hetero.worker.loss_checks import Batched, closely, try_loss
 from hvd_hetero.worker.loss_modules import SampleLosses, loss_of_module
 from hvd_hetero.worker.losses import NOT_COUNTED, PerSample, concat, mean, per_sample
 from hvd_hetero.worker.metrics import SampleMean, read_metrics
@@ -414,6 +414,51 @@ def test_a_class_of_modules_is_made_with_the_arguments(monkeypatch: pytest.Monke
         per_sample_loss("torch.nn:CrossEntropyLoss", {"wieght": [1.0]})
     monkeypatch.setattr("hvd_hetero.worker.factories.import_target", lambda key, name: Scaled(by=1.0))
     assert per_sample_loss("m:own", {"shift": 1.0})(torch.ones(2, 3), torch.zeros(2, 3)).tolist() == [0.0, 0.0]
+
+
+# ---- modules as metrics ---------------------------------------------------------------------------------------------
+
+
+def metric_of(outputs: Tensor, targets: Tensor, entry: Any) -> float:
+    """Try a metric on some samples as the dry run does, and compute it over two batches of unequal size."""
+    (metric,) = read_metrics("eval.metrics", {"m": entry})
+    some, *both = [(outputs[rows], targets[rows]) for rows in (slice(2), slice(5), slice(5, None))]
+    tried = closely(metric, lambda targets: Batched(*some, 2, 8))
+    for taken, parts in ((tried, [some]), (metric, both)):
+        taken.begin(torch.device("cpu"))
+        for part in parts:
+            taken.add(*part, part[0])
+    return metric.figures()["m"]
+
+
+@pytest.mark.parametrize("over", ["samples", "dataset"])
+@pytest.mark.parametrize(("entry", "plain"), [
+    ({"target": nn.L1Loss()}, nn.L1Loss()),
+    ({"target": "torch.nn:HuberLoss", "args": {"delta": 0.3}}, nn.HuberLoss(delta=0.3)),
+    ({"target": "torch.nn:BCEWithLogitsLoss", "args": {"pos_weight": WEIGHTS}},
+     nn.BCEWithLogitsLoss(pos_weight=torch.tensor(WEIGHTS))),
+    ({"target": nn.CrossEntropyLoss(torch.tensor(WEIGHTS), ignore_index=1)},
+     nn.CrossEntropyLoss(torch.tensor(WEIGHTS), ignore_index=1)),
+], ids=["object", "class", "class with a tensor", "classes"])  # fmt: skip
+def test_a_module_that_returns_a_mean_is_a_metric_too(entry: dict[str, Any], plain: nn.Module, over: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    outputs, targets = torch.randn(12, CLASSES, generator=generator), torch.rand(12, CLASSES, generator=generator)
+    targets = targets.argmax(1) if isinstance(plain, nn.CrossEntropyLoss) else targets
+    found = metric_of(outputs, targets, {**entry, "over": over})
+    assert found == pytest.approx(float(plain(outputs, targets)), rel=1e-5)
+
+
+def test_a_metric_whose_mean_is_of_something_else_is_refused_by_its_key() -> None:
+    outputs, targets = torch.randn(12, CLASSES), torch.rand(12, CLASSES)
+    for entry, key, said in (
+        ({"target": Scaled(over=2.0)}, "eval.metrics.m", "its mean is another one"),
+        ({"target": nn.MSELoss(reduction="sum")}, "eval.metrics.m", "is not per sample"),
+        ({"target": nn.NLLLoss(torch.tensor([-1.0] * CLASSES))}, "eval.metrics.m.args.weight", "negative"),
+        ({"target": "torch.nn:HuberLoss", "args": {"dleta": 1.0}}, "eval.metrics.m.args.dleta", "unknown"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            metric_of(outputs, targets, entry)
+        assert caught.value.key == key and said in caught.value.problem
 
 
 # ---- accuracy -------------------------------------------------------------------------------------------------------

@@ -232,6 +232,27 @@ def test_all_random_numbers_go_on_from_a_saved_state() -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_a_state_from_before_losses_were_saved_is_taken() -> None:
+    """The loss then begins as it is made."""
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            self.calls += 1
+            return nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+    whole, again, older = (Worker(Noisy(), Counted(), optimizer_maker("SGD", 0.1, {}), None) for _ in range(3))
+    whole.local_steps(batches(np.arange(16).reshape(2, 8)), 2)
+    state = copy.deepcopy(whole.state_dict())
+    again.load_state_dict(state)
+    older.load_state_dict({name: part for name, part in state.items() if name != "loss"})
+    for mine, calls in ((again, 2), (older, 0)):
+        assert int(mine._loss_module.calls) == calls  # type: ignore[union-attr, operator, arg-type]
+        assert all(map(torch.equal, mine.state.vectors, whole.state.vectors))
+
+
 # ---- leaving no trace -----------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from hvd_hetero.analysis.predict.advice import batches, recommended, sweep, toge
 from hvd_hetero.analysis.predict.predict import Scenario
 from hvd_hetero.analysis.predict.roles import roles
 from hvd_hetero.analysis.predict.speeds import Assumptions, gather
+from hvd_hetero.analysis.predict.start import start_of
 from hvd_hetero.analysis.predict.tables import Forecast, as_json, as_text
 from hvd_hetero.config.load import load, without_roles
 from hvd_hetero.errors import ConfigError
@@ -39,6 +40,7 @@ def plan(files: Sequence[str], overrides: Sequence[str], assumed: Assumptions, o
     added = worth(scenario, advice.tau)
     forecast = Forecast(
         scenario, scenario.methods(), rows, advice, batches(scenario), added, together(scenario, advice.tau),
+        start_of(inputs.cluster, inputs.cores, inputs.link, inputs.model_bytes),
         roles(scenario, added, assumed.test_samples),
     )  # fmt: skip
     print(as_text(forecast))

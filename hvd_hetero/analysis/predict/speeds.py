@@ -10,7 +10,7 @@ from pathlib import Path
 from hvd_hetero.analysis.predict.link import Link, fitted
 from hvd_hetero.analysis.predict.simulator import DISTRIBUTIONS, LOGNORMAL
 from hvd_hetero.cluster.device_classes import Cluster, DeviceClass, assign, integers
-from hvd_hetero.cluster.hardware import RankFacts
+from hvd_hetero.cluster.hardware import RankFacts, usable_cores
 from hvd_hetero.cluster.hosts import parse_hosts
 from hvd_hetero.config.load import device_classes, per_class
 from hvd_hetero.config.schema import AUTO, Config
@@ -35,6 +35,7 @@ class Assumptions:
     model_mb: float | None = None
     samples: int | None = None
     test_samples: int | None = None
+    cores: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Inputs:
         samples: n, training samples.
         notes: what had to be assumed.
         jitter_law: how steps vary around their mean, one of ``simulator.DISTRIBUTIONS``.
+        cores: of each host.
     """
 
     cluster: Cluster
@@ -77,6 +79,7 @@ class Inputs:
     samples: int
     notes: tuple[str, ...]
     jitter_law: str = LOGNORMAL
+    cores: int = 1
 
 
 def gather(config: Config, assumed: Assumptions) -> Inputs:
@@ -87,7 +90,8 @@ def gather(config: Config, assumed: Assumptions) -> Inputs:
     """
     for option, value in (("--latency-ms", assumed.latency_ms), ("--bandwidth-mbit", assumed.bandwidth_mbit),
                           ("--params", assumed.params), ("--model-mb", assumed.model_mb),
-                          ("--samples", assumed.samples), ("--test-samples", assumed.test_samples)):
+                          ("--samples", assumed.samples), ("--test-samples", assumed.test_samples),
+                          ("--cores", assumed.cores)):  # fmt: skip
         if value is not None:
             _number(option, value, above=None if value is assumed.latency_ms else 0.0)
     distribution = assumed.jitter_law or LOGNORMAL
@@ -104,11 +108,14 @@ def gather(config: Config, assumed: Assumptions) -> Inputs:
     samples = assumed.samples or (profile.samples if profile is not None else None)
     if samples is None:
         raise ConfigError("--samples", None, "nothing says how large the training set is", "give --samples N")
+    if assumed.cores is None:
+        notes.append(f"Hosts are taken to have the {usable_cores()} cores that there are here (--cores).")
     for c in profile.classes if profile is not None else ():
         ranks = next((len(other.ranks) for other in cluster.classes if other.name == c.name), c.ranks)
         if ranks != c.ranks:
             notes.append(f"Class {c.name} was measured with {c.ranks} ranks and is planned with {ranks}.")
-    return Inputs(cluster, speeds, link, model_bytes, samples, tuple(notes), distribution)
+    cores = assumed.cores or usable_cores()
+    return Inputs(cluster, speeds, link, model_bytes, samples, tuple(notes), distribution, cores)
 
 
 def _checked(path: str, profile: Profile) -> Profile:

@@ -9,11 +9,12 @@ from typing import Any
 from hvd_hetero.analysis.predict.advice import Advice, Together, Worth
 from hvd_hetero.analysis.predict.predict import Prediction, Scenario
 from hvd_hetero.analysis.predict.roles import RoleWorth
+from hvd_hetero.analysis.predict.start import Start
 from hvd_hetero.telemetry.tables import table
 
 LEFT_OUT = (
-    "Forecast are training seconds: no start, measuring, evaluation, dealing of samples, or ends of epochs; how well a "
-    "method learns is another matter. Blocked is the share of a class's time spent waiting."
+    "Times in the tables are of training: no start, measuring, evaluation, dealing of samples, or ends of epochs; how "
+    "well a method learns is another matter. Blocked is the share of a class's time spent waiting."
 )
 
 
@@ -33,6 +34,7 @@ class Forecast:
     batches: Sequence[tuple[float, Advice]]
     worth: Sequence[Worth]
     together: Together | None
+    start: Start
     roles: Sequence[RoleWorth] = ()
 
 
@@ -55,9 +57,15 @@ def as_text(forecast: Forecast) -> str:
         "\n".join([*(w.sentence for w in forecast.worth), *([forecast.together.sentence] if forecast.together else []),
                    *(r.sentence for r in forecast.roles)])
         or "There is no class to leave out.",
+        "\n".join(forecast.start.sentences(_round_sec(forecast))),
         "\n".join(_notes(forecast)),
     ]
     return "\n\n".join(parts)
+
+
+def _round_sec(forecast: Forecast) -> float:
+    best = forecast.advice.prediction
+    return best.seconds / best.averages
 
 
 def _head(names: Sequence[str]) -> list[str]:
@@ -108,6 +116,7 @@ def as_json(forecast: Forecast) -> dict[str, Any]:
         "worth": [{**asdict(w), "worth_having": w.worth_having, "sentence": w.sentence} for w in forecast.worth],
         "roles": [{**asdict(r), "best": r.best, "sentence": r.sentence} for r in forecast.roles],
         "together": None if forecast.together is None else asdict(forecast.together),
+        "start": {**asdict(forecast.start), "seconds": forecast.start.seconds},
         "notes": _notes(forecast),
     }
 
