@@ -57,6 +57,7 @@ class UntrainedState:
         self._digests: dict[str, tuple[Any, ...]] = {}
         self._kinds: dict[str, str] = {}
         self._began_infinite: set[str] = set()
+        self._looks = 0
         self.active: dict[str, str] = {}
         self.base: dict[str, Tensor] = {}
         self.add(slots)
@@ -100,14 +101,18 @@ class UntrainedState:
 
         Args:
             thorough: look at the content of all. Else only at that of tensors which PyTorch says were written to; it
-                does not know what was written through ``.data``.
+                does not know what was written through ``.data``, or by some of its own kernels, as those of observers.
+                Buffers are looked at in one call of 1, 2, 4, 8 ..., since what writes to them does so from the start.
         """
         found = []
+        self._looks += 1
+        closely = self._looks.bit_count() == 1
         for name, slot in self._slots.items():
             tensor = None if name in self.active else slot.get()
             if tensor is None:
                 continue
-            if not thorough and name in self._seen and self._seen[name].is_still(tensor):
+            at_all_costs = thorough or (closely and not slot.is_parameter)
+            if not at_all_costs and name in self._seen and self._seen[name].is_still(tensor):
                 continue
             if self.policy(name) == LOCAL or self._digests.get(name) == digest(tensor):
                 self._see(name)
@@ -126,13 +131,21 @@ class UntrainedState:
         if tensor is not None:
             self._seen[name] = _Seen(tensor)
 
-    def marks(self) -> dict[str, _Seen]:
-        """Return what tells later whether any of these tensors has been replaced or written to since."""
-        return {name: _Seen(tensor) for name, tensor in self._followed().items()}
+    def marks(self) -> dict[str, Any]:
+        """Return what tells later whether any of these tensors has been replaced or written to since.
 
-    def moved_since(self, marks: Mapping[str, _Seen]) -> bool:
+        Of a buffer it is the content, as not all that writes to one tells PyTorch.
+        """
+        return {name: _Seen(tensor) if self._slots[name].is_parameter else digest(tensor)
+                for name, tensor in self._followed().items()}  # fmt: skip
+
+    def moved_since(self, marks: Mapping[str, Any]) -> bool:
         """Say whether one has that ranks share; active ones too, and new ones."""
-        return any(name not in marks or not marks[name].is_still(tensor) for name, tensor in self._followed().items())
+
+        def is_still(mark: Any, tensor: Tensor) -> bool:
+            return mark.is_still(tensor) if isinstance(mark, _Seen) else bool(mark == digest(tensor))
+
+        return not all(is_still(marks.get(name), tensor) for name, tensor in self._followed().items())
 
     def _followed(self) -> dict[str, Tensor]:
         """The tensors themselves, which :meth:`tensors` detaches, of all whose policy is not to be local."""

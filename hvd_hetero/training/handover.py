@@ -149,6 +149,8 @@ class Handover:
 class LoopWorker(Worker):
     """A worker whose local steps are the program's; :meth:`connect` comes before the first."""
 
+    _losses_key = "round.losses"
+
     def connect(
         self, handover: Handover, excluded: Exclusions, kept: Mapping[str, Any], as_read: bool, needs_losses: bool,
         batch_size: Callable[[], int],
@@ -190,6 +192,9 @@ class LoopWorker(Worker):
             raise RuntimeError(f"{problem}: go through the whole round")
         self._collect_losses(round)
         return round.steps
+
+    def check_learning(self) -> None:
+        """Nothing: what learns is the program's to say, and its optimizer may have got it since."""
 
     def _collect_losses(self, round: Round) -> None:
         taken = round.taken

@@ -35,7 +35,7 @@ from hvd_hetero.training.checkpointer import SyncDecision
 from hvd_hetero.training.epoch import RoundSpans, gather_figures, rest_plan, say_taus
 from hvd_hetero.training.evaluation import evaluate
 from hvd_hetero.training.helpers import Helpers, place_after
-from hvd_hetero.training.initial_plan import choose_micro_batches, first_plan, start_together
+from hvd_hetero.training.initial_plan import choose_micro_batches, first_plan, share_model, start_together
 from hvd_hetero.training.iterate_average import NONE, IterateAverage, half_life
 from hvd_hetero.training.live_status import LiveStatus
 from hvd_hetero.training.reshape import carry_over
@@ -49,8 +49,7 @@ from hvd_hetero.worker.memory import on_device, peak_bytes, used_bytes
 from hvd_hetero.worker.step_benchmark import warm_up
 
 TRACED_EPOCHS = 2
-"""An epoch's first rounds are recorded in place of the last epoch's; the first epoch warms up caches and
-connections."""
+"""An epoch's first rounds are recorded in place of the last epoch's; the first epoch warms everything up."""
 
 
 class Trainer(TrainerParts):
@@ -82,6 +81,7 @@ class Trainer(TrainerParts):
             kept = (kept, 0) if isinstance(kept, int) else kept  # of a checkpoint from before there were two files
             self.folder = RunFolder(run_dir, config.run.overwrite or config.run.resume is not None, kept)
         self.comm = Comm(job.cluster, job.env.rank, config.aggregation, self.watch, self.algorithm.policy.process_sets)
+        share_model(self.worker, self.comm)
         self.accounts = Accounts(job.cluster, config.delays.distribution is not None)
         self.helpers = Helpers(job.cluster, self.comm, self.worker, self.algorithm.policy, self.folder)
         self.kept: dict[str, Any] = {}
@@ -89,13 +89,12 @@ class Trainer(TrainerParts):
         self.status = LiveStatus(self)
 
     def prepare(self) -> None:
-        """Starts all ranks from one model, measures their speeds if they are needed, and makes the plan.
+        """Measures the ranks' speeds if they are needed, and makes the plan.
 
         Raises:
             ConfigError: the measured speeds allow no plan; the same on all ranks.
         """
         self.begin, config = time.perf_counter(), self.config
-        self.comm.broadcast_state(self.worker.state)
         state, reshaped = None, False
         self.best = BestEvaluation(config.eval.best, self.job.components.metrics, config.train.patience)
         self.saver = self.make_saver()
@@ -125,8 +124,7 @@ class Trainer(TrainerParts):
         self.recorder = Recorder(self.watch, config.run.trace_rounds)
         spec = config.eval
         self.averaged = None if spec.average == NONE else IterateAverage(
-            spec.average, self.worker.state, half_life(spec, config.train, self.plan), spec.last
-        )
+            spec.average, self.worker.state, half_life(spec, config.train, self.plan), spec.last)  # fmt: skip
         self.epoch: Epoch | None = None
         self.comm.traffic.pop()  # what was only measured
         self._tell_rate()
@@ -143,9 +141,8 @@ class Trainer(TrainerParts):
         if self.folder is not None:
             write_start(self.folder, config, self.job.cluster, self.plan)
         folder = None if self.folder is None else self.folder.path
-        sections = dataclasses.asdict(config)
-        self._call("on_start", Started(sections, comm.rank, comm.size, self.worker.model, folder, accounts.epochs,
-                                       accounts.samples_seen))  # fmt: skip
+        self._call("on_start", Started(dataclasses.asdict(config), comm.rank, comm.size, self.worker.model, folder,
+                                       accounts.epochs, accounts.samples_seen))  # fmt: skip
         expected = expected_epochs(config.train, self.plan)
         self.progress = None if self.folder is None else Progress(expected, self.job.env.columns, accounts.epochs)
         before = accounts.steps[comm.rank] + (0 if self.epoch is None else self.epoch.steps)
@@ -166,6 +163,8 @@ class Trainer(TrainerParts):
             if self.folder is not None and self.saver is not None:
                 self.saver.stopping.forget()
         write_trace(self.folder, comm, self.job.cluster, self.recorder)
+        if len(self.plan.training) < len(self.plan.classes):  # rank 0 has it, and who takes no steps is to have it too
+            comm.broadcast_state(self.worker.state)
         peaks = comm.gather(torch.tensor([peak_bytes(self.worker.device), self.worker.micro_batches]), "peaks")
         if self.averaged is not None:
             with self.averaged.in_place(comm):
@@ -224,6 +223,7 @@ class Trainer(TrainerParts):
             self.status.start_segment()
             with self._explain_out_of_memory():
                 self.algorithm.run_segment(segment)
+            self.worker.check_learning()
             if saver is None:
                 progress = epoch.finish(segment, self.algorithm.class_plan.tau)
                 epoch.add(segment, progress)
@@ -284,7 +284,7 @@ class Trainer(TrainerParts):
         self.algorithm.policy.note_average(done.average_sec)
         self._share_evaluations()
         self.helpers.offer(accounts.rounds, lambda: place_after(accounts, time.perf_counter() - self.begin))
-        rate = worker.optimizer.param_groups[0]["lr"]
+        rate = float(worker.optimizer.param_groups[0]["lr"])
         if config.train.scheduler_unit == "epoch":
             self._step_scheduler(f"{accounts.epochs} epochs")
         if not self.over:

@@ -25,7 +25,16 @@ from hvd_hetero.data.batch import entries
 from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, UserError, nearest
 from hvd_hetero.worker.factories import ACCURACY, accuracy
-from hvd_hetero.worker.losses import IGNORED, Numbers, PerSample, mean, name_of, numbers_of, weighted_sums
+from hvd_hetero.worker.losses import (
+    IGNORED,
+    Numbers,
+    PerSample,
+    check_weights,
+    mean,
+    name_of,
+    numbers_of,
+    weighted_sums,
+)
 
 if TYPE_CHECKING:
     from hvd_hetero.comm.communicator import Comm
@@ -109,6 +118,8 @@ class SampleMean(Metric):
 
     def enter(self, numbers: Numbers) -> None:
         """Take in the numbers of a batch."""
+        if numbers[1] is not None:
+            check_weights(self.key, self.value, numbers[1])
         self.sums += weighted_sums(*numbers)
 
     def figures(self, comm: Comm | None = None, root: int = 0) -> dict[str, float]:

@@ -276,6 +276,14 @@ class WritesParameters(Wrapped):
         return super().forward(x - self.center.detach()) + 0 * self.ema(x).detach()
 
 
+class Spare(Wrapped):
+    """Has a part that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(3, 3)
+
+
 class Tied(nn.Module):
     """Weights shared as one parameter, and as one memory under two."""
 
@@ -476,6 +484,26 @@ class WithModes(torch.optim.SGD):
         return super().step(closure)
 
 
+class Lookahead(torch.optim.SGD):
+    """Keeps copies of what the parameters were when it was made, and goes back to them in part in every second step."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.05)
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param]["slow"] = param.detach().clone()
+            group["steps"] = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            group["steps"] += 1
+            for param in group["params"] if group["steps"] % 2 == 0 else ():
+                slow = self.state[param]["slow"]
+                param.copy_(slow.lerp_(param, 0.5))
+
+
 def regression() -> Any:
     x, _ = xy()
     return (x, x @ torch.arange(8.0)), (x, x @ torch.arange(8.0))
@@ -609,6 +637,8 @@ CASES: dict[str, Case] = {
     "Adagrad": Case(net, given=made("Adagrad", lr=0.05)),
     "Adagrad, sparse embedding": Case(lambda: Sparse(), lambda: (tokens(), tokens()), given=made("Adagrad", lr=0.05)),
     "an optimizer with modes": Case(net, given={"optimizer": lambda params: WithModes(params, lr=0.05)}),
+    "a part that is not used, sync": Case(Spare, given=made("AdamW", lr=0.01, weight_decay=0.1), settings=SYNC),
+    "an optimizer with copies of the start, sync": Case(net, given={"optimizer": Lookahead}, settings=SYNC),
     "a scheduler with a function": Case(net, given={"scheduler": Warmup}),
     "a scheduler of several": Case(net, given={"scheduler": lambda o: torch.optim.lr_scheduler.SequentialLR(o, [
         torch.optim.lr_scheduler.ConstantLR(o, 0.1, 1), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)], [1])}),
