@@ -57,7 +57,6 @@ class UntrainedState:
         self._digests: dict[str, tuple[Any, ...]] = {}
         self._kinds: dict[str, str] = {}
         self._began_infinite: set[str] = set()
-        self._looks = 0
         self.active: dict[str, str] = {}
         self.base: dict[str, Tensor] = {}
         self.add(slots)
@@ -102,17 +101,13 @@ class UntrainedState:
         Args:
             thorough: look at the content of all. Else only at that of tensors which PyTorch says were written to; it
                 does not know what was written through ``.data``, or by some of its own kernels, as those of observers.
-                Buffers are looked at in one call of 1, 2, 4, 8 ..., since what writes to them does so from the start.
         """
         found = []
-        self._looks += 1
-        closely = self._looks.bit_count() == 1
         for name, slot in self._slots.items():
             tensor = None if name in self.active else slot.get()
             if tensor is None:
                 continue
-            at_all_costs = thorough or (closely and not slot.is_parameter)
-            if not at_all_costs and name in self._seen and self._seen[name].is_still(tensor):
+            if not thorough and name in self._seen and self._seen[name].is_still(tensor):
                 continue
             if self.policy(name) == LOCAL or self._digests.get(name) == digest(tensor):
                 self._see(name)
