@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from hvd_hetero.comm.averaging import average_untrained
+from hvd_hetero.comm.averaging import average_buffers
 from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.comm.tensor_slots import digest
 from hvd_hetero.config.schema import EvalConfig
 from hvd_hetero.data import Source
 from hvd_hetero.planning.plan import Plan, apportion
@@ -21,8 +22,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and metrics on the test set; every rank does a part in proportion to its speed, so that all end together.
 
-    A module may change its buffers here too, as observers of a quantization do: of what has changed on a rank, all have
-    the same afterwards, by their policies.
+    A module may change its buffers here too, as observers of a quantization do, and BatchNorm that stays in training
+    mode: of what has changed on a rank, all have the same afterwards, by their policies.
 
     Args:
         averaged: an average of models, to be evaluated too.
@@ -39,16 +40,17 @@ def evaluate(
         found = [metric.figures(comm, root) for metric in worker.measures]
         return {prefix + name: value for one in found for name, value in one.items()}
 
-    untrained = worker.state.untrained
-    marks = untrained.marks()
+    state = worker.state
+    marks, statistics = state.untrained.marks(), [digest(part) for part in state.buffers()]
     result = figures(EVAL)
     if averaged is not None:
         with averaged.in_place(comm):
             result |= figures(AVERAGED)
-    if comm.size > 1 and comm.max([float(untrained.moved_since(marks))], "evaluation.changed")[0]:
+    moved = state.untrained.moved_since(marks) or statistics != [digest(part) for part in state.buffers()]
+    if comm.size > 1 and comm.max([float(moved)], "evaluation.changed")[0]:
         # where one class trains alone, only its ranks know of what has changed so far
         ranks = plan.training[0].ranks if len(plan.training) == 1 else tuple(range(comm.size))
         if comm.rank in ranks:
             weight = plan.by_rank()[comm.rank].weight
-            average_untrained(comm, worker.state, weight, "evaluation", ranks=ranks)
+            average_buffers(comm, state, weight, ranks, "evaluation")
     return result

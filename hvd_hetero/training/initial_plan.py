@@ -24,6 +24,8 @@ from hvd_hetero.worker.memory import micro_batches_that_fit
 from hvd_hetero.worker.step_benchmark import Measurement
 from hvd_hetero.worker.worker import Worker
 
+OF_DEVICES = ("foreach", "fused", "capturable", "differentiable")
+"""Options of optimizers that say how a step is computed, and not what."""
 TRIED_STEPS = 2
 """Only with the second step is all there that an optimizer keeps."""
 
@@ -136,11 +138,10 @@ def check_optimizers(optimizer: torch.optim.Optimizer, comm: Comm) -> None:
 
 
 def _plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a group that are numbers, flags or texts, or tuples of them."""
+    """The options of a group that are numbers, flags or texts, but for those that go by the device."""
     values = {key: value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-              for key, value in group.items()}  # fmt: skip
-    kinds = (bool, int, float, str, tuple)
-    return {key: value for key, value in values.items() if isinstance(value, kinds)}
+              for key, value in group.items() if key not in OF_DEVICES}  # fmt: skip
+    return {key: repr(value) for key, value in values.items() if isinstance(value, (bool, int, float, str, tuple))}
 
 
 def _unlike(option: str, value: Any, rank: int, first: Any) -> ConfigError:

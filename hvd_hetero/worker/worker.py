@@ -88,7 +88,7 @@ class Worker(ForwardPasses):
         self._compiled = None if compile_mode is None else torch.compile(self.model, mode=compile_mode, dynamic=False)
         self.state = FlatState(self.model, channels_last, state_policies)
         self._params = [p for p in self.model.parameters() if p.requires_grad]
-        self._learning = {name for name, p in self._named() if p.requires_grad} | set(self._params)
+        self._learning = {name for name, p in self._named() if p.requires_grad}
         self._gradients: list[Tensor] = []
         self._unused: UnusedParameters | None = None
         self.scaler = LossScaler(self._params) if autocast is torch.float16 else None
@@ -304,8 +304,9 @@ class Worker(ForwardPasses):
         Raises:
             ConfigError: one that was frozen, or was not there, has a gradient.
         """
+        own = set(self._params)
         for name, param in self._named():
-            if param.grad is not None and param.requires_grad and not {name, param} & self._learning:
+            if param.grad is not None and param.requires_grad and name not in self._learning and param not in own:
                 problem = "has a gradient, but the optimizer was made without it: it was frozen then, or not there"
                 remedy = "let it learn from the start, or begin another run with it from this one's model"
                 raise ConfigError("model", name, problem, remedy)

@@ -199,6 +199,13 @@ class Unseen(Wrapped):
         return super().forward(x - self.mean) + 0.1 * self.teacher(x)
 
 
+class AlwaysTraining(nn.BatchNorm1d):
+    """Normalizes by the batch, in evaluation too, and follows what it sees there."""
+
+    def train(self, mode: bool = True) -> nn.Module:
+        return super().train(True)
+
+
 class Renewed(Wrapped):
     """Puts another module in the place of one now and then, as target networks are renewed."""
 
@@ -619,9 +626,9 @@ CASES: dict[str, Case] = {
     "buffers made later": Case(MadeLater, local=("cache",)),
     "a teacher and a queue": Case(Teacher),
     "a teacher through .data": Case(lambda: Teacher(True)),
+    "statistics that an evaluation changes": Case(lambda: nn.Sequential(AlwaysTraining(D), net())),
     "written unseen": Case(Unseen),
     "written unseen, sync": Case(Unseen, settings=SYNC),
-    "written unseen, with delays": Case(Unseen, settings={"aggregation.delayed": True}),
     "a teacher, sync": Case(Teacher, settings=SYNC),
     "a module replaced": Case(Renewed),
     "an observer": Case(Observes),
