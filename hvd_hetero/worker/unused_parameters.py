@@ -1,7 +1,8 @@
-"""Parameters that have not been used yet, where gradients are summed over ranks: to optimizers they have no gradient.
+"""Parameters that are not used yet or no more, where gradients are summed over ranks: to optimizers they have none.
 
 A sum over ranks is zero of a parameter that no rank has a gradient of. An optimizer takes that for a gradient: weight
-decay and momentum change a head that this training does not use. Without one it leaves the parameter alone.
+decay and momentum change a head that this training does not use, and a layer that was frozen in its course. Without one
+it leaves the parameter alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class UnusedParameters:
     """
 
     def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
-        self._left = dict(params)
+        self._params, self._left = list(params.values()), dict(params)
         self._hooks = {
             name: param.register_post_accumulate_grad_hook(partial(self._use, name)) for name, param in params.items()
         }
@@ -38,14 +39,14 @@ class UnusedParameters:
 
     @contextmanager
     def without_gradients(self) -> Iterator[None]:
-        """Take their gradients away, for a step of the optimizer."""
-        taken: list[tuple[nn.Parameter, Tensor]] = []
+        """Take their gradients away, and those of what has been frozen since, for a step of the optimizer."""
         for name, param in list(self._left.items()):
             if param.grad is not None and param.grad.any():
                 self._use(name)
-            elif param.grad is not None:
-                taken.append((param, param.grad))
-                param.grad = None
+        idle = [*self._left.values(), *(param for param in self._params if not param.requires_grad)]
+        taken = [(param, param.grad) for param in dict.fromkeys(idle) if param.grad is not None]
+        for param, _ in taken:
+            param.grad = None
         try:
             yield
         finally:

@@ -627,6 +627,8 @@ CASES: dict[str, Case] = {
     "a teacher and a queue": Case(Teacher),
     "a teacher through .data": Case(lambda: Teacher(True)),
     "statistics that an evaluation changes": Case(lambda: nn.Sequential(AlwaysTraining(D), net())),
+    "weights that an evaluation changes": Case(
+        lambda: nn.Sequential(nn.EmbeddingBag(20, 6, max_norm=1.0), nn.Linear(6, 2)), lambda: (tokens(), tokens())),
     "written unseen": Case(Unseen),
     "written unseen, sync": Case(Unseen, settings=SYNC),
     "a teacher, sync": Case(Teacher, settings=SYNC),

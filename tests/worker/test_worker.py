@@ -146,7 +146,7 @@ def test_a_part_that_nothing_uses_is_left_alone_where_gradients_are_summed() -> 
     optimizer = torch.optim.AdamW(plain.parameters(), 0.1, weight_decay=0.5)
     for both in (False, True, False):
         resumed = made()
-        resumed.load_state_dict(mine.state_dict())
+        resumed.load_state_dict(copy.deepcopy(mine.state_dict()))
         plain.both = mine.model.both = resumed.model.both = both  # type: ignore[assignment]
         inputs, targets = next(batches([[0, 1, 2]]))
         optimizer.zero_grad(set_to_none=False)
@@ -157,6 +157,26 @@ def test_a_part_that_nothing_uses_is_left_alone_where_gradients_are_summed() -> 
             one.apply()
             for p, q in zip(plain.parameters(), one.model.parameters(), strict=True):
                 torch.testing.assert_close(p, q)
+
+
+def test_a_part_that_is_frozen_while_training_is_left_alone_where_gradients_are_summed() -> None:
+    plain = Heads()
+    mine = Worker(copy.deepcopy(plain), per_sample_loss("cross_entropy", {}),
+                  optimizer_maker("SGD", 0.1, {"momentum": 0.9}), None)  # fmt: skip
+    mine.flat_gradients()
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9)
+    plain.both = mine.model.both = True  # type: ignore[assignment]
+    inputs, targets = next(batches([[0, 1, 2]]))
+    for learns in (True, True, False, True):
+        for one in (plain, mine.model):
+            one.other.requires_grad_(learns)  # type: ignore[union-attr]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(plain(inputs), targets).backward()
+        optimizer.step()
+        mine.gradient(inputs, targets)
+        mine.apply()
+        for p, q in zip(plain.parameters(), mine.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q)
 
 
 def rate(mine: Worker) -> float:
