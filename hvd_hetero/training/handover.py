@@ -200,7 +200,8 @@ class LoopWorker(Worker):
         taken = round.taken
         if not taken and not self._needs_losses and not self._as_read and not self._measures:
             samples = round.steps * self._batch_size()
-            taken = [(torch.zeros(samples), torch.zeros(samples))]  # they keep the losses that they had
+            nothing = torch.zeros(samples, dtype=torch.float32)
+            taken = [(nothing, nothing)]  # they keep the losses that they had
         elif len(taken) != round.steps and (taken or self._needs_losses):
             problem = f"a round has {round.steps} batches, got losses of {len(taken)}"
             raise RuntimeError(f"{problem}: call round.losses for each batch")

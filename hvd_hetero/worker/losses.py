@@ -113,7 +113,7 @@ def concat(batches: Sequence[Numbers]) -> tuple[Tensor, Tensor]:
     Losses of samples that do not count are :data:`NOT_COUNTED`, and no other is.
     """
     if not batches:
-        return torch.empty(0), torch.empty(0)
+        return torch.empty(0, dtype=torch.float32), torch.empty(0, dtype=torch.float32)
     values, counts = joined(batches)
     losses = values.float().cpu()
     weights = torch.ones_like(losses) if counts is None else counts.float().cpu()

@@ -401,6 +401,19 @@ def test_what_would_fail_is_refused_and_left_as_it_was(name: str) -> None:
     assert before is None or all(same(a, b) for (_, a), (_, b) in zip(before, content(model), strict=True))
 
 
+def test_a_default_device_that_is_left_behind_is_refused() -> None:
+    def make() -> nn.Module:
+        made = linear()
+        torch.set_default_device("meta")
+        return made
+
+    try:
+        with pytest.raises(ConfigError, match=r"model='.*make': has left torch.set_default_device\('meta'\) behind"):
+            tried(make)
+    finally:
+        torch.set_default_device(None)
+
+
 def test_what_cannot_be_saved_is_no_matter_where_nothing_is() -> None:
     tried(linear, {"checkpoint.every_sec": None}, scheduler=Forgets)
 
