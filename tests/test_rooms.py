@@ -193,6 +193,22 @@ def test_devices_are_looked_for_in_cluster_only() -> None:
     assert rooms_that_use("is_available", "device_count") == {"cluster"}
 
 
+MADE = {"zeros", "ones", "empty", "full", "rand", "randn", "linspace"}
+
+
+def test_no_tensor_is_of_the_default_type() -> None:
+    """A user's module may have set another one, of which Horovod knows no sum, or which is another one on each rank."""
+    found = [
+        f"{name}:{node.lineno}"
+        for name, tree in MODULES
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MADE
+        if isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+        if not any(keyword.arg == "dtype" for keyword in node.keywords)
+    ]
+    assert not found
+
+
 CLASS_NAMES = {"fast", "slow", "gpu"}
 ROLES = {
     "planning.plan",  # sampling.bias_to

@@ -366,7 +366,7 @@ class Comm:
         return other
 
     def barrier(self, name: str, ranks: tuple[int, ...] | None = None) -> None:
-        self.sum_(torch.zeros(1), name, ranks)
+        self.sum_(torch.zeros(1, dtype=torch.float32), name, ranks)
 
     def close(self) -> None:
         """Waits for all ranks, then leaves: a rank that leaves early takes the others down with it."""

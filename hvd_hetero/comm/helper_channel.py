@@ -106,7 +106,7 @@ class HelperServer(ThreadedServer):
                     self._answer(rank, wire)
                     continue
                 text = json.loads(wire.connection.recv_bytes(MOST_TEXT))
-                indices, losses = torch.empty(number, dtype=torch.int64), torch.empty(number)
+                indices, losses = (torch.empty(number, dtype=kind) for kind in (torch.int64, torch.float32))
                 if what == SCORES:
                     wire.receive_vector(indices)
                     wire.receive_vector(losses)

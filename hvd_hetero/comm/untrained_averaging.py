@@ -52,7 +52,7 @@ class UntrainedAverages:
         """Look thoroughly for what has changed; where a rank finds something, all agree on what becomes of it."""
         if self._alone:
             return
-        found = torch.tensor([float(bool(self._untrained.changed(thorough=True)))])
+        found = torch.tensor([bool(self._untrained.changed(thorough=True))], dtype=torch.float32)
         self._comm.max_async_(found, f"{self._name}.changed", self._ranks)()
         if found[0]:
             self.agree()

@@ -100,7 +100,7 @@ class UntrainedState:
 
         Args:
             thorough: look at the content of all. Else only at that of tensors which PyTorch says were written to; it
-                does not know what was written through ``.data``.
+                does not know what was written through ``.data``, or by some of its own kernels, as those of observers.
         """
         found = []
         for name, slot in self._slots.items():
@@ -126,13 +126,21 @@ class UntrainedState:
         if tensor is not None:
             self._seen[name] = _Seen(tensor)
 
-    def marks(self) -> dict[str, _Seen]:
-        """Return what tells later whether any of these tensors has been replaced or written to since."""
-        return {name: _Seen(tensor) for name, tensor in self._followed().items()}
+    def marks(self) -> dict[str, Any]:
+        """Return what tells later whether any of these tensors has been replaced or written to since.
 
-    def moved_since(self, marks: Mapping[str, _Seen]) -> bool:
+        Of a buffer it is the content, as not all that writes to one tells PyTorch.
+        """
+        return {name: _Seen(tensor) if self._slots[name].is_parameter else digest(tensor)
+                for name, tensor in self._followed().items()}  # fmt: skip
+
+    def moved_since(self, marks: Mapping[str, Any]) -> bool:
         """Say whether one has that ranks share; active ones too, and new ones."""
-        return any(name not in marks or not marks[name].is_still(tensor) for name, tensor in self._followed().items())
+
+        def is_still(mark: Any, tensor: Tensor) -> bool:
+            return mark.is_still(tensor) if isinstance(mark, _Seen) else bool(mark == digest(tensor))
+
+        return not all(is_still(marks.get(name), tensor) for name, tensor in self._followed().items())
 
     def _followed(self) -> dict[str, Tensor]:
         """The tensors themselves, which :meth:`tensors` detaches, of all whose policy is not to be local."""

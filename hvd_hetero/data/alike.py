@@ -73,6 +73,25 @@ def facts_of(source: Source, weights: NDArray[Any] | None = None) -> dict[str, A
     return {"length": len(source), "kept": kept, "numbers": numbers, "samples": first, "stable": stable}
 
 
+def facts_of_arrays(arrays: Mapping[str, Any]) -> dict[str, Content]:
+    """Look at tensors and arrays by name; what :func:`check_arrays` compares, fit for JSON."""
+    return {name: _content(value, PIECES_OF_ALL) for name, value in arrays.items()}
+
+
+def check_arrays(facts: Sequence[Mapping[str, Content]], hosts: Sequence[str]) -> None:
+    """Make sure that tensors and arrays which all ranks have are the same; both arguments are by rank.
+
+    Raises:
+        ConfigError: naming the first one that differs, the rank that has another than rank 0, and its host.
+    """
+    for rank, other in enumerate(facts):
+        for name, content in facts[0].items():
+            if name in other and not _alike(content, other[name]):
+                problem = f"is another one for rank {rank} on {hosts[rank]} than for rank 0 on {hosts[0]}"
+                remedy = "make it a buffer of the model, of which all ranks get rank 0's, or seed what draws it"
+                raise ConfigError(name, Unquoted("a tensor that is no buffer"), problem, remedy)
+
+
 def facts_of_stream(stream: StreamSource) -> dict[str, Any]:
     """Look at what comes first in a stream that all ranks read, as :func:`facts_of` looks at a split."""
     first = [(_content(item, PIECES_OF_SAMPLE, COARSE), NOTHING) for item in stream.peek_items(FEW)]

@@ -98,6 +98,9 @@ def _tensors(key: str, value: Any) -> Tensors:
         return {name: _tensors(f"{key}[{name!r}]", part) for name, part in value.items()}
     if isinstance(value, (tuple, list)) and not is_vector(value):
         return tuple(_tensors(f"{key}[{place}]", part) for place, part in enumerate(value))
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        problem, remedy = "has masked numbers, and a tensor has no mask", "fill them, or leave their samples out"
+        raise ConfigError(key, Unquoted(describe(value)), problem, remedy)
     try:
         if is_vector(value):
             return torch.tensor(value)

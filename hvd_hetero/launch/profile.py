@@ -41,7 +41,6 @@ def _measure(files: Sequence[str], overrides: Sequence[str]) -> None:
     started = startup.start(prepare)
     config, cluster = started.config, started.cluster
     trainer = Trainer(started, None)
-    trainer.comm.broadcast_state(trainer.worker.state)
     choose_micro_batches(started, trainer.algorithm.policy, trainer.worker, trainer.source, trainer.comm)
     measurement = measurement_of(started, trainer.worker, trainer.source, trainer.comm)
     names = [c.name for c in cluster.classes]

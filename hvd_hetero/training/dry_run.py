@@ -161,6 +161,7 @@ class _DryRun:
         before = held(*parts)
         for _ in range(2 if sum(p.numel() for p in worker.model.parameters()) <= SMALL else 1):
             self._step(worker)
+        worker.check_learning()
         warn_of_changes(before, held(*parts))
         self._epochs(worker)
         self._save(worker)
@@ -247,6 +248,10 @@ class _DryRun:
         with as_user_error(*self._origins.scheduler, "cannot be made", "correct its arguments (train.scheduler_args)"):
             rates = [group["lr"] for group in optimizer.param_groups]
             scheduler = self._components.scheduler(optimizer)
+        for method in ("step", "state_dict", "load_state_dict"):
+            if not callable(getattr(scheduler, method, None)):
+                problem = f"makes a {type(scheduler).__name__}, which has no {method}()"
+                raise ConfigError(*self._origins.scheduler, problem, "derive it from torch's LRScheduler, or add that")
         check_rates(rates, optimizer, self._config, self._origins)
         return scheduler
 

@@ -1,12 +1,14 @@
-"""What came of an epoch on all ranks: their times, samples and mean loss."""
+"""What came of an epoch on all ranks: their times, samples, mean loss and memory."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from hvd_hetero.cluster.device_classes import Cluster
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.config.schema import Config
 from hvd_hetero.log import LOGGER
@@ -19,6 +21,8 @@ from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import Recorder
 from hvd_hetero.worker.epoch import Epoch
 from hvd_hetero.worker.losses import mean, weighted_sums
+from hvd_hetero.worker.memory import peak_bytes
+from hvd_hetero.worker.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,13 @@ class EpochFigures:
     loss: float
     step_sec: list[float]
     average_sec: float
+
+
+def gather_peaks(comm: Comm, worker: Worker, cluster: Cluster) -> list[dict[str, Any]]:
+    """Gather, for each class, the bytes of a GPU that a rank took at most, and the micro-batches that it was given."""
+    peaks = comm.gather(torch.tensor([peak_bytes(worker.device), worker.micro_batches]), "peaks")
+    return [{"peak_gpu_bytes": max(int(peaks[r][0]) for r in c.ranks) if c.device == "cuda" else None,
+             "micro_batches": int(peaks[c.ranks[0]][1])} for c in cluster.classes]  # fmt: skip
 
 
 def gather_figures(

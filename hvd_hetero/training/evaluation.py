@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from hvd_hetero.comm.averaging import average_untrained
+from hvd_hetero.comm.averaging import average_buffers, average_unlike_parameters
 from hvd_hetero.comm.communicator import Comm
+from hvd_hetero.comm.tensor_slots import digest
 from hvd_hetero.config.schema import EvalConfig
 from hvd_hetero.data import Source
 from hvd_hetero.planning.plan import Plan, apportion
@@ -22,8 +25,8 @@ def evaluate(
 ) -> dict[str, float]:  # fmt: skip
     """Loss and metrics on the test set; every rank does a part in proportion to its speed, so that all end together.
 
-    A module may change its buffers here too, as observers of a quantization do: of what has changed on a rank, all have
-    the same afterwards, by their policies.
+    A module may change itself here too: observers of a quantization and BatchNorm that stays in training mode do, and
+    an embedding with ``max_norm`` its weights. Of what has changed on a rank, all have the same afterwards.
 
     Args:
         averaged: an average of models, to be evaluated too.
@@ -41,14 +44,27 @@ def evaluate(
         found = [metric.figures(comm, root) for metric in worker.measures]
         return {prefix + name: value for one in found for name, value in one.items()}
 
-    untrained = worker.state.untrained
-    marks = untrained.marks()
+    worker.set_eval_mode()
+    state = worker.state
+
+    def digests() -> list[Any]:
+        state.refresh()  # a module may have replaced them
+        return [[digest(part) for part in parts] for parts in (state.buffers(), state.parameters())]
+
+    marks, before = state.untrained.marks(), digests()
     result = figures(EVAL)
     if averaged is not None:
         with averaged.in_place(comm):
             result |= figures(AVERAGED)
-    if comm.size > 1 and comm.max([float(untrained.moved_since(marks))], "evaluation.changed")[0]:
-        if ranks is None or comm.rank in ranks:  # others do not know of what has changed so far
-            weight = plan.by_rank()[comm.rank].weight
-            average_untrained(comm, worker.state, weight, "evaluation", ranks=ranks)
+    if comm.size == 1:
+        return result
+    moved = [one != other for one, other in zip(before, digests(), strict=True)]
+    moved[0] = moved[0] or state.untrained.moved_since(marks)
+    buffers, parameters = comm.max([float(each) for each in moved], "evaluation.changed")
+    ranks = ranks or tuple(range(comm.size))
+    if (buffers or parameters) and comm.rank in ranks:  # others do not know of what has changed so far
+        weight = plan.by_rank()[comm.rank].weight
+        average_buffers(comm, state, weight, ranks, "evaluation")
+        if parameters:
+            average_unlike_parameters(comm, state, weight, ranks)
     return result

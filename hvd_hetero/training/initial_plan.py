@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +15,7 @@ from hvd_hetero.algorithms.execution.base import Executor
 from hvd_hetero.algorithms.policy import Policy
 from hvd_hetero.comm.communicator import Comm
 from hvd_hetero.data import Source, read
-from hvd_hetero.errors import ConfigError, UserError
+from hvd_hetero.errors import ConfigError, Unquoted, UserError
 from hvd_hetero.log import LOGGER
 from hvd_hetero.planning.plan import Plan
 from hvd_hetero.planning.speed_profile import known_speeds
@@ -21,6 +24,8 @@ from hvd_hetero.worker.memory import micro_batches_that_fit
 from hvd_hetero.worker.step_benchmark import Measurement
 from hvd_hetero.worker.worker import Worker
 
+OF_DEVICES = ("foreach", "fused", "capturable", "differentiable")
+"""Options of optimizers that say how a step is computed, and not what."""
 TRIED_STEPS = 2
 """Only with the second step is all there that an optimizer keeps."""
 
@@ -109,12 +114,48 @@ def choose_path(policy: Policy, measure: Measurement) -> None:
             LOGGER.info("averages take the %s path, the faster one: %s", comm.path, times)
 
 
+def share_model(worker: Worker, comm: Comm) -> None:
+    """Gives all ranks rank 0's model, and makes an optimizer of it: some keep copies of what parameters began with."""
+    comm.broadcast_state(worker.state)
+    worker.make_optimizer()
+
+
+def check_optimizers(optimizer: torch.optim.Optimizer, comm: Comm) -> None:
+    """Refuses optimizers whose groups are not the same on all ranks, as settings have to be; all ranks call it.
+
+    Raises:
+        ConfigError: naming an option, and its value on rank 0 and on the first rank that has another.
+    """
+    own = [{"parameters": len(group["params"]), **_plain_options(group)} for group in optimizer.param_groups]
+    first, *others = (json.loads(text) for text in comm.gather_text(json.dumps(own), "optimizer.groups"))
+    for rank, groups in enumerate(others, 1):
+        if len(groups) != len(first):
+            raise _unlike("groups", len(groups), rank, len(first))
+        for mine, theirs in zip(first, groups, strict=True):
+            for option in mine | theirs:
+                if mine.get(option) != theirs.get(option):
+                    raise _unlike(option, theirs.get(option), rank, mine.get(option))
+
+
+def _plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a group that are numbers, flags or texts, but for those that go by the device."""
+    values = {key: value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+              for key, value in group.items() if key not in OF_DEVICES}  # fmt: skip
+    return {key: repr(value) for key, value in values.items() if isinstance(value, (bool, int, float, str, tuple))}
+
+
+def _unlike(option: str, value: Any, rank: int, first: Any) -> ConfigError:
+    problem = f"so it is for rank {rank}, for rank 0 it is {first}"
+    return ConfigError(f"the optimizer's {option}", Unquoted(value), problem, "make the same optimizer on all ranks")
+
+
 def start_together(algorithm: Executor, plan: Plan, worker: Worker, comm: Comm) -> None:
     """Starts the method on all ranks.
 
     Raises:
         UserError: on all of them, what any of them has to complain of.
     """
+    check_optimizers(worker.optimizer, comm)
     problem = None
     try:
         algorithm.start(plan, worker, comm)

@@ -139,7 +139,6 @@ class Loop:
             self._after = after.pop_all()
         trainer = self._trainer
         self.rank, self.model = trainer.comm.rank, trainer.worker.model
-        exit_on_error(lambda: trainer.comm.broadcast_state(trainer.worker.state))
 
     @property
     def optimizer(self) -> Any:
@@ -275,6 +274,10 @@ class LoopTrainer(Trainer):
         super().__init__(job, run_dir, found)
         self._sharded, self.evaluates = sharded, evaluates
         self.loaded_state: Mapping[str, Any] | None = None
+
+    def prepare(self) -> None:
+        self.comm.broadcast_state(self.worker.state)  # the program has had it, and may have loaded something
+        super().prepare()
 
     def connect(self, channel: LoopChannel) -> None:
         """Hand rounds out there."""

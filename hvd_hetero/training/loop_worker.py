@@ -149,6 +149,8 @@ class LoopChannel:
 class LoopWorker(Worker):
     """A worker whose local steps are the program's; :meth:`connect` comes before the first."""
 
+    _losses_key = "round.losses"
+
     def connect(
         self, channel: LoopChannel, excluded: Exclusions, kept: Mapping[str, Any], as_read: bool, needs_losses: bool,
         batch_size: Callable[[], int],
@@ -191,11 +193,15 @@ class LoopWorker(Worker):
         self._collect_losses(round)
         return round.steps
 
+    def check_learning(self) -> None:
+        """Nothing: what learns is the program's to say, and its optimizer may have got it since."""
+
     def _collect_losses(self, round: Round) -> None:
         taken = round.taken
         if not taken and not self._needs_losses and not self._as_read and not self._measures:
             samples = round.steps * self._batch_size()
-            taken = [(torch.zeros(samples), torch.zeros(samples))]  # they keep the losses that they had
+            nothing = torch.zeros(samples, dtype=torch.float32)
+            taken = [(nothing, nothing)]  # they keep the losses that they had
         elif len(taken) != round.steps and (taken or self._needs_losses):
             problem = f"a round has {round.steps} batches, got losses of {len(taken)}"
             raise RuntimeError(f"{problem}: call round.losses for each batch")

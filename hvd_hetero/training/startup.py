@@ -20,7 +20,7 @@ from hvd_hetero.cluster.placement import Placement, place
 from hvd_hetero.comm.kv_store import JobEnv, exchange, job_env
 from hvd_hetero.config.load import device_classes, per_class
 from hvd_hetero.config.schema import AUTO, Config
-from hvd_hetero.data.alike import check_alike, facts_of
+from hvd_hetero.data.alike import check_alike, check_arrays, facts_of, facts_of_arrays
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.files import restrict_umask
 from hvd_hetero.planning.injected_delays import check_delays
@@ -32,6 +32,7 @@ from hvd_hetero.training.fingerprint import check_same, fingerprint
 from hvd_hetero.training.roles import check_roles
 from hvd_hetero.training.watchdog import Watchdog
 from hvd_hetero.worker.components import Components
+from hvd_hetero.worker.own_attributes import arrays_of
 from hvd_hetero.worker.worker import Worker
 
 PREPARE_TIMEOUT_SEC = 1800.0
@@ -94,12 +95,14 @@ def _start(env: JobEnv, watchdog: Watchdog, prepare: Callable[[], tuple[Config, 
         "facts": local_facts(env.rank, env.host, env.local_rank).to_dict(),
         "fingerprint": fingerprint(config, components.model),
         "data": looked_at,
+        "arrays": facts_of_arrays(arrays_of(components.model, components.loss)) if env.size > 1 else {},
     })
     watchdog.arm(config.run.watchdog_sec)
     facts = [RankFacts.from_dict(other["facts"]) for other in gathered]
     hosts = [fact.host for fact in facts]
     check_same([other["fingerprint"] for other in gathered], hosts)
     check_alike([other["data"] for other in gathered], hosts)
+    check_arrays([other["arrays"] for other in gathered], hosts)
     classes = config.cluster.classes
     classes = classes if classes == AUTO else device_classes(classes)
     cluster = assign(classes, facts, config.cluster.share_gpus)

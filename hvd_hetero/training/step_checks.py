@@ -89,8 +89,12 @@ def check_classes(
     ignored = config.train.loss_args.get("ignore_index", IGNORED)
     for name, source in (("training", dataset.train), ("test", dataset.test)):
         targets = data.targets_of(source)
-        if not isinstance(targets, Tensor) or targets.is_floating_point() or not targets.numel():
+        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.is_complex():
             continue
+        if not targets.numel():
+            continue
+        if not targets.dtype.is_signed:  # of wide unsigned numbers torch knows no minimum
+            targets = targets.long()
         used = targets if ignored < int(targets.min()) else targets[targets != ignored]
         if not len(used):
             problem = f"none of the {name} targets counts: all are {ignored}, which is ignored"

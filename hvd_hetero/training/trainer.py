@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hvd_hetero import algorithms
 from hvd_hetero.checkpoint.export import AVERAGED, MODEL
 from hvd_hetero.comm.communicator import Comm
@@ -32,10 +30,10 @@ from hvd_hetero.telemetry.time_accounts import Accounts
 from hvd_hetero.telemetry.trace import Recorder
 from hvd_hetero.training.best import BestEvaluation
 from hvd_hetero.training.checkpointer import SyncDecision
-from hvd_hetero.training.epoch import RoundSpans, gather_figures, rest_plan, say_taus
+from hvd_hetero.training.epoch import RoundSpans, gather_figures, gather_peaks, rest_plan, say_taus
 from hvd_hetero.training.evaluation import evaluate
 from hvd_hetero.training.helpers import Helpers, place_after
-from hvd_hetero.training.initial_plan import choose_micro_batches, first_plan, start_together
+from hvd_hetero.training.initial_plan import choose_micro_batches, first_plan, share_model, start_together
 from hvd_hetero.training.iterate_average import NONE, IterateAverage, half_life
 from hvd_hetero.training.live_status import LiveStatus
 from hvd_hetero.training.reshape import carry_over
@@ -45,7 +43,7 @@ from hvd_hetero.training.run_records import write_model, write_start, write_summ
 from hvd_hetero.training.startup import Job
 from hvd_hetero.training.trainer_parts import TrainerParts
 from hvd_hetero.worker.epoch import Epoch, Segment
-from hvd_hetero.worker.memory import on_device, peak_bytes, used_bytes
+from hvd_hetero.worker.memory import on_device, used_bytes
 from hvd_hetero.worker.step_benchmark import warm_up
 
 TRACED_EPOCHS = 2
@@ -82,6 +80,7 @@ class Trainer(TrainerParts):
             kept = (kept, 0) if isinstance(kept, int) else kept  # of a checkpoint from before there were two files
             self.folder = RunFolder(run_dir, config.run.overwrite or config.run.resume is not None, kept)
         self.comm = Comm(job.cluster, job.env.rank, config.aggregation, self.watch, self.algorithm.policy.process_sets)
+        share_model(self.worker, self.comm)
         self.accounts = Accounts(job.cluster, config.delays.distribution is not None)
         self.helpers = Helpers(job.cluster, self.comm, self.worker, self.algorithm.policy, self.folder)
         self.kept: dict[str, Any] = {}
@@ -89,13 +88,12 @@ class Trainer(TrainerParts):
         self.status = LiveStatus(self)
 
     def prepare(self) -> None:
-        """Starts all ranks from one model, measures their speeds if they are needed, and makes the plan.
+        """Measures the ranks' speeds if they are needed, and makes the plan.
 
         Raises:
             ConfigError: the measured speeds allow no plan; the same on all ranks.
         """
         self.begin, config = time.perf_counter(), self.config
-        self.comm.broadcast_state(self.worker.state)
         state, reshaped = None, False
         self.best = BestEvaluation(config.eval.best, self.job.components.metrics, config.train.patience)
         self.saver = self.make_saver()
@@ -125,8 +123,7 @@ class Trainer(TrainerParts):
         self.recorder = Recorder(self.watch, config.run.trace_rounds)
         spec = config.eval
         self.averaged = None if spec.average == NONE else IterateAverage(
-            spec.average, self.worker.state, half_life(spec, config.train, self.plan), spec.last
-        )
+            spec.average, self.worker.state, half_life(spec, config.train, self.plan), spec.last)  # fmt: skip
         self.epoch: Epoch | None = None
         self.comm.traffic.pop()  # what was only measured
         self._tell_rate()
@@ -166,7 +163,10 @@ class Trainer(TrainerParts):
             if self.folder is not None and self.saver is not None:
                 self.saver.stopping.forget()
         write_trace(self.folder, comm, self.job.cluster, self.recorder)
-        peaks = comm.gather(torch.tensor([peak_bytes(self.worker.device), self.worker.micro_batches]), "peaks")
+        if len(self.plan.training) < len(self.plan.classes):  # rank 0 has it, and who takes no steps is to have it too
+            comm.broadcast_state(self.worker.state)
+        cluster, path = self.job.cluster, comm.path
+        peaks = gather_peaks(comm, self.worker, cluster)
         if self.averaged is not None:
             with self.averaged.in_place(comm):
                 write_model(self.folder, self.worker.model, AVERAGED)
@@ -176,11 +176,7 @@ class Trainer(TrainerParts):
         self.progress.close()
         self.best.log_end()
         self.saved = write_model(self.folder, self.worker.model, MODEL)
-        cluster, path = self.job.cluster, comm.path
-        classes = accounts.classes(self.plan)
-        for item, figures in zip(cluster.classes, classes, strict=True):
-            figures["peak_gpu_bytes"] = max(int(peaks[r][0]) for r in item.ranks) if item.device == "cuda" else None
-            figures["micro_batches"] = int(peaks[item.ranks[0]][1])
+        classes = [{**figures, **more} for figures, more in zip(accounts.classes(self.plan), peaks, strict=True)]
         best = self.best.summary()
         summary = write_summary(self.folder, config, cluster, self.plan, classes, accounts, path, best, self.begin)
         self.status.enter(FINISHED)
@@ -224,6 +220,7 @@ class Trainer(TrainerParts):
             self.status.start_segment()
             with self._explain_out_of_memory():
                 self.algorithm.run_segment(segment)
+            self.worker.check_learning()
             if saver is None:
                 progress = epoch.finish(segment, self.algorithm.class_plan.tau)
                 epoch.add(segment, progress)
@@ -284,7 +281,7 @@ class Trainer(TrainerParts):
         self.algorithm.policy.note_average(done.average_sec)
         self._share_evaluations()
         self.helpers.offer(accounts.rounds, lambda: place_after(accounts, time.perf_counter() - self.begin))
-        rate = worker.optimizer.param_groups[0]["lr"]
+        rate = float(worker.optimizer.param_groups[0]["lr"])
         if config.train.scheduler_unit == "epoch":
             self._step_scheduler(f"{accounts.epochs} epochs")
         if not self.over:

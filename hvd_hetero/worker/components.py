@@ -135,6 +135,7 @@ def build(config: Config, objects: UserObjects | None = None) -> Components:
         weights=weights,
     )
     read_best(config.eval.best, components.metrics)
+    _check_default_device(origins)
     _give_shapes(components, origins)
     _check_autocast(components.model, train.autocast)
     components = replace(components, optimizer=_with_groups(components, train.groups))
@@ -150,6 +151,15 @@ def log_adaptations(components: Components, config: Config, objects: UserObjects
         if isinstance(function, SampleLosses):
             LOGGER.info("%s=%r: reduction='none' is used in place of 'mean', as each sample's own number is needed; "
                         "that of a batch is still their mean", key, value)  # fmt: skip
+
+
+def _check_default_device(origins: Origins) -> None:
+    """Refuse a default device other than the CPU, where whatever travels between ranks is made."""
+    device = torch.get_default_device() if hasattr(torch, "get_default_device") else torch.device("cpu")
+    if device.type != "cpu":
+        problem = f"has left torch.set_default_device({str(device)!r}) behind, where nothing can be sent from"
+        remedy = "set it back to 'cpu' once the model is made; a rank moves its model and batches to its device itself"
+        raise ConfigError(*origins.model, problem, remedy)
 
 
 def _check_autocast(model: nn.Module, autocast: str | None) -> None:

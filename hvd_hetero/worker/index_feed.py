@@ -48,7 +48,8 @@ class Feed:
         return replace(plan, rounds=min(plan.rounds, size // in_round))
 
     def _share_weights(self) -> None:
-        weights = torch.empty(self._samples) if self.sampler is None else torch.from_numpy(self.sampler.weights)
+        weights = (torch.empty(self._samples, dtype=torch.float32) if self.sampler is None
+                   else torch.from_numpy(self.sampler.weights))  # fmt: skip
         with self._comm.timed():
             self._weights = self._comm.broadcast(weights, "epoch.weights").numpy()
 

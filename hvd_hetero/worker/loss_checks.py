@@ -23,7 +23,7 @@ from hvd_hetero.describe import describe
 from hvd_hetero.errors import ConfigError, UserError
 from hvd_hetero.worker.factories import ACCURACY, is_accuracy
 from hvd_hetero.worker.loss_modules import SampleLosses
-from hvd_hetero.worker.losses import OF_CLASSES, Numbers, PerSample, per_sample, tensors_in
+from hvd_hetero.worker.losses import OF_CLASSES, Numbers, PerSample, check_weights, per_sample, tensors_in
 from hvd_hetero.worker.metrics import Metric, SampleMean, WholeSet
 
 OTHERWISE_SHAPED = (*OF_CLASSES, "multi_margin_loss")
@@ -86,6 +86,11 @@ def try_loss(key: str, value: Any, loss: PerSample, args: Mapping[str, Any], bat
     if named:
         _check_named(value, args, batch)
     losses = per_sample(key, value, loss(*batch.both), {batch.samples})
+    if losses[1] is not None:
+        check_weights(key, value, losses[1])
+        if losses[1].requires_grad:
+            problem = "returns (values, weights), and its weights are learned; in a mean they are taken as given"
+            raise ConfigError(key, value, problem, "give weights.detach(), or their part in the loss with the values")
     if not named:
         _check_pairs(key, value, loss, batch)
     _check_mean(key, value, losses[0], loss, batch)

@@ -96,13 +96,24 @@ def weighted_sums(values: Tensor, weights: Tensor | None) -> Tensor:
     return torch.stack([torch.where(weights > 0, values, 0.0).sum(), weights.sum()]).double().cpu()
 
 
+def check_weights(key: str, value: Any, weights: Tensor) -> None:
+    """Refuse weights of which no mean can be taken.
+
+    Raises:
+        ConfigError: some are negative, or not finite.
+    """
+    if not bool((weights >= 0).all() & weights.isfinite().all()):  # NaN is neither
+        problem = f"returns (values, weights), and weights from {weights.min():g} to {weights.max():g} make no mean"
+        raise ConfigError(key, value, problem, "give each sample 0 or more; of what is no weight, return values alone")
+
+
 def concat(batches: Sequence[Numbers]) -> tuple[Tensor, Tensor]:
     """Return losses and weights ``[K]`` of batches one after the other, in float32 on the host.
 
     Losses of samples that do not count are :data:`NOT_COUNTED`, and no other is.
     """
     if not batches:
-        return torch.empty(0), torch.empty(0)
+        return torch.empty(0, dtype=torch.float32), torch.empty(0, dtype=torch.float32)
     values, counts = joined(batches)
     losses = values.float().cpu()
     weights = torch.ones_like(losses) if counts is None else counts.float().cpu()
@@ -203,7 +214,7 @@ def _surely_count(targets: Any, ignored: int) -> bool:
     """Say whether all targets are known to count, in a microsecond: a GPU would have to be waited for."""
     return (
         isinstance(targets, Tensor) and targets.is_cpu and not targets.is_complex()
-        and ignored < 0 and targets.numel() > 0 and targets.min().item() >= 0
+        and ignored < 0 and targets.numel() > 0 and (not targets.dtype.is_signed or targets.min().item() >= 0)
     )  # fmt: skip
 
 

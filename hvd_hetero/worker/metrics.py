@@ -30,6 +30,7 @@ from hvd_hetero.worker.losses import (
     IGNORED,
     Numbers,
     PerSample,
+    check_weights,
     mean,
     name_of,
     numbers_of,
@@ -123,6 +124,8 @@ class SampleMean(Metric):
 
     def enter(self, numbers: Numbers) -> None:
         """Take in the numbers of a batch."""
+        if numbers[1] is not None:
+            check_weights(self.key, self.value, numbers[1])
         self.sums += weighted_sums(*numbers)
 
     def figures(self, comm: Comm | None = None, root: int = 0) -> dict[str, float]:

@@ -40,7 +40,7 @@ def accumulate(
         backward(losses, weight_grad(grad_output, batch[1]))
         return losses.detach(), weights
     size, chunks = split_batch(batch, count, least)
-    each, counted, results = scale / size, torch.zeros(()), list[Numbers]()
+    each, counted, results = scale / size, torch.zeros((), dtype=torch.float32), list[Numbers]()
     samples = 0
     for chunk in chunks:
         if results and stop is not None and stop():

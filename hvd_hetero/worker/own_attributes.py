@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hvd_hetero.comm.tensor_slots import digest
 
 PLAIN = (int, float, str)
+GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
 MODULES_OWN = frozenset(vars(nn.Module()))
 OPTIMIZERS_OWN = frozenset(["state", "param_groups", "defaults"])
 MOST, DEPTH = 4096, 4
@@ -70,17 +72,30 @@ def _of_model(model: nn.Module, look: _Look) -> dict[str, Content]:
     return found
 
 
+def arrays_of(model: nn.Module, loss: Callable[..., Any]) -> dict[str, Tensor | NDArray[Any]]:
+    """Return the tensors and arrays that both hold beside what ranks share, by what to call them."""
+    look, found = _Look(model), dict[str, Tensor | NDArray[Any]]()
+    for prefix, module in model.named_modules():
+        own = {f"{prefix}.{name}".lstrip("."): value for name, value in vars(module).items() if name not in MODULES_OWN}
+        found |= {f"the model's {name}": value for name, value in look.arrays(own)}
+    return found | {f"the loss's {name}": value for name, value in look.arrays(_values_of_loss(loss, model))}
+
+
 def _of_loss(loss: Any, model: nn.Module, look: _Look) -> dict[str, Content]:
-    """Look into an object, one that a method belongs to, or what a function has captured."""
+    return look.named(_values_of_loss(loss, model))
+
+
+def _values_of_loss(loss: Any, model: nn.Module) -> dict[str, Any]:
+    """Return what an object has, one that a method belongs to, or what a function has captured."""
     loss = inspect.unwrap(loss.func if isinstance(loss, partial) else loss)
     if isinstance(loss, types.MethodType):
         loss = loss.__self__
     if isinstance(loss, types.FunctionType):
-        return look.named(_captured(loss))
+        return _captured(loss)
     if loss is model or not hasattr(loss, "__dict__"):
         return {}
     without = MODULES_OWN if isinstance(loss, nn.Module) else frozenset[str]()
-    return look.attributes(loss, without) | look.named(dict(_tensors(loss)))
+    return {name: value for name, value in vars(loss).items() if name not in without} | dict(_tensors(loss))
 
 
 def _of_optimizer(optimizer: torch.optim.Optimizer, look: _Look) -> dict[str, Content]:
@@ -106,22 +121,39 @@ class _Look:
         found = {name: dict(self._parts(value, "", DEPTH)) for name, value in values.items()}
         return {name: content for name, content in found.items() if content}
 
+    def arrays(self, values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor | NDArray[Any]]]:
+        """Yield the tensors and arrays in these values, by their paths."""
+        for name, value in values.items():
+            for path, leaf in self._leaves(value, name, DEPTH):
+                if isinstance(leaf, (Tensor, np.ndarray)):
+                    yield path, leaf
+
     def _parts(self, value: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, PLAIN):
-            yield path, (type(value), repr(value))
-        elif isinstance(value, Tensor):
+        for place, leaf in self._leaves(value, path, depth):
+            if isinstance(leaf, PLAIN):
+                yield place, (type(leaf), repr(leaf))
+            elif isinstance(leaf, Tensor):
+                yield place, digest(leaf)
+            elif isinstance(leaf, np.ndarray):
+                yield place, (leaf.dtype, leaf.shape, zlib.crc32(leaf.tobytes()))
+            else:
+                yield place, _generator_state(leaf)
+
+    def _leaves(self, value: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
+        """Yield what has something to compare in a value."""
+        if isinstance(value, Tensor):
             # a result may be kept to be looked at, as attention is
             is_result = value.requires_grad and not isinstance(value, nn.Parameter)
             if not is_result and _memory(value) and _memory(value) not in self._memory:
-                yield path, digest(value)
+                yield path, value
         elif isinstance(value, np.ndarray):
             if not value.dtype.hasobject:
-                yield path, (value.dtype, value.shape, zlib.crc32(value.tobytes()))
-        elif (state := _generator_state(value)) is not None:
-            yield path, state
+                yield path, value
+        elif isinstance(value, (*PLAIN, *GENERATORS)):
+            yield path, value
         elif depth:
             for name, part in self._inside(value):
-                yield from self._parts(part, f"{path}.{name}", depth - 1)
+                yield from self._leaves(part, f"{path}.{name}", depth - 1)
 
     def _inside(self, value: Any) -> Iterator[tuple[str, Any]]:
         """Yield the parts of a container, and the tensors of a module that is none of the model's."""
@@ -160,4 +192,4 @@ def _generator_state(value: Any) -> Any:
         return value.getstate()
     if isinstance(value, np.random.RandomState):
         return repr(value.get_state(legacy=False))
-    return repr(value.bit_generator.state) if isinstance(value, np.random.Generator) else None
+    return repr(value.bit_generator.state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,12 +21,13 @@ from hvd_hetero.telemetry.stopwatch import Stopwatch
 from hvd_hetero.worker.extra_state import extra_state, load_extra_state, load_state_beside, state_beside
 from hvd_hetero.worker.forward import ForwardPasses
 from hvd_hetero.worker.loss_scaler import LossScaler
-from hvd_hetero.worker.losses import Numbers, PerSample, concat, mean_gradient, name_of
+from hvd_hetero.worker.losses import Numbers, PerSample, check_weights, concat, mean_gradient, name_of
 from hvd_hetero.worker.metrics import LOSS, Metric, SampleMean
 from hvd_hetero.worker.micro_batches import accumulate
 from hvd_hetero.worker.modes import set_mode
 from hvd_hetero.worker.optimizer_state import lay_out, load_state, save_state
 from hvd_hetero.worker.snapshot import snapshot
+from hvd_hetero.worker.unused_parameters import UnusedParameters
 
 
 class Worker(ForwardPasses):
@@ -54,6 +56,8 @@ class Worker(ForwardPasses):
         scaler: of the losses, where it computes in float16.
         generator: on the device; the only source of the augmentation's randomness.
     """
+
+    _losses_key = "train.loss"
 
     def __init__(
         self,
@@ -84,7 +88,9 @@ class Worker(ForwardPasses):
         self._compiled = None if compile_mode is None else torch.compile(self.model, mode=compile_mode, dynamic=False)
         self.state = FlatState(self.model, channels_last, state_policies)
         self._params = [p for p in self.model.parameters() if p.requires_grad]
+        self._learning = {name for name, p in self._named() if p.requires_grad}
         self._gradients: list[Tensor] = []
+        self._unused: UnusedParameters | None = None
         self.scaler = LossScaler(self._params) if autocast is torch.float16 else None
         self._make_optimizer, self._make_scheduler = make_optimizer, make_scheduler
         self.make_optimizer()
@@ -102,6 +108,8 @@ class Worker(ForwardPasses):
         """Makes optimizer and scheduler anew, for methods that put something around the optimizer before training."""
         optimizer = self._make_optimizer(self._params)
         self.optimizer = optimizer if wrap is None else wrap(optimizer)
+        if wrap is not None:
+            self._sum_gradients()
         self._sends = self.optimizer is not optimizer  # gradients leave while the backward pass still goes on
         self._steps = False
         self.scheduler = None if self._make_scheduler is None else self._make_scheduler(self.optimizer)
@@ -130,7 +138,12 @@ class Worker(ForwardPasses):
     def flat_gradients(self) -> list[Tensor]:
         """From now on gradients are views into these vectors: ``[P]``, one for each of ``state.parameters()``."""
         self._gradients = self.state.flat_gradients()
+        self._sum_gradients()
         return self._gradients
+
+    def _sum_gradients(self) -> None:
+        """Gradients become sums over ranks, which are there for parameters too that nothing has used."""
+        self._unused = UnusedParameters({name: p for name, p in self.model.named_parameters() if p.requires_grad})
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
@@ -269,16 +282,37 @@ class Worker(ForwardPasses):
     def apply(self) -> None:
         """One optimizer step along the gradient at hand."""
         self._end_rest()
-        self.clip(self._params)
-        self.optimizer.step()
+        with nullcontext() if self._unused is None else self._unused.without_gradients():
+            self.clip(self._params)
+            self.optimizer.step()
 
     def pop_losses(self) -> tuple[Tensor, Tensor]:
         """Return losses and weights ``[K]`` of all samples since the last call, in the order of training.
 
         They are on the host, in float32. A sample that does not count has the loss -inf, and weight 0.
+
+        Raises:
+            ConfigError: the loss has given weights that make no mean; to look at each batch, a GPU would have to stop.
         """
-        taken, self._losses = concat(self._losses), []
-        return taken
+        (losses, weights), self._losses = concat(self._losses), []
+        check_weights(self._losses_key, name_of(self._loss), weights)
+        return losses, weights
+
+    def check_learning(self) -> None:
+        """Refuse parameters that have come to learn while training: the optimizer was made without them.
+
+        Raises:
+            ConfigError: one that was frozen, or was not there, has a gradient.
+        """
+        own = set(self._params)
+        for name, param in self._named():
+            if param.grad is not None and param.requires_grad and name not in self._learning and param not in own:
+                problem = "has a gradient, but the optimizer was made without it: it was frozen then, or not there"
+                remedy = "let it learn from the start, or begin another run with it from this one's model"
+                raise ConfigError("model", name, problem, remedy)
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.model.named_parameters(remove_duplicate=False)
 
     @property
     def rate(self) -> float:
@@ -327,6 +361,7 @@ class Worker(ForwardPasses):
             "random": RandomState.capture(self.device).state_dict(),
             "losses": concat(self._losses),
             "micro_batches": self.micro_batches,
+            "unused": None if self._unused is None else self._unused.names,
         }
 
     @torch.no_grad()
@@ -344,6 +379,8 @@ class Worker(ForwardPasses):
             self.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["generator"])
         RandomState.from_state_dict(state["random"], self.device).restore()
+        if self._unused is not None and state.get("unused") is not None:
+            self._unused.names = state["unused"]
         losses, weights = state["losses"]
         self._losses = [(losses.to(self.device), weights.to(self.device))]
 

@@ -67,6 +67,16 @@ def test_a_buffer_that_was_looked_at_can_still_get_another_size() -> None:
     assert state.untrained.changed() == ["low"]
 
 
+def test_a_buffer_has_moved_too_where_pytorch_does_not_count_it_as_written() -> None:
+    """As through ``.data``, or by the kernels of an observer."""
+    model = nn.Linear(2, 2)
+    model.register_buffer("low", torch.ones(1, dtype=torch.long))
+    untrained = FlatState(model).untrained
+    marks = untrained.marks()
+    model.low.data.add_(1)
+    assert untrained.moved_since(marks) and not untrained.moved_since(untrained.marks())
+
+
 def test_only_what_ranks_share_and_was_written_to_has_moved() -> None:
     """A look that makes new tensors would take every evaluation of a model with BatchNorm for a change."""
     model = nn.BatchNorm1d(2)

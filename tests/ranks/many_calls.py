@@ -40,16 +40,28 @@ class Unsaved(nn.Linear):
         raise KeyError("no weights today")
 
 
+class Projects(nn.Linear):
+    """Projects its inputs by numbers that each rank has drawn for itself, and that are no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 2)
+        self.kept = {"projection": torch.randn(8, 8, generator=torch.Generator().manual_seed(RANK))}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x @ self.kept["projection"])
+
+
 def data(shift: int = 0) -> tuple[Tensor, Tensor]:
     x = torch.randn(48, 8, generator=torch.Generator().manual_seed(shift))
     return x, (x[:, 0] > 0).long()
 
 
-def train(name: str | None, shift: int = 0, model: Any = model, **settings: Any) -> str:
+def train(name: str | None, shift: int = 0, model: Any = model, optimizer: Any = None, **settings: Any) -> str:
     folder = {} if name is None else {"run.dir": str(FOLDER / name)}
     settings = {key.replace("__", "."): value for key, value in settings.items()}
     test = data(9)
-    hvd_hetero.train(model=model, train_data=data(shift), test_data=test, overrides={**COMMON, **folder, **settings})
+    hvd_hetero.train(model=model, train_data=data(shift), test_data=test, optimizer=optimizer,
+                     overrides={**COMMON, **folder, **settings})  # fmt: skip
     return "done"
 
 
@@ -72,6 +84,8 @@ CALLS: dict[str, Any] = {
     "refused everywhere": lambda: train("none", train__lr=-1.0),
     "refused between ranks": lambda: train("none", train__lr=0.1 * (RANK + 1)),
     "refused after the start": lambda: train("first", run__resume="auto", cluster__classes=SWAPPED),
+    "an array refused": lambda: train("none", model=Projects),
+    "an optimizer refused": lambda: train("none", optimizer=lambda p: torch.optim.SGD(p, lr=0.1 * (RANK + 1))),
     "again": lambda: train("again"),
     "other data": lambda: train("other", shift=3, run__seed=5),
     "other metric": lambda: train("other", shift=3, run__seed=5, run__resume="auto", train__epochs=3,

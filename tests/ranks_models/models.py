@@ -183,6 +183,29 @@ class Teacher(nn.Module):
         return self.student(x) + 0.1 * self.teacher(x).detach()
 
 
+class Unseen(Wrapped):
+    """A teacher, and a mean of all that it sees, written so that PyTorch does not count it as written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.data.lerp_(x.mean(), 0.1)
+        if self.training:
+            for own, other in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                own.data.mul_(0.9).add_(other.data, alpha=0.1)
+        return super().forward(x - self.mean) + 0.1 * self.teacher(x)
+
+
+class AlwaysTraining(nn.BatchNorm1d):
+    """Normalizes by the batch, in evaluation too, and follows what it sees there."""
+
+    def train(self, mode: bool = True) -> nn.Module:
+        return super().train(True)
+
+
 class Renewed(Wrapped):
     """Puts another module in the place of one now and then, as target networks are renewed."""
 
@@ -274,6 +297,14 @@ class WritesParameters(Wrapped):
                 for own, other in zip(self.ema.parameters(), self.net.parameters(), strict=True):
                     own.lerp_(other, 0.5)
         return super().forward(x - self.center.detach()) + 0 * self.ema(x).detach()
+
+
+class Spare(Wrapped):
+    """Has a part that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(3, 3)
 
 
 class Tied(nn.Module):
@@ -476,6 +507,32 @@ class WithModes(torch.optim.SGD):
         return super().step(closure)
 
 
+class Lookahead(torch.optim.SGD):
+    """Keeps copies of what the parameters were when it was made, and goes back to them in part in every second step.
+
+    They are to be what all ranks begin with, and not what a rank had made before.
+    """
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.05)
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param]["slow"] = param.detach().clone()
+            group["steps"] = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"] if group["steps"] == 0 else ():
+                assert torch.equal(param, self.state[param]["slow"])
+        super().step()
+        for group in self.param_groups:
+            group["steps"] += 1
+            for param in group["params"] if group["steps"] % 2 == 0 else ():
+                slow = self.state[param]["slow"]
+                param.copy_(slow.lerp_(param, 0.5))
+
+
 def regression() -> Any:
     x, _ = xy()
     return (x, x @ torch.arange(8.0)), (x, x @ torch.arange(8.0))
@@ -569,6 +626,11 @@ CASES: dict[str, Case] = {
     "buffers made later": Case(MadeLater, local=("cache",)),
     "a teacher and a queue": Case(Teacher),
     "a teacher through .data": Case(lambda: Teacher(True)),
+    "statistics that an evaluation changes": Case(lambda: nn.Sequential(AlwaysTraining(D), net())),
+    "weights that an evaluation changes": Case(
+        lambda: nn.Sequential(nn.EmbeddingBag(20, 6, max_norm=1.0), nn.Linear(6, 2)), lambda: (tokens(), tokens())),
+    "written unseen": Case(Unseen),
+    "written unseen, sync": Case(Unseen, settings=SYNC),
     "a teacher, sync": Case(Teacher, settings=SYNC),
     "a module replaced": Case(Renewed),
     "an observer": Case(Observes),
@@ -609,6 +671,10 @@ CASES: dict[str, Case] = {
     "Adagrad": Case(net, given=made("Adagrad", lr=0.05)),
     "Adagrad, sparse embedding": Case(lambda: Sparse(), lambda: (tokens(), tokens()), given=made("Adagrad", lr=0.05)),
     "an optimizer with modes": Case(net, given={"optimizer": lambda params: WithModes(params, lr=0.05)}),
+    "a part that is not used, sync": Case(Spare, given=made("AdamW", lr=0.01, weight_decay=0.1), settings=SYNC),
+    "a class that only sums": Case(net, settings={"algorithm.name": "byteps", "train.tau": 1}),
+    "a rate that is a tensor": Case(net, given=made("Adam", lr=torch.tensor(0.01))),
+    "an optimizer with copies of the start": Case(net, given={"optimizer": Lookahead}),
     "a scheduler with a function": Case(net, given={"scheduler": Warmup}),
     "a scheduler of several": Case(net, given={"scheduler": lambda o: torch.optim.lr_scheduler.SequentialLR(o, [
         torch.optim.lr_scheduler.ConstantLR(o, 0.1, 1), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)], [1])}),

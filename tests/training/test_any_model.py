@@ -48,6 +48,7 @@ def test_it_trains_and_the_ranks_agree(found: Found, name: str) -> None:
     start = dict(case.model().named_parameters())
     moved = [tensor for tensor, value in start.items() if not same(value.detach(), fast[tensor])]
     assert moved, "training did nothing"
+    assert not [tensor for tensor in moved if tensor.startswith("spare.")], "nothing uses it"
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in NOT_REPEATABLE])

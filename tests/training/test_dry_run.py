@@ -292,6 +292,28 @@ def unstable(outputs: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(outputs, targets, reduction="none") / outputs.std(0).mean()
 
 
+class Bare:
+    """A schedule whose state nobody could save."""
+
+    def __init__(self, optimizer: Any) -> None:
+        pass
+
+    def step(self) -> None:
+        pass
+
+
+def grows(net: Net, x: Tensor) -> Tensor:
+    if net.training and not hasattr(net, "late"):
+        net.late = nn.Linear(3, 3)
+    out = net.head(net.layers(x))
+    late: Tensor = net.late(out) if hasattr(net, "late") else out  # type: ignore[operator]
+    return late
+
+
+def learned(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return nn.functional.cross_entropy(outputs, targets, reduction="none"), outputs.softmax(1).amax(1)
+
+
 ASGD = {"algorithm.name": "asgd", "train.tau": 1}
 SMALL = {"train.batch_size": {"fast": 4, "slow": 1}}
 PAIRS = {"data": (X, Y.float()), "loss": lambda o, y: (o[:, 0] - y) ** 2}
@@ -303,6 +325,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "one number a sample, and a loss of classes": (
         lambda: linear(run=lambda net, x: net.head(x)[:, 0]), {},
         "train.loss='cross_entropy': the loss fails on the model's outputs [2] float32 for a batch of 2 in evaluation"),
+    **{f"classes in {dtype}": (
+        linear, {"data": (X, Y.to(dtype))}, "train.loss='cross_entropy': the loss fails on the model's outputs [2, 3]")
+        for dtype in (torch.uint16, torch.uint64, torch.complex64)},
     "outputs without a shape": (
         lambda: linear(run=lambda net, x: torch.nested.nested_tensor(list(net.head(x)))), {},
         "train.loss='cross_entropy': the loss fails on the model's outputs Tensor for a batch of 2 in evaluation"),
@@ -353,6 +378,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
                                       "model='Net': it writes to its trained parameter head.weight, and asgd takes"),
     "a schedule that needs figures": (linear, {"scheduler": lr_scheduler.ReduceLROnPlateau},
                                       "scheduler='ReduceLROnPlateau': does not last"),
+    "a schedule without a state": (linear, {"scheduler": Bare},
+                                   "scheduler='Bare': makes a Bare, which has no state_dict()"),
+    "a layer made while training": (lambda: linear(run=grows), {},
+                                    "model='late.weight': has a gradient, but the optimizer was made without it"),
+    "weights that are learned": (linear, {"loss": learned},
+                                 "loss='learned': returns (values, weights), and its weights are learned"),
     "a schedule that cannot be saved": (linear, {"scheduler": Forgets},
                                         "scheduler='Forgets': no checkpoint can hold scheduler.lock, a _thread.lock"),
 }  # fmt: skip
@@ -368,6 +399,19 @@ def test_what_would_fail_is_refused_and_left_as_it_was(name: str) -> None:
     message = str(caught.value)
     assert printed in message and "\n" not in message and "; " in message, message
     assert before is None or all(same(a, b) for (_, a), (_, b) in zip(before, content(model), strict=True))
+
+
+def test_a_default_device_that_is_left_behind_is_refused() -> None:
+    def make() -> nn.Module:
+        made = linear()
+        torch.set_default_device("meta")
+        return made
+
+    try:
+        with pytest.raises(ConfigError, match=r"model='.*make': has left torch.set_default_device\('meta'\) behind"):
+            tried(make)
+    finally:
+        torch.set_default_device(None)
 
 
 def test_what_cannot_be_saved_is_no_matter_where_nothing_is() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from hvd_hetero.errors import ConfigError
 from hvd_hetero.worker.factories import accuracy, per_sample_loss
 from hvd_hetero.worker.loss_checks import Batched, closely, try_loss, try_metric
-from hvd_hetero.worker.metrics import Metric, read_metrics
+from hvd_hetero.worker.metrics import Metric, SampleMean, read_metrics
 
 F = nn.functional
 Shape = tuple[int, ...]
@@ -234,6 +235,17 @@ MEANT: list[tuple[str, Callable[[Any, Tensor], Tensor], Shape, Shape]] = [
 @pytest.mark.parametrize(("own", "outputs", "targets"), [case[1:] for case in MEANT], ids=[case[0] for case in MEANT])
 def test_what_is_meant_is_not_refused(own: Any, outputs: Shape, targets: Shape) -> None:
     tried(own, *numbers(outputs, targets))
+
+
+@pytest.mark.parametrize("weights", [[1.0, -1.0], [1.0, math.nan], [math.inf, 1.0]])
+def test_weights_that_make_no_mean_are_refused(weights: list[float]) -> None:
+    def own(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return outputs[:, 0], torch.tensor(weights)
+
+    metric, both = SampleMean("own", "eval.metrics.own", "m:own", own), numbers((2, 3), (2,))
+    for tries in (lambda: tried(own, *both), lambda: metric.add(*both, None)):
+        with pytest.raises(ConfigError, match="m:own.*weights from .* make no mean"):
+            tries()
 
 
 def test_a_loss_that_would_have_to_be_trained_itself_is_refused() -> None:

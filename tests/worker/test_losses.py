@@ -255,6 +255,18 @@ def test_a_functions_own_weights_are_those_of_the_mean() -> None:
     assert sums == pytest.approx([expected.item() * number, number] * 2, rel=1e-5)
 
 
+def test_weights_that_come_to_make_no_mean_end_the_run() -> None:
+    inputs = texts()
+    mine = worker(Tagger(False), lambda outputs, targets: (outputs.sum(1), 1.0 - targets.float()))
+    mine.gradient(inputs, 0 * inputs[:, 0])
+    mine.pop_losses()
+    mine.gradient(inputs, inputs[:, 0] % CLASSES)
+    with pytest.raises(ConfigError, match="train.loss=.*weights from -.* to 1 make no mean"):
+        mine.pop_losses()
+    with pytest.raises(ConfigError, match="train.loss=.*make no mean"):
+        mine.evaluate(TensorSource(inputs, inputs[:, 0] % CLASSES), np.arange(12), 5)
+
+
 def test_what_is_passed_on_tells_what_does_not_count_from_what_has_gone_bad() -> None:
     losses = torch.tensor([1.0, float("nan"), -float("inf"), 5.0])
     values, weights = concat([(losses, torch.tensor([1.0, 1.0, 2.0, 0.0])), (torch.tensor([7.0]), None)])

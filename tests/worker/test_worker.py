@@ -105,6 +105,80 @@ def test_a_gradient_takes_no_step() -> None:
     assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in mine.model.parameters() if p.dim() > 1)
 
 
+def test_what_comes_to_learn_while_training_is_refused() -> None:
+    """The optimizer has not got it; what has no gradient, as the copy of a part, is no matter."""
+    model, rows = network(), batches([[0, 1, 2], [3, 4, 5]])
+    first = next(model.children()).requires_grad_(False)
+    mine = Worker(model, per_sample_loss("cross_entropy", {}), optimizer_maker("SGD", 0.1, {}), None)
+    first.register_module("copy", copy.deepcopy(list(model.children())[4]))
+    mine.gradient(*next(rows))
+    mine.check_learning()
+    first.requires_grad_(True)
+    mine.gradient(*next(rows))
+    with pytest.raises(ConfigError, match="model='0.weight': has a gradient, but the optimizer was made without it"):
+        mine.check_learning()
+
+
+class Heads(nn.Module):
+    """Of two heads it uses one, and the other one as well where it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.other, self.both = nn.Linear(6, 3), nn.Linear(6, 3), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.used(x) + (self.other(x) if self.both else 0)
+        return out
+
+
+def test_a_part_that_nothing_uses_is_left_alone_where_gradients_are_summed() -> None:
+    """Its gradient is zero then, in place of none: no reason for weight decay, nor once it is resumed."""
+
+    def made() -> Worker:
+        torch.manual_seed(3)
+        mine = Worker(Heads(), per_sample_loss("cross_entropy", {}),
+                      optimizer_maker("AdamW", 0.1, {"weight_decay": 0.5}), None)  # fmt: skip
+        mine.flat_gradients()
+        return mine
+
+    plain, mine = Heads(), made()
+    plain.load_state_dict(mine.model.state_dict())
+    optimizer = torch.optim.AdamW(plain.parameters(), 0.1, weight_decay=0.5)
+    for both in (False, True, False):
+        resumed = made()
+        resumed.load_state_dict(copy.deepcopy(mine.state_dict()))
+        plain.both = mine.model.both = resumed.model.both = both  # type: ignore[assignment]
+        inputs, targets = next(batches([[0, 1, 2]]))
+        optimizer.zero_grad(set_to_none=False)
+        nn.functional.cross_entropy(plain(inputs), targets).backward()
+        optimizer.step()
+        for one in (mine, resumed):
+            one.gradient(inputs, targets)
+            one.apply()
+            for p, q in zip(plain.parameters(), one.model.parameters(), strict=True):
+                torch.testing.assert_close(p, q)
+
+
+def test_a_part_that_is_frozen_while_training_is_left_alone_where_gradients_are_summed() -> None:
+    plain = Heads()
+    mine = Worker(copy.deepcopy(plain), per_sample_loss("cross_entropy", {}),
+                  optimizer_maker("SGD", 0.1, {"momentum": 0.9}), None)  # fmt: skip
+    mine.flat_gradients()
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9)
+    plain.both = mine.model.both = True  # type: ignore[assignment]
+    inputs, targets = next(batches([[0, 1, 2]]))
+    for learns in (True, True, False, True):
+        for one in (plain, mine.model):
+            one.other.requires_grad_(learns)  # type: ignore[union-attr]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(plain(inputs), targets).backward()
+        optimizer.step()
+        mine.gradient(inputs, targets)
+        mine.apply()
+        for p, q in zip(plain.parameters(), mine.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q)
+
+
 def rate(mine: Worker) -> float:
     return float(mine.optimizer.param_groups[0]["lr"])
 

@@ -76,7 +76,8 @@ class OptimizerAverage:
             floating = [entry for entry in self._entries if not entry.is_count]
             values = [self._value(local, entry) for entry in floating]
             # where not all ranks have an entry, the weights of those that do travel beside it
-            present = {entry: torch.tensor([float(entry in local)]) for entry in floating if entry in self._missing}
+            present = {entry: torch.tensor([entry in local], dtype=torch.float32)
+                       for entry in floating if entry in self._missing}  # fmt: skip
             is_state_finite = is_finite and all(map(is_tensor_finite, values))
             device = self._params[0].device
             sums = [*values, *(flag.to(device) for flag in present.values())]

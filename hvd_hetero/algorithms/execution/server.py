@@ -24,6 +24,7 @@ from hvd_hetero.telemetry.staleness import Counts
 from hvd_hetero.worker.epoch import Segment
 from hvd_hetero.worker.modes import has_modes
 from hvd_hetero.worker.optimizer_state import load_state, save_state
+from hvd_hetero.worker.unused_parameters import UnusedParameters
 from hvd_hetero.worker.worker import Worker
 
 
@@ -39,6 +40,7 @@ class ServedModel:
         self._vectors, self._gradients, copies = worker.state.on_host()
         self._params = list(copies.values())
         self._optimizer = worker.optimizer_of(copies)
+        self._unused = UnusedParameters({str(place): param for place, param in enumerate(self._params)})
         self._made_at = list(rule.made_at)
         self._begins = [True] * rule.size
         rule.step = self._outer_step if rule.is_outer else self._step
@@ -71,18 +73,20 @@ class ServedModel:
             torch.mul(part.to(gradient), factor, out=gradient)
         for group, theirs in zip(self._optimizer.param_groups, self._worker.optimizer.param_groups, strict=True):
             group |= {key: value for key, value in theirs.items() if key != "params"}  # a schedule may set any of them
-        self._worker.clip(self._params)
-        self._optimizer.step()
+        with self._unused.without_gradients():
+            self._worker.clip(self._params)
+            self._optimizer.step()
 
     def _outer_step(self, direction: Tensor, factor: float) -> None:
         for vector, part in zip(self._vectors, split_like(direction, self._vectors), strict=True):
             vector.sub_(part.to(vector).mul_(factor))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": save_state(self._optimizer), "rule": self.rule.state_dict()}
+        return {"optimizer": save_state(self._optimizer), "rule": self.rule.state_dict(), "unused": self._unused.names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         load_state(self._optimizer, state["optimizer"], "optimizer")
+        self._unused.names = state.get("unused", [])
         self.rule.load_state_dict(state["rule"])
         self._made_at = list(self.rule.made_at)
 
