@@ -268,6 +268,7 @@ def let_cause_end_first() -> None:
 
 def _end(status: int, message: str) -> NoReturn:
     """Leaves at once: Horovod's own shutdown would wait for ranks that are not coming."""
-    print(f"hvd-hetero: error: {message}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with suppress(OSError, ValueError):  # nobody may read it any more
+        print(f"hvd-hetero: error: {message}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
     os._exit(status)
