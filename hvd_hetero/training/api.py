@@ -245,7 +245,8 @@ def exit_on_error(call: Callable[[], Any]) -> Any:
         _end(EXIT_LOST, f"rank {env.rank} on {env.host} stops: {error}")
     except Exception as error:
         time.sleep(KILLED_SEC)
-        traceback.print_exc()
+        with suppress(OSError, ValueError):
+            traceback.print_exc()
         _end(EXIT_FAULT, f"rank {env.rank} on {env.host} failed: {in_a_line(error)}")
 
 
