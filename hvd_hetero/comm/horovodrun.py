@@ -83,8 +83,8 @@ def run_rank(leave_sec: float, *args: Any) -> None:
 def end_rank(leave_sec: float, pid: int) -> None:
     """Ask a command to end, and kill it with all that it has started if it does not in time.
 
-    A shell may be left around the command, which then is asked too. Nobody is waited for: that would take the command's
-    status from the one that runs it.
+    A shell that is left around the command is not asked: where it ends, so does this process, whether the command has
+    heard or not. Nobody is waited for: that would take the command's status from the one that runs it.
 
     Args:
         leave_sec: what it has to end by itself before.
@@ -94,14 +94,14 @@ def end_rank(leave_sec: float, pid: int) -> None:
         deadline = time.monotonic() + leave_sec
         while _runs(command) and time.monotonic() < deadline:
             time.sleep(LOOK_SEC)
-        asked = [command, *(command.children() if command.name() in SHELLS else [])]
+        asked = (command.children() if command.name() in SHELLS else []) or [command]
         for process in asked:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
         deadline = time.monotonic() + GRACE_SEC
-        while any(map(_runs, asked)) and time.monotonic() < deadline:
+        while any(map(_runs, [*asked, command])) and time.monotonic() < deadline:
             time.sleep(LOOK_SEC)
-        for process in [*command.children(recursive=True), *asked]:
+        for process in [*command.children(recursive=True), *asked, command]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 

@@ -41,8 +41,6 @@ LEAST_SIGNAL = 128
 """From there on a status tells of a signal, which horovodrun may have sent."""
 KNOWN = (EXIT_FAULT, EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_LOST, EXIT_STUCK, EXIT_NON_FINITE)
 SSH_LOST = 255
-HOROVODS = "HorovodInternalError"
-"""What Horovod raises on a rank where another one has left."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +179,7 @@ class Horovodrun:
 
     def _follows(self, status: int, rank: int) -> bool:
         """Tell whether a rank has ended because another one had: by its status, or in a program of the user's own."""
-        return status == EXIT_LOST or HOROVODS in self._rank_output.last(rank)
+        return status == EXIT_LOST or rank in self._rank_output.followers
 
     def _pass_on(self, number: int, frame: Any) -> None:
         """Asks the job to save and to end; where it cannot or does not, and at the second signal, tells it to end."""

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import IO, Any
 
-from hvd_hetero.comm.horovodrun import HEADER, STDERR
+from hvd_hetero.comm.horovodrun import HEADER, STDERR, STDOUT
 
 OURS = b"hvd-hetero: "
 ERROR = OURS + b"error: "
+HOROVODS = b"HorovodInternalError"
 LINE_BYTES, LAST_BYTES = 1 << 16, 500
 """Of a longer line the beginning is passed on before its end has come; of a rank's last one so much is kept."""
 LINE_ENDS = re.compile(rb"(?<=\n)|(?<=\r)(?!\n)")
@@ -36,21 +37,24 @@ class RankOutput:
     Attributes:
         errors: each rank's last error message of ours, without its beginning.
         final_error: such a message, if nothing else was said after it.
+        followers: ranks that have told of Horovod's error, which it raises where another one has left.
     """
 
     def __init__(self, streams: Mapping[int, Any]) -> None:
         self.errors: dict[int, str] = {}
         self.final_error: str | None = None
+        self.followers: set[int] = set()
         self._streams = streams
-        self._last: dict[int, bytes] = {}
+        self._last: dict[Source, bytes] = {}
         self._rests: dict[Source, bytes] = {}
         self._begun: set[Source] = set()
         self._held: dict[Source, bytes] = {}
         self._unended: dict[int, int | None] = dict.fromkeys(streams)
 
     def last(self, rank: int) -> str:
-        """What a rank said last, error messages of ours aside."""
-        return self._last.get(rank, b"")[:LAST_BYTES].decode(errors="replace").strip()
+        """What a rank said last, on standard error if anything; error messages of ours aside."""
+        found = self._last.get((STDERR, rank)) or self._last.get((STDOUT, rank), b"")
+        return found[:LAST_BYTES].decode(errors="replace").strip()
 
     def read(self, pipe: IO[bytes]) -> None:
         """Take in blocks with their headers to the end of the pipe."""
@@ -94,7 +98,9 @@ class RankOutput:
         if line.startswith(ERROR):
             self.errors[rank] = self.final_error = line[len(ERROR) :].decode(errors="replace").strip()
         elif not line.isspace():
-            self._last[rank], self.final_error = line, None
+            self._last[source], self.final_error = line, None
+            if HOROVODS in line:
+                self.followers.add(rank)
         yield self._named(source, line)
 
     def _named(self, source: Source, line: bytes) -> bytes:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hvd_hetero.errors import ConfigError
 from hvd_hetero.files import write_text
 
 
@@ -136,6 +139,14 @@ class WandB(Callback):
     """A run of Weights & Biases in offline mode, under ``wandb/`` in the run's folder; ``wandb sync`` uploads it."""
 
     needs = "wandb"
+    LEAST = (0, 19, 10)
+    """The first version that keeps several runs of a process apart (``reinit="create_new"``)."""
+
+    def __init__(self) -> None:
+        found = version(self.needs)
+        if tuple(map(int, re.findall(r"\d+", found)[:3])) < self.LEAST:
+            problem = f"needs {self.needs} {'.'.join(map(str, self.LEAST))} or newer, and {found} is installed"
+            raise ConfigError("run.trackers", "wandb", problem, "pip install 'hvd-hetero[wandb]'")
 
     def on_start(self, run: Started) -> None:
         import wandb

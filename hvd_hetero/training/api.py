@@ -245,7 +245,8 @@ def exit_on_error(call: Callable[[], Any]) -> Any:
         _end(EXIT_LOST, f"rank {env.rank} on {env.host} stops: {error}")
     except Exception as error:
         time.sleep(KILLED_SEC)
-        traceback.print_exc()
+        with suppress(OSError, ValueError):
+            traceback.print_exc()
         _end(EXIT_FAULT, f"rank {env.rank} on {env.host} failed: {in_a_line(error)}")
 
 
@@ -268,6 +269,7 @@ def let_cause_end_first() -> None:
 
 def _end(status: int, message: str) -> NoReturn:
     """Leaves at once: Horovod's own shutdown would wait for ranks that are not coming."""
-    print(f"hvd-hetero: error: {message}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with suppress(OSError, ValueError):  # nobody may read it any more
+        print(f"hvd-hetero: error: {message}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
     os._exit(status)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -105,6 +106,14 @@ def test_what_is_refused(given: dict[str, Any], message: str) -> None:
 def test_a_tracker_whose_package_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hvd_hetero.worker.callbacks.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"run.trackers='wandb': needs the package wandb.*hvd-hetero\[wandb\]"):
+        Callbacks(RunConfig(trackers=["wandb"]))
+
+
+@pytest.mark.parametrize(("version", "fits"), [("0.19.9", False), ("0.19.10", True), ("0.20.0rc1", True)])
+def test_an_older_tracker_is_refused_before_it_fails(version: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hvd_hetero.worker.callbacks.find_spec", lambda name: name)
+    monkeypatch.setattr("hvd_hetero.telemetry.callbacks.version", lambda name: version)
+    with nullcontext() if fits else pytest.raises(ConfigError, match="needs wandb 0.19.10 or newer, and 0.19.9 is"):
         Callbacks(RunConfig(trackers=["wandb"]))
 
 

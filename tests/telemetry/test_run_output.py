@@ -101,7 +101,10 @@ def test_the_last_words_of_a_rank_that_fails(tmp_path: Path, capfdbinary: pytest
 FOLLOWS = """
 import os, sys, time
 if os.environ["HOROVOD_RANK"] == "0":
+    os.system("sleep 0.1; echo what it said before &")  # standard output may be read later
     sys.exit("horovod.common.exceptions.HorovodInternalError: Horovod has been shut down.")
+print("and last", flush=True)
+print("the cause", file=sys.stderr)
 time.sleep(0.3)
 sys.exit(7)
 """
@@ -111,7 +114,8 @@ def test_a_rank_that_fails_of_another_ones_end_is_not_the_cause(hvd_hetero: Call
     """Its end may be seen first, where the other one is on another host, or is a little slower in leaving."""
     done = hvd_hetero(["run", "-np", "2", sys.executable, "-c", FOLLOWS])
     assert done.returncode == 1
-    assert done.stderr.endswith("the job failed: rank 1 on localhost ended first, with status 7\n"), done.stderr
+    cause = "rank 1 on localhost ended first, with status 7; its last line: the cause\n"
+    assert done.stderr.endswith(f"the job failed: {cause}"), done.stderr
 
 
 # ---- how lines are put together -------------------------------------------------------------------------------------

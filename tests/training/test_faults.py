@@ -13,7 +13,7 @@ from job_helpers import processes_with
 from torch.utils.data import DataLoader, Dataset
 
 from hvd_hetero.config.instantiate import in_a_line
-from hvd_hetero.errors import EXIT_BAD_INPUT
+from hvd_hetero.errors import EXIT_BAD_INPUT, EXIT_LOST
 from hvd_hetero.launch.horovodrun import meaning_of
 
 RANKS = Path(__file__).parents[1] / "ranks"
@@ -135,13 +135,15 @@ api.let_cause_end_first()
 StopRequest.was_ended = False
 sys.stdin.read()
 api.let_cause_end_first()
+api._end(4, "nobody hears this")
 """
 
 
 def test_a_survivor_waits_no_longer_than_it_is_heard_of() -> None:
-    """Not where it was told to end, nor where nobody reads what it says, as of a rank on another host."""
-    process = subprocess.Popen([sys.executable, "-c", LEAVES], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stdin is not None and process.stdout is not None
-    process.stdout.close()
-    process.stdin.close()
-    assert process.wait(timeout=100) == 0
+    """Not where it was told to end, nor where nobody reads what it says, as of a rank on another host; and it ends."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", LEAVES], stdin=pipe, stdout=pipe, stderr=pipe)
+    for stream in (process.stdout, process.stderr, process.stdin):
+        assert stream is not None
+        stream.close()
+    assert process.wait(timeout=100) == EXIT_LOST
