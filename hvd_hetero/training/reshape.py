@@ -49,11 +49,11 @@ def carry_over(run: Run, state: Mapping[str, Any]) -> None:
     run.begin -= state["wall_sec"]
     if feed.sampler is not None:
         saved, biased = state["rank0"], feed.sampler.biased
-        if state["keeps"]:
+        if state["restores_ranks"]:
             feed.sampler.load_state_dict(saved["sampler"])
             feed.sampler.biased = biased  # a class that there is
         feed.sampler.losses = np.asarray(saved["sampler"]["losses"], dtype=np.float32)
-        if state["keeps"] and run.averaged is not None and saved["averaged"] is not None:
+        if state["restores_ranks"] and run.averaged is not None and saved["averaged"] is not None:
             run.averaged.load_state_dict(saved["averaged"])
     place = f"epoch {accounts.epochs}, round {accounts.rounds}"
     if epoch is not None:
@@ -61,7 +61,7 @@ def carry_over(run: Run, state: Mapping[str, Any]) -> None:
         _deal_rest(run, epoch, state)
         run.epoch = epoch
     if feed.sampler is not None:
-        how = RESHAPED_RANKS.format(state["stayed"], run.comm.size) if state["keeps"] else RESHAPED
+        how = RESHAPED_RANKS.format(state["stayed"], run.comm.size) if state["restores_ranks"] else RESHAPED
         say_resumed(f"{place}, {how}", run.over)
 
 
@@ -85,7 +85,7 @@ def _epoch(run: Run, state: Mapping[str, Any]) -> Epoch | None:
     That is where ranks do not follow the plan, whose samples then are not known, where batches are others now, and of
     streams, which go on all the same.
     """
-    if not (state["keeps"] and "epoch" in state and run.algorithm.policy.follows_plan):
+    if not (state["restores_ranks"] and "epoch" in state and run.algorithm.policy.follows_plan):
         return None
     if isinstance(run.feed, StreamFeed):
         return None

@@ -121,7 +121,7 @@ def test_what_was_left_out_is_counted_by_class(found: Found, case: str) -> None:
 # ---- all ranks, or one that is to stop the job ----------------------------------------------------------------------
 
 
-ONE = "cluster.classes={only: {device: cpu, ranks: [0]}}"
+ONE = "cluster.classes={only: {device: cpu, ranks: [0], threads: 1}}"
 SMALL = ["train.tau={fast: 8, slow: 4}", "model.args.hidden=[32]", "cluster.classes.slow.slowdown=1",
          "train.epochs=1000", "run.trace_rounds=0"]  # fmt: skip
 

@@ -15,11 +15,12 @@ pytestmark = pytest.mark.horovod
 SAMPLES = 1437
 
 
+@pytest.mark.slow
 def test_tau_is_put_right_and_the_rest_of_the_epoch_dealt_anew(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
-    """Delays begin with the training, after speeds were measured: 5 ms a step for fast, 10 for slow."""
-    delays = ["delays.distribution=linear_skew", "delays.sec=0.01", "delays.seed=0", "profile.seconds=0.2"]
+    """Delays begin with the training, after speeds were measured: 10 ms a step for fast, 20 for slow."""
+    delays = ["delays.distribution=linear_skew", "delays.sec=0.02", "delays.seed=0", "profile.seconds=0.2"]
     settings = ["train.tau=64", "train.batch_size=1", "train.epochs=1", "checkpoint.every_sec=null",
-                "model.args={hidden: [500]}"]  # fmt: skip
+                "model.args={hidden: [1500, 1500]}"]  # fmt: skip
     done = hvd_hetero(["launch", *settings, *delays, f"run.dir={tmp_path / 'run'}"])
     assert done.returncode == 0, done.stdout + done.stderr
     changes = [(int(a), int(b)) for a, b in re.findall(r"tau of slow (\d+) -> (\d+)", done.stdout + done.stderr)]

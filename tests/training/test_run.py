@@ -226,7 +226,7 @@ def test_a_job_on_one_remote_host_is_told_the_way_to_it(hosts: list[tuple[str, i
 
 
 def test_a_single_rank_needs_no_horovodrun(hvd_hetero: Callable[..., Any], tmp_path: Path) -> None:
-    alone = ["cluster.classes={only: {ranks: 0}}", "train.epochs=1", "profile.seconds=0.2"]
+    alone = ["cluster.classes={only: {ranks: 0, threads: 1}}", "train.epochs=1", "profile.seconds=0.2"]
     done = hvd_hetero(["train", f"run.dir={tmp_path / 'run'}", *alone])
     assert done.returncode == 0, done.stderr
     summary = assert_adds_up(tmp_path / "run")
