@@ -32,7 +32,7 @@ def carry_over(run: Run, state: Mapping[str, Any]) -> None:
         run.worker.load_state_dict(rank_state["worker"])
     if isinstance(feed, StreamFeed):
         _find_place(feed, run, state)
-    kept = (rank_state or state).get("kept", {}) if state["keeps"] else {}
+    kept = (rank_state or state).get("kept", {}) if state["restores_ranks"] else {}
     for name, item in run.kept.items():
         if name in kept and item is not feed:
             item.load_state_dict(kept[name])
