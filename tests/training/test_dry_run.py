@@ -415,6 +415,12 @@ def test_a_default_device_that_is_left_behind_is_refused() -> None:
         torch.set_default_device(None)
 
 
+def test_gradients_that_are_switched_off_are_told() -> None:
+    with torch.no_grad(), pytest.raises(ConfigError, match="model='Net': is made, or trained, where gradients are"):
+        tried(linear())
+    assert tried(linear(), data=(X.clone().requires_grad_(), Y))
+
+
 def test_what_cannot_be_saved_is_no_matter_where_nothing_is() -> None:
     tried(linear, {"checkpoint.every_sec": None}, scheduler=Forgets)
 
