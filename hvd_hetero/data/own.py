@@ -93,7 +93,7 @@ def _lengths(value: Any) -> Iterator[int | None]:
 
 def _tensors(key: str, value: Any) -> Tensors:
     if isinstance(value, Tensor):
-        return value
+        return value.detach()  # nothing is learned of samples
     if isinstance(value, Mapping):
         return {name: _tensors(f"{key}[{name!r}]", part) for name, part in value.items()}
     if isinstance(value, (tuple, list)) and not is_vector(value):

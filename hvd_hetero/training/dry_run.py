@@ -248,7 +248,7 @@ class _DryRun:
         with as_user_error(*self._origins.scheduler, "cannot be made", "correct its arguments (train.scheduler_args)"):
             rates = [group["lr"] for group in optimizer.param_groups]
             scheduler = self._components.scheduler(optimizer)
-        for method in ("step", "state_dict", "load_state_dict"):
+        for method in () if scheduler is None else ("step", "state_dict", "load_state_dict"):
             if not callable(getattr(scheduler, method, None)):
                 problem = f"makes a {type(scheduler).__name__}, which has no {method}()"
                 raise ConfigError(*self._origins.scheduler, problem, "derive it from torch's LRScheduler, or add that")

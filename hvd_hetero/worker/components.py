@@ -135,7 +135,7 @@ def build(config: Config, objects: UserObjects | None = None) -> Components:
         weights=weights,
     )
     read_best(config.eval.best, components.metrics)
-    _check_default_device(origins)
+    _check_left_behind(origins)
     _give_shapes(components, origins)
     _check_autocast(components.model, train.autocast)
     components = replace(components, optimizer=_with_groups(components, train.groups))
@@ -153,8 +153,11 @@ def log_adaptations(components: Components, config: Config, objects: UserObjects
                         "that of a batch is still their mean", key, value)  # fmt: skip
 
 
-def _check_default_device(origins: Origins) -> None:
-    """Refuse a default device other than the CPU, where whatever travels between ranks is made."""
+def _check_left_behind(origins: Origins) -> None:
+    """Refuse a default device other than the CPU, where whatever travels between ranks is made, and no gradients."""
+    if not torch.is_grad_enabled():
+        problem, remedy = "is made, or trained, where gradients are switched off", "use torch.no_grad() as a context"
+        raise ConfigError(*origins.model, problem, f"{remedy}, or torch.set_grad_enabled(True) afterwards")
     device = torch.get_default_device() if hasattr(torch, "get_default_device") else torch.device("cpu")
     if device.type != "cpu":
         problem = f"has left torch.set_default_device({str(device)!r}) behind, where nothing can be sent from"

@@ -325,9 +325,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "one number a sample, and a loss of classes": (
         lambda: linear(run=lambda net, x: net.head(x)[:, 0]), {},
         "train.loss='cross_entropy': the loss fails on the model's outputs [2] float32 for a batch of 2 in evaluation"),
-    **{f"classes in {dtype}": (
-        linear, {"data": (X, Y.to(dtype))}, "train.loss='cross_entropy': the loss fails on the model's outputs [2, 3]")
-        for dtype in (torch.uint16, torch.uint64, torch.complex64)},
+    "complex classes": (linear, {"data": (X, Y.to(torch.complex64))},
+                        "train.loss='cross_entropy': the loss fails on the model's outputs [2, 3]"),
+    "classes of a type that torch cannot index": (linear, {"data": (X, Y.to(torch.uint16))},
+                                                  "train_data='tuple': its first training samples cannot be read"),
     "outputs without a shape": (
         lambda: linear(run=lambda net, x: torch.nested.nested_tensor(list(net.head(x)))), {},
         "train.loss='cross_entropy': the loss fails on the model's outputs Tensor for a batch of 2 in evaluation"),
@@ -412,6 +413,12 @@ def test_a_default_device_that_is_left_behind_is_refused() -> None:
             tried(make)
     finally:
         torch.set_default_device(None)
+
+
+def test_gradients_that_are_switched_off_are_told() -> None:
+    with torch.no_grad(), pytest.raises(ConfigError, match="model='Net': is made, or trained, where gradients are"):
+        tried(linear())
+    assert tried(linear(), data=(X.clone().requires_grad_(), Y))
 
 
 def test_what_cannot_be_saved_is_no_matter_where_nothing_is() -> None:
