@@ -13,7 +13,8 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable
-from importlib.machinery import PathFinder
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +30,7 @@ def install() -> None:
         torch._dynamo = sys.modules[NAME] = StandIn(NAME)
         spec = PathFinder.find_spec(NAME, torch.__path__)  # for who asks whether there is one
         torch._dynamo.__spec__ = spec  # type: ignore[assignment]
+        sys.meta_path.insert(0, SubmoduleFinder())
 
 
 class StandIn(ModuleType):
@@ -48,7 +50,7 @@ class StandIn(ModuleType):
         @functools.wraps(function)
         def call(*given: Any, **named: Any) -> Any:
             nonlocal disabled
-            if isinstance(sys.modules[NAME], StandIn):
+            if isinstance(sys.modules.get(NAME), StandIn):
                 return function(*given, **named)
             disabled = disabled or _compiler().disable(function, *args, **options)
             return disabled(*given, **named)
@@ -59,6 +61,29 @@ class StandIn(ModuleType):
         if name.startswith("__") and name != "__path__":  # whoever looks through all modules asks for these
             raise AttributeError(f"module {NAME!r} has no attribute {name!r}")
         return getattr(_compiler(), name)
+
+
+class SubmoduleFinder(MetaPathFinder, Loader):
+    """Find submodules that have come with the compiler, when one was asked for before it was there.
+
+    By then Python has seen that the submodule is not imported, and would run it a second time: its classes and its
+    settings would be others than those that the compiler has.
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Return a spec that gives the module there is; None where there is none."""
+        if not name.startswith(f"{NAME}.") or name not in sys.modules:
+            return None
+        return ModuleSpec(name, self, loader_state=sys.modules[name].__spec__)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """Return the module there is."""
+        return sys.modules[spec.name]
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Run nothing, and let the module have its own spec again."""
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state
 
 
 def _compiler() -> Any:

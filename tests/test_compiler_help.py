@@ -50,6 +50,20 @@ found += [disable()(lambda x: x + 1)(1), isinstance(disable(layer), torch.nn.Mod
 print(json.dumps(found))
 """
 
+IMPORTS_A_PART_FIRST = """
+import sys
+import torch
+from hvd_hetero import compiler_help
+
+compiler_help.install()
+from torch._dynamo.eval_frame import OptimizedModule
+import torch._dynamo.config as config
+import torch._dynamo.utils
+compiled = torch.compile(torch.nn.Linear(2, 2), backend="eager")
+print(isinstance(compiled, OptimizedModule), config is torch._dynamo.config, config is sys.modules[config.__name__],
+      torch._dynamo.utils.config is config, type(config.__spec__.loader).__name__)
+"""
+
 
 def last_line(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
@@ -60,6 +74,10 @@ def last_line(code: str) -> str:
 @pytest.mark.horovod
 def test_a_run_that_compiles_nothing_does_without() -> None:
     assert last_line(f"{TRAINS}\nimport sys\nprint('torch._dynamo.eval_frame' in sys.modules)") == "False"
+
+
+def test_who_asks_for_a_part_of_the_compiler_first_has_the_same_part() -> None:
+    assert last_line(IMPORTS_A_PART_FIRST).split()[:4] == ["True"] * 4
 
 
 def test_who_compiles_has_the_compiler_itself() -> None:

@@ -44,6 +44,15 @@ def evaluate(
         found = [metric.figures(comm, root) for metric in worker.measures]
         return {prefix + name: value for one in found for name, value in one.items()}
 
+    def all_figures() -> dict[str, float]:
+        result = figures(EVAL)
+        if averaged is not None:
+            with averaged.in_place(comm):
+                result |= figures(AVERAGED)
+        return result
+
+    if comm.size == 1:
+        return all_figures()
     worker.set_eval_mode()
     state = worker.state
 
@@ -52,12 +61,7 @@ def evaluate(
         return [[digest(part) for part in parts] for parts in (state.buffers(), state.parameters())]
 
     marks, before = state.untrained.marks(), digests()
-    result = figures(EVAL)
-    if averaged is not None:
-        with averaged.in_place(comm):
-            result |= figures(AVERAGED)
-    if comm.size == 1:
-        return result
+    result = all_figures()
     moved = [one != other for one, other in zip(before, digests(), strict=True)]
     moved[0] = moved[0] or state.untrained.moved_since(marks)
     buffers, parameters = comm.max([float(each) for each in moved], "evaluation.changed")

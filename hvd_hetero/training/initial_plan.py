@@ -120,6 +120,15 @@ def share_model(worker: Worker, comm: Comm) -> None:
     worker.make_optimizer()
 
 
+def share_result(worker: Worker, comm: Comm, plan: Plan) -> None:
+    """Gives rank 0's model to ranks that took no steps, if there are any; all ranks call it."""
+    if len(plan.training) < len(plan.classes):
+        restore = worker.snapshot()
+        comm.broadcast_state(worker.state)
+        if plan.of_rank(comm.rank).tau:  # what each rank has for itself stays so
+            restore()
+
+
 def check_optimizers(optimizer: torch.optim.Optimizer, comm: Comm) -> None:
     """Refuses optimizers whose groups are not the same on all ranks, as settings have to be; all ranks call it.
 
@@ -133,15 +142,33 @@ def check_optimizers(optimizer: torch.optim.Optimizer, comm: Comm) -> None:
             raise _unlike("groups", len(groups), rank, len(first))
         for mine, theirs in zip(first, groups, strict=True):
             for option in mine | theirs:
-                if mine.get(option) != theirs.get(option):
+                if not _same(mine.get(option), theirs.get(option)):
                     raise _unlike(option, theirs.get(option), rank, mine.get(option))
 
 
 def _plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a group that are numbers, flags or texts, but for those that go by the device."""
-    values = {key: value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-              for key, value in group.items() if key not in OF_DEVICES}  # fmt: skip
-    return {key: repr(value) for key, value in values.items() if isinstance(value, (bool, int, float, str, tuple))}
+    """The options of a group that are numbers or flags, or several of them, but for those that go by the device."""
+    found = {key: _numbers(value) for key, value in group.items() if key not in (*OF_DEVICES, "params")}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _numbers(value: Any) -> Any:
+    """A number, also one in a tensor, or a list of numbers; None of all else."""
+    if isinstance(value, (tuple, list)):
+        several = [_numbers(item) for item in value]
+        return None if None in several else several
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.numel() == 1 else None
+    return value if isinstance(value, (bool, int, float)) else None
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two such values are the same, up to what a tensor rounds a number to."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, (int, float)) and isinstance(other, (int, float)):
+        return math.isclose(one, other, rel_tol=1e-6) or (math.isnan(one) and math.isnan(other))
+    return bool(one == other)
 
 
 def _unlike(option: str, value: Any, rank: int, first: Any) -> ConfigError:

@@ -30,6 +30,8 @@ def carry_over(run: Run, state: Mapping[str, Any]) -> None:
     run.algorithm.carry_over(state["algorithm"])
     if rank_state is not None:
         run.worker.load_state_dict(rank_state["worker"])
+    else:  # once more: the method has begun since
+        run.worker.carry_over(state["worker"])
     if isinstance(feed, StreamFeed):
         _find_place(feed, run, state)
     kept = (rank_state or state).get("kept", {}) if state["restores_ranks"] else {}

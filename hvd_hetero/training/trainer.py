@@ -33,7 +33,7 @@ from hvd_hetero.training.checkpointer import SyncDecision
 from hvd_hetero.training.epoch import RoundSpans, gather_figures, gather_peaks, rest_plan, say_taus
 from hvd_hetero.training.evaluation import evaluate
 from hvd_hetero.training.helpers import Helpers, place_after
-from hvd_hetero.training.initial_plan import choose_micro_batches, first_plan, share_model, start_together
+from hvd_hetero.training.initial_plan import choose_micro_batches, first_plan, share_model, share_result, start_together
 from hvd_hetero.training.iterate_average import NONE, IterateAverage, half_life
 from hvd_hetero.training.live_status import LiveStatus
 from hvd_hetero.training.reshape import carry_over
@@ -163,8 +163,7 @@ class Trainer(TrainerParts):
             if self.folder is not None and self.saver is not None:
                 self.saver.stopping.forget()
         write_trace(self.folder, comm, self.job.cluster, self.recorder)
-        if len(self.plan.training) < len(self.plan.classes):  # rank 0 has it, and who takes no steps is to have it too
-            comm.broadcast_state(self.worker.state)
+        share_result(self.worker, comm, self.plan)
         cluster, path = self.job.cluster, comm.path
         peaks = gather_peaks(comm, self.worker, cluster)
         if self.averaged is not None:
@@ -220,7 +219,6 @@ class Trainer(TrainerParts):
             self.status.start_segment()
             with self._explain_out_of_memory():
                 self.algorithm.run_segment(segment)
-            self.worker.check_learning()
             if saver is None:
                 progress = epoch.finish(segment, self.algorithm.class_plan.tau)
                 epoch.add(segment, progress)
@@ -264,6 +262,7 @@ class Trainer(TrainerParts):
         self.epoch, plan, is_planned = None, epoch.plan, self.algorithm.policy.follows_plan
         as_dealt = is_planned and not epoch.since
         shapes = [(plan.rounds * c.tau, c.batch_size) for c in plan.by_rank()] if as_dealt else None
+        worker.check_learning()
         with comm.timed():
             self.algorithm.end_epoch()
             losses, weights = worker.pop_losses()

@@ -147,7 +147,7 @@ class _Look:
             if not is_result and _memory(value) and _memory(value) not in self._memory:
                 yield path, value
         elif isinstance(value, np.ndarray):
-            if not value.dtype.hasobject:
+            if not value.dtype.hasobject and not isinstance(value, np.memmap):  # a file may be larger than memory
                 yield path, value
         elif isinstance(value, (*PLAIN, *GENERATORS)):
             yield path, value

@@ -7,44 +7,33 @@ it leaves the parameter alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 
 class UnusedParameters:
-    """Those that no backward pass of this rank has come to, and whose sum over ranks has always been zero.
+    """Those whose sum over ranks has always been zero: by what all ranks have, so that all of them step alike.
 
     Args:
         params: by name, all that are trained.
+
+    Attributes:
+        names: of those that are unused so far; to be set when a run is resumed.
     """
 
     def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
-        self._params, self._left = list(params.values()), dict(params)
-        self._hooks = {
-            name: param.register_post_accumulate_grad_hook(partial(self._use, name)) for name, param in params.items()
-        }
-
-    @property
-    def names(self) -> list[str]:
-        """Their names; to be set when a run goes on."""
-        return list(self._left)
-
-    @names.setter
-    def names(self, names: Iterable[str]) -> None:
-        for name in set(self._left) - set(names):
-            self._use(name)
+        self._params, self.names = dict(params), list(params)
 
     @contextmanager
     def without_gradients(self) -> Iterator[None]:
         """Take their gradients away, and those of what has been frozen since, for a step of the optimizer."""
-        for name, param in list(self._left.items()):
-            if param.grad is not None and param.grad.any():
-                self._use(name)
-        idle = [*self._left.values(), *(param for param in self._params if not param.requires_grad)]
-        taken = [(param, param.grad) for param in dict.fromkeys(idle) if param.grad is not None]
+        self._look()
+        idle = [self._params[name] for name in self.names]
+        frozen = [param for param in self._params.values() if not param.requires_grad]
+        taken = [(param, param.grad) for param in dict.fromkeys([*idle, *frozen]) if param.grad is not None]
         for param, _ in taken:
             param.grad = None
         try:
@@ -53,6 +42,14 @@ class UnusedParameters:
             for param, gradient in taken:
                 param.grad = gradient
 
-    def _use(self, name: str, param: Tensor | None = None) -> None:
-        if self._left.pop(name, None) is not None:
-            self._hooks.pop(name).remove()
+    def _look(self) -> None:
+        """Drop those that have a gradient now; a device is waited for once."""
+        looked_at = {name: _values(grad) for name in self.names if (grad := self._params[name].grad) is not None}
+        if looked_at:
+            are_used = torch.stack([values.any() for values in looked_at.values()]).tolist()
+            used = {name for name, is_used in zip(looked_at, are_used, strict=True) if is_used}
+            self.names = [name for name in self.names if name not in used]
+
+
+def _values(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient

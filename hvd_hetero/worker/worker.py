@@ -379,8 +379,6 @@ class Worker(ForwardPasses):
             self.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["generator"])
         RandomState.from_state_dict(state["random"], self.device).restore()
-        if self._unused is not None and state.get("unused") is not None:
-            self._unused.names = state["unused"]
         losses, weights = state["losses"]
         self._losses = [(losses.to(self.device), weights.to(self.device))]
 
@@ -393,6 +391,8 @@ class Worker(ForwardPasses):
     def _load_model(self, state: Mapping[str, Any]) -> None:
         self.state.load_state_dict(state["model"])
         load_extra_state(self.model, state["extra"])
+        if self._unused is not None and state.get("unused") is not None:
+            self._unused.names = state["unused"]
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -195,5 +195,5 @@ def test_a_plan_is_taken_over_only_where_its_settings_are_what_they_were(tmp_pat
     for tau, known in ((4, plan), (8, None)):
         config = configured(run__resume=RESHAPE, train__tau=tau)
         found = find(tmp_path, config, 1) if tau != 4 else None
-        assert found is None or (found.reshaped and found.keeps)
+        assert found is None or (found.reshaped and found.restores_ranks)
         assert known_plan(load_for(Store(tmp_path).at(NEW), config, cluster, 0, True), cluster) == known

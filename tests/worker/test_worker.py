@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import chain, cycle, islice, repeat
 from types import SimpleNamespace
 from typing import Any
@@ -177,6 +178,25 @@ def test_a_part_that_is_frozen_while_training_is_left_alone_where_gradients_are_
         mine.apply()
         for p, q in zip(plain.parameters(), mine.model.parameters(), strict=True):
             torch.testing.assert_close(p, q)
+
+
+def test_ranks_step_alike_whether_or_not_their_own_batches_have_used_a_part() -> None:
+    """Its gradient may be zero on the rank that has, as behind a gate that begins at zero; ranks only share the sum."""
+    both = []
+    for is_used in (True, False):
+        mine = Worker(Heads(), per_sample_loss("cross_entropy", {}), optimizer_maker("Adam", 0.1, {"weight_decay": 1}),
+                      None)  # fmt: skip
+        mine.flat_gradients()
+        mine.model.both = is_used  # type: ignore[assignment]
+        mine.gradient(*next(batches([[0, 1, 2]])))
+        for p in mine.model.other.parameters():  # type: ignore[union-attr]
+            assert p.grad is not None
+            p.grad.zero_()  # what the sum over ranks is
+        before = copy.deepcopy(mine.model.other.state_dict())  # type: ignore[union-attr]
+        mine.apply()
+        torch.testing.assert_close(mine.model.other.state_dict(), before)  # type: ignore[union-attr]
+        both.append(len(mine.optimizer.state))
+    assert both[0] == both[1]
 
 
 def rate(mine: Worker) -> float:
@@ -357,8 +377,9 @@ def scripted(
         now[0] += sum(islice(durations, count))
 
     monkeypatch.setattr("hvd_hetero.worker.step_benchmark.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    emulator = SimpleNamespace(emulates=emulates, at_full_speed=nullcontext)
     mine = SimpleNamespace(snapshot=lambda: lambda: None, local_steps=local_steps, pop_losses=lambda: None,
-                           generator=torch.Generator(), emulator=SimpleNamespace(emulates=emulates))  # fmt: skip
+                           generator=torch.Generator(), emulator=emulator)  # fmt: skip
     return mine, counts
 
 

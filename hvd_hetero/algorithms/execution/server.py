@@ -95,6 +95,7 @@ class ServedModel:
         saved, current = state["optimizer"], save_state(self._optimizer)
         if [_settings(group) for group in saved["param_groups"]] == [_settings(g) for g in current["param_groups"]]:
             load_state(self._optimizer, {**current, "state": saved["state"]}, "optimizer")
+        self._unused.names = state.get("unused", [])
         self.rule.carry_over(state["rule"])
 
 
