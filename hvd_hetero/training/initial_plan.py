@@ -121,7 +121,7 @@ def share_model(worker: Worker, comm: Comm) -> None:
 
 
 def share_result(worker: Worker, comm: Comm, plan: Plan) -> None:
-    """Gives rank 0's model to ranks that took no steps, if there are any; all ranks call it."""
+    """Give rank 0's model to ranks that took no steps, if there are any; all ranks call it."""
     if len(plan.training) < len(plan.classes):
         restore = worker.snapshot()
         comm.broadcast_state(worker.state)
